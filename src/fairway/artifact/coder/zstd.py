@@ -1,0 +1,27 @@
+"""Zstandard (RFC 8878), the reference study's coder at level 22: +0.58 % over the entropy of Gaussian int5 codes.
+
+The first byte of a group says in which order its codes stand: by rows or by columns.
+"""
+
+from dataclasses import dataclass
+
+from fairway.artifact.bytestreams import zstd_pack, zstd_unpack
+from fairway.artifact.groups import ORDERS, Codes, Group, GroupLayout, Order, decode_bytes, encode_bytes
+
+
+@dataclass(frozen=True)
+class Spec:
+    level: int = 22  # 1 … 22
+    orders: tuple[Order, ...] = ORDERS  # of the codes, the smaller result is kept; each costs one compression
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.level <= 22 or not self.orders:
+            raise ValueError(f"level = {self.level}: 1 … 22, and an order, are needed")
+
+
+def encode(group: Group, spec: Spec) -> bytes:
+    return encode_bytes(group, spec.orders, lambda raw: zstd_pack(raw, spec.level))
+
+
+def decode(blob: bytes, layout: GroupLayout) -> tuple[Codes, ...]:
+    return decode_bytes(blob, layout, zstd_unpack)

@@ -1,0 +1,48 @@
+"""Integers on their way from quantising to packing: a safetensors file in the run folder, never scored.
+
+Of a quantised tensor: `<name>.codes` int8 and `<name>.scales` float16, its bits in the metadata; the rest as it is.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fairway.base import files
+from fairway.base.errors import DataError
+from fairway.quant.grid import Quantized, Tensors
+
+
+def write_integers(path: Path, tensors: Tensors) -> None:
+    """Writes all tensors, whole or not at all."""
+    from safetensors.numpy import save
+
+    flat: dict[str, np.ndarray[Any, Any]] = {}
+    bits: dict[str, int] = {}
+    for name, value in tensors.items():
+        if isinstance(value, Quantized):
+            flat[f"{name}.codes"], flat[f"{name}.scales"] = value.codes, value.scales
+            bits[name] = value.bits
+        else:
+            flat[name] = value
+    about = {"order": json.dumps(list(tensors)), "bits": json.dumps(bits)}
+    files.write(path, save({name: np.ascontiguousarray(value) for name, value in flat.items()}, metadata=about))
+
+
+def read_integers(path: Path) -> Tensors:
+    """Reads them back, equal in every number and in the same order. DataError where the file is damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            about = file.metadata()
+            order, bits = json.loads(about["order"]), json.loads(about["bits"])
+            return {
+                name: Quantized(file.get_tensor(f"{name}.codes"), file.get_tensor(f"{name}.scales"), bits[name])
+                if name in bits
+                else file.get_tensor(name)
+                for name in order
+            }
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: not the integers of a run ({error}); quantise again") from error

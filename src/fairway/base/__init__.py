@@ -1,0 +1,1 @@
+"""What everything stands on: errors, specs and recipes, slots, the journal, clocks and budgets, devices and ranks."""

@@ -1,0 +1,109 @@
+"""Ranks: one training run over several processes, started by torchrun (RANK, LOCAL_RANK and WORLD_SIZE, nothing else).
+
+Every decision that ends or redirects a run is taken on numbers that all ranks share; a check on one rank alone would
+leave the others waiting in a collective.
+"""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from fairway.base.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place among `world` processes."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    @staticmethod
+    def start(cuda: bool) -> "Ranks":
+        """Reads torchrun's variables and opens the process group where there is more than one process."""
+        world = _variable("WORLD_SIZE", "1")
+        if world == 1:
+            return Ranks()
+        ranks = Ranks(_variable("RANK"), world, _variable("LOCAL_RANK", "0"))
+        if cuda:
+            torch.cuda.set_device(ranks.local_rank)
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
+        return ranks
+
+    def stop(self) -> None:
+        if self.world > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+    def share(self, count: int) -> slice:
+        """This rank's contiguous part of `count` things; the first ranks take the remainder."""
+        each, extra = divmod(count, self.world)
+        start = self.rank * each + min(self.rank, extra)
+        return slice(start, start + each + (self.rank < extra))
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sums a tensor over the ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
+        return tensor
+
+    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Sums the gradients over the ranks, in one flat buffer for each dtype (a missing gradient counts as zero)."""
+        if self.world == 1:
+            return
+        by_dtype: dict[torch.dtype, list[torch.nn.Parameter]] = {}
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            by_dtype.setdefault(parameter.grad.dtype, []).append(parameter)
+        for group in by_dtype.values():
+            grads = [p.grad for p in group if p.grad is not None]
+            flat = torch.cat([grad.reshape(-1) for grad in grads])
+            dist.all_reduce(flat)
+            for grad, piece in zip(grads, torch.split(flat, [grad.numel() for grad in grads]), strict=True):
+                grad.copy_(piece.view_as(grad))
+
+    def max(self, value: float) -> float:
+        """The largest of one number over the ranks; all ranks get the same answer."""
+        if self.world == 1:
+            return value
+        tensor = torch.tensor([value], dtype=torch.float64, device=self._device())
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return float(tensor.item())
+
+    def broadcast_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Rank 0's tensor on every rank, in place."""
+        if self.world > 1:
+            dist.broadcast(tensor, src=0)
+        return tensor
+
+    def share_text(self, text: str) -> str:
+        """Rank 0's text on every rank."""
+        if self.world == 1:
+            return text
+        box = [text]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def wait(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+    def _device(self) -> str:
+        return f"cuda:{self.local_rank}" if dist.get_backend() == "nccl" else "cpu"
+
+
+def _variable(name: str, default: str = "") -> int:
+    text = os.environ.get(name, default)
+    if not text.isdecimal():
+        raise RecipeError(f"{name} = {text!r}: a whole number is expected; start several ranks with torchrun")
+    return int(text)

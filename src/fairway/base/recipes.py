@@ -1,0 +1,156 @@
+"""Recipes: TOML files of small differences. One parent by `extends`, single values by `--set a.b=c`.
+
+The only module of the house that knows the checking library (pydantic): the rest travels in an exported script.
+"""
+
+import hashlib
+import json
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_origin
+
+from pydantic import TypeAdapter, ValidationError
+
+from fairway.base.errors import RecipeError
+from fairway.base.specs import build, plain_leaf
+
+R = TypeVar("R")
+
+
+def load(cls: type[R], path: Path, overrides: Iterable[str] = ()) -> R:
+    """The recipe at `path`, its parent's values beneath, `overrides` ("a.b=value") on top, checked against `cls`.
+
+    Raises RecipeError naming the key, its place and the nearest right one.
+    """
+    table = read(path)
+    for override in overrides:
+        table = merge(table, _override(override))
+    table.setdefault("name", path.stem)
+    return check(cls, table)
+
+
+def check(cls: type[R], table: Mapping[str, Any]) -> R:
+    """A spec of class `cls` from a plain table, every type checked."""
+    return build(cls, table, leaf=_leaf)
+
+
+def read(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The merged table of a recipe file and its ancestors."""
+    path = path.resolve()
+    if path in _seen:
+        raise RecipeError(f"{path.name}: extends itself through {' -> '.join(p.name for p in _seen)}")
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"recipe {path}: no such file; `fairway list recipes` shows those at hand") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise RecipeError(f"recipe {path}: {error}") from error
+    parent = table.pop("extends", None)
+    if parent is None:
+        return table
+    if not isinstance(parent, str):
+        raise RecipeError(f"{path.name}: extends = {parent!r}: one parent's file name is expected")
+    inherited = read(path.parent / parent, (*_seen, path))
+    inherited.pop("name", None)
+    return merge(inherited, table)
+
+
+def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`above` laid over `below`, table by table. Another `kind` of technique replaces the whole table."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        if isinstance(value, str) and isinstance(old, Mapping) and old.get("kind") == value:
+            continue
+        if isinstance(value, Mapping) and isinstance(old, str) and value.get("kind", old) == old:
+            old = {"kind": old}
+        if (
+            isinstance(value, Mapping)
+            and isinstance(old, Mapping)
+            and value.get("kind", old.get("kind")) == old.get("kind")
+        ):
+            merged[key] = merge(old, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def sha256(table: Any) -> str:
+    """A stable hash of a resolved recipe's plain table."""
+    return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
+
+
+def dump(table: Mapping[str, Any]) -> str:
+    """TOML text of a plain table; None (a key left at "not set") is left out, as TOML has no word for it."""
+    lines: list[str] = []
+    _dump(table, "", lines)
+    return "\n".join(lines).strip() + "\n"
+
+
+def _dump(table: Mapping[str, Any], place: str, lines: list[str]) -> None:
+    for key, value in table.items():
+        if value is not None and not isinstance(value, Mapping):
+            lines.append(f"{key} = {_literal(value)}")
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            where = f"{place}.{_key(key)}" if place else _key(key)
+            lines += ["", f"[{where}]"]
+            _dump(value, where, lines)
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_key(k)} = {_literal(v)}" for k, v in value.items() if v is not None) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_literal, value)) + "]"
+    if isinstance(value, float) and value in (float("inf"), float("-inf")):
+        return "inf" if value > 0 else "-inf"
+    if isinstance(value, float) and value != value:
+        return "nan"
+    return _quoted(value) if isinstance(value, str) else json.dumps(value)
+
+
+def _key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _quoted(key)
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")  # TOML wants DEL escaped, JSON does not
+
+
+def _override(text: str) -> dict[str, Any]:
+    key, separator, raw = text.partition("=")
+    if not separator or not all(key.split(".")):
+        raise RecipeError(f"--set {text!r}: write key=value, as in --set train.lr=0.02")
+    try:
+        value = tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = raw  # a bare word is a string, so that nobody has to quote twice in a shell
+    table: dict[str, Any] = {}
+    leaf = table
+    *parents, last = key.strip().split(".")
+    for parent in parents:
+        leaf = leaf.setdefault(parent, {})
+    leaf[last] = value
+    return table
+
+
+def _leaf(value: Any, annotation: Any, place: str) -> Any:
+    if isinstance(value, list):
+        value = _tuples(value)
+    if isinstance(value, int) and not isinstance(value, bool) and annotation is float:
+        value = float(value)
+    if get_origin(annotation) is Literal:  # pydantic takes True for 1 here
+        return plain_leaf(value, annotation, place)
+    try:
+        return TypeAdapter(annotation).validate_python(value, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        inner = "".join(f"[{part}]" for part in first["loc"] if isinstance(part, int))
+        raise RecipeError(f"{place}{inner} = {value!r}: {first['msg']}") from error
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value

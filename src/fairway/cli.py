@@ -1,0 +1,161 @@
+"""Verbs -> functions; no logic. Heavy imports wait until a verb runs, so that --help answers at once."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fairway.base.errors import FairwayError
+
+app = typer.Typer(
+    help="Trains the best language model that fits a byte budget, and scores it as the size of a file that decodes.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+listing = typer.Typer(help="Shows what is at hand.", no_args_is_help=True)
+app.add_typer(listing, name="list")
+
+Set = Annotated[list[str] | None, typer.Option("--set", help="Override one value: --set train.clip=1.0. Repeatable.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document for programs, nothing else.")]
+DeviceName = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+Runs = Annotated[Path, typer.Option("--runs", help="Where run folders lie.")]
+RunFolder = Annotated[Path, typer.Argument(help="A run folder, such as runs/latest.")]
+ArtifactPath = Annotated[
+    Path, typer.Option("-a", "--artifact", help="An artifact file, such as runs/latest/artifact.fw.")
+]
+Recipe = Annotated[str, typer.Argument(help="A recipe: a .toml file, or a name that `fairway list recipes` shows.")]
+
+
+@app.command()
+def run(
+    recipe: Annotated[str | None, typer.Argument(help="A recipe: a .toml file, or a name.")] = None,
+    set_: Set = None,
+    seeds: Annotated[str, typer.Option(help="Several runs, one for each seed: 1337,42,2025.")] = "",
+    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
+    device: DeviceName = "auto",
+    runs: Runs = Path("runs"),
+    json: Json = False,
+) -> None:
+    """The whole way: text, tokenizer, training, quantising, one artifact, its score."""
+    from fairway import verbs
+
+    verbs.run(recipe, tuple(set_ or ()), seeds, resume, device, runs, json)
+
+
+@app.command()
+def train(recipe: Recipe, set_: Set = None, device: DeviceName = "auto", runs: Runs = Path("runs")) -> None:
+    """Trains a recipe's model and gathers its Hessians, in a new run folder."""
+    from fairway import verbs
+
+    verbs.train(recipe, tuple(set_ or ()), device, runs)
+
+
+@app.command()
+def quantize(folder: RunFolder, device: DeviceName = "auto") -> None:
+    """Turns a run's trained weights into integers."""
+    from fairway import verbs
+
+    verbs.quantize(folder, device)
+
+
+@app.command()
+def pack(folder: RunFolder) -> None:
+    """Packs a run's integers into one artifact and weighs it."""
+    from fairway import verbs
+
+    verbs.pack(folder)
+
+
+@app.command()
+def score(
+    target: Annotated[Path, typer.Argument(help="A text file with -a; else a run folder, to score its artifact.")],
+    artifact: Annotated[
+        Path | None, typer.Option("-a", "--artifact", help="The artifact that scores the text.")
+    ] = None,
+    device: DeviceName = "auto",
+    json: Json = False,
+) -> None:
+    """Bits per byte: of any text with an artifact, or of a run's held-out text."""
+    from fairway import verbs
+
+    verbs.score(target, artifact, device, json)
+
+
+@app.command()
+def probe(
+    folder: RunFolder,
+    flips: Annotated[int, typer.Option(min=1, help="How many single tokens are changed.")] = 4,
+    tokens: Annotated[int, typer.Option(min=2, help="How many tokens of the held-out text are probed.")] = 2048,
+    device: DeviceName = "auto",
+    json: Json = False,
+) -> None:
+    """Changes tokens and watches: no distribution at or before the change may move."""
+    from fairway import verbs
+
+    verbs.probe(folder, flips, tokens, device, json)
+
+
+@app.command()
+def sample(
+    artifact: ArtifactPath,
+    prompt: Annotated[str, typer.Option(help="What the text begins with.")] = "",
+    tokens: Annotated[int, typer.Option(min=1, help="How many tokens to write.")] = 200,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.8,
+    seed: int = 1337,
+    device: DeviceName = "cpu",
+) -> None:
+    """Lets an artifact write."""
+    from fairway import verbs
+
+    verbs.sample(artifact, prompt, tokens, temperature, seed, device)
+
+
+@app.command()
+def doctor(json: Json = False) -> None:
+    """What this machine can do, and what is missing."""
+    from fairway import verbs
+
+    verbs.doctor(json)
+
+
+@listing.command("recipes")
+def list_recipes(json: Json = False) -> None:
+    """The recipes beside the package: parameters, budget, summary."""
+    from fairway import verbs
+
+    verbs.list_recipes(json)
+
+
+@listing.command("techniques")
+def list_techniques(json: Json = False) -> None:
+    """The techniques of every slot."""
+    from fairway import verbs
+
+    verbs.list_techniques(json)
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Errors that a person can act on: one line on standard error, and the family's exit code."""
+    try:
+        yield
+    except FairwayError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        sys.stderr.close()
+        raise SystemExit(1) from None
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """The command line. Exit codes: 0 done, 2 wrong usage or RecipeError, 1 other errors."""
+    call: Callable[..., Any] = app
+    with _one_line_errors():
+        return call(arguments)

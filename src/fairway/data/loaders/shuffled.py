@@ -1,0 +1,52 @@
+"""Aligned windows in a random order, drawn anew for each epoch together with a phase (TECHNIQUES: loaders 3, #1394).
+
+Every window of an epoch is read once. The phase shifts all windows of an epoch by less than one context, so that a
+token meets other neighbours, and another place in the window, in every epoch.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from fairway.base.devices import seed_for
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Nothing to choose."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """windows: in an epoch; context: tokens that a window is wide; slack: the largest phase, tokens."""
+
+    windows: int
+    context: int
+    slack: int
+    seed: int
+
+    def starts(self, first: int, count: int) -> npt.NDArray[np.int64]:
+        """(count,) positions: window n of the run is the (n mod windows)-th of epoch n // windows."""
+        numbers = np.arange(first, first + count)
+        found = np.empty(count, dtype=np.int64)
+        for epoch in range(first // self.windows, (first + count - 1) // self.windows + 1):
+            here = numbers // self.windows == epoch
+            phase, permutation = _epoch(self.seed, epoch, self.windows, self.slack)
+            found[here] = phase + self.context * permutation[numbers[here] % self.windows]
+        return found
+
+
+def order(spec: Spec, tokens: int, context: int, seed: int) -> Order:
+    """The order over `tokens` tokens: as many windows as fit at any phase up to slack."""
+    slack = min(context - 1, tokens - 1 - context)
+    return Order((tokens - 1 - slack) // context, context, slack, seed)
+
+
+@lru_cache(maxsize=4)
+def _epoch(seed: int, epoch: int, windows: int, slack: int) -> tuple[int, npt.NDArray[np.int64]]:
+    """(phase in 0..slack, a permutation (windows,)), from raw generator words, which no numpy version changes."""
+    words = np.random.PCG64(seed_for(seed, f"loader/{epoch}")).random_raw(windows + 1)
+    permutation = np.argsort(words[1:], kind="stable").astype(np.int64)
+    return int(words[0]) % (slack + 1), permutation

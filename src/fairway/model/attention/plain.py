@@ -1,0 +1,22 @@
+"""Plain causal attention (arXiv 1706.03762): the baseline's."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from fairway.model.causal import causal_attention
+
+
+@dataclass(frozen=True)
+class Spec:
+    pass
+
+
+class Technique(nn.Module):
+    """q: (B, H, S, h), k and v: (B, G, T, h) -> (B, H, S, h)"""
+
+    def __init__(self, spec: Spec, layer: int, layers: int) -> None:
+        super().__init__()
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return causal_attention(q, k, v)

@@ -1,0 +1,1 @@
+"""Slot: the feed-forward part of a block. Promise: position-wise, deterministic, float64-clean."""

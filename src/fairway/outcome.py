@@ -1,0 +1,114 @@
+"""What a run came to: the numbers of score.json, and the table that a person reads."""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fairway.base import recipes
+from fairway.base.errors import HonestyError
+from fairway.base.journal import Run
+from fairway.base.specs import to_plain
+from fairway.recipe import Recipe
+from fairway.score import StageScore
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The content of score.json. Sizes in bytes, times in seconds, scores in bits per byte of the original text."""
+
+    recipe: str
+    result: str  # the stage named beforehand as the result
+    bits_per_byte: float
+    text_bytes: int
+    code_length_bits: float
+    tokens: int
+    decoded_text: bool  # the text is what the tokens decode to: the tokenizer cannot return the original
+    stages: dict[str, float | None]
+    artifact_bytes: int
+    challenge_bytes: int | None  # exported script + artifact: null until the script exists
+    closed_bytes: int | None
+    headroom_bytes: int | None
+    budget_bytes: int
+    train_seconds: float
+    calibration_seconds: float
+    eval_seconds: float
+    seed: int
+    params: int
+    recipe_sha256: str
+    text_sha256: str
+    artifact_sha256: str
+    baselines: dict[str, float | None]
+    baselines_with_train: dict[str, float | None]
+    proof: dict[str, Any] | None  # null: not proven
+
+    @classmethod
+    def of(
+        cls,
+        recipe: Recipe,
+        scores: dict[str, StageScore],
+        run: Run,
+        alone: dict[str, float | None],
+        with_train: dict[str, float | None],
+    ) -> "Outcome":
+        """From the stages' scores and the run's facts. HonestyError where the result's stage was not scored, or on
+        another file than the artifact."""
+        result = scores.get(recipe.score.result)
+        if result is None:
+            raise HonestyError(f"score.result = {recipe.score.result!r}: this stage was not scored")
+        facts = run.facts
+        if recipe.score.result != "float" and result.artifact_sha256 != facts["artifact"]["sha256"]:
+            raise HonestyError("the scored file is not the artifact of this run; score it again")
+        stages = {stage: None for stage in ("float", "quantized", "sliding", "adapted")}
+        return cls(
+            recipe=recipe.name,
+            result=recipe.score.result,
+            bits_per_byte=result.bits_per_byte,
+            text_bytes=result.text_bytes,
+            code_length_bits=result.code_length_bits,
+            tokens=result.tokens,
+            decoded_text=result.decoded,
+            stages=stages | {stage: score.bits_per_byte for stage, score in scores.items()},
+            artifact_bytes=facts["artifact"]["bytes"],
+            challenge_bytes=None,
+            closed_bytes=None,
+            headroom_bytes=None,
+            budget_bytes=recipe.budget.artifact_bytes,
+            train_seconds=facts["train"]["seconds"],
+            calibration_seconds=facts["calibration"]["seconds"],
+            eval_seconds=result.seconds,
+            seed=recipe.seed,
+            params=facts["model"]["params"],
+            recipe_sha256=recipes.sha256(to_plain(recipe)),
+            text_sha256=result.text_sha256,
+            artifact_sha256=facts["artifact"]["sha256"],
+            baselines=alone,
+            baselines_with_train=with_train,
+            proof=None,
+        )
+
+    def json(self) -> str:
+        return json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"
+
+
+def rows(outcome: Outcome) -> list[tuple[str, str, str]]:
+    """The table: what, bits per byte, remark."""
+    names = {"float": "float", "quantized": "quantised", "sliding": "sliding", "adapted": "adapted"}
+    remarks = {
+        "float": f"{outcome.params:,} parameters, trained {outcome.train_seconds:.0f} s",
+        "quantized": f"{outcome.artifact_bytes:,} bytes of {outcome.budget_bytes:,}, weighed; code not weighed",
+        "sliding": "each token with its context",
+        "adapted": "learning only from tokens already scored",
+    }
+    table = []
+    for stage, name in names.items():
+        value = outcome.stages[stage]
+        mark = " <- the score, not proven" if stage == outcome.result and outcome.proof is None else ""
+        table.append((name, "-" if value is None else f"{value:.4f}", remarks[stage] + mark))
+    for name, value in outcome.baselines.items():
+        table.append((_NAMES[name], "-" if value is None else f"{value:.4f}", "the same text alone"))
+    for name, value in outcome.baselines_with_train.items():
+        table.append((_NAMES[name], "-" if value is None else f"{value:.4f}", "with the training text as dictionary"))
+    return table
+
+
+_NAMES = {"xz": "xz -9e", "zstd": "zstd -22", "brotli": "brotli -11", "bzip2": "bzip2 -9"}

@@ -1,0 +1,25 @@
+"""The whole way, in one screen:
+
+    bytes of text -> tokens -> a distribution -> weights -> integers -> one file -> bits per byte
+
+Each step leaves its product in the run folder and takes it up again from there (steps.py), so that a run killed at any
+moment loses nothing finished.
+"""
+
+from fairway import steps
+from fairway.base.devices import Device
+from fairway.base.journal import Run
+from fairway.outcome import Outcome
+from fairway.recipe import Recipe
+
+
+def run(recipe: Recipe, run: Run, device: Device) -> Outcome:
+    """Text to score. Raises what its steps raise: RecipeError, DataError, BudgetError, HonestyError."""
+    steps.begin(recipe, run, device)
+    text = steps.prepare(recipe, run)  # tokenizer, training tokens, held-out tokens
+    steps.train(recipe, text, run, device)  # -> weights.safetensors
+    steps.calibrate(recipe, text, run, device)  # -> hessians.safetensors; training data is never read again
+    steps.quantize(recipe, run, device)  # -> integers.safetensors
+    steps.pack(recipe, text.tokenizer, run)  # -> artifact.fw, weighed; over budget: BudgetError
+    scores = steps.score(recipe, text.held_out, run, device)  # from here on only the files speak
+    return steps.close(recipe, text, scores, run)  # -> score.json

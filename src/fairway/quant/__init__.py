@@ -1,0 +1,34 @@
+"""Weights -> integers: grids, Hessians, rounding, pruning, and training that sees the grid."""
+
+from fairway.quant.fake import FakeQuant, FakeSpec, soft_round, straight_through
+from fairway.quant.grid import Quantized, Tensors, entropy, largest, nearest_codes
+from fairway.quant.observe import Hessians, gather
+from fairway.quant.plan import GridSpec, Override, QuantSpec, plan
+from fairway.quant.pruning import PruneSpec
+from fairway.quant.quantize import dequantized, objective, quantize, quantize_tensor
+from fairway.quant.scales import ScaleSpec, row_scales
+
+__all__ = [
+    "FakeQuant",
+    "FakeSpec",
+    "GridSpec",
+    "Hessians",
+    "Override",
+    "PruneSpec",
+    "QuantSpec",
+    "Quantized",
+    "ScaleSpec",
+    "Tensors",
+    "dequantized",
+    "entropy",
+    "gather",
+    "largest",
+    "nearest_codes",
+    "objective",
+    "plan",
+    "quantize",
+    "quantize_tensor",
+    "row_scales",
+    "soft_round",
+    "straight_through",
+]

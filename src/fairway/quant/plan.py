@@ -1,0 +1,112 @@
+"""Which tensor goes on which grid: defaults by role, overrides by part and layers.
+
+[quant.matrix]
+bits = 5
+scale = {rule = "percentile", floor = 0.0}
+[[quant.override]]
+parts = ["v", "o", "up", "down"]
+layers = [2, 8]                       # first and last
+bits = 4
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from fairway.base.errors import RecipeError
+from fairway.base.specs import choice
+from fairway.model import GPT, Tag, tags
+from fairway.quant.grid import LEAST_BITS, MOST_BITS
+from fairway.quant.pruning import PruneSpec
+from fairway.quant.scales import ScaleSpec
+
+FLOAT16 = 16  # bits: not quantised, stored as float16
+
+
+def _refuse_bits(bits: int) -> None:
+    if bits != FLOAT16 and not LEAST_BITS <= bits <= MOST_BITS:
+        raise ValueError(f"bits = {bits}: {LEAST_BITS} to {MOST_BITS}, or {FLOAT16} for float16")
+
+
+@dataclass(frozen=True)
+class GridSpec:
+    """The grid of a role's tensors."""
+
+    bits: int = 5  # 2 … 8; 16: float16, not quantised
+    scale: ScaleSpec = field(default_factory=ScaleSpec)
+
+    def __post_init__(self) -> None:
+        _refuse_bits(self.bits)
+
+
+@dataclass(frozen=True)
+class Override:
+    """Another grid for some parts of some layers; what is left out stays as it was. Later overrides win."""
+
+    parts: tuple[str, ...]  # "q", "k", "v", "o", "up", "down", "embedding", "bigram", …: tags of the model
+    layers: tuple[int, int] | None = None  # first and last, both included; left out: everywhere
+    bits: int | None = None
+    scale: ScaleSpec | None = None
+
+    def __post_init__(self) -> None:
+        if self.bits is not None:
+            _refuse_bits(self.bits)
+        if self.layers is not None and self.layers[0] > self.layers[1]:
+            raise ValueError(f"layers = {list(self.layers)}: the first layer and the last are needed, in order")
+
+    def covers(self, tag: Tag) -> bool:
+        here = self.layers is None or (tag.layer is not None and self.layers[0] <= tag.layer <= self.layers[1])
+        return here and tag.part in self.parts
+
+    def change(self, grid: GridSpec) -> GridSpec:
+        return replace(grid, bits=self.bits or grid.bits, scale=self.scale or grid.scale)
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """From weights to integers."""
+
+    matrix: GridSpec = field(default_factory=GridSpec)
+    table: GridSpec = field(default_factory=lambda: GridSpec(bits=8, scale=ScaleSpec(rule="fixed")))
+    override: tuple[Override, ...] = ()
+    rounding: Any = choice("fairway.quant.rounding", "gptq")  # of matrices; tables are rounded to nearest
+    embedding_hessian: bool = False  # the tied embedding too is rounded by `rounding`, with the head's Hessian
+    prune: PruneSpec = field(default_factory=PruneSpec)
+    passthrough_elements: int = 0  # tensors of at most so many numbers stay float16; the reference: 65,536
+    calibration_sequences: int = 256  # of training text, over all ranks
+    calibration_batch: int = 8  # sequences in one forward
+
+
+def plan(model: GPT, spec: QuantSpec) -> dict[str, GridSpec | None]:
+    """The grid of every parameter; None: float16. RecipeError for an override that names nothing in this model."""
+    found = tags(model)
+    _refuse_idle(spec.override, found.values())
+    planned: dict[str, GridSpec | None] = {}
+    for name, parameter in model.named_parameters():
+        grid = _grid(found[name], spec)
+        small = parameter.numel() <= spec.passthrough_elements
+        planned[name] = None if grid is None or small or grid.bits == FLOAT16 else grid
+    return planned
+
+
+def _grid(tag: Tag, spec: QuantSpec) -> GridSpec | None:
+    if tag.role not in ("matrix", "table"):
+        return None
+    grid = spec.matrix if tag.role == "matrix" else spec.table
+    for override in spec.override:
+        if override.covers(tag):
+            grid = override.change(grid)
+    return grid
+
+
+def _refuse_idle(overrides: Iterable[Override], found: Iterable[Tag]) -> None:
+    quantised = [tag for tag in found if tag.role in ("matrix", "table")]
+    parts = sorted({tag.part for tag in quantised})
+    for i, override in enumerate(overrides):
+        unknown = sorted(set(override.parts) - set(parts))
+        if unknown:
+            raise RecipeError(
+                f"quant.override[{i}].parts = {unknown[0]!r}: not in this model; parts: {', '.join(parts)}"
+            )
+        if not any(override.covers(tag) for tag in quantised):
+            raise RecipeError(f"quant.override[{i}].layers = {override.layers}: no such layer has these parts")

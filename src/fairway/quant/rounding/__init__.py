@@ -1,0 +1,21 @@
+"""Slot: from weights and scales to codes.
+
+A technique is a module with a frozen `Spec`, a constant `NEEDS_HESSIAN`, and
+
+    solve(weight (rows, cols) float, scales (rows,) float16, bits, hessian (cols, cols) or None, spec) -> Solution
+
+Promise: codes lie on the grid, the same input gives the same codes, no argument is changed, a row's codes depend on
+its own weights and scale and on the Hessian alone, and on correlated inputs tr((W−Ŵ)H(W−Ŵ)ᵀ) is at most that of
+`nearest` (where the technique claims it by NEEDS_HESSIAN and says nothing else).
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Solution(NamedTuple):
+    """codes: (rows, cols) int8; facts: what the journal should know (damping, fallbacks)."""
+
+    codes: Tensor
+    facts: dict[str, float]

@@ -1,0 +1,87 @@
+"""GPTQ: columns are rounded one after another, and those still free make up for the error (arXiv 2210.17323).
+
+The algorithm of #1019, #1060 and #1394. A column that no input ever excites (H_jj = 0) gets H_jj = 1 and weight 0;
+H gains damping · mean(diag H) on its diagonal; columns go by descending diag H, the most used first, while there are
+many left to make up for them. With U the upper Cholesky factor of the inverse, H⁻¹ = UᵀU, column j takes
+
+    q = clip(round(w_j / s)),   e = (w_j − q s) / U_jj,   w_k ← w_k − e U_jk  for all k > j,
+
+the update for later columns kept for the end of each block. Full GPTQ against a percentile search: −0.0024 bpb (#535).
+Everything runs in float64, where damping need hardly ever rise.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fairway.base.errors import ContractError
+from fairway.quant.grid import largest
+from fairway.quant.rounding import Solution
+
+NEEDS_HESSIAN = True
+RAISES = 8  # times damping may grow tenfold before the Hessian is refused
+
+
+@dataclass(frozen=True)
+class Spec:
+    damping: float = 0.01  # of the mean of diag H; #1060 added it twice, #587 used 0.002
+    block: int = 128  # columns whose updates are gathered; changes speed, not results
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.damping) or self.damping <= 0 or self.block < 1:
+            raise ValueError(f"damping = {self.damping}, block = {self.block}: positive numbers are needed")
+
+
+def solve(weight: Tensor, scales: Tensor, bits: int, hessian: Tensor | None, spec: Spec) -> Solution:
+    """weight: (rows, cols); scales: (rows,) float16; hessian: (cols, cols) -> codes (rows, cols) int8."""
+    if hessian is None:
+        raise ContractError("rounding = 'gptq' was given no Hessian; calibrate, or choose nearest")
+    w, h = weight.double(), hessian.double()
+    dead = h.diagonal() == 0
+    w = w.masked_fill(dead[None, :], 0.0)
+    h = h + torch.diag(dead.to(h.dtype))
+    order = torch.argsort(h.diagonal(), descending=True, stable=True)
+    upper, damping = inverse_factor(h[order][:, order], spec.damping)
+    columns = _solve_ordered(w[:, order].T.contiguous(), scales.double(), largest(bits), upper, spec.block)
+    codes = torch.empty_like(columns)
+    codes[order] = columns
+    facts = {"dead_columns": float(dead.sum()), "damping": damping, "damping_raised": float(damping > spec.damping)}
+    return Solution(codes.T.contiguous().to(torch.int8), facts)
+
+
+def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
+    """The upper triangular U with UᵀU = (H + damping · mean(diag H) · I)⁻¹, and the damping that it took.
+
+    One Cholesky factor of H with its columns reversed and one triangular inverse: half the work of inverting H first
+    (#1948). Damping grows tenfold while H is not positive definite; ContractError when that does not help.
+    """
+    if not bool(torch.isfinite(hessian).all()):
+        raise ContractError("Hessian: a non-finite entry; the calibration forward overflowed")
+    mean = float(hessian.diagonal().mean())
+    identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+    for _ in range(RAISES):
+        lower, failed = torch.linalg.cholesky_ex((hessian + damping * mean * identity).flip(0, 1))
+        if not int(failed):
+            return torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1), damping
+        damping *= 10
+    raise ContractError(
+        f"Hessian: not positive definite with damping {damping / 10:g}; more calibration text is needed"
+    )
+
+
+def _solve_ordered(columns: Tensor, scales: Tensor, limit: int, upper: Tensor, block: int) -> Tensor:
+    """columns: (cols, rows), consumed; scales: (rows,); upper: (cols, cols) -> codes (cols, rows)."""
+    codes = torch.empty_like(columns)
+    for start in range(0, len(columns), block):
+        stop = min(start + block, len(columns))
+        free, factor = columns[start:stop], upper[start:stop, start:stop]
+        errors = torch.empty_like(free)
+        for j in range(stop - start):
+            code = torch.clamp(torch.round(free[j] / scales), -limit, limit)
+            errors[j] = (free[j] - code * scales) / factor[j, j]
+            free[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1.0)
+            codes[start + j] = code
+        columns[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1.0)
+    return codes

@@ -1,0 +1,208 @@
+"""A file and a text -> bits per byte. Only the opened file may speak.
+
+Stages: `float` (plain windows; the float weights, opened through the same reader), `quantized` (the same windows, the
+artifact), `sliding` (the recipe's windows) and `adapted` (these, learning from what is paid). Each opens its file
+itself and has a ledger and a clock of its own, from opening the file to its last payment.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fairway.artifact import Artifact, open_artifact
+from fairway.base.clock import Stopwatch, hold
+from fairway.base.devices import Device
+from fairway.base.errors import DataError, RecipeError
+from fairway.base.journal import Run
+from fairway.base.progress import Meter
+from fairway.base.ranks import Ranks
+from fairway.base.slots import module_of
+from fairway.data import Tokens
+from fairway.model import GPT
+from fairway.score.adapt import none
+from fairway.score.harness import Listener, drive
+from fairway.score.ledger import Ledger
+from fairway.score.predictor import Network, Tape, WindowPredictor
+from fairway.score.spec import ScoreSpec, Stage
+from fairway.score.stream import Stream, Unit
+from fairway.score.windows import plain
+
+
+@dataclass(frozen=True)
+class StageScore:
+    """One stage's score. bits_per_byte = code_length_bits / text_bytes, from the ledger."""
+
+    stage: Stage
+    bits_per_byte: float
+    code_length_bits: float
+    tokens: int  # targets, each paid once
+    text_bytes: int  # of the original text, or of the decoded tokens where `decoded`
+    seconds: float  # from opening the file to the last payment
+    decoded: bool  # the text is what the tokens decode to: the tokenizer cannot return the original
+    text_sha256: str
+    artifact_sha256: str
+
+
+def evaluate(
+    path: Path, held_out: Tokens, spec: ScoreSpec, run: Run, stage: Stage, device: Device | None = None
+) -> StageScore:
+    """Opens the file at `path` (the float weights for the stage `float`) and scores the text with it.
+
+    Raises DataError (the text is empty, or not what the tokenizer of the file makes of it), HonestyError (the score
+    would be false), BudgetError on all ranks (the result's stage is, or will be, over `spec.seconds`).
+    """
+    watch = Stopwatch().start()
+    return score_opened(open_artifact(path), held_out, spec, run, stage, device, watch)
+
+
+def score_opened(
+    artifact: Artifact,
+    held_out: Tokens,
+    spec: ScoreSpec,
+    run: Run,
+    stage: Stage,
+    device: Device | None = None,
+    watch: Stopwatch | None = None,
+) -> StageScore:
+    """`evaluate` for a file that is already open. The artifact itself is never changed."""
+    watch = watch or Stopwatch().start()
+    lengths = byte_lengths(artifact, held_out)
+    stream = stream_of(stage, len(lengths), spec, artifact.model_spec.context)
+    model = model_on(artifact, device)
+    limit = spec.seconds if stage == spec.result else 0.0
+    ledger = Ledger(len(lengths))
+    with run.meter(stage, len(lengths), "tokens") as meter:
+        pace = Pace(stage, ledger, lengths, limit, watch, run.ranks, meter)
+        score_model(model, held_out.tokens, stream, spec, stage, artifact.vocab, ledger, run.ranks, pace)
+    seconds = watch.stop()
+    hold(f"{stage} score", seconds, limit, "s", _REMEDY, run.ranks)
+    score = _stage_score(stage, ledger, held_out, seconds, artifact)
+    run.fact(f"score_{stage}", **asdict(score), units=len(stream), windows=len(stream.windows))
+    return score
+
+
+def model_on(artifact: Artifact, device: Device | None) -> GPT:
+    """A fresh model of the file on a device, computing in the device's type."""
+    model = artifact.model(device.torch if device is not None else None)
+    if device is not None:
+        model.compute = device.compute
+    return model
+
+
+def stream_of(stage: Stage, targets: int, spec: ScoreSpec, trained_context: int) -> Stream:
+    """The order of a stage over `targets` targets: fixed by the spec and the lengths alone."""
+    context = spec.context or trained_context
+    windows = plain.Spec() if stage in ("float", "quantized") else spec.windows
+    if stage == "adapted" and not spec.adapts:
+        raise RecipeError('stage adapted: score.adapt = "none"; name a technique of adapt, such as "ttt"')
+    chunk = int(spec.adapt.chunk) if stage == "adapted" else 0
+    return Stream(targets, context, windows, chunk, block=max(1, spec.block_tokens // context))
+
+
+def predictor_of(
+    model: Network, tape: Tape, stream: Stream, spec: ScoreSpec, stage: Stage, ranks: Ranks | None = None
+) -> WindowPredictor:
+    """The predictor of a stage; for `adapted` it learns, so that `model` is changed by being scored."""
+    technique = spec.adapt if stage == "adapted" else none.Spec()
+    adapter = module_of(technique).Adapter(model, technique, len(stream), ranks or Ranks())
+    return WindowPredictor(model, tape, adapter, spec.block_tokens)
+
+
+def score_model(
+    model: Network,
+    tokens: npt.NDArray[Any],
+    stream: Stream,
+    spec: ScoreSpec,
+    stage: Stage,
+    vocab: int,
+    ledger: Ledger,
+    ranks: Ranks | None = None,
+    after: "Pace | None" = None,
+    listen: Listener | None = None,
+) -> float:
+    """Drives a stage's predictor through its stream; the code length in nats."""
+    tape = Tape(tokens, next(iter(model.parameters())).device)
+    predictor = predictor_of(model, tape, stream, spec, stage, ranks)
+    return drive(predictor, stream, tape, tokens, vocab, ledger, spec.temperature, ranks, after, listen)
+
+
+def byte_lengths(artifact: Artifact, held_out: Tokens) -> npt.NDArray[np.int64]:
+    """Bytes of each target, (N,). DataError unless they add up to the text's bytes, and every token exists."""
+    tokens = np.asarray(held_out.tokens)
+    if len(tokens) < 2 or held_out.text_bytes < 1:
+        raise DataError(
+            f"text of {held_out.text_bytes} bytes ({max(len(tokens) - 1, 0)} targets): "
+            "nothing to score; give a text of at least one byte"
+        )
+    if int(tokens.max()) >= artifact.vocab:
+        raise DataError(
+            f"token {int(tokens.max())}: the artifact's vocabulary has {artifact.vocab}; tokenize with its tokenizer"
+        )
+    lengths = artifact.tokenizer.byte_lengths(tokens[1:], tokens[:-1])
+    if int(lengths.sum()) != held_out.text_bytes:
+        raise DataError(
+            f"byte table: {int(lengths.sum()):,} bytes over {len(lengths):,} targets, but the text has "
+            f"{held_out.text_bytes:,}; tokenize it with the artifact's tokenizer"
+        )
+    if artifact.tokenizer.decode(tokens[1:], previous=int(tokens[0])) != held_out.text:
+        raise DataError(
+            "tokens: they decode to another text than the one to score; tokenize it with the artifact's tokenizer"
+        )
+    return lengths
+
+
+class Pace:
+    """Shows how far a stage is, and stops it on all ranks as soon as it is sure to be late."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        ledger: Ledger,
+        lengths: npt.NDArray[np.int64],
+        limit: float,
+        watch: Stopwatch,
+        ranks: Ranks,
+        meter: Meter,
+    ) -> None:
+        self.stage, self.ledger, self.lengths = stage, ledger, lengths
+        self.limit, self.watch, self.ranks, self.meter = limit, watch, ranks, meter
+        self.units = 0
+        self.settling = (0.0, 0)  # seconds and targets of the first unit: compilers and caches warm up in it
+        self.nats, self.bytes = 0.0, 0
+
+    def __call__(self, unit: Unit) -> None:
+        """unit: this rank's share of a unit that has just been paid."""
+        self.units += 1
+        positions = unit.windows.positions
+        self.nats += float(self.ledger.price(positions).sum())
+        self.bytes += int(self.lengths[positions].sum())
+        seconds = self.watch.seconds
+        self.meter.update(unit.stop, bpb=self.nats / np.log(2) / max(self.bytes, 1))
+        if self.units == 1:
+            self.settling = (seconds, unit.stop)
+        warm, done = self.settling
+        if self.limit and self.units > 3 and unit.stop > done:
+            left = (seconds - warm) / (unit.stop - done) * (len(self.ledger) - unit.stop)
+            # 5 % of what is left is forgiven, since rates vary; the exact time is asserted at the end.
+            hold(f"{self.stage} score, projected", seconds + 0.95 * left, self.limit, "s", _REMEDY, self.ranks)
+
+
+_REMEDY = "take a larger stride, fewer epochs, or raise score.seconds"
+
+
+def _stage_score(stage: Stage, ledger: Ledger, held_out: Tokens, seconds: float, artifact: Artifact) -> StageScore:
+    bits = ledger.code_length_bits
+    return StageScore(
+        stage=stage,
+        bits_per_byte=bits / held_out.text_bytes,
+        code_length_bits=bits,
+        tokens=len(ledger),
+        text_bytes=held_out.text_bytes,
+        seconds=seconds,
+        decoded=held_out.decoded,
+        text_sha256=held_out.text_sha256,
+        artifact_sha256=artifact.sha256,
+    )

@@ -1,0 +1,43 @@
+"""What a recipe says about the score; the decoder's share of it travels in the artifact."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fairway.base.slots import kind_of
+from fairway.base.specs import choice
+
+Stage = Literal["float", "quantized", "sliding", "adapted"]
+
+
+@dataclass(frozen=True)
+class ScoreSpec:
+    """result: the stage whose bits per byte is the score, named before the run."""
+
+    result: Stage = "sliding"
+    context: int = 0  # tokens of a window; 0: the model's training context
+    windows: Any = choice("fairway.score.windows", "sliding")  # of the stages sliding and adapted
+    adapt: Any = choice("fairway.score.adapt", "none")  # of the stage adapted
+    temperature: float = 1.0  # divides every logit, fixed beforehand; one fitted on this text would be no score
+    block_tokens: int = 32768  # tokens of a forward: memory and speed only
+    seconds: float = 0.0  # budget of the result's stage, from opening the file to the last payment; 0: none
+
+    def __post_init__(self) -> None:
+        if self.context < 0 or self.block_tokens < 1 or self.seconds < 0:
+            raise ValueError(
+                f"context = {self.context}, block_tokens = {self.block_tokens}, seconds = {self.seconds}: "
+                "positive numbers are expected"
+            )
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature = {self.temperature}: a positive number is expected")
+        if self.result == "adapted" and not self.adapts:
+            raise ValueError('result = "adapted", but adapt = "none"; name another result, or a technique of adapt')
+
+    @property
+    def adapts(self) -> bool:
+        """Whether anything is learned from the scored text."""
+        return kind_of(self.adapt) != "none"
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages of a whole run, in order."""
+        return ("float", "quantized", "sliding", "adapted") if self.adapts else ("float", "quantized", "sliding")

@@ -1,0 +1,270 @@
+"""The steps of a run. Each reads the products of those before it from the run folder, and writes its own there whole;
+one whose product is there already does nothing, so that `--resume` goes on where a run stopped.
+"""
+
+import platform
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import fairway
+from fairway.artifact import open_artifact, seal, write_weights
+from fairway.artifact.integers import read_integers, write_integers
+from fairway.base import files, recipes, slots
+from fairway.base.clock import Stopwatch, hold
+from fairway.base.devices import Device
+from fairway.base.errors import RecipeError
+from fairway.base.journal import Run
+from fairway.base.specs import to_plain
+from fairway.data import Batches, Tokenizer, Tokens, batches, build_tokenizer, open_corpus, tokenize
+from fairway.model import GPT, build_model, parameter_count
+from fairway.outcome import Outcome
+from fairway.quant import FakeQuant
+from fairway.quant import calibrate as gather_hessians
+from fairway.quant import quantize as quantize_model
+from fairway.recipe import Recipe
+from fairway.score import StageScore, evaluate
+from fairway.score.baselines import baselines, baselines_with_train
+from fairway.train import pretrain
+
+RECIPE, WEIGHTS, HESSIANS, INTEGERS, ARTIFACT, SCORE = (
+    "recipe.toml",
+    "weights.safetensors",
+    "hessians.safetensors",
+    "integers.safetensors",
+    "artifact.fw",
+    "score.json",
+)
+
+
+@dataclass(frozen=True)
+class Text:
+    """What a run reads."""
+
+    tokenizer: Tokenizer
+    train: Tokens
+    held_out: Tokens
+
+
+def begin(recipe: Recipe, run: Run, device: Device) -> None:
+    """Writes the resolved recipe, or refuses a run folder that holds another one; books where and with what it runs."""
+    table = to_plain(recipe)
+    if run.writes:
+        path = run.path(RECIPE)
+        resolved = recipes.dump(table)
+        if path.exists() and path.read_text() != resolved:
+            raise RecipeError(f"{path}: holds another recipe; resume without changes, or start a new run")
+        files.write(path, resolved)
+    run.fact("run", recipe=recipe.name, recipe_sha256=recipes.sha256(table), seed=recipe.seed, started=time.ctime())
+    run.fact("versions", fairway=fairway.__version__, python=platform.python_version(), numpy=np.__version__)
+    run.fact("code", commit=_commit(), sha256=_code_sha256())
+    run.fact("device", ranks=run.ranks.world, **device.describe())
+
+
+def prepare(recipe: Recipe, run: Run) -> Text:
+    """Text, tokenizer and tokens. Before the training clock; other ranks wait for the first one's caches."""
+    with Stopwatch() as watch:
+        if not run.ranks.first:
+            run.ranks.wait()
+        corpus, held_out = open_corpus(recipe.data, "train"), open_corpus(recipe.data, recipe.data.held_out)
+        tokenizer = build_tokenizer(recipe.data, corpus)
+        text = Text(
+            tokenizer,
+            tokenize(corpus, tokenizer, recipe.data.lossy, run),
+            tokenize(held_out, tokenizer, recipe.data.lossy, run),
+        )
+        if run.ranks.first:
+            run.ranks.wait()
+    run.fact("train_text", tokens=len(text.train), **corpus.describe())
+    run.fact("held_out_text", tokens=len(text.held_out), **held_out.describe())
+    run.fact("tokenizer", size=tokenizer.size, sha256=tokenizer.sha256, bytes=len(tokenizer.model))
+    run.fact("prepare", seconds=round(watch.seconds, 3))
+    run.say(
+        f"text          train {corpus.bytes:,} bytes, {len(text.train):,} tokens; {held_out.split} {held_out.bytes:,} "
+        f"bytes, {len(text.held_out):,} tokens; sha256 of training text {str(corpus.describe().get('sha256'))[:12]}"
+    )
+    return text
+
+
+def train(recipe: Recipe, text: Text, run: Run, device: Device) -> None:
+    """Trains the model and writes its averaged float weights."""
+    if _done(run, WEIGHTS, "train"):
+        return
+    model = build_model(recipe.model, text.tokenizer.size, recipe.seed).to(device.torch)
+    model.compute = _compute(device)
+    run.fact("model", params=parameter_count(model), vocab=text.tokenizer.size)
+    _announce(recipe, model, run)
+    qat = FakeQuant(model, recipe.quant, recipe.qat) if recipe.qat.kind != "off" else None
+    trained = pretrain(model, _training_batches(recipe, text, run), recipe.train, run, device, recipe.seed, qat)
+    if run.writes:
+        write_weights(run.path(WEIGHTS), model, text.tokenizer, _decoder(recipe))
+    run.fact("train", **trained.__dict__)
+    hold(
+        "training", trained.seconds, recipe.budget.train_seconds, "s", "take fewer steps or a shorter clock", run.ranks
+    )
+    _tidy(run, "checkpoint.pt")
+    run.ranks.wait()
+
+
+def calibrate(recipe: Recipe, text: Text, run: Run, device: Device) -> None:
+    """Gathers Hessians on training text: the last time that training data is read, inside the training clock."""
+    if _done(run, HESSIANS, "calibration"):
+        return
+    model = _float_model(run, device)
+    context = recipe.model.context
+    with Stopwatch() as watch:
+        count = min(recipe.quant.calibration_sequences, max((len(text.train) - 1) // context, 1))
+        hessians = gather_hessians(model, _calibration(text.train, context, count, recipe, run), recipe.quant, run)
+    run.fact("calibration", seconds=watch.seconds, sequences=count, matrices=len(hessians))
+    spent = float(run.facts["train"]["seconds"]) + watch.seconds
+    remedy = "shorten train.schedule.seconds or quant.calibration_sequences"
+    hold("training + calibration", spent, recipe.budget.train_seconds, "s", remedy, run.ranks)
+    if run.writes:
+        from safetensors.torch import save
+
+        files.write(run.path(HESSIANS), save({name: value.cpu().contiguous() for name, value in hessians.items()}))
+    run.ranks.wait()
+
+
+def quantize(recipe: Recipe, run: Run, device: Device) -> None:
+    """Weights and Hessians -> integers. Reads no text."""
+    if _done(run, INTEGERS, "quant"):
+        return
+    from safetensors.torch import load_file
+
+    hessians = {name: value.to(device.torch) for name, value in load_file(_product(run, HESSIANS)).items()}
+    integers = quantize_model(_float_model(run, device), hessians, recipe.quant, run)
+    if run.writes:
+        write_integers(run.path(INTEGERS), integers)
+    run.ranks.wait()
+
+
+def pack(recipe: Recipe, tokenizer: Tokenizer, run: Run) -> None:
+    """Integers -> the artifact, weighed by stat(); over budget it is removed and BudgetError raised."""
+    if not _done(run, ARTIFACT, "artifact") and run.writes:
+        integers = read_integers(_product(run, INTEGERS))
+        path = run.path(ARTIFACT)
+        sealed = seal(path, integers, recipe.model, tokenizer.size, tokenizer, _decoder(recipe), recipe.pack)
+        run.fact("artifact", bytes=path.stat().st_size, sha256=sealed.sha256, sections=sealed.sections)
+    run.ranks.wait()
+    size, limit = _product(run, ARTIFACT).stat().st_size, recipe.budget.artifact_bytes
+    if limit and size > limit:
+        run.ranks.wait()
+        _tidy(run, ARTIFACT)
+    remedy = "quantise to fewer bits, prune, take a stronger coder or a smaller model"
+    hold("artifact", size, limit, "bytes", remedy, run.ranks)
+
+
+def score(recipe: Recipe, held_out: Tokens, run: Run, device: Device) -> dict[str, StageScore]:
+    """Every stage of the recipe, each from a file that it opens itself."""
+    found: dict[str, StageScore] = {}
+    for stage in recipe.score.stages:
+        path = _product(run, WEIGHTS if stage == "float" else ARTIFACT)
+        booked = run.ranks.share_text(str(run.facts.get(f"score_{stage}", {}).get("artifact_sha256", "")))
+        if run.ranks.world == 1 and booked == files.sha256(path):
+            fact = {key: value for key, value in run.facts[f"score_{stage}"].items() if key != "time"}
+            found[stage] = StageScore(**fact)
+        else:
+            found[stage] = evaluate(path, held_out, recipe.score, run, stage, device)
+        run.say(f"{stage:<13} {found[stage].bits_per_byte:.4f} bits per byte  ({found[stage].seconds:.1f} s)")
+    return found
+
+
+def close(recipe: Recipe, text: Text, scores: dict[str, StageScore], run: Run) -> Outcome:
+    """The score with all that stands beside it, written as score.json."""
+    alone: dict[str, float | None] = {}
+    with_train: dict[str, float | None] = {}
+    if recipe.score.baselines and run.ranks.first:
+        run.say("compressors   xz, zstd, brotli and bzip2 on the same text")
+        alone = baselines(text.held_out.text, run)
+        with_train = baselines_with_train(text.held_out.text, text.train.text, run)
+    outcome = Outcome.of(recipe, scores, run, alone, with_train)
+    if run.writes:
+        files.write(run.path(SCORE), outcome.json())
+    run.fact("done", bits_per_byte=outcome.bits_per_byte)
+    return outcome
+
+
+def stored_text(recipe: Recipe, run: Run) -> Tokenizer:
+    """The tokenizer of a run's weights, for the steps that need no text."""
+    return open_artifact(_product(run, WEIGHTS)).tokenizer
+
+
+def _training_batches(recipe: Recipe, text: Text, run: Run) -> Batches:
+    data, context = recipe.data, recipe.model.context
+    return batches(text.train, data.loader, recipe.train.batch_tokens, context, recipe.seed, run.ranks)
+
+
+def _calibration(train: Tokens, context: int, count: int, recipe: Recipe, run: Run) -> Iterator[Tensor]:
+    """This rank's share of the first `count` windows of the training text, in batches."""
+    order = slots.technique("fairway.data.loaders", "sequential").Spec()
+    rows = batches(train, order, count * context, context, recipe.seed).batch(0)[0]
+    yield from rows[run.ranks.share(count)].split(recipe.quant.calibration_batch)
+
+
+def _float_model(run: Run, device: Device) -> GPT:
+    return open_artifact(_product(run, WEIGHTS)).model(device)
+
+
+def _compute(device: Device) -> torch.dtype | None:
+    return device.compute if device.compute != torch.float32 else None
+
+
+def _decoder(recipe: Recipe) -> dict[str, object]:
+    """The decoder's share of the recipe: what a score is computed with."""
+    return {"recipe": recipe.name, "score": to_plain(recipe.score)}
+
+
+def _announce(recipe: Recipe, model: GPT, run: Run) -> None:
+    """What is about to happen: sizes, and what memory it takes (weights, gradients, two moments, average)."""
+    params = parameter_count(model)
+    schedule = recipe.train.schedule
+    length = f"{schedule.seconds:.0f} s" if schedule.by == "clock" else f"{schedule.steps:,} steps"
+    run.say(
+        f"model         {params:,} parameters, about {params * 20 / 1e6:,.0f} MB for training state; {length} of "
+        f"{recipe.train.batch_tokens:,} tokens; artifact budget {recipe.budget.artifact_bytes:,} bytes"
+    )
+
+
+def _done(run: Run, product: str, fact: str) -> bool:
+    """Whether a step's product and its fact are both there (the same answer on every rank)."""
+    done = run.folder is not None and run.path(product).exists() and fact in run.facts
+    return run.ranks.max(float(done)) > 0
+
+
+def _product(run: Run, name: str) -> Path:
+    path = run.path(name)
+    if not path.exists():
+        raise RecipeError(f"{path}: not there yet; take the step that writes it first, or `fairway run --resume`")
+    return path
+
+
+def _tidy(run: Run, name: str) -> None:
+    if run.writes:
+        run.path(name).unlink(missing_ok=True)
+
+
+def _commit() -> str | None:
+    """The commit of the code, with a + where files differ from it; None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
+        dirty = subprocess.run(
+            ["git", "status", "--porcelain", "--", str(here)], cwd=here, capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "") if head.returncode == 0 else None
+
+
+def _code_sha256() -> str:
+    """One hash over every Python file of the package."""
+    root = Path(__file__).parent
+    listed = sorted(root.rglob("*.py"))
+    return recipes.sha256([[str(path.relative_to(root)), files.sha256(path)] for path in listed])
