@@ -27,6 +27,7 @@ class Recipe:
     name: str
     summary: str = ""
     seed: int = 1337
+    baselines: bool = True  # also compress the held-out text with xz, zstd, brotli and bzip2
     data: DataSpec = field(default_factory=DataSpec)
     model: ModelSpec = field(default_factory=ModelSpec)
     train: TrainSpec = field(default_factory=TrainSpec)

@@ -3,14 +3,12 @@ one whose product is there already does nothing, so that `--resume` goes on wher
 """
 
 import platform
-import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
 import fairway
@@ -23,14 +21,15 @@ from fairway.base.errors import RecipeError
 from fairway.base.journal import Run
 from fairway.base.specs import to_plain
 from fairway.data import Batches, Tokenizer, Tokens, batches, build_tokenizer, open_corpus, tokenize
+from fairway.doctor import git_commit
 from fairway.model import GPT, build_model, parameter_count
 from fairway.outcome import Outcome
 from fairway.quant import FakeQuant
 from fairway.quant import calibrate as gather_hessians
 from fairway.quant import quantize as quantize_model
 from fairway.recipe import Recipe
-from fairway.score import StageScore, evaluate
-from fairway.score.baselines import baselines, baselines_with_train
+from fairway.score import StageScore, baselines, baselines_with_train, evaluate
+from fairway.score.evaluate import model_on
 from fairway.train import pretrain
 
 RECIPE, WEIGHTS, HESSIANS, INTEGERS, ARTIFACT, SCORE = (
@@ -63,7 +62,7 @@ def begin(recipe: Recipe, run: Run, device: Device) -> None:
         files.write(path, resolved)
     run.fact("run", recipe=recipe.name, recipe_sha256=recipes.sha256(table), seed=recipe.seed, started=time.ctime())
     run.fact("versions", fairway=fairway.__version__, python=platform.python_version(), numpy=np.__version__)
-    run.fact("code", commit=_commit(), sha256=_code_sha256())
+    run.fact("code", commit=git_commit(Path(__file__).parent), sha256=_code_sha256())
     run.fact("device", ranks=run.ranks.world, **device.describe())
 
 
@@ -97,7 +96,7 @@ def train(recipe: Recipe, text: Text, run: Run, device: Device) -> None:
     if _done(run, WEIGHTS, "train"):
         return
     model = build_model(recipe.model, text.tokenizer.size, recipe.seed).to(device.torch)
-    model.compute = _compute(device)
+    model.compute = device.compute
     run.fact("model", params=parameter_count(model), vocab=text.tokenizer.size)
     _announce(recipe, model, run)
     qat = FakeQuant(model, recipe.quant, recipe.qat) if recipe.qat.kind != "off" else None
@@ -139,7 +138,7 @@ def quantize(recipe: Recipe, run: Run, device: Device) -> None:
     from safetensors.torch import load_file
 
     hessians = {name: value.to(device.torch) for name, value in load_file(_product(run, HESSIANS)).items()}
-    integers = quantize_model(_float_model(run, device), hessians, recipe.quant, run)
+    integers = quantize_model(_float_model(run, device), (), recipe.quant, run, hessians)
     if run.writes:
         write_integers(run.path(INTEGERS), integers)
     run.ranks.wait()
@@ -166,10 +165,10 @@ def score(recipe: Recipe, held_out: Tokens, run: Run, device: Device) -> dict[st
     found: dict[str, StageScore] = {}
     for stage in recipe.score.stages:
         path = _product(run, WEIGHTS if stage == "float" else ARTIFACT)
-        booked = run.ranks.share_text(str(run.facts.get(f"score_{stage}", {}).get("artifact_sha256", "")))
-        if run.ranks.world == 1 and booked == files.sha256(path):
-            fact = {key: value for key, value in run.facts[f"score_{stage}"].items() if key != "time"}
-            found[stage] = StageScore(**fact)
+        known = str(run.facts.get(f"score_{stage}", {}).get("artifact_sha256", ""))
+        if run.ranks.world == 1 and known == files.sha256(path):
+            booked = run.facts[f"score_{stage}"]
+            found[stage] = StageScore(**{field.name: booked[field.name] for field in fields(StageScore)})
         else:
             found[stage] = evaluate(path, held_out, recipe.score, run, stage, device)
         run.say(f"{stage:<13} {found[stage].bits_per_byte:.4f} bits per byte  ({found[stage].seconds:.1f} s)")
@@ -180,7 +179,7 @@ def close(recipe: Recipe, text: Text, scores: dict[str, StageScore], run: Run) -
     """The score with all that stands beside it, written as score.json."""
     alone: dict[str, float | None] = {}
     with_train: dict[str, float | None] = {}
-    if recipe.score.baselines and run.ranks.first:
+    if recipe.baselines and run.ranks.first:
         run.say("compressors   xz, zstd, brotli and bzip2 on the same text")
         alone = baselines(text.held_out.text, run)
         with_train = baselines_with_train(text.held_out.text, text.train.text, run)
@@ -209,11 +208,7 @@ def _calibration(train: Tokens, context: int, count: int, recipe: Recipe, run: R
 
 
 def _float_model(run: Run, device: Device) -> GPT:
-    return open_artifact(_product(run, WEIGHTS)).model(device)
-
-
-def _compute(device: Device) -> torch.dtype | None:
-    return device.compute if device.compute != torch.float32 else None
+    return model_on(open_artifact(_product(run, WEIGHTS)), device)
 
 
 def _decoder(recipe: Recipe) -> dict[str, object]:
@@ -248,19 +243,6 @@ def _product(run: Run, name: str) -> Path:
 def _tidy(run: Run, name: str) -> None:
     if run.writes:
         run.path(name).unlink(missing_ok=True)
-
-
-def _commit() -> str | None:
-    """The commit of the code, with a + where files differ from it; None outside a checkout."""
-    here = Path(__file__).parent
-    try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
-        dirty = subprocess.run(
-            ["git", "status", "--porcelain", "--", str(here)], cwd=here, capture_output=True, text=True, timeout=10
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "") if head.returncode == 0 else None
 
 
 def _code_sha256() -> str:

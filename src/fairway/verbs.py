@@ -25,9 +25,9 @@ from fairway.base.ranks import Ranks
 from fairway.model import GPT, parameter_count
 from fairway.outcome import Outcome, rows
 from fairway.recipe import Recipe
+from fairway.score import probe as probed
 from fairway.score import sample as sampled
 from fairway.score import score_text
-from fairway.score.probe import probe as probed
 
 SLOTS = (
     "data.sources",
@@ -110,7 +110,8 @@ def score(target: Path, artifact: Path | None, device: str, as_json: bool) -> No
         _score_run(target, device, as_json)
         return
     with _ranks(device) as (ranks, chosen):
-        found = score_text(open_artifact(artifact), read(target), Run(ranks=ranks, quiet=as_json), chosen)
+        quiet = Run(ranks=ranks, quiet=as_json)
+        found = score_text(open_artifact(artifact), read(target), run=quiet, device=chosen, lossy="score_decoded")
     if ranks.first:
         if as_json:
             print(json_text.dumps(asdict(found), indent=2))
@@ -138,13 +139,21 @@ def probe(folder: Path, flips: int, tokens: int, device: str, as_json: bool) -> 
     chosen = _of_folder(folder)
     with _ranks(device) as (ranks, target), _run(chosen, folder.parent, ranks, as_json, folder) as opened:
         text = steps.prepare(chosen, opened)
-        reports = probed(folder / steps.ARTIFACT, text.held_out, chosen.score, opened, target, flips, tokens)
+        reports = probed(
+            folder / steps.ARTIFACT,
+            text.held_out,
+            chosen.score,
+            opened,
+            device=target,
+            targets=tokens,
+            flips=flips,
+        )
     if not ranks.first:
         return
     if as_json:
-        print(json_text.dumps({stage: asdict(report) for stage, report in reports.items()}, indent=2))
+        print(json_text.dumps([asdict(report) for report in reports], indent=2))
     else:
-        findings = [(s, f) for s, report in reports.items() for f in report.findings]
+        findings = [(report.stage, one) for report in reports for one in report.findings]
         table = [
             (
                 f"{stage}: {one.check}",
@@ -154,7 +163,7 @@ def probe(folder: Path, flips: int, tokens: int, device: str, as_json: bool) -> 
             for stage, one in findings
         ]
         _table("check", "nats moved", table)
-    broken = [stage for stage, report in reports.items() if not report.honest]
+    broken = [report.stage for report in reports if not report.honest]
     if broken:
         raise HonestyError(f"{folder}: stage {broken[0]} reads what it scores; this is no score")
 
@@ -173,7 +182,8 @@ def doctor(as_json: bool) -> None:
     if as_json:
         print(json_text.dumps([asdict(check) for check in checks], indent=2))
         return
-    _table("what", "state", [(check.name, check.state, check.remedy) for check in checks])
+    remarks = ["; ".join(filter(None, (check.found, check.remedy))) for check in checks]
+    _table("what", "state", [(c.name, c.state, remark) for c, remark in zip(checks, remarks, strict=True)])
 
 
 def list_recipes(as_json: bool) -> None:

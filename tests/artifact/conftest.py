@@ -26,15 +26,12 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="session")
-def tokenizer() -> Tokenizer:
+def tiny_tokenizer() -> Tokenizer:
     text = [f"the file number {i} holds a line of text, and {i * 7} more of them\n".encode() for i in range(200)]
     return Tokenizer(train(text, TokenizerSpec(vocab=300)))
 
 
-@pytest.fixture(scope="session")
-def spec() -> ModelSpec:
-    embed = ({"kind": "bigram_hash", "rows": 16, "width": 4}, "smear")
+def tiny_spec() -> ModelSpec:
     return build(
         ModelSpec,
         {
@@ -45,9 +42,19 @@ def spec() -> ModelSpec:
             "hidden": 12,
             "context": 16,
             "rotary": {"dims": 2},
-            "embed": embed,
+            "embed": ({"kind": "bigram_hash", "rows": 16, "width": 4}, "smear"),
         },
     )
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def spec() -> ModelSpec:
+    return tiny_spec()
 
 
 def integers(spec: ModelSpec, vocab: int, seed: int = 0) -> Tensors:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from fairway.base import recipes
-from fairway.base.errors import ContractError, FairwayError, RecipeError
+from fairway.base.errors import ContractError, DataError, FairwayError, RecipeError
 from fairway.base.journal import Run
+from fairway.base.ranks import Ranks
 from fairway.base.specs import build, to_plain
 from fairway.model import GPT, projections, tags
 from fairway.quant import (
@@ -21,6 +22,8 @@ from fairway.quant import (
     gather,
     plan,
     quantize,
+    read_hessians,
+    write_hessians,
 )
 from fairway.quant.pruning import small
 
@@ -58,6 +61,34 @@ def test_hessians_do_not_depend_on_how_sequences_are_batched(model: GPT, batches
     at_once, one_by_one = gather(model, [together]), gather(model, together.split(1))
     for name, hessian in at_once.items():
         torch.testing.assert_close(one_by_one[name], hessian, rtol=1e-4, atol=1e-6)
+
+
+def test_ranks_average_over_all_inputs(model: GPT, batches: Batches) -> None:
+    class Twins(Ranks):
+        """Another rank with the same text."""
+
+        def sum_(self, tensor: Tensor) -> Tensor:
+            return tensor.mul_(2)
+
+    alone = gather(model, batches())
+    together = gather(model, batches(), run=Run(ranks=Twins(world=2)))
+    assert all(torch.equal(alone[name], together[name]) for name in alone)
+
+
+def test_kept_hessians_serve_again(model: GPT, batches: Batches, tmp_path: Path) -> None:
+    hessians = gather(model, batches())
+    write_hessians(tmp_path / "hessians.safetensors", hessians)
+    kept = read_hessians(tmp_path / "hessians.safetensors")
+    assert set(kept) == set(hessians)
+    assert all(torch.equal(kept[name], hessian) for name, hessian in hessians.items())
+    direct = dequantized(quantize(model, batches(), QuantSpec(), Run()))
+    again = dequantized(quantize(model, [], QuantSpec(), Run(), kept))
+    assert all(torch.equal(direct[name], again[name]) for name in direct)
+    with pytest.raises(ContractError, match=r"up\.weight: its Hessian is \(3, 3\)"):
+        quantize(model, [], QuantSpec(), Run(), {**kept, "blocks.0.mlp.up.weight": torch.eye(3)})
+    (tmp_path / "hessians.safetensors").write_bytes(b"something else")
+    with pytest.raises(DataError, match="no Hessians"):
+        read_hessians(tmp_path / "hessians.safetensors")
 
 
 def test_calibration_without_text_is_refused(model: GPT) -> None:

@@ -12,7 +12,7 @@ class Tiny(nn.Module):
         drawn = torch.Generator().manual_seed(seed)
         self.embedding = nn.Parameter(torch.randn(vocab, width, generator=drawn))
         self.mix = nn.Parameter(torch.randn(width, width, generator=drawn) / width**0.5)
-        self.decay = decay
+        self.vocab, self.decay = vocab, decay
 
     def forward(self, tokens: Tensor, past: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x = self.embedding[tokens]

@@ -112,12 +112,31 @@ def test_an_answer_given_twice_is_refused():
         score(lambda tape: Scripted(twice), Stream(50, 8, plain.Spec()), text(50))
 
 
-def test_positions_outside_the_text_are_refused():
-    def outside(unit):
-        yield np.array([-1]), torch.zeros(1, VOCAB)
+@pytest.mark.parametrize("position", [-1, 50, 8])
+def test_positions_out_of_turn_are_refused(position):
+    """Before the text, after it, and in the next unit (units of 8)."""
 
-    with pytest.raises(HonestyError, match="outside the 50 targets"):
-        score(lambda tape: Scripted(outside), Stream(50, 8, plain.Spec()), text(50))
+    def outside(unit):
+        yield np.array([position]), torch.zeros(1, VOCAB)
+
+    with pytest.raises(HonestyError, match="its turn is 0 to 7"):
+        score(lambda tape: Scripted(outside), Stream(50, 8, plain.Spec(), chunk=8), text(50))
+
+
+def test_a_predictor_cannot_move_the_windows():
+    def move(unit):
+        unit.windows.first[0] += 1
+        yield from uniform(unit)
+
+    with pytest.raises(ValueError, match="read-only"):
+        score(lambda tape: Scripted(move), Stream(50, 8, plain.Spec()), text(50))
+
+
+@pytest.mark.parametrize(("context", "chunk"), [(16, 5), (40, 8), (7, 50), (64, 64)])
+def test_chunks_of_any_length_beside_the_context_are_scored(context, chunk):
+    """Chunks shorter than a window leave units without windows of their own."""
+    nats, _ = score(lambda tape: Scripted(uniform), Stream(50, context, sliding.Spec(3), chunk), text(50))
+    assert nats == pytest.approx(50 * np.log(VOCAB), rel=1e-14)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -83,7 +83,7 @@ def digits_in_byte(bits: int) -> int:
 def to_bytes(flat: Codes, bits: int) -> bytes:
     """codes: (count,) int8 -> ceil(count / digits) bytes; the last byte is filled up with code 0."""
     limit, digits = largest(bits), digits_in_byte(bits)
-    values = (flat.astype(np.int16) + limit).astype(np.uint8)
+    values = flat.view(np.uint8) + np.uint8(limit)  # modulo 256: −limit … limit become 0 … 2·limit
     if digits == 1:
         return values.tobytes()
     padded = np.full(-(-len(values) // digits) * digits, limit, dtype=np.uint8)
@@ -104,6 +104,8 @@ def from_bytes(raw: bytes, count: int, bits: int) -> Codes:
     packed = np.frombuffer(raw, dtype=np.uint8)
     if packed.size and int(packed.max()) >= base**digits:
         raise ValueError(f"a byte holds more than {digits} codes of int{bits}")
+    if digits == 1:
+        return (packed - np.uint8(limit)).view(np.int8)
     values = np.empty((len(packed), digits), dtype=np.int16)
     rest = packed.astype(np.int16)
     for place in range(digits):

@@ -27,7 +27,7 @@ def write_integers(path: Path, tensors: Tensors) -> None:
         else:
             flat[name] = value
     about = {"order": json.dumps(list(tensors)), "bits": json.dumps(bits)}
-    files.write(path, save({name: np.ascontiguousarray(value) for name, value in flat.items()}, metadata=about))
+    files.write(path, save({name: np.array(value, order="C") for name, value in flat.items()}, metadata=about))
 
 
 def read_integers(path: Path) -> Tensors:

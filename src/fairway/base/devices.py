@@ -27,7 +27,7 @@ class Device:
         name = torch.cuda.get_device_name(self.torch) if self.torch.type == "cuda" else platform.processor()
         return {
             "device": str(self.torch),
-            "name": name or platform.machine(),
+            "processor": name or platform.machine(),
             "compute": str(self.compute).removeprefix("torch."),
             "compile": self.compile,
             "threads": torch.get_num_threads(),

@@ -74,15 +74,16 @@ def divide_dev(documents: Sequence[bytes], cuts_documents: bool) -> tuple[tuple[
 
 
 def divide_dev_shards(shards: Sequence[Shard], bos: int) -> tuple[tuple[Shard, ...], tuple[Shard, ...]]:
-    """(the rest, dev): the last 5 % of the tokens, from the first document that begins there (in that shard)."""
+    """(the rest, dev): the last 5 % of the tokens, from the start of a document near there in that shard."""
     keep = sum(len(shard.tokens) for shard in shards) - int(DEV_SHARE * sum(len(shard.tokens) for shard in shards))
     rest, dev = list[Shard](), list[Shard]()
     for shard in shards:
         cut = min(keep, len(shard.tokens))
         keep -= cut
         if 0 < cut < len(shard.tokens):
-            starts = np.flatnonzero(shard.tokens[cut:] == bos)
-            cut += int(starts[0]) if len(starts) else 0
+            starts = np.flatnonzero(shard.tokens == bos)
+            after, before = starts[starts >= cut], starts[(starts > 0) & (starts < cut)]
+            cut = int(after[0] if len(after) else before[-1] if len(before) else cut)
         if cut:
             rest.append(Shard(shard.path, shard.tokens[:cut], shard.first))
         if cut < len(shard.tokens):

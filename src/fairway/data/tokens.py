@@ -62,12 +62,12 @@ class Tokens:
 
     def read(self, start: int, stop: int) -> Uint16:
         """tokens[start:stop] without joining the parts."""
-        first = int(np.searchsorted(self._ends, start, side="right"))
-        found, begin = [], int(self._ends[first - 1]) if first else 0
+        first = min(int(np.searchsorted(self._ends, start, side="right")), len(self.parts) - 1)
+        found, begin = list[Uint16](), int(self._ends[first - 1]) if first else 0
         for part in self.parts[first:]:
-            if begin >= stop:
+            if begin >= stop and found:
                 break
-            found.append(part[max(0, start - begin) : stop - begin])
+            found.append(part[max(0, start - begin) : max(0, stop - begin)])
             begin += len(part)
         return found[0] if len(found) == 1 else np.concatenate(found)
 

@@ -2,10 +2,10 @@
 
 from fairway.quant.fake import FakeQuant, FakeSpec, soft_round, straight_through
 from fairway.quant.grid import Quantized, Tensors, entropy, largest, nearest_codes
-from fairway.quant.observe import Hessians, gather
+from fairway.quant.observe import Hessians, gather, read_hessians, write_hessians
 from fairway.quant.plan import GridSpec, Override, QuantSpec, plan
 from fairway.quant.pruning import PruneSpec
-from fairway.quant.quantize import dequantized, objective, quantize, quantize_tensor
+from fairway.quant.quantize import calibrate, dequantized, objective, quantize, quantize_tensor
 from fairway.quant.scales import ScaleSpec, row_scales
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Quantized",
     "ScaleSpec",
     "Tensors",
+    "calibrate",
     "dequantized",
     "entropy",
     "gather",
@@ -28,7 +29,9 @@ __all__ = [
     "plan",
     "quantize",
     "quantize_tensor",
+    "read_hessians",
     "row_scales",
     "soft_round",
     "straight_through",
+    "write_hessians",
 ]

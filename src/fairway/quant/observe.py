@@ -6,11 +6,13 @@ its product is computed once.
 """
 
 from collections.abc import Collection, Iterable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fairway.base.errors import ContractError
+from fairway.base import files
+from fairway.base.errors import ContractError, DataError
 from fairway.base.journal import Run
 from fairway.model import GPT, projections, tags
 
@@ -70,6 +72,27 @@ def gather(
         for name, old in before.items():
             owners[name].observe = old
     return {name: _mean(name, plug, run) for name, plug in plugs.items()}
+
+
+def write_hessians(path: Path, hessians: Hessians) -> None:
+    """The Hessians as a .safetensors file, so that one calibration serves several plans."""
+    from safetensors.torch import save
+
+    files.write(path, save({name: hessian.cpu().contiguous() for name, hessian in hessians.items()}))
+
+
+def read_hessians(path: Path) -> Hessians:
+    """What `write_hessians` wrote; DataError for another file."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        hessians: Hessians = load(files.read(path))
+    except (SafetensorError, ValueError) as error:
+        raise DataError(f"{path}: no Hessians: {error}; calibrate again") from error
+    if any(h.ndim != 2 or h.shape[0] != h.shape[1] or h.dtype != torch.float32 for h in hessians.values()):
+        raise DataError(f"{path}: no Hessians: square float32 matrices are expected; calibrate again")
+    return hessians
 
 
 def _square(weight: Tensor) -> Tensor:

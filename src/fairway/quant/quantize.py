@@ -35,11 +35,10 @@ def quantize(
     """
     planned = plan(model, spec)
     solved = _solved(model, planned, spec)
-    needed = solved if slots.module_of(spec.rounding).NEEDS_HESSIAN else []
     if hessians is None:
         with Stopwatch() as watch:
-            hessians = gather(model, calibration, needed, run, spec.calibration_sequences) if needed else {}
-        run.fact("calibration", seconds=round(watch.seconds, 3), matrices=len(needed))
+            hessians = calibrate(model, calibration, spec, run)
+        run.fact("calibration", seconds=round(watch.seconds, 3), matrices=len(hessians))
     tensors: Tensors = {}
     with Stopwatch() as watch, run.meter("quantize", sum(p.numel() for p in model.parameters()), "weights") as meter:
         done = 0
@@ -47,6 +46,8 @@ def quantize(
             weight, grid = parameter.detach(), planned[name]
             if not bool(torch.isfinite(weight).all()):
                 raise FairwayError(f"{name}: a weight is not finite; go back to a checkpoint before the divergence")
+            if name in hessians and hessians[name].shape != (weight.shape[1], weight.shape[1]):
+                raise ContractError(f"{name}: its Hessian is {tuple(hessians[name].shape)}; calibrate this model")
             if grid is None:
                 tensors[name] = _float16(name, weight)
             else:
@@ -57,6 +58,14 @@ def quantize(
             meter.update(done)
     run.fact("quant", seconds=round(watch.seconds, 3), **_summary(tensors, run))
     return tensors
+
+
+def calibrate(model: GPT, calibration: Iterable[Tensor], spec: QuantSpec, run: Run) -> Hessians:
+    """The Hessians that the plan needs, none where its rounding does without. calibration: (B, T) int64 batches of
+    training text, this rank's share."""
+    if not slots.module_of(spec.rounding).NEEDS_HESSIAN:
+        return {}
+    return gather(model, calibration, _solved(model, plan(model, spec), spec), run, spec.calibration_sequences)
 
 
 def quantize_tensor(

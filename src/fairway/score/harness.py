@@ -47,7 +47,7 @@ def drive(
         tape.open_to(unit.stop)
         mine = unit.share(ranks)
         for positions, logits in predictor.predict(mine):
-            _pay(ledger, positions, logits, tokens, vocab, temperature, listen)
+            _pay(ledger, mine, positions, logits, tokens, vocab, temperature, listen)
         owed = int((~ledger.paid(mine.windows.positions)).sum())
         if owed:
             raise HonestyError(f"unit {unit.index}: {owed} of {mine.windows.scored} positions were not predicted")
@@ -60,6 +60,7 @@ def drive(
 
 def _pay(
     ledger: Ledger,
+    unit: Unit,
     positions: Index,
     logits: Tensor,
     tokens: npt.NDArray[Any],
@@ -72,8 +73,14 @@ def _pay(
             f"logits of shape {tuple(logits.shape)} for {len(positions)} positions; "
             f"a distribution over the whole vocabulary of {vocab} is needed for each"
         )
-    if len(positions) and not 0 <= positions.min() <= positions.max() < len(ledger):
-        raise HonestyError(f"position outside the {len(ledger)} targets of this text")
+    if not len(positions):
+        return
+    first, stop = (int(unit.windows.first[0]), int(unit.windows.stop[-1])) if len(unit.windows) else (0, 0)
+    if not first <= positions.min() <= positions.max() < stop:
+        raise HonestyError(
+            f"unit {unit.index}: positions {positions.min()} to {positions.max()} were predicted, "
+            f"but its turn is {first} to {stop - 1}; the order is fixed beforehand"
+        )
     chances = normalise(logits, temperature)
     target = torch.from_numpy(tokens[positions + 1].astype(np.int64)).to(chances.device)
     ledger.pay(positions, -chances.gather(1, target[:, None])[:, 0].cpu().numpy())

@@ -41,7 +41,9 @@ class Ledger:
         if positions.min() < 0 or positions.max() >= len(self):
             far = positions.max() if positions.max() >= len(self) else positions.min()
             raise HonestyError(f"ledger: position {far} does not exist; there are {len(self)}")
-        _refuse(positions, ~np.isfinite(nats), nats, "is not finite")
+        _refuse(
+            positions, ~np.isfinite(nats), nats, "is not finite: look at the weights, or at the rate of the adaptation"
+        )
         _refuse(positions, nats < -NOISE, nats, "is below zero: no probability is above 1")
         _refuse(positions, self.paid(positions), nats, "is a second payment; each position is scored once")
         _, first = np.unique(positions, return_index=True)

@@ -38,6 +38,9 @@ class Predictor(Protocol):
 class Network(Protocol):
     """The one forward, as scoring sees it (fairway.model.GPT)."""
 
+    @property
+    def vocab(self) -> int: ...
+
     def __call__(self, tokens: Tensor, past: Any = None) -> tuple[Tensor, Any]: ...
 
     def logits(self, hidden: Tensor, last: int | None = None) -> Tensor: ...
@@ -111,9 +114,8 @@ class WindowPredictor:
 
 def _blocks(model: Network, windows: Windows, hidden: Tensor, scored: int) -> Iterator[Block]:
     """hidden: (n, scored, d) -> blocks of logits, several where one would be too large."""
-    vocab = model.logits(hidden[:1], last=1).shape[-1]
-    rows = max(1, _BLOCK_ELEMENTS // (scored * vocab))
+    rows = max(1, _BLOCK_ELEMENTS // (scored * model.vocab))
     for begin in range(0, len(windows), rows):
         part = windows[begin : begin + rows]
         logits = model.logits(hidden[begin : begin + rows], last=scored)
-        yield part.positions, logits.reshape(-1, vocab)
+        yield part.positions, logits.flatten(0, 1)

@@ -99,6 +99,8 @@ class Stream:
             raise RecipeError(f"score.windows: {error}") from error
         self.targets, self.context, self.chunk = targets, context, chunk
         _each_target_once(self.windows, targets, context, kind_of(windows))
+        for column in (self.windows.start, self.windows.stop, self.windows.first):
+            column.flags.writeable = False  # no predictor moves a window while the stream runs
         first = self.windows.first
         if chunk:
             edges = np.searchsorted(first, np.arange(0, targets, chunk))

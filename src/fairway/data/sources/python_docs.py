@@ -10,6 +10,7 @@ version, so its sha256 is a fact of every run. Measured: 3.11.7 2,118,668 bytes 
 import ast
 import hashlib
 import json
+import os
 import platform
 import sysconfig
 import warnings
@@ -91,13 +92,21 @@ def topics(root: Path) -> Iterator[str]:
 def docstrings(root: Path) -> Iterator[str]:
     """One text for each module that has docstrings; a docstring seen before is left out."""
     seen: set[str] = set()
-    relative = sorted(path.relative_to(root).parts for path in root.rglob("*.py"))
-    for parts in relative:
-        if _LEFT_OUT.isdisjoint(parts) and (tree := _parse(root.joinpath(*parts))):
+    for path in _modules(root):
+        if tree := _parse(path):
             fresh = [text for text in _of_module(tree) if text not in seen]
             seen.update(fresh)
             if fresh:
                 yield "\n\n".join(dict.fromkeys(fresh)) + "\n"
+
+
+def _modules(root: Path) -> list[Path]:
+    """The source files, by name in an order that no file system decides."""
+    found = []
+    for folder, inside, names in os.walk(root):
+        inside[:] = [name for name in inside if name not in _LEFT_OUT]  # site-packages may hold a thousand folders
+        found += [Path(folder, name) for name in names if name.endswith(".py")]
+    return sorted(found, key=lambda path: path.relative_to(root).parts)
 
 
 def _of_module(tree: ast.Module) -> list[str]:

@@ -1,0 +1,62 @@
+"""What every loader and every source promises, run on each file of their slots."""
+
+import numpy as np
+import pytest
+
+from fairway.base import slots
+from fairway.base.errors import FairwayError
+from fairway.base.specs import build
+from fairway.data import DataSpec, open_corpus
+from fairway.data.sources.shards import write_shard
+
+LOADERS, SOURCES = "fairway.data.loaders", "fairway.data.sources"
+
+
+@pytest.mark.parametrize("kind", slots.kinds(LOADERS))
+@pytest.mark.parametrize(("tokens", "context"), [(17, 16), (18, 16), (33, 16), (1000, 16), (4097, 64), (5, 1), (2, 1)])
+def test_a_loader_reads_inside_the_text_no_window_twice_and_nearly_all_of_it(kind, tokens, context):
+    module = slots.technique(LOADERS, kind)
+    order = module.order(module.Spec(), tokens, context, 42)
+    for epoch in range(3):
+        starts = np.sort(order.starts(epoch * order.windows, order.windows))
+        assert starts[0] >= 0
+        assert starts[-1] + context + 1 <= tokens
+        assert (np.diff(starts) >= context).all()
+        assert tokens - len(starts) * context < 2 * context + 1
+
+
+@pytest.mark.parametrize("kind", slots.kinds(LOADERS))
+def test_a_loader_is_a_pure_function_of_the_window_number(kind):
+    module = slots.technique(LOADERS, kind)
+    order, again = (module.order(module.Spec(), 1000, 16, 7) for _ in range(2))
+    whole = order.starts(0, 200)
+    single = [int(again.starts(number, 1)[0]) for number in reversed(range(200))]
+    assert whole.tolist() == single[::-1]
+
+
+@pytest.fixture
+def path_of(tmp_path):
+    """A place to read for each source; a new source that needs one gets its line here."""
+    (tmp_path / "text").write_bytes(b"some words " * 200)
+    for part in ("train", "val"):
+        write_shard(tmp_path / f"fineweb_{part}_000000.bin", np.arange(2, 202, dtype=np.uint16) + len(part))
+    return {"text": str(tmp_path / "text"), "shards": str(tmp_path)}
+
+
+@pytest.mark.parametrize("kind", slots.kinds(SOURCES))
+def test_a_source_gives_the_same_text_each_time_and_sides_that_share_nothing(kind, path_of):
+    spec = build(DataSpec, {"source": kind, "path": path_of.get(kind, "")})
+    train, valid = open_corpus(spec, "train"), open_corpus(spec, "valid")
+    assert (train.split, valid.split) == ("train", "valid")
+    assert train.bytes > 0 < valid.bytes
+    assert open_corpus(spec, "train").sha256 == train.sha256 != valid.sha256
+    assert not set(train.documents) & set(valid.documents)
+    assert train.decoded == valid.decoded == (not train.documents)
+
+
+@pytest.mark.parametrize("kind", slots.kinds(SOURCES))
+def test_a_source_that_is_not_there_is_one_line(kind, tmp_path):
+    spec = build(DataSpec, {"source": kind, "path": str(tmp_path / "absent")})
+    with pytest.raises(FairwayError, match="absent") as caught:
+        open_corpus(spec, "train")
+    assert "\n" not in str(caught.value)

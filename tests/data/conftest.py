@@ -1,0 +1,47 @@
+"""Text to learn a small tokenizer from, a cache apart from the user's, and the measured data where present."""
+
+import inspect
+import os
+from pathlib import Path
+
+import pytest
+
+from fairway.data import Tokenizer, TokenizerSpec
+from fairway.data.tokenizer import train
+
+
+@pytest.fixture(scope="session")
+def session_cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def _cache_apart(session_cache, monkeypatch):
+    """One cache for all tests here, so that the standard library is read once."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(session_cache))
+
+
+@pytest.fixture
+def own_cache(_cache_apart, tmp_path, monkeypatch) -> Path:
+    """An empty cache for one test."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "own"))
+    return tmp_path / "own" / "fairway"
+
+
+@pytest.fixture(scope="session")
+def source_text() -> bytes:
+    """Real text of about 120 KB that every installation has, with indentation and line ends."""
+    return inspect.getsource(inspect).encode()
+
+
+@pytest.fixture(scope="session")
+def tokenizer(source_text) -> Tokenizer:
+    return Tokenizer(train([source_text], TokenizerSpec(vocab=400)))
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    folder = Path(os.environ.get("FAIRWAY_DATA", Path(__file__).parents[2] / ".." / "shared" / "data")).resolve()
+    if not folder.is_dir():
+        pytest.skip(f"no data folder at {folder} (set FAIRWAY_DATA)")
+    return folder
