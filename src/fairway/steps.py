@@ -27,6 +27,7 @@ from fairway.outcome import Outcome
 from fairway.quant import FakeQuant
 from fairway.quant import calibrate as gather_hessians
 from fairway.quant import quantize as quantize_model
+from fairway.quant.observe import read_hessians, write_hessians
 from fairway.recipe import Recipe
 from fairway.score import StageScore, baselines, baselines_with_train, evaluate
 from fairway.score.evaluate import model_on
@@ -125,9 +126,7 @@ def calibrate(recipe: Recipe, text: Text, run: Run, device: Device) -> None:
     remedy = "shorten train.schedule.seconds or quant.calibration_sequences"
     hold("training + calibration", spent, recipe.budget.train_seconds, "s", remedy, run.ranks)
     if run.writes:
-        from safetensors.torch import save
-
-        files.write(run.path(HESSIANS), save({name: value.cpu().contiguous() for name, value in hessians.items()}))
+        write_hessians(run.path(HESSIANS), hessians)
     run.ranks.wait()
 
 
@@ -135,9 +134,7 @@ def quantize(recipe: Recipe, run: Run, device: Device) -> None:
     """Weights and Hessians -> integers. Reads no text."""
     if _done(run, INTEGERS, "quant"):
         return
-    from safetensors.torch import load_file
-
-    hessians = {name: value.to(device.torch) for name, value in load_file(_product(run, HESSIANS)).items()}
+    hessians = {name: value.to(device.torch) for name, value in read_hessians(_product(run, HESSIANS)).items()}
     integers = quantize_model(_float_model(run, device), (), recipe.quant, run, hessians)
     if run.writes:
         write_integers(run.path(INTEGERS), integers)
@@ -146,15 +143,17 @@ def quantize(recipe: Recipe, run: Run, device: Device) -> None:
 
 def pack(recipe: Recipe, tokenizer: Tokenizer, run: Run) -> None:
     """Integers -> the artifact, weighed by stat(); over budget it is removed and BudgetError raised."""
-    if not _done(run, ARTIFACT, "artifact") and run.writes:
-        integers = read_integers(_product(run, INTEGERS))
-        path = run.path(ARTIFACT)
-        sealed = seal(path, integers, recipe.model, tokenizer.size, tokenizer, _decoder(recipe), recipe.pack)
-        run.fact("artifact", bytes=path.stat().st_size, sha256=sealed.sha256, sections=sealed.sections)
-    run.ranks.wait()
-    size, limit = _product(run, ARTIFACT).stat().st_size, recipe.budget.artifact_bytes
-    if limit and size > limit:
+    path = run.path(ARTIFACT)
+    if not _done(run, ARTIFACT, "artifact"):
+        if run.writes:
+            integers = read_integers(_product(run, INTEGERS))
+            seal(path, integers, recipe.model, tokenizer.size, tokenizer, _decoder(recipe), recipe.pack)
         run.ranks.wait()
+        sealed = open_artifact(path)
+        run.fact("artifact", bytes=path.stat().st_size, sha256=sealed.sha256, sections=sealed.sections)
+    size, limit = path.stat().st_size, recipe.budget.artifact_bytes
+    run.ranks.wait()
+    if limit and size > limit:
         _tidy(run, ARTIFACT)
     remedy = "quantise to fewer bits, prune, take a stronger coder or a smaller model"
     hold("artifact", size, limit, "bytes", remedy, run.ranks)
@@ -165,12 +164,13 @@ def score(recipe: Recipe, held_out: Tokens, run: Run, device: Device) -> dict[st
     found: dict[str, StageScore] = {}
     for stage in recipe.score.stages:
         path = _product(run, WEIGHTS if stage == "float" else ARTIFACT)
-        known = str(run.facts.get(f"score_{stage}", {}).get("artifact_sha256", ""))
-        if run.ranks.world == 1 and known == files.sha256(path):
-            booked = run.facts[f"score_{stage}"]
+        booked = run.facts.get(f"score_{stage}", {})
+        known = booked.get("artifact_sha256") == files.sha256(path)
+        if run.ranks.world == 1 and known and booked["text_sha256"] == held_out.text_sha256:
             found[stage] = StageScore(**{field.name: booked[field.name] for field in fields(StageScore)})
         else:
-            found[stage] = evaluate(path, held_out, recipe.score, run, stage, device)
+            limit = recipe.budget.eval_seconds if stage == recipe.score.result else 0.0
+            found[stage] = evaluate(path, held_out, recipe.score, run, stage, device, limit)
         run.say(f"{stage:<13} {found[stage].bits_per_byte:.4f} bits per byte  ({found[stage].seconds:.1f} s)")
     return found
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from fairway.artifact import Group, GroupLayout, TensorLayout, bytestreams
-from fairway.artifact.coder import plain
+from fairway.artifact.coder import plain, zstd
 from fairway.artifact.groups import ORDERS, byte_count, digits_in_byte, flatten, from_bytes, to_bytes, unflatten
 from fairway.artifact.squeeze import squeeze, unsqueeze
 from fairway.base import slots
@@ -21,7 +21,7 @@ CODERS = [slots.technique(FOLDER, kind) for kind in slots.kinds(FOLDER)]
 each = pytest.mark.parametrize("coder", CODERS, ids=lambda module: module.__name__.rsplit(".", 1)[-1])
 STREAMS = [
     (bytestreams.lzma_pack, bytestreams.lzma_unpack),
-    (bytestreams.zstd_pack, bytestreams.zstd_unpack),
+    (zstd.zstd_pack, zstd.zstd_unpack),
     (bytestreams.brotli_pack, bytestreams.brotli_unpack),
 ]
 streams = pytest.mark.parametrize(("pack", "unpack"), STREAMS, ids=["lzma", "zstd", "brotli"])

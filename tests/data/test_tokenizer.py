@@ -75,6 +75,24 @@ def test_line_ends_and_indentation_have_pieces(tokenizer):
     assert tokenizer.encode(b" " * 16).tolist() != tokenizer.encode(b" ").tolist() * 16
 
 
+CORPORA = {
+    "chinese": "".join(chr(0x4E00 + i * i % 301) for i in range(9000)),  # more characters than pieces, and no space
+    "reserved": "<s> <unk> <0x41> </s> \ufeff hello world " * 99,
+    "refused": "▅▅ ▁▁ \0 some words" * 99,
+    "tabs": "a\tb\tcd\t\tcd\n" * 99,
+}
+
+
+@pytest.mark.parametrize("name", CORPORA)
+@pytest.mark.parametrize("across_words", [True, False])
+def test_whatever_it_learned_from_any_bytes_come_back(name, across_words):
+    text = CORPORA[name] + "the quick brown fox jumps over the lazy dog, and so on and on"
+    text = text.replace(" ", "") if name == "chinese" else text
+    learned = Tokenizer(train([text.encode()], TokenizerSpec(vocab=300, across_words=across_words)))
+    for data in (*HARD, text.encode(), *(other.encode() for other in CORPORA.values())):
+        _comes_back_and_is_counted(learned, data)
+
+
 def test_training_twice_gives_the_same_model(source_text):
     spec = TokenizerSpec(vocab=320, sample_bytes=50_000)
     assert train([source_text, b"x y z"], spec) == train([source_text, b"x y z"], spec)
@@ -82,13 +100,13 @@ def test_training_twice_gives_the_same_model(source_text):
 
 def test_a_sample_reaches_into_every_part_of_the_text():
     documents = [bytes([65 + i]) * 70_000 for i in range(20)]
-    sample = list(module._sentences(documents, 400_000))
+    sample = list(module._sample(documents, 400_000))
     assert 400_000 <= sum(map(len, sample)) <= 500_000
     places = sorted({ord(text[0]) - 65 for text in sample})
     assert places[0] == 0
     assert places[-1] >= 16
     assert max(b - a for a, b in pairwise(places)) <= 4
-    assert b"".join(text.encode() for text in module._sentences(documents, 10**9)) == b"".join(documents)
+    assert b"".join(text.encode() for text in module._sample(documents, 10**9)) == b"".join(documents)
 
 
 def test_a_tokenizer_travels_in_its_model(tokenizer, source_text):
@@ -172,7 +190,7 @@ def test_a_stated_vocabulary_must_be_the_models(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize(
-    "values", [{"vocab": 100}, {"vocab": 70_000}, {"coverage": 0.5}, {"sample_bytes": 0}, {"longest_piece": 0}]
+    "values", [{"vocab": 100}, {"vocab": 70_000}, {"coverage": 0.0}, {"sample_bytes": 0}, {"longest_piece": 0}]
 )
 def test_impossible_tokenizers_are_refused(values):
     with pytest.raises(ValueError, match=next(iter(values))):

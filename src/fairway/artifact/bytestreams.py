@@ -1,20 +1,15 @@
 """Byte compressors with decompression that is bounded: never more than the announced number of bytes is produced.
 
 lzma   raw LZMA2 without container or check (the artifact has its own); the dictionary follows from the size
-zstd   one frame; needs backports.zstd below Python 3.14
-brotli one stream
+brotli one stream (the bound needs brotli 1.2)
+
+Zstandard stands in its coder, so that a decoder without that library opens all other files.
 """
 
 import lzma
-import sys
 from typing import Any
 
 import brotli
-
-if sys.version_info >= (3, 14):
-    from compression import zstd
-else:
-    from backports import zstd
 
 
 def lzma_pack(raw: bytes, preset: int = 9, context: int = 3) -> bytes:
@@ -31,24 +26,7 @@ def lzma_unpack(blob: bytes, size: int) -> bytes:
             raw += stream.decompress(b"", max_length=1)
     except (lzma.LZMAError, EOFError) as error:
         raise ValueError(f"lzma: {error}") from error
-    return _whole("lzma", raw, size, stream.eof and not stream.unused_data)
-
-
-def zstd_pack(raw: bytes, level: int = 22) -> bytes:
-    """level: 1 … 22."""
-    return bytes(zstd.compress(raw, level))
-
-
-def zstd_unpack(blob: bytes, size: int) -> bytes:
-    """The `size` bytes that were packed; ValueError for anything else."""
-    stream = zstd.ZstdDecompressor()
-    try:
-        raw = stream.decompress(blob, max_length=size)
-        if not stream.eof:
-            raw += stream.decompress(b"", max_length=1)
-    except (zstd.ZstdError, EOFError) as error:
-        raise ValueError(f"zstd: {error}") from error
-    return _whole("zstd", raw, size, stream.eof and not stream.unused_data)
+    return whole("lzma", raw, size, stream.eof and not stream.unused_data)
 
 
 def brotli_pack(raw: bytes, quality: int = 11, window: int = 24) -> bytes:
@@ -71,10 +49,11 @@ def brotli_unpack(blob: bytes, size: int) -> bytes:
             length += len(piece)
     except brotli.error as error:
         raise ValueError(f"brotli: {error}") from error
-    return _whole("brotli", b"".join(found), size, stream.is_finished())
+    return whole("brotli", b"".join(found), size, stream.is_finished())
 
 
-def _whole(name: str, raw: bytes, size: int, ended: bool) -> bytes:
+def whole(name: str, raw: bytes, size: int, ended: bool) -> bytes:
+    """raw, when it is all of the `size` bytes announced and its stream has ended; otherwise ValueError."""
     if len(raw) != size or not ended:
         raise ValueError(f"{name}: the stream does not hold exactly {size:,} bytes")
     return raw

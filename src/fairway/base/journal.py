@@ -35,6 +35,7 @@ class Run:
             self._lock = _locked(folder)
             for name in ("journal.jsonl", "curves.jsonl"):
                 _end_torn_line(folder / name)
+        if folder is not None:  # every rank knows what an earlier process finished
             for row in _rows(folder / "journal.jsonl"):
                 row.pop("time", None)
                 self.facts[row.pop("fact", "")] = row

@@ -47,15 +47,21 @@ class StageScore:
 
 
 def evaluate(
-    path: Path, held_out: Tokens, spec: ScoreSpec, run: Run, stage: Stage, device: Device | None = None
+    path: Path,
+    held_out: Tokens,
+    spec: ScoreSpec,
+    run: Run,
+    stage: Stage,
+    device: Device | None = None,
+    limit: float = 0.0,
 ) -> StageScore:
     """Opens the file at `path` (the float weights for the stage `float`) and scores the text with it.
 
     Raises DataError (the text is empty, or not what the tokenizer of the file makes of it), HonestyError (the score
-    would be false), BudgetError on all ranks (the result's stage is, or will be, over `spec.seconds`).
+    would be false), BudgetError on all ranks (the stage is, or will be, over `limit` seconds; 0: no limit).
     """
     watch = Stopwatch().start()
-    return score_opened(open_artifact(path), held_out, spec, run, stage, device, watch)
+    return score_opened(open_artifact(path), held_out, spec, run, stage, device, watch, limit)
 
 
 def score_opened(
@@ -66,13 +72,13 @@ def score_opened(
     stage: Stage,
     device: Device | None = None,
     watch: Stopwatch | None = None,
+    limit: float = 0.0,
 ) -> StageScore:
     """`evaluate` for a file that is already open. The artifact itself is never changed."""
     watch = watch or Stopwatch().start()
     lengths = byte_lengths(artifact, held_out)
     stream = stream_of(stage, len(lengths), spec, artifact.model_spec.context)
     model = model_on(artifact, device)
-    limit = spec.seconds if stage == spec.result else 0.0
     ledger = Ledger(len(lengths))
     with run.meter(stage, len(lengths), "tokens") as meter:
         pace = Pace(stage, ledger, lengths, limit, watch, run.ranks, meter)
@@ -190,7 +196,7 @@ class Pace:
             hold(f"{self.stage} score, projected", seconds + 0.95 * left, self.limit, "s", _REMEDY, self.ranks)
 
 
-_REMEDY = "take a larger stride, fewer epochs, or raise score.seconds"
+_REMEDY = "take a larger stride, fewer epochs, or raise budget.eval_seconds"
 
 
 def _stage_score(stage: Stage, ledger: Ledger, held_out: Tokens, seconds: float, artifact: Artifact) -> StageScore:

@@ -19,13 +19,11 @@ class ScoreSpec:
     adapt: Any = choice("fairway.score.adapt", "none")  # of the stage adapted
     temperature: float = 1.0  # divides every logit, fixed beforehand; one fitted on this text would be no score
     block_tokens: int = 32768  # tokens of a forward: memory and speed only
-    seconds: float = 0.0  # budget of the result's stage, from opening the file to the last payment; 0: none
 
     def __post_init__(self) -> None:
-        if self.context < 0 or self.block_tokens < 1 or self.seconds < 0:
+        if self.context < 0 or self.block_tokens < 1:
             raise ValueError(
-                f"context = {self.context}, block_tokens = {self.block_tokens}, seconds = {self.seconds}: "
-                "positive numbers are expected"
+                f"context = {self.context}, block_tokens = {self.block_tokens}: positive numbers are expected"
             )
         if not 0 < self.temperature < float("inf"):
             raise ValueError(f"temperature = {self.temperature}: a positive number is expected")
