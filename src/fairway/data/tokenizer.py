@@ -37,7 +37,7 @@ class TokenizerSpec:
 
     vocab: int = 1024  # pieces, 256 byte pieces and two control pieces among them
     model: str = ""  # path of a SentencePiece .model to use as it is; "" = train one
-    # Of the training text, evenly spread, that the pieces are learned from. On 90 MB of Wikipedia 20 MB gave 0.05 % fewer
+    # Of the training text, evenly spread, that pieces are learned from. On 90 MB of Wikipedia 20 MB gave 0.05 % fewer
     # tokens than 8 MB, for 5.8 instead of 2.1 s and 0.5 GB more memory.
     sample_bytes: int = 8_000_000
     # Rarer characters go through byte pieces. At 1,024 pieces 0.99 is best of 0.9 to 1: 0.8 % fewer tokens
