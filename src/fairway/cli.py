@@ -1,5 +1,6 @@
 """Verbs -> functions; no logic. Heavy imports wait until a verb runs, so that --help answers at once."""
 
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -157,5 +158,6 @@ def _one_line_errors() -> Iterator[None]:
 def main(arguments: list[str] | None = None) -> Any:
     """The command line. Exit codes: 0 done, 2 wrong usage or RecipeError, 1 other errors."""
     call: Callable[..., Any] = app
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's end is a Ctrl-C: it writes a checkpoint
     with _one_line_errors():
         return call(arguments)

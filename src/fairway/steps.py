@@ -24,13 +24,13 @@ from fairway.data import Batches, Tokenizer, Tokens, batches, build_tokenizer, o
 from fairway.doctor import git_commit
 from fairway.model import GPT, build_model, parameter_count
 from fairway.outcome import Outcome
-from fairway.quant import FakeQuant
+from fairway.quant import FakeQuant, plan
 from fairway.quant import calibrate as gather_hessians
 from fairway.quant import quantize as quantize_model
 from fairway.quant.observe import read_hessians, write_hessians
 from fairway.recipe import Recipe
 from fairway.score import StageScore, baselines, baselines_with_train, evaluate
-from fairway.score.evaluate import model_on
+from fairway.score.evaluate import model_on, stream_of
 from fairway.train import pretrain
 
 RECIPE, WEIGHTS, HESSIANS, INTEGERS, ARTIFACT, SCORE = (
@@ -54,6 +54,8 @@ class Text:
 
 def begin(recipe: Recipe, run: Run, device: Device) -> None:
     """Writes the resolved recipe, or refuses a run folder that holds another one; books where and with what it runs."""
+    for stage in recipe.score.stages:  # a stride over the context is refused now, not when training is over
+        stream_of(stage, 1, recipe.score, recipe.model.context)
     table = to_plain(recipe)
     if run.writes:
         path = run.path(RECIPE)
@@ -87,7 +89,7 @@ def prepare(recipe: Recipe, run: Run) -> Text:
     run.fact("prepare", seconds=round(watch.seconds, 3))
     run.say(
         f"text          train {corpus.bytes:,} bytes, {len(text.train):,} tokens; {held_out.split} {held_out.bytes:,} "
-        f"bytes, {len(text.held_out):,} tokens; sha256 of training text {str(corpus.describe().get('sha256'))[:12]}"
+        f"bytes, {len(text.held_out):,} tokens; sha256 {held_out.sha256[:12]} (held out)"
     )
     return text
 
@@ -98,6 +100,7 @@ def train(recipe: Recipe, text: Text, run: Run, device: Device) -> None:
         return
     model = build_model(recipe.model, text.tokenizer.size, recipe.seed).to(device.torch)
     model.compute = device.compute
+    plan(model, recipe.quant)  # refuses an override that names nothing now, not when training is over
     run.fact("model", params=parameter_count(model), vocab=text.tokenizer.size)
     _announce(recipe, model, run)
     qat = FakeQuant(model, recipe.quant, recipe.qat) if recipe.qat.kind != "off" else None

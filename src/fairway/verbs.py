@@ -18,7 +18,7 @@ from fairway import pipeline, recipe, steps
 from fairway.artifact import open_artifact
 from fairway.base import recipes, slots
 from fairway.base.devices import Device, choose
-from fairway.base.errors import FairwayError, HonestyError, RecipeError
+from fairway.base.errors import DataError, FairwayError, HonestyError, RecipeError
 from fairway.base.files import read
 from fairway.base.journal import Run, new_folder, point_latest
 from fairway.base.ranks import Ranks
@@ -110,8 +110,10 @@ def score(target: Path, artifact: Path | None, device: str, as_json: bool) -> No
         _score_run(target, device, as_json)
         return
     with _ranks(device) as (ranks, chosen):
-        quiet = Run(ranks=ranks, quiet=as_json)
-        found = score_text(open_artifact(artifact), read(target), run=quiet, device=chosen, lossy="score_decoded")
+        quiet, text = Run(ranks=ranks, quiet=as_json), read(target)
+        if not text:
+            raise DataError(f"{target}: 0 bytes, nothing to score; name a file with text in it")
+        found = score_text(open_artifact(artifact), text, run=quiet, device=chosen, lossy="score_decoded")
     if ranks.first:
         if as_json:
             print(json_text.dumps(asdict(found), indent=2))

@@ -1,8 +1,9 @@
 """Opening text: a spec and a split give a corpus. Only here is it decided which text may be trained on."""
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -81,8 +82,13 @@ def open_corpus(spec: DataSpec, split: Split) -> Corpus:
 
 
 def build_tokenizer(spec: DataSpec, train: Corpus) -> Tokenizer:
-    """The given tokenizer, or one trained on the training split. HonestyError for any other split."""
-    return build(spec.tokenizer, train.split, train.documents)
+    """The given tokenizer (where its path says, or under its name beside the data), or one trained on the training
+    split. HonestyError for any other split."""
+    tokenizer = spec.tokenizer
+    beside = Path(spec.path) / Path(tokenizer.model).name
+    if tokenizer.model and not Path(tokenizer.model).exists() and beside.is_file():
+        tokenizer = replace(tokenizer, model=str(beside))
+    return build(tokenizer, train.split, train.documents)
 
 
 def _corpus(spec: DataSpec, split: Split, parts: Parts) -> Corpus:

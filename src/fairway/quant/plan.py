@@ -76,6 +76,11 @@ class QuantSpec:
     calibration_sequences: int = 256  # of training text, over all ranks
     calibration_batch: int = 8  # sequences in one forward
 
+    def __post_init__(self) -> None:
+        for name in ("calibration_sequences", "calibration_batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: at least 1 is needed")
+
 
 def plan(model: GPT, spec: QuantSpec) -> dict[str, GridSpec | None]:
     """The grid of every parameter; None: float16. RecipeError for an override that names nothing in this model."""

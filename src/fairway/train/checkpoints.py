@@ -16,7 +16,12 @@ from fairway.base.errors import DataError
 def save(path: Path, state: dict[str, Any]) -> None:
     """Writes the state atomically."""
     with files.atomic(path) as file:
-        torch.save(state | {"random": torch.get_rng_state()}, file)
+        try:
+            torch.save(state | {"random": torch.get_rng_state()}, file)
+        except RuntimeError as error:  # torch hides a full disk behind "unexpected pos 64 vs 0"
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def load(path: Path, device: torch.device) -> dict[str, Any]:
