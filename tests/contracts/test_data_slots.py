@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 
 from fairway.base import slots
 from fairway.base.errors import FairwayError
+from fairway.base.ranks import Ranks
 from fairway.base.specs import build
-from fairway.data import DataSpec, open_corpus
+from fairway.data import DataSpec, Tokens, batches, open_corpus
 from fairway.data.sources.shards import write_shard
 
 LOADERS, SOURCES = "fairway.data.loaders", "fairway.data.sources"
@@ -32,6 +34,24 @@ def test_a_loader_is_a_pure_function_of_the_window_number(kind):
     whole = order.starts(0, 200)
     single = [int(again.starts(number, 1)[0]) for number in reversed(range(200))]
     assert whole.tolist() == single[::-1]
+
+
+@pytest.mark.parametrize("kind", slots.kinds(LOADERS))
+def test_the_windows_of_a_step_are_the_same_whatever_the_ranks(kind):
+    """Global batches are a function of (seed, step); ranks cut them in order."""
+    tokens = Tokens.of(np.arange(1000, dtype=np.uint16), "train", b"")
+
+    def batch(step, ranks):
+        return batches(tokens, slots.technique(LOADERS, kind).Spec(), 7 * 16, 16, 5, ranks).batch(step, ranks)
+
+    for step in (0, 3, 40):
+        inputs, targets = batch(step, Ranks())
+        assert inputs.shape == (7, 16)
+        assert (targets == inputs + 1).all(), "a target is the token after its input"
+        for world in (2, 3, 7):
+            parts = [batch(step, Ranks(rank, world)) for rank in range(world)]
+            assert torch.equal(torch.cat([x for x, _ in parts]), inputs)
+            assert torch.equal(torch.cat([y for _, y in parts]), targets)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from fairway.model import GPT, ModelSpec, ValueEmbeddingSpec, parameter_count, tags
 from fairway.model.attention import plain
 from fairway.model.embed import bigram_hash, smear

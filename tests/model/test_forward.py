@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
+
 from fairway.model import ModelSpec, build_model, tags
 from fairway.model.gpt import GPT
 from fairway.model.roles import projections
-
 from tests.model.variants import BASE, VOCAB, grid, tokens, varied
 
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from fairway.base.errors import RecipeError
 from fairway.base.specs import build
 from fairway.model import ModelSpec, RotarySpec
@@ -16,7 +17,6 @@ from fairway.model.mlp.leaky_relu2 import leaky_relu2
 from fairway.model.mlp.relu2 import relu2
 from fairway.model.rotary import rotary_base, rotate, rotation
 from fairway.model.value import ValueResidual
-
 from tests.model.variants import varied
 
 torch.manual_seed(0)

@@ -3,6 +3,7 @@
 import itertools
 
 import torch
+
 from fairway.model import GPT, ModelSpec, RotarySpec, ValueEmbeddingSpec, build_model
 from fairway.model.attention import exclusive, plain
 from fairway.model.embed import bigram_hash, smear

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from fairway.base.ranks import Ranks
 from fairway.train.optim import adamw, muon
 

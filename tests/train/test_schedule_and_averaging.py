@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from fairway.train.averaging import Average, AverageSpec
 from fairway.train.schedule import ScheduleSpec, done, progress, rate_scale
 
@@ -34,7 +35,7 @@ def test_a_warmdown_fraction_takes_that_part_of_the_whole() -> None:
 
 @pytest.mark.parametrize("bad", [{"by": "clock"}, {"steps": 0}, {"warmdown_fraction": 1.5}, {"floor": -0.1}])
 def test_impossible_schedules_are_refused(bad: dict) -> None:
-    with pytest.raises(ValueError, match="seconds|steps|between 0 and 1"):
+    with pytest.raises(ValueError, match=r"seconds|steps|between 0 and 1"):
         ScheduleSpec(**bad)
 
 

@@ -26,8 +26,9 @@ def write_integers(path: Path, tensors: Tensors) -> None:
             bits[name] = value.bits
         else:
             flat[name] = value
-    about = {"order": json.dumps(list(tensors)), "bits": json.dumps(bits)}
-    files.write(path, save({name: np.array(value, order="C") for name, value in flat.items()}, metadata=about))
+    about = json.dumps({"order": list(tensors), "bits": bits})  # one entry: safetensors writes several in any order
+    flat = {name: np.array(value, order="C") for name, value in flat.items()}
+    files.write(path, save(flat, metadata={"integers": about}))
 
 
 def read_integers(path: Path) -> Tensors:
@@ -36,8 +37,8 @@ def read_integers(path: Path) -> Tensors:
 
     try:
         with safe_open(path, framework="np") as file:
-            about = file.metadata()
-            order, bits = json.loads(about["order"]), json.loads(about["bits"])
+            about = json.loads(file.metadata()["integers"])
+            order, bits = about["order"], about["bits"]
             return {
                 name: Quantized(file.get_tensor(f"{name}.codes"), file.get_tensor(f"{name}.scales"), bits[name])
                 if name in bits

@@ -1,0 +1,19 @@
+"""The tiny way: what every test takes that needs a whole run, or a file that a run left."""
+
+from pathlib import Path
+
+from fairway import pipeline
+from fairway.base.devices import choose
+from fairway.base.journal import Run
+from fairway.outcome import Outcome
+from fairway.recipe import load
+
+TINY = Path(__file__).with_name("tiny.toml")
+SAMPLE = Path(__file__).parents[1] / "golden" / "sample.txt"
+
+
+def run_tiny(folder: Path, *overrides: str) -> Outcome:
+    """The tiny recipe on the committed sample, text to score in about two seconds; a folder begun before goes on."""
+    chosen = load(str(TINY), (f"data.path={SAMPLE}", *overrides))
+    with Run(folder) as opened:
+        return pipeline.run(chosen, opened, choose("cpu"))
