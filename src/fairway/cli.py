@@ -48,27 +48,29 @@ def run(
 
 
 @app.command()
-def train(recipe: Recipe, set_: Set = None, device: DeviceName = "auto", runs: Runs = Path("runs")) -> None:
+def train(
+    recipe: Recipe, set_: Set = None, device: DeviceName = "auto", runs: Runs = Path("runs"), json: Json = False
+) -> None:
     """Trains a recipe's model and gathers its Hessians, in a new run folder."""
     from fairway import verbs
 
-    verbs.train(recipe, tuple(set_ or ()), device, runs)
+    verbs.train(recipe, tuple(set_ or ()), device, runs, json)
 
 
 @app.command()
-def quantize(folder: RunFolder, device: DeviceName = "auto") -> None:
+def quantize(folder: RunFolder, device: DeviceName = "auto", json: Json = False) -> None:
     """Turns a run's trained weights into integers."""
     from fairway import verbs
 
-    verbs.quantize(folder, device)
+    verbs.quantize(folder, device, json)
 
 
 @app.command()
-def pack(folder: RunFolder) -> None:
+def pack(folder: RunFolder, json: Json = False) -> None:
     """Packs a run's integers into one artifact and weighs it."""
     from fairway import verbs
 
-    verbs.pack(folder)
+    verbs.pack(folder, json)
 
 
 @app.command()
@@ -108,11 +110,12 @@ def sample(
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.8,
     seed: int = 1337,
     device: DeviceName = "cpu",
+    json: Json = False,
 ) -> None:
     """Lets an artifact write."""
     from fairway import verbs
 
-    verbs.sample(artifact, prompt, tokens, temperature, seed, device)
+    verbs.sample(artifact, prompt, tokens, temperature, seed, device, json)
 
 
 @app.command()

@@ -74,35 +74,38 @@ def run(
         _show_seeds(outcomes, as_json)
 
 
-def train(name: str, overrides: tuple[str, ...], device: str, runs: Path) -> None:
+def train(name: str, overrides: tuple[str, ...], device: str, runs: Path, as_json: bool) -> None:
     chosen = recipe.load(name, overrides)
-    with _ranks(device) as (ranks, target), _run(chosen, runs, ranks) as opened:
+    with _ranks(device) as (ranks, target), _run(chosen, runs, ranks, as_json) as opened:
         steps.begin(chosen, opened, target)
         text = steps.prepare(chosen, opened)
         steps.train(chosen, text, opened, target)
         steps.calibrate(chosen, text, opened, target)
         if ranks.first:
-            print(f"trained: {opened.folder}; next: fairway quantize {opened.folder}")
+            facts = {"run": str(opened.folder), **opened.facts["train"], "calibration": opened.facts["calibration"]}
+            _answer(facts, f"trained: {opened.folder}; next: fairway quantize {opened.folder}", as_json)
 
 
-def quantize(folder: Path, device: str) -> None:
+def quantize(folder: Path, device: str, as_json: bool) -> None:
     chosen = _of_folder(folder)
-    with _ranks(device) as (ranks, target), _run(chosen, folder.parent, ranks, folder=folder) as opened:
+    with _ranks(device) as (ranks, target), _run(chosen, folder.parent, ranks, as_json, folder) as opened:
         steps.quantize(chosen, opened, target)
         if ranks.first:
-            print(
-                f"quantised: {opened.facts['quant']['entropy_bytes']:,} bytes by entropy; next: fairway pack {folder}"
-            )
+            fact = opened.facts["quant"]
+            line = f"quantised: {fact['entropy_bytes']:,} bytes by entropy; next: fairway pack {folder}"
+            _answer({"run": str(folder), **fact}, line, as_json)
 
 
-def pack(folder: Path) -> None:
+def pack(folder: Path, as_json: bool) -> None:
     chosen = _of_folder(folder)
-    with _run(chosen, folder.parent, Ranks(), folder=folder) as opened:
+    with _run(chosen, folder.parent, Ranks(), as_json, folder) as opened:
         steps.pack(chosen, steps.stored_text(chosen, opened), opened)
         fact = opened.facts["artifact"]
+    if not as_json:
         table = [(section, f"{size:,}", "") for section, size in fact["sections"].items()]
         _table("section", "bytes", [*table, ("file", f"{fact['bytes']:,}", "weighed")])
-        print(f"packed: {folder / steps.ARTIFACT}; next: fairway score {folder}")
+    line = f"packed: {folder / steps.ARTIFACT}; next: fairway score {folder}"
+    _answer({"run": str(folder), **fact}, line, as_json)
 
 
 def score(target: Path, artifact: Path | None, device: str, as_json: bool) -> None:
@@ -170,8 +173,12 @@ def probe(folder: Path, flips: int, tokens: int, device: str, as_json: bool) -> 
         raise HonestyError(f"{folder}: stage {broken[0]} reads what it scores; this is no score")
 
 
-def sample(artifact: Path, prompt: str, tokens: int, temperature: float, seed: int, device: str) -> None:
+def sample(artifact: Path, prompt: str, tokens: int, temperature: float, seed: int, device: str, as_json: bool) -> None:
     opened = open_artifact(artifact)
+    if as_json:
+        text = "".join(sampled(opened, prompt, tokens, temperature, seed, choose(device)))
+        _answer({"prompt": prompt, "text": text, "seed": seed}, "", as_json)
+        return
     sys.stdout.write(prompt)
     for piece in sampled(opened, prompt, tokens, temperature, seed, choose(device)):
         sys.stdout.write(piece)
@@ -234,6 +241,11 @@ def _show_seeds(outcomes: list[Outcome], as_json: bool) -> None:
     elif len(outcomes) > 1:
         scores = [outcome.bits_per_byte for outcome in outcomes]
         print(f"{len(scores)} seeds: {statistics.mean(scores):.4f} ± {statistics.stdev(scores):.4f} bits per byte")
+
+
+def _answer(facts: dict[str, Any], line: str, as_json: bool) -> None:
+    """A verb's answer: facts for programs, or one line for people."""
+    print(json_text.dumps(facts, indent=2) if as_json else line)
 
 
 def _table(what: str, value: str, table: list[tuple[str, str, str]]) -> None:
