@@ -4,11 +4,13 @@
 
 RUN is a run folder with weights.safetensors and hessians.safetensors. Every row quantises the same weights with the
 same Hessians, seals a file, and scores the beginning of the run's held-out text in plain windows. `b6` is the reference
-study's way; `b7` repairs it at the same bytes: its clip k is bisected until its file weighs what b6's does.
+study's way, with every matrix quantised (it leaves those of at most 65,536 elements in float16, in a small model all);
+below it stand repairs, two of them at b6's bytes: their clip is bisected until the file weighs the same.
 """
 
 import argparse
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,13 +33,17 @@ B6 = QuantSpec(
     table=INT8,
     rounding=ascending_plain.Spec(),
     prune=PruneSpec("before", 0.10),
-    passthrough_elements=65_536,
 )
 
 
-def b7(k: float) -> QuantSpec:
-    """The same tables and bits; the clip is k standard deviations."""
+def sdclip(k: float) -> QuantSpec:
+    """The same tables and bits; each row's clip is k of its standard deviations."""
     return QuantSpec(matrix=GridSpec(5, ScaleSpec("sdclip", k=k)), table=INT8, rounding=gptq.Spec())
+
+
+def absolute(floor: float) -> QuantSpec:
+    """The same tables and bits; one step for all rows whose own clip is below the floor, nothing pruned."""
+    return QuantSpec(matrix=GridSpec(5, ScaleSpec("percentile", floor=floor)), table=INT8, rounding=gptq.Spec())
 
 
 class Bench:
@@ -73,12 +79,12 @@ class Bench:
         print(f"{name:<34}{size:>10,}{bpb:>9.4f}{bpb - base:>+9.4f}  {against}", flush=True)
         return size
 
-    def k_for(self, size: int) -> float:
-        """The clip at which b7's file weighs `size`: a larger k gives fewer distinct codes, so a smaller file."""
-        low, high = 1.5, 40.0
-        for _ in range(9):
-            k = (low * high) ** 0.5
-            low, high = (k, high) if self.file(b7(k))[0].stat().st_size > size else (low, k)
+    def fitted(self, way: Callable[[float], QuantSpec], size: int) -> float:
+        """The value at which a file weighs at most `size`: a wider clip gives fewer distinct codes, so fewer bytes."""
+        low, high = 0.1, 60.0
+        for _ in range(11):
+            value = (low * high) ** 0.5
+            low, high = (value, high) if self.file(way(value))[0].stat().st_size > size else (low, value)
         return high
 
 
@@ -96,12 +102,13 @@ def main() -> None:
         for solver in (nearest.Spec(), ascending_plain.Spec(), gptq.Spec()):
             spec = replace(bench.recipe.quant, matrix=GridSpec(bits), rounding=solver)
             bench.row(f"int{bits} percentile, {type(solver).__module__.rsplit('.', 1)[-1]}", spec, base)
+    bench.row("b6, small matrices in float16", replace(B6, passthrough_elements=65_536), base)
     size = bench.row("b6", B6, base)
-    k = bench.k_for(size)
-    bench.row(f"b7 at b6's bytes, k = {k:.2f}", b7(k), base)
-    repaired_solver = replace(B6, rounding=gptq.Spec())
-    bench.row("b6 with reference GPTQ", repaired_solver, base)
-    bench.row("b6 with everything quantised", replace(B6, passthrough_elements=0), base)
+    bench.row("b6 with reference GPTQ", replace(B6, rounding=gptq.Spec()), base)
+    bench.row("b6 without pruning", replace(B6, prune=PruneSpec("never")), base)
+    for name, way in (("sdclip", sdclip), ("absolute", absolute)):
+        value = bench.fitted(way, size)
+        bench.row(f"gptq, {name} {value:.2f} at b6's bytes", way(value), base)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Every decision that ends or redirects a run is taken on numbers that all ranks s
 leave the others waiting in a collective.
 """
 
+import importlib
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -37,6 +38,9 @@ class Ranks:
         if cuda:
             torch.cuda.set_device(ranks.local_rank)
         if not dist.is_initialized():
+            # Optimisers import it sooner or later; imported after the group it would hold the group for ever, whose
+            # threads then outlive the interpreter: one run in three ended with SIGABRT on a rank.
+            importlib.import_module("torch._dynamo")
             dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
         return ranks
 
