@@ -1,5 +1,7 @@
 """The training loop: it learns, resumes bit for bit, accumulates exactly, stops on nonsense, and sees fake weights."""
 
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -77,6 +79,33 @@ def test_a_run_killed_and_resumed_ends_with_the_bits_of_one_never_interrupted(tm
     assert data.asked == [7, 8, 9, 10, 11]
     assert torch.equal(weights(whole), weights(resumed))
     assert trained.seconds > run.facts["resumed"]["seconds"] > 0
+
+
+class Signalled(Pattern):
+    """Sends this process a signal while step 7 is under way."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+    def batch(self, step: int, ranks: Ranks) -> tuple[torch.Tensor, torch.Tensor]:
+        if step == 7:
+            os.kill(os.getpid(), self.number)
+        return super().batch(step, ranks)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_middle_of_a_step_waits_for_its_end(tmp_path: Path, number: int) -> None:
+    whole, resumed, before = model(), model(seed=5), signal.getsignal(number)
+    pretrain(whole, Pattern(), SPEC, Run(), CPU, seed=0)
+    with Run(tmp_path) as run, pytest.raises(KeyboardInterrupt):
+        pretrain(model(), Signalled(number), SPEC, run, CPU, seed=0)
+    data = Pattern()
+    with Run(tmp_path) as run:
+        pretrain(resumed, data, SPEC, run, CPU, seed=0)
+    assert data.asked[0] == 8
+    assert torch.equal(weights(whole), weights(resumed))
+    assert signal.getsignal(number) is before
 
 
 def test_a_foreign_checkpoint_is_refused_in_one_line(tmp_path: Path) -> None:

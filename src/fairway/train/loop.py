@@ -1,7 +1,10 @@
 """The training loop: batches -> gradients, averaged over ranks and micro-batches -> steps -> averaged weights."""
 
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -100,10 +103,11 @@ def pretrain(
     if trainer.step == 0:
         trainer.warm_up(spec.warmup_steps, batches, seed)
     try:
-        with clock:
+        with clock, _interrupts_wait(trainer):
             trainer.train(batches, clock)
     except KeyboardInterrupt:
-        trainer.save(clock.seconds)
+        if not trainer.torn:
+            trainer.save(clock.seconds)
         place = f" --resume {run.folder}" if run.folder else ""
         run.say(f"interrupted at step {trainer.step}; go on with: fairway run{place}")
         raise
@@ -113,6 +117,28 @@ def pretrain(
     if fake_quant is not None:
         fake_quant.remove()
     return Trained(trainer.step, trainer.step * spec.batch_tokens, clock.seconds, trainer.recent_loss)
+
+
+@contextmanager
+def _interrupts_wait(trainer: "_Trainer") -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait for the end of the step, where a checkpoint is whole; a second one does not wait, and
+    writes none: half of the parameters may have moved."""
+
+    def handler(number: int, frame: object) -> None:
+        if trainer.stop:
+            trainer.torn = True
+            raise KeyboardInterrupt
+        trainer.stop = True
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 class _Trainer:
@@ -135,6 +161,7 @@ class _Trainer:
         self.recent_loss = float("nan")
         self._bad = torch.zeros((), dtype=torch.bool, device=device.torch)
         self._saved: int | None = None
+        self.stop = self.torn = False  # asked to stop; interrupted in the middle of a step
 
     def resume(self) -> float:
         """Takes up the checkpoint of the run folder, if any; the seconds already spent."""
@@ -192,6 +219,8 @@ class _Trainer:
                 elapsed = self._shared_seconds(clock)
                 if done(schedule, self.step, elapsed):
                     break
+                if self.run.ranks.max(float(self.stop)) > 0:  # on all ranks at the same step
+                    raise KeyboardInterrupt
                 scale = rate_scale(schedule, self.step, elapsed)
                 if self.fake_quant is not None and self.fake_quant.update(scale):
                     self.loss_sum = self._compiled()
