@@ -219,6 +219,10 @@ def test_a_recipe_that_asks_wrongly_is_refused_before_training(run, tmp_path, va
         assert '"fact": "train"' not in journal.read_text()
 
 
+def test_a_model_that_no_memory_holds_is_refused_before_it_is_built(run):
+    assert refused(run("model.layers=1000000000"), "RecipeError", "GB to train", "lower model.layers")
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [

@@ -21,7 +21,7 @@ from fairway.base.errors import RecipeError
 from fairway.base.journal import Run
 from fairway.base.specs import to_plain
 from fairway.data import Batches, Tokenizer, Tokens, batches, build_tokenizer, open_corpus, tokenize
-from fairway.doctor import git_commit
+from fairway.doctor import git_commit, memory_bytes
 from fairway.model import GPT, build_model, parameter_count
 from fairway.outcome import Outcome
 from fairway.quant import FakeQuant, plan
@@ -41,6 +41,9 @@ RECIPE, WEIGHTS, HESSIANS, INTEGERS, ARTIFACT, SCORE = (
     "artifact.fw",
     "score.json",
 )
+
+
+STATE_BYTES = 20  # of training, for each parameter: weight, gradient, two moments, average
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,7 @@ def train(recipe: Recipe, text: Text, run: Run, device: Device) -> None:
     """Trains the model and writes its averaged float weights."""
     if _done(run, WEIGHTS, "train"):
         return
+    _refuse_giants(recipe, text.tokenizer.size)
     model = build_model(recipe.model, text.tokenizer.size, recipe.seed).to(device.torch)
     model.compute = device.compute
     plan(model, recipe.quant)  # refuses an override that names nothing now, not when training is over
@@ -219,14 +223,24 @@ def _decoder(recipe: Recipe) -> dict[str, object]:
     return {"recipe": recipe.name, "score": to_plain(recipe.score)}
 
 
+def _refuse_giants(recipe: Recipe, vocab: int) -> None:
+    """A model whose training state cannot fit this machine's memory is refused before anything is allocated."""
+    numbers, memory = recipe.model.matrices(vocab), memory_bytes()
+    if memory is not None and numbers * STATE_BYTES > memory:
+        raise RecipeError(
+            f"model: about {numbers:,} parameters need {numbers * STATE_BYTES / 1e9:,.0f} GB to train, "
+            f"this machine has {memory / 1e9:,.0f} GB; lower model.layers, width or hidden"
+        )
+
+
 def _announce(recipe: Recipe, model: GPT, run: Run) -> None:
     """What is about to happen: sizes, and what memory it takes (weights, gradients, two moments, average)."""
     params = parameter_count(model)
     schedule = recipe.train.schedule
     length = f"{schedule.seconds:.0f} s" if schedule.by == "clock" else f"{schedule.steps:,} steps"
     run.say(
-        f"model         {params:,} parameters, about {params * 20 / 1e6:,.0f} MB for training state; {length} of "
-        f"{recipe.train.batch_tokens:,} tokens; artifact budget {recipe.budget.artifact_bytes:,} bytes"
+        f"model         {params:,} parameters, about {params * STATE_BYTES / 1e6:,.0f} MB for training state; "
+        f"{length} of {recipe.train.batch_tokens:,} tokens; artifact budget {recipe.budget.artifact_bytes:,} bytes"
     )
 
 

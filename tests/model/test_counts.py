@@ -51,6 +51,12 @@ def test_the_count_follows_the_closed_formula() -> None:
     assert count(**shape) == matrices + tables + small
 
 
+def test_the_estimate_before_building_is_within_a_tenth() -> None:
+    spec = ModelSpec(embed=(bigram_hash.Spec(8192), smear.Spec()), value_embedding=LATE_VALUES)
+    assert spec.matrices(1024) == 31_719_424 + 1024 * 512
+    assert 0.9 < spec.matrices(1024) / 33_580_124 < 1
+
+
 def test_every_parameter_has_a_role() -> None:
     with torch.device("meta"):
         model = GPT(ModelSpec(value_residual="gated", skips="gated", value_embedding=LATE_VALUES), vocab=64)

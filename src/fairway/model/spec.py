@@ -68,6 +68,12 @@ class ModelSpec:
         if outside:
             raise ValueError(f"value_embedding.layers = {outside[0]}: layers go from 0 to {self.layers - 1}")
 
+    def matrices(self, vocab: int) -> int:
+        """Numbers in the blocks' matrices and the embedding, without building them: nearly the whole model."""
+        narrow = self.kv_heads * self.head
+        block = 2 * self.width * self.width + 2 * self.width * narrow + 2 * self.width * self.hidden
+        return self.layers * block + vocab * self.width
+
     @property
     def head(self) -> int:
         """Dimensions of one head."""
