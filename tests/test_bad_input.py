@@ -134,6 +134,11 @@ def test_a_shard_of_a_wrong_size(run_shards, shards, size):
     assert refused(run_shards(), "DataError", "fineweb_val_000000.bin: ", f"{len(content) + size:,} bytes", "again")
 
 
+def test_a_held_out_shard_under_a_training_name(run_shards, shards):
+    shutil.copy(shards / "fineweb_val_000000.bin", shards / "fineweb_train_000001.bin")
+    assert refused(run_shards(), "HonestyError", "fineweb_train_000001.bin: the same tokens as the held-out")
+
+
 @pytest.mark.parametrize("part", ["train", "val"])
 def test_a_shard_with_a_token_that_the_tokenizer_does_not_have(run_shards, shards, part):
     changed(shards / f"fineweb_{part}_000000.bin", 1024 + 2 * 100, (384).to_bytes(2, "little"))
@@ -208,6 +213,7 @@ def test_a_tokenizer_that_is_absent_or_none_or_of_another_size(run, lossy_file, 
         ('quant.override=[{parts=["w"], bits=4}]', "quant.override[0].parts = 'w': not in this model; parts: "),
         ("data.tokenizer.vocab=200", "data.tokenizer: vocab = 200: 300 to 65,536"),
         ("score.windows.stride=65", "stride = 65 is larger than the context of 64 tokens"),
+        ("score.result=float", 'score: result = "float": the artifact holds integers'),
         ("score.adapt=none", 'score: result = "adapted", but adapt = "none"'),
         ("nonsense", "--set 'nonsense': write key=value"),
         ("=3", "--set '=3': write key=value"),
@@ -217,6 +223,25 @@ def test_a_recipe_that_asks_wrongly_is_refused_before_training(run, tmp_path, va
     assert refused(run(value), "RecipeError", says)
     for journal in (tmp_path / "runs").glob("*/journal.jsonl"):
         assert '"fact": "train"' not in journal.read_text()
+
+
+def test_a_clock_without_time_for_calibration(run):
+    clock = ["train.schedule.by=clock", "train.schedule.seconds=60.0", "budget.train_seconds=60.0"]
+    assert refused(run(*clock), "RecipeError", "train.schedule.seconds = 60", "budget.train_seconds = 60")
+
+
+def test_more_training_text_that_is_the_held_out_file(run):
+    assert refused(run(f'data.source.more=["{SAMPLE}"]'), "RecipeError", "data.source.more", "held out")
+
+
+def test_a_run_folder_whose_recipe_was_edited_by_hand(fairway, tiny_run, tmp_path):
+    """Its products were made with other values: none may be scored under these."""
+    folder = tmp_path / "edited"
+    shutil.copytree(tiny_run, folder)
+    path = folder / "recipe.toml"
+    path.write_text(path.read_text().replace("temperature = 1.0", "temperature = 0.98"))
+    for verb in (["run", "--resume"], ["score"], ["pack"]):
+        assert refused(fairway(*verb, folder, "--json"), "RecipeError", "recipe.toml")
 
 
 def test_a_model_that_no_memory_holds_is_refused_before_it_is_built(run):

@@ -17,7 +17,7 @@ from fairway.artifact.integers import read_integers, write_integers
 from fairway.base import files, recipes, slots
 from fairway.base.clock import Stopwatch, hold
 from fairway.base.devices import Device
-from fairway.base.errors import RecipeError
+from fairway.base.errors import DataError, RecipeError
 from fairway.base.journal import Run
 from fairway.base.specs import to_plain
 from fairway.data import Batches, Tokenizer, Tokens, batches, build_tokenizer, open_corpus, tokenize
@@ -43,6 +43,8 @@ RECIPE, WEIGHTS, HESSIANS, INTEGERS, ARTIFACT, SCORE = (
 )
 
 
+MOST_ALONE = 50_000_000  # bytes of held-out text for the compressors: brotli -11 makes half a megabyte a second
+MOST_KNOWN = 100_000_000  # tokens of training text for zstd -22 to know; the challenge's are 8 billion
 STATE_BYTES = 20  # of training, for each parameter: weight, gradient, two moments, average
 
 
@@ -59,6 +61,12 @@ def begin(recipe: Recipe, run: Run, device: Device) -> None:
     """Writes the resolved recipe, or refuses a run folder that holds another one; books where and with what it runs."""
     for stage in recipe.score.stages:  # a stride over the context is refused now, not when training is over
         stream_of(stage, 1, recipe.score, recipe.model.context)
+    schedule, limit = recipe.train.schedule, recipe.budget.train_seconds
+    if schedule.by == "clock" and limit and schedule.seconds >= limit:
+        raise RecipeError(
+            f"train.schedule.seconds = {schedule.seconds:g}: training ends after it, over budget.train_seconds = "
+            f"{limit:g}; leave time for the last step and for calibration"
+        )
     table = to_plain(recipe)
     if run.writes:
         path = run.path(RECIPE)
@@ -66,6 +74,7 @@ def begin(recipe: Recipe, run: Run, device: Device) -> None:
         if path.exists() and path.read_text() != resolved:
             raise RecipeError(f"{path}: holds another recipe; resume without changes, or start a new run")
         files.write(path, resolved)
+    _same_recipe(recipe, run)
     run.fact("run", recipe=recipe.name, recipe_sha256=recipes.sha256(table), seed=recipe.seed, started=time.ctime())
     run.fact("versions", fairway=fairway.__version__, python=platform.python_version(), numpy=np.__version__)
     run.fact("code", commit=git_commit(Path(__file__).parent), sha256=_code_sha256())
@@ -73,7 +82,12 @@ def begin(recipe: Recipe, run: Run, device: Device) -> None:
 
 
 def prepare(recipe: Recipe, run: Run) -> Text:
-    """Text, tokenizer and tokens. Before the training clock; other ranks wait for the first one's caches."""
+    """Text, tokenizer and tokens. Before the training clock; other ranks wait for the first one's caches.
+
+    DataError where a run that goes on finds another text than it began with: what was trained on then may be held out
+    now.
+    """
+    _same_recipe(recipe, run)
     with Stopwatch() as watch:
         if not run.ranks.first:
             run.ranks.wait()
@@ -86,9 +100,9 @@ def prepare(recipe: Recipe, run: Run) -> Text:
         )
         if run.ranks.first:
             run.ranks.wait()
-    run.fact("train_text", tokens=len(text.train), **corpus.describe())
-    run.fact("held_out_text", tokens=len(text.held_out), **held_out.describe())
-    run.fact("tokenizer", size=tokenizer.size, sha256=tokenizer.sha256, bytes=len(tokenizer.model))
+    _book_text(run, "train_text", tokens=len(text.train), **corpus.describe())
+    _book_text(run, "held_out_text", tokens=len(text.held_out), **held_out.describe())
+    _book_text(run, "tokenizer", size=tokenizer.size, sha256=tokenizer.sha256, bytes=len(tokenizer.model))
     run.fact("prepare", seconds=round(watch.seconds, 3))
     run.say(
         f"text          train {corpus.bytes:,} bytes, {len(text.train):,} tokens; {held_out.split} {held_out.bytes:,} "
@@ -115,7 +129,7 @@ def train(recipe: Recipe, text: Text, run: Run, device: Device) -> None:
     hold(
         "training", trained.seconds, recipe.budget.train_seconds, "s", "take fewer steps or a shorter clock", run.ranks
     )
-    _tidy(run, "checkpoint.pt")
+    _tidy(run, "checkpoint.pt", HESSIANS, INTEGERS, ARTIFACT)  # what came of other weights is stale
     run.ranks.wait()
 
 
@@ -134,22 +148,26 @@ def calibrate(recipe: Recipe, text: Text, run: Run, device: Device) -> None:
     hold("training + calibration", spent, recipe.budget.train_seconds, "s", remedy, run.ranks)
     if run.writes:
         write_hessians(run.path(HESSIANS), hessians)
+    _tidy(run, INTEGERS, ARTIFACT)
     run.ranks.wait()
 
 
 def quantize(recipe: Recipe, run: Run, device: Device) -> None:
     """Weights and Hessians -> integers. Reads no text."""
+    _same_recipe(recipe, run)
     if _done(run, INTEGERS, "quant"):
         return
     hessians = {name: value.to(device.torch) for name, value in read_hessians(_product(run, HESSIANS)).items()}
     integers = quantize_model(_float_model(run, device), (), recipe.quant, run, hessians)
     if run.writes:
         write_integers(run.path(INTEGERS), integers)
+    _tidy(run, ARTIFACT)
     run.ranks.wait()
 
 
 def pack(recipe: Recipe, tokenizer: Tokenizer, run: Run) -> None:
     """Integers -> the artifact, weighed by stat(); over budget it is removed and BudgetError raised."""
+    _same_recipe(recipe, run)
     path = run.path(ARTIFACT)
     if not _done(run, ARTIFACT, "artifact"):
         if run.writes:
@@ -187,9 +205,13 @@ def close(recipe: Recipe, text: Text, scores: dict[str, StageScore], run: Run) -
     alone: dict[str, float | None] = {}
     with_train: dict[str, float | None] = {}
     if recipe.baselines and run.ranks.first:
-        run.say("compressors   xz, zstd, brotli and bzip2 on the same text")
-        alone = baselines(text.held_out.text, run)
-        with_train = baselines_with_train(text.held_out.text, text.train.text, run)
+        if text.held_out.text_bytes <= MOST_ALONE:
+            run.say("compressors   xz, zstd, brotli and bzip2 on the same text")
+            alone = baselines(text.held_out.text, run)
+        if alone and len(text.train) <= MOST_KNOWN:
+            with_train = baselines_with_train(text.held_out.text, text.train.text, run)
+        if not with_train:
+            run.fact("substitution", what="baselines", why="left out: too much text for the compressors")
     outcome = Outcome.of(recipe, scores, run, alone, with_train)
     if run.writes:
         files.write(run.path(SCORE), outcome.json())
@@ -211,7 +233,9 @@ def _calibration(train: Tokens, context: int, count: int, recipe: Recipe, run: R
     """This rank's share of the first `count` windows of the training text, in batches."""
     order = slots.technique("fairway.data.loaders", "sequential").Spec()
     rows = batches(train, order, count * context, context, recipe.seed).batch(0)[0]
-    yield from rows[run.ranks.share(count)].split(recipe.quant.calibration_batch)
+    mine = rows[run.ranks.share(count)]
+    if len(mine):  # with fewer windows than ranks some have none
+        yield from mine.split(recipe.quant.calibration_batch)
 
 
 def _float_model(run: Run, device: Device) -> GPT:
@@ -250,6 +274,24 @@ def _done(run: Run, product: str, fact: str) -> bool:
     return run.ranks.max(float(done)) > 0
 
 
+def _same_recipe(recipe: Recipe, run: Run) -> None:
+    """Products of another recipe are never taken up: not even where recipe.toml was edited in the run folder."""
+    began = run.facts.get("run", {}).get("recipe_sha256")
+    if began is not None and began != recipes.sha256(to_plain(recipe)):
+        raise RecipeError(f"{run.folder}: its products come from another recipe ({RECIPE} was edited); start a new run")
+
+
+def _book_text(run: Run, name: str, **facts: object) -> None:
+    began = run.facts.get(name, facts)
+    if began != facts:
+        what = name.replace("_", " ")
+        raise DataError(
+            f"{run.folder}: the {what} has changed since this run began ({began.get('bytes'):,} bytes then, "
+            f"{facts['bytes']:,} now); start a new run"
+        )
+    run.fact(name, **facts)
+
+
 def _product(run: Run, name: str) -> Path:
     path = run.path(name)
     if not path.exists():
@@ -257,9 +299,10 @@ def _product(run: Run, name: str) -> Path:
     return path
 
 
-def _tidy(run: Run, name: str) -> None:
+def _tidy(run: Run, *names: str) -> None:
     if run.writes:
-        run.path(name).unlink(missing_ok=True)
+        for name in names:
+            run.path(name).unlink(missing_ok=True)
 
 
 def _code_sha256() -> str:

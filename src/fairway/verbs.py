@@ -56,6 +56,8 @@ def run(
     """The whole way, for one recipe or one folder to resume, once for each seed."""
     if (name is None) == (resume is None):
         raise RecipeError("fairway run: name a recipe, or a run folder with --resume")
+    if resume is not None and seeds:
+        raise RecipeError("--seeds: a resumed run keeps its own seed; leave it out, or start new runs")
     if resume is not None:
         chosen = [_of_folder(resume, overrides)]
     else:

@@ -97,6 +97,10 @@ def _corpus(spec: DataSpec, split: Split, parts: Parts) -> Corpus:
             f"{spec.path or slots.kind_of(spec.source)}: {len(shared)} held-out document(s) stand in the training text "
             f"too, the first is number {shared[0]}; take them out, or divide by documents"
         )
+    for held_out in parts.valid_shards:
+        for shard in parts.train_shards:
+            if len(shard.tokens) == len(held_out.tokens) and (shard.tokens == held_out.tokens).all():
+                raise HonestyError(f"{shard.path}: the same tokens as the held-out {held_out.path}; take one away")
     if split == "valid":
         return Corpus("valid", parts.valid, parts.valid_shards)
     if spec.held_out == "valid":

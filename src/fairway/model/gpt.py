@@ -77,7 +77,8 @@ class GPT(nn.Module):
         if last is not None:
             hidden = hidden[:, hidden.shape[1] - last :]
         cap = self.spec.softcap
-        z = self.embedding.project(hidden).to(self.embedding.weight.dtype)  # bf16 has steps of 0.125 near 30
+        # The softcap in the parameters' type: in bf16 it would round a second time, in steps of 0.125 near 30.
+        z = self.embedding.project(hidden).to(self.embedding.weight.dtype)
         return cap * torch.tanh(z / cap)
 
     def _embed(self, tokens: Tensor, past: Past | None) -> tuple[Tensor, tuple[Tensor, ...]]:

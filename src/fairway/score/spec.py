@@ -27,6 +27,8 @@ class ScoreSpec:
             )
         if not 0 < self.temperature < float("inf"):
             raise ValueError(f"temperature = {self.temperature}: a positive number is expected")
+        if self.result == "float":
+            raise ValueError('result = "float": the artifact holds integers; name quantized, sliding or adapted')
         if self.result == "adapted" and not self.adapts:
             raise ValueError('result = "adapted", but adapt = "none"; name another result, or a technique of adapt')
 

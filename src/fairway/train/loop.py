@@ -81,7 +81,7 @@ class Trained:
     steps: int
     tokens: int
     seconds: float
-    loss: float  # nats per token, mean over the last steps
+    loss: float | None  # nats per token, mean over the last steps; None where it was never looked at
 
 
 def pretrain(
@@ -158,7 +158,7 @@ class _Trainer:
         self.optimizers = self._build_optimizers()
         self.loss_sum = self._compiled()
         self.step = 0
-        self.recent_loss = float("nan")
+        self.recent_loss: float | None = None
         self._bad = torch.zeros((), dtype=torch.bool, device=device.torch)
         self._saved: int | None = None
         self.stop = self.torn = False  # asked to stop; interrupted in the middle of a step
@@ -178,8 +178,10 @@ class _Trainer:
         return float(state["seconds"])
 
     def save(self, seconds: float) -> None:
-        """Writes a checkpoint; never one that a non-finite loss has touched."""
+        """Writes a checkpoint; never one of weights that are not finite, and none over the last good one."""
         if self.run.folder is None or self._saved == self.step or bool(self._bad):
+            return
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.parameters):
             return
         if self.run.writes:
             optimizers = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
@@ -287,7 +289,7 @@ class _Trainer:
             return
         self._refuse_non_finite()
         value = float(self.run.ranks.sum_(loss.clone()))
-        self.recent_loss = value if self.recent_loss != self.recent_loss else 0.9 * self.recent_loss + 0.1 * value
+        self.recent_loss = value if self.recent_loss is None else 0.9 * self.recent_loss + 0.1 * value
         seconds = clock.seconds
         rate = self.step * self.spec.batch_tokens / max(seconds, 1e-9)
         self.run.point("train", self.step, loss=value, scale=scale, seconds=seconds)
@@ -305,4 +307,8 @@ class _Trainer:
 
     def _shared_seconds(self, clock: Stopwatch) -> float:
         """The clock that every rank goes by: a schedule by clock must fall and end at the same step everywhere."""
-        return self.run.ranks.max(clock.seconds) if self.spec.schedule.by == "clock" else clock.seconds
+        if self.spec.schedule.by == "steps":
+            return clock.seconds
+        if self.device.torch.type == "cuda":
+            torch.cuda.synchronize()  # else the host runs ahead, by up to CHECK_EVERY steps past the end
+        return self.run.ranks.max(clock.seconds)

@@ -45,6 +45,12 @@ def load(spec: Spec, path: str) -> Parts:
     """The text at `path`, divided. DataError names what is missing, empty or damaged."""
     if not path:
         raise RecipeError("data.path: not set; with data.source = text name a file or a folder of text")
+    own = {file.resolve() for file in packed.files_of(Path(path))}
+    for place in spec.more:
+        if shared := own & {file.resolve() for file in packed.files_of(Path(place))}:
+            raise RecipeError(
+                f"data.source.more: {min(shared)} is part of data.path too, where some of it is held out; leave it out"
+            )
     texts = list(_texts(Path(path)))
     more = tuple(
         part for place in spec.more for text in _texts(Path(place)) for part in documents(text, spec.separator)
