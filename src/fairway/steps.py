@@ -224,7 +224,7 @@ def close(recipe: Recipe, text: Text, scores: dict[str, StageScore], run: Run) -
     return outcome
 
 
-def stored_text(recipe: Recipe, run: Run) -> Tokenizer:
+def stored_tokenizer(run: Run) -> Tokenizer:
     """The tokenizer of a run's weights, for the steps that need no text."""
     return open_artifact(_product(run, WEIGHTS)).tokenizer
 

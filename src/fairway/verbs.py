@@ -101,7 +101,7 @@ def quantize(folder: Path, device: str, as_json: bool) -> None:
 def pack(folder: Path, as_json: bool) -> None:
     chosen = _of_folder(folder)
     with _run(chosen, folder.parent, Ranks(), as_json, folder) as opened:
-        steps.pack(chosen, steps.stored_text(chosen, opened), opened)
+        steps.pack(chosen, steps.stored_tokenizer(opened), opened)
         fact = opened.facts["artifact"]
     if not as_json:
         table = [(section, f"{size:,}", "") for section, size in fact["sections"].items()]

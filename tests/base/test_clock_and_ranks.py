@@ -79,7 +79,6 @@ def test_one_process_needs_no_group() -> None:
     assert ranks.first
     assert ranks.max(2.5) == 2.5
     assert ranks.sum_(tensor) is tensor
-    assert ranks.broadcast_(tensor) is tensor
     assert ranks.share_text("a") == "a"
     ranks.wait()
     ranks.stop()
@@ -114,7 +113,6 @@ except BudgetError as error:
     said.append(str(error))
 said.append(ranks.share_text(f"from {ranks.rank}"))
 said.append(ranks.sum_(torch.tensor([1.0 + ranks.rank])).tolist())
-said.append(ranks.broadcast_(torch.tensor([7.0 * (1 + ranks.rank)])).tolist())
 parameters = [torch.nn.Parameter(torch.zeros(2, 3)), torch.nn.Parameter(torch.zeros(4, dtype=torch.float64))]
 parameters += [torch.nn.Parameter(torch.zeros(1))]
 parameters[0].grad = torch.full((2, 3), 1.0 + ranks.rank)
@@ -140,7 +138,6 @@ def test_two_ranks_get_the_same_verdict_and_the_same_sums(tmp_path: Path) -> Non
         "eval: 601 s is over the limit of 600; hurry",
         "from 0",
         [3.0],
-        [7.0],
         [[3.0] * 6, [30.0] * 4, [5.0]],
     ]
     assert [(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)] == [repr(expected)] * 2

@@ -84,12 +84,6 @@ class Ranks:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return float(tensor.item())
 
-    def broadcast_(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Rank 0's tensor on every rank, in place."""
-        if self.world > 1:
-            dist.broadcast(tensor, src=0)
-        return tensor
-
     def share_text(self, text: str) -> str:
         """Rank 0's text on every rank."""
         if self.world == 1:
