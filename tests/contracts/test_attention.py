@@ -1,8 +1,9 @@
 """The promise of the slot model/attention, run on every file in it: causal, deterministic, batch-invariant,
-float64-clean, and the same step by step (|batch − cached| ≤ 1e-12).
+float64-clean, within its window, and the same step by step (|batch − cached| ≤ 1e-12).
 
 A technique offers `Spec` and `Technique(spec, layer, layers)`, called with q: (B, H, S, h), k and v: (B, G, T, h), the
-queries being the last S positions -> (B, H, S, h). `pytest tests/contracts -k NAME` runs one technique.
+queries being the last S positions, and how many positions a query sees (window=0: all) -> (B, H, S, h).
+`pytest tests/contracts -k NAME` runs one technique.
 """
 
 import dataclasses
@@ -81,7 +82,22 @@ def check_float64(attend):
     assert 0 < (nudged - y).abs().max() < 1e-9
 
 
-CHECKS = [check_causal, check_cached, check_batch_invariant, check_deterministic, check_float64]
+def check_window(attend):
+    """A position's output is that over its last `window` keys alone, wherever keys and queries begin."""
+    for groups in (1, 2, 4):
+        q, k, v = drawn(groups)
+        for window in (1, 3, 8, 9, 20):
+            whole = attend(q, k, v, window=window)
+            for t in range(9):
+                near = slice(max(0, t + 1 - window), t + 1)
+                alone = attend(q[:, :, t : t + 1], k[:, :, near], v[:, :, near])
+                assert (alone - whole[:, :, t : t + 1]).abs().max() <= 1e-12
+            for start in (8, 6, 1):
+                last = attend(q[:, :, start:], k, v, window=window)
+                assert (last - whole[:, :, start:]).abs().max() <= 1e-12
+
+
+CHECKS = [check_causal, check_cached, check_batch_invariant, check_deterministic, check_float64, check_window]
 
 
 @every_technique
@@ -149,9 +165,14 @@ def narrow(q, k, v):
     return causal_attention(q.float(), k.float(), v.float()).to(q.dtype)
 
 
-@pytest.mark.parametrize(
-    ("attend", "check"), list(zip([peeking, first_key_by_length, mixing_rows, forgetful, narrow], CHECKS, strict=True))
-)
+def boundless(q, k, v, window=0):
+    return causal_attention(q, k, v)
+
+
+BROKEN = [peeking, first_key_by_length, mixing_rows, forgetful, narrow, boundless]
+
+
+@pytest.mark.parametrize(("attend", "check"), list(zip(BROKEN, CHECKS, strict=True)))
 def test_a_broken_technique_is_found_out(attend, check):
     with pytest.raises(AssertionError):
         check(attend)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fairway.base import slots
 from fairway.model.linear import Linear
+from fairway.model.memory import KeyValue, Memory
 from fairway.model.norm import rms_norm
 from fairway.model.rotary import rotate
 from fairway.model.spec import ModelSpec
@@ -26,10 +27,6 @@ class Flow(NamedTuple):
     cos: Tensor  # (S, rotary/2)
     sin: Tensor
     values: Tensor | None  # (B, S, G·h), the value embedding
-
-
-KeyValue = tuple[Tensor, Tensor]
-"""Keys and values of one layer so far, each (B, G, T, h)."""
 
 
 class Attention(nn.Module):
@@ -52,8 +49,8 @@ class Attention(nn.Module):
         self.attend = slots.module_of(spec.attention).Technique(spec.attention, layer, spec.layers)
 
     def forward(
-        self, z: Tensor, flow: Flow, first: Tensor | None, past: KeyValue | None
-    ) -> tuple[Tensor, KeyValue, Tensor]:
+        self, z: Tensor, flow: Flow, first: Tensor | None, past: Memory | None
+    ) -> tuple[Tensor, Memory, Tensor]:
         raw = self.v(z)
         value = raw
         if self.value_scale is not None and flow.values is not None:
@@ -64,10 +61,9 @@ class Attention(nn.Module):
         k = rotate(rms_norm(self._split(self.k(z), self.kv_heads)), flow.cos, flow.sin)
         v = self._split(value, self.kv_heads)
         q = q * self.gain.to(q.dtype)[:, None, None]
-        if past is not None:
-            k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
-        y = self.attend(q, k, v).transpose(1, 2).flatten(2)
-        return self.o(y), (k, v), raw
+        memory = KeyValue(k, v) if past is None else past.extend(k, v)
+        y = self.attend(q, memory.k, memory.v, window=memory.window).transpose(1, 2).flatten(2)
+        return self.o(y), memory, raw
 
     def _split(self, x: Tensor, heads: int) -> Tensor:
         """(B, S, heads·h) -> (B, heads, S, h)"""
@@ -90,8 +86,8 @@ class Block(nn.Module):
         self.tagged = {name: ("gain", name) for name in ("attn_scale", "mlp_scale", "resid_mix")}
 
     def forward(
-        self, x: Tensor, flow: Flow, first: Tensor | None, past: KeyValue | None
-    ) -> tuple[Tensor, KeyValue, Tensor]:
+        self, x: Tensor, flow: Flow, first: Tensor | None, past: Memory | None
+    ) -> tuple[Tensor, Memory, Tensor]:
         if self.resid_mix is not None:
             mix = self.resid_mix.to(x.dtype)
             x = mix[0] * x + mix[1] * flow.x0

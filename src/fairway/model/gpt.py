@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from fairway.base import slots
-from fairway.model.block import Block, Flow, KeyValue
+from fairway.model.block import Block, Flow
 from fairway.model.init import initialise
 from fairway.model.linear import Table
+from fairway.model.memory import Memory, Rolling
 from fairway.model.norm import rms_norm
 from fairway.model.rotary import rotary_base, rotation
 from fairway.model.spec import ModelSpec
@@ -25,8 +26,13 @@ class Past(NamedTuple):
     """What a position needs of those before it."""
 
     length: int
-    layers: tuple[KeyValue, ...]
-    embed: tuple[Tensor, ...]
+    layers: tuple[Memory, ...]
+    embed: tuple[Tensor, ...] | None  # None: nothing came before
+
+    def narrow(self, rows: int) -> "Past":
+        """Of the first `rows` sequences. A rolling past is consumed."""
+        embed = None if self.embed is None else tuple(memory[:rows] for memory in self.embed)
+        return Past(self.length, tuple(memory.narrow(rows) for memory in self.layers), embed)
 
 
 class GPT(nn.Module):
@@ -53,14 +59,17 @@ class GPT(nn.Module):
         self.base = rotary_base(spec.rotary, spec.context)
 
     def forward(self, tokens: Tensor, past: Past | None = None) -> tuple[Tensor, Past]:
-        """tokens: (B, S) int64; past: of the positions before them -> hidden (B, S, d) after the final norm, past."""
+        """tokens: (B, S) int64; past: of the positions before them -> hidden (B, S, d) after the final norm, past.
+
+        A rolling past (`begin`) is written in place: it is consumed, and only the returned one can go on.
+        """
         start = past.length if past is not None else 0
         x, carried = self._embed(tokens, past)
         cos, sin = rotation(start, tokens.shape[1], self.spec.rotary.dims, self.base, like=x)
         flow = Flow(x, cos, sin, self.values(tokens, x) if self.values is not None else None)
         first: Tensor | None = None
         stack: list[Tensor] = []
-        memories: list[KeyValue] = []
+        memories: list[Memory] = []
         for layer, block in enumerate(self.blocks):
             if layer >= self.encoders and stack and self.skip is not None:
                 x = self._join(x, stack.pop(), layer - self.encoders)
@@ -71,6 +80,19 @@ class GPT(nn.Module):
             if layer < self.encoders:
                 stack.append(x)
         return rms_norm(x), Past(start + tokens.shape[1], tuple(memories), carried)
+
+    def begin(self, rows: int, window: int, length: int) -> Past:
+        """The rolling past of `rows` sequences at their start, in which a position sees the last `window`, itself too.
+
+        length: the most positions a sequence will have; room is taken for at most 2·window. A forward with it takes at
+        most `window` positions at once (ValueError), and belongs under no_grad.
+        """
+        if min(rows, window, length) < 1:
+            raise ValueError(f"rows = {rows}, window = {window}, length = {length}: each must be at least 1")
+        like, spec = self.embedding.weight, self.spec
+        shape = (2, rows, spec.kv_heads, min(length, 2 * window), spec.head)
+        rooms = [like.new_empty(shape, dtype=self.compute or like.dtype) for _ in self.blocks]
+        return Past(0, tuple(Rolling(room, window) for room in rooms), None)
 
     def logits(self, hidden: Tensor, last: int | None = None) -> Tensor:
         """hidden: (B, S, d) -> (B, S, vocab), or (B, last, vocab) for the last positions alone."""
@@ -85,11 +107,12 @@ class GPT(nn.Module):
         x = self.embedding(tokens)
         if self.compute is not None:
             x = x.to(self.compute)
+        before = past.embed if past is not None else None
         memories: list[Tensor] = [tokens] * len(self.embed)
         for stage in ("before_norm", "after_norm"):
             for i, part in enumerate(self.embed):
                 if part.stage == stage:
-                    x, memories[i] = part(x, tokens, past.embed[i] if past is not None else None)
+                    x, memories[i] = part(x, tokens, before[i] if before is not None else None)
             if stage == "before_norm":
                 x = rms_norm(x)
         return x, tuple(memories)
