@@ -89,6 +89,65 @@ def score(
 
 
 @app.command()
+def prove(
+    folder: RunFolder,
+    slice_: Annotated[
+        str, typer.Option("--slice", help="How much text: 8KB, 64KB, 1MB. Default: as the recipe says.")
+    ] = "",
+    full: Annotated[bool, typer.Option("--full", help="All of the held-out text.")] = False,
+    chunks: Annotated[int, typer.Option(min=0, help="Prove this many chunks of a score made in exact mode.")] = 0,
+    nonce: Annotated[str, typer.Option(help="With --chunks: any text, chosen after the score was booked.")] = "",
+    json: Json = False,
+) -> None:
+    """Writes held-out text as a real file and decodes it in another process: a score is a file that decodes."""
+    from fairway import verbs
+
+    verbs.prove(folder, slice_, full, chunks, nonce, json)
+
+
+@app.command()
+def compress(
+    file: Annotated[str, typer.Argument(help="Any file; - for standard input.")],
+    artifact: ArtifactPath,
+    out: Annotated[str, typer.Option("-o", "--out", help="Where to write; - for standard output.")],
+    adapt: Annotated[bool, typer.Option("--adapt", help="Learn from the text as it goes: smaller, slower.")] = False,
+    lanes: Annotated[int, typer.Option(min=0, help="Parts that are read side by side; 0: by the file's size.")] = 0,
+    json: Json = False,
+) -> None:
+    """Compresses any file with an artifact."""
+    from fairway import verbs
+
+    verbs.compress(file, artifact, out, adapt, lanes, json)
+
+
+@app.command()
+def decompress(
+    file: Annotated[str, typer.Argument(help="A file that `fairway compress` wrote; - for standard input.")],
+    artifact: ArtifactPath,
+    out: Annotated[str, typer.Option("-o", "--out", help="Where to write; - for standard output.")],
+    json: Json = False,
+) -> None:
+    """Gives back exactly the bytes that were compressed, or an error and nothing."""
+    from fairway import verbs
+
+    verbs.decompress(file, artifact, out, json)
+
+
+@app.command(hidden=True)
+def decode_chunk(
+    file: Path,
+    artifact: ArtifactPath,
+    state: Annotated[Path, typer.Option("--state")],
+    before: Annotated[Path, typer.Option("--before")],
+    out: Annotated[Path, typer.Option("-o", "--out")],
+) -> None:
+    """One chunk of an adapted text, from the state before it: what `prove --chunks` runs in another process."""
+    from fairway import verbs
+
+    verbs.decode_chunk(file, artifact, state, before, out)
+
+
+@app.command()
 def probe(
     folder: RunFolder,
     flips: Annotated[int, typer.Option(min=1, help="How many single tokens are changed.")] = 4,

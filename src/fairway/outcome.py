@@ -49,6 +49,7 @@ class Outcome:
         run: Run,
         alone: dict[str, float | None],
         with_train: dict[str, float | None],
+        proof: dict[str, Any] | None,
     ) -> "Outcome":
         """From the stages' scores and the run's facts. HonestyError where the result's stage was not scored, or on
         another file than the artifact."""
@@ -83,7 +84,7 @@ class Outcome:
             artifact_sha256=facts["artifact"]["sha256"],
             baselines=alone,
             baselines_with_train=with_train,
-            proof=None,
+            proof=proof,
         )
 
     def json(self) -> str:
@@ -102,12 +103,33 @@ def rows(outcome: Outcome) -> list[tuple[str, str, str]]:
     table = []
     for stage, name in names.items():
         value = outcome.stages[stage]
-        mark = " <- the score, not proven" if stage == outcome.result and outcome.proof is None else ""
+        proven = "not proven" if outcome.proof is None else "a slice of it proven"
+        mark = f" <- the score, {proven}" if stage == outcome.result else ""
         table.append((name, "-" if value is None else f"{value:.4f}", remarks[stage] + mark))
     for name, value in outcome.baselines.items():
         table.append((_NAMES[name], "-" if value is None else f"{value:.4f}", "the same text alone"))
     for name, value in outcome.baselines_with_train.items():
         table.append((_NAMES[name], "-" if value is None else f"{value:.4f}", "with the training text as dictionary"))
+    return table
+
+
+def proof_rows(proof: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """A proof as a table: what, value, remark."""
+    table = [
+        ("text", f"{proof['text_bytes']:,} bytes", f"{proof['tokens']:,} of {proof['of_tokens']:,} tokens"),
+        ("file", f"{proof['file_bytes']:,} bytes", f"{proof['framing_bytes']:,} of them headers and checksums"),
+        ("bits per byte", f"{proof['bits_per_byte']:.4f}", "8 · file / text"),
+        ("ideal", f"{proof['ideal_bits'] / 8:,.1f} bytes", "Σ −log2 of the float64 softmax"),
+        ("gap", f"{proof['gap_percent']:+.3f} %", "of the whole file over the ideal"),
+    ]
+    if proof["scored_bits"] is not None:
+        apart = 100 * (proof["coded_bits"] / proof["scored_bits"] - 1)
+        remark = f"the same tokens as scored ({proof['scored_as']}); coded {apart:+.4f} %"
+        table.append(("scored", f"{proof['scored_bits'] / 8:,.1f} bytes", remark))
+    table += [
+        ("updates", str(proof["updates"]), f"stage {proof['stage']}"),
+        ("seconds", f"{proof['seconds']:.1f}", f"{proof['decode_seconds']:.1f} of them decoding, in another process"),
+    ]
     return table
 
 

@@ -22,4 +22,5 @@ def run(recipe: Recipe, run: Run, device: Device) -> Outcome:
     steps.quantize(recipe, run, device)  # -> integers.safetensors
     steps.pack(recipe, text.tokenizer, run)  # -> artifact.fw, weighed; over budget: BudgetError
     scores = steps.score(recipe, text.held_out, run, device)  # from here on only the files speak
-    return steps.close(recipe, text, scores, run)  # -> score.json
+    proof = steps.prove(recipe, text.held_out, run)  # a slice as a file, decoded by another process: or HonestyError
+    return steps.close(recipe, text, scores, proof, run)  # -> score.json

@@ -28,6 +28,7 @@ class Recipe:
     summary: str = ""
     seed: int = 1337
     baselines: bool = True  # also compress the held-out text with xz, zstd, brotli and bzip2
+    proof_bytes: int = 8_000  # of held-out text that is written as a file and decoded; 0: nothing is proven
     data: DataSpec = field(default_factory=DataSpec)
     model: ModelSpec = field(default_factory=ModelSpec)
     train: TrainSpec = field(default_factory=TrainSpec)

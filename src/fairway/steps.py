@@ -2,6 +2,7 @@
 one whose product is there already does nothing, so that `--resume` goes on where a run stopped.
 """
 
+import json
 import platform
 import time
 from collections.abc import Iterator
@@ -29,7 +30,10 @@ from fairway.quant import calibrate as gather_hessians
 from fairway.quant import quantize as quantize_model
 from fairway.quant.observe import read_hessians, write_hessians
 from fairway.recipe import Recipe
-from fairway.score import StageScore, baselines, baselines_with_train, evaluate
+from fairway.score import ChunkProof, Proof, StageScore, baselines, baselines_with_train, evaluate
+from fairway.score import prove as prove_slice
+from fairway.score import prove_chunks as prove_some
+from fairway.score.booking import read_prices
 from fairway.score.evaluate import model_on, stream_of
 from fairway.train import pretrain
 
@@ -205,7 +209,45 @@ def score(recipe: Recipe, held_out: Tokens, run: Run, device: Device) -> dict[st
     return found
 
 
-def close(recipe: Recipe, text: Text, scores: dict[str, StageScore], run: Run) -> Outcome:
+def prove(recipe: Recipe, held_out: Tokens, run: Run, slice_bytes: int | None = None) -> Proof | None:
+    """A slice of the held-out text, written with the artifact as a real file and decoded by another process.
+
+    slice_bytes: as the recipe says where it is None, 0: the whole text. None where the recipe wants no proof.
+    """
+    wanted = recipe.proof_bytes if slice_bytes is None else slice_bytes
+    if slice_bytes is None and not wanted:
+        return None
+    found: Proof | None = None
+    if run.ranks.first:
+        path, stage = _product(run, ARTIFACT), recipe.score.result
+        booked = run.facts.get(f"score_{stage}", {})
+        known = (booked.get("artifact_sha256"), booked.get("text_sha256")) == (files.sha256(path), held_out.text_sha256)
+        scored = StageScore(**{field.name: booked[field.name] for field in fields(StageScore)}) if known else None
+        prices = read_prices(run.path(".")) if known else None
+        found = prove_slice(path, held_out, recipe.score, run, wanted, scored, prices)
+        run.fact("proof", **found.plain())
+    run.ranks.wait()
+    return found
+
+
+def prove_chunks(recipe: Recipe, held_out: Tokens, run: Run, chunks: int, nonce: str) -> ChunkProof:
+    """Some chunks of an adapted score that was made in exact mode."""
+    folder = run.path(".")
+    found = prove_some(_product(run, ARTIFACT), held_out, recipe.score, run, folder, chunks, nonce)
+    run.fact("proof_chunks", **found.plain())
+    return found
+
+
+def book_proof(run: Run, proof: Proof) -> None:
+    """The proof as part of a score that is there already."""
+    path = run.path(SCORE)
+    if path.exists():
+        table = json.loads(path.read_text())
+        if table.get("artifact_sha256") == proof.artifact_sha256 and table.get("text_sha256") == proof.text_sha256:
+            files.write(path, json.dumps({**table, "proof": proof.plain()}, indent=2, allow_nan=False) + "\n")
+
+
+def close(recipe: Recipe, text: Text, scores: dict[str, StageScore], proof: Proof | None, run: Run) -> Outcome:
     """The score with all that stands beside it, written as score.json."""
     alone: dict[str, float | None] = {}
     with_train: dict[str, float | None] = {}
@@ -217,7 +259,7 @@ def close(recipe: Recipe, text: Text, scores: dict[str, StageScore], run: Run) -
             with_train = baselines_with_train(text.held_out.text, text.train.text, run)
         if not with_train:
             run.fact("substitution", what="baselines", why="left out: too much text for the compressors")
-    outcome = Outcome.of(recipe, scores, run, alone, with_train)
+    outcome = Outcome.of(recipe, scores, run, alone, with_train, None if proof is None else proof.plain())
     if run.writes:
         files.write(run.path(SCORE), outcome.json())
     run.fact("done", bits_per_byte=outcome.bits_per_byte)

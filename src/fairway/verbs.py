@@ -1,6 +1,7 @@
 """What each verb of the command line does, and how its answer is printed."""
 
 import json as json_text
+import re
 import statistics
 import sys
 from collections.abc import Iterator
@@ -17,17 +18,22 @@ from fairway import doctor as doctor_checks
 from fairway import pipeline, recipe, steps
 from fairway.artifact import open_artifact
 from fairway.base import recipes, slots
+from fairway.base.clock import Stopwatch
 from fairway.base.devices import Device, choose
 from fairway.base.errors import DataError, FairwayError, HonestyError, RecipeError
-from fairway.base.files import read
+from fairway.base.files import read, write
 from fairway.base.journal import Run, new_folder, point_latest
 from fairway.base.ranks import Ranks
 from fairway.model import GPT, parameter_count
-from fairway.outcome import Outcome, rows
+from fairway.outcome import Outcome, proof_rows, rows
 from fairway.recipe import Recipe
+from fairway.score import ChunkProof, score_text, settings_for
+from fairway.score import compress as compressed
+from fairway.score import decompress as decompressed
 from fairway.score import probe as probed
 from fairway.score import sample as sampled
-from fairway.score import score_text
+from fairway.score.booking import read_booked
+from fairway.score.chunks import decode_chunk as decoded_chunk
 
 SLOTS = (
     "data.sources",
@@ -134,12 +140,82 @@ def _score_run(folder: Path, device: str, as_json: bool) -> None:
     chosen = _of_folder(folder)
     with _ranks(device) as (ranks, target), _run(chosen, folder.parent, ranks, as_json, folder) as opened:
         text = steps.prepare(chosen, opened)
-        outcome = steps.close(chosen, text, steps.score(chosen, text.held_out, opened, target), opened)
+        scores = steps.score(chosen, text.held_out, opened, target)
+        proof = steps.prove(chosen, text.held_out, opened)
+        outcome = steps.close(chosen, text, scores, proof, opened)
     if ranks.first:
         if as_json:
             print(outcome.json(), end="")
         else:
             show(outcome, folder)
+
+
+def prove(folder: Path, slice_: str, full: bool, chunks: int, nonce: str, as_json: bool) -> None:
+    if (bool(slice_) + full + bool(chunks)) > 1:
+        raise RecipeError("fairway prove: one of --slice, --full and --chunks; leave the others out")
+    if bool(chunks) != bool(nonce):
+        raise RecipeError("fairway prove: --chunks K and --nonce TEXT go together; the nonce draws the chunks")
+    size = 0 if full else _size(slice_) if slice_ else None
+    chosen = _of_folder(folder)
+    with _run(chosen, folder.parent, Ranks(), as_json, folder) as opened:
+        if chunks:
+            read_booked(folder)  # refuses before any text is read
+        text = steps.prepare(chosen, opened)
+        if chunks:
+            found = steps.prove_chunks(chosen, text.held_out, opened, chunks, nonce)
+            _show_chunks(found, as_json)
+            return
+        size = size if size is not None or chosen.proof_bytes else 8_000
+        proof = steps.prove(chosen, text.held_out, opened, size)
+        assert proof is not None
+        steps.book_proof(opened, proof)
+    if as_json:
+        print(json_text.dumps(proof.plain(), indent=2))
+    else:
+        _table("proof", "", proof_rows(proof.plain()))
+        print(
+            f"proven: {proof.text_bytes:,} bytes decoded from {proof.file_bytes:,}, byte for byte, by another process"
+        )
+
+
+def compress(file: str, artifact: Path, out: str, adapt: bool, lanes: int, as_json: bool) -> None:
+    quiet = as_json or out == "-"
+    if as_json and out == "-":
+        raise RecipeError(
+            "fairway compress: --json and the file cannot both go to standard output; name a file with -o"
+        )
+    opened, watch = open_artifact(artifact), Stopwatch().start()
+    text = _take(file)
+    coded = compressed(opened, text, settings_for(opened, adapt, lanes), Run(quiet=quiet), processes=0)
+    _give(out, coded.content)
+    seconds = watch.stop()
+    facts = {key: value for key, value in asdict(coded).items() if key != "content"}
+    facts |= {"file_bytes": len(coded.content), "seconds": round(seconds, 3)}
+    if not quiet or as_json:
+        share = f", {8 * len(coded.content) / len(text):.4f} bits per byte" if text else ""
+        line = f"{out}: {len(text):,} bytes -> {len(coded.content):,}{share}; {seconds:.1f} s"
+        _answer(facts, line, as_json)
+
+
+def decompress(file: str, artifact: Path, out: str, as_json: bool) -> None:
+    quiet = as_json or out == "-"
+    if as_json and out == "-":
+        raise RecipeError(
+            "fairway decompress: --json and the text cannot both go to standard output; name a file with -o"
+        )
+    opened, watch = open_artifact(artifact), Stopwatch().start()
+    content = _take(file)
+    text = decompressed(opened, content, "standard input" if file == "-" else file, Run(quiet=quiet), processes=0)
+    _give(out, text)
+    seconds = watch.stop()
+    if not quiet or as_json:
+        facts = {"file_bytes": len(content), "text_bytes": len(text), "seconds": round(seconds, 3)}
+        _answer(facts, f"{out}: {len(content):,} bytes -> {len(text):,}; {seconds:.1f} s", as_json)
+
+
+def decode_chunk(file: Path, artifact: Path, state: Path, before: Path, out: Path) -> None:
+    opened = open_artifact(artifact)
+    write(out, decoded_chunk(opened, read(file), read(state), read(before), str(file)))
 
 
 def probe(folder: Path, flips: int, tokens: int, device: str, as_json: bool) -> None:
@@ -229,8 +305,12 @@ def list_techniques(as_json: bool) -> None:
 def show(outcome: Outcome, folder: Path | None) -> None:
     """The table that ends a run."""
     _table(f"{outcome.recipe}, seed {outcome.seed}", "bits per byte", rows(outcome))
+    proof = outcome.proof
+    proven = "not proven"
+    if proof is not None:
+        proven = f"{proof['text_bytes']:,} bytes decoded from a file of {proof['file_bytes']:,}"
     print(
-        f"score {outcome.bits_per_byte:.4f} ({outcome.result}, not proven) on {outcome.text_bytes:,} bytes held out"
+        f"score {outcome.bits_per_byte:.4f} ({outcome.result}; {proven}) on {outcome.text_bytes:,} bytes held out"
         + (" (as decoded by the tokenizer)" if outcome.decoded_text else "")
         + f"; run folder {folder}"
     )
@@ -243,6 +323,45 @@ def _show_seeds(outcomes: list[Outcome], as_json: bool) -> None:
     elif len(outcomes) > 1:
         scores = [outcome.bits_per_byte for outcome in outcomes]
         print(f"{len(scores)} seeds: {statistics.mean(scores):.4f} ± {statistics.stdev(scores):.4f} bits per byte")
+
+
+def _show_chunks(found: ChunkProof, as_json: bool) -> None:
+    if as_json:
+        print(json_text.dumps(found.plain(), indent=2))
+        return
+    _table(
+        "proof",
+        "",
+        [
+            ("chunks", f"{len(found.chunks)} of {found.of_chunks}", ", ".join(map(str, found.chunks))),
+            ("decoded", f"{found.text_bytes:,} bytes", f"from files of {found.file_bytes:,}, by other processes"),
+            ("bits per byte", f"{found.bits_per_byte:.4f}", f"{found.gap_percent:+.3f} % over the ideal code length"),
+            ("steps taken again", f"{found.replayed:,}", "each ends in the state that was booked"),
+            ("seconds", f"{found.seconds:.1f}", ""),
+        ],
+    )
+    print(f"one false step among {found.of_chunks} is caught with a chance of about {100 * found.catches:.1f} %")
+
+
+def _size(text: str) -> int:
+    """8KB, 1.5MB or a plain number of bytes; KB = 1,000 bytes."""
+    parts = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(B|KB|MB|)", text.strip(), re.IGNORECASE)
+    size = float(parts[1]) * {"": 1, "B": 1, "KB": 1_000, "MB": 1_000_000}[parts[2].upper()] if parts else 0
+    if not 1 <= size < 1e15:
+        raise RecipeError(f"--slice {text}: a size is expected, such as 8KB or 1MB")
+    return int(size)
+
+
+def _take(name: str) -> bytes:
+    return sys.stdin.buffer.read() if name == "-" else read(Path(name))
+
+
+def _give(name: str, content: bytes) -> None:
+    if name == "-":
+        sys.stdout.buffer.write(content)
+        sys.stdout.buffer.flush()
+    else:
+        write(Path(name), content)
 
 
 def _answer(facts: dict[str, Any], line: str, as_json: bool) -> None:

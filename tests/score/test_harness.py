@@ -6,10 +6,12 @@ import torch
 
 from fairway.base.errors import ContractError, HonestyError
 from fairway.score.adapt import none
-from fairway.score.harness import drive, normalise
+from fairway.score.harness import drive
 from fairway.score.ledger import Ledger
-from fairway.score.predictor import Tape, WindowPredictor
+from fairway.score.predictor import WindowPredictor
 from fairway.score.stream import Stream
+from fairway.score.tape import Tape
+from fairway.score.tellers import Softmax, normalise
 from fairway.score.windows import plain, sliding
 
 from .fakes import Tiny
@@ -49,7 +51,7 @@ def test_the_score_is_that_of_softmax_written_out(windows, temperature):
     stream = Stream(101, 16, windows)
     with torch.no_grad():
         expected = by_hand(model, tokens, stream.windows, temperature)
-    nats, ledger = score(windowed(model, 64), stream, tokens, temperature=temperature)
+    nats, ledger = score(windowed(model, 64), stream, tokens, teller=Softmax(temperature))
     np.testing.assert_allclose(ledger.price(slice(None)), expected, atol=1e-12)
     assert nats == pytest.approx(expected.sum(), abs=1e-9)
 
@@ -119,7 +121,7 @@ def test_positions_out_of_turn_are_refused(position):
     def outside(unit):
         yield np.array([position]), torch.zeros(1, VOCAB)
 
-    with pytest.raises(HonestyError, match="its turn is 0 to 7"):
+    with pytest.raises(HonestyError, match=rf"unit 0: position {position} was predicted out of its turn"):
         score(lambda tape: Scripted(outside), Stream(50, 8, plain.Spec(), chunk=8), text(50))
 
 
@@ -155,13 +157,13 @@ def test_a_target_cannot_be_read_before_its_unit_is_paid():
 
     def scripted(tape):
         def predict(unit):
-            tape.read(np.array([0]), unit.stop)
-            seen.append(tape.open)
+            tape.read(np.array([0]), unit.done)
+            seen.append(int(tape.known[0]) + 1)
             with pytest.raises(HonestyError, match="read before it was paid"):
-                tape.read(np.array([0]), unit.stop + 1)
+                tape.read(np.array([0]), unit.done + 1)
             yield from uniform(unit)
 
-        return Scripted(predict, lambda unit: tape.read(np.array([0]), unit.stop + 1))
+        return Scripted(predict, lambda unit: tape.read(np.array([0]), unit.done + 1))
 
     score(scripted, Stream(40, 8, plain.Spec(), chunk=8), text(40))
     assert seen == [8, 16, 24, 32, 40]
@@ -174,7 +176,7 @@ def test_every_unit_is_paid_before_it_is_perceived():
 
     def perceive(unit):
         assert ledger.paid(unit.windows.positions).all()
-        assert not ledger.paid(np.arange(unit.stop, 40)).any()
+        assert not ledger.paid(np.arange(unit.done, 40)).any()
         order.append(unit.index)
 
     drive(Scripted(uniform, perceive), stream, tape, tokens, VOCAB, ledger)

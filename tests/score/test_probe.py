@@ -54,7 +54,7 @@ class Peeks(WindowPredictor):
 
     def predict(self, unit):
         for positions, logits in super().predict(unit):
-            target = torch.from_numpy(self.tape._tokens[positions + 1].astype(np.int64))
+            target = torch.from_numpy(self.tape._targets[positions].astype(np.int64))
             yield positions, logits + 0.01 * F.one_hot(target, VOCAB)
 
 
@@ -77,7 +77,7 @@ class TrainsBeforeScoring(WindowPredictor):
 
     @torch.enable_grad()
     def predict(self, unit):
-        inputs = self.tape.read(np.array([unit.stop - 32]), 32)
+        inputs = self.tape.read(np.array([unit.done - 32]), 32)
         hidden, _ = self.model(inputs[:, :-1])
         loss = F.cross_entropy(self.model.logits(hidden).flatten(0, 1), inputs[:, 1:].flatten())
         for parameter, slope in zip(
@@ -93,7 +93,7 @@ class SharesADelta(WindowPredictor):
 
     def predict(self, unit):
         for positions, logits in super().predict(unit):
-            seen = torch.from_numpy(self.tape._tokens[positions].astype(np.int64))
+            seen = torch.from_numpy(self.tape._targets[positions - 1].astype(np.int64))
             yield positions, logits + 0.05 * torch.bincount(seen, minlength=VOCAB)
 
 
@@ -104,7 +104,7 @@ class LearnsAndForgetsNothing(WindowPredictor):
 
     def predict(self, unit):
         self.counts = torch.zeros(VOCAB) if self.counts is None else self.counts
-        ahead = torch.from_numpy(self.tape._tokens[unit.stop : unit.stop + 8].astype(np.int64))
+        ahead = torch.from_numpy(self.tape._targets[unit.done - 1 : unit.done + 7].astype(np.int64))
         self.counts = self.counts + torch.bincount(ahead, minlength=VOCAB)
         for positions, logits in super().predict(unit):
             yield positions, logits + 0.01 * self.counts

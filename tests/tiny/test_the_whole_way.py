@@ -42,9 +42,10 @@ def test_the_whole_way_ends_in_a_score_within_a_minute(tmp_path):
     outcome = run_tiny(tmp_path / "run")
     assert time.monotonic() - begun < 60
     assert 0 < outcome.bits_per_byte < 8
-    assert sorted([*PRODUCTS, "recipe.toml", "journal.jsonl", "curves.jsonl", ".lock"]) == sorted(
-        path.name for path in (tmp_path / "run").iterdir()
-    ), "the checkpoint is gone, and nothing half-written is left"
+    beside = ["recipe.toml", "journal.jsonl", "curves.jsonl", ".lock", "prices.npy", "proof.fwc"]
+    assert sorted([*PRODUCTS, *beside]) == sorted(path.name for path in (tmp_path / "run").iterdir()), (
+        "the checkpoint is gone, and nothing half-written is left"
+    )
 
 
 def test_the_score_file_says_what_it_promises(tiny_run):
@@ -53,7 +54,7 @@ def test_the_score_file_says_what_it_promises(tiny_run):
     assert list(score["stages"]) == ["float", "quantized", "sliding", "adapted"]
     assert score["bits_per_byte"] == score["code_length_bits"] / score["text_bytes"]
     assert score["bits_per_byte"] == score["stages"]["adapted"]
-    assert score["proof"] is score["challenge_bytes"] is score["closed_bytes"] is score["headroom_bytes"] is None
+    assert score["challenge_bytes"] is score["closed_bytes"] is score["headroom_bytes"] is None
     assert score["train_seconds"] > 0 < score["eval_seconds"]
     assert score["seed"] == 1337
     assert abs(score["stages"]["float"] - score["stages"]["quantized"]) < 0.05

@@ -3,6 +3,8 @@
 import hashlib
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -58,3 +60,17 @@ def seed_for(seed: int, purpose: str) -> int:
 def generator(seed: int, purpose: str) -> torch.Generator:
     """A CPU generator seeded by `seed_for`."""
     return torch.Generator().manual_seed(seed_for(seed, purpose))
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """This many threads for torch inside the block (0: as it is): sums over other numbers of threads differ in the last
+    bit."""
+    before = torch.get_num_threads()
+    if count and count != before:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        if torch.get_num_threads() != before:
+            torch.set_num_threads(before)

@@ -30,4 +30,4 @@ class BudgetError(FairwayError):
 
 
 class HonestyError(FairwayError):
-    """The score would be false. Never caught inside fairway."""
+    """The score would be false. Never caught, but by `diagnose`, which measures what is refused."""

@@ -6,8 +6,9 @@ leave the others waiting in a collective.
 
 import importlib
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -80,7 +81,7 @@ class Ranks:
         """The largest of one number over the ranks; all ranks get the same answer."""
         if self.world == 1:
             return value
-        tensor = torch.tensor([value], dtype=torch.float64, device=self._device())
+        tensor = torch.tensor([value], dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return float(tensor.item())
 
@@ -96,8 +97,62 @@ class Ranks:
         if self.world > 1:
             dist.barrier()
 
-    def _device(self) -> str:
-        return f"cuda:{self.local_rank}" if dist.get_backend() == "nccl" else "cpu"
+    @property
+    def device(self) -> str:
+        """Where tensors lie that are shared with other ranks."""
+        return f"cuda:{self.local_rank}" if self.world > 1 and dist.get_backend() == "nccl" else "cpu"
+
+
+class _Shared:
+    """What ranks in threads have in common."""
+
+    def __init__(self, world: int) -> None:
+        self.barrier = threading.Barrier(world)
+        self.given: list[torch.Tensor] = [torch.empty(0)] * world
+
+
+@dataclass(frozen=True)
+class _ThreadRanks(Ranks):
+    """One of several ranks that are threads of one process: sums alone, in the order of the ranks."""
+
+    shared: _Shared = field(default_factory=lambda: _Shared(1))
+
+    @property
+    def device(self) -> str:
+        return "cpu"
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.shared.given[self.rank] = tensor.clone()
+        self.shared.barrier.wait()
+        tensor.copy_(torch.stack(self.shared.given).sum(dim=0))
+        self.shared.barrier.wait()
+        return tensor
+
+    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        for parameter in parameters:
+            self.sum_(parameter.grad if parameter.grad is not None else torch.zeros_like(parameter))
+
+
+def in_threads(world: int, work: Callable[[Ranks], None]) -> None:
+    """Runs `work` once for each of `world` ranks, in threads of this process: what does not depend on the number of
+    ranks must come out the same. Only sums are offered. The first rank's error is raised."""
+    shared, errors = _Shared(world), list[BaseException]()
+
+    def one(rank: int) -> None:
+        try:
+            work(_ThreadRanks(rank, world, 0, shared))
+        except BaseException as error:
+            if not isinstance(error, threading.BrokenBarrierError):
+                errors.append(error)
+            shared.barrier.abort()
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
 
 
 def _variable(name: str, default: str = "") -> int:

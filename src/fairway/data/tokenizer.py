@@ -157,6 +157,16 @@ class Tokenizer:
         """The tokens of some bytes, (N,) uint16, without BOS."""
         return next(self.encode_documents([data]))
 
+    def encode_exactly(self, data: bytes) -> Uint16:
+        """Tokens that decode to exactly these bytes: `encode`, or byte pieces alone where the model normalises text.
+        DataError where it has none."""
+        tokens = self.encode(data)
+        if self.decode(tokens, previous=self.bos) == data:
+            return tokens
+        if not self.has_bytes:
+            raise DataError(f"{self.name}: cannot say this text, and has no byte pieces; use another artifact")
+        return self._byte_ids[np.frombuffer(data, dtype=np.uint8)].astype(np.uint16)
+
     def encode_documents(self, documents: Iterable[bytes]) -> Iterator[Uint16]:
         """The tokens of each document, in order. Long documents are cut where no piece can reach across, so that the
         result is that of one call."""

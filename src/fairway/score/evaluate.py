@@ -23,11 +23,14 @@ from fairway.base.slots import module_of
 from fairway.data import Tokens
 from fairway.model import GPT
 from fairway.score.adapt import none
-from fairway.score.harness import Listener, drive
+from fairway.score.booking import Booking, write_prices
+from fairway.score.harness import drive
 from fairway.score.ledger import Ledger
-from fairway.score.predictor import Network, Tape, WindowPredictor
+from fairway.score.predictor import Adapter, Network, WindowPredictor
 from fairway.score.spec import ScoreSpec, Stage
 from fairway.score.stream import Stream, Unit
+from fairway.score.tape import Tape
+from fairway.score.tellers import Exact, Listener, Softmax, Teller
 from fairway.score.windows import plain
 
 
@@ -44,6 +47,8 @@ class StageScore:
     decoded: bool  # the text is what the tokens decode to: the tokenizer cannot return the original
     text_sha256: str
     artifact_sha256: str
+    compute: str = "float32"  # type of the activations
+    exact: bool = False  # paid by the integer distributions that a decoder computes again
 
 
 def evaluate(
@@ -78,43 +83,70 @@ def score_opened(
     watch = watch or Stopwatch().start()
     lengths = byte_lengths(artifact, held_out)
     stream = stream_of(stage, len(lengths), spec, artifact.model_spec.context)
-    model = model_on(artifact, device)
-    ledger = Ledger(len(lengths))
+    model = model_on(artifact, device, is_exact(spec, stage))
+    ledger, booking = Ledger(len(lengths)), None
+    if is_exact(spec, stage) and stage == "adapted" and run.folder is not None:
+        booking = Booking(run, ledger, stream, spec.snapshots, held_out.text_sha256, artifact.sha256)
     with run.meter(stage, len(lengths), "tokens") as meter:
         pace = Pace(stage, ledger, lengths, limit, watch, run.ranks, meter)
-        score_model(model, held_out.tokens, stream, spec, stage, artifact.vocab, ledger, run.ranks, pace)
+        score_model(model, held_out.tokens, stream, spec, stage, artifact.vocab, ledger, run.ranks, pace, None, booking)
     seconds = watch.stop()
     hold(f"{stage} score", seconds, limit, "s", _REMEDY, run.ranks)
-    score = _stage_score(stage, ledger, held_out, seconds, artifact)
+    if stage == spec.result and run.folder is not None:
+        write_prices(run, ledger)
+    compute = str(model.compute or next(model.parameters()).dtype).removeprefix("torch.")
+    score = _stage_score(stage, ledger, held_out, seconds, artifact, compute, is_exact(spec, stage))
     run.fact(f"score_{stage}", **asdict(score), units=len(stream), windows=len(stream.windows))
     return score
 
 
-def model_on(artifact: Artifact, device: Device | None) -> GPT:
-    """A fresh model of the file on a device, computing in the device's type."""
+def is_exact(spec: ScoreSpec, stage: Stage) -> bool:
+    """Whether a stage is scored in exact mode: the result, where the recipe says so."""
+    return spec.exact and stage == spec.result
+
+
+def model_on(artifact: Artifact, device: Device | None, exact: bool = False) -> GPT:
+    """A fresh model of the file on a device, computing in the device's type; in exact mode in float64, on the CPU."""
+    if exact:
+        return artifact.model("cpu").double()
     model = artifact.model(device.torch if device is not None else None)
     if device is not None:
         model.compute = device.compute
     return model
 
 
-def stream_of(stage: Stage, targets: int, spec: ScoreSpec, trained_context: int) -> Stream:
-    """The order of a stage over `targets` targets: fixed by the spec and the lengths alone."""
+def stream_of(stage: Stage, targets: int, spec: ScoreSpec, trained_context: int, whole: int = 0) -> Stream:
+    """The order of a stage over `targets` targets: fixed by the spec and the lengths alone. whole: see Stream."""
     context = spec.context or trained_context
-    windows = plain.Spec() if stage in ("float", "quantized") else spec.windows
     if stage == "adapted" and not spec.adapts:
         raise RecipeError('stage adapted: score.adapt = "none"; name a technique of adapt, such as "ttt"')
+    block = max(1, spec.block_tokens // context)
+    if stage in ("float", "quantized"):
+        return Stream(targets, context, plain.Spec(), block=block, whole=whole)
     chunk = int(spec.adapt.chunk) if stage == "adapted" else 0
-    return Stream(targets, context, windows, chunk, block=max(1, spec.block_tokens // context))
+    return Stream(targets, context, spec.windows, chunk, block, spec.lanes, whole)
+
+
+def adapter_of(model: Network, stream: Stream, spec: ScoreSpec, stage: Stage, ranks: Ranks | None = None) -> Adapter:
+    """What learns in a stage; in exact mode every rank learns all of it alone, so that no sum depends on the ranks."""
+    technique = spec.adapt if stage == "adapted" else none.Spec()
+    alone = ranks is None or is_exact(spec, stage)
+    made: Adapter = module_of(technique).Adapter(model, technique, stream.chunks, Ranks() if alone else ranks)
+    return made
 
 
 def predictor_of(
     model: Network, tape: Tape, stream: Stream, spec: ScoreSpec, stage: Stage, ranks: Ranks | None = None
 ) -> WindowPredictor:
     """The predictor of a stage; for `adapted` it learns, so that `model` is changed by being scored."""
-    technique = spec.adapt if stage == "adapted" else none.Spec()
-    adapter = module_of(technique).Adapter(model, technique, len(stream), ranks or Ranks())
-    return WindowPredictor(model, tape, adapter, spec.block_tokens)
+    adapter = adapter_of(model, stream, spec, stage, ranks)
+    carried = stream if stream.carried else None
+    return WindowPredictor(model, tape, adapter, spec.block_tokens, carried, is_exact(spec, stage))
+
+
+def teller_of(spec: ScoreSpec, stage: Stage, listen: Listener | None = None) -> Teller:
+    """What a stage's distributions are made with."""
+    return Exact(spec.temperature, listen) if is_exact(spec, stage) else Softmax(spec.temperature, listen)
 
 
 def score_model(
@@ -128,11 +160,14 @@ def score_model(
     ranks: Ranks | None = None,
     after: "Pace | None" = None,
     listen: Listener | None = None,
+    booking: "Booking | None" = None,
 ) -> float:
     """Drives a stage's predictor through its stream; the code length in nats."""
-    tape = Tape(tokens, next(iter(model.parameters())).device)
+    tape = Tape(tokens, next(iter(model.parameters())).device, stream.edges)
     predictor = predictor_of(model, tape, stream, spec, stage, ranks)
-    return drive(predictor, stream, tape, tokens, vocab, ledger, spec.temperature, ranks, after, listen)
+    if booking is not None:
+        booking.begin(predictor.adapter)
+    return drive(predictor, stream, tape, tokens, vocab, ledger, teller_of(spec, stage, listen), ranks, after, booking)
 
 
 def byte_lengths(artifact: Artifact, held_out: Tokens) -> npt.NDArray[np.int64]:
@@ -186,12 +221,12 @@ class Pace:
         self.nats += float(self.ledger.price(positions).sum())
         self.bytes += int(self.lengths[positions].sum())
         seconds = self.watch.seconds
-        self.meter.update(unit.stop, bpb=self.nats / np.log(2) / max(self.bytes, 1))
+        self.meter.update(unit.done, bpb=self.nats / np.log(2) / max(self.bytes, 1))
         if self.units == 1:
-            self.settling = (seconds, unit.stop)
+            self.settling = (seconds, unit.done)
         warm, done = self.settling
-        if self.limit and self.units > 3 and unit.stop > done:
-            left = (seconds - warm) / (unit.stop - done) * (len(self.ledger) - unit.stop)
+        if self.limit and self.units > 3 and unit.done > done:
+            left = (seconds - warm) / (unit.done - done) * (len(self.ledger) - unit.done)
             # 5 % of what is left is forgiven, since rates vary; the exact time is asserted at the end.
             hold(f"{self.stage} score, projected", seconds + 0.95 * left, self.limit, "s", _REMEDY, self.ranks)
 
@@ -199,7 +234,15 @@ class Pace:
 _REMEDY = "take a larger stride, fewer epochs, or raise budget.eval_seconds"
 
 
-def _stage_score(stage: Stage, ledger: Ledger, held_out: Tokens, seconds: float, artifact: Artifact) -> StageScore:
+def _stage_score(
+    stage: Stage,
+    ledger: Ledger,
+    held_out: Tokens,
+    seconds: float,
+    artifact: Artifact,
+    compute: str,
+    exact: bool,
+) -> StageScore:
     bits = ledger.code_length_bits
     return StageScore(
         stage=stage,
@@ -211,4 +254,6 @@ def _stage_score(stage: Stage, ledger: Ledger, held_out: Tokens, seconds: float,
         decoded=held_out.decoded,
         text_sha256=held_out.text_sha256,
         artifact_sha256=artifact.sha256,
+        compute=compute,
+        exact=exact,
     )

@@ -11,16 +11,10 @@ from torch import Tensor
 from fairway.base.errors import ContractError, HonestyError
 from fairway.base.ranks import Ranks
 from fairway.score.ledger import Ledger
-from fairway.score.predictor import Predictor, Tape
+from fairway.score.predictor import Predictor
 from fairway.score.stream import Index, Stream, Unit
-
-Listener = Callable[[Index, Tensor], None]
-"""(positions (n,), log-probabilities (n, vocab) float64): sees what is paid, returns nothing."""
-
-
-def normalise(logits: Tensor, temperature: float) -> Tensor:
-    """Log-probabilities in nats over the whole vocabulary: (n, vocab) -> (n, vocab) float64."""
-    return torch.log_softmax(logits.double() / temperature, dim=-1)
+from fairway.score.tape import Tape
+from fairway.score.tellers import Softmax, Teller
 
 
 def drive(
@@ -30,44 +24,42 @@ def drive(
     tokens: npt.NDArray[Any],
     vocab: int,
     ledger: Ledger,
-    temperature: float = 1.0,
+    teller: Teller | None = None,
     ranks: Ranks | None = None,
     after: Callable[[Unit], None] | None = None,
-    listen: Listener | None = None,
+    learned: Callable[[Unit], None] | None = None,
 ) -> float:
     """Scores the whole stream on this rank's share of it, and settles the ledger over all ranks.
 
-    tokens: (N+1,), BOS first; after: called with each unit once it is paid, before it is learned from.
-    Returns the code length in nats. HonestyError where a predictor breaks a rule.
+    tokens: (N+1,), BOS first; after: called with this rank's share of each unit once it is paid, before it is learned
+    from; learned: once it has been. Returns the code length in nats. HonestyError where a predictor breaks a rule.
     """
-    ranks = ranks or Ranks()
+    ranks, teller = ranks or Ranks(), teller or Softmax()
     if hasattr(predictor, "perceive_token"):
         raise ContractError(f"{type(predictor).__name__}: perceive_token is reserved and not driven yet; use perceive")
+    turn = np.zeros(stream.targets, np.bool_)
     for unit in stream:
-        tape.open_to(unit.stop)
-        mine = unit.share(ranks)
+        tape.open_to(unit.stop - 1)
+        mine = unit.share(ranks, stream.lanes if stream.carried else 0)
+        turn[mine.windows.positions] = True
         for positions, logits in predictor.predict(mine):
-            _pay(ledger, mine, positions, logits, tokens, vocab, temperature, listen)
+            _check(unit, positions, logits, vocab, turn)
+            targets = torch.from_numpy(tokens[positions + 1].astype(np.int64)).to(logits.device)
+            ledger.pay(positions, teller.price(positions, logits, targets) if len(positions) else np.zeros(0))
         owed = int((~ledger.paid(mine.windows.positions)).sum())
         if owed:
             raise HonestyError(f"unit {unit.index}: {owed} of {mine.windows.scored} positions were not predicted")
+        turn[mine.windows.positions] = False
         if after is not None:
             after(mine)
-        tape.open_to(unit.stop + 1)
+        tape.open_to(unit.stop)
         predictor.perceive(mine)
+        if learned is not None:
+            learned(mine)
     return ledger.settle(ranks)
 
 
-def _pay(
-    ledger: Ledger,
-    unit: Unit,
-    positions: Index,
-    logits: Tensor,
-    tokens: npt.NDArray[Any],
-    vocab: int,
-    temperature: float,
-    listen: Listener | None,
-) -> None:
+def _check(unit: Unit, positions: Index, logits: Tensor, vocab: int, turn: npt.NDArray[np.bool_]) -> None:
     if tuple(logits.shape) != (len(positions), vocab):
         raise HonestyError(
             f"logits of shape {tuple(logits.shape)} for {len(positions)} positions; "
@@ -75,14 +67,9 @@ def _pay(
         )
     if not len(positions):
         return
-    first, stop = (int(unit.windows.first[0]), int(unit.windows.stop[-1])) if len(unit.windows) else (0, 0)
-    if not first <= positions.min() <= positions.max() < stop:
+    outside = (positions < 0) | (positions >= len(turn))
+    if outside.any() or not turn[positions].all():
+        wrong = positions[outside] if outside.any() else positions[~turn[positions]]
         raise HonestyError(
-            f"unit {unit.index}: positions {positions.min()} to {positions.max()} were predicted, "
-            f"but its turn is {first} to {stop - 1}; the order is fixed beforehand"
+            f"unit {unit.index}: position {wrong[0]} was predicted out of its turn; the order is fixed beforehand"
         )
-    chances = normalise(logits, temperature)
-    target = torch.from_numpy(tokens[positions + 1].astype(np.int64)).to(chances.device)
-    ledger.pay(positions, -chances.gather(1, target[:, None])[:, 0].cpu().numpy())
-    if listen is not None:
-        listen(positions, chances)

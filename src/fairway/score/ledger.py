@@ -55,7 +55,7 @@ class Ledger:
     def settle(self, ranks: Ranks | None = None) -> float:
         """The whole code length in nats, over all ranks; HonestyError unless each position is paid by exactly one."""
         ranks = ranks or Ranks()
-        device = torch.device("cuda", ranks.local_rank) if _on_cuda(ranks) else torch.device("cpu")
+        device = ranks.device
         for begin in range(0, len(self), _SLICE):
             part = torch.from_numpy(self.paid(slice(begin, begin + _SLICE)).astype(np.int32)).to(device)
             wrong = torch.nonzero(ranks.sum_(part) != 1)
@@ -74,6 +74,16 @@ class Ledger:
         """What this rank has paid for some positions, in nats: a copy, NaN where it has not."""
         return np.array(self._nats[positions])
 
+    def whole(self, ranks: Ranks | None = None) -> npt.NDArray[np.float32]:
+        """What every position cost, in nats, whichever rank paid it; a collective, for a settled ledger."""
+        ranks = ranks or Ranks()
+        device = ranks.device
+        found = np.nan_to_num(self._nats).astype(np.float32)
+        for begin in range(0, len(self) if ranks.world > 1 else 0, _SLICE):
+            part = torch.from_numpy(found[begin : begin + _SLICE]).to(device)
+            found[begin : begin + _SLICE] = ranks.sum_(part).cpu().numpy()
+        return found
+
     @property
     def code_length_bits(self) -> float:
         """Bits for all positions; HonestyError before `settle`."""
@@ -88,7 +98,3 @@ def _refuse(
     if bad.any():
         place = int(np.flatnonzero(bad)[0])
         raise HonestyError(f"ledger: position {positions[place]}: {nats[place]:.6g} nats {why}")
-
-
-def _on_cuda(ranks: Ranks) -> bool:
-    return ranks.world > 1 and torch.distributed.get_backend() == "nccl"

@@ -16,19 +16,21 @@ from fairway.base.devices import Device
 from fairway.base.errors import DataError
 from fairway.base.journal import Run
 from fairway.base.ranks import Ranks
-from fairway.base.specs import build
 from fairway.data import Corpus, Tokens, tokenize
-from fairway.score.evaluate import StageScore, byte_lengths, model_on, score_model, score_opened, stream_of
+from fairway.score.evaluate import (
+    StageScore,
+    byte_lengths,
+    is_exact,
+    model_on,
+    score_model,
+    score_opened,
+    stream_of,
+)
 from fairway.score.ledger import Ledger
-from fairway.score.spec import ScoreSpec, Stage
+from fairway.score.spec import ScoreSpec, Stage, spec_of
 from fairway.score.stream import Index
 
 Lossy = Literal["refuse", "score_decoded"]
-
-
-def spec_of(artifact: Artifact) -> ScoreSpec:
-    """How the file says that it is to be scored."""
-    return build(ScoreSpec, artifact.decoder.get("score", {}), "decoder.score")
 
 
 def tokens_of(artifact: Artifact, text: bytes, lossy: Lossy = "refuse") -> Tokens:
@@ -73,6 +75,6 @@ def distributions(
         kept[torch.from_numpy(positions)] = chances.cpu()
 
     stream = stream_of(stage, targets, spec, artifact.model_spec.context)
-    model = model_on(artifact, device)
+    model = model_on(artifact, device, is_exact(spec, stage))
     score_model(model, tokens.tokens, stream, spec, stage, artifact.vocab, Ledger(targets), Ranks(), listen=keep)
     return tokens.tokens, kept

@@ -1,23 +1,27 @@
-"""Who predicts: the protocol, the tape that it reads from, and the predictor of a network over windows.
+"""Who predicts: the protocol, and the predictor of a network over windows.
 
 `predict(unit)` yields (positions, logits) in blocks of bounded size; the harness normalises and pays them all; only
-then `perceive(unit)` may learn. There is no other door. (`perceive_token` is reserved for techniques that learn token
-by token; the harness refuses a predictor that has it, until it is driven by scorer and decoder alike.)
+then `perceive(unit)` may learn. There is no other door. `steps(unit)` gives the same distributions one step at a time,
+for a decoder, which writes each step's tokens on the tape before it asks for the next. (`perceive_token` is reserved
+for techniques that learn token by token; the harness refuses a predictor that has it, until scorer, encoder and decoder
+all drive it.)
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fairway.base.errors import HonestyError
-from fairway.score.stream import Index, Unit, Windows
+from fairway.base.devices import threads
+from fairway.score.stream import Index, Stream, Unit, Windows
+from fairway.score.tape import Tape
 
 Block = tuple[Index, Tensor]
 """Positions (n,) int64 and their logits (n, vocab)."""
+
+Step = tuple[Windows, int, Tensor]
+"""Windows of one round, which of their scored positions it is, and the logits of that position: (n, vocab)."""
 
 # Elements of one block of logits: 134 MB once they are float64.
 _BLOCK_ELEMENTS = 1 << 24
@@ -43,79 +47,126 @@ class Network(Protocol):
 
     def __call__(self, tokens: Tensor, past: Any = None) -> tuple[Tensor, Any]: ...
 
+    def begin(self, rows: int, window: int, length: int) -> Any: ...
+
     def logits(self, hidden: Tensor, last: int | None = None) -> Tensor: ...
 
     def parameters(self) -> Iterator[torch.nn.Parameter]: ...
 
 
-class Tape:
-    """The text, readable up to where the harness has opened it.
+class Adapter:
+    """What a technique of score/adapt offers; one that does not need a part of it leaves it as it is here."""
 
-    tokens: (N+1,) integers, BOS first. Inputs of a unit are open while it is predicted; its last target, and all that
-    comes after, only when it is paid.
-    """
+    def correct(self, hidden: Tensor, targets: Tensor) -> Tensor | None:
+        """hidden: (n, C, d) of the context of n windows; targets: (n, C), what that context predicted, all paid
+        -> (n, 1, d) to be added to the hidden vectors of the scored positions; None: nothing."""
+        return None
 
-    def __init__(self, tokens: npt.NDArray[Any], device: torch.device | str = "cpu") -> None:
-        self._tokens = tokens
-        self._open = 0
-        self.device = torch.device(device)
+    def learn(self, unit: Unit, tape: Tape) -> None:
+        """The unit is paid: its update may be learned from."""
 
-    @property
-    def open(self) -> int:
-        """How many tokens may be read."""
-        return self._open
+    def state(self) -> dict[str, Tensor]:
+        """All that learning has changed: weights and the optimiser's moments, by name; empty where nothing learns."""
+        return {}
 
-    def open_to(self, tokens: int) -> None:
-        """The harness alone calls this; a tape is never rolled back."""
-        self._open = max(self._open, tokens)
-
-    def read(self, start: Index, length: int) -> Tensor:
-        """The tokens start[i] .. start[i]+length-1 of each row: (n, length) int64."""
-        if length and len(start) and int(start.max()) + length > self._open:
-            last = int(start.max()) + length - 1
-            raise HonestyError(f"tape: token {last} read before it was paid; {self._open} are open")
-        rows = self._tokens[start[:, None] + np.arange(length)[None, :]]
-        return torch.from_numpy(rows.astype(np.int64)).to(self.device)
-
-    def inputs(self, windows: Windows) -> Tensor:
-        """What windows of equal length read: (n, length) int64."""
-        return self.read(windows.start, int(windows.stop[0] - windows.start[0]))
-
-    def targets(self, windows: Windows) -> Tensor:
-        """What windows of equal length predict, once it is paid: (n, length) int64."""
-        return self.read(windows.start + 1, int(windows.stop[0] - windows.start[0]))
-
-
-class Adapter(Protocol):
-    """What a technique of score/adapt offers."""
-
-    def learn(self, unit: Unit, tape: Tape) -> None: ...
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Goes on from what `state` gave."""
 
 
 class WindowPredictor:
-    """A network read over windows, equal ones together, up to `block_tokens` tokens in a forward."""
+    """A network read over windows, equal ones together, up to `block_tokens` tokens in a forward.
 
-    def __init__(self, model: Network, tape: Tape, adapter: Adapter, block_tokens: int = 32768) -> None:
+    carried: the stream, where its windows see what those before them left: the past of every lane is kept; exact: what
+    is learned is learned in one thread, so that a decoder learns the same (DESIGN: tiny differences grow).
+    """
+
+    def __init__(
+        self,
+        model: Network,
+        tape: Tape,
+        adapter: Adapter,
+        block_tokens: int = 32768,
+        carried: Stream | None = None,
+        exact: bool = False,
+    ) -> None:
         self.model, self.tape, self.adapter, self.block_tokens = model, tape, adapter, block_tokens
+        self.carried, self.exact = carried, exact
+        self.past: Any = None  # of the lanes, where windows are carried
 
     @torch.no_grad()
     def predict(self, unit: Unit) -> Iterator[Block]:
+        if self.carried is not None:
+            for windows in unit.windows.rounds():
+                yield from self._carry(windows)
+            return
         for run in unit.windows.runs():
             length, scored = int(run.stop[0] - run.start[0]), int(run.stop[0] - run.first[0])
             rows = max(1, self.block_tokens // length)
             for begin in range(0, len(run), rows):
                 windows = run[begin : begin + rows]
                 hidden, _ = self.model(self.tape.inputs(windows))
-                yield from _blocks(self.model, windows, hidden[:, length - scored :], scored)
+                hidden = self._corrected(hidden, windows, length - scored)
+                yield from _blocks(self.model, windows.first, hidden[:, length - scored :])
+
+    @torch.no_grad()
+    def steps(self, unit: Unit) -> Iterator[Step]:
+        """The same distributions, in the order in which they are coded; each step's tokens must be on the tape before
+        the next is asked for."""
+        for windows in unit.windows.rounds():
+            context, scored = int(windows.first[0] - windows.start[0]), int(windows.stop[0] - windows.first[0])
+            length, delta = context + scored, None
+            past = self.model.begin(len(windows), length, length) if self.carried is None else self._past(windows)
+            if context:
+                hidden, past = self.model(self.tape.inputs(windows, 0, context), past)
+                delta = self._correction(hidden, self.tape.targets(windows, 0, context))
+            for step in range(scored):
+                hidden, past = self.model(self.tape.inputs(windows, context + step, context + step + 1), past)
+                if delta is not None:
+                    hidden = hidden + delta
+                yield windows, step, self.model.logits(hidden)[:, 0]
+            self.past = past
 
     def perceive(self, unit: Unit) -> None:
-        self.adapter.learn(unit, self.tape)
+        with threads(1 if self.exact else 0):
+            self.adapter.learn(unit, self.tape)
+
+    def _carry(self, windows: Windows) -> Iterator[Block]:
+        """One round of carried windows, in as many forwards as block_tokens asks for."""
+        length = int(windows.stop[0] - windows.start[0])
+        columns = max(1, self.block_tokens // len(windows))
+        self.past = self._past(windows)
+        for begin in range(0, length, columns):
+            inputs = self.tape.inputs(windows, begin, min(begin + columns, length))
+            hidden, self.past = self.model(inputs, self.past)
+            yield from _blocks(self.model, windows.start + begin, hidden)
+
+    def _past(self, windows: Windows) -> Any:
+        """What these lanes have left; lanes that have ended are dropped."""
+        assert self.carried is not None
+        if self.past is None:
+            length = int((self.carried.edges[1:] - self.carried.edges[:-1]).max())
+            return self.model.begin(len(windows), self.carried.context, length)
+        return self.past.narrow(len(windows))
+
+    def _corrected(self, hidden: Tensor, windows: Windows, context: int) -> Tensor:
+        """hidden: (n, T, d). Corrections are computed round by round, in the shapes of a decoder."""
+        if type(self.adapter).correct is Adapter.correct or not context:
+            return hidden
+        targets, deltas, begin = self.tape.targets(windows, 0, context), [], 0
+        for part in windows.rounds():
+            rows = slice(begin, begin := begin + len(part))
+            deltas.append(self._correction(hidden[rows, :context], targets[rows]))
+        return hidden + torch.cat([delta for delta in deltas if delta is not None])
+
+    def _correction(self, hidden: Tensor, targets: Tensor) -> Tensor | None:
+        with threads(1 if self.exact else 0):
+            return self.adapter.correct(hidden.contiguous(), targets)
 
 
-def _blocks(model: Network, windows: Windows, hidden: Tensor, scored: int) -> Iterator[Block]:
-    """hidden: (n, scored, d) -> blocks of logits, several where one would be too large."""
+def _blocks(model: Network, first: Index, hidden: Tensor) -> Iterator[Block]:
+    """hidden: (n, scored, d) at positions first, first + 1, ... -> blocks of logits, several where one is too large."""
+    scored = hidden.shape[1]
     rows = max(1, _BLOCK_ELEMENTS // (scored * model.vocab))
-    for begin in range(0, len(windows), rows):
-        part = windows[begin : begin + rows]
-        logits = model.logits(hidden[begin : begin + rows], last=scored)
-        yield part.positions, logits.flatten(0, 1)
+    for begin in range(0, len(first), rows):
+        positions = first[begin : begin + rows, None] + torch.arange(scored).numpy()[None, :]
+        yield positions.reshape(-1), model.logits(hidden[begin : begin + rows]).flatten(0, 1)

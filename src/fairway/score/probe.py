@@ -1,16 +1,15 @@
 """Probe: change the text, and see which distributions move.
 
 A distribution at target i may depend on tokens 0..i alone. The probe scores a short text through the same harness,
-again and again: with single tokens changed, with the whole future changed, with other batch sizes. Nothing at a
-position up to the change may move: exactly 0 in equal shapes on a CPU, at most 1e-3 nats across batch sizes and on
-GPUs. Each distribution must sum to 1, and predicting must leave the model's state as it was.
+again and again: with single tokens changed, with the whole future changed, with other batch sizes, on two ranks.
+Nothing that is coded up to the change may move: exactly 0 in equal shapes on a CPU, at most 1e-3 nats across batch
+sizes, ranks and on GPUs. Each distribution must sum to 1, and predicting must leave the model's state as it was.
 
 It finds what types cannot forbid: a window that peeks at its own targets, training before scoring, a correction shared
 by a batch (SLOT: one flipped target moved 240 of 240 other scores, #1240). It samples, so it can refute, not prove.
 """
 
 import copy
-import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
@@ -22,20 +21,26 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fairway.artifact import open_artifact
+from fairway.artifact import Artifact, open_artifact
 from fairway.base.devices import Device
 from fairway.base.journal import Run
-from fairway.base.ranks import Ranks
+from fairway.base.ranks import Ranks, in_threads
 from fairway.data import Tokens
-from fairway.score.evaluate import byte_lengths, model_on, predictor_of, stream_of
+from fairway.score.evaluate import byte_lengths, is_exact, model_on, predictor_of, stream_of, teller_of
 from fairway.score.harness import drive
 from fairway.score.ledger import Ledger
-from fairway.score.predictor import Block, Predictor, Tape
+from fairway.score.predictor import Block, Predictor
 from fairway.score.spec import ScoreSpec, Stage
+from fairway.score.state import state_hash
 from fairway.score.stream import Index, Stream, Unit
+from fairway.score.tape import Tape
+from fairway.score.tellers import Listener, Softmax, Teller
 
 Maker = Callable[[Tape, Stream, int], Predictor]
 """(tape, stream, block tokens) -> a fresh predictor: every call must begin from the same state."""
+
+RankedMaker = Callable[[Tape, Stream, int, Ranks], Predictor]
+"""The same, on one of several ranks."""
 
 # Equal shapes on a CPU repeat bit for bit; across shapes float32 and bf16 sums are ordered differently.
 ACROSS_SHAPES = 1e-3  # nats
@@ -46,7 +51,7 @@ UNNORMALISED = 1e-9
 class Finding:
     """One check: the worst movement measured against what is allowed."""
 
-    check: str  # "flip", "future", "batch", "normalised", "state", "repeat"
+    check: str  # "flip", "future", "batch", "ranks", "normalised", "state", "repeat"
     worst: float  # nats moved; |sum − 1| for "normalised"; units that changed the state for "state"
     allowed: float
     position: int | None = None  # where the worst was seen
@@ -86,40 +91,46 @@ def examine(
     flips: int = 8,
     block_tokens: int = 32768,
     exact: bool = True,
-    temperature: float = 1.0,
+    teller: Callable[[Listener], Teller] = lambda listen: Softmax(1.0, listen),
     seed: int = 0,
     device: torch.device | str = "cpu",
     model: Callable[[Predictor], torch.nn.Module | None] = lambda predictor: getattr(predictor, "model", None),
+    ranked: RankedMaker | None = None,
 ) -> Report:
     """Probes a predictor on a short text (a few chunks; V·N float64 numbers are held twice).
 
     make: builds a fresh predictor; stream: its order for a number of targets; exact: equal shapes must repeat bit for
-    bit (CPU); model: where the predictor keeps the state that predicting must not change.
+    bit (CPU); teller: makes distributions of logits; model: where the predictor keeps the state that predicting must
+    not change; ranked: builds a rank's predictor, where the number of ranks is to be probed too.
     """
     random = np.random.default_rng(seed)
-    targets = len(tokens) - 1
-    order = stream(targets)
+    order = stream(len(tokens) - 1)
     still = 0.0 if exact else ACROSS_SHAPES
+    look = _Look(stream, vocab, teller, device, model)
 
-    def distributions(text: npt.NDArray[Any], block: int) -> tuple[Tensor, int]:
-        return _distributions(make, stream(targets), text, vocab, block, temperature, device, model)
+    def distributions(text: npt.NDArray[Any], block: int = block_tokens) -> Tensor:
+        return look.distributions(make, text, block)
 
-    base, changed_states = distributions(tokens, block_tokens)
+    base = distributions(tokens)
     findings = [
         Finding("normalised", *_worst((base.exp().sum(dim=1) - 1).abs(), UNNORMALISED)),
-        Finding("state", float(changed_states), 0.0),
-        Finding("repeat", *_worst(_moved(base, distributions(tokens, block_tokens)[0]), still)),
-        Finding("batch", *_worst(_moved(base, distributions(tokens, 1)[0]), ACROSS_SHAPES)),
+        Finding("state", float(look.changed), 0.0),
+        Finding("repeat", *_worst(_moved(base, distributions(tokens)), still)),
+        Finding("batch", *_worst(_moved(base, distributions(tokens, 1)), ACROSS_SHAPES)),
     ]
+    if ranked is not None:
+        findings.append(Finding("ranks", *_worst(_moved(base, look.on_ranks(ranked, tokens, 1)), ACROSS_SHAPES)))
+    turn = np.empty(order.targets, np.int64)
+    turn[order.order] = np.arange(order.targets)
     for token in _places(order, flips, random):
         other = tokens.copy()
         other[token] = (int(other[token]) + random.integers(1, vocab)) % vocab
-        findings.append(_after(base, distributions(other, block_tokens)[0], "flip", token, still))
-    for token in _spread(targets, max(2, flips // 3), random):
-        other = tokens.copy()
-        other[token:] = random.integers(0, vocab, len(other) - token)
-        findings.append(_after(base, distributions(other, block_tokens)[0], "future", token, still))
-    return Report(stage, targets, len(order), order.chunk, tuple(findings))
+        findings.append(_before(base, distributions(other), turn, "flip", token, still))
+    for token in _spread(order.targets, max(2, flips // 3), random):
+        other, later = tokens.copy(), 1 + np.flatnonzero(turn >= turn[token - 1])
+        other[later] = random.integers(0, vocab, len(later))
+        findings.append(_before(base, distributions(other), turn, "future", token, still))
+    return Report(stage, order.targets, len(order), order.chunk, tuple(findings))
 
 
 def probe(
@@ -143,34 +154,45 @@ def probe(
     byte_lengths(artifact, held_out)
     context = spec.context or artifact.model_spec.context
     tokens = np.array(held_out.tokens[: (targets or 7 * context // 2) + 1])
-    model = model_on(artifact, device)
     reports = []
     for stage in stages or spec.stages[2:]:
         probed = _shortened(spec, len(tokens) - 1) if stage == "adapted" else spec
-
-        def make(tape: Tape, stream: Stream, block: int, stage: Stage = stage, probed: ScoreSpec = probed) -> Predictor:
-            return predictor_of(copy.deepcopy(model), tape, stream, replace(probed, block_tokens=block), stage)
-
-        def order(count: int, stage: Stage = stage, probed: ScoreSpec = probed) -> Stream:
-            return stream_of(stage, count, probed, context)
-
-        exact = next(model.parameters()).device.type == "cpu"
-        where = next(model.parameters()).device
-        found = examine(
-            make, order, tokens, artifact.vocab, stage, flips, spec.block_tokens, exact, spec.temperature, seed, where
-        )
-        reports.append(found)
+        reports.append(_probe_stage(artifact, tokens, probed, stage, context, flips, seed, device))
+        found = reports[-1]
         run.fact(f"probe_{stage}", honest=found.honest, worst=asdict(found.worst), **_shape(found))
     return tuple(reports)
 
 
-def state_hash(model: torch.nn.Module) -> str:
-    """sha256 over all parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+def _probe_stage(
+    artifact: Artifact,
+    tokens: npt.NDArray[Any],
+    spec: ScoreSpec,
+    stage: Stage,
+    context: int,
+    flips: int,
+    seed: int,
+    device: Device | None,
+) -> Report:
+    model = model_on(artifact, device, is_exact(spec, stage))
+    where = next(model.parameters()).device
+
+    def ranked(tape: Tape, stream: Stream, block: int, ranks: Ranks) -> Predictor:
+        return predictor_of(copy.deepcopy(model), tape, stream, replace(spec, block_tokens=block), stage, ranks)
+
+    return examine(
+        make=lambda tape, stream, block: ranked(tape, stream, block, Ranks()),
+        stream=lambda count: stream_of(stage, count, spec, context),
+        tokens=tokens,
+        vocab=artifact.vocab,
+        stage=stage,
+        flips=flips,
+        block_tokens=spec.block_tokens,
+        exact=where.type == "cpu",
+        teller=lambda listen: teller_of(spec, stage, listen),
+        seed=seed,
+        device=where,
+        ranked=ranked,
+    )
 
 
 class _Watched:
@@ -188,33 +210,55 @@ class _Watched:
         self.inner.perceive(unit)
 
 
-def _distributions(
-    make: Maker,
-    stream: Stream,
-    tokens: npt.NDArray[Any],
-    vocab: int,
-    block: int,
-    temperature: float,
-    device: torch.device | str,
-    model: Callable[[Predictor], torch.nn.Module | None],
-) -> tuple[Tensor, int]:
-    """(N, vocab) float64 log-probabilities, and how many units changed the state while they were predicted."""
-    kept = torch.full((len(tokens) - 1, vocab), float("nan"), dtype=torch.float64)
+class _Look:
+    """Scores a text again and again, and keeps every distribution: (N, vocab) float64 log-probabilities."""
 
-    def keep(positions: Index, chances: Tensor) -> None:
-        kept[torch.from_numpy(positions)] = chances.detach().cpu()
+    def __init__(
+        self,
+        stream: Callable[[int], Stream],
+        vocab: int,
+        teller: Callable[[Listener], Teller],
+        device: torch.device | str,
+        model: Callable[[Predictor], torch.nn.Module | None],
+    ) -> None:
+        self.stream, self.vocab, self.teller, self.device, self.model = stream, vocab, teller, device, model
+        self.changed = 0  # units that changed the state while they were predicted, last time
 
-    tape = Tape(tokens, device)
-    predictor = make(tape, stream, block)
-    watched = _Watched(predictor, model(predictor))
-    drive(watched, stream, tape, tokens, vocab, Ledger(len(tokens) - 1), temperature, Ranks(), listen=keep)
-    return kept, watched.changed
+    def distributions(self, make: Maker, tokens: npt.NDArray[Any], block: int) -> Tensor:
+        kept = self._room(tokens)
+        self._score(lambda tape, stream, _: make(tape, stream, block), tokens, Ranks(), kept)
+        return kept
+
+    def on_ranks(self, make: RankedMaker, tokens: npt.NDArray[Any], block: int, world: int = 2) -> Tensor:
+        """On several ranks, each in a thread of its own."""
+        kept = self._room(tokens)
+        in_threads(
+            world,
+            lambda ranks: self._score(lambda tape, stream, mine: make(tape, stream, block, mine), tokens, ranks, kept),
+        )
+        return kept
+
+    def _room(self, tokens: npt.NDArray[Any]) -> Tensor:
+        return torch.full((len(tokens) - 1, self.vocab), float("nan"), dtype=torch.float64)
+
+    def _score(
+        self, make: Callable[[Tape, Stream, Ranks], Predictor], tokens: npt.NDArray[Any], ranks: Ranks, kept: Tensor
+    ) -> None:
+        def keep(positions: Index, chances: Tensor) -> None:
+            kept[torch.from_numpy(positions)] = chances.detach().cpu()
+
+        stream = self.stream(len(tokens) - 1)
+        tape = Tape(tokens, self.device, stream.edges)
+        predictor = make(tape, stream, ranks)
+        watched = _Watched(predictor, self.model(predictor))
+        drive(watched, stream, tape, tokens, self.vocab, Ledger(stream.targets), self.teller(keep), ranks)
+        self.changed = watched.changed
 
 
 def _places(stream: Stream, count: int, random: np.random.Generator) -> list[int]:
     """Tokens to flip: up to half of them the last target of a unit, where learning too early shows most (the last
     unit's first), the others spread over the text."""
-    ends = [unit.stop for unit in stream][::-1][: max(1, count // 2)]
+    ends = [int(unit.windows.order[-1]) + 1 for unit in stream if len(unit.windows)][::-1][: max(1, count // 2)]
     return sorted({*ends, *_spread(stream.targets, max(count - len(ends), 0), random)})
 
 
@@ -234,13 +278,17 @@ def _worst(moved: Tensor, allowed: float) -> tuple[float, float, int]:
     return float(moved[place]), allowed, place
 
 
-def _after(base: Tensor, other: Tensor, check: str, token: int, allowed: float) -> Finding:
-    """Target i is token i+1, predicted from tokens 0..i: changing `token` may move target `token` and later only."""
-    return Finding(check, *_worst(_moved(base[:token], other[:token]), allowed), changed=token)
+def _before(base: Tensor, other: Tensor, turn: Index, check: str, token: int, allowed: float) -> Finding:
+    """Target i is token i+1: changing `token` may move what is coded after target token-1, and nothing else."""
+    earlier = torch.from_numpy(np.flatnonzero(turn <= turn[token - 1]))
+    worst, _, place = _worst(_moved(base[earlier], other[earlier]), allowed)
+    return Finding(check, worst, allowed, int(earlier[place]), token)
 
 
 def _shortened(spec: ScoreSpec, targets: int) -> ScoreSpec:
-    shorter = max(1, min(spec.adapt.chunk, targets // 3))
+    if not spec.adapt.chunk:
+        return spec
+    shorter = max(1, min(spec.adapt.chunk, targets // 3) // spec.lanes) * spec.lanes
     return replace(spec, adapt=replace(spec.adapt, chunk=shorter))
 
 

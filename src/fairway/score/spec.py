@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from fairway.artifact import Artifact
 from fairway.base.slots import kind_of
-from fairway.base.specs import choice
+from fairway.base.specs import build, choice
 
 Stage = Literal["float", "quantized", "sliding", "adapted"]
 
@@ -18,13 +19,19 @@ class ScoreSpec:
     windows: Any = choice("fairway.score.windows", "sliding")  # of the stages sliding and adapted
     adapt: Any = choice("fairway.score.adapt", "none")  # of the stage adapted
     temperature: float = 1.0  # divides every logit, fixed beforehand; one fitted on this text would be no score
+    lanes: int = 1  # parts of the text that are read side by side, each from a past of its own; decoded together
+    exact: bool = False  # the result in float64 and integer distributions, one CPU: what a decoder computes again
+    snapshots: int = 0  # of an exact adapted score: the state is kept every so many chunks; 0: at the beginning alone
     block_tokens: int = 32768  # tokens of a forward: memory and speed only
 
     def __post_init__(self) -> None:
-        if self.context < 0 or self.block_tokens < 1:
+        if self.context < 0 or self.block_tokens < 1 or self.lanes < 1 or self.snapshots < 0:
             raise ValueError(
-                f"context = {self.context}, block_tokens = {self.block_tokens}: positive numbers are expected"
+                f"context = {self.context}, block_tokens = {self.block_tokens}, lanes = {self.lanes}, "
+                f"snapshots = {self.snapshots}: positive numbers are expected"
             )
+        if self.adapts and self.adapt.chunk % self.lanes:
+            raise ValueError(f"lanes = {self.lanes} does not divide adapt.chunk = {self.adapt.chunk}; choose a divisor")
         if not 0 < self.temperature < float("inf"):
             raise ValueError(f"temperature = {self.temperature}: a positive number is expected")
         if self.result == "float":
@@ -41,3 +48,8 @@ class ScoreSpec:
     def stages(self) -> tuple[Stage, ...]:
         """The stages of a whole run, in order."""
         return ("float", "quantized", "sliding", "adapted") if self.adapts else ("float", "quantized", "sliding")
+
+
+def spec_of(artifact: Artifact) -> ScoreSpec:
+    """How the file says that it is to be scored."""
+    return build(ScoreSpec, artifact.decoder.get("score", {}), "decoder.score")

@@ -10,6 +10,7 @@ nothing was gained (#756, #1060).
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,8 +21,10 @@ from torch import Tensor, nn
 from fairway.base.errors import RecipeError
 from fairway.base.ranks import Ranks
 from fairway.model import tags
-from fairway.score.predictor import Network, Tape
+from fairway.score.predictor import Adapter as Base
+from fairway.score.predictor import Network
 from fairway.score.stream import Unit, Windows
+from fairway.score.tape import Tape
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,10 @@ def cross_entropy_sum(model: Network, inputs: Tensor, targets: Tensor) -> Tensor
     return F.cross_entropy(wide.flatten(0, 1), targets.flatten(), reduction="sum")
 
 
-class Adapter:
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")  # of AdamW and SGD
+
+
+class Adapter(Base):
     """Trains the model on what is paid."""
 
     def __init__(self, model: Network, spec: Spec, chunks: int, ranks: Ranks) -> None:
@@ -107,6 +113,32 @@ class Adapter:
         for _ in range(self.spec.epochs):
             for begin in range(0, len(unit.update), self.spec.batch):
                 self._step(unit.update[begin : begin + self.spec.batch], tape)
+
+    def state(self) -> dict[str, Tensor]:
+        """The weights that learn, and each one's moments."""
+        found = {}
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        for parameter in self.learned:
+            found[f"weight.{names[id(parameter)]}"] = parameter.detach()
+            moments = self.optimizer.state.get(parameter, {})
+            for key in _MOMENTS:
+                if isinstance(moments.get(key), Tensor):
+                    found[f"{key}.{names[id(parameter)]}"] = moments[key]
+        return found
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Goes on from a state. RecipeError where it is another model's."""
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        with torch.no_grad():
+            for parameter in self.learned:
+                name = names[id(parameter)]
+                if f"weight.{name}" not in state or state[f"weight.{name}"].shape != parameter.shape:
+                    raise RecipeError(
+                        f"state: no weight {name} of shape {list(parameter.shape)}; it is another model's"
+                    )
+                parameter.copy_(state[f"weight.{name}"])
+                moments = {key: f"{key}.{name}" for key in _MOMENTS if f"{key}.{name}" in state}
+                self.optimizer.state[parameter] = {key: state[place].clone() for key, place in moments.items()}
 
     def _step(self, batch: Windows, tape: Tape) -> None:
         self.optimizer.zero_grad(set_to_none=False)

@@ -11,6 +11,8 @@ import numpy as np
 
 from fairway.score.stream import Windows
 
+CARRIED = False
+
 
 @dataclass(frozen=True)
 class Spec:

@@ -1,0 +1,141 @@
+"""What a score leaves behind for those who check it: the price of every target, and in exact mode, chunk by chunk, the
+hash of the state that the chunk was scored with.
+
+A chunk can then be proven by itself: from the state before it, the step to it is taken again, and it is decoded.
+"""
+
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+
+from fairway.base import files
+from fairway.base.errors import DataError, RecipeError
+from fairway.base.journal import Run
+from fairway.base.specs import build
+from fairway.score.ledger import Ledger
+from fairway.score.predictor import Adapter
+from fairway.score.state import tensors_hash
+from fairway.score.stream import Stream, Unit
+
+PRICES, BOOKED, SNAPSHOTS = "prices.npy", "booked.json", "snapshots"
+
+
+@dataclass(frozen=True)
+class Booked:
+    """The books of an adapted score in exact mode.
+
+    states: a hash for the start of every chunk; nats: what every chunk cost, as float.hex(); snapshots: the chunks
+    whose states are kept beside it.
+    """
+
+    artifact_sha256: str
+    text_sha256: str
+    chunk: int
+    states: tuple[str, ...]
+    nats: tuple[str, ...]
+    snapshots: tuple[int, ...]
+
+
+class Booking:
+    """Books a score as it is made; the books appear when it is complete."""
+
+    def __init__(
+        self, run: Run, ledger: Ledger, stream: Stream, every: int, text_sha256: str, artifact_sha256: str
+    ) -> None:
+        self.run, self.ledger, self.stream, self.every = run, ledger, stream, every
+        self.text_sha256, self.artifact_sha256 = text_sha256, artifact_sha256
+        self.states: list[str] = []
+        self.nats: list[str] = []
+        self.snapshots: list[int] = []
+
+    def begin(self, adapter: Adapter) -> None:
+        """Before the first chunk: its state, and what the snapshots will take."""
+        self.adapter = adapter
+        if self.run.writes:
+            self.run.path(BOOKED).unlink(missing_ok=True)
+        weights = sum(tensor.numel() * tensor.element_size() for tensor in adapter.state().values())
+        kept = (len(self.stream) - 1) // self.every if self.every else 0
+        if kept:
+            need = 3 * weights * kept
+            self.run.say(f"snapshots     {kept} of the adapted state, {need / 1e6:,.0f} MB in {self.run.folder}")
+        self.states.append(tensors_hash(adapter.state()))
+
+    def __call__(self, unit: Unit) -> None:
+        """unit: this rank's share of a chunk that was paid and learned from."""
+        mine = torch.tensor([self.ledger.price(unit.windows.positions).sum()], dtype=torch.float64)
+        self.nats.append(float(self.run.ranks.sum_(mine).item()).hex())
+        following = unit.index + 1
+        if following == len(self.stream):
+            self._close()
+            return
+        state = self.adapter.state()
+        self.states.append(tensors_hash(state))
+        if self.every and following % self.every == 0:
+            self.snapshots.append(following)
+            if self.run.writes:
+                write_state(snapshot_path(self.run.path(SNAPSHOTS), following), state)
+
+    def _close(self) -> None:
+        booked = Booked(
+            self.artifact_sha256,
+            self.text_sha256,
+            self.stream.chunk,
+            tuple(self.states),
+            tuple(self.nats),
+            tuple(self.snapshots),
+        )
+        if self.run.writes:
+            files.write(self.run.path(BOOKED), json.dumps(booked.__dict__) + "\n")
+
+
+def read_booked(folder: Path) -> Booked:
+    """The books in a run folder; RecipeError where the score was not made in exact mode."""
+    path = folder / BOOKED
+    if not path.exists():
+        raise RecipeError(
+            f"{folder}: no books of chunks ({BOOKED} is missing); --chunks needs an adapted score made in exact mode: "
+            'run with score.exact = true and score.result = "adapted", or prove a slice'
+        )
+    try:
+        return build(Booked, json.loads(files.read(path)))
+    except (ValueError, RecipeError) as error:
+        raise DataError(f"{path}: damaged ({error}); score the run again") from error
+
+
+def snapshot_path(folder: Path, chunk: int) -> Path:
+    return folder / f"{chunk:06d}.safetensors"
+
+
+def write_state(path: Path, state: dict[str, torch.Tensor]) -> None:
+    """A state's tensors, bit for bit."""
+    files.write(
+        path, safetensors.torch.save({name: value.detach().cpu().contiguous() for name, value in state.items()})
+    )
+
+
+def read_state(path: Path) -> dict[str, torch.Tensor]:
+    """What `write_state` wrote; DataError where it is damaged."""
+    content = files.read(path)
+    try:
+        return dict(safetensors.torch.load(content))
+    except Exception as error:
+        raise DataError(f"{path}: damaged ({error}); score the run again") from error
+
+
+def write_prices(run: Run, ledger: Ledger) -> None:
+    """What every target cost, (N,) float32 nats, as prices.npy in the run folder."""
+    whole, buffer = ledger.whole(run.ranks), io.BytesIO()
+    if run.writes:
+        np.save(buffer, whole)
+        files.write(run.path(PRICES), buffer.getvalue())
+
+
+def read_prices(folder: Path) -> np.ndarray[tuple[int], np.dtype[np.float32]] | None:
+    """The prices of a run's result, (N,) float32; None where there are none."""
+    path = folder / PRICES
+    return np.load(path, allow_pickle=False) if path.exists() else None
