@@ -162,6 +162,19 @@ def probe(
 
 
 @app.command()
+def diagnose(
+    folder: RunFolder,
+    tokens: Annotated[int, typer.Option(min=64, help="How many tokens of the held-out text are read.")] = 4096,
+    device: DeviceName = "auto",
+    json: Json = False,
+) -> None:
+    """What dishonest scoring would claim on this run, and which instrument catches it: no score is among them."""
+    from fairway import verbs
+
+    verbs.diagnose(folder, tokens, device, json)
+
+
+@app.command()
 def sample(
     artifact: ArtifactPath,
     prompt: Annotated[str, typer.Option(help="What the text begins with.")] = "",

@@ -115,12 +115,17 @@ def rows(outcome: Outcome) -> list[tuple[str, str, str]]:
 
 def proof_rows(proof: dict[str, Any]) -> list[tuple[str, str, str]]:
     """A proof as a table: what, value, remark."""
+    words = 100 * (8 * (proof["file_bytes"] - proof["framing_bytes"]) / proof["ideal_bits"] - 1)
     table = [
         ("text", f"{proof['text_bytes']:,} bytes", f"{proof['tokens']:,} of {proof['of_tokens']:,} tokens"),
         ("file", f"{proof['file_bytes']:,} bytes", f"{proof['framing_bytes']:,} of them headers and checksums"),
         ("bits per byte", f"{proof['bits_per_byte']:.4f}", "8 · file / text"),
         ("ideal", f"{proof['ideal_bits'] / 8:,.1f} bytes", "Σ −log2 of the float64 softmax"),
-        ("gap", f"{proof['gap_percent']:+.3f} %", "of the whole file over the ideal"),
+        (
+            "gap",
+            f"{proof['gap_percent']:+.3f} %",
+            f"of the whole file over the ideal; of the coder's words {words:+.3f} %",
+        ),
     ]
     if proof["scored_bits"] is not None:
         apart = 100 * (proof["coded_bits"] / proof["scored_bits"] - 1)

@@ -18,7 +18,7 @@ from fairway.artifact.integers import read_integers, write_integers
 from fairway.base import files, recipes, slots
 from fairway.base.clock import Stopwatch, hold
 from fairway.base.devices import Device
-from fairway.base.errors import DataError, RecipeError
+from fairway.base.errors import DataError, HonestyError, RecipeError
 from fairway.base.journal import Run
 from fairway.base.specs import to_plain
 from fairway.data import Batches, Tokenizer, Tokens, batches, build_tokenizer, open_corpus, tokenize
@@ -218,22 +218,33 @@ def prove(recipe: Recipe, held_out: Tokens, run: Run, slice_bytes: int | None = 
     if slice_bytes is None and not wanted:
         return None
     found: Proof | None = None
-    if run.ranks.first:
-        path, stage = _product(run, ARTIFACT), recipe.score.result
-        booked = run.facts.get(f"score_{stage}", {})
-        known = (booked.get("artifact_sha256"), booked.get("text_sha256")) == (files.sha256(path), held_out.text_sha256)
-        scored = StageScore(**{field.name: booked[field.name] for field in fields(StageScore)}) if known else None
-        prices = read_prices(run.path(".")) if known else None
-        found = prove_slice(path, held_out, recipe.score, run, wanted, scored, prices)
-        run.fact("proof", **found.plain())
-    run.ranks.wait()
+    try:
+        if run.ranks.first:
+            found = _proven(recipe, held_out, run, wanted)
+            run.fact("proof", **found.plain())
+    finally:  # other ranks wait here, and end with the first
+        ended = run.ranks.share_text("failed" if found is None else "proven")
+        if found is None:
+            _tidy(run, SCORE)  # a score that was proven before is none now
+    if ended == "failed":
+        raise HonestyError("proof: failed on the first rank; this is no score")
     return found
+
+
+def _proven(recipe: Recipe, held_out: Tokens, run: Run, wanted: int) -> Proof:
+    path, stage = _product(run, ARTIFACT), recipe.score.result
+    booked = run.facts.get(f"score_{stage}", {})
+    known = (booked.get("artifact_sha256"), booked.get("text_sha256")) == (files.sha256(path), held_out.text_sha256)
+    scored = StageScore(**{field.name: booked[field.name] for field in fields(StageScore)}) if known else None
+    prices = read_prices(run.path(".")) if known else None
+    return prove_slice(path, held_out, recipe.score, run, wanted, scored, prices)
 
 
 def prove_chunks(recipe: Recipe, held_out: Tokens, run: Run, chunks: int, nonce: str) -> ChunkProof:
     """Some chunks of an adapted score that was made in exact mode."""
-    folder = run.path(".")
-    found = prove_some(_product(run, ARTIFACT), held_out, recipe.score, run, folder, chunks, nonce)
+    folder, score = run.path("."), run.path(SCORE)
+    claimed = json.loads(score.read_text())["code_length_bits"] if score.exists() else None
+    found = prove_some(_product(run, ARTIFACT), held_out, recipe.score, run, folder, chunks, nonce, claimed)
     run.fact("proof_chunks", **found.plain())
     return found
 

@@ -30,6 +30,7 @@ from fairway.recipe import Recipe
 from fairway.score import ChunkProof, score_text, settings_for
 from fairway.score import compress as compressed
 from fairway.score import decompress as decompressed
+from fairway.score import diagnose as diagnosed
 from fairway.score import probe as probed
 from fairway.score import sample as sampled
 from fairway.score.booking import read_booked
@@ -186,7 +187,7 @@ def compress(file: str, artifact: Path, out: str, adapt: bool, lanes: int, as_js
         )
     opened, watch = open_artifact(artifact), Stopwatch().start()
     text = _take(file)
-    coded = compressed(opened, text, settings_for(opened, adapt, lanes), Run(quiet=quiet), processes=0)
+    coded = compressed(opened, text, settings_for(opened, adapt, lanes, len(text)), Run(quiet=quiet), processes=0)
     _give(out, coded.content)
     seconds = watch.stop()
     facts = {key: value for key, value in asdict(coded).items() if key != "content"}
@@ -249,6 +250,27 @@ def probe(folder: Path, flips: int, tokens: int, device: str, as_json: bool) -> 
     broken = [report.stage for report in reports if not report.honest]
     if broken:
         raise HonestyError(f"{folder}: stage {broken[0]} reads what it scores; this is no score")
+
+
+def diagnose(folder: Path, tokens: int, device: str, as_json: bool) -> None:
+    chosen = _of_folder(folder)
+    with _run(chosen, folder.parent, Ranks(), as_json, folder) as opened:
+        text = steps.prepare(chosen, opened)
+        found = diagnosed(folder / steps.ARTIFACT, text.held_out, chosen.score, opened, tokens, device=choose(device))
+    if as_json:
+        print(json_text.dumps({"score": False, "variants": [asdict(one) for one in found]}, indent=2))
+        return
+    drawn = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("not a score", "claimed", "honest", "gain"):
+        drawn.add_column(title, justify="left" if title == "not a score" else "right")
+    drawn.add_column("caught by")
+    for one in found:
+        gain = one.honest_bits_per_byte - one.claimed_bits_per_byte
+        caught = ", ".join(one.caught_by) or "NOTHING"
+        claimed, honest = f"{one.claimed_bits_per_byte:.4f}", f"{one.honest_bits_per_byte:.4f}"
+        drawn.add_row(one.name, claimed, honest, f"{gain:+.4f}", caught)
+    Console(width=None if sys.stdout.isatty() else 120).print(drawn)
+    print("bits per byte that each would claim, beside the honest figure for the same tokens: not a score, any of them")
 
 
 def sample(artifact: Path, prompt: str, tokens: int, temperature: float, seed: int, device: str, as_json: bool) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fairway.base.clock import Stopwatch, hold
 from fairway.base.errors import BudgetError, RecipeError
-from fairway.base.ranks import Ranks
+from fairway.base.ranks import Ranks, in_threads
 
 
 class Time:
@@ -96,13 +96,76 @@ def test_torchruns_variables_are_checked(monkeypatch: pytest.MonkeyPatch, variab
         Ranks.start(cuda=False)
 
 
+@pytest.mark.parametrize("world", [1, 2, 5])
+def test_ranks_in_threads_are_each_there_once_and_share_as_processes_do(world: int) -> None:
+    seen: dict[int, tuple[int, slice, bool]] = {}
+
+    def work(ranks: Ranks) -> None:
+        seen[ranks.rank] = (ranks.world, ranks.share(7), ranks.first)
+
+    in_threads(world, work)
+    assert seen == {rank: (world, Ranks(rank, world).share(7), rank == 0) for rank in range(world)}
+
+
+def test_ranks_in_threads_sum_in_the_order_of_the_ranks_and_all_get_the_same() -> None:
+    """((1e16 + 1) - 1e16) + 1 = 1 in float64, and in pairs it would be 0. Fifty times over, since threads come in any
+    order."""
+    parts, found = [1e16, 1.0, -1e16, 1.0], [list[float]() for _ in range(4)]
+
+    def work(ranks: Ranks) -> None:
+        for _ in range(50):
+            tensor = torch.full((3,), parts[ranks.rank], dtype=torch.float64)
+            assert ranks.sum_(tensor) is tensor
+            found[ranks.rank] += tensor.tolist()
+
+    in_threads(4, work)
+    assert found == [[1.0] * 150] * 4
+
+
+def test_a_gradient_that_a_rank_in_a_thread_lacks_counts_as_zero() -> None:
+    found: dict[int, list[float]] = {}
+
+    def work(ranks: Ranks) -> None:
+        parameters = [torch.nn.Parameter(torch.zeros(2)) for _ in range(2)]
+        parameters[0].grad = torch.full((2,), 1.0 + ranks.rank)
+        if ranks.rank == 1:
+            parameters[1].grad = torch.full((2,), 5.0)
+        ranks.sum_gradients(iter(parameters))
+        found[ranks.rank] = [float(parameter.grad[0]) for parameter in parameters if parameter.grad is not None]
+
+    in_threads(2, work)
+    assert found == {0: [3.0, 5.0], 1: [3.0, 5.0]}
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_the_error_of_a_rank_in_a_thread_surfaces_while_the_others_wait_for_it(rank: int) -> None:
+    def work(ranks: Ranks) -> None:
+        ranks.sum_(torch.ones(1))
+        if ranks.rank == rank:
+            raise BudgetError("late")
+        ranks.sum_(torch.ones(1))
+
+    with pytest.raises(BudgetError, match="late"):
+        in_threads(3, work)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_rank_in_a_thread_that_ends_early_is_an_error_and_no_hang(rank: int) -> None:
+    def work(ranks: Ranks) -> None:
+        for _ in range(2 if ranks.rank == rank else 3):
+            ranks.sum_(torch.ones(1))
+
+    with pytest.raises(RuntimeError, match=f"rank {rank} has ended"):
+        in_threads(3, work)
+
+
 TWO_RANKS = """
 from pathlib import Path
 
 import torch
 from fairway.base.clock import hold
 from fairway.base.errors import BudgetError
-from fairway.base.ranks import Ranks
+from fairway.base.ranks import Ranks, in_threads
 
 ranks = Ranks.start(cuda=False)
 said = []

@@ -1,16 +1,20 @@
 """The probe clears what is honest and catches what is not: each way of cheating is a positive control."""
 
+import dataclasses
+import sys
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from fairway.base import ranks as ranks_module
 from fairway.base.journal import Run
 from fairway.base.ranks import Ranks
 from fairway.score import WindowPredictor, evaluate, examine, probe, state_hash
 from fairway.score.adapt import none, ttt
 from fairway.score.stream import Stream
-from fairway.score.windows import plain, sliding
+from fairway.score.windows import plain, rolling, sliding
 
 from .fakes import Tiny
 
@@ -185,3 +189,122 @@ def test_probing_leaves_the_score_as_it_was(files, held_out, spec):
     before = evaluate(files[1], held_out, spec, Run(), "sliding").code_length_bits
     probe(files[1], held_out, spec, Run(), ("sliding",), flips=2)
     assert evaluate(files[1], held_out, spec, Run(), "sliding").code_length_bits == before
+
+
+# Lanes, ranks and exact mode.
+
+STILL, PLAIN = none.Spec(), plain.Spec()
+
+
+def look_at_lanes(cheat=WindowPredictor, adapt=STILL, windows=PLAIN, **options):
+    """The same on three lanes, read round by round."""
+
+    def make(tape, stream, block, ranks=None):
+        model = Tiny(VOCAB)
+        technique = ttt if isinstance(adapt, ttt.Spec) else none
+        return cheat(model, tape, technique.Adapter(model, adapt, len(stream), ranks or Ranks()), block)
+
+    def stream(targets):
+        return Stream(targets, 16, windows, adapt.chunk, lanes=3)
+
+    options = {"flips": 8, "block_tokens": 128, "ranked": make, **options}
+    return examine(make, stream, tokens(), VOCAB, **options)
+
+
+LEARNING_LANES = ttt.Spec(chunk=48, epochs=2, batch=4, lr=0.05, params="all")
+
+
+@pytest.mark.parametrize("adapt", [none.Spec(), LEARNING_LANES], ids=["still", "learning"])
+@pytest.mark.parametrize("windows", [plain.Spec(), sliding.Spec(4)])
+def test_honest_lanes_move_nothing_that_is_coded_before_a_change(adapt, windows):
+    report = look_at_lanes(adapt=adapt, windows=windows)
+    assert report.honest
+    assert {f.check for f in report.findings} == {"normalised", "state", "repeat", "batch", "ranks", "flip", "future"}
+    assert all(f.worst == 0 for f in report.findings if f.check in ("flip", "future", "repeat", "state"))
+    changed = {f.changed for f in report.findings if f.check == "flip"}
+    assert {int(np.searchsorted([67, 134], token - 1, side="right")) for token in changed} == {0, 1, 2}, "in every lane"
+
+
+class ReadsTheOtherLanes(WindowPredictor):
+    """Lane 0's logits feel what the next lane says in the same round: coded at the same time, not before."""
+
+    def predict(self, unit):
+        for positions, logits in super().predict(unit):
+            ahead = np.minimum(positions + 67, len(self.tape._targets) - 1)  # the same place of the next lane
+            seen = torch.from_numpy(self.tape._targets[ahead].astype(np.int64))
+            first = torch.from_numpy(positions < 67)
+            yield positions, logits + 0.05 * first[:, None] * F.one_hot(seen, VOCAB)
+
+
+class KnowsWhatOtherLanesHavePaid(WindowPredictor):
+    """Counts of all that is paid in all lanes when a unit begins: shared between lanes, and allowed."""
+
+    def predict(self, unit):
+        known = [
+            self.tape._targets[low : min(high, paid)]
+            for low, high, paid in zip(self.tape.edges[:-1], self.tape.edges[1:], self.before, strict=True)
+        ]
+        counts = torch.bincount(torch.from_numpy(np.concatenate(known).astype(np.int64)), minlength=VOCAB)
+        for positions, logits in super().predict(unit):
+            yield positions, logits + 0.01 * counts
+
+    def perceive(self, unit):
+        super().perceive(unit)
+        self.before = self.tape.known.copy()
+
+    def __init__(self, *rest):
+        super().__init__(*rest)
+        self.before = self.tape.known.copy()
+
+
+def test_a_leak_from_lane_to_lane_is_caught():
+    assert {"flip", "future"} <= failed(look_at_lanes(ReadsTheOtherLanes, flips=24))
+
+
+def test_what_another_lane_has_paid_may_be_used():
+    """The order of coding counts, not the order of the text: a change in the first lane moves the others later on."""
+    report = look_at_lanes(KnowsWhatOtherLanesHavePaid, flips=24)
+    assert report.honest
+
+
+def test_a_predictor_that_depends_on_the_number_of_ranks_is_caught(monkeypatch):
+    """Each rank learns from its own share, and nobody sums."""
+    assert look_at_lanes(adapt=LEARNING_LANES).honest
+    monkeypatch.setattr(ranks_module._ThreadRanks, "sum_gradients", lambda self, parameters: None)
+    assert failed(look_at_lanes(adapt=LEARNING_LANES)) == {"ranks"}
+
+
+REAL = {
+    "sliding": {"result": "sliding"},
+    "adapted": {},
+    "adapted lanes": {"lanes": 2},
+    "rolling lanes": {"result": "sliding", "windows": rolling.Spec(), "lanes": 3, "adapt": none.Spec()},
+    "adapted rolling lanes": {"windows": rolling.Spec(), "lanes": 2},
+}
+
+
+@pytest.mark.parametrize("mode", ["float32", "exact"])
+@pytest.mark.parametrize("way", REAL)
+def test_a_file_is_probed_over_ranks_lanes_and_in_exact_mode(files, held_out, spec, way, mode):
+    spec = dataclasses.replace(spec, exact=mode == "exact", **REAL[way])
+    (report,) = probe(files[1], held_out, spec, Run(), (spec.result,), flips=3, targets=150)
+    assert report.honest
+    by_name = {finding.check: finding for finding in report.findings}
+    assert {"ranks", "batch", "flip", "future", "normalised", "state", "repeat"} == set(by_name)
+    assert by_name["flip"].worst == by_name["future"].worst == by_name["state"].worst == 0
+    if mode == "exact":
+        assert by_name["batch"].worst == by_name["ranks"].worst == 0, "the grid takes in the noise of other shapes"
+
+
+@pytest.mark.parametrize("way", ["adapted lanes", "rolling lanes"])
+def test_peeking_is_caught_in_exact_mode_too(files, held_out, spec, way, monkeypatch):
+    class PeeksInFloat64(WindowPredictor):
+        def predict(self, unit):
+            for positions, logits in super().predict(unit):
+                target = torch.from_numpy(self.tape._targets[positions].astype(np.int64))
+                yield positions, logits + 0.05 * F.one_hot(target, logits.shape[1])
+
+    monkeypatch.setattr(sys.modules["fairway.score.evaluate"], "WindowPredictor", PeeksInFloat64)
+    spec = dataclasses.replace(spec, exact=True, **REAL[way])
+    (report,) = probe(files[1], held_out, spec, Run(), (spec.result,), flips=3, targets=150)
+    assert {"flip", "future"} <= failed(report)

@@ -108,7 +108,17 @@ class _Shared:
 
     def __init__(self, world: int) -> None:
         self.barrier = threading.Barrier(world)
-        self.given: list[torch.Tensor] = [torch.empty(0)] * world
+        self.given: list[torch.Tensor | None] = [None] * world  # None: this rank has ended
+
+    def meet(self, rank: int, tensor: torch.Tensor | None) -> list[torch.Tensor]:
+        """Every rank's tensor, once all have come. RuntimeError on those that still sum when another has ended: they
+        would wait for it for ever."""
+        self.given[rank] = tensor
+        self.barrier.wait()
+        found = [given for given in self.given if given is not None]
+        if tensor is not None and len(found) < len(self.given):
+            raise RuntimeError(f"rank {self.given.index(None)} has ended, and rank {rank} waits for its sum")
+        return found
 
 
 @dataclass(frozen=True)
@@ -122,25 +132,30 @@ class _ThreadRanks(Ranks):
         return "cpu"
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
-        self.shared.given[self.rank] = tensor.clone()
-        self.shared.barrier.wait()
-        tensor.copy_(torch.stack(self.shared.given).sum(dim=0))
-        self.shared.barrier.wait()
+        first, *others = self.shared.meet(self.rank, tensor.clone())
+        total = first.clone()
+        for other in others:
+            total += other
+        tensor.copy_(total)
+        self.shared.barrier.wait()  # all have read what was given
         return tensor
 
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         for parameter in parameters:
-            self.sum_(parameter.grad if parameter.grad is not None else torch.zeros_like(parameter))
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            self.sum_(parameter.grad)
 
 
 def in_threads(world: int, work: Callable[[Ranks], None]) -> None:
     """Runs `work` once for each of `world` ranks, in threads of this process: what does not depend on the number of
-    ranks must come out the same. Only sums are offered. The first rank's error is raised."""
+    ranks must come out the same. Only sums are offered. The error that came first is raised."""
     shared, errors = _Shared(world), list[BaseException]()
 
     def one(rank: int) -> None:
         try:
             work(_ThreadRanks(rank, world, 0, shared))
+            shared.meet(rank, None)
         except BaseException as error:
             if not isinstance(error, threading.BrokenBarrierError):
                 errors.append(error)

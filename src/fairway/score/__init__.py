@@ -3,6 +3,7 @@
 from fairway.score.baselines import baselines, baselines_with_train
 from fairway.score.chunks import ChunkProof, prove_chunks
 from fairway.score.codec import Coded, compress, decompress, settings_for
+from fairway.score.diagnose import Variant, diagnose
 from fairway.score.evaluate import StageScore, evaluate, score_opened
 from fairway.score.harness import drive
 from fairway.score.ledger import Ledger
@@ -36,12 +37,14 @@ __all__ = [
     "Tape",
     "Teller",
     "Unit",
+    "Variant",
     "WindowPredictor",
     "Windows",
     "baselines",
     "baselines_with_train",
     "compress",
     "decompress",
+    "diagnose",
     "distributions",
     "drive",
     "evaluate",

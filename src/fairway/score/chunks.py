@@ -32,7 +32,7 @@ from fairway.score.codec.format import Block, Part, Segment
 from fairway.score.codec.part import Coding, Encoded, Reader, checksum, exactly
 from fairway.score.evaluate import adapter_of, byte_lengths, model_on, predictor_of, stream_of
 from fairway.score.predictor import Adapter, WindowPredictor
-from fairway.score.proof import decode_elsewhere, text_at
+from fairway.score.proof import decode_elsewhere
 from fairway.score.spec import ScoreSpec
 from fairway.score.state import tensors_hash
 from fairway.score.stream import Stream, Unit
@@ -59,6 +59,7 @@ class ChunkProof:
     bits_per_byte: float
     ideal_bits: float
     gap_percent: float
+    booked_bits: float  # of all chunks: the whole score, as the books have it
     framing_bytes: int
     updates: int
     seconds: float
@@ -68,10 +69,18 @@ class ChunkProof:
 
 
 def prove_chunks(
-    path: Path, held_out: Tokens, spec: ScoreSpec, run: Run, folder: Path, count: int, nonce: str
+    path: Path,
+    held_out: Tokens,
+    spec: ScoreSpec,
+    run: Run,
+    folder: Path,
+    count: int,
+    nonce: str,
+    claimed_bits: float | None = None,
 ) -> ChunkProof:
     """Proves `count` chunks of the adapted score that is booked in `folder`.
 
+    claimed_bits: the code length of the score, where it is known: the books of all chunks must come to it.
     RecipeError where there are no such books, or the windows are carried (what a chunk sees then begins with the text);
     DataError where they are another artifact's or text's; HonestyError where a state, a price or a byte is another.
     """
@@ -80,6 +89,10 @@ def prove_chunks(
     lengths = byte_lengths(artifact, held_out)
     stream = stream_of("adapted", len(lengths), spec, artifact.model_spec.context)
     _same(booked, artifact, held_out, stream, spec, count)
+    booked_nats = _nats(booked)
+    booked_bits = sum(booked_nats) / np.log(2)
+    if claimed_bits is not None and not abs(booked_bits - claimed_bits) <= 1e-9 * claimed_bits:
+        raise HonestyError(f"chunks: {booked_bits:.6f} bits are booked, the score claims {claimed_bits:.6f}; no score")
     drawn = draw(booked, count, nonce)
     run.say(f"chunks        {', '.join(map(str, drawn))} of {len(stream)}, drawn by artifact, text, books and nonce")
     steps = _Steps(artifact, held_out.tokens, spec, stream, booked, folder)
@@ -89,15 +102,16 @@ def prove_chunks(
             steps.go_to(chunk)
             unit = steps.units[chunk]
             if not len(unit.windows):  # windows longer than a chunk: what it scores came with the one before
+                if booked_nats[chunk]:
+                    raise HonestyError(f"chunk {chunk}: scores nothing, {booked_nats[chunk]:.6f} nats were booked")
                 continue
             encoded = encode_chunk(artifact, held_out.tokens, spec, stream, unit, steps.state)
             nats = float(encoded.prices.sum())
-            if abs(nats - float.fromhex(booked.nats[chunk])) > 1e-9 * max(nats, 1.0):
+            if not abs(nats - booked_nats[chunk]) <= 1e-9 * max(nats, 1.0):
                 raise HonestyError(
-                    f"chunk {chunk}: costs {nats:.6f} nats, {float.fromhex(booked.nats[chunk]):.6f} were booked; "
-                    "this is no score"
+                    f"chunk {chunk}: costs {nats:.6f} nats, {booked_nats[chunk]:.6f} were booked; this is no score"
                 )
-            expected = text_at(held_out.text, lengths, np.sort(unit.windows.positions))
+            expected = _text(artifact, held_out.tokens[1:], stream, unit)
             one = assemble(artifact, [Segment(len(expected), (encoded.part,))], [encoded], spec, "adapted", chunk)
             state = safetensors.torch.save(steps.state) if steps.state else b""
             before = known_before(held_out.tokens, stream, unit).astype("<u2").tobytes()
@@ -118,9 +132,10 @@ def prove_chunks(
         replayed=steps.replayed,
         file_bytes=size,
         text_bytes=expected_bytes,
-        bits_per_byte=8 * size / expected_bytes,
+        bits_per_byte=8 * size / max(expected_bytes, 1),
         ideal_bits=ideal,
-        gap_percent=100 * (8 * size / ideal - 1),
+        gap_percent=100 * (8 * size / ideal - 1) if ideal else 0.0,
+        booked_bits=booked_bits,
         framing_bytes=sum(one.framing_bytes for one in coded),
         updates=steps.replayed,
         seconds=round(watch.stop(), 3),
@@ -183,13 +198,7 @@ def decode_chunk(artifact: Artifact, content: bytes, state: bytes, before: bytes
     Reader(range_coder.decoder(part.words), part, spec.temperature, None).read(predictor, unit, tape)
     if checksum(tape.so_far[unit.windows.order]) != part.blocks[0].tokens:
         raise ArtifactError(f"{name}: chunk {header.chunk}: its tokens do not meet their checksum; the file is damaged")
-    positions = np.sort(unit.windows.positions)
-    texts = []
-    for span in np.split(positions, np.flatnonzero(np.diff(positions) != 1) + 1):
-        begins = int(span[0]) in stream.edges
-        previous = artifact.tokenizer.bos if begins else int(tape.so_far[span[0] - 1])
-        texts.append(artifact.tokenizer.decode(tape.so_far[span], previous=previous))
-    return b"".join(texts)
+    return _text(artifact, tape.so_far, stream, unit)
 
 
 def known_before(tokens: npt.NDArray[Any], stream: Stream, unit: Unit) -> npt.NDArray[Any]:
@@ -268,6 +277,17 @@ def _before(stream: Stream, unit: Unit) -> list[tuple[int, int]]:
     return spans
 
 
+def _text(artifact: Artifact, targets: npt.NDArray[Any], stream: Stream, unit: Unit) -> bytes:
+    """The bytes of a unit's targets, lane after lane; a lane begins with BOS, which takes a space from some
+    tokenizers' first token."""
+    positions, texts = np.sort(unit.windows.positions), []
+    for span in np.split(positions, np.flatnonzero(np.diff(positions) != 1) + 1):
+        begins = int(span[0]) in stream.edges
+        previous = artifact.tokenizer.bos if begins else int(targets[span[0] - 1])
+        texts.append(artifact.tokenizer.decode(targets[span], previous=previous))
+    return b"".join(texts)
+
+
 def _same(booked: Booked, artifact: Artifact, held_out: Tokens, stream: Stream, spec: ScoreSpec, count: int) -> None:
     if stream.carried:
         raise RecipeError(
@@ -279,6 +299,17 @@ def _same(booked: Booked, artifact: Artifact, held_out: Tokens, stream: Stream, 
         raise DataError("the books are of another artifact or another text; score the run again")
     if (booked.chunk, len(booked.states), len(booked.nats)) != (stream.chunk, len(stream), len(stream)):
         raise DataError("the books are not of this stream; score the run again")
+
+
+def _nats(booked: Booked) -> list[float]:
+    """What each chunk cost. DataError where it is no number, or none that a text can cost."""
+    try:
+        nats = [float.fromhex(value) for value in booked.nats]
+    except (ValueError, OverflowError) as error:
+        raise DataError(f"the books are damaged ({error}); score the run again") from error
+    if not all(0 <= value < float("inf") for value in nats):  # nor NaN, which no comparison would refuse
+        raise DataError("the books are damaged (a price that is no number); score the run again")
+    return nats
 
 
 def _digest(booked: Booked, nonce: str) -> bytes:

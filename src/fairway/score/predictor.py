@@ -124,7 +124,7 @@ class WindowPredictor:
                 if delta is not None:
                     hidden = hidden + delta
                 yield windows, step, self.model.logits(hidden)[:, 0]
-            self.past = past
+            self.past = past if self.carried is not None else None
 
     def perceive(self, unit: Unit) -> None:
         with threads(1 if self.exact else 0):

@@ -13,9 +13,9 @@ def state_hash(model: torch.nn.Module) -> str:
 
 
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 over named tensors: names and bits, in the mapping's order."""
+    """sha256 over named tensors: names and bits, in the order of the names."""
     digest = hashlib.sha256()
-    for name, tensor in tensors.items():
+    for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -225,20 +225,19 @@ def _laned(spec: Any, context: int, edges: Index, whole: Index, carried: bool) -
     """The windows of all lanes, round after round; of a slice, what lies in it."""
     sizes, kept = np.diff(whole), np.diff(edges)
     cut = {int(size): _local(spec, int(size), context) for size in np.unique(sizes)}
-    if carried and len(cut) > 1:  # longer lanes end with a window of one target, so that no round has two shapes
-        short, last = cut[int(sizes.min())], sizes[-1:]
-        start, stop, first = np.append(short.start, last), np.append(short.stop, last + 1), np.append(short.first, last)
-        cut[int(sizes.max())] = Windows(start, stop, first)
     columns: list[list[Index]] = [[], [], [], [], []]
     for lane, (size, most) in enumerate(zip(sizes, kept, strict=True)):
         local = cut[int(size)]
         inside = int(np.searchsorted(local.first, most))  # a slice ends in the middle of a window
-        stop = np.minimum(local.stop[:inside], most)
-        added = (local.start[:inside], stop, local.first[:inside])
-        for column, values in zip(columns, added, strict=False):
+        start, stop, first = local.start[:inside], np.minimum(local.stop[:inside], most), local.first[:inside]
+        if carried and most > kept.min() and first[-1] < most - 1:
+            # Longer lanes end with a window of one target: two shapes in a round would not share one past.
+            start, first = np.append(start, most - 1), np.append(first, most - 1)
+            stop = np.append(np.minimum(stop, most - 1), most)
+        for column, values in zip(columns, (start, stop, first), strict=False):
             column.append(values + edges[lane])
-        columns[3].append(np.full(inside, lane, np.int64))
-        columns[4].append(np.arange(inside, dtype=np.int64))
+        columns[3].append(np.full(len(first), lane, np.int64))
+        columns[4].append(np.arange(len(first), dtype=np.int64))
     start, stop, first, lanes, turn = (np.concatenate(column) for column in columns)
     order = np.lexsort((lanes, turn)) if len(sizes) > 1 else slice(None)
     return Windows(start, stop, first, lanes, turn)[order]

@@ -10,6 +10,7 @@ earlier one, which was no honest score. They report 1.0924 → 1.0841 bits per b
 of its own for each window, pocket gained 0.0072: 1.7512 → 1.7440 on 28,570 targets, for three times the seconds.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +39,7 @@ class Spec:
         if self.steps < 1:
             raise ValueError(f"steps = {self.steps}: at least 1 is needed")
         for name in ("lr", "eps", "weight_decay"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} = {getattr(self, name)}: 0 or more is needed")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas = {self.betas}: each is at least 0 and below 1")

@@ -50,9 +50,11 @@ class Spec:
         for name in ("chunk", "epochs", "batch", "micro_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: at least 1 is needed")
-        for name in ("lr", "clip", "weight_decay", "last_blocks"):
-            if getattr(self, name) < 0:
+        for name in ("lr", "clip", "weight_decay", "last_blocks", "eps", "momentum"):
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} = {getattr(self, name)}: 0 or more is needed")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas = {self.betas}: two numbers from 0 to below 1 are needed")
 
 
 def learning_rate(spec: Spec, chunk: int, chunks: int) -> float:

@@ -14,7 +14,8 @@ from fairway.base.errors import ArtifactError, RecipeError
 from fairway.base.journal import Run
 from fairway.base.specs import build, to_plain
 from fairway.score.adapt import none
-from fairway.score.codec.format import Header, Segment, pack, read_header, read_segments
+from fairway.score.codec import limits
+from fairway.score.codec.format import Header, Segment, pack, read_header, read_segments, shown
 from fairway.score.codec.jobs import Job, run_jobs
 from fairway.score.codec.part import Encoded, decode_part, encode_part, trial
 from fairway.score.spec import ScoreSpec, Stage, spec_of
@@ -27,6 +28,7 @@ BLOCK_BYTES = 32_000  # of text between two checks, about
 # A lane begins without context: lanes of 11 contexts cost 0.19 % more than one lane (pocket), 28 contexts 0.05 %.
 LANE_CONTEXTS = 16
 LANES, GROUPS = 32, 2
+BYTES_PER_TOKEN = 3  # about, to choose the number of lanes by
 _NEEDED = ("context", "windows", "adapt", "temperature")  # what a decoder must know of the score's settings
 
 
@@ -44,22 +46,27 @@ class Coded:
     updates: int
 
 
-def settings_for(artifact: Artifact, adapt: bool, lanes: int = 0) -> ScoreSpec:
+def settings_for(artifact: Artifact, adapt: bool, lanes: int = 0, text_bytes: int = SEGMENT) -> ScoreSpec:
     """How `compress` reads a text: rolling windows, learning from it as the artifact's own recipe does where `adapt`.
 
-    lanes: at most so many, 0: 32, or one where the model learns: it learns from longer stretches then.
-    RecipeError where the artifact names no adaptation.
+    lanes: 0: as many as a text of `text_bytes` has room for, 32 at most; one where the model learns, which does so
+    from longer stretches then. RecipeError where the artifact names no adaptation, or lanes do not go with it.
     """
     own = spec_of(artifact)
-    if not adapt:
-        spec = replace(own, result="sliding", windows=rolling.Spec(), adapt=none.Spec(), lanes=lanes or LANES)
-    elif own.adapts:
-        spec = replace(own, result="adapted", windows=rolling.Spec(), lanes=lanes or 1)
-    else:
+    if adapt and not own.adapts:
         raise RecipeError(
             f"{artifact.path}: names no adaptation; leave --adapt out, or take an artifact whose recipe does"
         )
-    return replace(spec, exact=False, snapshots=0)
+    context = own.context or artifact.model_spec.context
+    room = min(text_bytes, SEGMENT) // (BYTES_PER_TOKEN * LANE_CONTEXTS * context)
+    try:
+        if adapt:
+            spec = replace(own, result="adapted", lanes=lanes or 1)
+        else:
+            spec = replace(own, result="sliding", adapt=none.Spec(), lanes=lanes or max(1, min(LANES, room)))
+        return replace(spec, windows=rolling.Spec(), exact=False, snapshots=0)
+    except ValueError as error:
+        raise RecipeError(f"--lanes: {error}") from error
 
 
 def compress(
@@ -78,7 +85,7 @@ def compress(
     jobs, owners = [], []
     for number, part in enumerate(texts):
         tokens = artifact.tokenizer.encode_exactly(part)
-        for piece, lanes in _groups(artifact, len(tokens), spec, 1 if stage == "adapted" else groups):
+        for piece, lanes in _groups(len(tokens), spec.lanes, 1 if stage == "adapted" else groups):
             own = np.concatenate([[artifact.tokenizer.bos], tokens[piece]]).astype(np.uint16)
             block = max(1, round(BLOCK_BYTES * len(tokens) / len(part)))
             jobs.append(encoding(own, replace(spec, lanes=lanes), stage, block))
@@ -139,8 +146,8 @@ def decompress(
     header, segments, spec = header_of(artifact, content, name)
     try:
         return _decoded(artifact, header, segments, spec, name, run or Run(), processes)
-    except RecipeError as error:  # settings that no encoder would have written
-        raise ArtifactError(f"{name}: header: {error}") from error
+    except (RecipeError, ValueError) as error:  # settings that no encoder would have written; ValueError: torch's word
+        raise ArtifactError(f"{name}: header: {shown(error)}") from error
 
 
 def header_of(artifact: Artifact, content: bytes, name: str) -> tuple[Header, list[Segment], ScoreSpec]:
@@ -154,8 +161,11 @@ def header_of(artifact: Artifact, content: bytes, name: str) -> tuple[Header, li
     segments = read_segments(content, start, header, name)
     try:
         spec = build(ScoreSpec, _merged(to_plain(spec_of(artifact)), header.settings), "settings")
-    except RecipeError as error:
-        raise ArtifactError(f"{name}: header: {error}") from error
+        stage: Any = header.stage
+        for part in (part for segment in segments for part in segment.parts):
+            limits.check(spec, stage, artifact.model_spec.context, part.targets, part.whole, part.lanes)
+    except (RecipeError, RecursionError) as error:
+        raise ArtifactError(f"{name}: header: {shown(error)}") from error
     return header, segments, spec
 
 
@@ -202,14 +212,11 @@ def _place(name: str, number: int, index: int, segment: Segment) -> str:
     return f"{name}: segment {number}" + (f", part {index}" if len(segment.parts) > 1 else "")
 
 
-def _groups(artifact: Artifact, targets: int, spec: ScoreSpec, groups: int) -> list[tuple[slice, int]]:
+def _groups(targets: int, lanes: int, groups: int) -> list[tuple[slice, int]]:
     """Which tokens each range coder writes, and in how many lanes: whole lanes, the remainder to the first."""
-    context = spec.context or artifact.model_spec.context
-    lanes = max(1, min(spec.lanes, targets // (LANE_CONTEXTS * context)))
-    if spec.adapts:
-        lanes = spec.lanes  # its chunks are shared by the lanes
-    edges, shares = edges_of(targets, min(lanes, targets)), edges_of(min(lanes, targets), min(groups, lanes, targets))
-    return [(slice(int(edges[a]), int(edges[b])), int(b - a)) for a, b in pairwise(shares) if b > a]
+    lanes = lanes if lanes <= targets else 1
+    edges, shares = edges_of(targets, lanes), edges_of(lanes, min(groups, lanes))
+    return [(slice(int(edges[a]), int(edges[b])), int(b - a)) for a, b in pairwise(shares)]
 
 
 def _differences(table: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,9 @@ from fairway.base.errors import ArtifactError
 MAGIC, VERSION = b"FWCODED", 1
 PRELUDE = len(MAGIC) + 1 + 8
 MOST_HEADER = 1 << 20
-MOST_BLOCK = 1 << 20  # tokens between two checks
+MOST_BLOCK = 1 << 17  # tokens between two checks: what a forged file may have decoded in vain
+MOST_CHUNK = 1 << 20  # the same where the file is one chunk of a proof
+MOST_WORD = 200  # characters of a header's text, which messages repeat
 DIGEST = 32
 STATE = 8  # bytes of a state's hash
 
@@ -107,13 +109,13 @@ def read_header(content: bytes, name: str) -> tuple[Header, int]:
     try:
         header = Header(artifact=raw[:DIGEST].hex(), **json.loads(unsqueeze(raw[DIGEST:], MOST_HEADER)))
         sound = (
-            all(isinstance(value, str) for value in (header.stage, header.machine, header.wrote))
+            all(_is_word(value) for value in (header.stage, header.machine, header.wrote))
             and isinstance(header.settings, dict)
             and all(type(value) is int and value >= 0 for value in (header.text_bytes, header.segments))
             and (header.chunk is None or (type(header.chunk) is int and header.chunk >= 0))
         )
     except (ValueError, TypeError, RecursionError) as error:
-        _fail(name, "header", f"cannot be read ({error})")
+        _fail(name, "header", f"cannot be read ({shown(error)})")
     if not sound:
         _fail(name, "header", "values of the wrong type")
     return header, start
@@ -126,7 +128,7 @@ def read_segments(content: bytes, start: int, header: Header, name: str) -> list
         where = f"segment {number}"
         raw, start = _blob(content, start, name, where)
         reader = _Reader(raw, name, where)
-        segment, sizes = _segment(reader, adapted=bool(header.machine))
+        segment, sizes = _segment(reader, bool(header.machine), MOST_BLOCK if header.chunk is None else MOST_CHUNK)
         parts = []
         for part, (size, crc) in zip(segment.parts, sizes, strict=True):
             words = content[start : start + size]
@@ -144,13 +146,13 @@ def read_segments(content: bytes, start: int, header: Header, name: str) -> list
     return segments
 
 
-def _segment(reader: "_Reader", adapted: bool) -> tuple[Segment, list[tuple[int, int]]]:
+def _segment(reader: "_Reader", adapted: bool, most: int) -> tuple[Segment, list[tuple[int, int]]]:
     text_bytes, count = reader.number(), reader.number()
     parts, sizes = [], []
     for _ in range(reader.at_most(count, len(reader.content))):
         targets, rest, lanes, block, words = (reader.number() for _ in range(5))
         # A target is a byte at least, or a document's BOS: more would not be this text, and would want any memory.
-        if not (1 <= targets <= 2 * text_bytes + 16 and 1 <= lanes <= targets + rest and 1 <= block <= MOST_BLOCK):
+        if not (1 <= targets <= 2 * text_bytes + 16 and 1 <= lanes <= targets + rest and 1 <= block <= most):
             reader.fail(f"{targets:,} tokens in {lanes} lanes and blocks of {block}: impossible")
         if rest > 1 << 40:
             reader.fail(f"{targets + rest:,} tokens: impossible")
@@ -231,6 +233,16 @@ def _blob(content: bytes, start: int, name: str, where: str) -> tuple[bytes, int
     if zlib.crc32(raw) != crc:
         _fail(name, where, "damaged (checksum); fetch the file again")
     return raw, start + 8 + size
+
+
+def shown(error: Exception) -> str:
+    """One line of what a complaint says of a file's content: no control characters of its reach a terminal."""
+    text = str(error)[:300]
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def _is_word(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= MOST_WORD and value.isprintable()
 
 
 def _fail(name: str, where: str, why: str) -> NoReturn:

@@ -3,6 +3,7 @@
 import concurrent.futures as futures
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,6 @@ from typing import Any
 from fairway.artifact import Artifact, open_artifact
 from fairway.base.devices import threads
 from fairway.base.journal import Run
-from fairway.base.progress import Meter
 
 # Fewer tokens are done before two processes have started (2.5 s each to import torch).
 ALONE = 8_000
@@ -64,6 +64,7 @@ _held: dict[str, Any] = {}  # of a worker: the opened artifact, and the tally it
 
 
 def _start(path: Path, tally: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all; the first process ends the others
     _held["artifact"], _held["tally"] = open_artifact(path), tally
 
 
@@ -73,10 +74,6 @@ def _do(number: int, job: Job) -> Any:
 
     with threads(1):
         return job.work(_held["artifact"], *job.arguments, progress=progress)
-
-
-def _tell(meter: Meter, begun: int, tokens: int) -> None:
-    meter.update(begun + tokens)
 
 
 def _cores() -> int:

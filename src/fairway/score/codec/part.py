@@ -16,6 +16,7 @@ from fairway.artifact import Artifact
 from fairway.base.devices import threads
 from fairway.base.errors import ArtifactError
 from fairway.score import exact, range_coder
+from fairway.score.codec import limits
 from fairway.score.codec.format import STATE, Block, Part
 from fairway.score.evaluate import adapter_of, model_on, predictor_of, stream_of
 from fairway.score.harness import drive
@@ -77,8 +78,9 @@ def encode_part(
     progress: Progress | None = None,
 ) -> Encoded:
     """tokens: (N+1,), BOS first; block: tokens of a block; whole: see Stream."""
-    spec = exact_spec(spec, stage)
-    stream = stream_of(stage, len(tokens) - 1, spec, artifact.model_spec.context, whole)
+    spec, trained = exact_spec(spec, stage), artifact.model_spec.context
+    limits.check(spec, stage, trained, len(tokens) - 1, whole or len(tokens) - 1, spec.lanes)
+    stream = stream_of(stage, len(tokens) - 1, spec, trained, whole)
     tape = Tape(tokens, "cpu", stream.edges)
     predictor = predictor_of(model_on(artifact, None, exact=True), tape, stream, spec, stage)
     coding, coder = Coding(stream.targets, spec.temperature, progress), range_coder.encoder()
@@ -116,7 +118,7 @@ def decode_part(
     tape = Tape.blank(artifact.tokenizer.bos, stream.edges)
     predictor = predictor_of(model_on(artifact, None, exact=True), tape, stream, spec, stage)
     checks = _Checks(stream, part.block, predictor.adapter)
-    reader = Reader(range_coder.decoder(part.words), part, spec.temperature, progress)
+    reader = Reader(range_coder.decoder(part.words), part, spec.temperature, progress, name)
     for unit in stream:
         reader.read(predictor, unit, tape)
         predictor.perceive(unit)
@@ -126,10 +128,21 @@ def decode_part(
 
 
 class Reader:
-    """Reads tokens off a range coder, step by step, and writes them on the tape."""
+    """Reads tokens off a range coder, step by step, and writes them on the tape.
 
-    def __init__(self, coder: range_coder.Decoder, part: Part, temperature: float, progress: Progress | None) -> None:
-        self.coder, self.temperature, self.progress, self.done = coder, temperature, progress, 0
+    Each block meets its checksum as soon as it is complete, however long the unit is: no damage is decoded for longer.
+    """
+
+    def __init__(
+        self,
+        coder: range_coder.Decoder,
+        part: Part,
+        temperature: float,
+        progress: Progress | None,
+        name: str = "file",
+    ) -> None:
+        self.coder, self.part, self.temperature, self.progress, self.name = coder, part, temperature, progress, name
+        self.done, self.block, self.crc = 0, 0, 0  # tokens; complete blocks; the checksum so far of the one at work
         self.near: dict[int, list[tuple[int, int]]] = {}
         for block in part.blocks:
             for position, symbol, z in block.near:
@@ -138,13 +151,37 @@ class Reader:
     def read(self, predictor: WindowPredictor, unit: Unit, tape: Tape) -> None:
         with threads(1):  # single tokens are slower on several: 286 against 94 a second
             for windows, step, logits in predictor.steps(unit):
-                z = exact.grid(logits, self.temperature)
-                if self.near:
-                    self._overrule(z, windows.first + step)
-                tape.write(windows, step, self.coder.decode(exact.counts(z)))
-                self.done += len(windows)
+                symbols = self._symbols(logits, windows.first + step)
+                tape.write(windows, step, symbols)
+                self._check(symbols)
                 if self.progress is not None:
                     self.progress(self.done)
+
+    def _symbols(self, logits: Tensor, positions: Index) -> exact.Ints:
+        try:
+            z = exact.grid(logits, self.temperature)
+            if self.near:
+                self._overrule(z, positions)
+            return self.coder.decode(exact.counts(z))
+        except ArtifactError as error:
+            raise ArtifactError(f"{self.name}: block {self.block}: {error}") from error
+
+    def _check(self, symbols: exact.Ints) -> None:
+        """Takes the next tokens into the checksum of their block, or of several."""
+        while len(symbols):
+            taken = min(len(symbols), self.part.block - self.done % self.part.block)
+            self.crc = zlib.crc32(_raw(symbols[:taken]), self.crc)
+            self.done, symbols = self.done + taken, symbols[taken:]
+            if self.done % self.part.block and self.done < self.part.targets:
+                continue
+            listed = self.part.blocks[self.block]
+            if self.crc != listed.tokens:
+                learned = ", or this machine learned otherwise" if listed.state else ""
+                raise ArtifactError(
+                    f"{self.name}: block {self.block}: its tokens do not meet their checksum; the file is "
+                    f"damaged{learned}"
+                )
+            self.block, self.crc = self.block + 1, 0
 
     def _overrule(self, z: exact.Ints, positions: Index) -> None:
         listed = [(row, *entry) for row, place in enumerate(positions.tolist()) for entry in self.near.get(place, ())]
@@ -223,4 +260,8 @@ def exactly(spec: ScoreSpec, stage: Stage, part: Part, name: str) -> ScoreSpec:
 
 def checksum(tokens: npt.NDArray[Any]) -> int:
     """crc32 of tokens (n,) as 16-bit numbers."""
-    return zlib.crc32(tokens.astype("<u2").tobytes())
+    return zlib.crc32(_raw(tokens))
+
+
+def _raw(tokens: npt.NDArray[Any]) -> bytes:
+    return tokens.astype("<u2").tobytes()
