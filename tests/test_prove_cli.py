@@ -124,6 +124,33 @@ def test_a_run_whose_encoder_cheats_ends_without_a_score(exact_run, tmp_path, mo
     assert len(facts_of(folder, "proof")) == proofs, "nothing is booked as proven"
 
 
+@pytest.mark.parametrize(
+    ("forge", "words"),
+    [
+        (lambda prices: 0.5 * prices, "the prices of all tokens come to"),
+        (np.sort, "these tokens cost"),  # the same sum, but the beginning looks cheap
+    ],
+    ids=["halved", "moved"],
+)
+def test_a_score_that_its_file_does_not_cost_is_none(folder, fairway, forge, words):
+    np.save(folder / "prices.npy", forge(np.load(folder / "prices.npy")))
+    answer = fairway("prove", folder, "--slice", "500B")
+    assert answer.code == 1
+    assert "HonestyError: proof: " in answer.err
+    assert words in answer.err
+    assert not (folder / "score.json").exists()
+
+
+def test_a_proof_that_is_interrupted_leaves_the_score(folder, fairway, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fairway.steps.prove_slice", interrupted)
+    before = (folder / "score.json").read_bytes()
+    assert fairway("prove", folder, "--full").code == 130
+    assert (folder / "score.json").read_bytes() == before
+
+
 def test_a_proof_that_fails_is_one_line_and_an_exit_code(folder, fairway, given, monkeypatch):
     assert (folder / "score.json").exists()
     encode = codec_files.encode_part
@@ -177,7 +204,8 @@ def test_a_recipe_may_want_no_proof_and_the_verb_adds_one(tmp_path, fairway, giv
     ids=["0.6KB", "300", "full"],
 )
 def test_prove_says_what_it_saw_and_the_score_takes_it_up(folder, fairway, given, options, least, most):
-    score = score_of(folder)
+    score = {**score_of(folder), "proof": None}
+    (folder / "score.json").write_text(json.dumps(score))
     proof = proof_of(fairway("prove", folder, *options, "--json"))
     assert set(proof) >= KEYS
     assert proof["decoded_equal"] is True
@@ -186,11 +214,13 @@ def test_prove_says_what_it_saw_and_the_score_takes_it_up(folder, fairway, given
     assert proof["updates"] == (proof["tokens"] - 1) // 256
     assert proof["scored_bits"] == pytest.approx(proof["ideal_bits"], rel=1e-4)
     assert score_of(folder) == {**score, "proof": proof}
+    proof_of(fairway("prove", folder, "--slice", "200", "--json"))
+    assert score_of(folder)["proof"] == proof, "the score keeps the proof of more text"
     if options == ["--full"]:
         assert proof["text_bytes"] == score["text_bytes"]
         assert proof["tokens"] == proof["of_tokens"] == score["tokens"]
         assert proof["scored_bits"] == pytest.approx(score["code_length_bits"], rel=1e-6)
-    assert len(given) == 1
+    assert len(given) == 2
 
 
 def test_without_a_size_the_slice_is_the_recipes(exact_run, tmp_path, fairway, given):

@@ -103,7 +103,9 @@ def rows(outcome: Outcome) -> list[tuple[str, str, str]]:
     table = []
     for stage, name in names.items():
         value = outcome.stages[stage]
-        proven = "not proven" if outcome.proof is None else "a slice of it proven"
+        proven = "not proven"
+        if outcome.proof is not None:
+            proven = "proven" if outcome.proof["tokens"] == outcome.tokens else "a slice of it proven"
         mark = f" <- the score, {proven}" if stage == outcome.result else ""
         table.append((name, "-" if value is None else f"{value:.4f}", remarks[stage] + mark))
     for name, value in outcome.baselines.items():

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -34,6 +35,7 @@ from fairway.score import ChunkProof, Proof, StageScore, baselines, baselines_wi
 from fairway.score import prove as prove_slice
 from fairway.score import prove_chunks as prove_some
 from fairway.score.booking import read_prices
+from fairway.score.codec import limits
 from fairway.score.evaluate import model_on, stream_of
 from fairway.train import pretrain
 
@@ -108,6 +110,9 @@ def prepare(recipe: Recipe, run: Run) -> Text:
     _book_text(run, "held_out_text", tokens=len(text.held_out), **held_out.describe())
     _book_text(run, "tokenizer", size=tokenizer.size, sha256=tokenizer.sha256, bytes=len(tokenizer.model))
     run.fact("prepare", seconds=round(watch.seconds, 3))
+    if recipe.proof_bytes and len(text.held_out) > 1:  # refused now, not when everything is scored
+        targets, score = len(text.held_out) - 1, recipe.score
+        limits.check(score, score.result, recipe.model.context, targets, targets, score.lanes)
     run.say(
         f"text          train {corpus.bytes:,} bytes, {len(text.train):,} tokens; {held_out.split} {held_out.bytes:,} "
         f"bytes, {len(text.held_out):,} tokens; sha256 {held_out.sha256[:12]} (held out)"
@@ -201,7 +206,7 @@ def score(recipe: Recipe, held_out: Tokens, run: Run, device: Device) -> dict[st
         booked = run.facts.get(f"score_{stage}", {})
         known = booked.get("artifact_sha256") == files.sha256(path)
         if run.ranks.world == 1 and known and booked["text_sha256"] == held_out.text_sha256:
-            found[stage] = StageScore(**{field.name: booked[field.name] for field in fields(StageScore)})
+            found[stage] = _stage_score(booked)
         else:
             limit = recipe.budget.eval_seconds if stage == recipe.score.result else 0.0
             found[stage] = evaluate(path, held_out, recipe.score, run, stage, device, limit)
@@ -222,10 +227,11 @@ def prove(recipe: Recipe, held_out: Tokens, run: Run, slice_bytes: int | None = 
         if run.ranks.first:
             found = _proven(recipe, held_out, run, wanted)
             run.fact("proof", **found.plain())
+    except HonestyError:
+        _tidy(run, SCORE)  # what was a score before is none now
+        raise
     finally:  # other ranks wait here, and end with the first
-        ended = run.ranks.share_text("failed" if found is None else "proven")
-        if found is None:
-            _tidy(run, SCORE)  # a score that was proven before is none now
+        ended = run.ranks.share_text("failed" if run.ranks.first and found is None else "proven")
     if ended == "failed":
         raise HonestyError("proof: failed on the first rank; this is no score")
     return found
@@ -235,7 +241,7 @@ def _proven(recipe: Recipe, held_out: Tokens, run: Run, wanted: int) -> Proof:
     path, stage = _product(run, ARTIFACT), recipe.score.result
     booked = run.facts.get(f"score_{stage}", {})
     known = (booked.get("artifact_sha256"), booked.get("text_sha256")) == (files.sha256(path), held_out.text_sha256)
-    scored = StageScore(**{field.name: booked[field.name] for field in fields(StageScore)}) if known else None
+    scored = _stage_score(booked) if known else None
     prices = read_prices(run.path(".")) if known else None
     return prove_slice(path, held_out, recipe.score, run, wanted, scored, prices)
 
@@ -244,7 +250,13 @@ def prove_chunks(recipe: Recipe, held_out: Tokens, run: Run, chunks: int, nonce:
     """Some chunks of an adapted score that was made in exact mode."""
     folder, score = run.path("."), run.path(SCORE)
     claimed = json.loads(score.read_text())["code_length_bits"] if score.exists() else None
-    found = prove_some(_product(run, ARTIFACT), held_out, recipe.score, run, folder, chunks, nonce, claimed)
+    if claimed is None:
+        raise RecipeError(f"{score}: not there; --chunks proves a score: `fairway score {run.folder}` makes it")
+    try:
+        found = prove_some(_product(run, ARTIFACT), held_out, recipe.score, run, folder, chunks, nonce, claimed)
+    except HonestyError:
+        _tidy(run, SCORE)
+        raise
     run.fact("proof_chunks", **found.plain())
     return found
 
@@ -254,6 +266,9 @@ def book_proof(run: Run, proof: Proof) -> None:
     path = run.path(SCORE)
     if path.exists():
         table = json.loads(path.read_text())
+        before = table.get("proof") or {"tokens": 0}
+        if before["tokens"] > proof.tokens and before.get("artifact_sha256") == proof.artifact_sha256:
+            return  # more of it is proven already
         if table.get("artifact_sha256") == proof.artifact_sha256 and table.get("text_sha256") == proof.text_sha256:
             files.write(path, json.dumps({**table, "proof": proof.plain()}, indent=2, allow_nan=False) + "\n")
 
@@ -275,6 +290,11 @@ def close(recipe: Recipe, text: Text, scores: dict[str, StageScore], proof: Proo
         files.write(run.path(SCORE), outcome.json())
     run.fact("done", bits_per_byte=outcome.bits_per_byte)
     return outcome
+
+
+def _stage_score(booked: dict[str, Any]) -> StageScore:
+    """A score from its fact in the journal."""
+    return StageScore(**{field.name: booked[field.name] for field in fields(StageScore) if field.name in booked})
 
 
 def stored_tokenizer(run: Run) -> Tokenizer:
@@ -336,7 +356,9 @@ def _same_recipe(recipe: Recipe, run: Run) -> None:
     """Products of another recipe are never taken up: not even where recipe.toml was edited in the run folder."""
     began = run.facts.get("run", {}).get("recipe_sha256")
     if began is not None and began != recipes.sha256(to_plain(recipe)):
-        raise RecipeError(f"{run.folder}: its products come from another recipe ({RECIPE} was edited); start a new run")
+        raise RecipeError(
+            f"{run.folder}: its products come from another recipe ({RECIPE} was edited) or version; start a new run"
+        )
 
 
 def _book_text(run: Run, name: str, **facts: object) -> None:

@@ -359,6 +359,7 @@ def _show_chunks(found: ChunkProof, as_json: bool) -> None:
             ("decoded", f"{found.text_bytes:,} bytes", f"from files of {found.file_bytes:,}, by other processes"),
             ("bits per byte", f"{found.bits_per_byte:.4f}", f"{found.gap_percent:+.3f} % over the ideal code length"),
             ("steps taken again", f"{found.replayed:,}", "each ends in the state that was booked"),
+            ("books", found.books_sha256[:16], "what the chunks were drawn from, with the nonce"),
             ("seconds", f"{found.seconds:.1f}", ""),
         ],
     )

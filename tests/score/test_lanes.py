@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from fairway.base.errors import DataError, HonestyError, RecipeError
 from fairway.base.ranks import Ranks
 from fairway.score.stream import Stream, Windows
-from fairway.score.tape import Tape
+from fairway.score.tape import BlankTape, Tape
 from fairway.score.windows import plain, rolling, sliding
 
 BOS = 900  # no target is it
@@ -337,7 +337,7 @@ def test_what_is_known_is_never_rolled_back():
 @pytest.mark.parametrize("lanes", [1, 3])
 def test_a_blank_tape_is_written_in_the_order_of_coding_alone(lanes, windows):
     stream = Stream(11, 4, windows, lanes=lanes)
-    tape, written = Tape.blank(BOS, stream.edges), []
+    tape, written = BlankTape(BOS, stream.edges), []
     with pytest.raises(HonestyError, match="11 targets are not known yet"):
         _ = tape.tokens
     for unit in stream:
@@ -358,7 +358,7 @@ def test_a_blank_tape_is_written_in_the_order_of_coding_alone(lanes, windows):
 def test_what_a_chunk_looks_back_on_is_laid_on_a_blank_tape():
     """Targets 1..2 of the first lane and 5..5 of the second: they can be read, what is before and after cannot."""
     _, stream, _ = taped()
-    tape = Tape.blank(BOS, stream.edges)
+    tape = BlankTape(BOS, stream.edges)
     tape.given([(1, 3), (5, 6)], np.array([101, 102, 105]))
     assert tape.known.tolist() == [3, 6, 8]
     back = Windows(*(np.array(v) for v in ([2, 6], [4, 7], [3, 6])), np.array([0, 1]), np.array([0, 0]))

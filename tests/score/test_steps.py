@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from fairway.base.errors import HonestyError
+from fairway.base.errors import HonestyError, RecipeError
 from fairway.base.ranks import Ranks, in_threads
 from fairway.model import ValueEmbeddingSpec
-from fairway.score import Ledger, ScoreSpec, Tape
+from fairway.score import Ledger, ScoreSpec
 from fairway.score.adapt import none, slot, ttt
 from fairway.score.evaluate import predictor_of, score_model, stream_of
+from fairway.score.tape import BlankTape
 from fairway.score.windows import plain, rolling, sliding
 from tests.model.test_rolling import WINDOW, brute_force
 from tests.model.variants import VOCAB, varied
@@ -58,7 +59,7 @@ def predicted(spec: ScoreSpec, tokens: np.ndarray) -> torch.Tensor:
 def stepped(spec: ScoreSpec, tokens: np.ndarray) -> tuple[torch.Tensor, list[int]]:
     """The same step by step on a blank tape, as a decoder makes them, and the order in which they came."""
     stream = stream_of(spec.result, TARGETS, spec, CONTEXT)
-    tape = Tape.blank(BOS, stream.edges)
+    tape = BlankTape(BOS, stream.edges)
     predictor = predictor_of(copy.deepcopy(model()), tape, stream, spec, spec.result)
     found, order = torch.full((TARGETS, VOCAB), float("nan"), dtype=torch.float64), []
     for unit in stream:
@@ -72,9 +73,16 @@ def stepped(spec: ScoreSpec, tokens: np.ndarray) -> tuple[torch.Tensor, list[int
     return found, order
 
 
-@pytest.mark.parametrize("adapt", ADAPTS)
+@pytest.mark.parametrize("windows", ["plain", "rolling"])
+def test_what_learns_from_a_window_s_context_is_refused_where_there_is_none(windows):
+    with pytest.raises(RecipeError, match="'slot' learns from a window's context"):
+        stream_of("adapted", TARGETS, spec_with(windows, 1, "slot"), CONTEXT)
+
+
+@pytest.mark.parametrize(
+    ("windows", "adapt"), [(w, a) for w in WINDOWS for a in ADAPTS if a != "slot" or w == "sliding"]
+)
 @pytest.mark.parametrize("lanes", [1, 3])
-@pytest.mark.parametrize("windows", WINDOWS)
 def test_steps_give_the_distributions_of_whole_windows_in_the_order_of_coding(windows, lanes, adapt):
     spec, tokens = spec_with(windows, lanes, adapt), text()
     batched, (single, order) = predicted(spec, tokens), stepped(spec, tokens)
@@ -167,7 +175,7 @@ def test_a_slice_of_rolling_lanes_is_predicted_as_the_whole_is():
 def test_a_step_cannot_be_asked_for_before_the_last_ones_tokens_are_written():
     spec = spec_with("plain", 3, "none")
     stream = stream_of("sliding", TARGETS, spec, CONTEXT)
-    predictor = predictor_of(copy.deepcopy(model()), Tape.blank(BOS, stream.edges), stream, spec, "sliding")
+    predictor = predictor_of(copy.deepcopy(model()), BlankTape(BOS, stream.edges), stream, spec, "sliding")
     steps = predictor.steps(next(iter(stream)))
     next(steps)
     with pytest.raises(HonestyError, match="read before it was paid"):

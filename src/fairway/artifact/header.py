@@ -117,7 +117,8 @@ def check_shapes(spec: ModelSpec, vocab: int, shapes: Mapping[str, tuple[int, ..
         model = skeleton(spec, vocab)
         wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     except (RecipeError, RuntimeError, ArithmeticError, ValueError, TypeError, MemoryError) as error:
-        raise ArtifactError(f"header: its model cannot be built: {error}") from error
+        why = (str(error).splitlines() or [type(error).__name__])[0]  # torch adds where in its own code
+        raise ArtifactError(f"header: its model cannot be built: {why}") from error
     for name in [*wanted, *shapes]:
         if wanted.get(name) != shapes.get(name):
             raise ArtifactError(

@@ -4,6 +4,7 @@ hash of the state that the chunk was scored with.
 A chunk can then be proven by itself: from the state before it, the step to it is taken again, and it is decoded.
 """
 
+import hashlib
 import io
 import json
 from dataclasses import dataclass
@@ -40,6 +41,11 @@ class Booked:
     nats: tuple[str, ...]
     snapshots: tuple[int, ...]
 
+    @property
+    def sha256(self) -> str:
+        """Of all that was booked: what chunks are drawn from, with a nonce."""
+        return hashlib.sha256(json.dumps({**self.__dict__, "snapshots": None}, sort_keys=True).encode()).hexdigest()
+
 
 class Booking:
     """Books a score as it is made; the books appear when it is complete."""
@@ -58,6 +64,8 @@ class Booking:
         self.adapter = adapter
         if self.run.writes:
             self.run.path(BOOKED).unlink(missing_ok=True)
+            for stale in self.run.path(SNAPSHOTS).glob("*.safetensors"):
+                stale.unlink()
         weights = sum(tensor.numel() * tensor.element_size() for tensor in adapter.state().values())
         kept = (len(self.stream) - 1) // self.every if self.every else 0
         if kept:
@@ -67,11 +75,11 @@ class Booking:
 
     def __call__(self, unit: Unit) -> None:
         """unit: this rank's share of a chunk that was paid and learned from."""
-        mine = torch.tensor([self.ledger.price(unit.windows.positions).sum()], dtype=torch.float64)
+        price = self.ledger.price(unit.windows.positions).sum()
+        mine = torch.tensor([price], dtype=torch.float64, device=self.run.ranks.device)
         self.nats.append(float(self.run.ranks.sum_(mine).item()).hex())
         following = unit.index + 1
         if following == len(self.stream):
-            self._close()
             return
         state = self.adapter.state()
         self.states.append(tensors_hash(state))
@@ -80,7 +88,9 @@ class Booking:
             if self.run.writes:
                 write_state(snapshot_path(self.run.path(SNAPSHOTS), following), state)
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """The score stands: its books appear. Their hash goes into the journal: who gives a nonce should know it first,
+        or nonces could be tried until the draw pleases."""
         booked = Booked(
             self.artifact_sha256,
             self.text_sha256,
@@ -91,6 +101,8 @@ class Booking:
         )
         if self.run.writes:
             files.write(self.run.path(BOOKED), json.dumps(booked.__dict__) + "\n")
+        self.run.fact("booked", sha256=booked.sha256, chunks=len(booked.nats))
+        self.run.say(f"books         {len(booked.nats)} chunks, sha256 {booked.sha256}")
 
 
 def read_booked(folder: Path) -> Booked:

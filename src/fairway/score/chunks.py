@@ -8,7 +8,6 @@ chance of about K/C.
 """
 
 import hashlib
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ from fairway.score.proof import decode_elsewhere
 from fairway.score.spec import ScoreSpec
 from fairway.score.state import tensors_hash
 from fairway.score.stream import Stream, Unit
-from fairway.score.tape import Tape
+from fairway.score.tape import BlankTape, Tape
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class ChunkProof:
     of_chunks: int
     catches: float
     nonce: str
-    drawn_from: str
+    books_sha256: str  # to be known before the nonce is given, or nonces could be tried
     replayed: int  # steps from chunk to chunk that were taken again
     file_bytes: int
     text_bytes: int
@@ -106,7 +105,7 @@ def prove_chunks(
                     raise HonestyError(f"chunk {chunk}: scores nothing, {booked_nats[chunk]:.6f} nats were booked")
                 continue
             encoded = encode_chunk(artifact, held_out.tokens, spec, stream, unit, steps.state)
-            nats = float(encoded.prices.sum())
+            nats = encoded.coded_bits * np.log(2)
             if not abs(nats - booked_nats[chunk]) <= 1e-9 * max(nats, 1.0):
                 raise HonestyError(
                     f"chunk {chunk}: costs {nats:.6f} nats, {booked_nats[chunk]:.6f} were booked; this is no score"
@@ -121,6 +120,8 @@ def prove_chunks(
             coded.append(one)
             expected_bytes += len(expected)
             meter.update(done)
+    if not expected_bytes:
+        raise DataError(f"--chunks {count}: the drawn chunks score nothing of their own; ask for more")
     size, ideal = sum(len(one.content) for one in coded), sum(one.ideal_bits for one in coded)
     return ChunkProof(
         decoded_equal=True,
@@ -128,13 +129,13 @@ def prove_chunks(
         of_chunks=len(stream),
         catches=len(drawn) / len(stream),
         nonce=nonce,
-        drawn_from=_digest(booked, nonce).hex(),
+        books_sha256=booked.sha256,
         replayed=steps.replayed,
         file_bytes=size,
         text_bytes=expected_bytes,
-        bits_per_byte=8 * size / max(expected_bytes, 1),
+        bits_per_byte=8 * size / expected_bytes,
         ideal_bits=ideal,
-        gap_percent=100 * (8 * size / ideal - 1) if ideal else 0.0,
+        gap_percent=100 * (8 * size / ideal - 1),
         booked_bits=booked_bits,
         framing_bytes=sum(one.framing_bytes for one in coded),
         updates=steps.replayed,
@@ -169,7 +170,7 @@ def encode_chunk(
     block = Block(checksum(tokens[1 + order]), bytes.fromhex(tensors_hash(state))[:8], tuple(sorted(coding.near)))
     part = Part(len(order), stream.whole, stream.lanes, len(order), coder.finish(), (block,))
     prices = exact.prices(coding.count[order])
-    return Encoded(part, coding.ideal_nats / np.log(2), float(prices.sum() / np.log(2)), 0, prices)
+    return Encoded(part, float(coding.ideal_nats / np.log(2)), float(prices.sum() / np.log(2)), 0)
 
 
 def decode_chunk(artifact: Artifact, content: bytes, state: bytes, before: bytes, name: str) -> bytes:
@@ -187,7 +188,7 @@ def decode_chunk(artifact: Artifact, content: bytes, state: bytes, before: bytes
         known = np.frombuffer(before, dtype="<u2")
     except Exception as error:
         raise ArtifactError(f"{name}: the state before it is damaged ({error})") from error
-    tape = Tape.blank(artifact.tokenizer.bos, stream.edges)
+    tape = BlankTape(artifact.tokenizer.bos, stream.edges)
     spans = _before(stream, unit)
     if sum(high - low for low, high in spans) != len(known):
         raise ArtifactError(f"{name}: {len(known)} tokens before it, its windows look back on others")
@@ -313,5 +314,4 @@ def _nats(booked: Booked) -> list[float]:
 
 
 def _digest(booked: Booked, nonce: str) -> bytes:
-    table = {**booked.__dict__, "snapshots": None, "nonce": nonce}
-    return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).digest()
+    return hashlib.sha256(f"{booked.sha256} {nonce}".encode()).digest()

@@ -19,7 +19,7 @@ from fairway.base.errors import DataError, RecipeError
 from fairway.base.journal import Run
 from fairway.base.progress import Meter
 from fairway.base.ranks import Ranks
-from fairway.base.slots import module_of
+from fairway.base.slots import kind_of, module_of
 from fairway.data import Tokens
 from fairway.model import GPT
 from fairway.score.adapt import none
@@ -85,6 +85,8 @@ def score_opened(
     stream = stream_of(stage, len(lengths), spec, artifact.model_spec.context)
     model = model_on(artifact, device, is_exact(spec, stage))
     ledger, booking = Ledger(len(lengths)), None
+    if is_exact(spec, stage) and device is not None and device.torch.type != "cpu":
+        run.fact("substitution", what=f"{stage} on {device.torch}", why="exact mode is float64 on the CPU, one learner")
     if is_exact(spec, stage) and stage == "adapted" and run.folder is not None:
         booking = Booking(run, ledger, stream, spec.snapshots, held_out.text_sha256, artifact.sha256)
     with run.meter(stage, len(lengths), "tokens") as meter:
@@ -92,6 +94,8 @@ def score_opened(
         score_model(model, held_out.tokens, stream, spec, stage, artifact.vocab, ledger, run.ranks, pace, None, booking)
     seconds = watch.stop()
     hold(f"{stage} score", seconds, limit, "s", _REMEDY, run.ranks)
+    if booking is not None:
+        booking.close()
     if stage == spec.result and run.folder is not None:
         write_prices(run, ledger)
     compute = str(model.compute or next(model.parameters()).dtype).removeprefix("torch.")
@@ -124,6 +128,11 @@ def stream_of(stage: Stage, targets: int, spec: ScoreSpec, trained_context: int,
     if stage in ("float", "quantized"):
         return Stream(targets, context, plain.Spec(), block=block, whole=whole)
     chunk = int(spec.adapt.chunk) if stage == "adapted" else 0
+    if stage == "adapted" and not chunk and kind_of(spec.windows) in ("rolling", "plain"):
+        raise RecipeError(
+            f"score.adapt = {kind_of(spec.adapt)!r} learns from a window's context, and {kind_of(spec.windows)} "
+            'windows have none; take score.windows = "sliding"'
+        )
     return Stream(targets, context, spec.windows, chunk, block, spec.lanes, whole)
 
 

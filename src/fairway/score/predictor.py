@@ -149,11 +149,11 @@ class WindowPredictor:
         return self.past.narrow(len(windows))
 
     def _corrected(self, hidden: Tensor, windows: Windows, context: int) -> Tensor:
-        """hidden: (n, T, d). Corrections are computed round by round, in the shapes of a decoder."""
+        """hidden: (n, T, d). In exact mode corrections are computed round by round, in the shapes of a decoder."""
         if type(self.adapter).correct is Adapter.correct or not context:
             return hidden
         targets, deltas, begin = self.tape.targets(windows, 0, context), [], 0
-        for part in windows.rounds():
+        for part in windows.rounds() if self.exact else [windows]:
             rows = slice(begin, begin := begin + len(part))
             deltas.append(self._correction(hidden[rows, :context], targets[rows]))
         return hidden + torch.cat([delta for delta in deltas if delta is not None])

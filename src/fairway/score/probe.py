@@ -29,9 +29,9 @@ from fairway.data import Tokens
 from fairway.score.evaluate import byte_lengths, is_exact, model_on, predictor_of, stream_of, teller_of
 from fairway.score.harness import drive
 from fairway.score.ledger import Ledger
-from fairway.score.predictor import Block, Predictor
+from fairway.score.predictor import Adapter, Block, Predictor
 from fairway.score.spec import ScoreSpec, Stage
-from fairway.score.state import state_hash
+from fairway.score.state import state_hash, tensors_hash
 from fairway.score.stream import Index, Stream, Unit
 from fairway.score.tape import Tape
 from fairway.score.tellers import Listener, Softmax, Teller
@@ -202,12 +202,18 @@ class _Watched:
         self.inner, self.model, self.changed = inner, model, 0
 
     def predict(self, unit: Unit) -> Iterator[Block]:
-        before = state_hash(self.model) if self.model is not None else ""
+        before = self._state()
         yield from self.inner.predict(unit)
-        self.changed += self.model is not None and state_hash(self.model) != before
+        self.changed += self._state() != before
 
     def perceive(self, unit: Unit) -> None:
         self.inner.perceive(unit)
+
+    def _state(self) -> tuple[str, str]:
+        """Of the model, and of what else has been learned: the optimiser's moments."""
+        adapter = getattr(self.inner, "adapter", None)
+        learned = tensors_hash(adapter.state()) if isinstance(adapter, Adapter) else ""
+        return state_hash(self.model) if self.model is not None else "", learned
 
 
 class _Look:

@@ -19,9 +19,10 @@ import numpy.typing as npt
 from fairway.artifact import open_artifact
 from fairway.base import files
 from fairway.base.clock import Stopwatch
-from fairway.base.errors import HonestyError, RecipeError
+from fairway.base.errors import FairwayError, HonestyError, RecipeError
 from fairway.base.journal import Run
 from fairway.data import Tokens
+from fairway.score import range_coder
 from fairway.score.codec.files import assemble, encoding
 from fairway.score.codec.format import Segment
 from fairway.score.codec.jobs import run_jobs
@@ -30,6 +31,7 @@ from fairway.score.spec import ScoreSpec
 from fairway.score.stream import Stream
 
 PROOF = "proof.fwc"
+Prices = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,13 @@ def prove(
     run: Run,
     slice_bytes: int = 0,
     scored: StageScore | None = None,
-    prices: npt.NDArray[np.float32] | None = None,
+    prices: Prices | None = None,
 ) -> Proof:
     """Proves the first `slice_bytes` of the text (0: all of it), at the stage that `spec` names as the result.
 
     scored, prices: what the score booked for every target, to be compared. HonestyError where the decoded bytes are
-    others, or the process that decodes fails; ArtifactError, DataError: as in scoring.
+    others, the decoder refuses the file, or the file needs other bits than were booked; ArtifactError, DataError: as in
+    scoring; FairwayError: the process that decodes was ended from outside.
     """
     watch = Stopwatch().start()
     artifact = open_artifact(path)
@@ -93,8 +96,10 @@ def prove(
         job = encoding(tokens, spec, spec.result, block, stream.whole)
         encoded = list(run_jobs(artifact, [job], run, "prove: encode"))
         coded = assemble(artifact, [Segment(len(expected), (encoded[0].part,))], encoded, spec, spec.result)
-    if run.writes:
-        files.write(run.path(PROOF), coded.content)
+    if stream.lanes == 1 and not held_out.text.startswith(expected):
+        raise HonestyError("proof: the tokens of the slice are not the beginning of the text; this is no score")
+    if range_coder.name() != "constriction":
+        run.fact("substitution", what="range coder", why="constriction is not installed: the one in Python")
     with Stopwatch() as decoding:
         decoded = decode_elsewhere(path, coded.content, run)
     if decoded != expected:
@@ -102,7 +107,9 @@ def prove(
         raise HonestyError(
             f"proof: decoded to other bytes than the text from byte {at:,} of {len(expected):,} on; this is no score"
         )
-    known = prices is not None and scored is not None and len(prices) == stream.whole
+    if run.writes:
+        files.write(run.path(PROOF), coded.content)
+    booked = _booked_bits(scored, prices, taken, coded.coded_bits)
     return Proof(
         decoded_equal=decoded == expected,
         file_bytes=len(coded.content),
@@ -119,11 +126,38 @@ def prove(
         encode_seconds=round(writing.seconds, 3),
         decode_seconds=round(decoding.seconds, 3),
         stage=spec.result,
-        scored_bits=float(prices[taken].sum(dtype=np.float64) / np.log(2)) if known and prices is not None else None,
-        scored_as=("exact " if scored.exact else "") + scored.compute if known and scored is not None else None,
+        scored_bits=booked,
+        scored_as=("exact " if scored.exact else "") + scored.compute if scored and booked is not None else None,
         artifact_sha256=artifact.sha256,
         text_sha256=held_out.text_sha256,
     )
+
+
+def _booked_bits(
+    scored: StageScore | None, prices: Prices | None, taken: npt.NDArray[np.int64], coded_bits: float
+) -> float | None:
+    """What the score booked for the tokens that were decoded; None where its prices are not at hand.
+
+    HonestyError where the prices do not add up to the score, or the file needs more or less than was booked: a score
+    that no file can have. In exact mode both are the same sum (prices are kept as float32). Else rounding to the grid
+    moves a price by 0.0065 bits, at random, and other types move them all a little: half a percent is allowed.
+    """
+    if scored is None or prices is None or len(prices) != scored.tokens:
+        return None
+    whole = float(prices.sum(dtype=np.float64) / np.log(2))
+    if abs(whole - scored.code_length_bits) > 1e-6 * scored.code_length_bits + 1e-3:
+        raise HonestyError(
+            f"proof: the prices of all tokens come to {whole:.3f} bits, the score to {scored.code_length_bits:.3f}; "
+            "this is no score"
+        )
+    bits = float(prices[taken].sum(dtype=np.float64) / np.log(2))
+    allowed = 1e-6 * bits + 1e-3 if scored.exact else 0.005 * bits + 4 * 0.0065 * len(taken) ** 0.5
+    if not abs(coded_bits - bits) <= allowed:
+        raise HonestyError(
+            f"proof: these tokens cost {coded_bits:.3f} bits, {bits:.3f} were booked for them; more than "
+            f"{allowed:.3f} apart: this is no score"
+        )
+    return bits
 
 
 def slice_of(
@@ -158,10 +192,16 @@ def decode_elsewhere(artifact: Path, content: bytes, run: Run, verb: str = "deco
         for name, extra in more.items():
             (place / name).write_bytes(extra)
             command += [f"--{name}", name]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("FAIRWAY", "XDG_"))}
+        environment |= {"HOME": folder, "TMPDIR": folder, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         shown = subprocess.PIPE if run.quiet else None
         done = subprocess.run(command, cwd=place, env=environment, stdout=subprocess.DEVNULL, stderr=shown)
         if done.returncode:
-            said = (done.stderr or b"its reason stands above").decode(errors="replace").strip().splitlines()
+            said = (done.stderr or b"").decode(errors="replace").strip().splitlines() or ["its reason stands above"]
+            if done.returncode < 0 or said[-1].startswith("FairwayError"):  # killed, or no room on the disk
+                why = said[-1] if done.returncode > 0 else f"signal {-done.returncode}"
+                raise FairwayError(
+                    f"proof: the process that decodes was ended ({why}); nothing is shown, prove it again"
+                )
             raise HonestyError(f"proof: the file does not decode in another process ({said[-1]}); this is no score")
         return (place / "text").read_bytes()

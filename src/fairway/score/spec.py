@@ -30,6 +30,8 @@ class ScoreSpec:
                 f"context = {self.context}, block_tokens = {self.block_tokens}, lanes = {self.lanes}, "
                 f"snapshots = {self.snapshots}: positive numbers are expected"
             )
+        if self.snapshots and not self.exact:
+            raise ValueError(f"snapshots = {self.snapshots}: the state is booked in exact mode alone; set exact = true")
         if self.adapts and self.adapt.chunk % self.lanes:
             raise ValueError(f"lanes = {self.lanes} does not divide adapt.chunk = {self.adapt.chunk}; choose a divisor")
         if not 0 < self.temperature < float("inf"):

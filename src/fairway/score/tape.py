@@ -32,36 +32,9 @@ class Tape:
         self.device = torch.device(device)
         self._bos, self._targets = int(tokens[0]), tokens[1:]
 
-    @classmethod
-    def blank(cls, bos: int, edges: Index, device: torch.device | str = "cpu") -> "Tape":
-        """A tape of which nothing is known yet: a decoder's."""
-        tokens = np.zeros(int(edges[-1]) + 1, np.uint16)
-        tokens[0] = bos
-        return cls(tokens, device, edges)
-
-    @property
-    def tokens(self) -> npt.NDArray[Any]:
-        """All targets, once they are known. HonestyError before."""
-        if (self.known < self.edges[1:]).any():
-            raise HonestyError(f"tape: {int((self.edges[1:] - self.known).sum())} targets are not known yet")
-        return self._targets
-
-    @property
-    def so_far(self) -> npt.NDArray[Any]:
-        """(N,) targets, meaningless where they are not known: for what has just been written."""
-        return self._targets
-
     def open_to(self, stop: Index) -> None:
         """The harness alone calls this: the targets before stop[lane] are paid. A tape is never rolled back."""
         self.known = np.maximum(self.known, stop)
-
-    def write(self, windows: Windows, step: int, symbols: npt.NDArray[np.int64]) -> None:
-        """The decoder alone calls this: target `step` of each window's scored ones, which is the next of its lane."""
-        places = windows.first + step
-        if (self.known[windows.lane] != places).any():
-            raise HonestyError("tape: written out of order")
-        self._targets[places] = symbols
-        self.known[windows.lane] = places + 1
 
     def read(self, start: Index, length: int) -> Tensor:
         """The tokens start[i] .. start[i]+length-1 of the text in each row, whatever the lanes: (n, length) int64."""
@@ -72,16 +45,6 @@ class Tape:
             raise HonestyError(f"tape: token {int(places[unknown].min()) + 1} was read before it was paid")
         rows = np.where(places < 0, self._bos, self._targets[np.maximum(places, 0)].astype(np.int64))
         return torch.from_numpy(rows).to(self.device)
-
-    def given(self, spans: Sequence[tuple[int, int]], targets: npt.NDArray[Any]) -> None:
-        """Targets [low, high) of one or several lanes that are known from elsewhere: what a chunk's windows look back
-        on. What is before low stays blank, and is not read by them."""
-        begin = 0
-        for low, high in spans:
-            self._targets[low:high] = targets[begin : begin + high - low]
-            begin += high - low
-            lane = int(np.searchsorted(self.edges, low, side="right")) - 1
-            self.known[lane] = high
 
     def inputs(self, windows: Windows, begin: int = 0, end: int | None = None) -> Tensor:
         """What windows of equal length read, or columns begin..end-1 of that: (n, length) int64."""
@@ -112,3 +75,42 @@ class Tape:
                     f"tape: {what} {places[row, -1]} was read before it was paid; "
                     f"{self.known[lane[row]] - self.edges[lane[row]]} targets of its lane are known"
                 )
+
+
+class BlankTape(Tape):
+    """A decoder's tape: nothing is known of it until it is written."""
+
+    def __init__(self, bos: int, edges: Index) -> None:
+        tokens = np.zeros(int(edges[-1]) + 1, np.uint16)
+        tokens[0] = bos
+        super().__init__(tokens, "cpu", edges)
+
+    @property
+    def tokens(self) -> npt.NDArray[Any]:
+        """All targets, once they are known. HonestyError before."""
+        if (self.known < self.edges[1:]).any():
+            raise HonestyError(f"tape: {int((self.edges[1:] - self.known).sum())} targets are not known yet")
+        return self._targets
+
+    @property
+    def so_far(self) -> npt.NDArray[Any]:
+        """(N,) targets, 0 where they are not known yet."""
+        return self._targets
+
+    def write(self, windows: Windows, step: int, symbols: npt.NDArray[np.int64]) -> None:
+        """The decoder alone calls this: target `step` of each window's scored ones, which is the next of its lane."""
+        places = windows.first + step
+        if (self.known[windows.lane] != places).any():
+            raise HonestyError("tape: written out of order")
+        self._targets[places] = symbols
+        self.known[windows.lane] = places + 1
+
+    def given(self, spans: Sequence[tuple[int, int]], targets: npt.NDArray[Any]) -> None:
+        """Targets [low, high) of one or several lanes that are known from elsewhere: what a chunk's windows look back
+        on. What is before low stays blank, and is not read by them."""
+        begin = 0
+        for low, high in spans:
+            self._targets[low:high] = targets[begin : begin + high - low]
+            begin += high - low
+            lane = int(np.searchsorted(self.edges, low, side="right")) - 1
+            self.known[lane] = high

@@ -17,7 +17,7 @@ from fairway.score.adapt import none
 from fairway.score.codec import limits
 from fairway.score.codec.format import Header, Segment, pack, read_header, read_segments, shown
 from fairway.score.codec.jobs import Job, run_jobs
-from fairway.score.codec.part import Encoded, decode_part, encode_part, trial
+from fairway.score.codec.part import Encoded, decode_part, encode_part, learns_in, trial
 from fairway.score.spec import ScoreSpec, Stage, spec_of
 from fairway.score.stream import edges_of
 from fairway.score.windows import rolling
@@ -64,7 +64,8 @@ def settings_for(artifact: Artifact, adapt: bool, lanes: int = 0, text_bytes: in
             spec = replace(own, result="adapted", lanes=lanes or 1)
         else:
             spec = replace(own, result="sliding", adapt=none.Spec(), lanes=lanes or max(1, min(LANES, room)))
-        return replace(spec, windows=rolling.Spec(), exact=False, snapshots=0)
+        within = adapt and not own.adapt.chunk  # it learns from a window's context, which rolling windows have not
+        return replace(spec, windows=own.windows if within else rolling.Spec(), exact=False, snapshots=0)
     except ValueError as error:
         raise RecipeError(f"--lanes: {error}") from error
 
@@ -113,7 +114,7 @@ def assemble(
 ) -> Coded:
     """The file of parts that are encoded. chunk: see Header."""
     text_bytes = sum(segment.text_bytes for segment in segments)
-    learns = stage == "adapted" and spec.adapt.chunk > 0
+    learns = chunk is None and any(one.updates for one in encoded)
     header = Header(
         artifact=artifact.sha256,
         settings=_differences(to_plain(spec), to_plain(spec_of(artifact))),
@@ -182,7 +183,7 @@ def _decoded(
         raise ArtifactError(f"{name}: is one chunk of a longer text, written for a proof; it needs the state before it")
     if stage not in ("quantized", "sliding", "adapted"):
         raise ArtifactError(f"{name}: header: stage {stage!r} is unknown")
-    learns = stage == "adapted" and spec.adapt.chunk > 0
+    learns = any(learns_in(artifact, part, spec, stage, name) for segment in segments for part in segment.parts)
     if learns != bool(header.machine):
         raise ArtifactError(f"{name}: header: the fingerprint of what learned is missing, or not needed")
     if learns and trial(artifact, spec) != header.machine:
@@ -231,4 +232,4 @@ def _merged(base: dict[str, Any], changed: dict[str, Any]) -> dict[str, Any]:
         raise RecipeError(f"settings: {unknown[0]!r} is unknown")
     adapt = changed.get("adapt", base["adapt"])
     adapts = not isinstance(adapt, dict) or adapt.get("kind") != "none"
-    return {**base, **changed, "lanes": 1, "exact": False, "result": "adapted" if adapts else "sliding"}
+    return {**base, **changed, "lanes": 1, "exact": False, "snapshots": 0, "result": "adapted" if adapts else "sliding"}

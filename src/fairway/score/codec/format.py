@@ -45,7 +45,8 @@ class Header:
 
 @dataclass(frozen=True)
 class Block:
-    """tokens: crc32 of the block's tokens; state: of an adapted stream, 8 bytes of the hash of the state after it;
+    """tokens: crc32 of the block's tokens; state: where something is learned, 8 bytes of the hash of the
+    state after it (of a chunk by itself: before it);
     near: (position, symbol, z) of logits near a rounding boundary, positions in ascending order."""
 
     tokens: int
@@ -92,11 +93,6 @@ def pack(header: Header, segments: list[Segment]) -> bytes:
     return b"".join(pieces)
 
 
-def framing(segments: list[Segment], file_bytes: int) -> int:
-    """Bytes of a file that are no coder's words."""
-    return file_bytes - sum(len(part.words) for segment in segments for part in segment.parts)
-
-
 def read_header(content: bytes, name: str) -> tuple[Header, int]:
     """The header, and where the segments begin. ArtifactError for anything that `pack` did not write."""
     if content[: len(MAGIC)] != MAGIC:
@@ -128,7 +124,8 @@ def read_segments(content: bytes, start: int, header: Header, name: str) -> list
         where = f"segment {number}"
         raw, start = _blob(content, start, name, where)
         reader = _Reader(raw, name, where)
-        segment, sizes = _segment(reader, bool(header.machine), MOST_BLOCK if header.chunk is None else MOST_CHUNK)
+        adapted, alone = bool(header.machine), header.chunk is not None
+        segment, sizes = _segment(reader, adapted or alone, MOST_CHUNK if alone else MOST_BLOCK)
         parts = []
         for part, (size, crc) in zip(segment.parts, sizes, strict=True):
             words = content[start : start + size]

@@ -43,6 +43,7 @@ def run_jobs(artifact: Artifact, jobs: Sequence[Job], run: Run, label: str, proc
             return
         context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads half alive
         tally = context.Array("q", len(jobs))
+        others = set(multiprocessing.active_children())
         pool = futures.ProcessPoolExecutor(count, context, _start, (artifact.path, tally))
         try:
             waiting = [pool.submit(_do, number, job) for number, job in enumerate(jobs)]
@@ -53,7 +54,7 @@ def run_jobs(artifact: Artifact, jobs: Sequence[Job], run: Run, label: str, proc
                 yield future.result()
             meter.update(total)
         except BaseException:
-            for child in multiprocessing.active_children():  # a worker would finish its job first
+            for child in set(multiprocessing.active_children()) - others:  # a worker would finish its job first
                 child.terminate()
             raise
         finally:

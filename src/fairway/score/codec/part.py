@@ -25,7 +25,7 @@ from fairway.score.predictor import Adapter, WindowPredictor
 from fairway.score.spec import ScoreSpec, Stage
 from fairway.score.state import tensors_hash
 from fairway.score.stream import Index, Stream, Unit
-from fairway.score.tape import Tape
+from fairway.score.tape import BlankTape, Tape
 from fairway.score.tellers import Exact, normalise
 
 Progress = Callable[[int], None]
@@ -41,7 +41,6 @@ class Encoded:
     ideal_bits: float
     coded_bits: float
     updates: int
-    prices: npt.NDArray[np.float64]  # (targets,) nats by the integer distributions
 
 
 class Coding(Exact):
@@ -99,9 +98,8 @@ def encode_part(
     drive(predictor, stream, tape, tokens, artifact.vocab, ledger, coding, None, after, learned)
     blocks = _with_near(checks, coding.near, stream)
     part = Part(stream.targets, stream.whole, stream.lanes, block, coder.finish(), blocks)
-    prices = ledger.price(slice(None))
-    bits = float(prices.sum()) / np.log(2)
-    return Encoded(part, coding.ideal_nats / np.log(2), bits, updates, prices)
+    bits = float(ledger.price(slice(None)).sum() / np.log(2))
+    return Encoded(part, float(coding.ideal_nats / np.log(2)), bits, updates)
 
 
 def decode_part(
@@ -115,7 +113,7 @@ def decode_part(
     """The part's tokens, (targets,) uint16. ArtifactError naming the block whose checksum is not met."""
     spec = exactly(spec, stage, part, name)
     stream = stream_of(stage, part.targets, spec, artifact.model_spec.context, part.whole)
-    tape = Tape.blank(artifact.tokenizer.bos, stream.edges)
+    tape = BlankTape(artifact.tokenizer.bos, stream.edges)
     predictor = predictor_of(model_on(artifact, None, exact=True), tape, stream, spec, stage)
     checks = _Checks(stream, part.block, predictor.adapter)
     reader = Reader(range_coder.decoder(part.words), part, spec.temperature, progress, name)
@@ -148,7 +146,7 @@ class Reader:
             for position, symbol, z in block.near:
                 self.near.setdefault(position, []).append((symbol, z))
 
-    def read(self, predictor: WindowPredictor, unit: Unit, tape: Tape) -> None:
+    def read(self, predictor: WindowPredictor, unit: Unit, tape: BlankTape) -> None:
         with threads(1):  # single tokens are slower on several: 286 against 94 a second
             for windows, step, logits in predictor.steps(unit):
                 symbols = self._symbols(logits, windows.first + step)
@@ -219,7 +217,7 @@ class _Checks:
         last = unit.done == self.stream.targets
         state, first = b"", len(self.found)
         while len(self.coded) >= self.block or (last and len(self.coded)):
-            if not state and self.stream.chunk:
+            if not state and _learns(self.stream):
                 state = bytes.fromhex(tensors_hash(self.adapter.state()))[:STATE]
             tokens, self.coded = self.coded[: self.block], self.coded[self.block :]
             self.found.append(Block(checksum(tokens), state))
@@ -244,6 +242,16 @@ def _compare(found: Block, listed: Block, number: int, name: str) -> None:
         )
     if found.tokens != listed.tokens:
         raise ArtifactError(f"{name}: block {number}: its tokens do not meet their checksum; the file is damaged")
+
+
+def learns_in(artifact: Artifact, part: Part, spec: ScoreSpec, stage: Stage, name: str) -> bool:
+    """Whether something is learned before the part's last token."""
+    whole = exactly(spec, stage, part, name)
+    return _learns(stream_of(stage, part.targets, whole, artifact.model_spec.context, part.whole))
+
+
+def _learns(stream: Stream) -> bool:
+    return stream.chunk > 0 and len(stream) > 1
 
 
 def exact_spec(spec: ScoreSpec, stage: Stage) -> ScoreSpec:
