@@ -84,7 +84,16 @@ def test_a_run_ends_in_a_table_a_folder_and_a_link_to_the_latest(fairway, tmp_pa
     short = ["--set", f"data.path={SAMPLE}", "--set", "train.schedule.steps=2", "--runs", tmp_path]
     answer = fairway("run", TINY, *short, "--device", "cpu", "--seeds", "1,2")
     assert answer.code == 0, answer.err
-    for words in ("float", "quantised", "sliding", "adapted", "xz -9e", "the score, proven", "code not weighed", "2 seeds:"):
+    for words in (
+        "float",
+        "quantised",
+        "sliding",
+        "adapted",
+        "xz -9e",
+        "the score, proven",
+        "code not weighed",
+        "2 seeds:",
+    ):
         assert words in answer.out
     folders = sorted(path for path in tmp_path.iterdir() if path.name != "latest")
     assert [path.name.split("-")[:2] for path in folders] == [["tiny", "1"], ["tiny", "2"]]

@@ -7,6 +7,7 @@ from typing import Any
 from fairway.base import recipes
 from fairway.base.errors import HonestyError
 from fairway.base.journal import Run
+from fairway.base.slots import kind_of
 from fairway.base.specs import to_plain
 from fairway.recipe import Recipe
 from fairway.score import StageScore
@@ -23,6 +24,7 @@ class Outcome:
     code_length_bits: float
     tokens: int
     decoded_text: bool  # the text is what the tokens decode to: the tokenizer cannot return the original
+    windows: str  # of the stages sliding and adapted: sliding, rolling, plain
     stages: dict[str, float | None]
     artifact_bytes: int
     challenge_bytes: int | None  # exported script + artifact: null until the script exists
@@ -68,6 +70,7 @@ class Outcome:
             code_length_bits=result.code_length_bits,
             tokens=result.tokens,
             decoded_text=result.decoded,
+            windows=kind_of(recipe.score.windows),
             stages=stages | {stage: score.bits_per_byte for stage, score in scores.items()},
             artifact_bytes=facts["artifact"]["bytes"],
             challenge_bytes=None,
@@ -93,7 +96,7 @@ class Outcome:
 
 def rows(outcome: Outcome) -> list[tuple[str, str, str]]:
     """The table: what, bits per byte, remark."""
-    names = {"float": "float", "quantized": "quantised", "sliding": "sliding", "adapted": "adapted"}
+    names = {"float": "float", "quantized": "quantised", "sliding": outcome.windows, "adapted": "adapted"}
     remarks = {
         "float": f"{outcome.params:,} parameters, trained {outcome.train_seconds:.0f} s",
         "quantized": f"{outcome.artifact_bytes:,} bytes of {outcome.budget_bytes:,}, weighed; code not weighed",
@@ -130,8 +133,7 @@ def proof_rows(proof: dict[str, Any]) -> list[tuple[str, str, str]]:
         ),
     ]
     if proof["scored_bits"] is not None:
-        apart = 100 * (proof["coded_bits"] / proof["scored_bits"] - 1)
-        remark = f"the same tokens as scored ({proof['scored_as']}); coded {apart:+.4f} %"
+        remark = f"the same tokens as scored ({proof['scored_as']}); coded {proof['scored_gap_percent']:+.4f} %"
         table.append(("scored", f"{proof['scored_bits'] / 8:,.1f} bytes", remark))
     table += [
         ("updates", str(proof["updates"]), f"stage {proof['stage']}"),

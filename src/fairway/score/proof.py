@@ -60,6 +60,7 @@ class Proof:
     stage: str
     scored_bits: float | None
     scored_as: str | None
+    scored_gap_percent: float | None  # coded_bits over scored_bits
     artifact_sha256: str
     text_sha256: str
 
@@ -128,6 +129,7 @@ def prove(
         stage=spec.result,
         scored_bits=booked,
         scored_as=("exact " if scored.exact else "") + scored.compute if scored and booked is not None else None,
+        scored_gap_percent=100 * (coded.coded_bits / booked - 1) if booked else None,
         artifact_sha256=artifact.sha256,
         text_sha256=held_out.text_sha256,
     )
