@@ -222,7 +222,7 @@ def test_an_interruption_leaves_nothing_under_the_output_s_name(here, artifact, 
     assert done.stderr is not None
     assert done.stderr.readline().startswith(b"compress"), "its first line of progress: the processes are at work"
     (os.killpg if sent == signal.SIGINT else os.kill)(done.pid, sent)
-    _, said = done.communicate(timeout=30)
+    _, said = done.communicate(timeout=60)
     assert done.returncode == 130
     assert b"Traceback" not in said, said.decode()
     assert names(here) == ["long", "out", "text"]

@@ -4,6 +4,7 @@ import concurrent.futures as futures
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,9 +43,9 @@ def run_jobs(artifact: Artifact, jobs: Sequence[Job], run: Run, label: str, proc
                 done += job.tokens
             return
         context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads half alive
-        tally = context.Array("q", len(jobs))
+        tally, stop = context.Array("q", len(jobs)), context.Event()
         others = set(multiprocessing.active_children())
-        pool = futures.ProcessPoolExecutor(count, context, _start, (artifact.path, tally))
+        pool = futures.ProcessPoolExecutor(count, context, _start, (artifact.path, tally, stop))
         try:
             waiting = [pool.submit(_do, number, job) for number, job in enumerate(jobs)]
             for future in waiting:
@@ -54,24 +55,37 @@ def run_jobs(artifact: Artifact, jobs: Sequence[Job], run: Run, label: str, proc
                 yield future.result()
             meter.update(total)
         except BaseException:
-            for child in set(multiprocessing.active_children()) - others:  # a worker would finish its job first
-                child.terminate()
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            _end(set(multiprocessing.active_children()) - others)
             raise
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        pool.shutdown()
 
 
-_held: dict[str, Any] = {}  # of a worker: the opened artifact, and the tally it shares with the others
+def _end(workers: set[Any]) -> None:
+    """Workers end at their next sign of progress. One that was killed while it wrote its result would leave half of it
+    in a pipe, which the pool then waits for: only those that show no sign for long are."""
+    patience = time.monotonic() + 10.0
+    while any(worker.is_alive() for worker in workers) and time.monotonic() < patience:
+        time.sleep(0.05)
+    for worker in workers:
+        if worker.is_alive():
+            worker.terminate()
 
 
-def _start(path: Path, tally: Any) -> None:
+_held: dict[str, Any] = {}  # of a worker: the opened artifact, the tally it shares with the others, the sign to stop
+
+
+def _start(path: Path, tally: Any, stop: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all; the first process ends the others
-    _held["artifact"], _held["tally"] = open_artifact(path), tally
+    _held["artifact"], _held["tally"], _held["stop"] = open_artifact(path), tally, stop
 
 
 def _do(number: int, job: Job) -> Any:
     def progress(tokens: int) -> None:
         _held["tally"][number] = tokens
+        if _held["stop"].is_set():
+            raise RuntimeError("stopped from outside")
 
     with threads(1):
         return job.work(_held["artifact"], *job.arguments, progress=progress)
