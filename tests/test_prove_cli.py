@@ -141,6 +141,15 @@ def test_a_score_that_its_file_does_not_cost_is_none(folder, fairway, forge, wor
     assert not (folder / "score.json").exists()
 
 
+def test_a_score_without_its_prices_is_made_again(folder, fairway):
+    (folder / "prices.npy").unlink()
+    answer = fairway("prove", folder, "--slice", "500B", "--json")
+    assert (answer.code, answer.err.count("\n")) == (2, 1)
+    assert "prices.npy: not there; `fairway score" in answer.err
+    assert fairway("score", folder, "--json").code == 0
+    assert (folder / "prices.npy").exists()
+
+
 def test_a_proof_that_is_interrupted_leaves_the_score(folder, fairway, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt

@@ -34,7 +34,7 @@ from fairway.recipe import Recipe
 from fairway.score import ChunkProof, Proof, StageScore, baselines, baselines_with_train, evaluate
 from fairway.score import prove as prove_slice
 from fairway.score import prove_chunks as prove_some
-from fairway.score.booking import read_prices
+from fairway.score.booking import PRICES, read_prices
 from fairway.score.codec import limits
 from fairway.score.evaluate import model_on, stream_of
 from fairway.train import pretrain
@@ -205,6 +205,7 @@ def score(recipe: Recipe, held_out: Tokens, run: Run, device: Device) -> dict[st
         path = _product(run, WEIGHTS if stage == "float" else ARTIFACT)
         booked = run.facts.get(f"score_{stage}", {})
         known = booked.get("artifact_sha256") == files.sha256(path)
+        known = known and (stage != recipe.score.result or run.path(PRICES).exists())
         if run.ranks.world == 1 and known and booked["text_sha256"] == held_out.text_sha256:
             found[stage] = _stage_score(booked)
         else:
@@ -243,6 +244,8 @@ def _proven(recipe: Recipe, held_out: Tokens, run: Run, wanted: int) -> Proof:
     known = (booked.get("artifact_sha256"), booked.get("text_sha256")) == (files.sha256(path), held_out.text_sha256)
     scored = _stage_score(booked) if known else None
     prices = read_prices(run.path(".")) if known else None
+    if known and prices is None:
+        raise RecipeError(f"{run.path(PRICES)}: not there; `fairway score {run.folder}` makes it again")
     return prove_slice(path, held_out, recipe.score, run, wanted, scored, prices)
 
 

@@ -144,8 +144,10 @@ def _booked_bits(
     that no file can have. In exact mode both are the same sum (prices are kept as float32). Else rounding to the grid
     moves a price by 0.0065 bits, at random, and other types move them all a little: half a percent is allowed.
     """
-    if scored is None or prices is None or len(prices) != scored.tokens:
+    if scored is None or prices is None:
         return None
+    if len(prices) != scored.tokens:
+        raise HonestyError(f"proof: {len(prices):,} prices for a score of {scored.tokens:,} tokens; this is no score")
     whole = float(prices.sum(dtype=np.float64) / np.log(2))
     if abs(whole - scored.code_length_bits) > 1e-6 * scored.code_length_bits + 1e-3:
         raise HonestyError(
