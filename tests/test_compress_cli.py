@@ -218,7 +218,15 @@ def test_an_interruption_leaves_nothing_under_the_output_s_name(here, artifact, 
     (here / "long").write_bytes(SAMPLE.read_bytes() * 340)
     (here / "out").write_bytes(b"what stood there")
     line = [sys.executable, "-m", "fairway", "compress", "long", "-a", str(artifact), "-o", "out"]
-    done = subprocess.Popen(line, cwd=here, stderr=subprocess.PIPE, env=quiet(), start_new_session=True)
+    done = subprocess.Popen(
+        line,
+        cwd=here,
+        stderr=subprocess.PIPE,
+        env=quiet(),
+        start_new_session=True,
+        # Where the tests run in a shell's background SIGINT is ignored, and a child would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert done.stderr is not None
     assert done.stderr.readline().startswith(b"compress"), "its first line of progress: the processes are at work"
     (os.killpg if sent == signal.SIGINT else os.kill)(done.pid, sent)
