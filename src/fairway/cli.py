@@ -42,9 +42,9 @@ def run(
     json: Json = False,
 ) -> None:
     """The whole way: text, tokenizer, training, quantising, one artifact, its score."""
-    from fairway import verbs
+    from fairway.verbs import running
 
-    verbs.run(recipe, tuple(set_ or ()), seeds, resume, device, runs, json)
+    running.run(recipe, tuple(set_ or ()), seeds, resume, device, runs, json)
 
 
 @app.command()
@@ -52,25 +52,25 @@ def train(
     recipe: Recipe, set_: Set = None, device: DeviceName = "auto", runs: Runs = Path("runs"), json: Json = False
 ) -> None:
     """Trains a recipe's model and gathers its Hessians, in a new run folder."""
-    from fairway import verbs
+    from fairway.verbs import running
 
-    verbs.train(recipe, tuple(set_ or ()), device, runs, json)
+    running.train(recipe, tuple(set_ or ()), device, runs, json)
 
 
 @app.command()
 def quantize(folder: RunFolder, device: DeviceName = "auto", json: Json = False) -> None:
     """Turns a run's trained weights into integers."""
-    from fairway import verbs
+    from fairway.verbs import running
 
-    verbs.quantize(folder, device, json)
+    running.quantize(folder, device, json)
 
 
 @app.command()
 def pack(folder: RunFolder, json: Json = False) -> None:
     """Packs a run's integers into one artifact and weighs it."""
-    from fairway import verbs
+    from fairway.verbs import running
 
-    verbs.pack(folder, json)
+    running.pack(folder, json)
 
 
 @app.command()
@@ -83,9 +83,9 @@ def score(
     json: Json = False,
 ) -> None:
     """Bits per byte: of any text with an artifact, or of a run's held-out text."""
-    from fairway import verbs
+    from fairway.verbs import running
 
-    verbs.score(target, artifact, device, json)
+    running.score(target, artifact, device, json)
 
 
 @app.command()
@@ -100,9 +100,9 @@ def prove(
     json: Json = False,
 ) -> None:
     """Writes held-out text as a real file and decodes it in another process: a score is a file that decodes."""
-    from fairway import verbs
+    from fairway.verbs import proving
 
-    verbs.prove(folder, slice_, full, chunks, nonce, json)
+    proving.prove(folder, slice_, full, chunks, nonce, json)
 
 
 @app.command()
@@ -115,9 +115,9 @@ def compress(
     json: Json = False,
 ) -> None:
     """Compresses any file with an artifact."""
-    from fairway import verbs
+    from fairway.verbs import texts
 
-    verbs.compress(file, artifact, out, adapt, lanes, json)
+    texts.compress(file, artifact, out, adapt, lanes, json)
 
 
 @app.command()
@@ -128,9 +128,9 @@ def decompress(
     json: Json = False,
 ) -> None:
     """Gives back exactly the bytes that were compressed, or an error and nothing."""
-    from fairway import verbs
+    from fairway.verbs import texts
 
-    verbs.decompress(file, artifact, out, json)
+    texts.decompress(file, artifact, out, json)
 
 
 @app.command(hidden=True)
@@ -142,9 +142,9 @@ def decode_chunk(
     out: Annotated[Path, typer.Option("-o", "--out")],
 ) -> None:
     """One chunk of an adapted text, from the state before it: what `prove --chunks` runs in another process."""
-    from fairway import verbs
+    from fairway.verbs import proving
 
-    verbs.decode_chunk(file, artifact, state, before, out)
+    proving.decode_chunk(file, artifact, state, before, out)
 
 
 @app.command()
@@ -156,9 +156,9 @@ def probe(
     json: Json = False,
 ) -> None:
     """Changes tokens and watches: no distribution at or before the change may move."""
-    from fairway import verbs
+    from fairway.verbs import proving
 
-    verbs.probe(folder, flips, tokens, device, json)
+    proving.probe(folder, flips, tokens, device, json)
 
 
 @app.command()
@@ -169,9 +169,9 @@ def diagnose(
     json: Json = False,
 ) -> None:
     """What dishonest scoring would claim on this run, and which instrument catches it: no score is among them."""
-    from fairway import verbs
+    from fairway.verbs import proving
 
-    verbs.diagnose(folder, tokens, device, json)
+    proving.diagnose(folder, tokens, device, json)
 
 
 @app.command()
@@ -185,33 +185,33 @@ def sample(
     json: Json = False,
 ) -> None:
     """Lets an artifact write."""
-    from fairway import verbs
+    from fairway.verbs import texts
 
-    verbs.sample(artifact, prompt, tokens, temperature, seed, device, json)
+    texts.sample(artifact, prompt, tokens, temperature, seed, device, json)
 
 
 @app.command()
 def doctor(json: Json = False) -> None:
     """What this machine can do, and what is missing."""
-    from fairway import verbs
+    from fairway.verbs import listing
 
-    verbs.doctor(json)
+    listing.doctor(json)
 
 
 @listing.command("recipes")
 def list_recipes(json: Json = False) -> None:
     """The recipes beside the package: parameters, budget, summary."""
-    from fairway import verbs
+    from fairway.verbs import listing
 
-    verbs.list_recipes(json)
+    listing.list_recipes(json)
 
 
 @listing.command("techniques")
 def list_techniques(json: Json = False) -> None:
     """The techniques of every slot."""
-    from fairway import verbs
+    from fairway.verbs import listing
 
-    verbs.list_techniques(json)
+    listing.list_techniques(json)
 
 
 @contextmanager

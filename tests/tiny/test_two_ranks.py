@@ -85,5 +85,5 @@ def test_a_budget_is_the_same_verdict_on_both_ranks_and_neither_hangs(tmp_path):
     assert out == ""
     assert err.count("BudgetError: artifact: ") >= 1
     assert "SIGABRT" not in err
-    assert "verbs.py" not in err, "no traceback of ours beside torchrun's own"
+    assert "verbs/" not in err, "no traceback of ours beside torchrun's own"
     assert not list(tmp_path.glob("*/artifact.fw"))
