@@ -19,7 +19,8 @@ from fairway.artifact import PackSpec, open_artifact, seal
 from fairway.base import specs
 from fairway.base.clock import Stopwatch
 from fairway.base.journal import Run
-from fairway.data.tokenizer import Tokenizer, TokenizerSpec, train
+from fairway.data.learning import train
+from fairway.data.tokenizer import Tokenizer, TokenizerSpec
 from fairway.model import GPT, ModelSpec, build_model, parameter_count, tags
 from fairway.quant import Quantized, QuantSpec, gather, quantize
 

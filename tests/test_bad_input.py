@@ -13,8 +13,8 @@ import sentencepiece
 
 from fairway.base.journal import Run
 from fairway.data import Tokenizer, TokenizerSpec
+from fairway.data.learning import train
 from fairway.data.sources.shards import write_shard
-from fairway.data.tokenizer import train
 from tests.tiny.way import SAMPLE, TINY
 
 PRODUCTS = {"checkpoint.pt", "weights.safetensors", "hessians.safetensors", "integers.safetensors", "artifact.fw"}
@@ -338,7 +338,9 @@ def test_an_artifact_over_budget(fairway, tmp_path):
     """It takes 26 KB; the integers stay, so that `pack` can be called again."""
     call = ["--set", f"data.path={SAMPLE}", "--set", "budget.artifact_bytes=9999", "--runs", tmp_path / "runs"]
     answer = fairway("run", TINY, *SHORT, *call)
-    assert refused(answer, "BudgetError", "artifact: 2", "bytes is over the limit of 9,999; quantise to fewer bits")
+    assert refused(
+        answer, "BudgetError", "artifact + code: ", "bytes is over the limit of 9,999; 2", "; quantise to fewer bits"
+    )
     left = {path.name for path in (tmp_path / "runs").rglob("*")}
     assert not left & {"artifact.fw", "score.json", "latest", "checkpoint.pt"}
     assert "integers.safetensors" in left

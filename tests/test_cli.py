@@ -91,7 +91,7 @@ def test_a_run_ends_in_a_table_a_folder_and_a_link_to_the_latest(fairway, tmp_pa
         "adapted",
         "xz -9e",
         "the score, proven",
-        "code not weighed",
+        " of code, of 120,000, weighed",
         "2 seeds:",
     ):
         assert words in answer.out
@@ -104,7 +104,7 @@ def test_a_run_ends_in_a_table_a_folder_and_a_link_to_the_latest(fairway, tmp_pa
     newest = (tmp_path / "latest").resolve()
     assert newest not in folders
     failed = fairway("run", TINY, *short, "--json", "--set", "budget.artifact_bytes=9")
-    assert one_line(failed, 1, "BudgetError: artifact: ")
+    assert one_line(failed, 1, "BudgetError: artifact + code: ")
     assert (tmp_path / "latest").resolve() == newest, "a run that did not end is never the latest"
 
 

@@ -34,7 +34,7 @@ SLOTS = (
 )
 PEOPLES_SIDE = {  # package -> files that may import it; it must not travel in an exported script
     "pydantic": ("base/recipes.py",),
-    "rich": ("base/progress.py", "cli.py", "verbs/", "lab/", "audit/"),
+    "rich": ("verbs/", "lab/", "audit/"),
     "typer": ("cli.py", "cli/"),
     "matplotlib": ("lab/", "cli/"),
 }

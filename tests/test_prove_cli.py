@@ -154,7 +154,7 @@ def test_a_proof_that_is_interrupted_leaves_the_score(folder, fairway, monkeypat
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fairway.steps.prove_slice", interrupted)
+    monkeypatch.setattr("fairway.steps.closing.prove_slice", interrupted)
     before = (folder / "score.json").read_bytes()
     assert fairway("prove", folder, "--full").code == 130
     assert (folder / "score.json").read_bytes() == before

@@ -1,15 +1,13 @@
 """Verbs -> functions; no logic. Heavy imports wait until a verb runs, so that --help answers at once."""
 
 import signal
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from fairway.base.errors import FairwayError
+from fairway.base.errors import one_line_errors
 
 app = typer.Typer(
     help="Trains the best language model that fits a byte budget, and scores it as the size of a file that decodes.",
@@ -66,11 +64,70 @@ def quantize(folder: RunFolder, device: DeviceName = "auto", json: Json = False)
 
 
 @app.command()
-def pack(folder: RunFolder, json: Json = False) -> None:
+def pack(
+    folder: RunFolder,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Show every coder on the run's integers instead; writes nothing.")
+    ] = False,
+    json: Json = False,
+) -> None:
     """Packs a run's integers into one artifact and weighs it."""
-    from fairway.verbs import running
+    from fairway.verbs import fitting, running
 
-    running.pack(folder, json)
+    if compare:
+        fitting.compare(folder, json)
+    else:
+        running.pack(folder, json)
+
+
+@app.command()
+def fit(
+    folder: RunFolder,
+    budget: Annotated[int, typer.Option(min=1, help="Bytes that the artifact may have: 16000000.")],
+    set_: Set = None,
+    code: Annotated[bool, typer.Option("--code", help="The exported script is to fit in as well.")] = False,
+    text: Annotated[
+        int,
+        typer.Option(min=0, help="Score so many tokens of training text, too; 0: none is read."),
+    ] = 0,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="A folder; default: RUN/fit-BUDGET.")] = None,
+    device: DeviceName = "auto",
+    json: Json = False,
+) -> None:
+    """Finds the grids of least damage whose file lands just below a budget."""
+    from fairway.verbs import fitting
+
+    fitting.fit(folder, budget, tuple(set_ or ()), code, text, out, device, json)
+
+
+@app.command()
+def weigh(folder: RunFolder, json: Json = False) -> None:
+    """What a run weighs: exported script + artifact, and all that a decoder needs."""
+    from fairway.verbs import submitting
+
+    submitting.weigh(folder, json)
+
+
+@app.command()
+def submit(
+    folders: Annotated[
+        list[Path] | None, typer.Argument(help="Finished runs of one recipe, one for each seed.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Make a record in this folder.")] = None,
+    update: Annotated[Path | None, typer.Option(help="Take new runs up into this record.")] = None,
+    check: Annotated[Path | None, typer.Option(help="Make this record's scripts again, and run them alone.")] = None,
+    replaces: Annotated[Path | None, typer.Option(help="Say what changed since this run.")] = None,
+    bar: Annotated[float | None, typer.Option(help="Bits per byte that a record must beat.")] = None,
+    author: Annotated[str, typer.Option(help="For submission.json.")] = "",
+    github: Annotated[str, typer.Option(help="For submission.json: the account.")] = "",
+    runs: Annotated[Path, typer.Option("--runs", help="With --check: where the run folders lie.")] = Path("runs"),
+    device: Annotated[str, typer.Option("--device", help="With --check: auto, cpu or cuda.")] = "auto",
+    json: Json = False,
+) -> None:
+    """Hands runs in: a record folder with scripts, README, logs and hashes; or its check."""
+    from fairway.verbs import submitting
+
+    submitting.submit(folders or [], out, update, check, replaces, bar, author, github, runs, device, json)
 
 
 @app.command()
@@ -214,25 +271,9 @@ def list_techniques(json: Json = False) -> None:
     listing.list_techniques(json)
 
 
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """Errors that a person can act on: one line on standard error, and the family's exit code."""
-    try:
-        yield
-    except FairwayError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from None
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
-    except BrokenPipeError:
-        sys.stderr.close()
-        raise SystemExit(1) from None
-
-
 def main(arguments: list[str] | None = None) -> Any:
     """The command line. Exit codes: 0 done, 2 wrong usage or RecipeError, 1 other errors."""
     call: Callable[..., Any] = app
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's end is a Ctrl-C: it writes a checkpoint
-    with _one_line_errors():
+    with one_line_errors():
         return call(arguments)

@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fairway.base import recipes
+from fairway.base import tables
 from fairway.base.errors import HonestyError
 from fairway.base.journal import Run
 from fairway.base.slots import kind_of
@@ -27,9 +27,10 @@ class Outcome:
     windows: str  # of the stages sliding and adapted: sliding, rolling, plain
     stages: dict[str, float | None]
     artifact_bytes: int
-    challenge_bytes: int | None  # exported script + artifact: null until the script exists
-    closed_bytes: int | None
-    headroom_bytes: int | None
+    code_bytes: int  # of the training script
+    challenge_bytes: int  # that script + artifact
+    closed_bytes: int | None  # all that a decoder needs: score.py + artifact, which holds the tokenizer
+    headroom_bytes: int | None  # budget − challenge_bytes; null where there is no budget
     budget_bytes: int
     train_seconds: float
     calibration_seconds: float
@@ -61,6 +62,8 @@ class Outcome:
         facts = run.facts
         if recipe.score.result != "float" and result.artifact_sha256 != facts["artifact"]["sha256"]:
             raise HonestyError("the scored file is not the artifact of this run; score it again")
+        scripts, limit = facts["scripts"], recipe.budget.artifact_bytes
+        artifact, code = facts["artifact"]["bytes"], scripts["train_bytes"]
         stages = {stage: None for stage in ("float", "quantized", "sliding", "adapted")}
         return cls(
             recipe=recipe.name,
@@ -72,17 +75,18 @@ class Outcome:
             decoded_text=result.decoded,
             windows=kind_of(recipe.score.windows),
             stages=stages | {stage: score.bits_per_byte for stage, score in scores.items()},
-            artifact_bytes=facts["artifact"]["bytes"],
-            challenge_bytes=None,
-            closed_bytes=None,
-            headroom_bytes=None,
-            budget_bytes=recipe.budget.artifact_bytes,
+            artifact_bytes=artifact,
+            code_bytes=code,
+            challenge_bytes=artifact + code,
+            closed_bytes=artifact + scripts["score_bytes"] if "score_bytes" in scripts else None,
+            headroom_bytes=limit - artifact - code if limit else None,
+            budget_bytes=limit,
             train_seconds=facts["train"]["seconds"],
             calibration_seconds=facts["calibration"]["seconds"],
             eval_seconds=result.seconds,
             seed=recipe.seed,
             params=facts["model"]["params"],
-            recipe_sha256=recipes.sha256(to_plain(recipe)),
+            recipe_sha256=tables.sha256(to_plain(recipe)),
             text_sha256=result.text_sha256,
             artifact_sha256=facts["artifact"]["sha256"],
             baselines=alone,
@@ -96,10 +100,11 @@ class Outcome:
 
 def rows(outcome: Outcome) -> list[tuple[str, str, str]]:
     """The table: what, bits per byte, remark."""
+    budget = f", of {outcome.budget_bytes:,}" if outcome.budget_bytes else ""
     names = {"float": "float", "quantized": "quantised", "sliding": outcome.windows, "adapted": "adapted"}
     remarks = {
         "float": f"{outcome.params:,} parameters, trained {outcome.train_seconds:.0f} s",
-        "quantized": f"{outcome.artifact_bytes:,} bytes of {outcome.budget_bytes:,}, weighed; code not weighed",
+        "quantized": f"{outcome.artifact_bytes:,} bytes + {outcome.code_bytes:,} of code{budget}, weighed",
         "sliding": "each token with its context",
         "adapted": "learning only from tokens already scored",
     }

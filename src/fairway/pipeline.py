@@ -2,7 +2,7 @@
 
     bytes of text -> tokens -> a distribution -> weights -> integers -> one file -> bits per byte
 
-Each step leaves its product in the run folder and takes it up again from there (steps.py), so that a run killed at any
+Each step leaves its product in the run folder and takes it up again from there (steps/), so that a run killed at any
 moment loses nothing finished.
 """
 
@@ -11,16 +11,23 @@ from fairway.base.devices import Device
 from fairway.base.journal import Run
 from fairway.outcome import Outcome
 from fairway.recipe import Recipe
+from fairway.score import StageScore
+from fairway.steps import Code, Text
 
 
-def run(recipe: Recipe, run: Run, device: Device) -> Outcome:
+def run(recipe: Recipe, run: Run, device: Device, code: Code) -> Outcome:
     """Text to score. Raises what its steps raise: RecipeError, DataError, BudgetError, HonestyError."""
-    steps.begin(recipe, run, device)
+    text, scores = make(recipe, run, device, code)
+    proof = steps.prove(recipe, text.held_out, run)  # a slice as a file, decoded by another process: or HonestyError
+    return steps.close(recipe, text, scores, proof, run)  # -> score.json
+
+
+def make(recipe: Recipe, run: Run, device: Device, code: Code) -> tuple[Text, dict[str, StageScore]]:
+    """Text to scored file: what an exported script does, too."""
+    steps.begin(recipe, run, device, code)
     text = steps.prepare(recipe, run)  # tokenizer, training tokens, held-out tokens
     steps.train(recipe, text, run, device)  # -> weights.safetensors
     steps.calibrate(recipe, text, run, device)  # -> hessians.safetensors; training data is never read again
-    steps.quantize(recipe, run, device)  # -> integers.safetensors
-    steps.pack(recipe, text.tokenizer, run)  # -> artifact.fw, weighed; over budget: BudgetError
-    scores = steps.score(recipe, text.held_out, run, device)  # from here on only the files speak
-    proof = steps.prove(recipe, text.held_out, run)  # a slice as a file, decoded by another process: or HonestyError
-    return steps.close(recipe, text, scores, proof, run)  # -> score.json
+    steps.quantize(recipe, run, device, code)  # -> integers.safetensors
+    steps.pack(recipe, text.tokenizer, run, code)  # -> artifact.fw, weighed with the code; over budget: BudgetError
+    return text, steps.score(recipe, text.held_out, run, device)  # from here on only the files speak

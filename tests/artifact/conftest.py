@@ -11,7 +11,8 @@ import torch
 from fairway.artifact import PackSpec, Sealed, seal
 from fairway.artifact.header import skeleton
 from fairway.base.specs import build
-from fairway.data.tokenizer import Tokenizer, TokenizerSpec, train
+from fairway.data.learning import train
+from fairway.data.tokenizer import Tokenizer, TokenizerSpec
 from fairway.model import ModelSpec, tags
 from fairway.quant import Quantized, Tensors
 

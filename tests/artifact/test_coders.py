@@ -181,7 +181,7 @@ def test_a_bomb_gives_no_more_than_was_announced(pack, unpack) -> None:  # type:
 @given(raw=st.binary(max_size=600), pairs=st.booleans())
 @settings(deadline=None)
 def test_squeezed_sections_come_back(raw: bytes, pairs: bool) -> None:
-    blob = squeeze(raw, pairs)
+    blob = squeeze(raw, pairs, neighbours=True)
     assert len(blob) <= len(raw) + 5
     assert unsqueeze(blob, len(raw)) == raw
     if raw:

@@ -2,13 +2,14 @@
 
 import pytest
 
-from fairway.base import progress
+from fairway.base import lines, progress
+from fairway.verbs.bar import bar
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [1000.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(lines.time, "monotonic", lambda: now[0])
     return now
 
 
@@ -60,7 +61,7 @@ def test_a_terminal_gets_a_bar_that_is_closed_however_the_work_ends(
 ) -> None:
     monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: True, raising=False)
     for total in (0, 10):
-        with pytest.raises(KeyError), progress.meter("train", total, "steps") as meter:  # noqa: PT012
+        with pytest.raises(KeyError), progress.meter("train", total, "steps", bar=bar) as meter:  # noqa: PT012
             meter.update(0)
             meter.update(7, loss=1.5)
             raise KeyError
@@ -83,4 +84,4 @@ def test_a_terminal_gets_a_bar_that_is_closed_however_the_work_ends(
     ],
 )
 def test_counts_are_short_and_never_in_powers_of_ten(value: float, shown: str) -> None:
-    assert progress._count(value) == shown
+    assert lines.short(value) == shown

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from fairway.base.errors import FairwayError, RecipeError
-from fairway.base.journal import Run, new_folder, point_latest
+from fairway.base.folders import new_folder, point_latest
+from fairway.base.journal import Run
 from fairway.base.ranks import Ranks
 
 

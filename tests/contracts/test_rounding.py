@@ -18,7 +18,19 @@ from fairway.quant import QuantSpec, ScaleSpec, largest, nearest_codes, objectiv
 FOLDER = "fairway.quant.rounding"
 VARIANTS = {"gptq": [{"damping": 0.002, "block": 7}], "ascending_plain": [{"block": 7}]}
 CASES = [(kind, table) for kind in kinds(FOLDER) for table in ({}, *VARIANTS.get(kind, ()))]
-CLAIMS = [case for case in CASES if technique(FOLDER, case[0]).NEEDS_HESSIAN]  # the others read no Hessian
+SCALES = [
+    ScaleSpec(),
+    ScaleSpec("fixed"),
+    ScaleSpec("sdclip", k=4.0),
+    ScaleSpec("sdclip", k=4.0, hessian_weight=0.175),
+    ScaleSpec("absolute", k=4.0),
+]
+CLAIMED = [  # the others read no Hessian
+    (kind, table, scale)
+    for kind, table in CASES
+    if technique(FOLDER, kind).NEEDS_HESSIAN
+    for scale in (SCALES[:1] if kind == "ascending_plain" else SCALES)  # the study's solver loses where much is clipped
+]
 every_technique = pytest.mark.parametrize(("kind", "table"), CASES, ids=lambda value: str(value))
 
 
@@ -30,9 +42,19 @@ def problem(rows, cols, seed):
     return torch.randn(rows, cols, generator=chance), inputs.T @ inputs / len(inputs)
 
 
-def solve(kind, table, weight, scales, bits, hessian):
+def solve(kind, table, weight, scales, bits, hessian, dead_zone=0.0):
     module = technique(FOLDER, kind)
-    return module.solve(weight, scales, bits, hessian, build(module.Spec, table))
+    return module.solve(weight, scales, bits, hessian, build(module.Spec, table), dead_zone)
+
+
+@every_technique
+def test_a_dead_zone_makes_zeros_and_no_code_longer_than_the_grid(kind, table):
+    weight, hessian = problem(20, 24, 5)
+    scales = row_scales(weight, 3, ScaleSpec("absolute", k=3.0))
+    found = [solve(kind, table, weight, scales, 3, hessian, width).codes for width in (0.0, 0.15, 0.4)]
+    zeros = [int((codes == 0).sum()) for codes in found]
+    assert zeros[0] < zeros[1] < zeros[2]
+    assert max(int(codes.abs().max()) for codes in found) <= largest(3)
 
 
 @every_technique
@@ -70,14 +92,41 @@ def test_weights_on_the_grid_stay_where_they_are(kind, table):
     assert torch.equal(solve(kind, table, codes * scales.float()[:, None], scales, 4, hessian).codes, codes)
 
 
-@pytest.mark.parametrize(("kind", "table"), CLAIMS, ids=lambda value: str(value))
+@every_technique
+def test_a_row_may_be_solved_stacked_at_several_scales(kind, table):
+    """What a search over steps does: one solve for all of them."""
+    weight, hessian = problem(4, 23, 3)
+    steps = [row_scales(weight, 5, ScaleSpec(rule="absolute", k=k)) for k in (4.0, 8.0, 14.0)]
+    stacked = solve(kind, table, weight.repeat(3, 1), torch.cat(steps), 5, hessian).codes
+    alone = [solve(kind, table, weight, scales, 5, hessian).codes for scales in steps]
+    assert torch.equal(stacked, torch.cat(alone))
+
+
+@every_technique
+def test_a_factor_gives_the_codes_of_its_hessian(kind, table):
+    module = technique(FOLDER, kind)
+    if not hasattr(module, "factorise"):
+        pytest.skip("nothing in it depends on the Hessian alone")
+    spec = build(module.Spec, table)
+    weight, hessian = problem(5, 19, 4)
+    hessian[:, 2] = hessian[2, :] = 0.0
+    factor = module.factorise(hessian, spec)
+    for bits in (3, 5):
+        scales = row_scales(weight, bits, ScaleSpec())
+        expected = solve(kind, table, weight, scales, bits, hessian)
+        found = module.solve(weight, scales, bits, factor, spec)
+        assert torch.equal(found.codes, expected.codes)
+        assert found.facts == expected.facts
+
+
+@pytest.mark.parametrize(("kind", "table", "scale"), CLAIMED, ids=lambda value: str(getattr(value, "rule", value)))
 @pytest.mark.parametrize("bits", [2, 4, 5, 8])
-def test_the_error_of_the_outputs_is_at_most_nearests(kind, table, bits):
+def test_the_error_of_the_outputs_is_at_most_nearests(kind, table, scale, bits):
     """tr((W−Ŵ)H(W−Ŵ)ᵀ), summed over several matrices."""
     ours = nearest = 0.0
     for seed in range(4):
         weight, hessian = problem(16, 32, seed)
-        scales = row_scales(weight, bits, ScaleSpec())
+        scales = row_scales(weight, bits, scale, hessian)
         step = scales.float()[:, None]
         ours += objective(weight, solve(kind, table, weight, scales, bits, hessian).codes * step, hessian)
         nearest += objective(weight, nearest_codes(weight, scales, bits) * step, hessian)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fairway.data import Tokenizer, TokenizerSpec
-from fairway.data.tokenizer import train
+from fairway.data.learning import train
 
 
 @pytest.fixture(scope="session")

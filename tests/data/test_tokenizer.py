@@ -10,9 +10,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fairway.base.errors import DataError, HonestyError, RecipeError
-from fairway.data import Corpus, DataSpec, Tokenizer, TokenizerSpec, build_tokenizer, open_corpus, tokenize
+from fairway.data import Corpus, DataSpec, Tokenizer, TokenizerSpec, build_tokenizer, learning, open_corpus, tokenize
 from fairway.data import tokenizer as module
-from fairway.data.tokenizer import train
+from fairway.data.learning import train
 
 HARD = [
     b"",
@@ -100,13 +100,13 @@ def test_training_twice_gives_the_same_model(source_text):
 
 def test_a_sample_reaches_into_every_part_of_the_text():
     documents = [bytes([65 + i]) * 70_000 for i in range(20)]
-    sample = list(module._sample(documents, 400_000))
+    sample = list(learning._sample(documents, 400_000))
     assert 400_000 <= sum(map(len, sample)) <= 500_000
     places = sorted({ord(text[0]) - 65 for text in sample})
     assert places[0] == 0
     assert places[-1] >= 16
     assert max(b - a for a, b in pairwise(places)) <= 4
-    assert b"".join(text.encode() for text in module._sample(documents, 10**9)) == b"".join(documents)
+    assert b"".join(text.encode() for text in learning._sample(documents, 10**9)) == b"".join(documents)
 
 
 def test_a_tokenizer_travels_in_its_model(tokenizer, source_text):

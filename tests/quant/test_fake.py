@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fairway.base.errors import RecipeError
 from fairway.base.specs import build
 from fairway.model import GPT, ValueEmbeddingSpec, projections
 from fairway.quant import FakeQuant, FakeSpec, QuantSpec, ScaleSpec, nearest_codes, row_scales, soft_round
@@ -132,3 +133,8 @@ def test_matrices_get_their_planned_bits_and_tables_only_on_request(model: GPT) 
         assert len(torch.unique(torch.round(value.fake_quant(value.weight)[0].detach(), decimals=6))) <= 3
         fake.remove()
         assert all(owner.fake_quant is None for owner in owners.values())
+
+
+def test_clips_that_read_hessians_are_refused_while_training() -> None:
+    with pytest.raises(RecipeError, match=r"scale\.hessian_weight = 0\.1: training has no Hessians"):
+        build(FakeSpec, {"scale": {"rule": "sdclip", "hessian_weight": 0.1}})

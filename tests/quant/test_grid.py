@@ -77,7 +77,7 @@ def test_the_percentile_rule_takes_the_candidate_with_the_least_error(bits: int)
         assert float(chosen[row]) == pytest.approx(tried[int(np.argmin(errors)), row].item())
 
 
-@pytest.mark.parametrize("rule", ["percentile", "fixed", "sdclip"])
+@pytest.mark.parametrize("rule", ["percentile", "fixed", "sdclip", "absolute"])
 def test_no_row_is_clipped_below_the_floor(rule: str) -> None:
     weight = _weights() * 0.1
     floored = row_scales(weight, 5, ScaleSpec(rule=rule, floor=1.0, k=4.0)).float() * 15
@@ -95,10 +95,60 @@ def test_sdclip_follows_its_formula_and_its_entropy_law() -> None:
     assert measured == pytest.approx(np.log2(2 * 31) + 0.5 * np.log2(np.pi * np.e / 2) - np.log2(k), abs=0.02)
 
 
+def test_absolute_is_one_step_of_the_whole_tensor_s_root_mean_square() -> None:
+    weight, k = _weights(rows=40, cols=300) + 0.5, 9.0
+    scales = row_scales(weight, 6, ScaleSpec(rule="absolute", k=k))
+    rms = float(np.sqrt((weight.numpy().astype(np.float64) ** 2).mean()))
+    assert scales.unique().tolist() == pytest.approx([k * rms / 31], rel=1e-3)
+    assert scales.shape == (40,)
+
+
+def test_one_step_for_all_rows_is_cheaper_at_the_same_error_than_a_step_for_each() -> None:
+    """Reverse water-filling: rows of unequal spread, each coded with its own frequencies; closed form log2 of the
+    arithmetic over the geometric mean of the spreads, in bits, for fine steps."""
+    chance = torch.Generator().manual_seed(0)
+    spread = torch.tensor([0.25, 0.5, 1.0, 2.0, 4.0]).repeat_interleave(8)
+    weight = torch.randn(40, 20_000, generator=chance) * spread[:, None]
+
+    def cost(rule: str, k: float) -> tuple[float, float]:
+        scales = row_scales(weight, 8, ScaleSpec(rule=rule, k=k))
+        codes = nearest_codes(weight, scales, 8)
+        error = float((codes * scales.float()[:, None] - weight).square().mean())
+        return sum(entropy(row) for row in codes.to(torch.int8).numpy()) / len(weight), error
+
+    bits, error = cost("sdclip", 14.0)
+    low, high = 1.0, 60.0
+    for _ in range(25):
+        k = (low + high) / 2
+        low, high = (k, high) if cost("absolute", k)[1] < error else (low, k)
+    fewer, same = cost("absolute", low)
+    assert same == pytest.approx(error, rel=1e-2)
+    mean_square, geometric = float(spread.square().mean()), float(spread.log().mean().exp())
+    assert bits - fewer == pytest.approx(0.5 * np.log2(mean_square / geometric**2), abs=0.05)
+
+
+def test_hessian_aware_clips_follow_their_formula() -> None:
+    """c_i = k σ_i [1 + λ(r_i − 1)], one row at a time."""
+    weight, spec = _weights(rows=6, cols=20), ScaleSpec(rule="sdclip", k=8.0, hessian_weight=0.175)
+    inputs = torch.randn(50, 20, generator=torch.Generator().manual_seed(1)) * torch.arange(20)
+    hessian = inputs.T @ inputs / 50
+    loud = [sum(abs(float(w)) * float(h) for w, h in zip(row, hessian.diagonal(), strict=True)) for row in weight]
+    mean = sum(loud) / len(loud)
+    for row, loudness, scale in zip(weight, loud, row_scales(weight, 5, spec, hessian).tolist(), strict=True):
+        deviation = float(np.std(row.numpy().astype(np.float64)))
+        assert scale == pytest.approx(8.0 * deviation * (1 + 0.175 * (loudness / mean - 1)) / 15, rel=1e-3)
+    plain = row_scales(weight, 5, ScaleSpec(rule="sdclip", k=8.0))
+    assert torch.equal(row_scales(weight, 5, spec), plain)  # a table has no Hessian
+    assert torch.equal(row_scales(weight, 5, spec, torch.zeros(20, 20)), plain)
+    scaled = row_scales(weight, 5, spec, 7.0 * hessian)  # how loud the inputs are as a whole does not matter
+    torch.testing.assert_close(scaled, row_scales(weight, 5, spec, hessian), rtol=2e-3, atol=0)
+
+
 def test_rows_of_zeros_keep_a_scale_that_divides() -> None:
     scales = row_scales(torch.zeros(3, 8), 5, ScaleSpec())
     assert torch.all(scales > 0)
     assert not nearest_codes(torch.zeros(3, 8), scales, 5).any()
+    assert torch.all(row_scales(torch.zeros(3, 8), 5, ScaleSpec(rule="absolute")) > 0)
 
 
 def test_entropy_of_known_codes() -> None:
@@ -107,7 +157,18 @@ def test_entropy_of_known_codes() -> None:
     assert entropy(np.arange(-127, 128).astype(np.int8)) == pytest.approx(np.log2(255))
 
 
-@pytest.mark.parametrize("table", [{"floor": -1.0}, {"k": 0.0}, {"candidates": [1.5]}, {"candidates": []}])
+@pytest.mark.parametrize(
+    "table",
+    [
+        {"floor": -1.0},
+        {"k": 0.0},
+        {"candidates": [1.5]},
+        {"candidates": []},
+        {"rule": "sdclip", "hessian_weight": 1.0},
+        {"rule": "sdclip", "hessian_weight": -0.1},
+        {"rule": "percentile", "hessian_weight": 0.1},
+    ],
+)
 def test_impossible_scale_rules_are_refused(table: dict[str, object]) -> None:
     with pytest.raises(RecipeError):
         build(ScaleSpec, table, "quant.matrix.scale")

@@ -15,13 +15,17 @@ from fairway.base.ranks import Ranks
 from fairway.base.specs import build, to_plain
 from fairway.model import GPT, projections, tags
 from fairway.quant import (
+    GridSpec,
     PruneSpec,
     Quantized,
     QuantSpec,
+    ScaleSpec,
     dequantized,
+    factored,
     gather,
     plan,
     quantize,
+    quantize_tensor,
     read_hessians,
     write_hessians,
 )
@@ -105,9 +109,10 @@ def test_every_matrix_is_better_than_nearest_and_the_journal_says_so(model: GPT,
         assert fact["objective"] < fact["objective_nearest"], name
         assert fact["rounding"] == "gptq"
         assert 0 < fact["entropy"] < 5
-    assert run.facts["calibration"]["matrices"] == len(matrices)
+    known = [*matrices, "embedding.weight"]  # the head's Hessian is gathered too, for a later fit
+    assert run.facts["calibration"]["matrices"] == len(known)
     total = run.facts["quant"]
-    assert total["objective"] == pytest.approx(sum(run.facts[f"quant.{n}"]["objective"] for n in matrices))
+    assert total["objective"] == pytest.approx(sum(run.facts[f"quant.{n}"]["objective"] for n in known))
     assert total["quantized"] + total["float16"] == sum(p.numel() for p in model.parameters())
     assert list(tensors) == [name for name, _ in model.named_parameters()]
 
@@ -152,6 +157,58 @@ def test_the_tied_embedding_may_be_rounded_with_the_head_s_hessian(model: GPT, b
     assert fact["rounding"] == "gptq"
     assert fact["objective"] < fact["objective_nearest"]
     assert "objective" not in run.facts["quant.embed.0.table.weight"]
+
+
+def test_factors_made_once_serve_every_grid(model: GPT, batches: Batches) -> None:
+    spec, name = QuantSpec(), "blocks.1.mlp.down.weight"
+    weight, hessian = model.get_parameter(name).detach(), gather(model, batches(8))[name]
+    factor = factored(hessian, spec.rounding)
+    for k in (5.0, 11.0):
+        grid = GridSpec(6, ScaleSpec(rule="absolute", k=k))
+        plain, facts = quantize_tensor(name, weight, grid, spec, spec.rounding, hessian)
+        again, also = quantize_tensor(name, weight, grid, spec, spec.rounding, hessian, factor)
+        assert np.array_equal(plain.codes, again.codes)
+        assert facts["objective"] == also["objective"]
+    assert factored(hessian, build(QuantSpec, {"rounding": "nearest"}).rounding) is hessian
+
+
+@pytest.mark.parametrize(("bits", "k"), [(6, 20.0), (7, 15.0), (8, 20.0)])
+def test_the_embedding_may_have_its_own_bits_and_clip(model: GPT, batches: Batches, bits: int, k: float) -> None:
+    """#1394: int8 and k = 20, #1626: int7 and k = 15, both solved with the head's Hessian."""
+    table = {"parts": ["embedding"], "bits": bits, "scale": {"rule": "sdclip", "k": k}}
+    run = Run()
+    spec = build(QuantSpec, {"embedding_hessian": True, "override": [table]})
+    value = quantize(model, batches(16), spec, run)["embedding.weight"]
+    assert isinstance(value, Quantized)
+    assert value.bits == bits
+    weight = model.get_parameter("embedding.weight").detach()
+    expected = k * weight.std(dim=1, correction=0) / (2 ** (bits - 1) - 1)
+    torch.testing.assert_close(torch.from_numpy(value.scales).float(), expected, rtol=1e-3, atol=0)
+    fact = run.facts["quant.embedding.weight"]
+    assert fact["rounding"] == "gptq"
+    assert fact["objective"] < fact["objective_nearest"]
+
+
+@pytest.mark.parametrize("rounding", ["gptq", "nearest"])
+def test_a_grid_may_have_its_own_dead_zone(model: GPT, batches: Batches, rounding: str) -> None:
+    """Solved matrices and tables alike; an override's is the one that counts."""
+    table = {"rounding": rounding, "matrix": {"bits": 4}, "table": {"bits": 4}}
+    hessians = gather(model, batches(8))
+    plain = quantize(model, [], build(QuantSpec, table), Run(), hessians)
+    leaning = {"matrix": {"bits": 4, "dead_zone": 0.25}, "table": {"bits": 4, "dead_zone": 0.25}}
+    spec = build(QuantSpec, {**table, **leaning, "override": [{"parts": ["v"], "dead_zone": 0.0}]})
+    found = quantize(model, [], spec, Run(), hessians)
+    for name, tag in tags(model).items():
+        one, other = plain[name], found[name]
+        if isinstance(one, Quantized) and isinstance(other, Quantized):
+            if tag.part == "v":
+                assert np.array_equal(one.codes, other.codes)
+            else:
+                assert (other.codes == 0).sum() > (one.codes == 0).sum(), name
+            if tag.role == "table":
+                steps = model.get_parameter(name).detach() / torch.from_numpy(one.scales).float()[:, None]
+                expected = (steps.abs() - 0.75).ceil().clamp(0, 7) * steps.sign()
+                assert np.array_equal(other.codes, expected.numpy().astype(np.int8)), name
 
 
 def test_the_order_of_solving_leaves_the_model_untouched(model: GPT, batches: Batches) -> None:
@@ -254,6 +311,9 @@ def test_a_plan_is_written_as_tables(model: GPT, tmp_path: Path) -> None:
         ({"override": [{"bits": 4}]}, r"override\[0\]: parts is missing"),
         ({"prune": {"when": "before", "fraction": 1.0}}, "prune: fraction = 1.0"),
         ({"prune": {"when": "during"}}, "prune.when = 'during'"),
+        ({"matrix": {"dead_zone": 0.5}}, "matrix: dead_zone = 0.5"),
+        ({"override": [{"parts": ["q"], "dead_zone": -0.1}]}, r"override\[0\]: dead_zone = -0.1"),
+        ({"table": {"scale": {"rule": "sdclip", "hessian_weight": 0.1}}}, "table.scale.hessian_weight: tables have no"),
         ({"rounding": "gptp"}, "rounding = 'gptp': no such technique .did you mean 'gptq'"),
         ({"rounding": {"kind": "gptq", "damping": 0.0}}, "rounding: damping = 0.0"),
     ],

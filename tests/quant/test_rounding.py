@@ -165,6 +165,14 @@ def test_weights_that_lie_on_the_grid_stay_where_they_are(technique: ModuleType)
     assert torch.equal(technique.solve(weight, scales, 5, hessian, technique.Spec()).codes, codes)
 
 
+def test_a_factor_of_another_damping_is_refused() -> None:
+    weight, hessian = problem(4, 12, seed=2)
+    factor = gptq.factorise(hessian, gptq.Spec(damping=0.05))
+    scales = row_scales(weight, 5, ScaleSpec())
+    with pytest.raises(ContractError, match=r"a factor of damping 0\.05, 0\.01 is wanted"):
+        gptq.solve(weight, scales, 5, factor, gptq.Spec())
+
+
 @each
 def test_a_missing_hessian_is_named(technique: ModuleType) -> None:
     weight, scales = torch.randn(2, 4), torch.ones(2, dtype=torch.float16)

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from fairway.artifact import PackSpec, open_artifact, seal, write_weights
 from fairway.base.specs import build, to_plain
 from fairway.data import Corpus, Tokenizer, tokenize
-from fairway.data.tokenizer import TokenizerSpec, train
+from fairway.data.learning import train
+from fairway.data.tokenizer import TokenizerSpec
 from fairway.model import ModelSpec, build_model
 from fairway.score import ScoreSpec
 

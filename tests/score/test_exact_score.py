@@ -12,9 +12,10 @@ from fairway.artifact import open_artifact
 from fairway.base.journal import Run
 from fairway.score import Exact, evaluate, exact, range_coder, tokens_of
 from fairway.score.adapt import none, ttt
-from fairway.score.booking import PRICES, read_booked, read_prices, read_state, snapshot_path
+from fairway.score.booking import read_booked, read_state, snapshot_path
 from fairway.score.codec.part import encode_part
 from fairway.score.evaluate import is_exact
+from fairway.score.prices import PRICES, read_prices
 from fairway.score.windows import plain, rolling
 
 from .conftest import text_of

@@ -19,10 +19,10 @@ from fairway.model import ModelSpec, build_model
 from fairway.score import Proof, ScoreSpec, WindowPredictor, evaluate, prove
 from fairway.score import proof as proof_module
 from fairway.score.adapt import none, slot
-from fairway.score.booking import read_prices
 from fairway.score.codec import files as codec_files
 from fairway.score.codec import part as codec_part
 from fairway.score.evaluate import byte_lengths
+from fairway.score.prices import read_prices
 from fairway.score.proof import PROOF, slice_of
 from fairway.score.windows import plain, rolling
 

@@ -42,7 +42,16 @@ def test_the_whole_way_ends_in_a_score_within_a_minute(tmp_path):
     outcome = run_tiny(tmp_path / "run")
     assert time.monotonic() - begun < 60
     assert 0 < outcome.bits_per_byte < 8
-    beside = ["recipe.toml", "journal.jsonl", "curves.jsonl", ".lock", "prices.npy", "proof.fwc"]
+    beside = [
+        "recipe.toml",
+        "journal.jsonl",
+        "curves.jsonl",
+        ".lock",
+        "prices.npy",
+        "proof.fwc",
+        "train_gpt.py",
+        "score.py",
+    ]
     assert sorted([*PRODUCTS, *beside]) == sorted(path.name for path in (tmp_path / "run").iterdir()), (
         "the checkpoint is gone, and nothing half-written is left"
     )
@@ -54,7 +63,14 @@ def test_the_score_file_says_what_it_promises(tiny_run):
     assert list(score["stages"]) == ["float", "quantized", "sliding", "adapted"]
     assert score["bits_per_byte"] == score["code_length_bits"] / score["text_bytes"]
     assert score["bits_per_byte"] == score["stages"]["adapted"]
-    assert score["challenge_bytes"] is score["closed_bytes"] is score["headroom_bytes"] is None
+    sizes = {name: (tiny_run / name).stat().st_size for name in ("artifact.fw", "train_gpt.py", "score.py")}
+    assert (
+        score["challenge_bytes"]
+        == sizes["artifact.fw"] + sizes["train_gpt.py"]
+        == score["artifact_bytes"] + score["code_bytes"]
+    )
+    assert score["closed_bytes"] == sizes["artifact.fw"] + sizes["score.py"]
+    assert score["headroom_bytes"] == 120_000 - score["challenge_bytes"]
     assert score["train_seconds"] > 0 < score["eval_seconds"]
     assert score["seed"] == 1337
     assert abs(score["stages"]["float"] - score["stages"]["quantized"]) < 0.05
@@ -162,14 +178,15 @@ def test_a_run_does_not_go_on_with_another_recipe(tiny_run, tmp_path):
 
 
 def test_an_artifact_over_budget_leaves_no_file_and_no_score(tmp_path):
-    """26,000 bytes into 20,000."""
-    with pytest.raises(BudgetError, match=r"artifact: 2\d,\d{3} bytes is over the limit of 20,000") as caught:
-        run_tiny(tmp_path / "run", "budget.artifact_bytes=20000")
+    """26,000 bytes and the script's 60,000 into 40,000, which would hold the artifact alone."""
+    says = r"artifact \+ code: \d\d,\d{3} bytes is over the limit of 40,000; 2\d,\d{3} of them are the artifact"
+    with pytest.raises(BudgetError, match=says) as caught:
+        run_tiny(tmp_path / "run", "budget.artifact_bytes=40000")
     assert caught.value.exit_code == 1
     assert not (tmp_path / "run" / "artifact.fw").exists()
     assert not (tmp_path / "run" / "score.json").exists()
     with pytest.raises(BudgetError, match="over the limit"):
-        run_tiny(tmp_path / "run", "budget.artifact_bytes=20000")
+        run_tiny(tmp_path / "run", "budget.artifact_bytes=40000")
 
 
 @pytest.mark.parametrize(("budget", "says"), [("train_seconds", "training"), ("eval_seconds", "adapted score")])

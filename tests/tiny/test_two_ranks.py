@@ -83,7 +83,7 @@ def test_a_budget_is_the_same_verdict_on_both_ranks_and_neither_hangs(tmp_path):
     code, out, err = two("run", TINY, *overrides, "--runs", tmp_path, "--device", "cpu", "--json")
     assert code == 1
     assert out == ""
-    assert err.count("BudgetError: artifact: ") >= 1
+    assert err.count("BudgetError: artifact + code: ") >= 1
     assert "SIGABRT" not in err
     assert "verbs/" not in err, "no traceback of ours beside torchrun's own"
     assert not list(tmp_path.glob("*/artifact.fw"))

@@ -5,6 +5,7 @@ from pathlib import Path
 from fairway import pipeline
 from fairway.base.devices import choose
 from fairway.base.journal import Run
+from fairway.lab.submit import checkout
 from fairway.outcome import Outcome
 from fairway.recipe import load
 
@@ -16,4 +17,4 @@ def run_tiny(folder: Path, *overrides: str) -> Outcome:
     """The tiny recipe on the committed sample, text to score in about two seconds; a folder begun before goes on."""
     chosen = load(str(TINY), (f"data.path={SAMPLE}", *overrides))
     with Run(folder) as opened:
-        return pipeline.run(chosen, opened, choose("cpu"))
+        return pipeline.run(chosen, opened, choose("cpu"), checkout())

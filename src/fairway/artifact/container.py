@@ -3,7 +3,7 @@
     7 bytes  "FAIRWAY"      1 byte  version
     4 bytes  stored length of the header, 4 bytes its crc32 (little-endian)
     header   squeezed JSON (header.py)
-    sections codes of each group · scales · float16 · tokenizer, as the header lists them
+    sections codes of each group · scales · float16 · repair, where there is any · tokenizer, as the header lists them
     32 bytes sha256 of everything before it
 
 Tensors of one part on one grid form a group, coded as one. The crc32s say which section is damaged, the sha256 that
@@ -20,7 +20,6 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from fairway.artifact import weights
 from fairway.artifact.groups import Codes, Group, GroupLayout, TensorLayout
 from fairway.artifact.header import (
     MOST_HEADER,
@@ -73,7 +72,7 @@ def seal(
         skeleton = check_shapes(model, vocab, {name: tuple(value.shape) for name, value in tensors.items()})
     except ArtifactError as error:
         raise ContractError(f"seal: {error}") from error
-    groups = list(_grouped(tensors, skeleton))
+    groups = list(grouped(tensors, skeleton))
     plain = {name: value for name, value in tensors.items() if not isinstance(value, Quantized)}
     if any(value.dtype != np.float16 for value in plain.values()):
         raise ContractError("seal: an unquantised tensor is not float16")
@@ -82,8 +81,14 @@ def seal(
         coded = list(pool.map(lambda group: module.encode(group, spec.coder), groups))
     listed = tuple(_group_header(group.layout) for group in groups)
     sections = {header.section: blob for header, blob in zip(listed, coded, strict=True)}
-    sections["scales"] = squeeze(_joined([t.scales for group in groups for t in group.layout.tensors]), pairs=True)
-    sections["float16"] = squeeze(_joined(list(plain.values())), pairs=True)
+    near = bool(getattr(module, "CODES_NUMBERS", False))
+    scales = numbers([t.scales for group in groups for t in group.layout.tensors])
+    sections["scales"] = squeeze(scales, pairs=True, neighbours=near)
+    sections["float16"] = squeeze(numbers(list(plain.values())), pairs=True, neighbours=near)
+    mended: tuple[tuple[str, int, int], ...] = ()
+    if any(isinstance(value, Quantized) and value.repair is not None for value in tensors.values()):
+        repair = slots.optional("fairway.artifact.repair")
+        mended, sections["repair"] = repair.listed(tensors), repair.encode(tensors)
     sections["tokenizer"] = squeeze(tokenizer.model)
     header = Header(
         model=model,
@@ -94,6 +99,7 @@ def seal(
         groups=listed,
         float16=tuple((name, tuple(value.shape)) for name, value in plain.items()),
         sections=tuple((name, len(blob), zlib.crc32(blob)) for name, blob in sections.items()),
+        repair=mended,
     )
     return _written(path, squeeze(to_json(header)), sections)
 
@@ -107,7 +113,8 @@ def open_artifact(path: Path | str) -> Artifact:
     content = _read(path)
     if content[: len(MAGIC)] != MAGIC:
         if path.suffix == ".safetensors":
-            return weights.open_weights(path, content)
+            opened: Artifact = slots.optional("fairway.artifact.weights").open_weights(path, content)
+            return opened
         _fail(path, "magic", "this is no fairway artifact; name a file written by `fairway run` or `fairway pack`")
     header, blobs, start = _sections(path, content)
     skeleton = _located(path, check_shapes, header.model, header.vocab, header.shapes())
@@ -119,6 +126,9 @@ def open_artifact(path: Path | str) -> Artifact:
         if any(known[name] != (group.part, layer) for name, _, _, layer in group.tensors):
             _fail(path, "header", f"group {group.part!r} holds tensors of other parts; the file is foreign or altered")
         tensors |= _decoded(path, header, group, blobs[group.section], scales)
+    if header.repair:
+        repair = _located(path, lambda: slots.optional("fairway.artifact.repair"), section="repair")
+        tensors |= _located(path, repair.decode, blobs["repair"], header.repair, tensors, section="repair")
     tensors |= _float16(path, header, blobs["float16"])
     return Artifact(
         path=path,
@@ -133,7 +143,7 @@ def open_artifact(path: Path | str) -> Artifact:
     )
 
 
-def _grouped(tensors: Tensors, skeleton: GPT) -> Iterator[Group]:
+def grouped(tensors: Tensors, skeleton: GPT) -> Iterator[Group]:
     """Groups by part and bits, in the model's order."""
     found: dict[tuple[str, int], list[tuple[TensorLayout, Codes]]] = {}
     for name, (part, layer) in parts(skeleton).items():
@@ -150,7 +160,7 @@ def _group_header(layout: GroupLayout) -> GroupHeader:
     return GroupHeader(layout.part, layout.bits, tuple((t.name, t.rows, t.cols, t.layer) for t in layout.tensors))
 
 
-def _joined(arrays: list[Any]) -> bytes:
+def numbers(arrays: list[Any]) -> bytes:
     """Float16 numbers, little-endian, one array after another."""
     return b"".join(np.ascontiguousarray(array, dtype="<f2").tobytes() for array in arrays)
 
@@ -207,7 +217,8 @@ def _sections(path: Path, content: bytes) -> tuple[Header, dict[str, bytes], int
     if hashlib.sha256(content[:-DIGEST]).digest() != content[-DIGEST:]:
         _fail(path, "checksum", f"the file was altered; {REMEDY}")
     wanted = {group.section for group in header.groups} | {"scales", "float16", "tokenizer"}
-    if wanted != set(blobs) or len(header.groups) + 3 != len(blobs):
+    wanted |= {"repair"} if header.repair else set()
+    if wanted != set(blobs) or len(header.groups) + 3 + bool(header.repair) != len(blobs):
         _fail(path, "header", "its sections are not those of its tensors; the file is foreign or altered")
     return header, blobs, start
 

@@ -3,7 +3,8 @@
 {"model": {...}, "vocab": 1024, "decoder": {...}, "tokenizer": "<sha256>", "coder": "brotli",
  "groups": [{"part": "q", "bits": 5, "tensors": [["blocks.0.attention.q.weight", 512, 512, 0], ...]}, ...],
  "float16": [["skip", [5, 512]], ...],
- "sections": [["codes.q", 1234, 567890], ...]}          name, stored bytes, crc32; in the file's order
+ "sections": [["codes.q", 1234, 567890], ...],          name, stored bytes, crc32; in the file's order
+ "repair": [["embedding.weight", 4, 64], ...]}          low-rank addends: tensor, rank, group; absent without any
 """
 
 import json
@@ -17,7 +18,7 @@ import torch
 from fairway.base import specs
 from fairway.base.errors import ArtifactError, RecipeError
 from fairway.model import GPT, ModelSpec, tags
-from fairway.quant.grid import LEAST_BITS, MOST_BITS
+from fairway.quant.grid import LEAST_BITS, MOST_BITS, MOST_GROUP
 
 MOST_NUMBERS = 1 << 30  # a model of more parameters is refused: a file of a few bytes could claim any size
 MOST_HEADER = 1 << 22  # bytes of JSON
@@ -49,6 +50,7 @@ class Header:
     groups: tuple[GroupHeader, ...]
     float16: tuple[tuple[str, tuple[int, ...]], ...]
     sections: tuple[tuple[str, int, int], ...]
+    repair: tuple[tuple[str, int, int], ...] = ()
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor by name."""
@@ -59,7 +61,10 @@ class Header:
 def to_json(header: Header) -> bytes:
     """Compact JSON; RecipeError for a decoder's table that JSON cannot hold."""
     try:
-        return json.dumps(specs.to_plain(header), separators=(",", ":"), allow_nan=False).encode()
+        table = specs.to_plain(header)
+        if not header.repair:
+            del table["repair"]  # files of the first fairway have none: the same tensors keep their bytes
+        return json.dumps(table, separators=(",", ":"), allow_nan=False).encode()
     except (TypeError, ValueError) as error:
         raise RecipeError(f"decoder: {error}; plain tables of finite numbers and strings are needed") from error
 
@@ -94,11 +99,23 @@ def _check_sizes(header: Header) -> None:
     for group in header.groups:
         if not LEAST_BITS <= group.bits <= MOST_BITS or not group.tensors:
             raise ValueError(f"group {group.part!r}: {len(group.tensors)} tensors of {group.bits} bits are impossible")
+    _check_repair(header, shapes)
     names = [name for name, _, _ in header.sections]
     if len(set(names)) != len(names):
         raise ValueError("a section's name occurs twice")
     if any(stored < 0 for _, stored, _ in header.sections):
         raise ValueError("a section has a negative length")
+
+
+def _check_repair(header: Header, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    coded = {name for group in header.groups for name, _, _, _ in group.tensors}
+    names = [name for name, _, _ in header.repair]
+    if len(set(names)) != len(names) or not coded.issuperset(names):
+        raise ValueError("repair: a tensor that is named twice, or has no codes")
+    for name, rank, group in header.repair:
+        rows, cols = shapes[name]
+        if not 1 <= rank <= min(rows, cols) or not 1 <= group <= MOST_GROUP:
+            raise ValueError(f"repair: {name}: rank {rank} in groups of {group} is impossible")
 
 
 def skeleton(spec: ModelSpec, vocab: int) -> GPT:

@@ -1,6 +1,7 @@
 """Integers on their way from quantising to packing: a safetensors file in the run folder, never scored.
 
-Of a quantised tensor: `<name>.codes` int8 and `<name>.scales` float16, its bits in the metadata; the rest as it is.
+Of a quantised tensor: `<name>.codes` int8 and `<name>.scales` float16, its bits in the metadata; of a low-rank addend
+its four arrays `<name>.repair.…`, its group in the metadata; the rest as it is.
 """
 
 import json
@@ -10,8 +11,10 @@ from typing import Any
 import numpy as np
 
 from fairway.base import files
-from fairway.base.errors import DataError
-from fairway.quant.grid import Quantized, Tensors
+from fairway.base.errors import ContractError, DataError
+from fairway.quant.grid import LowRank, Quantized, Tensors
+
+REPAIR = ("left", "left_scale", "right", "right_scales")
 
 
 def write_integers(path: Path, tensors: Tensors) -> None:
@@ -20,13 +23,18 @@ def write_integers(path: Path, tensors: Tensors) -> None:
 
     flat: dict[str, np.ndarray[Any, Any]] = {}
     bits: dict[str, int] = {}
+    groups: dict[str, int] = {}
     for name, value in tensors.items():
         if isinstance(value, Quantized):
             flat[f"{name}.codes"], flat[f"{name}.scales"] = value.codes, value.scales
             bits[name] = value.bits
+            if value.repair is not None:
+                flat |= {f"{name}.repair.{part}": getattr(value.repair, part) for part in REPAIR}
+                groups[name] = value.repair.group
         else:
             flat[name] = value
-    about = json.dumps({"order": list(tensors), "bits": bits})  # one entry: safetensors writes several in any order
+    told = {"order": list(tensors), "bits": bits, **({"repair": groups} if groups else {})}
+    about = json.dumps(told)  # one entry: safetensors writes several in any order
     flat = {name: np.array(value, order="C") for name, value in flat.items()}
     files.write(path, save(flat, metadata={"integers": about}))
 
@@ -38,12 +46,17 @@ def read_integers(path: Path) -> Tensors:
     try:
         with safe_open(path, framework="np") as file:
             about = json.loads(file.metadata()["integers"])
-            order, bits = about["order"], about["bits"]
+            bits, groups = about["bits"], about.get("repair", {})
             return {
-                name: Quantized(file.get_tensor(f"{name}.codes"), file.get_tensor(f"{name}.scales"), bits[name])
-                if name in bits
-                else file.get_tensor(name)
-                for name in order
+                name: _quantized(file, name, bits[name], groups.get(name)) if name in bits else file.get_tensor(name)
+                for name in about["order"]
             }
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, ContractError) as error:
         raise DataError(f"{path}: not the integers of a run ({error}); quantise again") from error
+
+
+def _quantized(file: Any, name: str, bits: int, group: int | None) -> Quantized:
+    addend = None
+    if group is not None:
+        addend = LowRank(**{part: file.get_tensor(f"{name}.repair.{part}") for part in REPAIR}, group=group)
+    return Quantized(file.get_tensor(f"{name}.codes"), file.get_tensor(f"{name}.scales"), bits, addend)

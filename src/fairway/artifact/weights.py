@@ -6,6 +6,7 @@ bytes named `tokenizer.model`. Tensors are the model's parameters, float32.
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,11 @@ from fairway.model import GPT, ModelSpec
 
 TOKENIZER = "tokenizer.model"
 REMEDY = "fetch or write it again"
+
+
+def wanted(recipe: Mapping[str, Any]) -> bool:
+    """Whether float weights are opened: where they are trained."""
+    return "train" in recipe
 
 
 def write_weights(path: Path, model: GPT, tokenizer: Tokenizer, decoder: dict[str, Any]) -> Sealed:

@@ -1,5 +1,9 @@
 """The six families of errors. A message is one line: place, value, remedy."""
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class FairwayError(Exception):
     """Root of all errors that a person can act on; the command line prints them in one line."""
@@ -31,3 +35,19 @@ class BudgetError(FairwayError):
 
 class HonestyError(FairwayError):
     """The score would be false. Never caught, but by `diagnose`, which measures what is refused."""
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Errors that a person can act on: one line on standard error, and the family's exit code."""
+    try:
+        yield
+    except FairwayError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        sys.stderr.close()
+        raise SystemExit(1) from None

@@ -5,12 +5,13 @@ only to answer a misspelling (an exported script has no folder to list).
 """
 
 import importlib
-import pkgutil
 import re
-from difflib import get_close_matches
 from types import ModuleType
 
+from fairway.base.choices import kinds
 from fairway.base.errors import RecipeError
+
+__all__ = ["kind_of", "kinds", "module_of", "optional", "technique"]
 
 _NAME = re.compile(r"[a-z0-9_]+")
 
@@ -33,23 +34,21 @@ def technique(folder: str, kind: str, place: str | None = None) -> ModuleType:
         else:
             if hasattr(module, "Spec"):
                 return module
-    known = kinds(folder)
-    near = get_close_matches(kind, known, n=1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
-    raise RecipeError(f"{place} = {kind!r}: no such technique{hint}; choices: {', '.join(known)}")
+    if not list(importlib.import_module(folder).__path__):  # a script: it holds what its recipe names
+        optional(module_name)
+    unknown: RecipeError = optional("fairway.base.choices").unknown(folder, kind, place)
+    raise unknown
 
 
-def kinds(folder: str) -> list[str]:
-    """The names of all techniques in a slot folder, sorted."""
-    package = importlib.import_module(folder)
-    return sorted(i.name for i in pkgutil.iter_modules(package.__path__) if _is_technique(f"{folder}.{i.name}"))
-
-
-def _is_technique(module_name: str) -> bool:
+def optional(name: str) -> ModuleType:
+    """A module that only some recipes need, which its own `wanted` says of a recipe's plain table: an exported script
+    holds it where its recipe does. RecipeError in one that does not."""
     try:
-        return hasattr(importlib.import_module(module_name), "Spec")
-    except ModuleNotFoundError:  # it wants a package that is not installed here: `technique` says which
-        return True
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        raise RecipeError(f"{name}: this script was exported for a recipe without it; export it anew") from error
 
 
 def kind_of(spec: object) -> str:

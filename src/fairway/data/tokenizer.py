@@ -6,10 +6,8 @@ tokenizer from elsewhere may normalise its text; it encodes as its makers meant 
 """
 
 import hashlib
-import io
 import os
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,6 +19,7 @@ import sentencepiece
 
 from fairway.base.errors import DataError, HonestyError, RecipeError
 from fairway.base.files import read
+from fairway.base.slots import optional
 from fairway.data.splits import Split, Uint16
 
 _SPACE = "\u2581"  # ▁, SentencePiece's space
@@ -56,46 +55,6 @@ class TokenizerSpec:
             raise ValueError(f"sample_bytes = {self.sample_bytes}: at least one byte is needed")
         if not 1 <= self.longest_piece <= 512:
             raise ValueError(f"longest_piece = {self.longest_piece}: 1 to 512 characters are possible")
-
-
-def train(documents: Sequence[bytes], spec: TokenizerSpec) -> bytes:
-    """A SentencePiece model (its serialised proto) from a sample of the documents; the same text, the same model."""
-    model, sample = io.BytesIO(), list(_sample(documents, spec.sample_bytes))
-    kept = alphabet(sample, spec)
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_sentences(sample, kept),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=spec.vocab,
-            character_coverage=1.0,  # the alphabet is chosen already
-            split_by_whitespace=not spec.across_words,
-            max_sentencepiece_length=spec.longest_piece,
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            # Runs of spaces as pieces: 4.9 % fewer tokens on the Python documentation. Pieces that mix letters
-            # with signs and line ends: 1.0 % fewer again.
-            allow_whitespace_only_pieces=True,
-            split_by_unicode_script=False,
-            split_by_number=False,
-            unk_id=0,
-            bos_id=1,
-            eos_id=-1,  # a document ends where the next one's BOS stands
-            pad_id=-1,
-            num_threads=1,
-            shuffle_input_sentence=False,
-            max_sentence_length=1 << 30,
-            minloglevel=2,
-        )
-    except (RuntimeError, OSError) as error:
-        why = str(error).strip().splitlines()[-1].rpartition("] ")[2].rstrip(" .") or "too little text"
-        raise DataError(
-            f"tokenizer: no {spec.vocab} pieces could be learned from this text ({why}); "
-            "set data.tokenizer.vocab lower, or give more text"
-        ) from error
-    return model.getvalue()
 
 
 class Tokenizer:
@@ -222,9 +181,9 @@ class Tokenizer:
             for chunk in self._chunks(document):
                 for i, part in enumerate(self._escaped.split(chunk.decode("utf-8", "surrogateescape"))):
                     if part and i % 2 and self.has_bytes:
-                        yield False, part.encode("utf-8", "surrogateescape")
+                        yield False, part.encode("utf-8", errors="surrogateescape")
                     elif part:
-                        yield False, part.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+                        yield False, part.encode("utf-8", errors="surrogateescape").decode("utf-8", "replace")
             yield True, b""
 
     def _chunks(self, document: bytes) -> Iterator[bytes]:
@@ -259,7 +218,7 @@ def build(spec: TokenizerSpec, split: Split, documents: Sequence[bytes]) -> Toke
         raise HonestyError(f"tokenizer: asked to learn from the {split} split; it may learn from training text alone")
     if not documents:
         raise RecipeError("data.tokenizer.model: not set; token shards need the .model that they were made with")
-    return Tokenizer(train(documents, spec))
+    return Tokenizer(optional("fairway.data.learning").train(documents, spec))
 
 
 def given(spec: TokenizerSpec) -> Tokenizer:
@@ -277,47 +236,6 @@ def given(spec: TokenizerSpec) -> Tokenizer:
             f"set data.tokenizer.vocab = {tokenizer.size}"
         )
     return tokenizer
-
-
-def alphabet(sample: Iterable[str], spec: TokenizerSpec) -> str:
-    """The characters that may have pieces: the most frequent that cover the sample, half of the vocabulary at most.
-
-    SentencePiece would refuse a text with more characters than pieces (Chinese at 1,024); here the rest are bytes.
-    """
-    counts: Counter[str] = Counter()
-    for text in sample:
-        counts.update(text)
-    for refused in _REFUSED:
-        counts.pop(refused, None)
-    needed, kept = spec.coverage * counts.total(), list[str]()
-    for character, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
-        if needed <= 0 or len(kept) >= (spec.vocab - 256) // 2:
-            break
-        kept.append(character)
-        needed -= count
-    return "".join(kept if " " in kept or " " not in counts else [*kept, " "])
-
-
-_REFUSED = "\u2581\u2585\x00"  # ▁ and NUL never enter SentencePiece, and its trainer keeps ▅ for itself
-
-
-def _sample(documents: Sequence[bytes], sample_bytes: int) -> Iterator[str]:
-    """Valid text: blocks of 64 KB at most, spread evenly over the documents where these hold more than the sample."""
-    total, block, passed, taken = sum(map(len, documents)), 1 << 16, 0, 0
-    for document in documents:
-        for first in range(0, len(document), block):
-            part = document[first : first + block]
-            if taken * total <= passed * sample_bytes:
-                taken += len(part)
-                yield part.decode("utf-8", "ignore")
-            passed += len(part)
-
-
-def _sentences(sample: Iterable[str], kept: str) -> Iterator[str]:
-    """What the trainer reads: runs of the alphabet's characters."""
-    runs = re.compile(f"[{re.escape(kept)}]+") if kept else re.compile("(?!)")
-    for text in sample:
-        yield from runs.findall(text)
 
 
 def _cuttable(pieces: Iterable[str]) -> npt.NDArray[np.bool_]:

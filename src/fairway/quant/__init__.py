@@ -1,11 +1,12 @@
 """Weights -> integers: grids, Hessians, rounding, pruning, and training that sees the grid."""
 
 from fairway.quant.fake import FakeQuant, FakeSpec, soft_round, straight_through
-from fairway.quant.grid import Quantized, Tensors, entropy, largest, nearest_codes
+from fairway.quant.grid import LowRank, Quantized, Tensors, entropy, largest, nearest_codes
 from fairway.quant.observe import Hessians, gather, read_hessians, write_hessians
 from fairway.quant.plan import GridSpec, Override, QuantSpec, plan
-from fairway.quant.pruning import PruneSpec
-from fairway.quant.quantize import calibrate, dequantized, objective, quantize, quantize_tensor
+from fairway.quant.pruning import PruneSpec, ones, rankable, selective
+from fairway.quant.quantize import calibrate, dequantized, factored, objective, quantize, quantize_tensor
+from fairway.quant.repair import RepairSpec, repaired
 from fairway.quant.scales import ScaleSpec, row_scales
 
 __all__ = [
@@ -13,24 +14,31 @@ __all__ = [
     "FakeSpec",
     "GridSpec",
     "Hessians",
+    "LowRank",
     "Override",
     "PruneSpec",
     "QuantSpec",
     "Quantized",
+    "RepairSpec",
     "ScaleSpec",
     "Tensors",
     "calibrate",
     "dequantized",
     "entropy",
+    "factored",
     "gather",
     "largest",
     "nearest_codes",
     "objective",
+    "ones",
     "plan",
     "quantize",
     "quantize_tensor",
+    "rankable",
     "read_hessians",
+    "repaired",
     "row_scales",
+    "selective",
     "soft_round",
     "straight_through",
     "write_hessians",

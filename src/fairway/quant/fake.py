@@ -10,9 +10,9 @@ ran. α lives in a tensor, so that the compiled graph reads its present value.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -38,6 +38,8 @@ class FakeSpec:
     def __post_init__(self) -> None:
         if not 0 < self.start <= 1:
             raise ValueError(f"start = {self.start}: a learning-rate factor in (0, 1] is needed")
+        if self.scale.hessian_weight:
+            raise ValueError(f"scale.hessian_weight = {self.scale.hessian_weight}: training has no Hessians; take 0")
         if not math.isfinite(self.sharpest) or self.sharpest < 1:
             raise ValueError(f"sharpest = {self.sharpest}: at least 1 is needed")
 
@@ -59,6 +61,11 @@ def soft_staircase(y: Tensor, alpha: Tensor) -> Tensor:
     floor = torch.floor(y.detach())
     rest = y - floor - 0.5
     return floor + 0.5 + 0.5 * torch.tanh(alpha * rest) / torch.tanh(alpha / 2)
+
+
+def wanted(recipe: Mapping[str, Any]) -> bool:
+    """Whether a recipe (its plain table) trains on the grid."""
+    return bool(recipe["qat"]["kind"] != "off")
 
 
 class FakeQuant:

@@ -31,16 +31,60 @@ def nearest_codes(weight: Tensor, scales: Tensor, bits: int) -> Tensor:
     return torch.clamp(torch.round(weight / scales.to(weight.dtype)[:, None]), -limit, limit)
 
 
+LEFT, RIGHT = (-2, 1), (-8, 7)  # the grids of a low-rank addend: int2 and int4, lopsided to use every code
+MOST_GROUP = 1 << 16  # numbers of one scale: memory on the way back
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """A small addend A·B of a matrix, itself in integers.
+
+    left: (rows, rank) int8, −2 … 1, A in steps of left_scale, (1,) float16; right: (rank, cols) int8, −8 … 7, B in
+    steps of right_scales, float16, one for each `group` of its numbers, row by row. ContractError for anything else.
+    """
+
+    left: NDArray[np.int8]
+    left_scale: NDArray[np.float16]
+    right: NDArray[np.int8]
+    right_scales: NDArray[np.float16]
+    group: int
+
+    def __post_init__(self) -> None:
+        for codes, (least, most) in ((self.left, LEFT), (self.right, RIGHT)):
+            if codes.dtype != np.int8 or codes.ndim != 2 or not codes.size:
+                raise ContractError(f"repair: {codes.dtype} {codes.shape}; two (·, ·) int8 are expected")
+            if codes.min() < least or codes.max() > most:
+                raise ContractError(f"repair: codes {codes.min()} … {codes.max()} leave {least} … {most}")
+        if self.left.shape[1] != self.right.shape[0] or not 1 <= self.group <= MOST_GROUP:
+            raise ContractError(f"repair: {self.left.shape} · {self.right.shape} in groups of {self.group}")
+        for scales, count in ((self.left_scale, 1), (self.right_scales, -(-self.right.size // self.group))):
+            if scales.dtype != np.float16 or scales.shape != (count,):
+                raise ContractError(f"repair: scales {scales.dtype} {scales.shape}; ({count},) float16 is expected")
+            if not bool(np.all(np.isfinite(scales) & (scales >= 0))):
+                raise ContractError("repair: a scale is negative or not finite")
+
+    def dequantize(self) -> NDArray[np.float32]:
+        """A·B: (rows, cols) float32, outer product by outer product, so exact to the bit on every machine."""
+        left = self.left.astype(np.float32) * self.left_scale.astype(np.float32)
+        steps = np.repeat(self.right_scales.astype(np.float32), self.group)[: self.right.size]
+        right = self.right.astype(np.float32) * steps.reshape(self.right.shape)
+        total = np.zeros((len(left), right.shape[1]), np.float32)
+        for k in range(len(right)):
+            total += left[:, k, None] * right[k]
+        return total
+
+
 @dataclass(frozen=True, eq=False)
 class Quantized:
-    """A matrix of integers: codes (rows, cols) int8, scales (rows,) float16, bits 2 … 8.
+    """A matrix of integers: codes (rows, cols) int8, scales (rows,) float16, bits 2 … 8, and perhaps a small addend.
 
-    Raises ContractError where codes leave the grid, or a scale is negative or not finite.
+    Raises ContractError where codes leave the grid, a scale is negative or not finite, or the addend has another shape.
     """
 
     codes: NDArray[np.int8]
     scales: NDArray[np.float16]
     bits: int
+    repair: LowRank | None = None
 
     def __post_init__(self) -> None:
         limit = largest(self.bits)
@@ -52,6 +96,8 @@ class Quantized:
             raise ContractError(f"codes: {self.codes.min()} … {self.codes.max()} leave int{self.bits}'s ±{limit}")
         if not bool(np.all(np.isfinite(self.scales) & (self.scales >= 0))):
             raise ContractError("scales: a negative or non-finite one; clip the weights to float16's range")
+        if self.repair is not None and (len(self.repair.left), self.repair.right.shape[1]) != self.codes.shape:
+            raise ContractError(f"repair: {self.repair.left.shape} · {self.repair.right.shape} for {self.codes.shape}")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -59,8 +105,9 @@ class Quantized:
         return rows, cols
 
     def dequantize(self) -> NDArray[np.float32]:
-        """The weights: codes · float32(scale), (rows, cols) float32. Exact to the bit on every machine."""
-        return self.codes.astype(np.float32) * self.scales.astype(np.float32)[:, None]
+        """The weights: codes · float32(scale) + the addend, (rows, cols) float32. Exact to the bit on every machine."""
+        weights = self.codes.astype(np.float32) * self.scales.astype(np.float32)[:, None]
+        return weights if self.repair is None else weights + self.repair.dequantize()
 
 
 Passthrough = NDArray[np.float16] | NDArray[np.float32]

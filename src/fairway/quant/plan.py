@@ -10,14 +10,17 @@ bits = 4
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
+from fairway.base import slots
 from fairway.base.errors import RecipeError
 from fairway.base.specs import choice
 from fairway.model import GPT, Tag, tags
+from fairway.quant.dead_zone import refuse_width
 from fairway.quant.grid import LEAST_BITS, MOST_BITS
 from fairway.quant.pruning import PruneSpec
+from fairway.quant.repair import RepairSpec
 from fairway.quant.scales import ScaleSpec
 
 FLOAT16 = 16  # bits: not quantised, stored as float16
@@ -34,9 +37,11 @@ class GridSpec:
 
     bits: int = 5  # 2 … 8; 16: float16, not quantised
     scale: ScaleSpec = field(default_factory=ScaleSpec)
+    dead_zone: float = 0.0  # of a step, in [0, 0.5): how far every threshold of rounding moves away from zero
 
     def __post_init__(self) -> None:
         _refuse_bits(self.bits)
+        refuse_width(self.dead_zone)
 
 
 @dataclass(frozen=True)
@@ -47,10 +52,13 @@ class Override:
     layers: tuple[int, int] | None = None  # first and last, both included; left out: everywhere
     bits: int | None = None
     scale: ScaleSpec | None = None
+    dead_zone: float | None = None
 
     def __post_init__(self) -> None:
         if self.bits is not None:
             _refuse_bits(self.bits)
+        if self.dead_zone is not None:
+            refuse_width(self.dead_zone)
         if self.layers is not None and self.layers[0] > self.layers[1]:
             raise ValueError(f"layers = {list(self.layers)}: the first layer and the last are needed, in order")
 
@@ -59,7 +67,21 @@ class Override:
         return here and tag.part in self.parts
 
     def change(self, grid: GridSpec) -> GridSpec:
-        return replace(grid, bits=self.bits or grid.bits, scale=self.scale or grid.scale)
+        dead_zone = grid.dead_zone if self.dead_zone is None else self.dead_zone
+        return GridSpec(self.bits or grid.bits, self.scale or grid.scale, dead_zone)
+
+
+@dataclass(frozen=True)
+class FitSpec:
+    """Grids found for a byte budget, in the place of those that are named: bits, clips and dead zones of every tensor,
+    and whether repair pays. Reads Hessians, no text."""
+
+    budget: int = 0  # bytes of the artifact; 0: no fit, the grids are as they are named
+    code: bool = False  # the exported script is to fit in as well
+
+    def __post_init__(self) -> None:
+        if self.budget < 0:
+            raise ValueError(f"budget = {self.budget}: a number of bytes is needed, or 0 for no fit")
 
 
 @dataclass(frozen=True)
@@ -72,6 +94,8 @@ class QuantSpec:
     rounding: Any = choice("fairway.quant.rounding", "gptq")  # of matrices; tables are rounded to nearest
     embedding_hessian: bool = False  # the tied embedding too is rounded by `rounding`, with the head's Hessian
     prune: PruneSpec = field(default_factory=PruneSpec)
+    repair: RepairSpec = field(default_factory=RepairSpec)
+    fit: FitSpec = field(default_factory=FitSpec)
     passthrough_elements: int = 0  # tensors of at most so many numbers stay float16; the reference: 65,536
     calibration_sequences: int = 256  # of training text, over all ranks
     calibration_batch: int = 8  # sequences in one forward
@@ -80,6 +104,19 @@ class QuantSpec:
         for name in ("calibration_sequences", "calibration_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: at least 1 is needed")
+        if self.table.scale.hessian_weight and not self.embedding_hessian:
+            raise ValueError("table.scale.hessian_weight: tables have no Hessian; set embedding_hessian, or take 0")
+
+
+def needs_hessians(spec: QuantSpec) -> bool:
+    """Whether anything in the plan reads Hessians: its rounding, clips, pruning or repair."""
+    scales = [spec.matrix.scale, *(override.scale for override in spec.override if override.scale is not None)]
+    return (
+        slots.module_of(spec.rounding).NEEDS_HESSIAN
+        or any(scale.hessian_weight for scale in scales)
+        or (spec.prune.when == "selective" and spec.prune.by != "scale")
+        or (spec.repair.kind != "none" and spec.repair.weighting == "hessian")
+    )
 
 
 def plan(model: GPT, spec: QuantSpec) -> dict[str, GridSpec | None]:

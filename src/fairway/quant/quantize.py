@@ -3,7 +3,9 @@
 Every rank computes the same integers from the same averaged Hessians; the first one writes the file.
 """
 
+import math
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,11 +17,12 @@ from fairway.base.clock import Stopwatch
 from fairway.base.errors import ContractError, FairwayError
 from fairway.base.journal import Run
 from fairway.model import GPT, tags
-from fairway.quant.grid import Quantized, Tensors, entropy, nearest_codes
+from fairway.quant.grid import Passthrough, Quantized, Tensors, entropy, nearest_codes
 from fairway.quant.observe import Hessians, gather
-from fairway.quant.plan import GridSpec, QuantSpec, plan
-from fairway.quant.pruning import small
-from fairway.quant.rounding import Solution
+from fairway.quant.parallel import side_by_side
+from fairway.quant.plan import GridSpec, QuantSpec, needs_hessians, plan
+from fairway.quant.pruning import ones, rankable, selective, small
+from fairway.quant.rounding import Solution, nearest
 from fairway.quant.scales import row_scales
 
 
@@ -29,7 +32,7 @@ def quantize(
 ) -> Tensors:
     """The model as integers and float16, by parameter name.
 
-    calibration: (B, T) int64 batches of training text, this rank's share; not read when `rounding` needs no Hessian or
+    calibration: (B, T) int64 batches of training text, this rank's share; not read when the plan needs no Hessian or
     `hessians` are given. Books `calibration` (seconds, belongs to the training clock), `quant.<name>` for each tensor
     and `quant` for the whole.
     """
@@ -39,61 +42,84 @@ def quantize(
         with Stopwatch() as watch:
             hessians = calibrate(model, calibration, spec, run)
         run.fact("calibration", seconds=round(watch.seconds, 3), matrices=len(hessians))
+    given = hessians
+
+    def one(item: tuple[str, Tensor]) -> tuple[Quantized | Passthrough, dict[str, Any]]:
+        name, weight = item[0], item[1].detach()
+        grid, hessian = planned[name], given.get(name)
+        if not bool(torch.isfinite(weight).all()):
+            raise FairwayError(f"{name}: a weight is not finite; go back to a checkpoint before the divergence")
+        if hessian is not None and hessian.shape != (weight.shape[1], weight.shape[1]):
+            raise ContractError(f"{name}: its Hessian is {tuple(hessian.shape)}; calibrate this model")
+        if grid is None:
+            return _float16(name, weight), {}
+        return quantize_tensor(name, weight, grid, spec, spec.rounding if name in solved else None, hessian)
+
     tensors: Tensors = {}
+    facts: dict[str, dict[str, Any]] = {}
     with Stopwatch() as watch, run.meter("quantize", sum(p.numel() for p in model.parameters()), "weights") as meter:
-        done = 0
-        for name, parameter in model.named_parameters():
-            weight, grid = parameter.detach(), planned[name]
-            if not bool(torch.isfinite(weight).all()):
-                raise FairwayError(f"{name}: a weight is not finite; go back to a checkpoint before the divergence")
-            if name in hessians and hessians[name].shape != (weight.shape[1], weight.shape[1]):
-                raise ContractError(f"{name}: its Hessian is {tuple(hessians[name].shape)}; calibrate this model")
-            if grid is None:
-                tensors[name] = _float16(name, weight)
-            else:
-                rounding = spec.rounding if name in solved else None
-                tensors[name], facts = quantize_tensor(name, weight, grid, spec, rounding, hessians.get(name))
-                run.fact(f"quant.{name}", **facts)
-            done += weight.numel()
+        done, named = 0, list(model.named_parameters())
+        for (name, parameter), (value, told) in zip(named, side_by_side(one, named), strict=True):
+            tensors[name], facts[name] = value, told
+            done += parameter.numel()
             meter.update(done)
+        tensors = _finished(tensors, dict(named), hessians, spec, facts)
+    for name, value in tensors.items():
+        if isinstance(value, Quantized):
+            run.fact(f"quant.{name}", **facts[name])
     run.fact("quant", seconds=round(watch.seconds, 3), **_summary(tensors, run))
     return tensors
 
 
 def calibrate(model: GPT, calibration: Iterable[Tensor], spec: QuantSpec, run: Run) -> Hessians:
-    """The Hessians that the plan needs, none where its rounding does without. calibration: (B, T) int64 batches of
-    training text, this rank's share."""
-    if not slots.module_of(spec.rounding).NEEDS_HESSIAN:
+    """The Hessians of all that is on a grid and has inputs, none where the plan does without. calibration: (B, T) int64
+    batches of training text, this rank's share."""
+    if not needs_hessians(spec):
         return {}
-    return gather(model, calibration, _solved(model, plan(model, spec), spec), run, spec.calibration_sequences)
+    wanted = replace(spec, embedding_hessian=True)  # the head's too: a later fit, and repair, are better for it
+    return gather(model, calibration, _solved(model, plan(model, spec), wanted), run, spec.calibration_sequences)
 
 
 def quantize_tensor(
-    name: str, weight: Tensor, grid: GridSpec, spec: QuantSpec, rounding: Any | None, hessian: Tensor | None
+    name: str,
+    weight: Tensor,
+    grid: GridSpec,
+    spec: QuantSpec,
+    rounding: Any | None,
+    hessian: Tensor | None,
+    factor: Any | None = None,
 ) -> tuple[Quantized, dict[str, Any]]:
-    """One matrix or table on its grid, and its facts. rounding: the Spec of a solver; None: round to nearest."""
+    """One matrix or table on its grid, and its facts.
+
+    rounding: the Spec of a solver; None: round to nearest. factor: what `factored` made of this Hessian for this
+    rounding, where several grids are tried.
+    """
     watch = Stopwatch().start()
-    weight = weight.float()
+    trained = weight = weight.float()
     if spec.prune.when == "before":
         weight = weight.masked_fill(small(weight, spec.prune.fraction), 0.0)
-    scales = row_scales(weight, grid.bits, grid.scale)
+    scales = row_scales(weight, grid.bits, grid.scale, hessian)
     if not bool(torch.isfinite(scales).all()):
         raise FairwayError(f"{name}: weights of {float(weight.abs().max()):g} exceed float16 scales; train with decay")
     step = scales.float()[:, None]
-    nearest = nearest_codes(weight, scales, grid.bits)
-    solution = Solution(nearest.to(torch.int8), {})
-    if rounding is not None:
-        solution = _solve(weight, scales, grid.bits, hessian, rounding)
+    plain = nearest_codes(weight, scales, grid.bits)
+    solver, known = rounding or nearest.Spec(), hessian if factor is None else factor
+    solution = _solve(weight, scales, grid, known, solver)
     codes = solution.codes
     if spec.prune.when == "after":
         codes = codes.masked_fill(small(codes * step, spec.prune.fraction), 0)
-    facts: dict[str, Any] = {"bits": grid.bits, "rounding": "nearest" if rounding is None else slots.kind_of(rounding)}
-    if hessian is not None:
-        facts["objective"] = objective(weight, codes * step, hessian)
-        facts["objective_nearest"] = objective(weight, nearest * step, hessian)
+    facts: dict[str, Any] = {"bits": grid.bits, "rounding": slots.kind_of(solver)}
     integers = Quantized(codes.cpu().numpy(), scales.cpu().numpy(), grid.bits)
-    facts |= {"entropy": round(entropy(integers.codes), 4), "zeros": round(float((integers.codes == 0).mean()), 4)}
+    facts |= _measured(trained, integers, hessian)
+    if hessian is not None:
+        facts["objective_nearest"] = objective(trained, plain * step, hessian)
     return integers, facts | solution.facts | {"seconds": round(watch.stop(), 4)}
+
+
+def factored(hessian: Tensor, rounding: Any) -> Any:
+    """What a solver may be given in the place of this Hessian, as often as wanted: its factor, where there is one."""
+    factorise = getattr(slots.module_of(rounding), "factorise", None)
+    return hessian if factorise is None else factorise(hessian, rounding)
 
 
 def objective(weight: Tensor, rounded: Tensor, hessian: Tensor) -> float:
@@ -113,6 +139,35 @@ def dequantized(tensors: Tensors) -> dict[str, Tensor]:
     }
 
 
+def _finished(
+    tensors: Tensors, weights: dict[str, Tensor], hessians: Hessians, spec: QuantSpec, facts: dict[str, dict[str, Any]]
+) -> Tensors:
+    """What is done to all tensors together, once they are rounded: selective pruning, then repair.
+
+    facts: of each tensor; changed where its integers are.
+    """
+    before = tensors
+    if spec.prune.when == "selective":
+        count = math.floor(spec.prune.fraction * ones(rankable(tensors, spec.prune.by, hessians)))
+        tensors = selective(tensors, count, spec.prune.by, weights, hessians)
+    if spec.repair.kind != "none":
+        tensors = slots.optional("fairway.quant.repair").repaired(tensors, weights, hessians, spec.repair)
+    for name, value in tensors.items():
+        if isinstance(value, Quantized) and value is not before[name]:
+            facts[name] |= _measured(weights[name].detach(), value, hessians.get(name))
+            facts[name] |= {} if value.repair is None else {"repair_rank": len(value.repair.right)}
+    return tensors
+
+
+def _measured(weight: Tensor, value: Quantized, hessian: Tensor | None) -> dict[str, Any]:
+    """What is true of the integers: their entropy and zeros, and what they cost against the trained weights."""
+    facts = {"entropy": round(entropy(value.codes), 4), "zeros": round(float((value.codes == 0).mean()), 4)}
+    if hessian is None:
+        return facts
+    rounded = torch.from_numpy(value.dequantize()).to(weight.device)
+    return {"objective": objective(weight.float(), rounded, hessian), **facts}
+
+
 def _solved(model: GPT, planned: dict[str, GridSpec | None], spec: QuantSpec) -> list[str]:
     """The tensors that `spec.rounding` rounds; the others on a grid, the tables, are rounded to nearest."""
     return [
@@ -122,8 +177,9 @@ def _solved(model: GPT, planned: dict[str, GridSpec | None], spec: QuantSpec) ->
     ]
 
 
-def _solve(weight: Tensor, scales: Tensor, bits: int, hessian: Tensor | None, rounding: Any) -> Solution:
-    solution: Solution = slots.module_of(rounding).solve(weight, scales, bits, hessian, rounding)
+def _solve(weight: Tensor, scales: Tensor, grid: GridSpec, hessian: Any | None, rounding: Any) -> Solution:
+    module = slots.module_of(rounding)
+    solution: Solution = module.solve(weight, scales, grid.bits, hessian, rounding, grid.dead_zone)
     if solution.codes.shape != weight.shape or solution.codes.dtype != torch.int8:
         raise ContractError(
             f"rounding = {slots.kind_of(rounding)!r}: codes {tuple(solution.codes.shape)} {solution.codes.dtype} "

@@ -5,6 +5,7 @@ from fairway.score.chunks import ChunkProof, prove_chunks
 from fairway.score.codec import Coded, compress, decompress, settings_for
 from fairway.score.diagnose import Variant, diagnose
 from fairway.score.evaluate import StageScore, evaluate, score_opened
+from fairway.score.exact_teller import Exact
 from fairway.score.harness import drive
 from fairway.score.ledger import Ledger
 from fairway.score.library import distributions, score_text, tokens_of
@@ -16,7 +17,7 @@ from fairway.score.spec import ScoreSpec, Stage, spec_of
 from fairway.score.state import state_hash
 from fairway.score.stream import Stream, Unit, Windows, optimizer_steps
 from fairway.score.tape import Tape
-from fairway.score.tellers import Exact, Softmax, Teller, normalise
+from fairway.score.tellers import Softmax, Teller, normalise
 
 __all__ = [
     "Adapter",

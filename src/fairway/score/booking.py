@@ -1,16 +1,16 @@
-"""What a score leaves behind for those who check it: the price of every target, and in exact mode, chunk by chunk, the
-hash of the state that the chunk was scored with.
+"""What a score in exact mode leaves behind for those who check it: chunk by chunk, the hash of the state that the
+chunk was scored with.
 
 A chunk can then be proven by itself: from the state before it, the step to it is taken again, and it is decoded.
 """
 
 import hashlib
-import io
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import safetensors.torch
 import torch
 
@@ -23,7 +23,12 @@ from fairway.score.predictor import Adapter
 from fairway.score.state import tensors_hash
 from fairway.score.stream import Stream, Unit
 
-PRICES, BOOKED, SNAPSHOTS = "prices.npy", "booked.json", "snapshots"
+BOOKED, SNAPSHOTS = "booked.json", "snapshots"
+
+
+def wanted(recipe: Mapping[str, Any]) -> bool:
+    """Whether a recipe (its plain table) has its score booked chunk by chunk."""
+    return bool(recipe["score"]["exact"]) and recipe["score"]["result"] == "adapted"
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ class Booking:
         self.nats: list[str] = []
         self.snapshots: list[int] = []
 
-    def begin(self, adapter: Adapter) -> None:
+    def begin_with(self, adapter: Adapter) -> None:
         """Before the first chunk: its state, and what the snapshots will take."""
         self.adapter = adapter
         if self.run.writes:
@@ -137,17 +142,3 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
         return dict(safetensors.torch.load(content))
     except Exception as error:
         raise DataError(f"{path}: damaged ({error}); score the run again") from error
-
-
-def write_prices(run: Run, ledger: Ledger) -> None:
-    """What every target cost, (N,) float32 nats, as prices.npy in the run folder."""
-    whole, buffer = ledger.whole(run.ranks), io.BytesIO()
-    if run.writes:
-        np.save(buffer, whole)
-        files.write(run.path(PRICES), buffer.getvalue())
-
-
-def read_prices(folder: Path) -> np.ndarray[tuple[int], np.dtype[np.float32]] | None:
-    """The prices of a run's result, (N,) float32; None where there are none."""
-    path = folder / PRICES
-    return np.load(path, allow_pickle=False) if path.exists() else None

@@ -5,6 +5,7 @@ artifact), `sliding` (the recipe's windows) and `adapted` (these, learning from 
 itself and has a ledger and a clock of its own, from opening the file to its last payment.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,20 +18,18 @@ from fairway.base.clock import Stopwatch, hold
 from fairway.base.devices import Device
 from fairway.base.errors import DataError, RecipeError
 from fairway.base.journal import Run
-from fairway.base.progress import Meter
 from fairway.base.ranks import Ranks
-from fairway.base.slots import kind_of, module_of
+from fairway.base.slots import kind_of, module_of, optional
 from fairway.data import Tokens
 from fairway.model import GPT
 from fairway.score.adapt import none
-from fairway.score.booking import Booking, write_prices
 from fairway.score.harness import drive
 from fairway.score.ledger import Ledger
 from fairway.score.predictor import Adapter, Network, WindowPredictor
 from fairway.score.spec import ScoreSpec, Stage
 from fairway.score.stream import Stream, Unit
 from fairway.score.tape import Tape
-from fairway.score.tellers import Exact, Listener, Softmax, Teller
+from fairway.score.tellers import Listener, Softmax, Teller
 from fairway.score.windows import plain
 
 
@@ -84,24 +83,31 @@ def score_opened(
     lengths = byte_lengths(artifact, held_out)
     stream = stream_of(stage, len(lengths), spec, artifact.model_spec.context)
     model = model_on(artifact, device, is_exact(spec, stage))
-    ledger, booking = Ledger(len(lengths)), None
+    ledger = Ledger(len(lengths))
+    booking: Any = None  # fairway.score.booking.Booking
     if is_exact(spec, stage) and device is not None and device.torch.type != "cpu":
         run.fact("substitution", what=f"{stage} on {device.torch}", why="exact mode is float64 on the CPU, one learner")
     if is_exact(spec, stage) and stage == "adapted" and run.folder is not None:
-        booking = Booking(run, ledger, stream, spec.snapshots, held_out.text_sha256, artifact.sha256)
+        keep = optional("fairway.score.booking").Booking
+        booking = keep(run, ledger, stream, spec.snapshots, held_out.text_sha256, artifact.sha256)
     with run.meter(stage, len(lengths), "tokens") as meter:
-        pace = Pace(stage, ledger, lengths, limit, watch, run.ranks, meter)
+        pace: Callable[[Unit], None] | None = None
+        if limit or not run.quiet:
+            pace = optional("fairway.score.pace").Pace(stage, ledger, lengths, limit, watch, run.ranks, meter)
         score_model(model, held_out.tokens, stream, spec, stage, artifact.vocab, ledger, run.ranks, pace, None, booking)
     seconds = watch.stop()
-    hold(f"{stage} score", seconds, limit, "s", _REMEDY, run.ranks)
+    hold(f"{stage} score", seconds, limit, "s", REMEDY, run.ranks)
     if booking is not None:
         booking.close()
     if stage == spec.result and run.folder is not None:
-        write_prices(run, ledger)
+        optional("fairway.score.prices").write_prices(run, ledger)
     compute = str(model.compute or next(model.parameters()).dtype).removeprefix("torch.")
     score = _stage_score(stage, ledger, held_out, seconds, artifact, compute, is_exact(spec, stage))
     run.fact(f"score_{stage}", **asdict(score), units=len(stream), windows=len(stream.windows))
     return score
+
+
+REMEDY = "take a larger stride, fewer epochs, or raise budget.eval_seconds"
 
 
 def is_exact(spec: ScoreSpec, stage: Stage) -> bool:
@@ -155,7 +161,10 @@ def predictor_of(
 
 def teller_of(spec: ScoreSpec, stage: Stage, listen: Listener | None = None) -> Teller:
     """What a stage's distributions are made with."""
-    return Exact(spec.temperature, listen) if is_exact(spec, stage) else Softmax(spec.temperature, listen)
+    if is_exact(spec, stage):
+        made: Teller = optional("fairway.score.exact_teller").Exact(spec.temperature, listen)
+        return made
+    return Softmax(spec.temperature, listen)
 
 
 def score_model(
@@ -167,15 +176,15 @@ def score_model(
     vocab: int,
     ledger: Ledger,
     ranks: Ranks | None = None,
-    after: "Pace | None" = None,
+    after: Callable[[Unit], None] | None = None,
     listen: Listener | None = None,
-    booking: "Booking | None" = None,
+    booking: Any = None,
 ) -> float:
     """Drives a stage's predictor through its stream; the code length in nats."""
     tape = Tape(tokens, next(iter(model.parameters())).device, stream.edges)
     predictor = predictor_of(model, tape, stream, spec, stage, ranks)
     if booking is not None:
-        booking.begin(predictor.adapter)
+        booking.begin_with(predictor.adapter)
     return drive(predictor, stream, tape, tokens, vocab, ledger, teller_of(spec, stage, listen), ranks, after, booking)
 
 
@@ -202,45 +211,6 @@ def byte_lengths(artifact: Artifact, held_out: Tokens) -> npt.NDArray[np.int64]:
             "tokens: they decode to another text than the one to score; tokenize it with the artifact's tokenizer"
         )
     return lengths
-
-
-class Pace:
-    """Shows how far a stage is, and stops it on all ranks as soon as it is sure to be late."""
-
-    def __init__(
-        self,
-        stage: Stage,
-        ledger: Ledger,
-        lengths: npt.NDArray[np.int64],
-        limit: float,
-        watch: Stopwatch,
-        ranks: Ranks,
-        meter: Meter,
-    ) -> None:
-        self.stage, self.ledger, self.lengths = stage, ledger, lengths
-        self.limit, self.watch, self.ranks, self.meter = limit, watch, ranks, meter
-        self.units = 0
-        self.settling = (0.0, 0)  # seconds and targets of the first unit: compilers and caches warm up in it
-        self.nats, self.bytes = 0.0, 0
-
-    def __call__(self, unit: Unit) -> None:
-        """unit: this rank's share of a unit that has just been paid."""
-        self.units += 1
-        positions = unit.windows.positions
-        self.nats += float(self.ledger.price(positions).sum())
-        self.bytes += int(self.lengths[positions].sum())
-        seconds = self.watch.seconds
-        self.meter.update(unit.done, bpb=self.nats / np.log(2) / max(self.bytes, 1))
-        if self.units == 1:
-            self.settling = (seconds, unit.done)
-        warm, done = self.settling
-        if self.limit and self.units > 3 and unit.done > done:
-            left = (seconds - warm) / (unit.done - done) * (len(self.ledger) - unit.done)
-            # 5 % of what is left is forgiven, since rates vary; the exact time is asserted at the end.
-            hold(f"{self.stage} score, projected", seconds + 0.95 * left, self.limit, "s", _REMEDY, self.ranks)
-
-
-_REMEDY = "take a larger stride, fewer epochs, or raise budget.eval_seconds"
 
 
 def _stage_score(

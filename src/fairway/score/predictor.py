@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fairway.base.devices import threads
+from fairway.base.slots import optional
 from fairway.score.stream import Index, Stream, Unit, Windows
 from fairway.score.tape import Tape
 
@@ -96,8 +97,7 @@ class WindowPredictor:
     @torch.no_grad()
     def predict(self, unit: Unit) -> Iterator[Block]:
         if self.carried is not None:
-            for windows in unit.windows.rounds():
-                yield from self._carry(windows)
+            yield from optional("fairway.score.carried").carry(self, unit)
             return
         for run in unit.windows.runs():
             length, scored = int(run.stop[0] - run.start[0]), int(run.stop[0] - run.first[0])
@@ -106,7 +106,7 @@ class WindowPredictor:
                 windows = run[begin : begin + rows]
                 hidden, _ = self.model(self.tape.inputs(windows))
                 hidden = self._corrected(hidden, windows, length - scored)
-                yield from _blocks(self.model, windows.first, hidden[:, length - scored :])
+                yield from blocks_of(self.model, windows.first, hidden[:, length - scored :])
 
     @torch.no_grad()
     def steps(self, unit: Unit) -> Iterator[Step]:
@@ -115,7 +115,10 @@ class WindowPredictor:
         for windows in unit.windows.rounds():
             context, scored = int(windows.first[0] - windows.start[0]), int(windows.stop[0] - windows.first[0])
             length, delta = context + scored, None
-            past = self.model.begin(len(windows), length, length) if self.carried is None else self._past(windows)
+            if self.carried is None:
+                past = self.model.begin(len(windows), length, length)
+            else:
+                past = optional("fairway.score.carried").past_of(self, windows)
             if context:
                 hidden, past = self.model(self.tape.inputs(windows, 0, context), past)
                 delta = self._correction(hidden, self.tape.targets(windows, 0, context))
@@ -129,24 +132,6 @@ class WindowPredictor:
     def perceive(self, unit: Unit) -> None:
         with threads(1 if self.exact else 0):
             self.adapter.learn(unit, self.tape)
-
-    def _carry(self, windows: Windows) -> Iterator[Block]:
-        """One round of carried windows, in as many forwards as block_tokens asks for."""
-        length = int(windows.stop[0] - windows.start[0])
-        columns = max(1, self.block_tokens // len(windows))
-        self.past = self._past(windows)
-        for begin in range(0, length, columns):
-            inputs = self.tape.inputs(windows, begin, min(begin + columns, length))
-            hidden, self.past = self.model(inputs, self.past)
-            yield from _blocks(self.model, windows.start + begin, hidden)
-
-    def _past(self, windows: Windows) -> Any:
-        """What these lanes have left; lanes that have ended are dropped."""
-        assert self.carried is not None
-        if self.past is None:
-            length = int((self.carried.edges[1:] - self.carried.edges[:-1]).max())
-            return self.model.begin(len(windows), self.carried.context, length)
-        return self.past.narrow(len(windows))
 
     def _corrected(self, hidden: Tensor, windows: Windows, context: int) -> Tensor:
         """hidden: (n, T, d). In exact mode corrections are computed round by round, in the shapes of a decoder."""
@@ -163,7 +148,7 @@ class WindowPredictor:
             return self.adapter.correct(hidden.contiguous(), targets)
 
 
-def _blocks(model: Network, first: Index, hidden: Tensor) -> Iterator[Block]:
+def blocks_of(model: Network, first: Index, hidden: Tensor) -> Iterator[Block]:
     """hidden: (n, scored, d) at positions first, first + 1, ... -> blocks of logits, several where one is too large."""
     scored = hidden.shape[1]
     rows = max(1, _BLOCK_ELEMENTS // (scored * model.vocab))

@@ -8,7 +8,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fairway.score import exact
 from fairway.score.stream import Index
 
 Listener = Callable[[Index, Tensor], None]
@@ -34,20 +33,6 @@ class Softmax:
         if self.listen is not None:
             self.listen(positions, chances)
         return -chances.gather(1, targets[:, None])[:, 0].cpu().numpy()
-
-
-class Exact:
-    """The integer distributions of exact mode: what a coder is driven with, and what a decoder computes again."""
-
-    def __init__(self, temperature: float = 1.0, listen: Listener | None = None) -> None:
-        self.temperature, self.listen = temperature, listen
-
-    def price(self, positions: Index, logits: Tensor, targets: Tensor) -> npt.NDArray[np.float64]:
-        counts = exact.counts(exact.grid(logits, self.temperature))
-        if self.listen is not None:
-            self.listen(positions, (torch.as_tensor(counts).double() / exact.TOTAL).log())
-        chosen = np.asarray(counts)[np.arange(len(positions)), targets.cpu().numpy()]
-        return exact.prices(chosen)
 
 
 def normalise(logits: Tensor, temperature: float) -> Tensor:

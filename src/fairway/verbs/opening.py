@@ -10,9 +10,11 @@ from fairway import steps
 from fairway.base import recipes
 from fairway.base.devices import Device, choose
 from fairway.base.errors import FairwayError, RecipeError
-from fairway.base.journal import Run, new_folder
+from fairway.base.folders import new_folder
+from fairway.base.journal import Run
 from fairway.base.ranks import Ranks
 from fairway.recipe import Recipe
+from fairway.verbs.bar import bar
 
 
 def recipe_of(folder: Path, overrides: tuple[str, ...] = ()) -> Recipe:
@@ -45,4 +47,4 @@ def run_of(one: Recipe, root: Path, ranks: Ranks, quiet: bool = False, folder: P
         if made.startswith("error: "):
             raise RecipeError(made.removeprefix("error: "))
         folder = Path(made)
-    return Run(folder, ranks, quiet)
+    return Run(folder, ranks, quiet, bar)

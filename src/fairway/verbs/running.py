@@ -10,10 +10,13 @@ from fairway import pipeline, recipe, steps
 from fairway.artifact import open_artifact
 from fairway.base.errors import DataError, RecipeError
 from fairway.base.files import read
-from fairway.base.journal import Run, point_latest
+from fairway.base.folders import point_latest
+from fairway.base.journal import Run
 from fairway.base.ranks import Ranks
+from fairway.lab.submit import checkout
 from fairway.outcome import Outcome, rows
 from fairway.score import score_text
+from fairway.verbs.bar import bar
 from fairway.verbs.opening import ranks_on, recipe_of, run_of
 from fairway.verbs.printing import answer, table
 
@@ -37,11 +40,11 @@ def run(
     else:
         loaded = recipe.load(str(name), overrides)
         chosen = [replace(loaded, seed=seed) for seed in _seeds(seeds)] or [loaded]
-    outcomes = []
+    outcomes, code = [], checkout()
     with ranks_on(device) as (ranks, target):
         for one in chosen:
             with run_of(one, runs, ranks, quiet=as_json, folder=resume) as opened:
-                outcomes.append(pipeline.run(one, opened, target))
+                outcomes.append(pipeline.run(one, opened, target, code))
                 if ranks.first and opened.folder is not None:
                     point_latest(opened.folder.resolve())
                     if not as_json:
@@ -53,7 +56,7 @@ def run(
 def train(name: str, overrides: tuple[str, ...], device: str, runs: Path, as_json: bool) -> None:
     chosen = recipe.load(name, overrides)
     with ranks_on(device) as (ranks, target), run_of(chosen, runs, ranks, as_json) as opened:
-        steps.begin(chosen, opened, target)
+        steps.begin(chosen, opened, target, checkout())
         text = steps.prepare(chosen, opened)
         steps.train(chosen, text, opened, target)
         steps.calibrate(chosen, text, opened, target)
@@ -65,7 +68,7 @@ def train(name: str, overrides: tuple[str, ...], device: str, runs: Path, as_jso
 def quantize(folder: Path, device: str, as_json: bool) -> None:
     chosen = recipe_of(folder)
     with ranks_on(device) as (ranks, target), run_of(chosen, folder.parent, ranks, as_json, folder) as opened:
-        steps.quantize(chosen, opened, target)
+        steps.quantize(chosen, opened, target, checkout())
         if ranks.first:
             fact = opened.facts["quant"]
             line = f"quantised: {fact['entropy_bytes']:,} bytes by entropy; next: fairway pack {folder}"
@@ -75,7 +78,7 @@ def quantize(folder: Path, device: str, as_json: bool) -> None:
 def pack(folder: Path, as_json: bool) -> None:
     chosen = recipe_of(folder)
     with run_of(chosen, folder.parent, Ranks(), as_json, folder) as opened:
-        steps.pack(chosen, steps.stored_tokenizer(opened), opened)
+        steps.pack(chosen, steps.stored_tokenizer(opened), opened, checkout())
         fact = opened.facts["artifact"]
     if not as_json:
         shown = [(section, f"{size:,}", "") for section, size in fact["sections"].items()]
@@ -89,7 +92,7 @@ def score(target: Path, artifact: Path | None, device: str, as_json: bool) -> No
         _score_run(target, device, as_json)
         return
     with ranks_on(device) as (ranks, chosen):
-        quiet, text = Run(ranks=ranks, quiet=as_json), read(target)
+        quiet, text = Run(ranks=ranks, quiet=as_json, bar=bar), read(target)
         if not text:
             raise DataError(f"{target}: 0 bytes, nothing to score; name a file with text in it")
         found = score_text(open_artifact(artifact), text, run=quiet, device=chosen, lossy="score_decoded")
@@ -110,6 +113,8 @@ def _score_run(folder: Path, device: str, as_json: bool) -> None:
         text = steps.prepare(chosen, opened)
         scores = steps.score(chosen, text.held_out, opened, target)
         proof = steps.prove(chosen, text.held_out, opened)
+        if "scripts" not in opened.facts:  # a run from before scripts were weighed
+            steps.export(chosen, opened, checkout())
         outcome = steps.close(chosen, text, scores, proof, opened)
     if ranks.first:
         if as_json:

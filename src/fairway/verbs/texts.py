@@ -14,6 +14,7 @@ from fairway.score import compress as compressed
 from fairway.score import decompress as decompressed
 from fairway.score import sample as sampled
 from fairway.score import settings_for
+from fairway.verbs.bar import bar
 from fairway.verbs.printing import answer
 
 
@@ -21,7 +22,9 @@ def compress(file: str, artifact: Path, out: str, adapt: bool, lanes: int, as_js
     quiet = _quiet("compress", "file", out, as_json)
     opened, watch = open_artifact(artifact), Stopwatch().start()
     text = _take(file)
-    coded = compressed(opened, text, settings_for(opened, adapt, lanes, len(text)), Run(quiet=quiet), processes=0)
+    coded = compressed(
+        opened, text, settings_for(opened, adapt, lanes, len(text)), Run(quiet=quiet, bar=bar), processes=0
+    )
     _give(out, coded.content)
     seconds = watch.stop()
     facts = {key: value for key, value in asdict(coded).items() if key != "content"}
@@ -36,7 +39,9 @@ def decompress(file: str, artifact: Path, out: str, as_json: bool) -> None:
     quiet = _quiet("decompress", "text", out, as_json)
     opened, watch = open_artifact(artifact), Stopwatch().start()
     content = _take(file)
-    text = decompressed(opened, content, "standard input" if file == "-" else file, Run(quiet=quiet), processes=0)
+    text = decompressed(
+        opened, content, "standard input" if file == "-" else file, Run(quiet=quiet, bar=bar), processes=0
+    )
     _give(out, text)
     seconds = watch.stop()
     if not quiet or as_json:

@@ -14,6 +14,7 @@ class Spec:
     quality: int = 11  # 0 … 11
     window: int = 24  # log2 of bytes, 10 … 24
     orders: tuple[Order, ...] = ORDERS  # of the codes, the smaller result is kept; each costs one compression
+    reorder: bool = False  # tries nearest-neighbour chains of rows too, as #1855 did; quadratic in the rows
 
     def __post_init__(self) -> None:
         if not 0 <= self.quality <= 11 or not 10 <= self.window <= 24 or not self.orders:
@@ -23,7 +24,7 @@ class Spec:
 
 
 def encode(group: Group, spec: Spec) -> bytes:
-    return encode_bytes(group, spec.orders, lambda raw: brotli_pack(raw, spec.quality, spec.window))
+    return encode_bytes(group, spec.orders, lambda raw: brotli_pack(raw, spec.quality, spec.window), spec.reorder)
 
 
 def decode(blob: bytes, layout: GroupLayout) -> tuple[Codes, ...]:

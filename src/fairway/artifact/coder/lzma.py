@@ -13,6 +13,7 @@ from fairway.artifact.groups import ORDERS, Codes, Group, GroupLayout, Order, de
 class Spec:
     preset: int = 9  # 0 … 9, always with the extreme search
     orders: tuple[Order, ...] = ORDERS  # of the codes, the smaller result is kept; each costs one compression
+    reorder: bool = False  # tries nearest-neighbour chains of rows too, as #1855 did; quadratic in the rows
 
     def __post_init__(self) -> None:
         if not 0 <= self.preset <= 9 or not self.orders:
@@ -20,7 +21,7 @@ class Spec:
 
 
 def encode(group: Group, spec: Spec) -> bytes:
-    return encode_bytes(group, spec.orders, lambda raw: lzma_pack(raw, spec.preset, context=0))
+    return encode_bytes(group, spec.orders, lambda raw: lzma_pack(raw, spec.preset, context=0), spec.reorder)
 
 
 def decode(blob: bytes, layout: GroupLayout) -> tuple[Codes, ...]:

@@ -19,6 +19,7 @@ else:
 class Spec:
     level: int = 22  # 1 … 22
     orders: tuple[Order, ...] = ORDERS  # of the codes, the smaller result is kept; each costs one compression
+    reorder: bool = False  # tries nearest-neighbour chains of rows too, as #1855 did; quadratic in the rows
 
     def __post_init__(self) -> None:
         if not 1 <= self.level <= 22 or not self.orders:
@@ -43,7 +44,7 @@ def zstd_unpack(blob: bytes, size: int) -> bytes:
 
 
 def encode(group: Group, spec: Spec) -> bytes:
-    return encode_bytes(group, spec.orders, lambda raw: zstd_pack(raw, spec.level))
+    return encode_bytes(group, spec.orders, lambda raw: zstd_pack(raw, spec.level), spec.reorder)
 
 
 def decode(blob: bytes, layout: GroupLayout) -> tuple[Codes, ...]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fairway.base.errors import ContractError
+from fairway.quant.dead_zone import towards_zero
 from fairway.quant.grid import largest
 from fairway.quant.rounding import Solution
 
@@ -29,7 +30,9 @@ class Spec:
             raise ValueError(f"damping = {self.damping}, block = {self.block}: positive numbers are needed")
 
 
-def solve(weight: Tensor, scales: Tensor, bits: int, hessian: Tensor | None, spec: Spec) -> Solution:
+def solve(
+    weight: Tensor, scales: Tensor, bits: int, hessian: Tensor | None, spec: Spec, dead_zone: float = 0.0
+) -> Solution:
     """weight: (rows, cols); scales: (rows,) float16; hessian: (cols, cols) -> codes (rows, cols) int8."""
     if hessian is None:
         raise ContractError("rounding = 'ascending_plain' was given no Hessian; calibrate, or choose nearest")
@@ -43,7 +46,7 @@ def solve(weight: Tensor, scales: Tensor, bits: int, hessian: Tensor | None, spe
         stop = min(start + spec.block, len(columns))
         errors = torch.empty_like(columns[start:stop])
         for j in range(start, stop):
-            code = torch.clamp(torch.round(columns[j] / step), -limit, limit)
+            code = torch.clamp(towards_zero(columns[j] / step, dead_zone), -limit, limit)
             errors[j - start] = (columns[j] - code * step) / inverse[j, j]
             columns[j + 1 : stop].addr_(inverse[j, j + 1 : stop], errors[j - start], alpha=-1.0)
             codes[order[j]] = code

@@ -7,7 +7,9 @@ many left to make up for them. With U the upper Cholesky factor of the inverse, 
     q = clip(round(w_j / s)),   e = (w_j − q s) / U_jj,   w_k ← w_k − e U_jk  for all k > j,
 
 the update for later columns kept for the end of each block. Full GPTQ against a percentile search: −0.0024 bpb (#535).
-Everything runs in float64, where damping need hardly ever rise.
+Everything runs in float64, where damping need hardly ever rise. All that depends on H alone is its `Factor`, made once
+where several steps are tried. Rows never meet: matrices of one Hessian, or one matrix at several scales, may be solved
+as one, stacked.
 """
 
 import math
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fairway.base.errors import ContractError
+from fairway.quant.dead_zone import towards_zero
 from fairway.quant.grid import largest
 from fairway.quant.rounding import Solution
 
@@ -34,20 +37,50 @@ class Spec:
             raise ValueError(f"damping = {self.damping}, block = {self.block}: positive numbers are needed")
 
 
-def solve(weight: Tensor, scales: Tensor, bits: int, hessian: Tensor | None, spec: Spec) -> Solution:
-    """weight: (rows, cols); scales: (rows,) float16; hessian: (cols, cols) -> codes (rows, cols) int8."""
-    if hessian is None:
-        raise ContractError("rounding = 'gptq' was given no Hessian; calibrate, or choose nearest")
-    w, h = weight.double(), hessian.double()
+@dataclass(frozen=True, eq=False)
+class Factor:
+    """What GPTQ needs of a Hessian.
+
+    dead: (cols,) bool, columns without input; order: (cols,) int64, in which columns are rounded; upper: (cols, cols)
+    float64, U for columns in that order; damping: what it took; asked: what the Spec said.
+    """
+
+    dead: Tensor
+    order: Tensor
+    upper: Tensor
+    damping: float
+    asked: float
+
+
+def factorise(hessian: Tensor, spec: Spec) -> Factor:
+    """hessian: (cols, cols) -> its factor, for every `solve` with this damping."""
+    h = hessian.double()
     dead = h.diagonal() == 0
-    w = w.masked_fill(dead[None, :], 0.0)
     h = h + torch.diag(dead.to(h.dtype))
     order = torch.argsort(h.diagonal(), descending=True, stable=True)
     upper, damping = inverse_factor(h[order][:, order], spec.damping)
-    columns = _solve_ordered(w[:, order].T.contiguous(), scales.double(), largest(bits), upper, spec.block)
+    return Factor(dead, order, upper, damping, spec.damping)
+
+
+def solve(
+    weight: Tensor, scales: Tensor, bits: int, hessian: Tensor | Factor | None, spec: Spec, dead_zone: float = 0.0
+) -> Solution:
+    """weight: (rows, cols); scales: (rows,) float16; hessian: (cols, cols), or a factor -> codes (rows, cols) int8."""
+    if hessian is None:
+        raise ContractError("rounding = 'gptq' was given no Hessian; calibrate, or choose nearest")
+    factor = hessian if isinstance(hessian, Factor) else factorise(hessian, spec)
+    if factor.asked != spec.damping:
+        raise ContractError(f"rounding = 'gptq': a factor of damping {factor.asked:g}, {spec.damping:g} is wanted")
+    w = weight.double().masked_fill(factor.dead[None, :], 0.0)
+    free = w[:, factor.order].T.contiguous()
+    columns = _solve_ordered(free, scales.double(), largest(bits), factor.upper, spec.block, dead_zone)
     codes = torch.empty_like(columns)
-    codes[order] = columns
-    facts = {"dead_columns": float(dead.sum()), "damping": damping, "damping_raised": float(damping > spec.damping)}
+    codes[factor.order] = columns
+    facts = {
+        "dead_columns": float(factor.dead.sum()),
+        "damping": factor.damping,
+        "damping_raised": float(factor.damping > spec.damping),
+    }
     return Solution(codes.T.contiguous().to(torch.int8), facts)
 
 
@@ -71,7 +104,7 @@ def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
     )
 
 
-def _solve_ordered(columns: Tensor, scales: Tensor, limit: int, upper: Tensor, block: int) -> Tensor:
+def _solve_ordered(columns: Tensor, scales: Tensor, limit: int, upper: Tensor, block: int, dead_zone: float) -> Tensor:
     """columns: (cols, rows), consumed; scales: (rows,); upper: (cols, cols) -> codes (cols, rows)."""
     codes = torch.empty_like(columns)
     for start in range(0, len(columns), block):
@@ -79,7 +112,7 @@ def _solve_ordered(columns: Tensor, scales: Tensor, limit: int, upper: Tensor, b
         free, factor = columns[start:stop], upper[start:stop, start:stop]
         errors = torch.empty_like(free)
         for j in range(stop - start):
-            code = torch.clamp(torch.round(free[j] / scales), -limit, limit)
+            code = torch.clamp(towards_zero(free[j] / scales, dead_zone), -limit, limit)
             errors[j] = (free[j] - code * scales) / factor[j, j]
             free[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1.0)
             codes[start + j] = code

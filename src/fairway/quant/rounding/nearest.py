@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fairway.quant.grid import nearest_codes
+from fairway.quant.dead_zone import towards_zero
+from fairway.quant.grid import largest
 from fairway.quant.rounding import Solution
 
 NEEDS_HESSIAN = False
@@ -16,6 +17,10 @@ class Spec:
     """Nothing to choose."""
 
 
-def solve(weight: Tensor, scales: Tensor, bits: int, hessian: Tensor | None, spec: Spec) -> Solution:
+def solve(
+    weight: Tensor, scales: Tensor, bits: int, hessian: Tensor | None, spec: Spec, dead_zone: float = 0.0
+) -> Solution:
     """weight: (rows, cols); scales: (rows,) float16 -> codes (rows, cols) int8. The Hessian is not read."""
-    return Solution(nearest_codes(weight.float(), scales, bits).to(torch.int8), {})
+    steps = weight.float() / scales.float()[:, None]
+    codes = towards_zero(steps, dead_zone)
+    return Solution(torch.clamp(codes, -largest(bits), largest(bits)).to(torch.int8), {})

@@ -19,6 +19,7 @@ from fairway.score import exact, range_coder
 from fairway.score.codec import limits
 from fairway.score.codec.format import STATE, Block, Part
 from fairway.score.evaluate import adapter_of, model_on, predictor_of, stream_of
+from fairway.score.exact_teller import Exact
 from fairway.score.harness import drive
 from fairway.score.ledger import Ledger
 from fairway.score.predictor import Adapter, WindowPredictor
@@ -26,7 +27,7 @@ from fairway.score.spec import ScoreSpec, Stage
 from fairway.score.state import tensors_hash
 from fairway.score.stream import Index, Stream, Unit
 from fairway.score.tape import BlankTape, Tape
-from fairway.score.tellers import Exact, normalise
+from fairway.score.tellers import normalise
 
 Progress = Callable[[int], None]
 """Called with the number of tokens done."""

@@ -1,0 +1,314 @@
+"""Damaged and forged artifacts, thousands of them, over all coders: what does opening make of each?
+
+    python bench/artifact_mutations.py [--count 10000] [--seed 0] [--limit 20]
+
+Half of the cases damage a file as a bad disk would: an ArtifactError is right, other weights are wrong. The other half
+alter a section or the header and set every checksum right again: then other weights are right too. Any other exception
+is wrong in both, and so is a case that takes more than --limit seconds or 200 MB.
+"""
+
+import argparse
+import hashlib
+import json
+import random
+import resource
+import signal
+import struct
+import sys
+import tempfile
+import time
+import traceback
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fairway.artifact import Artifact, PackSpec, open_artifact, seal
+from fairway.artifact.container import PRELUDE
+from fairway.artifact.squeeze import squeeze, unsqueeze
+from fairway.base import slots
+from fairway.base.errors import ArtifactError
+from fairway.base.specs import build
+from fairway.quant import Quantized
+
+GOLDEN = Path(__file__).parents[1] / "tests" / "golden" / "artifact-v1-plain.fw"
+CODERS: tuple[Any, ...] = (*slots.kinds("fairway.artifact.coder"), {"kind": "brotli", "reorder": True})
+MOST_MEGABYTES = 200.0
+VALUES: tuple[Any, ...] = (
+    *(0, 1, -1, 2, 3, 7, 8, 9, 255, 256, 1 << 16, 1 << 31, 1 << 40, 1 << 70, 0.5, 1e300, float("nan"), "", "rans"),
+    *("plain", "../rans", "x" * 1000, "\n\x1b[2J", True, None, [], {}, [[]] * 40, {"kind": "none"}),
+)
+
+
+@dataclass(frozen=True)
+class Original:
+    """A file, and what it opens to."""
+
+    coder: str
+    content: bytes
+    digest: str
+
+
+@dataclass(frozen=True)
+class Case:
+    """One mutation. honest: no checksum was set right again, so that no other weights may come out."""
+
+    kind: str
+    coder: str
+    content: bytes
+    digest: str
+    honest: bool
+
+
+@dataclass
+class Tally:
+    """What the cases of one kind came to. wrong: (case, what happened) of each that must not be."""
+
+    count: int = 0
+    refused: int = 0
+    same: int = 0
+    other: int = 0
+    seconds: float = 0.0
+    megabytes: float = 0.0
+    wrong: list[tuple[Case, str]] = field(default_factory=list)
+
+
+class Late(BaseException):
+    """A case takes too long. No Exception: nothing on the way may take it for its own."""
+
+
+def digest(artifact: Artifact) -> str:
+    """One hash of all weights."""
+    found = hashlib.sha256()
+    for name, value in artifact.tensors.items():
+        found.update(f"{name} {value.shape}\n".encode())
+        if isinstance(value, Quantized):
+            found.update(bytes([value.bits]) + value.codes.tobytes() + value.scales.tobytes())
+        else:
+            found.update(value.tobytes())
+    return found.hexdigest()
+
+
+def originals(folder: Path) -> list[Original]:
+    """The golden artifact's tensors by each coder, some tables made compressible so that every path is taken."""
+    golden, made = open_artifact(GOLDEN), []
+    tensors = dict(golden.tensors)
+    for name, value in tensors.items():
+        if isinstance(value, Quantized) and value.codes.shape[0] > 64:
+            codes = value.codes.copy()
+            codes[::2] = codes[0] // 4
+            tensors[name] = Quantized(codes, value.scales, value.bits)
+    for coder in CODERS:
+        path = folder / "original.fw"
+        spec = build(PackSpec, {"coder": coder})
+        seal(path, tensors, golden.model_spec, golden.vocab, golden.tokenizer, golden.decoder, spec)
+        made.append(Original(str(coder), path.read_bytes(), digest(open_artifact(path))))
+    return made
+
+
+def cases(made: list[Original], count: int, seed: int) -> Iterator[Case]:
+    """`count` mutations, half with checksums set right; equal numbers of each kind and coder, about."""
+    chance = random.Random(seed)
+    for number in range(count):
+        honest = number % 2 == 0
+        table = DAMAGE if honest else FORGERY
+        kind = list(table)[number // 2 % len(table)]
+        original = chance.choice(made)
+        while (content := table[kind](chance, original.content)) == original.content:
+            original = chance.choice(made)
+        yield Case(kind, original.coder, content, original.digest, honest)
+
+
+def run(cases_: Iterator[Case], folder: Path, limit: float = 20.0) -> dict[tuple[str, bool], Tally]:
+    """Opens every case in this process. limit: seconds for one."""
+    tallies: dict[tuple[str, bool], Tally] = {}
+    path = folder / "case.fw"
+    for case in cases_:
+        tally = tallies.setdefault((case.kind, case.honest), Tally())
+        tally.count += 1
+        path.write_bytes(case.content)
+        held, start = peak(), time.perf_counter()
+        try:
+            with at_most(limit):
+                same = digest(open_artifact(path)) == case.digest
+            tally.same += same
+            tally.other += not same
+            if case.honest:  # every byte is under the sha256: even the same weights would be a checksum not looked at
+                tally.wrong.append((case, "an altered file was opened"))
+        except ArtifactError as error:
+            tally.refused += 1
+            if not str(error).isprintable():
+                tally.wrong.append((case, f"a message that is no line: {str(error)[:300]!r}"))
+        except Late:
+            tally.wrong.append((case, f"more than {limit} s"))
+        except Exception:
+            tally.wrong.append((case, traceback.format_exc()))
+        tally.seconds = max(tally.seconds, time.perf_counter() - start)
+        tally.megabytes = max(tally.megabytes, peak() - held)
+        if peak() - held > MOST_MEGABYTES:
+            tally.wrong.append((case, f"{peak() - held:.0f} MB"))
+    return tallies
+
+
+@contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """Raises Late where the block takes longer."""
+
+    def late(*_: object) -> None:
+        raise Late
+
+    handler = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+
+
+def peak() -> float:
+    """MB of memory held at most so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+
+# Damage
+
+
+def flip(chance: random.Random, content: bytes) -> bytes:
+    place = chance.randrange(len(content))
+    return content[:place] + bytes([content[place] ^ (1 << chance.randrange(8))]) + content[place + 1 :]
+
+
+def cut(chance: random.Random, content: bytes) -> bytes:
+    return content[: chance.randrange(len(content))]
+
+
+def altered(chance: random.Random, content: bytes) -> bytes:
+    """One to three damages of the kinds that disks and editors do."""
+    for _ in range(chance.choice((1, 1, 2, 3))):
+        near = chance.random() < 0.4  # the beginning holds a section's model and states
+        place = chance.randrange(min(len(content), 40 if near else len(content)) + 1)
+        size = min(chance.choice((1, 1, 2, 4, 30, 200)), len(content) - place)
+        piece, other = content[place : place + size], chance.randrange(len(content) + 1)
+        new = chance.choice(
+            (
+                bytes(value ^ (1 << chance.randrange(8)) for value in piece[:1]) + piece[1:],
+                *(chance.randbytes(size), bytes(size), b"\xff" * size, b"", piece + piece),
+                *(piece + chance.randbytes(chance.randrange(1, 9)), content[other : other + size]),
+                struct.pack("<h", chance.choice((-(1 << 15), (1 << 15) - 1, 0, 1, -1, 255))),
+            )
+        )
+        content = content[:place] + new + content[place + size :]
+    return content
+
+
+# Forgery: checksums set right again
+
+
+def parts(content: bytes) -> tuple[dict[str, Any], list[bytes]]:
+    """A file's header and its sections."""
+    start = PRELUDE + int.from_bytes(content[PRELUDE - 8 : PRELUDE - 4], "little")
+    table, blobs = json.loads(unsqueeze(content[PRELUDE:start], 1 << 22)), []
+    for _, stored, _ in table["sections"]:
+        blobs.append(content[start : start + stored])
+        start += stored
+    return table, blobs
+
+
+def whole(content: bytes, table: dict[str, Any], blobs: list[bytes], follow: bool = True) -> bytes:
+    """The file with that header and those sections. follow: lengths and crc32s are those of the sections."""
+    if follow:
+        table["sections"] = [
+            [row[0], len(blob), zlib.crc32(blob)] for row, blob in zip(table["sections"], blobs, strict=True)
+        ]
+    header = squeeze(json.dumps(table).encode())
+    prelude = content[:8] + len(header).to_bytes(4, "little") + zlib.crc32(header).to_bytes(4, "little")
+    body = b"".join([prelude, header, *blobs])
+    return body + hashlib.sha256(body).digest()
+
+
+def forged_codes(chance: random.Random, content: bytes) -> bytes:
+    """A group's bytes."""
+    table, blobs = parts(content)
+    place = chance.choice([i for i, row in enumerate(table["sections"]) if row[0].startswith("codes.")])
+    blobs[place] = chance.choice((altered, altered, flip, cut))(chance, blobs[place] or b"\0")
+    return whole(content, table, blobs)
+
+
+def forged_other(chance: random.Random, content: bytes) -> bytes:
+    """Any section's bytes; sections exchanged."""
+    table, blobs = parts(content)
+    place, other = chance.randrange(len(blobs)), chance.randrange(len(blobs))
+    if chance.random() < 0.3:
+        blobs[place], blobs[other] = blobs[other], blobs[place]
+    else:
+        blobs[place] = altered(chance, blobs[place])
+    return whole(content, table, blobs)
+
+
+def forged_header(chance: random.Random, content: bytes) -> bytes:
+    """A value anywhere in the header."""
+    table, blobs = parts(content)
+    for _ in range(chance.choice((1, 1, 2))):
+        node: Any = table
+        while True:
+            keys = list(node) if isinstance(node, dict) else list(range(len(node)))
+            key = chance.choice(keys)
+            if not isinstance(node[key], (dict, list)) or not node[key] or chance.random() < 0.05:
+                break
+            node = node[key]
+        old = node[key]
+        numbers = [old + 1, old - 1, old * 2] if isinstance(old, int) else []
+        node[key] = chance.choice((*VALUES, *numbers * 5))
+    try:
+        return whole(content, table, blobs, follow=False)
+    except (ValueError, RecursionError):
+        return content
+
+
+def forged_coder(chance: random.Random, content: bytes) -> bytes:
+    """A file said to be of another coder."""
+    table, blobs = parts(content)
+    table["coder"] = chance.choice([name for name in CODERS if isinstance(name, str) and name != table["coder"]])
+    return whole(content, table, blobs)
+
+
+Mutation = Callable[[random.Random, bytes], bytes]
+DAMAGE: dict[str, Mutation] = {"one bit": flip, "cut short": cut, "bytes": altered}
+FORGERY: dict[str, Mutation] = {
+    "codes": forged_codes,
+    "codes, too": forged_codes,
+    "another section": forged_other,
+    "header": forged_header,
+    "coder": forged_coder,
+}
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--count", type=int, default=10_000)
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--limit", type=float, default=20.0)
+    given = options.parse_args()
+    np.seterr(all="ignore")
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        tallies = run(cases(originals(Path(folder)), given.count, given.seed), Path(folder), given.limit)
+    print(f"{'mutation':18} {'checksums':10} {'cases':>6} {'refused':>8} {'same':>6} {'other':>6} {'s':>6} {'MB':>5}")
+    for (kind, honest), one in tallies.items():
+        sums = "untouched" if honest else "set right"
+        counts = f"{one.count:6} {one.refused:8} {one.same:6} {one.other:6} {one.seconds:6.2f} {one.megabytes:5.0f}"
+        print(f"{kind:18} {sums:10} {counts}")
+    wrong = [pair for one in tallies.values() for pair in one.wrong]
+    for case, what in wrong[:10]:
+        print(f"\nWRONG: {case.kind}, {case.coder}: {what}", file=sys.stderr)
+    print(f"{len(wrong)} wrong; {time.perf_counter() - start:.0f} s, {peak():.0f} MB at most")
+    raise SystemExit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()

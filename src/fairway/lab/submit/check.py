@@ -1,0 +1,208 @@
+"""Is a record what it says? Its scripts are made again from this code, and run alone in an empty folder.
+
+Alone: `python -I` (no environment, no user's packages, nothing from the working folder) under a guard that wraps the
+import finders: what they find outside the standard library is hidden, unless requirements.txt names it or what it names
+needs it. This package is hidden with the rest.
+"""
+
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fairway.artifact import open_artifact
+from fairway.artifact.bundle import unpacked
+from fairway.base import files
+from fairway.base.errors import ContractError, RecipeError
+from fairway.data import open_corpus
+from fairway.lab.submit.entries import Entry, entry
+from fairway.lab.submit.export import SCORE, TRAIN, checkout, score_script, train_script
+from fairway.lab.submit.record import REQUIREMENTS, load
+
+STEPS = 20
+SLICE = 8_000  # bytes of held-out text that are scored
+CLOSE = 1e-4  # relative, of a loss on other hardware than the run's: math libraries order their sums differently
+
+GUARD = """
+import os, runpy, sys, sysconfig
+class Named:
+    def __init__(self, finder): self.finder = finder
+    def __getattr__(self, name): return getattr(self.finder, name)
+    def find_spec(self, name, path=None, target=None):
+        found = self.finder.find_spec(name, path, target)
+        return found if found is None or name.partition(".")[0] in names or standard(found.origin or "") else None
+def standard(place):
+    inside = any(place.startswith(library) for library in libraries) and "-packages" + os.sep not in place
+    return inside or place in ("built-in", "frozen")
+names, libraries = set(sys.argv[1].split(",")), {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")}
+libraries = {os.path.realpath(library) + os.sep for library in libraries} | {library + os.sep for library in libraries}
+sys.meta_path[:] = [Named(finder) for finder in sys.meta_path]
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@dataclass(frozen=True)
+class Check:
+    """What a check found. rebuilt: {script: whether these bytes come of this code}; commits: the record's and this
+    code's; scores: code length in bits of the same text, by script and package; losses: of the first steps, by script
+    and run; exact: whether the run's hardware is this one, so that its losses must come again to the last bit;
+    differing: modules that this code has otherwise."""
+
+    rebuilt: dict[str, bool]
+    commits: dict[str, str | None]
+    importable: list[str]
+    seed: int
+    text_bytes: int
+    scores: dict[str, float]
+    losses: dict[str, list[float]]
+    exact: bool
+    differing: list[str]
+
+    @property
+    def same_score(self) -> bool:
+        return self.scores["script"] == self.scores["package"]
+
+    @property
+    def same_losses(self) -> bool:
+        ours, run = self.losses["script"], self.losses["run"]
+        if len(ours) != len(run) or not ours:
+            return False
+        return ours == run or (not self.exact and max(abs(a / b - 1) for a, b in zip(ours, run, strict=True)) < CLOSE)
+
+    @property
+    def holds(self) -> bool:
+        return all(self.rebuilt.values()) and self.same_score and self.same_losses
+
+    def plain(self) -> dict[str, Any]:
+        return {**asdict(self), "same_score": self.same_score, "same_losses": self.same_losses, "holds": self.holds}
+
+
+def check(folder: Path, runs: Path, device: str = "auto") -> Check:
+    """Checks a record folder with the first of its runs that lies under `runs`.
+
+    RecipeError where none does; DataError, ArtifactError for what cannot be read; ContractError where a script fails.
+    """
+    record = load(folder)
+    one = _at_hand([row for row in record["runs"] if not row["superseded"]], runs)
+    made = {TRAIN: train_script(one.recipe), SCORE: score_script(one.recipe)}
+    names = importable((folder / REQUIREMENTS).read_text().splitlines())
+    text = _slice(one)
+    with tempfile.TemporaryDirectory() as empty:
+        place = Path(empty)
+        scores = _scores(folder / SCORE, one, text, names, place, device)
+        losses, here = _losses(folder / TRAIN, one, names, place, device)
+    return Check(
+        rebuilt={name: files.read(folder / name) == content for name, content in made.items()},
+        commits={"record": one.row["commit"], "code": checkout().commit},
+        importable=sorted(names),
+        seed=one.row["seed"],
+        text_bytes=len(text),
+        scores=scores,
+        losses=losses,
+        exact=here,
+        differing=_differing(folder, made),
+    )
+
+
+def _differing(folder: Path, made: dict[str, bytes]) -> list[str]:
+    """The modules in which a record's scripts differ from those of this code; "recipe" where the tables do."""
+    found = set()
+    for name, content in made.items():
+        (table, ours), (other, theirs) = unpacked(content.decode()), unpacked(files.read(folder / name).decode())
+        found |= {module for module in {*ours, *theirs} if ours.get(module) != theirs.get(module)}
+        found |= {"recipe"} if table != other else set()
+    return sorted(found)
+
+
+def importable(requirements: list[str]) -> set[str]:
+    """First names of all modules of the distributions named, and of those that these ask for in turn."""
+    waiting, known = [_name(line) for line in requirements if line.strip()], set[str]()
+    while waiting:
+        one = waiting.pop()
+        if one not in known:
+            known.add(one)
+            try:
+                asked = importlib.metadata.requires(one) or []
+            except importlib.metadata.PackageNotFoundError:
+                continue
+            waiting += [_name(line) for line in asked if "extra ==" not in line]
+    providers = importlib.metadata.packages_distributions()
+    return {module for module, found in providers.items() if known & {_name(distribution) for distribution in found}}
+
+
+def _name(requirement: str) -> str:
+    """The normal form of a distribution's name (PEP 503)."""
+    found = re.match(r"[A-Za-z0-9._-]+", requirement.strip())
+    return re.sub(r"[-_.]+", "-", found[0]).lower() if found else ""
+
+
+def _at_hand(rows: list[dict[str, Any]], runs: Path) -> Entry:
+    for row in rows:
+        if (runs / row["run"]).is_dir():
+            one = entry(runs / row["run"])
+            if one.row["sha256"] != row["sha256"]:
+                raise RecipeError(
+                    f"{one.folder}: its hashes are not those of the record; `fairway submit --update` takes it"
+                )
+            return one
+    raise RecipeError(f"{runs}: none of the runs of this record ({rows[0]['run']}, …); name their folder with --runs")
+
+
+def _slice(one: Entry) -> bytes:
+    """The beginning of the held-out text."""
+    corpus = open_corpus(one.recipe.data, one.recipe.data.held_out)
+    if corpus.documents:
+        return b"".join(corpus.documents)[:SLICE]
+    tokens = corpus.shards[0].tokens[: SLICE // 2]
+    return open_artifact(one.folder / "artifact.fw").tokenizer.decode(tokens[1:], previous=int(tokens[0]))[:SLICE]
+
+
+def _scores(script: Path, one: Entry, text: bytes, names: set[str], place: Path, device: str) -> dict[str, float]:
+    (place / "text").write_bytes(text)
+    words = [str((one.folder / "artifact.fw").resolve()), "--device", device, "--json"]
+    ours = json.loads(_alone(script, [words[0], "text", *words[1:]], names, place, {}))
+    command = [sys.executable, "-m", "fairway", "score", "text", "-a", *words]
+    package = json.loads(_output(command, place, dict(os.environ)))
+    return {"script": ours["code_length_bits"], "package": package["code_length_bits"]}
+
+
+def _losses(script: Path, one: Entry, names: set[str], place: Path, device: str) -> tuple[dict[str, list[float]], bool]:
+    """The losses of the first steps, by script and run, and whether this hardware is the run's."""
+    data, booked = one.recipe.data, one.facts["device"]
+    said = {"SEED": str(one.recipe.seed), "OMP_NUM_THREADS": str(booked["threads"])}
+    for name, value in (("DATA_PATH", data.path), ("TOKENIZER_PATH", data.tokenizer.model)):
+        if value and Path(value).exists():
+            said[name] = str(Path(value).resolve())
+    _alone(script, ["--steps", str(STEPS), "--device", device, "--runs", "runs"], names, place, said)
+    (made,) = (place / "runs").iterdir()
+    facts = [json.loads(line) for line in (made / "journal.jsonl").read_text().splitlines()]
+    here = next(fact for fact in facts if fact["fact"] == "device")
+    same = all(
+        here.get(key) == booked.get(key) for key in ("ranks", "device", "processor", "compute", "threads", "torch")
+    )
+    rows = [json.loads(line) for line in (made / "curves.jsonl").read_text().splitlines()]
+    ours = [row["loss"] for row in rows if row["curve"] == "train" and row["step"] <= STEPS]
+    return {"script": ours, "run": [loss for step, loss in one.curve if step <= STEPS]}, same
+
+
+def _alone(script: Path, words: list[str], names: set[str], place: Path, said: dict[str, str]) -> str:
+    """A script's output, run in `place` with nothing importable but the standard library and `names`."""
+    command = [sys.executable, "-I", "-c", GUARD, ",".join(sorted(names)), str(script.resolve()), *words]
+    return _output(command, place, {**os.environ, **said})
+
+
+def _output(command: list[str], place: Path, environment: dict[str, str]) -> str:
+    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip() or done.stdout.strip() or "no word").splitlines()[-1]
+        raise ContractError(
+            f"{' '.join(Path(word).name for word in command[-6:])}: ended with {done.returncode}: {last}"
+        )
+    return done.stdout

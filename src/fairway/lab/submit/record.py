@@ -1,0 +1,167 @@
+"""The record folder as the challenge wants it: scripts, README.md, submission.json, a log for each seed, requirements.
+
+Written whole or not at all: everything is made in a folder beside it, which then takes its name.
+"""
+
+import json
+import os
+import platform
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fairway.base.errors import DataError, RecipeError
+from fairway.base.files import unwritable
+from fairway.lab.submit import readme
+from fairway.lab.submit.entries import Entry, entry, share
+from fairway.lab.submit.export import SCORE, TRAIN, needs, requirements
+
+RECORD, README, REQUIREMENTS, OLD = "submission.json", "README.md", "requirements.txt", "superseded"
+
+
+def submit(
+    runs: list[Path],
+    folder: Path,
+    replaces: Path | None = None,
+    bar: float | None = None,
+    author: str = "",
+    github: str = "",
+    update: bool = False,
+) -> dict[str, Any]:
+    """Makes the record of some finished runs of one recipe, or takes new ones up into one; what submission.json says.
+
+    RecipeError: runs that differ in more than the seed (naming what); a folder that is there without `update`, or none
+    with it.
+    """
+    if not runs:
+        raise RecipeError("fairway submit: name finished run folders")
+    if update != (folder / RECORD).is_file() or (folder.exists() and not update):
+        told = "no record there" if update else "exists already"
+        raise RecipeError(f"{folder}: {told}; {'leave --update out' if update else 'use --update, or another place'}")
+    entries = [entry(path) for path in runs]
+    share(entries)
+    before = load(folder) if update else {}
+    record = _record(entries, before, entry(replaces) if replaces else None, bar, author, github)
+    _swap(folder, lambda place: _fill(place, folder, entries, record, before))
+    return record
+
+
+def load(folder: Path) -> dict[str, Any]:
+    """What submission.json says; DataError where it is no record of ours."""
+    try:
+        record = json.loads((folder / RECORD).read_text())
+        if not record["runs"] or not all(row["sha256"] and "superseded" in row for row in record["runs"]):
+            raise ValueError("no runs in it")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder / RECORD}: no record of `fairway submit` ({error}); name one that is") from error
+    return dict(record)
+
+
+def _record(
+    entries: list[Entry],
+    before: Mapping[str, Any],
+    replaces: Entry | None,
+    bar: float | None,
+    author: str,
+    github: str,
+) -> dict[str, Any]:
+    """The field names of the challenge first, what the tables are made of after them."""
+    first = entries[0]
+    rows = [_superseded(row, entries) for row in before.get("runs", [])] + [one.row for one in entries]
+    current = [row for row in rows if not row["superseded"]]
+    replaced = before.get("replaces")
+    if replaces is not None:
+        replaced = {**replaces.row, "recipe": replaces.table}
+    mean = {key: statistics.mean(row[key] for row in current) for key in ("val_loss", "val_bpb")}
+    return {
+        "author": author or before.get("author", ""),
+        "github_id": github or before.get("github_id", ""),
+        "name": first.recipe.name,
+        "blurb": first.recipe.summary,
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "val_loss": mean["val_loss"],
+        "val_bpb": mean["val_bpb"],
+        "bytes_total": max(row["total_bytes"] for row in current),
+        "bytes_code": current[0]["code_bytes"],
+        "seeds": [row["seed"] for row in current],
+        "std_val_bpb": statistics.stdev(row["val_bpb"] for row in current) if len(current) > 1 else None,
+        "bar_bpb": before.get("bar_bpb") if bar is None else bar,
+        "params": first.facts["model"]["params"],
+        "python": platform.python_version(),
+        "recipe": {key: value for key, value in first.table.items() if key != "seed"},
+        "replaces": replaced,
+        "runs": rows,
+    }
+
+
+def _superseded(row: dict[str, Any], entries: list[Entry]) -> dict[str, Any]:
+    """An earlier row: it stands as long as its code is the record's, and no new run has its seed."""
+    stale = any(one.row["seed"] == row["seed"] for one in entries)
+    return {
+        **row,
+        "superseded": row["superseded"] or stale or row["sha256"]["script"] != entries[0].row["sha256"]["script"],
+    }
+
+
+def _fill(place: Path, folder: Path, entries: list[Entry], record: dict[str, Any], before: Mapping[str, Any]) -> None:
+    first, text = entries[0], readme.write(record)
+    if before:
+        shutil.copytree(folder, place, dirs_exist_ok=True)
+        text = readme.rewrite((folder / README).read_text(), record)
+        old = {(row["seed"], row["run"]) for row in before["runs"] if not row["superseded"]}
+        for seed, run in old - {(row["seed"], row["run"]) for row in record["runs"] if not row["superseded"]}:
+            (place / OLD).mkdir(exist_ok=True)
+            (place / log_name(seed)).replace(place / OLD / f"train_seed{seed}-{run}.log")
+    for name in (TRAIN, SCORE):
+        shutil.copyfile(first.folder / name, place / name)
+    (place / README).write_text(text)
+    (place / RECORD).write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
+    needed = requirements(needs((first.folder / TRAIN).read_text()) | needs((first.folder / SCORE).read_text()))
+    (place / REQUIREMENTS).write_text("\n".join(needed) + "\n")
+    for one in entries:
+        (place / log_name(one.row["seed"])).write_text(_log(one))
+
+
+def log_name(seed: int) -> str:
+    return f"train_seed{seed}.log"
+
+
+def _log(one: Entry) -> str:
+    """The journal of a run as a log: hashes first, then the losses, then every fact."""
+    lines = [f"run {one.row['run']}, recipe {one.recipe.name}, seed {one.recipe.seed}"]
+    lines += [f"sha256 {name} {digest}" for name, digest in one.row["sha256"].items()]
+    lines += [f"commit {one.row['commit']}", ""]
+    lines += [f"step:{step} train_loss:{loss:.6f}" for step, loss in one.curve]
+    lines += ["", *(f"fact {name} {json.dumps(values, default=str)}" for name, values in one.facts.items()), ""]
+    lines.append(
+        f"total {one.row['total_bytes']} bytes: artifact {one.row['artifact_bytes']} + code {one.row['code_bytes']}"
+    )
+    lines.append(f"final val_loss:{one.row['val_loss']:.8f} val_bpb:{one.row['val_bpb']:.8f} ({one.row['result']})")
+    return "\n".join(lines) + "\n"
+
+
+def _swap(folder: Path, fill: Any) -> None:
+    """Makes a folder beside `folder`, fills it, and gives it its name; what was there is gone only then."""
+    folder = Path(os.path.abspath(folder))
+    made = old = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        made.chmod(0o755)
+        fill(made)
+        if folder.exists():
+            old = made.with_name(f"{made.name}.old")
+            folder.rename(old)
+        made.rename(folder)
+    except OSError as error:
+        if old is not None and not folder.exists():
+            old.rename(folder)
+        raise RecipeError(unwritable(folder, error)) from error
+    finally:
+        for left in (made, old):
+            if left is not None and left.exists():
+                shutil.rmtree(left, ignore_errors=True)

@@ -1,0 +1,85 @@
+"""A fit as part of a run, and beside one: where its files lie."""
+
+import copy
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fairway.artifact import Sealed, open_artifact, seal
+from fairway.artifact.integers import write_integers
+from fairway.artifact.squeeze import squeeze
+from fairway.base.errors import BudgetError, FairwayError
+from fairway.base.journal import Run
+from fairway.data import open_corpus, tokenize
+from fairway.model import GPT
+from fairway.quant import Hessians, Tensors, dequantized
+from fairway.recipe import Recipe
+from fairway.score import Ledger
+from fairway.score.evaluate import score_model, stream_of
+from fairway.steps.fitting import Fit, Point, Subject, fit_to
+from fairway.steps.products import ARTIFACT, INTEGERS, WEIGHTS, decoder_share, product
+
+
+def wanted(recipe: Mapping[str, Any]) -> bool:
+    """Whether a recipe (its plain table) fits its file to a budget."""
+    return bool(recipe["quant"]["fit"]["budget"])
+
+
+def fit_run(recipe: Recipe, run: Run, model: GPT, hessians: Hessians, budget: int) -> None:
+    """The integers and the artifact of a run with `quant.fit`, by the first rank for all. Books `fit` and `quant`."""
+    error = ""
+    if run.ranks.first:
+        try:
+            fit = fit_in(run.path("."), recipe, run, Subject.of(model, recipe.quant, hessians, run), budget)
+            write_integers(run.path(INTEGERS), fit.tensors)
+            run.fact("fit", **fit.plain(), artifact_sha256=fit.sealed.sha256)
+            size = sum(one.entropy_bytes for one in fit.found.solved.values())
+            run.fact("quant", seconds=round(fit.seconds, 3), entropy_bytes=round(size), damage=fit.found.damage)
+        except FairwayError as caught:
+            error = str(caught)
+            if run.ranks.world == 1:
+                raise
+    error = run.ranks.share_text(error)
+    if error:
+        raise BudgetError(error)
+
+
+def fit_in(folder: Path, recipe: Recipe, run: Run, subject: Subject, budget: int, points: int = 12) -> Fit:
+    """A fit whose file is `folder`/artifact.fw: whole there when it is found, otherwise nothing is left."""
+    tokenizer = open_artifact(product(run, WEIGHTS)).tokenizer
+    tries: list[Path] = []
+
+    def write(tensors: Tensors) -> Sealed:
+        tries.append(folder / f"{ARTIFACT}.try{len(tries) + 1}")
+        return seal(tries[-1], tensors, recipe.model, tokenizer.size, tokenizer, decoder_share(recipe), recipe.pack)
+
+    try:
+        fit = fit_to(subject, budget, len(squeeze(tokenizer.model)), write, run, points)
+        fit.sealed.path.replace(folder / ARTIFACT)
+        return fit
+    finally:
+        for path in tries:
+            path.unlink(missing_ok=True)
+
+
+def on_training_text(subject: Subject, points: list[Point], recipe: Recipe, run: Run, targets: int) -> list[float]:
+    """Bits per byte of the first `targets` tokens of the training text, in plain windows, under each point's plan."""
+    tokenizer = open_artifact(product(run, WEIGHTS)).tokenizer
+    whole = tokenize(open_corpus(recipe.data, "train"), tokenizer, recipe.data.lossy, run)
+    tokens = np.asarray(whole.tokens[: targets + 1])
+    size = int(tokenizer.byte_lengths(tokens[1:], tokens[:-1]).sum())
+    stream = stream_of("quantized", len(tokens) - 1, recipe.score, recipe.model.context)
+    model, quiet = copy.deepcopy(subject.model).eval(), Run(quiet=True)
+    found = []
+    with run.meter("training text", len(points), "points") as meter:
+        for point in points:
+            _, tensors, _ = subject.solve(point.choices, math.inf, quiet)
+            model.load_state_dict(dequantized(tensors), assign=False)
+            ledger = Ledger(len(tokens) - 1)
+            nats = score_model(model, tokens, stream, recipe.score, "quantized", tokenizer.size, ledger)
+            found.append(nats / math.log(2) / size)
+            meter.update(len(found))
+    return found
