@@ -23,6 +23,7 @@ Floats = NDArray[np.float64]
 SLACK = 0.006  # a file may end so far below its budget, as a share of it
 AIM = 0.0025  # below the budget: coders put the second file from 0.3 % below this to 0.2 % above it
 NEAR = 0.001  # of the budget: solved codes so close to what is wanted are written
+NEAREST = 0.0002  # the same before the second writing
 SURPRISE = 0.15  # of the damage foretold: with more, tensors are weighed against each other again
 SOLVES = 4  # at most, before a writing
 STRETCH = 8.0  # the largest common factor on steps
@@ -252,7 +253,8 @@ class _Search(Generic[S]):
             foretold = self.law.foretell(solved)
             self.say(f"fit           {foretold:,.0f} bytes foretold, {foretold / self.budget:.2%} of the budget")
             harm = sum(one.damage for one in solved.values()) / max(sum(c.damage for c in choices.values()), 1e-300)
-            ended = abs(foretold - wanted) < NEAR * self.budget and (start is not None or abs(harm - 1) < SURPRISE)
+            near = NEAR if start is None else NEAREST
+            ended = abs(foretold - wanted) < near * self.budget and (start is not None or abs(harm - 1) < SURPRISE)
             ended = ended or _bytes(choices) >= largest(told)
             self.law = self.law.after(choices, solved)
             if ended or turn == SOLVES - 1:
