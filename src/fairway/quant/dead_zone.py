@@ -4,7 +4,8 @@
 
 This is the uniform quantiser with rounding offset f = ½ − d of the video coders (H.264's reference encoder: f = 1/3 and
 1/6), near the optimum for Laplacian numbers and an entropy coder, whose price rises by the same amount from code to
-code (Sullivan 1996, doi 10.1109/18.532878). Moving the first threshold alone did worse in every comparison (LOG.md).
+code (Sullivan 1996, doi 10.1109/18.532878). Moving the first threshold alone left more damage in five of
+six comparisons (LOG.md).
 """
 
 import math
