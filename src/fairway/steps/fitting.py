@@ -30,7 +30,6 @@ from fairway.quant import (
 from fairway.quant.grid import LEAST_BITS, MOST_BITS
 from fairway.quant.grid import largest as largest_code
 from fairway.quant.parallel import side_by_side
-from fairway.quant.plan import FitSpec
 from fairway.quant.repair import repaired
 from fairway.quant.rounding import gptq
 from fairway.quant.tradeoff import Tradeoff, kappa, tradeoff
@@ -117,8 +116,11 @@ class Subject:
         """Looks at every tensor that `spec` quantises. ContractError where a recipe cannot tell two of them apart."""
         found, planned = tags(model), plan(model, spec)
         head = any(found[name].part == "embedding" for name in hessians)
-        spec = replace(
-            spec, override=(), embedding_hessian=head, rounding=gptq.Spec(), repair=RepairSpec(), fit=FitSpec()
+        bare = QuantSpec(embedding_hessian=head, passthrough_elements=spec.passthrough_elements)
+        spec = replace(  # neither pruning nor repair by hand: dead zones and the price of a byte take their place
+            bare,
+            calibration_sequences=spec.calibration_sequences,
+            calibration_batch=spec.calibration_batch,
         )
         weights = {name: p.detach() for name, p in model.named_parameters() if planned[name] is not None}
         if len({(found[name].part, found[name].layer) for name in weights}) < len(weights):
@@ -229,7 +231,7 @@ def _points(curves: dict[str, Curve], found: Fitted[Solution], count: int) -> It
     file taught."""
     finer = {name: curve.finer() for name, curve in curves.items()}
     told = sum(one.entropy_bytes for one in found.solved.values())
-    per_byte = (found.foretold - found.rest) / told
+    per_byte = (found.bytes - found.rest) / told
     smallest, top = least(finer), largest(finer)
     for i in range(count):
         wanted = smallest * 1.05 * (top / smallest / 1.05) ** (i / (count - 1))

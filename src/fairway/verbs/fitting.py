@@ -22,7 +22,6 @@ from fairway.base.specs import to_plain
 from fairway.lab.submit import checkout
 from fairway.lab.tradeoff import draw
 from fairway.quant.observe import read_hessians
-from fairway.recipe import Recipe
 from fairway.score.evaluate import model_on
 from fairway.steps.budgeting import fit_in, on_training_text
 from fairway.steps.fitting import Fit, Subject
@@ -63,7 +62,9 @@ def fit(
     if as_json:
         print(json_text.dumps(facts, indent=2))
     else:
-        _show(found, scored, target, picture, chosen)
+        _show(found, scored, target, picture)
+        settings = f"--set quant.fit.budget={budget}" + (" --set quant.fit.code=true" if code else "")
+        print(f"as part of a run: fairway run {chosen.name} {settings}")
 
 
 def compare(folder: Path, as_json: bool) -> None:
@@ -98,7 +99,7 @@ def _facts(folder: Path, target: Path, found: Fit, scored: list[float], taken: i
     return {**where, **found.plain(), "tradeoff": points}
 
 
-def _show(found: Fit, scored: list[float], target: Path, picture: bool, chosen: Recipe) -> None:
+def _show(found: Fit, scored: list[float], target: Path, picture: bool) -> None:
     fitted = found.found
     rows = []
     for row in found.plain()["choices"]:
@@ -124,4 +125,3 @@ def _show(found: Fit, scored: list[float], target: Path, picture: bool, chosen: 
         print(f"repaired at rank {repair.rank}: {repair.count} of the tensors with the largest error")
     drawn = f"drawn in {target / 'tradeoff.svg'}" if picture else "for a picture: pip install 'fairway[report]'"
     print(f"{drawn}; the plan: {target / 'quant.toml'}")
-    print(f"as part of a run: fairway run {chosen.name} --set quant.fit.budget={fitted.budget}")
