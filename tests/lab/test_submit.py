@@ -129,6 +129,14 @@ def test_runs_that_do_not_belong_together_are_refused(two_runs, tmp_path, fairwa
     assert not (tmp_path / "record").exists()
 
 
+def test_a_run_named_twice_is_one_row(record, two_runs, tmp_path):
+    folder = tmp_path / "again"
+    shutil.copytree(record, folder)
+    submit([two_runs / "tiny-2"], folder, update=True)
+    assert [(row["seed"], row["superseded"]) for row in told(folder)["runs"]] == [(1, False), (2, False)]
+    assert {path.name for path in folder.iterdir()} == FILES
+
+
 def test_an_update_writes_the_tables_again_and_keeps_the_superseded_row(record, two_runs, tmp_path, fairway):
     """A new run for seed 2, and another seed: seed 1 stands, the old seed 2 is marked, a person's words stay."""
     folder = shutil.copytree(record, tmp_path / "record")

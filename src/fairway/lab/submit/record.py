@@ -71,7 +71,9 @@ def _record(
 ) -> dict[str, Any]:
     """The field names of the challenge first, what the tables are made of after them."""
     first = entries[0]
-    rows = [_superseded(row, entries) for row in before.get("runs", [])] + [one.row for one in entries]
+    known = {_key(one.row) for one in entries}
+    rows = [_superseded(row, entries) for row in before.get("runs", []) if _key(row) not in known]
+    rows += [one.row for one in entries]
     current = [row for row in rows if not row["superseded"]]
     replaced = before.get("replaces")
     if replaces is not None:
@@ -98,6 +100,11 @@ def _record(
     }
 
 
+def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What makes a row another one: a run named twice is one row."""
+    return row["seed"], row["run"], row["sha256"]["artifact"]
+
+
 def _superseded(row: dict[str, Any], entries: list[Entry]) -> dict[str, Any]:
     """An earlier row: it stands as long as its code is the record's, and no new run has its seed."""
     stale = any(one.row["seed"] == row["seed"] for one in entries)
@@ -112,8 +119,8 @@ def _fill(place: Path, folder: Path, entries: list[Entry], record: dict[str, Any
     if before:
         shutil.copytree(folder, place, dirs_exist_ok=True)
         text = readme.rewrite((folder / README).read_text(), record)
-        old = {(row["seed"], row["run"]) for row in before["runs"] if not row["superseded"]}
-        for seed, run in old - {(row["seed"], row["run"]) for row in record["runs"] if not row["superseded"]}:
+        old = {_key(row) for row in before["runs"] if not row["superseded"]}
+        for seed, run, _ in old - {_key(row) for row in record["runs"] if not row["superseded"]}:
             (place / OLD).mkdir(exist_ok=True)
             (place / log_name(seed)).replace(place / OLD / f"train_seed{seed}-{run}.log")
     for name in (TRAIN, SCORE):
