@@ -12,7 +12,7 @@ run: setup ## the whole way, from text to a score
 	$(BIN)/fairway run recipes/pocket.toml
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check
