@@ -101,8 +101,23 @@ def test_a_budget_that_cannot_be_met_names_the_least_size_and_leaves_nothing(fai
     assert answer.code == 1
     assert answer.err.splitlines()[-1].startswith("BudgetError: fit: 3,000 bytes cannot hold this model")
     assert "least possible file" in answer.err
-    assert not (tmp_path / "none" / "artifact.fw").exists()
-    assert not list((tmp_path / "none").glob("*.try*"))
+    assert not (tmp_path / "none").exists()
+    least = answer.err.rsplit(" ", 1)[1].replace(",", "").strip()
+    done = fairway("fit", trained, "--budget", least, "-o", tmp_path / "least", "--json")
+    assert json.loads(done.out)["artifact_bytes"] == int(least), "the size that is named is enough"
+
+
+def test_what_a_recipe_keeps_in_float16_stays_so_in_a_fit(fairway, trained, tmp_path) -> None:
+    kept = ("--set", 'quant.override=[{parts=["v"],bits=16}]')
+    answer = fairway("fit", trained, "--budget", "60000", *RANS, *kept, "-o", tmp_path, "--json")
+    assert answer.code == 0, answer.err
+    facts = json.loads(answer.out)
+    opened = open_artifact(tmp_path / "artifact.fw").tensors
+    values = [value for name, value in opened.items() if ".v." in name]
+    assert values
+    assert not any(isinstance(value, Quantized) for value in values)
+    assert not {row["part"] for row in facts["choices"]} & {"v"}
+    assert (0.994 * 60_000 < facts["artifact_bytes"] <= 60_000) or facts["landed"]
 
 
 @pytest.mark.parametrize(
@@ -111,7 +126,10 @@ def test_a_budget_that_cannot_be_met_names_the_least_size_and_leaves_nothing(fai
         (("fit", "nowhere", "--budget", "1000"), "RecipeError: nowhere: no run folder"),
         (("fit", "RUN"), "--budget"),
         (("fit", "RUN", "--budget", "0"), "--budget"),
-        (("fit", "RUN", "--budget", "30000", "-o", "RUN"), "the run's own artifact stays"),
+        (("fit", "RUN", "--budget", "30000", "-o", "RUN"), "a run, whose own artifact stays"),
+        (("fit", "RUN", "--budget", "30000", "--set", "model.layers=4"), "only quant.* and pack.* may differ"),
+        (("fit", "RUN", "--budget", "30000", "--set", "quant.rounding=nearest"), "a fit rounds by gptq"),
+        (("fit", "RUN", "--budget", "30000", "--set", "quant.passthrough_elements=100000000"), "no grid to choose"),
         (("fit", "RUN", "--budget", "30000", "--set", "pack.coder=gzip"), "gzip"),
     ],
 )
@@ -120,6 +138,15 @@ def test_wrong_usage_is_one_line(fairway, trained, arguments: tuple[str, ...], s
     assert answer.code == 2
     assert said in answer.err
     assert "Traceback" not in answer.err
+
+
+def test_a_place_that_cannot_be_written_and_code_over_the_budget_are_one_line(fairway, trained, tmp_path) -> None:
+    (tmp_path / "file").write_text("a file")
+    answer = fairway("fit", trained, "--budget", "34000", "-o", tmp_path / "file")
+    assert answer.code == 1
+    assert "could not be written" in answer.err.splitlines()[-1]
+    answer = fairway("fit", trained, "--budget", "34000", "--code", "-o", tmp_path / "code")
+    assert answer.err.splitlines()[-1].startswith("BudgetError: fit: a budget of 34,000 bytes, and the exported script")
 
 
 def test_a_run_with_a_fit_ends_in_a_file_that_fits_and_is_scored(tmp_path) -> None:

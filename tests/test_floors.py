@@ -140,6 +140,16 @@ def test_what_travels_imports_only_what_is_found_where_it_goes(path: Path) -> No
     assert set(foreign(path)) <= TRAVELLING_MAY
 
 
+@pytest.mark.parametrize("path", [path for path in FILES if folder(path) in TRAVELLING], ids=place)
+def test_what_only_some_recipes_need_is_asked_for_by_a_literal_name(path: Path) -> None:
+    """An exported script holds what its recipe reaches; a name that is computed cannot be followed."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        called = node.func if isinstance(node, ast.Call) else None
+        if getattr(called, "attr", getattr(called, "id", "")) == "optional":
+            assert isinstance(node, ast.Call)
+            assert [type(word) for word in node.args] == [ast.Constant], f"line {node.lineno}"
+
+
 @pytest.mark.parametrize("path", [path for path in FILES if folder(path) == "model"], ids=place)
 def test_the_model_holds_no_dtype_literal_but_in_rotary(path: Path) -> None:
     if path.name != "rotary.py":

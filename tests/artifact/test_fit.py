@@ -3,6 +3,7 @@ impossible."""
 
 import itertools
 import math
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -116,15 +117,47 @@ def test_a_budget_above_the_largest_useful_file_is_reported_and_not_padded() -> 
     assert world.writings == 1
 
 
-def test_a_budget_that_nothing_fits_names_the_least_possible_size() -> None:
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10_000), share=st.floats(0.0, 1.2))
+def test_a_budget_that_nothing_fits_names_the_size_of_the_smallest_file(seed: int, share: float) -> None:
+    """Whatever too small budget is asked for, the answer is one and the same size; and that size is enough."""
     curves = {"a": high_rate(10_000, 1.0), "b": high_rate(30_000, 0.1)}
-    world = World(curves, 7_000, 2)
-    with pytest.raises(BudgetError, match=r"6,000 bytes cannot hold this model: 7,000 of them are no integers"):
-        fit(6_000, curves, 7_000.0, world.solve, world.write)
-    with pytest.raises(BudgetError) as refused:
-        fit(7_100, curves, 7_000.0, world.solve, world.write)
-    size = int(str(refused.value).split("least possible file has ")[1].split(";")[0].replace(",", ""))
-    assert size == pytest.approx(7_000 + least(curves), rel=0.01)
+    coarsest = {name: Choice(curve.steps[-1], 0.0, float(curve.bytes[-1, 0]), 1.0) for name, curve in curves.items()}
+    world = World(curves, 7_000, seed)
+    smallest = world.write(world.solve(coarsest, 1.0)).bytes
+    budget = int(share * smallest)
+    try:
+        said, size = "", fit(max(budget, 1), curves, 6_000.0, world.solve, world.write).bytes
+    except BudgetError as error:
+        said, size = str(error), smallest
+    assert said.endswith(f"the least possible file has {smallest:,}; raise the budget to {smallest:,}") or not said
+    assert (budget < smallest) == bool(said)
+    assert smallest <= size
+    assert fit(smallest, curves, 6_000.0, world.solve, world.write).bytes == smallest
+
+
+def test_what_lies_beside_the_file_is_counted_in_the_answer() -> None:
+    world = World({"a": high_rate(10_000, 1.0)}, 7_000, 2)
+    with pytest.raises(BudgetError, match=r"fit: 61,000 bytes, 60,000 of them code, cannot hold") as refused:
+        fit(1_000, world.curves, 7_000.0, world.solve, world.write, beside=60_000)
+    least_file, named = (
+        int(word.replace(",", "")) for word in re.findall(r"file has ([\d,]+);.* to ([\d,]+)", str(refused.value))[0]
+    )
+    assert named == least_file + 60_000
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10_000), share=st.floats(0.9, 1.1))
+def test_just_below_the_largest_useful_file_a_file_lands_or_is_that_file(seed: int, share: float) -> None:
+    curves = {"a": high_rate(100_000, 1.0), "b": high_rate(30_000, 0.1)}
+    world = World(curves, 5_000, seed)
+    finest = {name: Choice(curve.steps[0], 0.0, float(curve.bytes[0, 0]), 1.0) for name, curve in curves.items()}
+    largest_file = world.write(world.solve(finest, 1.0)).bytes
+    budget = int(share * largest_file)
+    found = fit(budget, curves, 5_000.0, world.solve, world.write)
+    assert found.landed
+    assert found.full == (found.bytes == largest_file)
+    assert found.full or (1 - SLACK) * budget < found.bytes <= budget
 
 
 def test_a_coder_that_jumps_is_an_error_and_not_a_file_over_its_budget() -> None:

@@ -75,6 +75,27 @@ def test_score_gives_the_bits_of_the_package(tiny_run, tmp_path, fairway):
     assert "(sliding, 44 bytes of text)" in done.stdout
 
 
+def test_scripts_hold_what_their_coder_and_their_fit_need(tmp_path):
+    """The training script writes a file; the scoring script opens it and comes to the same score."""
+    short = ("train.schedule.steps=2", "score.result=quantized", "score.adapt=none")
+    recipe = load(str(TINY), (f"data.path={SAMPLE}", *short, "pack.coder=rans", "quant.fit.budget=27000"))
+    done = alone(train_script(recipe), tmp_path / "train", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    (made,) = (tmp_path / "train" / "runs").iterdir()
+    scored = alone(score_script(recipe), tmp_path / "score", made / "artifact.fw", "--device", "cpu", "--json")
+    assert scored.returncode == 0, scored.stderr
+    assert f"final val_bpb:{json.loads(scored.stdout)['bits_per_byte']:.8f} (quantized)" in done.stdout
+
+
+@pytest.mark.parametrize("coder", ["rans", "context"])
+def test_scripts_of_a_coder_hold_what_it_asks_for(coder):
+    recipe = load(str(TINY), (f"pack.coder={coder}",))
+    for script in (train_script(recipe), score_script(recipe)):
+        assert {f"fairway.artifact.coder.{coder}", "fairway.artifact.entropy.halves"} <= unpacked(script.decode())[
+            1
+        ].keys()
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

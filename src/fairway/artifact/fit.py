@@ -11,7 +11,7 @@ Knows neither weights nor Hessians: `solve` and `write` are handed over.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,14 +19,17 @@ from numpy.typing import NDArray
 from fairway.base.errors import BudgetError
 
 Floats = NDArray[np.float64]
+End = Literal["", "finest", "coarsest"]
 
 SLACK = 0.006  # a file may end so far below its budget, as a share of it
 AIM = 0.0025  # below the budget: coders put the second file from 0.3 % below this to 0.2 % above it
+CAUTION, LOWEST_AIM = 0.04, 0.0045  # share of the first file's miss by which the second is aimed lower, and its most
 NEAR = 0.001  # of the budget: solved codes so close to what is wanted are written
 NEAREST = 0.0002  # the same before the second writing
 SURPRISE = 0.15  # of the damage foretold: with more, tensors are weighed against each other again
 SOLVES = 4  # at most, before a writing
 STRETCH = 8.0  # the largest common factor on steps
+LEAST, MOST = 1e-15, 1e3  # nats per token for a byte: every tensor takes its best, its smallest choice
 BETWEEN = 8  # steps laid between two of a curve's
 
 
@@ -87,20 +90,22 @@ class Written(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Fitted(Generic[S]):
-    """The result. foretold: bytes of the last file before it was written; damage: as solved, nats per token; price: λ,
-    nats per token for a byte; rest: bytes of the file without its codes; largest: bytes of the largest useful file,
-    foretold; full: the file is that one."""
+    """The result. file: which of the writings it is, from 1; foretold: its bytes before it was written; damage: as
+    solved, nats per token; price: λ, nats per token for a byte; rest: bytes of the file without its codes; largest:
+    bytes of the largest useful file, foretold; full: the file is that one; coarsest: it is the smallest."""
 
     budget: int
     choices: Choices
     solved: dict[str, S]
     bytes: int
+    file: int
     foretold: float
     damage: float
     price: float
     rest: float
     largest: float
     full: bool
+    coarsest: bool
     solves: int
     writings: int
 
@@ -149,7 +154,7 @@ class _Law:
 
 def allocate(curves: Mapping[str, Curve], wanted: float) -> tuple[Choices, float]:
     """The choices of least damage whose bytes come to `wanted`, and λ. Past an end of the curves: that end."""
-    low, high = 1e-15, 1e3
+    low, high = LEAST, MOST
     while high / low > 1.0001:
         price = math.sqrt(low * high)
         low, high = (price, high) if _bytes(_cheapest(curves, price)) > wanted else (low, price)
@@ -173,25 +178,33 @@ def fit(
     solve: Callable[[Choices, float], dict[str, S]],
     write: Callable[[dict[str, S]], Written],
     say: Callable[[str], None] = lambda _: None,
+    beside: int = 0,
 ) -> Fitted[S]:
     """Solves, and writes at most twice, until the file lies within SLACK below the budget.
 
     curves: bytes by the entropy law; rest: bytes of everything but codes, as guessed before the first writing; solve:
-    choices and λ -> what they come to; say: told of every solve and writing.
-    BudgetError where no choice is small enough, saying the least possible size, or where both files are too large.
+    choices and λ -> what they come to; say: told of every solve and writing; beside: bytes of code that come on top of
+    the file in what messages say.
+    BudgetError where no choice is small enough, with the size of the smallest file as it was written, or where both
+    files are too large.
     """
     search = _Search(budget, {name: curve.finer() for name, curve in curves.items()}, rest, solve, write, say)
-    fitted = search.step(None)
-    if not fitted.landed:
-        first, fitted = fitted, search.step(fitted.choices)
-        if fitted.bytes > budget and first.bytes <= budget:
-            fitted = replace(first, solves=fitted.solves, writings=fitted.writings)
-        elif fitted.bytes > budget:
-            raise BudgetError(
-                f"fit: files of {first.bytes:,} and {fitted.bytes:,} bytes for a budget of {budget:,}; "
-                "change it a little"
-            )
-    return fitted
+    first = last = search.step(None)
+    if not (first.landed or (first.coarsest and first.bytes > budget)):
+        last = search.step(None if first.coarsest else first.choices)
+    if last.bytes <= budget:
+        return last
+    if first.bytes <= budget:
+        return replace(first, solves=last.solves, writings=last.writings)
+    if last.coarsest:
+        whole = f"{budget + beside:,} bytes" + (f", {beside:,} of them code," if beside else "")
+        raise BudgetError(
+            f"fit: {whole} cannot hold this model: {last.rest:,.0f} bytes of it are no integers, and with the coarsest "
+            f"grids the least possible file has {last.bytes:,}; raise the budget to {last.bytes + beside:,}"
+        )
+    raise BudgetError(
+        f"fit: files of {first.bytes:,} and {last.bytes:,} bytes for a budget of {budget:,}; change it a little"
+    )
 
 
 class _Search(Generic[S]):
@@ -209,14 +222,16 @@ class _Search(Generic[S]):
         one = dict.fromkeys(curves, 1.0)
         self.budget, self.curves, self.law = budget, curves, _Law(rest, one, one, one)
         self.solve, self.write, self.say = solve, write, say
+        self.wanted = (1 - AIM) * budget
         self.solves = self.writings = 0
 
     def step(self, start: Choices | None) -> Fitted[S]:
         """One file. start: choices that are only stretched, because the coder is known near them; None: any."""
-        choices, solved, price = self._approach(start)
+        choices, solved, price, end = self._approach(start)
         foretold = self.law.foretell(solved)
         written, self.writings = self.write(solved), self.writings + 1
         self.law = _taught(self.law, written, solved)
+        self.wanted = (1 - min(AIM + CAUTION * abs(written.bytes / foretold - 1), LOWEST_AIM)) * self.budget
         one = dict.fromkeys(self.curves, 1.0)
         most = self.law.rest + largest(replace(self.law, codes=one).tell(self.curves))
         self.say(f"fit           {written.bytes:,} bytes written, {written.bytes / self.budget:.2%} of the budget")
@@ -225,41 +240,48 @@ class _Search(Generic[S]):
             choices=choices,
             solved=solved,
             bytes=written.bytes,
+            file=self.writings,
             foretold=foretold,
             damage=sum(solution.damage for solution in solved.values()),
             price=price,
             rest=self.law.rest,
             largest=most,
-            full=most <= self.budget,
+            full=end == "finest",
+            coarsest=end == "coarsest",
             solves=self.solves,
             writings=self.writings,
         )
 
-    def _approach(self, start: Choices | None) -> tuple[Choices, dict[str, S], float]:
-        """Solves until the file is foretold to be AIM below the budget, with what every solve taught; and λ."""
-        wanted = (1 - AIM) * self.budget
+    def _approach(self, start: Choices | None) -> tuple[Choices, dict[str, S], float, End]:
+        """Solves until the file is foretold to have the bytes that are wanted, with what every solve taught; λ; and
+        which end of the curves was reached."""
         for turn in range(SOLVES):
             told = self.law.tell(self.curves)
-            smallest = self.law.rest + least(told)
-            if smallest > self.budget:
-                raise BudgetError(
-                    f"fit: {self.budget:,} bytes cannot hold this model: {self.law.rest:,.0f} of them are no integers, "
-                    f"and with the coarsest grids the least possible file has {smallest:,.0f}; raise the budget to that"
-                )
-            choices, price = allocate(told, wanted - self.law.rest)
-            if start is not None:
-                choices = _exactly(told, start, wanted - self.law.rest)
+            choices, price, end = self._chosen(told, start)
             solved, self.solves = self.solve(choices, price), self.solves + 1
             foretold = self.law.foretell(solved)
             self.say(f"fit           {foretold:,.0f} bytes foretold, {foretold / self.budget:.2%} of the budget")
             harm = sum(one.damage for one in solved.values()) / max(sum(c.damage for c in choices.values()), 1e-300)
-            near = NEAR if start is None else NEAREST
-            ended = abs(foretold - wanted) < near * self.budget and (start is not None or abs(harm - 1) < SURPRISE)
-            ended = ended or _bytes(choices) >= largest(told)
+            near = (NEAR if start is None else NEAREST) * self.budget
+            ended = abs(foretold - self.wanted) < near and (start is not None or abs(harm - 1) < SURPRISE)
             self.law = self.law.after(choices, solved)
-            if ended or turn == SOLVES - 1:
+            if ended or end or turn == SOLVES - 1:
                 break
-        return choices, solved, price
+        return choices, solved, price, end
+
+    def _chosen(self, told: Mapping[str, Curve], start: Choices | None) -> tuple[Choices, float, End]:
+        """The choices that the law asks for: `start` stretched, where a stretch reaches so far."""
+        if self.law.rest + least(told) > (1 - SLACK) * self.budget:
+            return _cheapest(told, MOST), MOST, "coarsest"
+        wanted = self.wanted - self.law.rest
+        finest = _cheapest(told, LEAST)
+        if _bytes(finest) <= wanted:
+            return finest, LEAST, "finest"
+        choices, price = allocate(told, wanted)
+        stretched = choices if start is None else _exactly(told, start, wanted)
+        if _bytes(stretched) > (1 - NEAR) * wanted:
+            choices = stretched
+        return choices, price, ""
 
 
 def _taught(law: _Law, written: Written, solved: Mapping[str, Solved]) -> _Law:

@@ -6,11 +6,10 @@ and odd bytes stand apart (float16: exponents compress, mantissas do not).
 """
 
 from fairway.artifact.bytestreams import brotli_pack, brotli_unpack, lzma_pack, lzma_unpack
-from fairway.base.slots import optional
+from fairway.base import slots
 
 NUMBERS, APART = 3, 16
 PREFIX = 5  # bytes before the payload
-HALVES = "fairway.artifact.entropy.halves"
 MOST_NUMBERS = 1 << 15  # by method 3: one takes 75 µs, and a large file gains nothing by its scales
 
 
@@ -21,7 +20,7 @@ def squeeze(raw: bytes, pairs: bool = False, neighbours: bool = False) -> bytes:
     for flag, content in [(0, raw)] + ([(APART, raw[0::2] + raw[1::2])] if pairs else []):
         found += [(flag, content), (flag + 1, lzma_pack(content)), (flag + 2, brotli_pack(content))]
     if pairs and neighbours and len(raw) % 2 == 0 and len(raw) <= 2 * MOST_NUMBERS:
-        found.append((NUMBERS, optional(HALVES).pack(raw)))
+        found.append((NUMBERS, slots.optional("fairway.artifact.entropy.halves").pack(raw)))
     method, payload = min(found, key=lambda item: len(item[1]))
     return bytes([method]) + len(raw).to_bytes(4, "little") + payload
 
@@ -34,7 +33,7 @@ def unsqueeze(blob: bytes, most: int) -> bytes:
     if size > most:
         raise ValueError(f"announces {size:,} bytes where at most {most:,} are possible")
     if method == NUMBERS:
-        return bytes(optional(HALVES).unpack(payload, size))
+        return bytes(slots.optional("fairway.artifact.entropy.halves").unpack(payload, size))
     if method & ~APART not in (0, 1, 2):
         raise ValueError(f"method {method} is unknown")
     if method & ~APART == 0:

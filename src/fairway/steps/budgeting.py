@@ -2,7 +2,9 @@
 
 import copy
 import math
+import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +30,13 @@ def wanted(recipe: Mapping[str, Any]) -> bool:
     return bool(recipe["quant"]["fit"]["budget"])
 
 
-def fit_run(recipe: Recipe, run: Run, model: GPT, hessians: Hessians, budget: int) -> None:
-    """The integers and the artifact of a run with `quant.fit`, by the first rank for all. Books `fit` and `quant`."""
+def fit_run(recipe: Recipe, run: Run, model: GPT, hessians: Hessians, code: int) -> None:
+    """The integers and the artifact of a run with `quant.fit`, by the first rank for all, beside so many bytes of
+    code. Books `fit` and `quant`."""
     error = ""
     if run.ranks.first:
         try:
-            fit = fit_in(run.path("."), recipe, run, Subject.of(model, recipe.quant, hessians, run), budget)
+            fit = fit_in(run.path("."), recipe, run, Subject.of(model, recipe.quant, hessians, run), code)
             write_integers(run.path(INTEGERS), fit.tensors)
             run.fact("fit", **fit.plain(), artifact_sha256=fit.sealed.sha256)
             size = sum(one.entropy_bytes for one in fit.found.solved.values())
@@ -47,22 +50,30 @@ def fit_run(recipe: Recipe, run: Run, model: GPT, hessians: Hessians, budget: in
         raise BudgetError(error)
 
 
-def fit_in(folder: Path, recipe: Recipe, run: Run, subject: Subject, budget: int, points: int = 12) -> Fit:
-    """A fit whose file is `folder`/artifact.fw: whole there when it is found, otherwise nothing is left."""
+def fit_in(
+    folder: Path, recipe: Recipe, run: Run, subject: Subject, code: int = 0, budget: int = 0, points: int = 12
+) -> Fit:
+    """A fit whose file is `folder`/artifact.fw: whole there when it is found, otherwise nothing is left. budget: of the
+    file and the code together; 0: the recipe's."""
+    budget = budget or recipe.quant.fit.budget
+    if code >= budget:
+        raise BudgetError(f"fit: a budget of {budget:,} bytes, and the exported script alone has {code:,}; raise it")
     tokenizer = open_artifact(product(run, WEIGHTS)).tokenizer
     tries: list[Path] = []
 
     def write(tensors: Tensors) -> Sealed:
-        tries.append(folder / f"{ARTIFACT}.try{len(tries) + 1}")
+        tries.append(folder / f"{ARTIFACT}.{os.getpid()}.try{len(tries) + 1}")
         return seal(tries[-1], tensors, recipe.model, tokenizer.size, tokenizer, decoder_share(recipe), recipe.pack)
 
     try:
-        fit = fit_to(subject, budget, len(squeeze(tokenizer.model)), write, run, points)
+        fit = fit_to(subject, budget - code, len(squeeze(tokenizer.model)), write, run, points, code)
         fit.sealed.path.replace(folder / ARTIFACT)
         return fit
     finally:
-        for path in tries:
-            path.unlink(missing_ok=True)
+        with suppress(OSError):  # rmdir: of a refused fit's own folder nothing is left; it fails where it holds a file
+            for path in tries:
+                path.unlink(missing_ok=True)
+            folder.rmdir()
 
 
 def on_training_text(subject: Subject, points: list[Point], recipe: Recipe, run: Run, targets: int) -> list[float]:

@@ -10,8 +10,9 @@ from fairway.artifact import Sealed
 from fairway.artifact.fit import Choices, Curve, Fitted, Written, allocate, fit, largest, least
 from fairway.artifact.header import GroupHeader
 from fairway.base.clock import Stopwatch
-from fairway.base.errors import ContractError
+from fairway.base.errors import ContractError, RecipeError
 from fairway.base.journal import Run
+from fairway.base.slots import kind_of
 from fairway.model import GPT, Tag, tags
 from fairway.quant import (
     Hessians,
@@ -30,8 +31,8 @@ from fairway.quant import (
 from fairway.quant.grid import LEAST_BITS, MOST_BITS
 from fairway.quant.grid import largest as largest_code
 from fairway.quant.parallel import side_by_side
+from fairway.quant.plan import FLOAT16
 from fairway.quant.repair import repaired
-from fairway.quant.rounding import gptq
 from fairway.quant.tradeoff import Tradeoff, kappa, tradeoff
 
 HEADROOM = 1.25  # of the largest weight: GPTQ moves weights by the errors of those before them
@@ -96,7 +97,7 @@ class Fit:
                     "bits_per_weight": round(8 * found.solved[name].entropy_bytes / values[name].codes.size, 4),
                     "damage": found.solved[name].damage,
                 }
-                for name, override in zip(found.choices, self.spec.override, strict=True)
+                for name, override in zip(found.choices, self.spec.override[-len(found.choices) :], strict=True)
             ],
         }
 
@@ -113,22 +114,30 @@ class Subject:
 
     @classmethod
     def of(cls, model: GPT, spec: QuantSpec, hessians: Hessians, run: Run) -> "Subject":
-        """Looks at every tensor that `spec` quantises. ContractError where a recipe cannot tell two of them apart."""
+        """Looks at every tensor that `spec` quantises; what it keeps in float16 stays so. RecipeError for a rounding
+        that is not foretold here; ContractError where a recipe cannot tell two tensors apart."""
+        if kind_of(spec.rounding) != "gptq":
+            raise RecipeError(f'quant.rounding = "{kind_of(spec.rounding)}": a fit rounds by gptq; take it, or no fit')
         found, planned = tags(model), plan(model, spec)
         head = any(found[name].part == "embedding" for name in hessians)
-        bare = QuantSpec(embedding_hessian=head, passthrough_elements=spec.passthrough_elements)
-        spec = replace(  # neither pruning nor repair by hand: dead zones and the price of a byte take their place
-            bare,
+        rounding, float16 = spec.rounding, [tag for name, tag in found.items() if planned[name] is None]
+        spec = QuantSpec(  # neither pruning nor repair by hand: dead zones and the price of a byte take their place
+            override=tuple(_kept(tag) for tag in float16 if tag.role in ("matrix", "table")),
+            rounding=rounding,
+            embedding_hessian=head,
+            passthrough_elements=spec.passthrough_elements,
             calibration_sequences=spec.calibration_sequences,
             calibration_batch=spec.calibration_batch,
         )
         weights = {name: p.detach() for name, p in model.named_parameters() if planned[name] is not None}
+        if not weights:
+            raise RecipeError("quant: every tensor stays float16; a fit has no grid to choose: put some on one")
         if len({(found[name].part, found[name].layer) for name in weights}) < len(weights):
             raise ContractError("fit: two tensors of one part and layer; give each a part of its own")
 
         def one(name: str) -> Tradeoff:
             hessian = hessians.get(name)
-            factor = None if hessian is None else factored(hessian, gptq.Spec())
+            factor = None if hessian is None else factored(hessian, rounding)
             return tradeoff(found[name], weights[name], hessian, factor)
 
         known: dict[str, Tradeoff] = {}
@@ -151,7 +160,8 @@ class Subject:
             steps, part = HEADROOM * self.known[name].largest / choice.step, self.tags[name].part
             wanted = next((b for b in range(LEAST_BITS, MOST_BITS) if largest_code(b) >= steps), MOST_BITS)
             widths[part] = max(widths.get(part, LEAST_BITS), wanted)
-        return replace(self.spec, override=tuple(self._override(name, choices, widths) for name in choices))
+        fitted = (self._override(name, choices, widths) for name in choices)
+        return replace(self.spec, override=(*self.spec.override, *fitted))
 
     def _override(self, name: str, choices: Choices, widths: dict[str, int]) -> Override:
         tag, choice = self.tags[name], choices[name]
@@ -167,7 +177,7 @@ class Subject:
         tensors = quantize(self.model, (), spec, quiet, self.hessians)
         solved = self._solutions(tensors)
         weights = {name: p.detach() for name, p in self.model.named_parameters()}
-        for count in range(1, min(MOST_REPAIRED, len(self.hessians)) + 1):
+        for count in range(1, min(MOST_REPAIRED, len(self.hessians.keys() & self.known.keys())) + 1):
             wanted = RepairSpec("lqer", count=count)
             amended = repaired(tensors, weights, self.hessians, wanted)
             known = self._solutions(amended)
@@ -196,12 +206,18 @@ class Subject:
 
 
 def fit_to(
-    subject: Subject, budget: int, tokenizer: int, write: Callable[[Tensors], Sealed], run: Run, points: int = 12
+    subject: Subject,
+    budget: int,
+    tokenizer: int,
+    write: Callable[[Tensors], Sealed],
+    run: Run,
+    points: int = 12,
+    beside: int = 0,
 ) -> Fit:
     """The plan of least expected damage whose file, as `write` weighs it, lands below the budget.
 
     tokenizer: bytes that it takes in the file, about; write: each file to a place of its own; points: how many of the
-    trade-off are worked out beside it. BudgetError where nothing fits.
+    trade-off are worked out; beside: bytes of code that messages count too. BudgetError where nothing fits.
     """
     watch = Stopwatch().start()
     made: tuple[QuantSpec, Tensors] = (subject.spec, {})
@@ -221,8 +237,9 @@ def fit_to(
 
     curves, numbers = subject.curves(), sum(p.numel() for p in subject.model.parameters())
     plain = numbers - sum(one.count for one in subject.known.values())  # stay float16
-    found = fit(budget, curves, FRAME + LINE * len(curves) + tokenizer + 2 * plain, solve, weigh, run.say)
-    sealed, spec, tensors = next(one for one in kept if one[0].bytes == found.bytes)
+    rest = FRAME + LINE * len(curves) + tokenizer + 2 * plain
+    found = fit(budget, curves, rest, solve, weigh, run.say, beside)
+    sealed, spec, tensors = kept[found.file - 1]
     return Fit(spec, tensors, sealed, found, list(_points(curves, found, points)), subject.tags, watch.stop())
 
 
@@ -238,6 +255,11 @@ def _points(curves: dict[str, Curve], found: Fitted[Solution], count: int) -> It
         choices, _ = allocate(finer, wanted)
         size = found.rest + per_byte * sum(choice.bytes for choice in choices.values())
         yield Point(size, sum(choice.damage for choice in choices.values()), choices)
+
+
+def _kept(tag: Tag) -> Override:
+    """A tensor that stays float16, as a recipe says it."""
+    return Override((tag.part,), None if tag.layer is None else (tag.layer, tag.layer), FLOAT16)
 
 
 def _repair_bytes(tensors: Tensors) -> float:

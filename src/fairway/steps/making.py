@@ -159,7 +159,7 @@ def quantize(recipe: Recipe, run: Run, device: Device, code: Code) -> None:
     model, fitting = _float_model(run, device), recipe.quant.fit
     if fitting.budget:
         taken = export(recipe, run, code) if fitting.code else 0
-        slots.optional("fairway.steps.budgeting").fit_run(recipe, run, model, hessians, fitting.budget - taken)
+        slots.optional("fairway.steps.budgeting").fit_run(recipe, run, model, hessians, taken)
     else:
         integers = quantize_model(model, (), recipe.quant, run, hessians)
         if run.writes:

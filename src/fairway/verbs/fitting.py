@@ -1,6 +1,7 @@
 """Bytes: integers that fit a budget, and what each coder makes of them."""
 
 import json as json_text
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -44,18 +45,19 @@ def fit(
 ) -> None:
     chosen = recipe_of(folder, overrides)
     target = out or folder / f"fit-{budget}"
-    if target.resolve() == folder.resolve():
-        raise RecipeError(f"{target}: the run's own artifact stays; name another folder with -o")
-    target.mkdir(parents=True, exist_ok=True)
+    if (target / steps.RECIPE).exists():
+        raise RecipeError(f"{target}: a run, whose own artifact stays; name another folder with -o")
+    if foreign := [word for word in overrides if not word.startswith(("quant.", "pack."))]:
+        raise RecipeError(f"--set {foreign[0]}: a fit takes the run as it is; only quant.* and pack.* may differ")
     with run_of(chosen, folder.parent, Ranks(), as_json, folder) as opened:
         hardware = choose(device)
         taken = steps.export(chosen, opened, checkout()) if code else 0
         model = model_on(open_artifact(product(opened, steps.WEIGHTS)), hardware)
         read = read_hessians(product(opened, steps.HESSIANS)).items()
         subject = Subject.of(model, chosen.quant, {name: h.to(hardware.torch) for name, h in read}, opened)
-        found = fit_in(target, chosen, opened, subject, budget - taken)
+        found = fit_in(target, chosen, opened, subject, taken, budget)
         scored = on_training_text(subject, found.points, chosen, opened, text) if text else []
-    facts = _facts(folder, target, found, scored, taken)
+    facts = {**_facts(folder, target, found, scored, taken), "budget": budget}
     write(target / "fit.json", json_text.dumps(facts, indent=2) + "\n")
     write(target / "quant.toml", tables.dump({"quant": to_plain(found.spec)}))
     picture = draw(target / "tradeoff.svg", found.points, scored, found.found.bytes, budget - taken)
@@ -63,8 +65,9 @@ def fit(
         print(json_text.dumps(facts, indent=2))
     else:
         _show(found, scored, target, picture)
-        settings = f"--set quant.fit.budget={budget}" + (" --set quant.fit.code=true" if code else "")
-        print(f"as part of a run: fairway run {chosen.name} {settings}")
+        said = [*overrides, f"quant.fit.budget={budget}", *(["quant.fit.code=true"] if code else [])]
+        settings = " ".join(f"--set {shlex.quote(word)}" for word in said)
+        print(f"as part of a run: fairway run {shlex.quote(str(folder / steps.RECIPE))} {settings}")
 
 
 def compare(folder: Path, as_json: bool) -> None:
@@ -113,7 +116,7 @@ def _show(found: Fit, scored: list[float], target: Path, picture: bool) -> None:
         bits = f"; {scored[i]:.4f} bits per byte of training text" if scored else ""
         bar = "█" * max(1, round(WIDTH * point.bytes / most))
         curve.append((f"{round(point.bytes):,} bytes", f"{point.damage:.4f}", f"{bar}{bits}"))
-    table("trade-off", "nats per token", curve)
+    table("trade-off", "nats per token, expected", curve)
     share = f"{fitted.bytes / fitted.budget:.2%}"
     how = f"{share}: the largest useful file, there are no finer grids" if fitted.full else share
     print(
