@@ -20,7 +20,6 @@ from fairway.recipe import Recipe
 from fairway.steps.products import ARTIFACT, RECIPE
 from fairway.steps.products import SCORE as OUTCOME
 
-HASHES = ("script", "score_script", "artifact", "train_text", "held_out_text", "tokenizer")
 SHARED = ("script", "score_script", "train_text", "held_out_text", "tokenizer")  # by all runs of a record
 
 
