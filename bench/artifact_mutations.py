@@ -1,10 +1,12 @@
-"""Damaged and forged artifacts, thousands of them, over all coders: what does opening make of each?
+"""Damaged and forged artifacts, thousands of them, over all coders, with and without repair, and float weights too:
+what does opening make of each?
 
     python bench/artifact_mutations.py [--count 10000] [--seed 0] [--limit 20]
 
-Half of the cases damage a file as a bad disk would: an ArtifactError is right, other weights are wrong. The other half
-alter a section or the header and set every checksum right again: then other weights are right too. Any other exception
-is wrong in both, and so is a case that takes more than --limit seconds or 200 MB.
+Half of the cases damage an artifact as a bad disk would: an ArtifactError is right, an open file is wrong. The other
+half alter a section or the header and set every checksum right again, or damage float weights, whose header is under no
+checksum: then other weights are right too. Any other exception is wrong in both, and so is a case that takes more than
+--limit seconds or 200 MB.
 """
 
 import argparse
@@ -21,21 +23,26 @@ import traceback
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from fairway.artifact import Artifact, PackSpec, open_artifact, seal
+from fairway.artifact import Artifact, PackSpec, open_artifact, seal, write_weights
 from fairway.artifact.container import PRELUDE
 from fairway.artifact.squeeze import squeeze, unsqueeze
 from fairway.base import slots
 from fairway.base.errors import ArtifactError
 from fairway.base.specs import build
 from fairway.quant import Quantized
+from fairway.quant.repair import RepairSpec, low_rank
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden" / "artifact-v1-plain.fw"
+FLOAT = "float weights"
+REPAIRED = 3  # matrices with an addend, where there is repair
+WITH_REPAIR = ("plain", "brotli")  # coders: the section is the same beside all of them, and context takes seconds
 CODERS: tuple[Any, ...] = (*slots.kinds("fairway.artifact.coder"), {"kind": "brotli", "reorder": True})
 MOST_MEGABYTES = 200.0
 VALUES: tuple[Any, ...] = (
@@ -88,13 +95,18 @@ def digest(artifact: Artifact) -> str:
         found.update(f"{name} {value.shape}\n".encode())
         if isinstance(value, Quantized):
             found.update(bytes([value.bits]) + value.codes.tobytes() + value.scales.tobytes())
+            if (addend := value.repair) is not None:
+                found.update(f"{addend.left.shape} {addend.right.shape} {addend.group}\n".encode())
+                for part in (addend.left, addend.left_scale, addend.right, addend.right_scales):
+                    found.update(part.tobytes())
         else:
             found.update(value.tobytes())
     return found.hexdigest()
 
 
 def originals(folder: Path) -> list[Original]:
-    """The golden artifact's tensors by each coder, some tables made compressible so that every path is taken."""
+    """The golden artifact's tensors by each coder, some tables made compressible so that every path is taken; the same
+    with low-rank addends; and its model's weights as floats."""
     golden, made = open_artifact(GOLDEN), []
     tensors = dict(golden.tensors)
     for name, value in tensors.items():
@@ -105,9 +117,25 @@ def originals(folder: Path) -> list[Original]:
     for coder in CODERS:
         path = folder / "original.fw"
         spec = build(PackSpec, {"coder": coder})
-        seal(path, tensors, golden.model_spec, golden.vocab, golden.tokenizer, golden.decoder, spec)
-        made.append(Original(str(coder), path.read_bytes(), digest(open_artifact(path))))
-    return made
+        kinds = {str(coder): tensors}
+        if coder in WITH_REPAIR:
+            kinds[f"{coder}, repair"] = repaired(tensors)
+        for name, held in kinds.items():
+            seal(path, held, golden.model_spec, golden.vocab, golden.tokenizer, golden.decoder, spec)
+            made.append(Original(name, path.read_bytes(), digest(open_artifact(path))))
+    path = folder / "original.safetensors"
+    write_weights(path, golden.model(), golden.tokenizer, golden.decoder)
+    return [*made, Original(FLOAT, path.read_bytes(), digest(open_artifact(path)))]
+
+
+def repaired(tensors: dict[str, Any]) -> dict[str, Any]:
+    """The tensors, the first few matrices with an addend of noise, of different ranks and groups."""
+    generator, found = torch.Generator().manual_seed(0), dict(tensors)
+    matrices = [(name, value) for name, value in tensors.items() if isinstance(value, Quantized)][:REPAIRED]
+    for rank, (name, value) in enumerate(matrices, start=1):
+        noise = 0.01 * torch.randn(value.shape, generator=generator)
+        found[name] = replace(value, repair=low_rank(noise, None, RepairSpec("lqer", rank=rank, group=16 * rank)))
+    return found
 
 
 def cases(made: list[Original], count: int, seed: int) -> Iterator[Case]:
@@ -117,21 +145,22 @@ def cases(made: list[Original], count: int, seed: int) -> Iterator[Case]:
         honest = number % 2 == 0
         table = DAMAGE if honest else FORGERY
         kind = list(table)[number // 2 % len(table)]
-        original = chance.choice(made)
+        fitting = [one for one in made if (one.coder == FLOAT) == (kind == FLOAT)]
+        original = chance.choice(fitting)
         while (content := table[kind](chance, original.content)) == original.content:
-            original = chance.choice(made)
+            original = chance.choice(fitting)
         yield Case(kind, original.coder, content, original.digest, honest)
 
 
 def run(cases_: Iterator[Case], folder: Path, limit: float = 20.0) -> dict[tuple[str, bool], Tally]:
     """Opens every case in this process. limit: seconds for one."""
     tallies: dict[tuple[str, bool], Tally] = {}
-    path = folder / "case.fw"
     for case in cases_:
+        path = folder / ("case.safetensors" if case.coder == FLOAT else "case.fw")
         tally = tallies.setdefault((case.kind, case.honest), Tally())
         tally.count += 1
         path.write_bytes(case.content)
-        held, start = peak(), time.perf_counter()
+        held, start = peak(), time.process_time()
         try:
             with at_most(limit):
                 same = digest(open_artifact(path)) == case.digest
@@ -147,7 +176,7 @@ def run(cases_: Iterator[Case], folder: Path, limit: float = 20.0) -> dict[tuple
             tally.wrong.append((case, f"more than {limit} s"))
         except Exception:
             tally.wrong.append((case, traceback.format_exc()))
-        tally.seconds = max(tally.seconds, time.perf_counter() - start)
+        tally.seconds = max(tally.seconds, time.process_time() - start)
         tally.megabytes = max(tally.megabytes, peak() - held)
         if peak() - held > MOST_MEGABYTES:
             tally.wrong.append((case, f"{peak() - held:.0f} MB"))
@@ -156,18 +185,18 @@ def run(cases_: Iterator[Case], folder: Path, limit: float = 20.0) -> dict[tuple
 
 @contextmanager
 def at_most(seconds: float) -> Iterator[None]:
-    """Raises Late where the block takes longer."""
+    """Raises Late where the block takes longer: seconds of this process, so that a busy machine is no wrong file."""
 
     def late(*_: object) -> None:
         raise Late
 
-    handler = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    handler = signal.signal(signal.SIGPROF, late)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, handler)
 
 
 def peak() -> float:
@@ -270,6 +299,35 @@ def forged_header(chance: random.Random, content: bytes) -> bytes:
         return content
 
 
+def forged_repair(chance: random.Random, content: bytes) -> bytes:
+    """The addends' bytes, or what the header says of them; the file as it is where it has none."""
+    table, blobs = parts(content)
+    names = [row[0] for row in table["sections"]]
+    if "repair" not in names:
+        return content
+    place = names.index("repair")
+    if chance.random() < 0.6:  # beneath the squeezing, else most are refused before a code is looked at
+        raw = unsqueeze(blobs[place], 1 << 20)
+        blobs[place] = squeeze(chance.choice((altered, flip, cut))(chance, raw))
+    else:
+        blobs[place] = altered(chance, blobs[place])
+    if chance.random() < 0.4:
+        row = chance.choice(table["repair"])
+        row[chance.randrange(len(row))] = chance.choice((*VALUES, *(1, 2, 3, 16, 64, 1 << 16) * 4))
+    try:
+        return whole(content, table, blobs)
+    except (ValueError, RecursionError):
+        return content
+
+
+def damaged_weights(chance: random.Random, content: bytes) -> bytes:
+    """Float weights: a bit or more, half of them in the header."""
+    if chance.random() < 0.5:
+        return chance.choice((flip, cut, altered))(chance, content)
+    end = 8 + int.from_bytes(content[:8], "little")
+    return flip(chance, content[:end]) + content[end:]
+
+
 def forged_coder(chance: random.Random, content: bytes) -> bytes:
     """A file said to be of another coder."""
     table, blobs = parts(content)
@@ -283,6 +341,8 @@ FORGERY: dict[str, Mutation] = {
     "codes": forged_codes,
     "codes, too": forged_codes,
     "another section": forged_other,
+    "repair": forged_repair,
+    FLOAT: damaged_weights,
     "header": forged_header,
     "coder": forged_coder,
 }

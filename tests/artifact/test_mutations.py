@@ -26,3 +26,12 @@ def test_no_mutation_does_harm(bench, tmp_path: Path) -> None:  # type: ignore[n
     assert sum(tally.count for tally in tallies.values()) == 300
     assert all(tally.refused == tally.count for (_, honest), tally in tallies.items() if honest)
     assert sum(tally.other for tally in tallies.values()) > 0, "no forgery got through: they try nothing"
+    assert tallies["repair", False].count > 10
+    assert tallies["repair", False].other > 0, "no addend was forged"
+
+
+def test_other_addends_are_other_weights(bench, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """A digest of codes and scales alone would count a wrong addend as the same file."""
+    digests = {one.coder: one.digest for one in bench.originals(tmp_path)}
+    assert digests["plain"] != digests["plain, repair"]
+    assert bench.FLOAT in digests

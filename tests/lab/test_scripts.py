@@ -14,6 +14,7 @@ from fairway.base.specs import build, to_plain
 from fairway.lab.submit import checkout, score_script, train_script
 from fairway.lab.submit.export import needs, requirements, techniques
 from fairway.recipe import Recipe, load
+from fairway.script import training
 from fairway.script.environment import overridden
 from tests.tiny.way import SAMPLE, TINY
 
@@ -172,6 +173,14 @@ def test_the_environment_is_laid_over_the_recipe(b6):
     assert overridden(steps, {"MAX_WALLCLOCK_SECONDS": "0"}) == {"budget.train_seconds": 0.0}
 
 
+def test_steps_below_zero_are_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train_gpt.py", "--steps", "-5"])
+    with pytest.raises(SystemExit) as end:
+        training.main("train_gpt.py", {}, {})
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "RecipeError: --steps -5: 1 or more are expected; 0: all of them\n"
+
+
 def test_a_wrong_environment_ends_the_script_in_one_line(tiny_run, tmp_path):
     done = alone((tiny_run / "train_gpt.py").read_bytes(), tmp_path / "empty", SEED="x")
     assert (done.returncode, done.stdout) == (2, "")
@@ -233,7 +242,7 @@ def test_weigh_says_what_stat_says(tiny_run, fairway):
     assert found["closed_bytes"] == sizes["artifact.fw"] + sizes["score.py"]
     assert found["headroom_bytes"] == 120_000 - found["challenge_bytes"]
     assert sum(found["sections"].values()) == sizes["artifact.fw"]
-    assert found["written"] is False
+    assert found["written"] == []
     table = fairway("weigh", tiny_run).out
     for words in (
         "tokenizer",

@@ -7,9 +7,13 @@ import statistics
 
 import pytest
 
-from fairway.lab.submit import submit
+from fairway.base import tables
+from fairway.base.specs import to_plain
+from fairway.lab.submit import submit, train_script
 from fairway.lab.submit.readme import standing
-from tests.tiny.way import run_tiny
+from fairway.recipe import load
+from tests.lab.conftest import SHORT
+from tests.tiny.way import SAMPLE, TINY, run_tiny
 
 FILES = {
     "README.md",
@@ -31,6 +35,12 @@ def record(two_runs):
     folder = two_runs.parent / "record"
     submit([two_runs / "tiny-1", two_runs / "tiny-2"], folder, bar=4.0, author="A Person", github="person")
     return folder
+
+
+def rebook(run, key, old, new):
+    journal = (run / "journal.jsonl").read_text()
+    assert f'"{key}": "{old}"' in journal
+    (run / "journal.jsonl").write_text(journal.replace(f'"{key}": "{old}"', f'"{key}": "{new}"'))
 
 
 def told(record):
@@ -113,16 +123,18 @@ def test_a_record_is_written_whole_or_not_at_all(record, two_runs, tmp_path, fai
 def test_runs_that_do_not_belong_together_are_refused(two_runs, tmp_path, fairway, change, says):
     other = shutil.copytree(two_runs / ("tiny-1" if change == "seed" else "tiny-2"), tmp_path / "other")
     if change == "recipe":
-        recipe = other / "recipe.toml"
-        recipe.write_text(recipe.read_text().replace("clip = 1.0\nwarmup", "clip = 0.5\nwarmup"))
-        assert "clip = 0.5" in recipe.read_text()
+        made = load(str(TINY), (f"data.path={SAMPLE}", *SHORT, "seed=2", "train.clip=0.5"))
+        (other / "recipe.toml").write_text(tables.dump(to_plain(made)))
+        (other / "train_gpt.py").write_bytes(train_script(made))
+        rebook(other, "train_sha256", digest(two_runs / "tiny-2" / "train_gpt.py"), digest(other / "train_gpt.py"))
     elif change == "script":
         (other / "train_gpt.py").write_text("print(1)")
     elif change == "unfinished":
         (other / "score.json").unlink()
     elif change == "text":
-        journal = (other / "journal.jsonl").read_text()
-        (other / "journal.jsonl").write_text(journal.replace('"text_sha256": "c819', '"text_sha256": "0819'))
+        text = json.loads((other / "score.json").read_text())["text_sha256"]
+        rebook(other, "text_sha256", text, "0" * 64)
+        (other / "score.json").write_text((other / "score.json").read_text().replace(text, "0" * 64))
     answer = fairway("submit", two_runs / "tiny-1", other, "-o", tmp_path / "record")
     assert (answer.code, answer.err.count("\n")) == (2, 1)
     assert says in answer.err
@@ -185,6 +197,7 @@ def test_a_check_makes_the_scripts_again_and_runs_them_alone(record, two_runs, f
     assert answer.code == 0, answer.err
     found = json.loads(answer.out)
     assert found["rebuilt"] == {"train_gpt.py": True, "score.py": True}
+    assert found["made_by"] == "checkout"
     assert found["same_score"]
     assert found["exact"]
     assert found["losses"]["script"] == found["losses"]["run"]

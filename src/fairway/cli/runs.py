@@ -96,7 +96,9 @@ def submit(
     ] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Make a record in this folder.")] = None,
     update: Annotated[Path | None, typer.Option(help="Take new runs up into this record.")] = None,
-    check: Annotated[Path | None, typer.Option(help="Make this record's scripts again, and run them alone.")] = None,
+    check: Annotated[
+        Path | None, typer.Option(help="Make this record's scripts again from its commit, and run them alone.")
+    ] = None,
     replaces: Annotated[Path | None, typer.Option(help="Say what changed since this run.")] = None,
     bar: Annotated[float | None, typer.Option(help="Bits per byte that a record must beat.")] = None,
     author: Annotated[str, typer.Option(help="For submission.json.")] = "",

@@ -11,7 +11,7 @@ import torch
 
 from fairway import pipeline
 from fairway.base.devices import choose
-from fairway.base.errors import FairwayError, one_line_errors
+from fairway.base.errors import FairwayError, RecipeError, one_line_errors
 from fairway.base.folders import new_folder
 from fairway.base.journal import Run
 from fairway.base.ranks import Ranks
@@ -66,6 +66,8 @@ def main(script: str, table: dict[str, Any], sources: dict[str, str]) -> None:
         if unpacked(sources):
             return
         said = asked.parse_args()
+        if said.steps < 0:
+            raise RecipeError(f"--steps {said.steps}: 1 or more are expected; 0: all of them")
         table = to_plain(build(Recipe, table))  # what is said, and what every class says by default
         changed = overridden(table, os.environ)
         ranks = Ranks.start(cuda=said.device != "cpu" and torch.cuda.is_available())

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from fairway.base import files
 from fairway.base.journal import Run
@@ -23,9 +23,11 @@ class Code(Protocol):
 
 
 def export(recipe: Recipe, run: Run, code: Code) -> int:
-    """Writes the scripts and books what each weighs by stat(); the bytes of the training script, on every rank."""
-    facts: dict[str, int | str] = {}
+    """Writes the scripts and books what each weighs by stat(), and which code made them; the bytes of the training
+    script, on every rank."""
+    facts: dict[str, Any] = {}
     if run.ranks.first:
+        facts["code_sha256"] = code.describe()["sha256"]
         for name, path in code.write(recipe, run).items():
             facts |= {f"{name}_bytes": path.stat().st_size, f"{name}_sha256": files.sha256(path)}
     facts = json.loads(run.ranks.share_text(json.dumps(facts)))

@@ -60,17 +60,22 @@ def submit(
 
 def _check(folder: Path, home: Path, device: str, as_json: bool) -> None:
     found = lab.check(folder, home, device)
-    ours, run = found.losses["script"], found.losses["run"]
+    ours = found.losses["script"]
+    made_by = {
+        "checkout": "this code, the record's own,",
+        "commit": f"the code of {found.commits['record']}",
+        "other": f"this code (the record's, {found.commits['record']}, is not at hand)",
+    }[found.made_by]
     if as_json:
         print(json_text.dumps(found.plain(), indent=2))
     else:
-        kind = "to the bit" if ours == run else "other hardware: within 1e-4"
-        rebuilt = [(name, _said(same), "the bytes that this code gives") for name, same in found.rebuilt.items()]
+        kind = "to the bit: the run's own hardware" if found.exact else f"within {lab.CLOSE:g}: other hardware"
+        rebuilt = [(name, _said(same), f"the bytes that {made_by} makes") for name, same in found.rebuilt.items()]
         rows = [
             *rebuilt,
             ("score", _said(found.same_score), f"{found.scores['script']!r} bits for {found.text_bytes:,} bytes"),
             ("losses", _said(found.same_losses), f"{len(ours)} of the first steps, {kind}; seed {found.seed}"),
-            ("commit", "", f"record {found.commits['record']}, this code {found.commits['code']}"),
+            ("code", found.made_by, f"record {found.commits['record']}, this checkout {found.commits['code']}"),
             ("importable", str(len(found.importable)), "packages that requirements.txt brings; all others are hidden"),
         ]
         table("check", "", rows)
@@ -79,7 +84,8 @@ def _check(folder: Path, home: Path, device: str, as_json: bool) -> None:
         parts = ", ".join(found.differing[:4]) or "the readable lines"
         parts += f" and {len(found.differing) - 4} more" if len(found.differing) > 4 else ""
         raise ContractError(
-            f"{folder}: this code makes another {' and '.join(wrong)} ({parts}); check out {found.commits['record']}"
+            f"{folder}: {made_by} makes another {' and '.join(wrong)} ({parts})"
+            + ("; check where git has the commit" if found.made_by == "other" else "; the record was altered")
         )
     if not found.same_score:
         raise ContractError(

@@ -1,4 +1,7 @@
-"""Is a record what it says? Its scripts are made again from this code, and run alone in an empty folder.
+"""Is a record what it says? Its scripts are made again from its commit's code, and run alone in an empty folder.
+
+The code is taken out of git where this checkout's is another; where git does not have it, this checkout stands in, and
+the check says so.
 
 Alone: `python -I` (no environment, no user's packages, nothing from the working folder) under a guard that wraps the
 import finders: what they find outside the standard library is hidden, unless requirements.txt names it or what it names
@@ -18,12 +21,15 @@ from typing import Any
 
 from fairway.artifact import open_artifact
 from fairway.artifact.bundle import unpacked
-from fairway.base import files
+from fairway.base import files, folders
 from fairway.base.errors import ContractError, RecipeError
+from fairway.base.journal import JOURNAL
 from fairway.data import open_corpus
-from fairway.lab.submit.entries import Entry, entry
-from fairway.lab.submit.export import SCORE, TRAIN, checkout, score_script, train_script
+from fairway.lab.submit.commits import Code, code_of
+from fairway.lab.submit.entries import Entry, curve_of, entry
+from fairway.lab.submit.export import SCORE, TRAIN, checkout
 from fairway.lab.submit.record import REQUIREMENTS, load
+from fairway.steps.products import ARTIFACT, RECIPE
 
 STEPS = 20
 SLICE = 8_000  # bytes of held-out text that are scored
@@ -47,16 +53,29 @@ sys.argv = sys.argv[2:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
+MAKE = """
+import sys
+from pathlib import Path
+from fairway.base import recipes
+from fairway.lab.submit import score_script, train_script
+from fairway.recipe import Recipe
+recipe = recipes.load(Recipe, Path(sys.argv[1]))
+for name, script in zip(sys.argv[2:], (train_script(recipe), score_script(recipe)), strict=True):
+    Path(name).write_bytes(script)
+"""  # run by the record's code, which may be another
+
 
 @dataclass(frozen=True)
 class Check:
-    """What a check found. rebuilt: {script: whether these bytes come of this code}; commits: the record's and this
-    code's; scores: code length in bits of the same text, by script and package; losses: of the first steps, by script
-    and run; exact: whether the run's hardware is this one, so that its losses must come again to the last bit;
-    differing: modules that this code has otherwise."""
+    """What a check found. rebuilt: {script: whether these bytes come of that code}; commits: the record's and this
+    checkout's; made_by: "checkout", "commit" or "other", the code that made them (commits.py); scores: code length in
+    bits of the same text, by script and package; losses: of the first steps, by script and run; exact: whether the
+    run's hardware is this one, so that its losses must come again to the last bit; differing: modules that the code
+    has otherwise."""
 
     rebuilt: dict[str, bool]
     commits: dict[str, str | None]
+    made_by: str
     importable: list[str]
     seed: int
     text_bytes: int
@@ -91,31 +110,50 @@ def check(folder: Path, runs: Path, device: str = "auto") -> Check:
     """
     record = load(folder)
     one = _at_hand([row for row in record["runs"] if not row["superseded"]], runs)
-    made = {TRAIN: train_script(one.recipe), SCORE: score_script(one.recipe)}
-    names = importable((folder / REQUIREMENTS).read_text().splitlines())
+    names = importable(files.read(folder / REQUIREMENTS).decode(errors="replace").splitlines())
+    found = {name: files.read(folder / name) for name in (TRAIN, SCORE)}
     text = _slice(one)
-    with tempfile.TemporaryDirectory() as empty:
+    with (
+        tempfile.TemporaryDirectory() as empty,
+        code_of(one.row["commit"], one.row["sha256"]["code"]) as code,
+    ):
         place = Path(empty)
-        scores = _scores(folder / SCORE, one, text, names, place, device)
+        made = _made(code, one.folder / RECIPE, place)
+        scores = _scores(folder / SCORE, one, text, names, place, device, code)
         losses, here = _losses(folder / TRAIN, one, names, place, device)
     return Check(
-        rebuilt={name: files.read(folder / name) == content for name, content in made.items()},
+        rebuilt={name: found[name] == content for name, content in made.items()},
         commits={"record": one.row["commit"], "code": checkout().commit},
+        made_by=code.of,
         importable=sorted(names),
         seed=one.row["seed"],
         text_bytes=len(text),
         scores=scores,
         losses=losses,
         exact=here,
-        differing=_differing(folder, made),
+        differing=_differing(found, made),
     )
 
 
-def _differing(folder: Path, made: dict[str, bytes]) -> list[str]:
-    """The modules in which a record's scripts differ from those of this code; "recipe" where the tables do."""
+def _made(code: Code, recipe: Path, place: Path) -> dict[str, bytes]:
+    """{name: content} of the scripts that some code makes of a recipe."""
+    names = (TRAIN, SCORE)
+    _output([sys.executable, "-c", MAKE, str(recipe.resolve()), *names], place, _importing(code))
+    made = {name: files.read(place / name) for name in names}
+    for name in names:  # the folder is empty again: nothing but requirements.txt's packages is at hand
+        (place / name).unlink()
+    return made
+
+
+def _importing(code: Code) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(code.source)}
+
+
+def _differing(scripts: dict[str, bytes], made: dict[str, bytes]) -> list[str]:
+    """The modules in which a record's scripts differ from those of its code; "recipe" where the tables do."""
     found = set()
     for name, content in made.items():
-        (table, ours), (other, theirs) = unpacked(content.decode()), unpacked(files.read(folder / name).decode())
+        (table, ours), (other, theirs) = unpacked(content.decode()), unpacked(scripts[name].decode(errors="replace"))
         found |= {module for module in {*ours, *theirs} if ours.get(module) != theirs.get(module)}
         found |= {"recipe"} if table != other else set()
     return sorted(found)
@@ -161,16 +199,28 @@ def _slice(one: Entry) -> bytes:
     if corpus.documents:
         return b"".join(corpus.documents)[:SLICE]
     tokens = corpus.shards[0].tokens[: SLICE // 2]
-    return open_artifact(one.folder / "artifact.fw").tokenizer.decode(tokens[1:], previous=int(tokens[0]))[:SLICE]
+    return open_artifact(one.folder / ARTIFACT).tokenizer.decode(tokens[1:], previous=int(tokens[0]))[:SLICE]
 
 
-def _scores(script: Path, one: Entry, text: bytes, names: set[str], place: Path, device: str) -> dict[str, float]:
+def _scores(
+    script: Path, one: Entry, text: bytes, names: set[str], place: Path, device: str, code: Code
+) -> dict[str, float]:
+    """Code length in bits by the script, and by the package of `code`. ContractError where one says none."""
     (place / "text").write_bytes(text)
-    words = [str((one.folder / "artifact.fw").resolve()), "--device", device, "--json"]
-    ours = json.loads(_alone(script, [words[0], "text", *words[1:]], names, place, {}))
+    words = [str((one.folder / ARTIFACT).resolve()), "--device", device, "--json"]
     command = [sys.executable, "-m", "fairway", "score", "text", "-a", *words]
-    package = json.loads(_output(command, place, dict(os.environ)))
-    return {"script": ours["code_length_bits"], "package": package["code_length_bits"]}
+    told = {
+        "script": (script.name, _alone(script, [words[0], "text", *words[1:]], names, place, {})),
+        "package": ("fairway score", _output(command, place, _importing(code))),
+    }
+    return {key: _bits(name, output) for key, (name, output) in told.items()}
+
+
+def _bits(name: str, output: str) -> float:
+    try:
+        return float(json.loads(output)["code_length_bits"])
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ContractError(f"{name}: its answer is no score: {output.strip()[:60]!r}") from error
 
 
 def _losses(script: Path, one: Entry, names: set[str], place: Path, device: str) -> tuple[dict[str, list[float]], bool]:
@@ -181,14 +231,14 @@ def _losses(script: Path, one: Entry, names: set[str], place: Path, device: str)
         if value and Path(value).exists():
             said[name] = str(Path(value).resolve())
     _alone(script, ["--steps", str(STEPS), "--device", device, "--runs", "runs"], names, place, said)
-    (made,) = (place / "runs").iterdir()
-    facts = [json.loads(line) for line in (made / "journal.jsonl").read_text().splitlines()]
-    here = next(fact for fact in facts if fact["fact"] == "device")
+    journals = list(place.glob("runs/*/" + JOURNAL))
+    here = next((fact for path in journals for fact in folders.rows(path) if fact.get("fact") == "device"), None)
+    if here is None:
+        raise ContractError(f"{script.name}: left no journal of a run that says on what it trained")
     same = all(
         here.get(key) == booked.get(key) for key in ("ranks", "device", "processor", "compute", "threads", "torch")
     )
-    rows = [json.loads(line) for line in (made / "curves.jsonl").read_text().splitlines()]
-    ours = [row["loss"] for row in rows if row["curve"] == "train" and row["step"] <= STEPS]
+    ours = [loss for step, loss in curve_of(journals[0].parent) if step <= STEPS]
     return {"script": ours, "run": [loss for step, loss in one.curve if step <= STEPS]}, same
 
 

@@ -8,17 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fairway.base import files, recipes
-from fairway.base.errors import RecipeError
-from fairway.base.journal import Run
-from fairway.base.specs import to_plain
+from fairway.artifact.bundle import unpacked
+from fairway.base import files, folders, recipes
+from fairway.base.errors import DataError, RecipeError
+from fairway.base.journal import CURVES, Run
+from fairway.base.specs import build, to_plain
 from fairway.lab.submit.export import SCORE, TRAIN
-from fairway.lab.submit.rules import rules
+from fairway.lab.submit.origin import Origin, origin
+from fairway.lab.submit.rules import Facts, rules
 from fairway.recipe import Recipe
-from fairway.steps.products import RECIPE
+from fairway.steps.products import ARTIFACT, RECIPE
 from fairway.steps.products import SCORE as OUTCOME
 
-HASHES = ("script", "score_script", "artifact", "train_text", "held_out_text", "tokenizer")
 SHARED = ("script", "score_script", "train_text", "held_out_text", "tokenizer")  # by all runs of a record
 
 
@@ -35,21 +36,66 @@ class Entry:
 
 
 def entry(folder: Path) -> Entry:
-    """A run folder, read. RecipeError where the run is not finished, or its scripts or its artifact are not its own."""
-    for name in (RECIPE, OUTCOME, TRAIN, SCORE):
+    """A run folder, read. RecipeError where the run is not finished, or its scripts, artifact or score are not its own;
+    DataError where what it left cannot be read."""
+    for name in (RECIPE, OUTCOME, ARTIFACT, TRAIN, SCORE):
         if not (folder / name).exists():
             remedy = "`fairway weigh RUN` writes it" if name in (TRAIN, SCORE) else "name a finished run"
             raise RecipeError(f"{folder}: {name} is missing; {remedy}")
     recipe = recipes.load(Recipe, folder / RECIPE)
     with Run(folder) as run:
         facts = run.facts
-    outcome = json.loads((folder / OUTCOME).read_text())
-    row = _row(folder, recipe, facts, outcome)
-    booked = facts.get("scripts", {})
-    for name, fact in ((TRAIN, "train_sha256"), (SCORE, "score_sha256")):
-        if booked.get(fact) != files.sha256(folder / name):
-            raise RecipeError(f"{folder / name}: not the script that the run booked; `fairway pack` writes both again")
-    return Entry(folder, recipe, to_plain(recipe), facts, row, list(_curve(folder)))
+    try:
+        _own_files(folder, facts)
+        _own_score(folder, recipe, facts)
+        _own_recipe(folder, recipe)
+        row, curve = _row(folder, recipe, facts, origin(folder)), list(curve_of(folder))
+        json.dumps([row, facts], allow_nan=False)  # refused now, not when half of a record is written
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        told = f"no {error}" if isinstance(error, KeyError) else error
+        raise DataError(f"{folder}: not the journal of a finished run ({told}); name one that is whole") from error
+    return Entry(folder, recipe, to_plain(recipe), facts, row, curve)
+
+
+def _own_files(folder: Path, facts: Facts) -> None:
+    scripts, packed = facts["scripts"], facts["artifact"]
+    again = "`fairway pack` writes both again"
+    for name, kind, digest, remedy in (
+        (TRAIN, "script", scripts["train_sha256"], again),
+        (SCORE, "script", scripts["score_sha256"], again),
+        (ARTIFACT, "artifact", packed["sha256"], "put that back, or take this away and `fairway pack` the run again"),
+    ):
+        if files.sha256(folder / name) != digest:
+            raise RecipeError(f"{folder / name}: not the {kind} that the run booked; {remedy}")
+
+
+def _own_score(folder: Path, recipe: Recipe, facts: Facts) -> None:
+    """score.json against the journal: an edited one, or one of another artifact, is not the run's."""
+    outcome, scored = json.loads(files.read(folder / OUTCOME)), facts[f"score_{recipe.score.result}"]
+    pairs = {key: (outcome[key], scored[key]) for key in _SCORED}
+    pairs["result"] = (outcome["result"], recipe.score.result)
+    pairs["artifact_sha256"] = (outcome["artifact_sha256"], facts["artifact"]["sha256"])
+    for stage, value in outcome["stages"].items():
+        if value is not None:
+            pairs[f"stages.{stage}"] = (value, facts[f"score_{stage}"]["bits_per_byte"])
+    for key, (told, booked) in pairs.items():
+        if told != booked:
+            raise RecipeError(
+                f"{folder / OUTCOME}: {key} = {told!r}, but {booked!r} in the journal; `fairway score` writes it again"
+            )
+
+
+_SCORED = ("bits_per_byte", "code_length_bits", "tokens", "text_bytes", "text_sha256")
+
+
+def _own_recipe(folder: Path, recipe: Recipe) -> None:
+    """The script holds the run's recipe: `fit --code` with other settings exports another."""
+    table, _ = unpacked(files.read(folder / TRAIN).decode())
+    held = to_plain(build(Recipe, {**table, "seed": recipe.seed}))
+    for key, (wanted, found) in differences(to_plain(recipe), held).items():
+        raise RecipeError(
+            f"{folder / TRAIN}: {key} = {found!r}, but {wanted!r} in the run's recipe; `fairway pack` writes both again"
+        )
 
 
 def share(entries: list[Entry]) -> None:
@@ -68,12 +114,17 @@ def share(entries: list[Entry]) -> None:
                     f"{one.folder}: {key} = {now!r}, but {before!r} in {first.folder}; "
                     "the runs of a record share all but the seed"
                 )
-        for name in SHARED:
-            if first.row["sha256"][name] != one.row["sha256"][name]:
-                raise RecipeError(
-                    f"{one.folder}: {name} {one.row['sha256'][name][:12]}, but {first.row['sha256'][name][:12]} in "
-                    f"{first.folder}; the runs of a record share code and data"
-                )
+        same_data(str(one.folder), one.row, str(first.folder), first.row)
+
+
+def same_data(name: str, row: Mapping[str, Any], other: str, before: Mapping[str, Any]) -> None:
+    """RecipeError where two rows of one record are not of the same code, text and tokenizer."""
+    for key in SHARED:
+        now, then = row["sha256"][key], before["sha256"][key]
+        if now != then:
+            raise RecipeError(
+                f"{name}: {key} {now[:12]}, but {then[:12]} in {other}; the runs of a record share code and data"
+            )
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -94,24 +145,24 @@ def flat(table: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]
             yield where, value
 
 
-def _row(folder: Path, recipe: Recipe, facts: dict[str, Any], outcome: dict[str, Any]) -> dict[str, Any]:
+def _row(folder: Path, recipe: Recipe, facts: Facts, made: Origin) -> dict[str, Any]:
     """What submission.json keeps of a run, so that the tables can be written again without it."""
-    result, stages = outcome["result"], outcome["stages"]
-    base = stages["sliding" if result == "adapted" else "quantized"]
+    result = recipe.score.result
     scripts, booked = facts["scripts"], facts[f"score_{result}"]
+    base = facts["score_sliding" if result == "adapted" else "score_quantized"]["bits_per_byte"]
     train = facts["train"]
     return {
         "seed": recipe.seed,
         "run": folder.resolve().name,
         "date": time.strftime("%Y-%m-%d", time.gmtime((folder / OUTCOME).stat().st_mtime)),
         "result": result,
-        "val_bpb": outcome["bits_per_byte"],
-        "val_loss": outcome["code_length_bits"] * math.log(2) / outcome["tokens"],
+        "val_bpb": booked["bits_per_byte"],
+        "val_loss": booked["code_length_bits"] * math.log(2) / booked["tokens"],
         "base_bpb": base,
-        "gain_bpb": base - outcome["bits_per_byte"],
-        "float_bpb": stages["float"],
-        "tokens": outcome["tokens"],
-        "text_bytes": outcome["text_bytes"],
+        "gain_bpb": base - booked["bits_per_byte"],
+        "float_bpb": facts["score_float"]["bits_per_byte"],
+        "tokens": booked["tokens"],
+        "text_bytes": booked["text_bytes"],
         "steps": train["steps"],
         "train_seconds": train["seconds"] + train["writing_seconds"],
         "calibration_seconds": facts["calibration"]["seconds"],
@@ -121,24 +172,23 @@ def _row(folder: Path, recipe: Recipe, facts: dict[str, Any], outcome: dict[str,
         "total_bytes": facts["artifact"]["bytes"] + scripts["train_bytes"],
         "budget_bytes": recipe.budget.artifact_bytes,
         "device": {key: facts["device"].get(key) for key in ("ranks", "processor", "device", "compute", "torch")},
-        "commit": facts["code"].get("commit"),
+        "commit": made.code.get("commit"),
         "sha256": {
             "script": scripts["train_sha256"],
             "score_script": scripts["score_sha256"],
-            "code": facts["code"]["sha256"],
+            "code": made.code["sha256"],
             "artifact": facts["artifact"]["sha256"],
             "train_text": facts["train_text"].get("sha256") or f"{facts['train_text']['tokens']} tokens",
             "held_out_text": booked["text_sha256"],
             "tokenizer": facts["tokenizer"]["sha256"],
         },
-        "rules": [line.plain() for line in rules(recipe, facts)],
+        "rules": [line.plain() for line in rules(recipe, facts, made)],
         "superseded": False,
     }
 
 
-def _curve(folder: Path) -> Iterator[tuple[int, float]]:
-    path = folder / "curves.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else ():
-        point = json.loads(line)
+def curve_of(folder: Path) -> Iterator[tuple[int, float]]:
+    """(step, loss) of a run's training."""
+    for point in folders.rows(folder / CURVES):
         if point.get("curve") == "train":
             yield int(point["step"]), float(point["loss"])

@@ -37,10 +37,7 @@ class Checkout:
     def write(self, recipe: Recipe, run: Run) -> dict[str, Path]:
         """Both scripts, in the run folder; one that is there with these bytes is left alone."""
         written = {}
-        for role, (name, script) in {
-            "train": (TRAIN, train_script(recipe)),
-            "score": (SCORE, score_script(recipe)),
-        }.items():
+        for role, (name, script) in scripts(recipe).items():
             path = written[role] = run.path(name)
             if not path.exists() or path.read_bytes() != script:
                 files.write(path, script)
@@ -49,11 +46,18 @@ class Checkout:
 
 def checkout() -> Checkout:
     """This package: the commit, and one hash over every Python file of it."""
-    listed = sorted(HOUSE.rglob("*.py"))
-    return Checkout(
-        git_commit(HOUSE),
-        tables.sha256([[path.relative_to(HOUSE).as_posix(), files.sha256(path)] for path in listed]),
-    )
+    return Checkout(git_commit(HOUSE), house_sha256(HOUSE))
+
+
+def house_sha256(house: Path) -> str:
+    """One hash over every Python file of a package's folder, by its place in it."""
+    listed = sorted(house.rglob("*.py"))
+    return tables.sha256([[path.relative_to(house).as_posix(), files.sha256(path)] for path in listed])
+
+
+def scripts(recipe: Recipe) -> dict[str, tuple[str, bytes]]:
+    """{what it does: (name, content)} of both scripts."""
+    return {"train": (TRAIN, train_script(recipe)), "score": (SCORE, score_script(recipe))}
 
 
 def train_script(recipe: Recipe) -> bytes:

@@ -159,8 +159,8 @@ def _line(name: str, row: Row) -> str:
 
 def _rules(current: list[Row]) -> str:
     lines = [f"Facts are those of the runs' journals (logs beside this file), {_seeds(current)}.", ""]
-    for number, line in enumerate(current[0]["rules"]):
-        each = [row["rules"][number] for row in current]
+    for line in current[-1]["rules"]:
+        each = [one for row in current for one in row["rules"] if one["rule"] == line["rule"]]
         verdicts = list(dict.fromkeys(one["verdict"] for one in each))
         facts = "; ".join(f"`{fact}` = {_values([one['facts'].get(fact) for one in each])}" for fact in line["facts"])
         note = f" ({line['note']})" if line["note"] else ""

@@ -4,6 +4,7 @@ Written whole or not at all: everything is made in a folder beside it, which the
 """
 
 import json
+import math
 import os
 import platform
 import shutil
@@ -14,10 +15,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fairway.base import files
 from fairway.base.errors import DataError, RecipeError
-from fairway.base.files import unwritable
 from fairway.lab.submit import readme
-from fairway.lab.submit.entries import Entry, entry, share
+from fairway.lab.submit.entries import SHARED, Entry, entry, same_data, share
 from fairway.lab.submit.export import SCORE, TRAIN, needs, requirements
 
 RECORD, README, REQUIREMENTS, OLD = "submission.json", "README.md", "requirements.txt", "superseded"
@@ -34,11 +35,14 @@ def submit(
 ) -> dict[str, Any]:
     """Makes the record of some finished runs of one recipe, or takes new ones up into one; what submission.json says.
 
-    RecipeError: runs that differ in more than the seed (naming what); a folder that is there without `update`, or none
-    with it.
+    RecipeError: runs that differ in more than the seed (naming what), also from those that stand in the record; a
+    folder that is there without `update`, or none with it; a bar that no score can beat. DataError: what cannot be
+    read.
     """
     if not runs:
         raise RecipeError("fairway submit: name finished run folders")
+    if bar is not None and not 0 < bar < math.inf:
+        raise RecipeError(f"--bar {bar:g}: bits per byte that can be beaten are expected, a number above 0")
     if update != (folder / RECORD).is_file() or (folder.exists() and not update):
         told = "no record there" if update else "exists already"
         raise RecipeError(f"{folder}: {told}; {'leave --update out' if update else 'use --update, or another place'}")
@@ -46,19 +50,37 @@ def submit(
     share(entries)
     before = load(folder) if update else {}
     record = _record(entries, before, entry(replaces) if replaces else None, bar, author, github)
-    _swap(folder, lambda place: _fill(place, folder, entries, record, before))
+    text = readme.rewrite(_kept(folder, before), record) if update else readme.write(record)
+    _swap(folder, lambda place: _fill(place, folder, entries, record, before, text))
     return record
 
 
 def load(folder: Path) -> dict[str, Any]:
     """What submission.json says; DataError where it is no record of ours."""
     try:
-        record = json.loads((folder / RECORD).read_text())
-        if not record["runs"] or not all(row["sha256"] and "superseded" in row for row in record["runs"]):
-            raise ValueError("no runs in it")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder / RECORD}: no record of `fairway submit` ({error}); name one that is") from error
-    return dict(record)
+        record = dict(json.loads((folder / RECORD).read_bytes()))
+        for row in record["runs"]:
+            seed, run, artifact = _key(row)
+            if not all(isinstance(text, str) for text in (artifact, *(row["sha256"][key] for key in SHARED))):
+                raise ValueError("a hash is no text")
+            if not isinstance(seed, int) or Path(run).name != run:
+                raise ValueError(f"seed {seed!r} and run {run!r} are no number and no folder's name")
+        readme.blocks(record)  # what the tables are made of is there, and of the right kind
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        told = f"no {error}" if isinstance(error, KeyError) else error
+        raise DataError(f"{folder / RECORD}: no record of `fairway submit` ({told}); name one that is") from error
+    return record
+
+
+def _kept(folder: Path, before: Mapping[str, Any]) -> str:
+    """The README that an update writes again; DataError where it or the log of a standing run cannot be read."""
+    for row in before["runs"]:
+        if not row["superseded"]:
+            files.sha256(folder / log_name(row["seed"]))
+    try:
+        return files.read(folder / README).decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{folder / README}: no UTF-8 text ({error.reason}); save it as UTF-8") from error
 
 
 def _record(
@@ -75,6 +97,8 @@ def _record(
     rows = [_superseded(row, entries) for row in before.get("runs", []) if _key(row) not in known]
     rows += [one.row for one in entries]
     current = [row for row in rows if not row["superseded"]]
+    for row in current:
+        same_data(f"{first.folder}", first.row, f"{row['run']}, which stands in the record", row)
     replaced = before.get("replaces")
     if replaces is not None:
         replaced = {**replaces.row, "recipe": replaces.table}
@@ -114,11 +138,13 @@ def _superseded(row: dict[str, Any], entries: list[Entry]) -> dict[str, Any]:
     }
 
 
-def _fill(place: Path, folder: Path, entries: list[Entry], record: dict[str, Any], before: Mapping[str, Any]) -> None:
-    first, text = entries[0], readme.write(record)
+def _fill(
+    place: Path, folder: Path, entries: list[Entry], record: dict[str, Any], before: Mapping[str, Any], text: str
+) -> None:
+    """text: of README.md."""
+    first = entries[0]
     if before:
         shutil.copytree(folder, place, dirs_exist_ok=True)
-        text = readme.rewrite((folder / README).read_text(), record)
         old = {_key(row) for row in before["runs"] if not row["superseded"]}
         for seed, run, _ in old - {_key(row) for row in record["runs"] if not row["superseded"]}:
             (place / OLD).mkdir(exist_ok=True)
@@ -167,7 +193,7 @@ def _swap(folder: Path, fill: Any) -> None:
     except OSError as error:
         if old is not None and not folder.exists():
             old.rename(folder)
-        raise RecipeError(unwritable(folder, error)) from error
+        raise RecipeError(files.unwritable(folder, error)) from error
     finally:
         for left in (made, old):
             if left is not None and left.exists():

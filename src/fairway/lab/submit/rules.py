@@ -6,6 +6,7 @@ A verdict is read from facts alone: "held" and "broken" where they decide it, "o
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from fairway.lab.submit.origin import Origin
 from fairway.recipe import Recipe
 
 MOST_BYTES = 16_000_000
@@ -30,9 +31,9 @@ class Line:
         return asdict(self)
 
 
-def rules(recipe: Recipe, facts: Facts) -> list[Line]:
-    """All lines, for one run."""
-    return [*_budgets(recipe, facts), *_data(recipe, facts), *_honesty(recipe, facts)]
+def rules(recipe: Recipe, facts: Facts, made: Origin) -> list[Line]:
+    """All lines, for one run. made: which code it comes of."""
+    return [*_budgets(recipe, facts), *_data(recipe, facts), *_honesty(recipe, facts), _code(made)]
 
 
 def _budgets(recipe: Recipe, facts: Facts) -> list[Line]:
@@ -44,14 +45,14 @@ def _budgets(recipe: Recipe, facts: Facts) -> list[Line]:
     return [
         Line(
             "size",
-            f"code + artifact <= {MOST_BYTES:,} bytes, all code in train_gpt.py",
-            _verdict(artifact + code <= MOST_BYTES),
+            f"code + artifact < {MOST_BYTES:,} bytes, all code in train_gpt.py",
+            _verdict(artifact + code < MOST_BYTES),
             {"artifact.bytes": artifact, "scripts.train_bytes": code, "sum": artifact + code},
         ),
         Line(
             "training time",
-            f"<= {MOST_SECONDS:.0f} s from the first step to the last read of training data",
-            _verdict(spent <= MOST_SECONDS),
+            f"< {MOST_SECONDS:.0f} s from the first step to the last read of training data",
+            _verdict(spent < MOST_SECONDS),
             {
                 "train.seconds": train["seconds"],
                 "train.writing_seconds": train["writing_seconds"],
@@ -61,8 +62,8 @@ def _budgets(recipe: Recipe, facts: Facts) -> list[Line]:
         ),
         Line(
             "scoring time",
-            f"<= {MOST_SECONDS:.0f} s from opening the file to the last payment",
-            _verdict(scored["seconds"] <= MOST_SECONDS),
+            f"< {MOST_SECONDS:.0f} s from opening the file to the last payment",
+            _verdict(scored["seconds"] < MOST_SECONDS),
             {f"score_{recipe.score.result}.seconds": scored["seconds"]},
         ),
         Line(
@@ -76,7 +77,8 @@ def _budgets(recipe: Recipe, facts: Facts) -> list[Line]:
 
 def _data(recipe: Recipe, facts: Facts) -> list[Line]:
     train, held_out, tokenizer = facts["train_text"], facts["held_out_text"], facts["tokenizer"]
-    scored = facts[f"score_{recipe.score.result}"]
+    stage = f"score_{recipe.score.result}"
+    scored = facts[stage]
     apart = held_out["split"] == "valid" and train["split"] == "train"
     return [
         Line(
@@ -94,24 +96,32 @@ def _data(recipe: Recipe, facts: Facts) -> list[Line]:
             f"the whole fixed validation text, {TEXT_BYTES:,} bytes",
             _verdict(scored["text_bytes"] == TEXT_BYTES),
             {
-                f"score_{recipe.score.result}.text_bytes": scored["text_bytes"],
-                f"score_{recipe.score.result}.tokens": scored["tokens"],
-                f"score_{recipe.score.result}.text_sha256": scored["text_sha256"],
+                f"{stage}.text_bytes": scored["text_bytes"],
+                f"{stage}.tokens": scored["tokens"],
+                f"{stage}.text_sha256": scored["text_sha256"],
             },
             "" if scored["text_bytes"] == TEXT_BYTES else "another text than the challenge's",
         ),
         Line(
             "bytes",
             "bits per byte of the text, never of a token table: the tokens decode to the bytes that are counted",
-            _verdict(scored["text_bytes"] > 0),
-            {f"score_{recipe.score.result}.decoded": scored["decoded"], "tokenizer.sha256": tokenizer["sha256"]},
+            "open" if scored["decoded"] else _verdict(_same_text(scored, held_out)),
+            {
+                f"{stage}.text_bytes": scored["text_bytes"],
+                "held_out_text.bytes": held_out["bytes"],
+                f"{stage}.text_sha256": scored["text_sha256"],
+                "held_out_text.sha256": held_out["sha256"],
+                f"{stage}.decoded": scored["decoded"],
+                "tokenizer.sha256": tokenizer["sha256"],
+            },
+            "counted are the bytes that the tokens decode to, not those of the text" if scored["decoded"] else "",
         ),
         Line(
             "nothing from outside",
             "scoring opens the artifact and the held-out text, nothing else; no training data, no network",
             _verdict(scored["artifact_sha256"] == facts["artifact"]["sha256"]),
             {
-                f"score_{recipe.score.result}.artifact_sha256": scored["artifact_sha256"],
+                f"{stage}.artifact_sha256": scored["artifact_sha256"],
                 "artifact.sha256": facts["artifact"]["sha256"],
             },
         ),
@@ -129,14 +139,25 @@ def _honesty(recipe: Recipe, facts: Facts) -> list[Line]:
     own = bool(proof and proof["artifact_sha256"] == facts["artifact"]["sha256"])
     shown: Verdict = "held" if own else "open"
     note = "" if own else "`fairway prove` decodes a slice"
-    paid = {f"score_{recipe.score.result}.tokens": scored["tokens"], "score.result": recipe.score.result}
+    stage, there = f"score_{recipe.score.result}", facts["held_out_text"]["tokens"]
+    paid = {
+        f"{stage}.tokens": scored["tokens"],
+        "held_out_text.tokens": there,
+        f"{stage}.windows": scored["windows"],
+        f"{stage}.units": scored["units"],
+    }
     return [
         Line(
             "causal", "p_t depends on the artifact and on tokens before t alone: a file decodes", shown, decoded, note
         ),
         Line("normalised", "a distribution over the whole vocabulary before the token is seen", shown, decoded, note),
         Line("score before update", "a token is paid before anything learns from it", shown, decoded, note),
-        Line("one pass", "each token is paid once: the ledger refuses a second payment", "held", paid),
+        Line(
+            "one pass",
+            "each token of the text but the first, which nothing stands before, is paid once",
+            _verdict(scored["tokens"] == there - 1),  # the ledger refuses a second payment, and a score with one owed
+            paid,
+        ),
         Line(
             "seed",
             "seeds are not chosen by their score; every one that was run is listed",
@@ -144,6 +165,21 @@ def _honesty(recipe: Recipe, facts: Facts) -> list[Line]:
             {"run.seed": recipe.seed},
         ),
     ]
+
+
+def _code(made: Origin) -> Line:
+    """Never broken: scripts of other code are refused (origin.py)."""
+    return Line(
+        "code",
+        "the scripts of this record are those of the code that trained",
+        "held" if made.booked else "open",
+        {"code.sha256": made.code["sha256"], "scripts.code_sha256": made.code["sha256"] if made.booked else None},
+        "" if made.booked else "not booked by that version; `fairway submit --check` makes the scripts again",
+    )
+
+
+def _same_text(scored: dict[str, Any], held_out: dict[str, Any]) -> bool:
+    return (scored["text_bytes"], scored["text_sha256"]) == (held_out["bytes"], held_out["sha256"])
 
 
 def _verdict(holds: bool) -> Verdict:
