@@ -20,7 +20,7 @@ from fairway.base.files import write
 from fairway.base.ranks import Ranks
 from fairway.base.slots import kind_of
 from fairway.base.specs import to_plain
-from fairway.lab.submit import checkout
+from fairway.lab.submit import train_script
 from fairway.lab.tradeoff import draw
 from fairway.quant.observe import read_hessians
 from fairway.score.evaluate import model_on
@@ -51,7 +51,7 @@ def fit(
         raise RecipeError(f"--set {foreign[0]}: a fit takes the run as it is; only quant.* and pack.* may differ")
     with run_of(chosen, folder.parent, Ranks(), as_json, folder) as opened:
         hardware = choose(device)
-        taken = steps.export(chosen, opened, checkout()) if code else 0
+        taken = len(train_script(chosen)) if code else 0
         model = model_on(open_artifact(product(opened, steps.WEIGHTS)), hardware)
         read = read_hessians(product(opened, steps.HESSIANS)).items()
         subject = Subject.of(model, chosen.quant, {name: h.to(hardware.torch) for name, h in read}, opened)
