@@ -8,10 +8,10 @@ from fairway.base import slots
 from fairway.base.errors import FairwayError
 from fairway.base.ranks import Ranks
 from fairway.base.specs import build
-from fairway.data import DataSpec, Tokens, batches, open_corpus
+from fairway.data import Corpus, DataSpec, Tokenizer, Tokens, batches, build_tokenizer, open_corpus
 from fairway.data.sources.shards import write_shard
 
-LOADERS, SOURCES = "fairway.data.loaders", "fairway.data.sources"
+LOADERS, SOURCES, TRANSFORMS = "fairway.data.loaders", "fairway.data.sources", "fairway.data.transforms"
 
 
 @pytest.mark.parametrize("kind", slots.kinds(LOADERS))
@@ -80,3 +80,21 @@ def test_a_source_that_is_not_there_is_one_line(kind, tmp_path):
     with pytest.raises(FairwayError, match="absent") as caught:
         open_corpus(spec, "train")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", slots.kinds(TRANSFORMS))
+@pytest.mark.parametrize(
+    "text", ["", "The quick BROWN fox, iPhone", "\ue001\ue004\ue002X", "ǅ ß İ É\0\n", "a\x1a▁\ufffd"]
+)
+def test_a_transform_loses_nothing_and_counts_the_original(kind, text):
+    """Learned with it, the tokenizer returns any text, its bytes add up, and the artifact's copy does the same."""
+    spec = build(DataSpec, {"tokenizer": {"vocab": 300, "transform": kind}})
+    sample = b"The quick brown fox jumps over the LAZY dog. Then it sleeps, and so on and on it goes. "
+    tokenizer = build_tokenizer(spec, Corpus("train", (sample,)))
+    held = {piece.decode("utf-8", "replace") for piece in tokenizer.pieces}
+    assert held >= set(slots.technique(TRANSFORMS, kind).SYMBOLS)
+    data = text.encode()
+    for made in (tokenizer, Tokenizer.from_bytes(tokenizer.model)):
+        tokens = made.encode(data)
+        assert made.decode(tokens) == data
+        assert int(made.byte_lengths(tokens, np.append(made.bos, tokens)[:-1]).sum()) == len(data)

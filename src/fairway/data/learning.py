@@ -9,6 +9,7 @@ from typing import Any
 import sentencepiece
 
 from fairway.base.errors import DataError
+from fairway.base.slots import module_of
 from fairway.data.tokenizer import TokenizerSpec
 
 
@@ -19,11 +20,12 @@ def wanted(recipe: Mapping[str, Any]) -> bool:
 
 def train(documents: Sequence[bytes], spec: TokenizerSpec) -> bytes:
     """A SentencePiece model (its serialised proto) from a sample of the documents; the same text, the same model."""
-    model, sample = io.BytesIO(), list(_sample(documents, spec.sample_bytes))
-    kept = alphabet(sample, spec)
+    transform = module_of(spec.transform)
+    model, sample = io.BytesIO(), [transform.apply(text) for text in _sample(documents, spec.sample_bytes)]
+    kept, operators = alphabet(sample, spec), transform.SYMBOLS
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_sentences(sample, kept),
+            sentence_iterator=_sentences(sample, kept + "".join(operators)),
             model_writer=model,
             model_type="bpe",
             vocab_size=spec.vocab,
@@ -47,6 +49,7 @@ def train(documents: Sequence[bytes], spec: TokenizerSpec) -> bytes:
             shuffle_input_sentence=False,
             max_sentence_length=1 << 30,
             minloglevel=2,
+            **({"user_defined_symbols": list(operators)} if operators else {}),
         )
     except (RuntimeError, OSError) as error:
         why = str(error).strip().splitlines()[-1].rpartition("] ")[2].rstrip(" .") or "too little text"
@@ -65,7 +68,7 @@ def alphabet(sample: Iterable[str], spec: TokenizerSpec) -> str:
     counts: Counter[str] = Counter()
     for text in sample:
         counts.update(text)
-    for refused in _REFUSED:
+    for refused in (*_REFUSED, *module_of(spec.transform).SYMBOLS):
         counts.pop(refused, None)
     needed, kept = spec.coverage * counts.total(), list[str]()
     for character, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
