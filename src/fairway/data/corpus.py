@@ -25,7 +25,12 @@ class DataSpec:
     tokenizer: TokenizerSpec = field(default_factory=TokenizerSpec)
     lossy: Literal["refuse", "score_decoded"] = "refuse"  # of a tokenizer that cannot return the text exactly
     loader: Any = choice("fairway.data.loaders", "shuffled")  # the order of training windows
+    ahead: int = 2  # training batches prepared in the background; 0: none
     held_out: Literal["valid", "dev"] = "valid"  # what the run is scored on; dev is left out of training only then
+
+    def __post_init__(self) -> None:
+        if self.ahead < 0:
+            raise ValueError(f"ahead = {self.ahead}: 0 (none) or more batches can be prepared")
 
 
 @dataclass(frozen=True, eq=False)

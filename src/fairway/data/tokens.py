@@ -71,6 +71,20 @@ class Tokens:
             begin += len(part)
         return found[0] if len(found) == 1 else np.concatenate(found)
 
+    def stretches(self, starts: npt.NDArray[np.int64], width: int) -> Uint16:
+        """tokens[start : start + width] for each start: (n, width). What lies in one part is copied at once."""
+        found = np.empty((len(starts), width), dtype=np.uint16)
+        homes = np.searchsorted(self._ends, starts, side="right")
+        across = starts + width > self._ends[homes]
+        for home in set(homes[~across].tolist()):
+            rows = np.flatnonzero((homes == home) & ~across)
+            part = np.asarray(self.parts[home])
+            begin = int(self._ends[home]) - len(part)
+            found[rows] = np.lib.stride_tricks.sliding_window_view(part, width)[starts[rows] - begin]
+        for row in np.flatnonzero(across):
+            found[row] = self.read(int(starts[row]), int(starts[row]) + width)
+        return found
+
     @cached_property
     def _ends(self) -> npt.NDArray[np.int64]:
         return np.cumsum([len(part) for part in self.parts])

@@ -3,6 +3,8 @@
 import platform
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -16,7 +18,7 @@ from fairway.base.devices import Device
 from fairway.base.errors import DataError, RecipeError
 from fairway.base.journal import Run
 from fairway.base.specs import to_plain
-from fairway.data import Batches, Tokenizer, Tokens, batches, build_tokenizer, open_corpus, tokenize
+from fairway.data import Tokenizer, Tokens, batches, build_tokenizer, open_corpus, tokenize
 from fairway.doctor import memory_bytes
 from fairway.model import GPT, build_model, parameter_count
 from fairway.quant import FakeQuant, plan
@@ -115,7 +117,8 @@ def train(recipe: Recipe, text: Text, run: Run, device: Device) -> None:
     qat: FakeQuant | None = None
     if recipe.qat.kind != "off":
         qat = slots.optional("fairway.quant.fake").FakeQuant(model, recipe.quant, recipe.qat)
-    trained = pretrain(model, _training_batches(recipe, text, run), recipe.train, run, device, recipe.seed, qat)
+    with _training_batches(recipe, text, run, device) as made:
+        trained = pretrain(model, made, recipe.train, run, device, recipe.seed, qat)
     with Stopwatch() as writing:  # on the clock: training data is read once more after it
         if run.writes:
             write_weights(run.path(WEIGHTS), model, text.tokenizer, decoder_share(recipe))
@@ -196,9 +199,13 @@ def stored_tokenizer(run: Run) -> Tokenizer:
     return open_artifact(product(run, WEIGHTS)).tokenizer
 
 
-def _training_batches(recipe: Recipe, text: Text, run: Run) -> Batches:
+def _training_batches(recipe: Recipe, text: Text, run: Run, device: Device) -> Any:
+    """A context that gives `Batches`, or what prepares them in the background."""
     data, context = recipe.data, recipe.model.context
-    return batches(text.train, data.loader, recipe.train.batch_tokens, context, recipe.seed, run.ranks)
+    made = batches(text.train, data.loader, recipe.train.batch_tokens, context, recipe.seed, run.ranks)
+    if not data.ahead:
+        return nullcontext(made)
+    return slots.optional("fairway.data.prefetch").Ahead(made, data.ahead, device.torch.type == "cuda")
 
 
 def _calibration(train: Tokens, context: int, count: int, recipe: Recipe, run: Run) -> Iterator[Tensor]:
