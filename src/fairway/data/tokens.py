@@ -67,7 +67,7 @@ class Tokens:
         for part in self.parts[first:]:
             if begin >= stop and found:
                 break
-            found.append(part[max(0, start - begin) : max(0, stop - begin)])
+            found.append(np.asarray(part)[max(0, start - begin) : max(0, stop - begin)])  # a memmap's slices are slow
             begin += len(part)
         return found[0] if len(found) == 1 else np.concatenate(found)
 
