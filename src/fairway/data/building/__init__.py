@@ -1,0 +1,7 @@
+"""Any text -> token shards in the challenge's format, on all cores, as a stream, killed and continued at will."""
+
+from fairway.data.building.build import build
+from fairway.data.building.folder import read_manifest
+from fairway.data.building.spec import BuildSpec
+
+__all__ = ["BuildSpec", "build", "read_manifest"]
