@@ -2,6 +2,7 @@
 
 from fairway.data.building.build import build
 from fairway.data.building.folder import read_manifest
+from fairway.data.building.joining import join
 from fairway.data.building.spec import BuildSpec
 
-__all__ = ["BuildSpec", "build", "read_manifest"]
+__all__ = ["BuildSpec", "build", "join", "read_manifest"]

@@ -1,9 +1,9 @@
 """Tokens of documents as SentencePiece gives them, to the last token, with each word encoded once and remembered.
 
 A word here is a run of letters, or of anything else, with the spaces before it. Where no piece of a model reaches from
-one word into the next, BPE merges (and unigram paths) stay within words too. The text is normalised whole by the model's
-own rules, cut into words, and each word is looked up; only new words go through SentencePiece, with a copy of the model
-that takes text as it is. On Wikipedia 97 % of the words are known, and a core does about 1.7 times as much.
+one word into the next, BPE merges (and unigram paths) stay within words too. The text is normalised whole by the
+model's own rules, cut into words, and each word is looked up; only new words go through SentencePiece, with a copy of
+the model that takes text as it is. On Wikipedia 97 % of the words are known, and a core does about 1.7 times as much.
 """
 
 import re
@@ -52,10 +52,7 @@ class Encoder:
         return Encoding(tokens, self.tokenizer.decode(tokens, previous=self.tokenizer.bos))
 
     def _by_words(self, text: str) -> Encoding:
-        if self.tokenizer.plain:
-            normal = text.replace(" ", _SPACE)
-        else:
-            normal = self.tokenizer._sp.normalize(text)
+        normal = text.replace(" ", _SPACE) if self.tokenizer.plain else self.tokenizer._sp.normalize(text)
         tokens = np.frombuffer(b"".join(map(self._words.encode, _windows(normal))), dtype=np.uint16)
         if self._words.all_come_back:
             drops = self.tokenizer.drops_first_space and normal.startswith(_SPACE)

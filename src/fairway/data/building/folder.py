@@ -91,7 +91,8 @@ class Folder:
         for shards in self.shards.values():
             shards.seal()
         self.checkpoint()
-        counted = asdict(self.counts)
+        if self.spec.parts == 1:
+            self.loss.pop("turn", None)
         manifest = {
             "format": FORMAT,
             "code": code,
@@ -99,7 +100,7 @@ class Folder:
             "source": dict(source),
             "settings": self.settings,
             "splits": {split: _split(self.sealed[split]) for split in self.splits},
-            "counts": counted,
+            "counts": asdict(self.counts),
             "first_loss": self.loss or None,
         }
         files.write(self.path / MANIFEST, json.dumps(manifest, indent=1) + "\n")

@@ -139,7 +139,7 @@ def _cut(file: File, mark: bytes, longest: int) -> Iterator[Segment]:
             line += content.count(b"\n") if lines else 0
         if len(buffer) > longest:
             raise too_long(file.name, f"line {line:,}" if lines else f"byte {place:,}", longest)
-    if buffer:
+    if buffer or (not place and not lines):  # an empty file is an empty document
         yield Segment(file.number, file.name, lines, line if lines else place, bytes(buffer), read)
 
 

@@ -22,8 +22,9 @@ _REPLACEMENT = "\ufffd".encode()
 
 @dataclass(frozen=True)
 class Loss:
-    """Where a document first comes back other than it was."""
+    """Where a document first comes back other than it was. turn: of its file or block, in a part of a build."""
 
+    turn: int
     place: str
     byte: int
     was: str
@@ -65,11 +66,12 @@ class Encoded:
 
 
 def encode_block(block: Block, encoder: Encoder, spec: BuildSpec, by_files: bool = False) -> Encoded:
-    """by_files: whether parts divide the files among them, or the blocks. DataError for what the spec refuses: no UTF-8,
-    a loss, a line that is no JSON object with a text."""
+    """by_files: whether parts divide the files among them, or the blocks. DataError for what the spec refuses, and for a
+    line that is no JSON object with a text."""
     bos, parts, texts = np.array([encoder.tokenizer.bos], dtype=np.uint16), list[Uint16](), list[bytes]()
     rows, loss, start, empty, invalid, replaced, lost = list[tuple[int, ...]](), None, 0, 0, 0, 0, 0
     for segment in block.segments:
+        turn = segment.file if by_files else block.number
         for place, original in _originals(segment, spec):
             if not original:
                 empty += 1
@@ -81,14 +83,14 @@ def encode_block(block: Block, encoder: Encoder, spec: BuildSpec, by_files: bool
             encoding = encoder.encode(document)
             if encoding.text != document:
                 lost += 1
-                loss = loss or _loss(segment, place, document, encoding.text)
+                loss = loss or _loss(turn, segment, place, document, encoding.text)
                 if spec.lossy == "refuse":
                     raise DataError(
                         f"{encoder.tokenizer.name}: lossy on {loss}; "
                         "use --lossy report (the shards hold another text), or another tokenizer"
                     )
             key = int.from_bytes(key_of(original)[:8], "big")
-            rows.append((start, len(original), len(encoding.text), key, segment.file if by_files else block.number))
+            rows.append((start, len(original), len(encoding.text), key, turn))
             parts += [bos, encoding.tokens]
             texts.append(encoding.text)
             start += 1 + len(encoding.tokens)
@@ -160,7 +162,7 @@ def _replaced(segment: Segment, place: str, document: bytes, spec: BuildSpec) ->
     return document.decode("utf-8", "replace").encode()
 
 
-def _loss(segment: Segment, place: str, document: bytes, text: bytes) -> Loss:
+def _loss(turn: int, segment: Segment, place: str, document: bytes, text: bytes) -> Loss:
     at = first_difference(document, text)
     where = f"{shown(segment.name)}, {place}"
-    return Loss(where, at, repr(document[at : at + 12]), repr(text[at : at + 12]))
+    return Loss(turn, where, at, repr(document[at : at + 12]), repr(text[at : at + 12]))

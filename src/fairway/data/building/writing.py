@@ -91,9 +91,11 @@ class Shards:
         self._close()
         hidden = self._hidden(self.number)
         table = np.fromfile(hidden[1], dtype="<u8", offset=sidecar.HEADER_BYTES).reshape(-1, self.columns)
-        sums = (int(table[:, column].sum()) for column in (BYTES, DECODED))
-        hashes = map(_sha256, hidden)
-        self.unnamed.append(Sealed(self._name(self.number), self.tokens, self.documents, *sums, *hashes))
+        original, decoded = (int(table[:, column].sum()) for column in (BYTES, DECODED))
+        hashes = [_sha256(path) for path in hidden]
+        self.unnamed.append(
+            Sealed(self._name(self.number), self.tokens, self.documents, original, decoded, hashes[0], hashes[1])
+        )
         self.number, self.tokens, self.documents = self.number + 1, 0, 0
         if self.number == MOST_SHARDS:
             raise DataError(f"{self.folder}: more than {MOST_SHARDS:,} shards; set --shard-tokens higher")
