@@ -64,6 +64,8 @@ def to_json(header: Header) -> bytes:
         table = specs.to_plain(header)
         if not header.repair:
             del table["repair"]  # files of the first fairway have none: the same tensors keep their bytes
+        if not header.model.apart:
+            del table["model"]["apart"]  # nor has it that
         return json.dumps(table, separators=(",", ":"), allow_nan=False).encode()
     except (TypeError, ValueError) as error:
         raise RecipeError(f"decoder: {error}; plain tables of finite numbers and strings are needed") from error

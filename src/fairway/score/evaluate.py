@@ -85,11 +85,9 @@ def score_opened(
     model = model_on(artifact, device, is_exact(spec, stage))
     ledger = Ledger(len(lengths))
     booking: Any = None  # fairway.score.booking.Booking
-    if is_exact(spec, stage) and device is not None and device.torch.type != "cpu":
-        run.fact("substitution", what=f"{stage} on {device.torch}", why="exact mode is float64 on the CPU, one learner")
-    if is_exact(spec, stage) and stage == "adapted" and run.folder is not None:
-        keep = optional("fairway.score.booking").Booking
-        booking = keep(run, ledger, stream, spec.snapshots, held_out.text_sha256, artifact.sha256)
+    if is_exact(spec, stage):
+        keep = optional("fairway.score.exact_teller").books
+        booking = keep(run, ledger, stream, spec, stage, device, held_out.text_sha256, artifact.sha256)
     with run.meter(stage, len(lengths), "tokens") as meter:
         pace: Callable[[Unit], None] | None = None
         if limit or not run.quiet:
