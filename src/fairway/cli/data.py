@@ -14,19 +14,81 @@ data.add_typer(tokenizer, name="tokenizer")
 app.add_typer(data, name="data")
 
 Sources = Annotated[list[str], typer.Argument(help="Files or folders, packed or plain; - for standard input.")]
+Separator = Annotated[
+    str, typer.Option(help="What opens a document of text, such as '<doc '. Default: a file is a document.")
+]
+TextKey = Annotated[str, typer.Option("--text-key", help="The text's key in JSON lines, or its column in Parquet.")]
+ValidDocuments = Annotated[
+    int | None, typer.Option("--valid-documents", help="Hold out the first so many documents (the challenge's: 50000).")
+]
+ValidFraction = Annotated[
+    float, typer.Option("--valid-fraction", help="Else hold out this share, chosen by a hash of each document.")
+]
+Longest = Annotated[int, typer.Option(help="Bytes of a document that is still taken into memory.")]
 
 
 @data.command()
 def build(
     sources: Sources,
-    out: Annotated[Path, typer.Option("-o", "--out", help="The folder of the shards.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The folder of the shards. Called again, a build goes on.")],
     model: Annotated[Path, typer.Option("--tokenizer", help="A SentencePiece .model file.")],
+    format_: Annotated[
+        str, typer.Option("--format", help="auto (by each file's suffix), text, jsonl or parquet.")
+    ] = "auto",
+    separator: Separator = "",
+    text_key: TextKey = "text",
+    valid_documents: ValidDocuments = None,
+    valid_fraction: ValidFraction = 0.01,
+    repeated: Annotated[
+        str, typer.Option(help="Training documents that are held out too: leave_out or keep. Counted in any case.")
+    ] = "leave_out",
+    shard_tokens: Annotated[int, typer.Option(help="Tokens of each shard but the last.")] = 100_000_000,
+    part: Annotated[
+        str, typer.Option(help="2/8: the second of eight hosts' shares; then `fairway data join`.")
+    ] = "1/1",
+    workers: Annotated[int, typer.Option(min=0, help="Processes that encode; 0: one for each core.")] = 0,
+    invalid: Annotated[str, typer.Option(help="Bytes that are no UTF-8: refuse, or replace (by U+FFFD; counted).")] = (
+        "refuse"
+    ),
+    lossy: Annotated[
+        str, typer.Option(help="Documents that the tokenizer cannot return: refuse or report.")
+    ] = "refuse",
+    longest: Longest = 16_777_216,
     json: Json = False,
 ) -> None:
     """Any text -> token shards in the challenge's format, document offsets and byte counts, a manifest."""
     from fairway.verbs import building
 
-    building.build(sources, out, model, json)
+    building.build(
+        sources,
+        out,
+        model,
+        part,
+        workers,
+        json,
+        kind=format_,
+        separator=separator,
+        text_key=text_key,
+        valid_documents=valid_documents,
+        valid_fraction=valid_fraction,
+        repeated=repeated,
+        shard_tokens=shard_tokens,
+        invalid=invalid,
+        lossy=lossy,
+        longest=longest,
+    )
+
+
+@data.command()
+def join(
+    parts: Annotated[list[Path], typer.Argument(help="The folders of all parts of one build, in any order.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The folder of the shards.")],
+    json: Json = False,
+) -> None:
+    """The parts that several hosts built (--part) -> the very shards that one host would have built."""
+    from fairway.verbs import building
+
+    building.join(parts, out, json)
 
 
 @data.command()

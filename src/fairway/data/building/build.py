@@ -92,7 +92,7 @@ def share_of_files(listed: Sequence[File], spec: BuildSpec) -> tuple[list[File],
 
 
 def _work(model: bytes, name: str, spec: BuildSpec, by_files: bool) -> Callable[[Block], Encoded]:
-    encoder = Encoder(Tokenizer(model, name))
+    encoder = Encoder(Tokenizer.from_bytes(model, name))
     return lambda block: encode_block(block, encoder, spec, by_files)
 
 
@@ -121,7 +121,8 @@ def _collect(encoded: Iterator[Encoded], opened: Folder, show: Callable[..., Non
             opened.add(one)
             show(one.read, documents=opened.counts.documents)
     finally:  # an error, or Ctrl-C: what was done before it need not be done again
-        opened.checkpoint()
+        if opened.next:
+            opened.checkpoint()
 
 
 def _apart(folder: Path, listed: Sequence[File]) -> None:

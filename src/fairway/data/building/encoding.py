@@ -1,9 +1,9 @@
 """Tokens of documents as SentencePiece gives them, to the last token, with each word encoded once and remembered.
 
-A word here is a run of letters, or of anything else, with the spaces before it. Where no piece of a model reaches from
-one word into the next, BPE merges (and unigram paths) stay within words too. The text is normalised whole by the
-model's own rules, cut into words, and each word is looked up; only new words go through SentencePiece, with a copy of
-the model that takes text as it is. On Wikipedia 97 % of the words are known, and a core does about 1.7 times as much.
+A word here is a run of letters or of signs with the spaces before it, or all up to the next space. Where no piece of a
+model reaches from one word into the next, BPE merges (and unigram paths) stay within words too. The text is normalised
+whole by the model's own rules, cut into words, and each word is looked up; only new words go through SentencePiece,
+with a copy of the model that takes text as it is. On Wikipedia 97 % of the words are known, and a core does about 1.7 times as much.
 """
 
 import re
@@ -35,44 +35,51 @@ class Encoding:
 
 
 class Encoder:
-    """A tokenizer at full speed in one thread. fast: whether it may go word by word."""
+    """A tokenizer at full speed in one thread. words: what encodes word by word, None where that cannot be."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         word = _word_of(tokenizer)
-        self.fast = word is not None
-        if word is not None:
-            self._words = _Words(tokenizer, word)
+        self.words = None if word is None else _Words(tokenizer, word)
+        self._untransformed = type(tokenizer) is Tokenizer
 
     def encode(self, document: bytes) -> Encoding:
-        """The tokens that `Tokenizer.encode` gives, and what they decode to. No UTF-8: the tokenizer's own way."""
-        if self.fast and (not self.tokenizer.plain or self._is_plain(document)):
-            return self._by_words(document.decode("utf-8", "replace"))
-        tokens = np.concatenate([np.zeros(0, np.uint16), *self._in_parts(document)])
-        return Encoding(tokens, self.tokenizer.decode(tokens, previous=self.tokenizer.bos))
-
-    def _by_words(self, text: str) -> Encoding:
-        normal = text.replace(" ", _SPACE) if self.tokenizer.plain else self.tokenizer._sp.normalize(text)
-        tokens = np.frombuffer(b"".join(map(self._words.encode, _windows(normal))), dtype=np.uint16)
-        if self._words.all_come_back:
-            drops = self.tokenizer.drops_first_space and normal.startswith(_SPACE)
-            return Encoding(tokens, normal[drops:].replace(_SPACE, " ").encode())
-        return Encoding(tokens, self.tokenizer.decode(tokens, previous=self.tokenizer.bos))
-
-    def _is_plain(self, document: bytes) -> bool:
-        """Whether nothing in it goes straight to byte pieces."""
-        try:
-            return self.tokenizer._escaped.search(document.decode()) is None
-        except UnicodeDecodeError:
-            return False
+        """The tokens that `Tokenizer.encode` gives, and what they decode to."""
+        tokenizer, words = self.tokenizer, self.words
+        if words is not None and self._untransformed and (not tokenizer.plain or self._has_nothing_escaped(document)):
+            normal = self._normal(document.decode("utf-8", "replace"))
+            tokens = self._of_words(normal, words)
+            if words.all_come_back:  # the text needs no decoding: it is that of the words
+                dropped = tokenizer.drops_first_space and normal.startswith(_SPACE)
+                return Encoding(tokens, normal[dropped:].replace(_SPACE, " ").encode())
+        else:
+            tokens = np.concatenate([np.zeros(0, np.uint16), *self._in_parts(document)])
+        return Encoding(tokens, tokenizer.decode(tokens, previous=tokenizer.bos))
 
     def _in_parts(self, document: bytes) -> Iterator[Uint16]:
         """`Tokenizer.encode_documents` in this thread alone: a build has a process for each core already."""
         for _, part in self.tokenizer._segments([document]):
-            if isinstance(part, str):
-                yield np.array(self.tokenizer._sp.encode(part, num_threads=1), dtype=np.uint16)
-            else:
+            if isinstance(part, bytes):
                 yield self.tokenizer._byte_ids[np.frombuffer(part, dtype=np.uint8)].astype(np.uint16)
+            elif self.words is not None:
+                yield self._of_words(self._normal(part), self.words)
+            else:
+                yield np.array(self.tokenizer._sp.encode(part, num_threads=1), dtype=np.uint16)
+
+    def _normal(self, text: str) -> str:
+        """The text as the model's rules make it, ▁ for spaces."""
+        normal: str = text.replace(" ", _SPACE) if self.tokenizer.plain else self.tokenizer._sp.normalize(text)
+        return normal
+
+    def _of_words(self, normal: str, words: "_Words") -> Uint16:
+        return np.frombuffer(b"".join(map(words.encode, _windows(normal))), dtype=np.uint16)
+
+    def _has_nothing_escaped(self, document: bytes) -> bool:
+        """Whether SentencePiece may see all of it."""
+        try:
+            return self.tokenizer._escaped.search(document.decode()) is None
+        except UnicodeDecodeError:
+            return False
 
 
 class _Words(dict[str, bytes]):
@@ -122,5 +129,8 @@ def _word_of(tokenizer: Tokenizer) -> re.Pattern[str] | None:
     known = {chr(code) for code in range(128)} | set("".join(texts)) - {_SPACE}
     letters = re.escape("".join(sorted(c for c in known if c.isalpha())))
     others = re.escape("".join(sorted(c for c in known if not c.isalpha())))
-    word = re.compile(f"{_SPACE}*(?:[{letters}]+|[{others}]+|[^{letters}{others}{_SPACE}]+)|{_SPACE}+")
-    return word if tokenizer.has_bytes and all(word.fullmatch(text) for text in texts) else None
+    runs = rf"{_SPACE}*(?:[{letters}]+|[{others}]+|[^{letters}{others}{_SPACE}]+)|{_SPACE}+"
+    for word in map(re.compile, (runs, f"{_SPACE}*[^{_SPACE}]+|{_SPACE}+")):
+        if tokenizer.has_bytes and all(word.fullmatch(text) for text in texts):
+            return word
+    return None

@@ -139,7 +139,9 @@ class Folder:
     def _compare(self, theirs: Mapping[str, Any], how: str) -> None:
         for name in sorted({*theirs, *self.settings}):
             mine = self.settings.get(name)
-            if theirs.get(name) != mine:
+            # What was refused so far stopped the build: a milder rule would have changed nothing of it.
+            milder = name in ("lossy", "invalid") and theirs.get(name) == "refuse"
+            if theirs.get(name) != mine and not milder:
                 raise RecipeError(
                     f"{self.path}: {how} with {name} = {theirs.get(name)!r}, not {mine!r}; "
                     "say the same again, or name another folder with -o"

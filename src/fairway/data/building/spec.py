@@ -24,6 +24,9 @@ class BuildSpec:
     longest: int = 16_777_216  # bytes of a document: it is held in memory whole
 
     def __post_init__(self) -> None:
+        for name, place, choices in _CHOICES:
+            if getattr(self, name) not in choices:
+                raise RecipeError(f"{place} {getattr(self, name)!r}: choices: {', '.join(choices)}")
         if self.valid_documents is not None and self.valid_documents < 0:
             raise RecipeError(f"--valid-documents {self.valid_documents}: 0 or more is possible")
         if not 0 <= self.valid_fraction <= 1:
@@ -34,3 +37,11 @@ class BuildSpec:
             raise RecipeError(f"--part {self.part}/{self.parts}: parts count from 1/{max(self.parts, 1)}")
         if self.longest < 1:
             raise RecipeError(f"--longest {self.longest}: at least one byte is needed")
+
+
+_CHOICES = (
+    ("kind", "--format", ("auto", "text", "jsonl", "parquet")),
+    ("invalid", "--invalid", ("refuse", "replace")),
+    ("lossy", "--lossy", ("refuse", "report")),
+    ("repeated", "--repeated", ("leave_out", "keep")),
+)

@@ -66,8 +66,8 @@ class Encoded:
 
 
 def encode_block(block: Block, encoder: Encoder, spec: BuildSpec, by_files: bool = False) -> Encoded:
-    """by_files: whether parts divide the files among them, or the blocks. DataError for what the spec refuses, and for a
-    line that is no JSON object with a text."""
+    """by_files: whether parts divide the files among them, or the blocks. DataError for what the spec refuses, or
+    a line that is no JSON object with a text."""
     bos, parts, texts = np.array([encoder.tokenizer.bos], dtype=np.uint16), list[Uint16](), list[bytes]()
     rows, loss, start, empty, invalid, replaced, lost = list[tuple[int, ...]](), None, 0, 0, 0, 0, 0
     for segment in block.segments:
