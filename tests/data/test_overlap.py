@@ -6,9 +6,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fairway.data import Tokens
-from fairway.data.overlap import Bands, Document, of_shards, of_text, of_tokens, scan, shared_text, shared_tokens
+from fairway.data.overlap import (
+    Bands,
+    Document,
+    Group,
+    batched,
+    of_shards,
+    of_text,
+    of_tokens,
+    scan,
+    shared_text,
+    shared_tokens,
+)
 from fairway.data.overlap import documents as documents_module
-from fairway.data.overlap.documents import WORDS, batched
+from fairway.data.overlap.documents import WORDS
 from fairway.data.overlap.minhash import BINS, EMPTY, estimates, shingles
 from fairway.data.overlap.scan import sketch
 from fairway.data.splits import Shard
@@ -29,7 +40,15 @@ def changed(generator, text, share):
 
 
 def documents(texts, name="t"):
-    return [Document(f"{name}:{i}", text if isinstance(text, bytes) else text.encode()) for i, text in enumerate(texts)]
+    return [Document(f"{name}:{i}", text.encode()) for i, text in enumerate(texts)]
+
+
+def group(texts):
+    return Group(tuple(documents(texts)), 0)
+
+
+def scanned(train, held_out, limit=0.8, **values):
+    return scan(batched(documents(train)), batched(documents(held_out, "h")), of_text, limit, **values)
 
 
 def jaccard(left, right, width=WORDS):
@@ -42,7 +61,7 @@ def jaccard(left, right, width=WORDS):
 
 
 def sketched(texts):
-    return sketch(of_text(documents(texts)))
+    return sketch(of_text(group(texts)))
 
 
 @pytest.mark.parametrize("count", [3, 30, 100, 1000, 4000])
@@ -72,7 +91,7 @@ def test_shingles_are_runs_of_units_within_a_document():
 
 
 def test_words_have_the_same_hash_wherever_they_stand():
-    first, second = of_text(documents(["alpha beta", "gamma", "", "beta gamma alpha"])), of_text(documents(["gamma"]))
+    first, second = of_text(group(["alpha beta", "gamma", "", "beta gamma alpha"])), of_text(group(["gamma"]))
     assert first.counts.tolist() == [2, 1, 0, 3]
     alpha, beta, gamma = first.units[:3].tolist()
     assert first.units.tolist() == [alpha, beta, gamma, beta, gamma, alpha]
@@ -117,7 +136,7 @@ def planted():
 
 def test_what_was_planted_is_found_and_nothing_else(planted):
     train, held_out = planted
-    found = scan(documents(train), documents(held_out, "h"), of_text, 0.8)
+    found = scanned(train, held_out)
     near = {20 + i for i in range(10) if jaccard(held_out[20 + i], train[37 * i + 5]) >= 0.8}
     assert len(near) >= 5
     assert (found.held_out, found.train, found.empty) == (200, 600, 0)
@@ -135,14 +154,14 @@ def test_what_was_planted_is_found_and_nothing_else(planted):
 
 def test_batches_and_processes_change_nothing(planted, monkeypatch):
     train, held_out = planted
-    alone = scan(documents(train), documents(held_out), of_text, 0.7)
+    alone = scanned(train, held_out, 0.7)
     monkeypatch.setattr(documents_module, "BATCH", 5000)
-    assert scan(documents(train), documents(held_out), of_text, 0.7) == alone
-    assert scan(documents(train), documents(held_out), of_text, 0.7, jobs=2) == alone
+    assert scanned(train, held_out, 0.7) == alone
+    assert scanned(train, held_out, 0.7, processes=2) == alone
 
 
 def test_copies_among_the_held_out_documents_count_each():
-    found = scan(documents(["same text"]), documents(["Same  text", "same text", "other", "", " "]), of_text)
+    found = scanned(["same text"], ["Same  text", "same text", "other", "", " "])
     assert (found.exact, found.held_out, found.empty, found.exact_share) == (2, 5, 2, 0.4)
 
 
@@ -225,7 +244,7 @@ def test_shards_are_scanned_by_their_tokens(tmp_path):
         return Shard(tmp_path / name, np.concatenate([np.concatenate(([1], part)) for part in parts]).astype(np.uint16))
 
     train = [shard("a", body[10:15]), shard("b", [*body[15:], body[0], near])]
-    found = scan(of_shards(train, 1), of_shards([shard("v", body[:10])], 1), of_tokens, 0.8)
+    found = scan(batched(of_shards(train, 1)), batched(of_shards([shard("v", body[:10])], 1)), of_tokens)
     assert (found.exact, found.near, found.held_out, found.train) == (1, 1, 10, 12)
     assert found.examples[0].train.endswith("b: document 6")
     assert found.examples[1].train.endswith("b: document 7")

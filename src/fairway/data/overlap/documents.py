@@ -11,6 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from fairway.data.building.listing import shown
+from fairway.data.building.reading import Block
+from fairway.data.building.spec import BuildSpec
+from fairway.data.building.work import _originals as originals
 from fairway.data.overlap.folding import folded
 from fairway.data.overlap.minhash import Uint64, mixed
 from fairway.data.splits import Shard, Uint16
@@ -28,35 +32,50 @@ class Document:
     content: bytes
 
 
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """Some documents. keys: of each, equal where documents are the same; units: (U,) uint64 of all, one after another;
-    counts: (D,) units of each; width: units of a shingle; bytes: of the documents' contents."""
+@dataclass(frozen=True)
+class Group:
+    """Documents that are compared together. read: bytes of their source up to here, for the progress."""
 
     documents: tuple[Document, ...]
+    read: int
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """A group's documents, cut. keys: of each, equal where documents are the same; units: (U,) uint64 of all, one after
+    another; counts: (D,) units of each; width: units of a shingle."""
+
+    group: Group
     keys: tuple[bytes, ...]
     units: Uint64
     counts: npt.NDArray[np.int64]
     width: int
 
-    @property
-    def bytes(self) -> int:
-        return sum(len(document.content) for document in self.documents)
 
-
-def of_text(documents: Sequence[Document]) -> Batch:
+def of_text(group: Group) -> Batch:
     """A batch of text, documents compared by their folded text; empty ones keep their place and have no units."""
-    texts = [folded(document.content) for document in documents]
+    texts = [folded(document.content) for document in group.documents]
     keys = tuple(hashlib.blake2b(text, digest_size=16).digest() for text in texts)
-    return Batch(tuple(documents), keys, *_words(texts), WORDS)
+    return Batch(group, keys, *_words(texts), WORDS)
 
 
-def of_tokens(documents: Sequence[Document]) -> Batch:
+def of_block(spec: BuildSpec, block: Block) -> Batch:
+    """A batch of text from a block of files, as `fairway data build` reads them."""
+    found = (
+        Document(f"{shown(segment.name)}: {place}", content)
+        for segment in block.segments
+        for place, content in originals(segment, spec)
+    )
+    return of_text(Group(tuple(found), block.read))
+
+
+def of_tokens(group: Group) -> Batch:
     """A batch of tokens: the contents are uint16, BOS left out."""
-    keys = tuple(hashlib.blake2b(document.content, digest_size=16).digest() for document in documents)
-    tokens = np.frombuffer(b"".join(document.content for document in documents), dtype=np.uint16)
-    counts = np.array([len(document.content) // 2 for document in documents], dtype=np.int64)
-    return Batch(tuple(documents), keys, mixed(tokens.astype(np.uint64) + np.uint64(1)), counts, TOKENS)
+    contents = [document.content for document in group.documents]
+    keys = tuple(hashlib.blake2b(content, digest_size=16).digest() for content in contents)
+    tokens = np.frombuffer(b"".join(contents), dtype=np.uint16)
+    counts = np.array([len(content) // 2 for content in contents], dtype=np.int64)
+    return Batch(group, keys, mixed(tokens.astype(np.uint64) + np.uint64(1)), counts, TOKENS)
 
 
 def of_shards(shards: Iterable[Shard], bos: int) -> Iterator[Document]:
@@ -78,17 +97,18 @@ def of_shards(shards: Iterable[Shard], bos: int) -> Iterator[Document]:
         yield _joined(held, place)
 
 
-def batched(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Documents in lists of about BATCH bytes."""
-    group, held = list[Document](), 0
+def batched(documents: Iterable[Document]) -> Iterator[Group]:
+    """Documents in groups of about BATCH bytes."""
+    group, held, read = list[Document](), 0, 0
     for document in documents:
         group.append(document)
-        held += len(document.content) + 64
+        held += len(document.content) + 64  # a million empty documents are not one group
+        read += len(document.content)
         if held >= BATCH:
-            yield group
+            yield Group(tuple(group), read)
             group, held = [], 0
     if group:
-        yield group
+        yield Group(tuple(group), read)
 
 
 def _joined(parts: list[Uint16], place: str) -> Document:

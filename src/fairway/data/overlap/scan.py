@@ -1,18 +1,19 @@
 """The scan: held-out documents are kept as keys and signatures, training documents stream past them."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from multiprocessing import get_context
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from fairway.base.journal import Run
-from fairway.data.overlap.documents import Batch, Document, batched
+from fairway.data.building.processes import workers
+from fairway.data.overlap.documents import Batch
 from fairway.data.overlap.minhash import Bands, Uint32, estimates, shingles, signatures
 
-Cut = Callable[[Sequence[Document]], Batch]  # of_text or of_tokens
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -70,11 +71,12 @@ class Sketch:
 class Found:
     """What one batch of training documents has in common with the held-out ones.
 
-    exact: (document of the batch, held-out number); near: (document, held-out number, alike).
+    exact: (place of the document, held-out number); near: (place, held-out number, alike); read: as a group's.
     """
 
     documents: int
     bytes: int
+    read: int
     exact: list[tuple[str, int]] = field(default_factory=list)
     near: list[tuple[str, int, float]] = field(default_factory=list)
 
@@ -92,7 +94,7 @@ class HeldOut:
         for batch in batches:
             made = sketch(batch)
             fresh = list[int]()
-            for row, (document, key) in enumerate(zip(batch.documents, made.keys, strict=True)):
+            for row, (document, key) in enumerate(zip(batch.group.documents, made.keys, strict=True)):
                 self.documents += 1
                 self.total_bytes += len(document.content)
                 if not made.full[row]:
@@ -113,46 +115,48 @@ class HeldOut:
 
     def compare(self, batch: Batch) -> Found:
         """What training documents have in common with these."""
-        made = sketch(batch)
-        found = Found(len(batch.documents), batch.bytes)
+        made, documents = sketch(batch), batch.group.documents
+        found = Found(len(documents), sum(len(document.content) for document in documents), batch.group.read)
         same = np.array([self.numbers.get(key, -1) for key in made.keys], dtype=np.int64)
         same[~made.full] = -1
-        found.exact.extend((batch.documents[row].place, int(same[row])) for row in np.flatnonzero(same >= 0))
+        found.exact.extend((documents[row].place, int(same[row])) for row in np.flatnonzero(same >= 0))
         asked = np.flatnonzero(made.full)
         rows, kept = self.bands.pairs(made.signatures[asked])
         rows = asked[rows]
         alike = estimates(made.signatures[rows], self.signatures[kept])
         near = (alike >= self.limit) & (same[rows] != kept)
         for row, number, value in zip(rows[near], kept[near], alike[near], strict=True):
-            found.near.append((batch.documents[row].place, int(number), float(value)))
+            found.near.append((documents[row].place, int(number), float(value)))
         return found
 
 
 def sketch(batch: Batch) -> Sketch:
     hashes, home = shingles(batch.units, batch.counts, batch.width)
-    return Sketch(batch.keys, signatures(hashes, home, len(batch.documents)), batch.counts > 0)
+    return Sketch(batch.keys, signatures(hashes, home, len(batch.counts)), batch.counts > 0)
 
 
 def scan(
-    train: Iterable[Document],
-    held_out: Iterable[Document],
-    cut: Cut,
+    train: Iterable[T],
+    held_out: Iterable[T],
+    cut: Callable[[T], Batch],
     limit: float = 0.8,
     examples: int = 5,
-    jobs: int = 1,
+    processes: int = 1,
     run: Run | None = None,
     total: int = 0,
 ) -> Overlap:
     """Exact and near duplicates between training and held-out documents. What is kept of the training text does not
-    grow with it. total: bytes of training documents, for the progress; jobs: processes."""
-    kept = HeldOut(map(cut, batched(held_out)), limit)
+    grow with it. cut: makes batches of what the two sides give; total: bytes that training groups have read in the end,
+    for the progress."""
+    kept = HeldOut(map(cut, held_out), limit)
     exact, near = dict[int, str](), dict[int, tuple[float, str]]()
     train_exact, train_near = 0, 0
-    documents = read = 0
-    with (run or Run()).meter("scan", total, "B") as meter:
-        for found in _compared(batched(train), kept, cut, jobs):
+    documents = size = 0
+    make = partial(_comparing, kept, cut)
+    with workers(make, processes) as compared, (run or Run()).meter("scan", total, "B") as meter:
+        for found in compared(train):
             documents += found.documents
-            read += found.bytes
+            size += found.bytes
             for place, number in found.exact:
                 exact.setdefault(number, place)
             for place, number, alike in found.near:
@@ -161,13 +165,13 @@ def scan(
             same = {place for place, _ in found.exact}
             train_exact += len(same)
             train_near += len({place for place, *_ in found.near} - same)
-            meter.update(read)
+            meter.update(found.read)
     only_near = {number: best for number, best in near.items() if number not in exact}
     return Overlap(
         held_out=kept.documents,
         held_out_bytes=kept.total_bytes,
         train=documents,
-        train_bytes=read,
+        train_bytes=size,
         exact=sum(kept.copies[number] for number in exact),
         exact_bytes=sum(kept.bytes[number] for number in exact),
         near=sum(kept.copies[number] for number in only_near),
@@ -192,30 +196,6 @@ def _examples(
     )
 
 
-def _compared(groups: Iterator[list[Document]], kept: HeldOut, cut: Cut, jobs: int) -> Iterator[Found]:
-    """What each group has in common with the held-out documents, in order, in this process or in several."""
-    if jobs <= 1:
-        for group in groups:
-            yield kept.compare(cut(group))
-        return
-    context = get_context("spawn")  # a fork would copy torch's threads in whatever state they are
-    with ProcessPoolExecutor(jobs, context, initializer=_take_up, initargs=(kept, cut)) as pool:
-        pending = list[Future[Found]]()
-        for group in groups:
-            pending.append(pool.submit(_compare, group))
-            if len(pending) > 2 * jobs:  # no more of the training text is held than is worked on
-                yield pending.pop(0).result()
-        for future in pending:
-            yield future.result()
-
-
-_here: list[tuple[HeldOut, Cut]] = []
-
-
-def _take_up(kept: HeldOut, cut: Cut) -> None:
-    _here[:] = [(kept, cut)]
-
-
-def _compare(group: list[Document]) -> Found:
-    kept, cut = _here[0]
-    return kept.compare(cut(group))
+def _comparing(kept: HeldOut, cut: Callable[[T], Batch]) -> Callable[[T], Found]:
+    """The work of one process."""
+    return lambda group: kept.compare(cut(group))
