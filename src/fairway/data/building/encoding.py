@@ -3,7 +3,7 @@
 A word here is a run of letters or of signs with the spaces before it, or all up to the next space. Where no piece of a
 model reaches from one word into the next, BPE merges (and unigram paths) stay within words too. The text is normalised
 whole by the model's own rules, cut into words, and each word is looked up; only new words go through SentencePiece,
-with a copy of the model that takes text as it is. On Wikipedia 97 % of the words are known, and a core does about 1.7 times as much.
+with a copy of the model that takes text as it is. On Wikipedia 97 % of the words are known.
 """
 
 import re
