@@ -111,3 +111,51 @@ def fetch(
     from fairway.verbs import fetching
 
     fetching.fetch_data(name, tokenizer, shards, out, source, repository, revision, jobs, json)
+
+
+@data.command()
+def inspect(
+    place: Annotated[Path, typer.Argument(help="A folder of token shards, or one shard.")],
+    model: Annotated[
+        Path | None, typer.Option("--tokenizer", help="Their .model file. Default: the one beside them.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=0, help="How many documents' beginnings are shown.")] = 3,
+    json: Json = False,
+) -> None:
+    """What token shards hold: documents, tokens, bytes, lengths, samples, and the tokenizer's sha256."""
+    from fairway.verbs import inspecting
+
+    inspecting.inspect(place, model, samples, json)
+
+
+@data.command()
+def stats(
+    folder: Annotated[Path, typer.Argument(help="A folder of the challenge's shards, with their tokenizer.")],
+    model: Annotated[Path | None, typer.Option("--tokenizer", help="The .model file, where it lies elsewhere.")] = None,
+    json: Json = False,
+) -> None:
+    """The published facts of the challenge, and whether a folder agrees: a verdict for each; exit code 1 if not."""
+    from fairway.verbs import inspecting
+
+    inspecting.stats(folder, model, json)
+
+
+@data.command()
+def overlap(
+    train: Annotated[list[str], typer.Argument(help="Training text (files, folders), or a folder of token shards.")],
+    held_out: Annotated[str, typer.Argument(metavar="VALID", help="Held-out text, or shards of the same tokenizer.")],
+    kind: Annotated[str, typer.Option("--format", help="auto (by the file's name), text, jsonl or parquet.")] = "auto",
+    separator: Annotated[str, typer.Option(help="What opens a document of text. Default: a file is a document.")] = "",
+    text_key: Annotated[str, typer.Option(help="The key of JSON lines, or the column of Parquet.")] = "text",
+    near: Annotated[
+        float, typer.Option(help="How alike near duplicates are at least: Jaccard's index, 0.3 to 1.")
+    ] = 0.8,
+    model: Annotated[Path | None, typer.Option("--tokenizer", help="Of the shards. Default: the one beside.")] = None,
+    examples: Annotated[int, typer.Option(min=0, help="How many examples of each kind are shown.")] = 5,
+    workers: Annotated[int, typer.Option(min=0, help="Processes. Default: one for each core.")] = 0,
+    json: Json = False,
+) -> None:
+    """Documents that stand in training and held-out data alike: exactly, or nearly."""
+    from fairway.verbs import overlapping
+
+    overlapping.overlap(train, held_out, kind, separator, text_key, near, model, examples, workers, json)

@@ -193,7 +193,7 @@ def _fault(path: Path, file: Published) -> FairwayError | None:
         if file.name.endswith(".bin"):
             open_shard(path)
         elif file.name.endswith(".model"):
-            Tokenizer(files.read(path), file.name)
+            Tokenizer.from_bytes(files.read(path), file.name)
     except FairwayError as error:
         return error
     return None

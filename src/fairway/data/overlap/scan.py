@@ -31,8 +31,9 @@ class Example:
 class Overlap:
     """What the scan found; counts are of documents, bytes of the text (of tokens: two each).
 
+    Documents without content are left out: those among the held-out ones are counted in `empty`.
     exact: held-out documents that stand in the training text too; near: others, at least `limit` alike; train_exact and
-    train_near: training documents like that; empty: held-out documents without content, left out.
+    train_near: training documents like that.
     """
 
     held_out: int
@@ -95,11 +96,12 @@ class HeldOut:
             made = sketch(batch)
             fresh = list[int]()
             for row, (document, key) in enumerate(zip(batch.group.documents, made.keys, strict=True)):
-                self.documents += 1
                 self.total_bytes += len(document.content)
+                self.documents += bool(made.full[row])
+                self.empty += not made.full[row]
                 if not made.full[row]:
-                    self.empty += 1
-                elif key in self.numbers:
+                    continue
+                if key in self.numbers:
                     self.copies[self.numbers[key]] += 1
                     self.bytes[self.numbers[key]] += len(document.content)
                 else:
@@ -116,7 +118,7 @@ class HeldOut:
     def compare(self, batch: Batch) -> Found:
         """What training documents have in common with these."""
         made, documents = sketch(batch), batch.group.documents
-        found = Found(len(documents), sum(len(document.content) for document in documents), batch.group.read)
+        found = Found(int(made.full.sum()), sum(len(document.content) for document in documents), batch.group.read)
         same = np.array([self.numbers.get(key, -1) for key in made.keys], dtype=np.int64)
         same[~made.full] = -1
         found.exact.extend((documents[row].place, int(same[row])) for row in np.flatnonzero(same >= 0))
