@@ -2,7 +2,7 @@
 
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -18,7 +18,7 @@ from fairway.base.devices import Device
 from fairway.base.errors import DataError, RecipeError
 from fairway.base.journal import Run
 from fairway.base.specs import to_plain
-from fairway.data import Tokenizer, Tokens, batches, build_tokenizer, open_corpus, tokenize
+from fairway.data import Corpus, Tokenizer, Tokens, batches, build_tokenizer, open_corpus, tokenize
 from fairway.doctor import memory_bytes
 from fairway.model import GPT, build_model, parameter_count
 from fairway.quant import FakeQuant, plan
@@ -43,6 +43,8 @@ from fairway.steps.products import (
     tidy,
 )
 from fairway.train import pretrain
+
+Check = Callable[[Recipe, Corpus, Corpus, Text, Run], None]
 
 STATE_BYTES = 20  # of training, for each parameter: weight, gradient, two moments, average
 
@@ -71,8 +73,9 @@ def begin(recipe: Recipe, run: Run, device: Device, code: Code) -> None:
     run.fact("device", ranks=run.ranks.world, **device.describe())
 
 
-def prepare(recipe: Recipe, run: Run) -> Text:
-    """Text, tokenizer and tokens. Before the training clock; other ranks wait for the first one's caches.
+def prepare(recipe: Recipe, run: Run, check: Check | None = None) -> Text:
+    """Text, tokenizer and tokens. Before the training clock; other ranks wait for the first one's caches. check: looks
+    at both texts before anything is trained.
 
     DataError where a run that goes on finds another text than it began with: what was trained on then may be held out
     now.
@@ -93,6 +96,8 @@ def prepare(recipe: Recipe, run: Run) -> Text:
     _book_text(run, "train_text", tokens=len(text.train), **corpus.describe())
     _book_text(run, "held_out_text", tokens=len(text.held_out), **held_out.describe())
     _book_text(run, "tokenizer", size=tokenizer.size, sha256=tokenizer.sha256, bytes=len(tokenizer.model))
+    if check is not None:
+        check(recipe, corpus, held_out, text, run)
     run.fact("prepare", seconds=round(watch.seconds, 3))
     if recipe.proof_bytes and len(text.held_out) > 1:  # refused now, not when everything is scored
         targets, score = len(text.held_out) - 1, recipe.score
