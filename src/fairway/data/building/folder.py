@@ -45,11 +45,16 @@ class Folder:
         columns = COLUMNS if spec.parts > 1 else COLUMNS - 1
         self.shards = {split: Shards(path, split, spec.shard_tokens, columns) for split in self.splits}
         self.sealed: dict[str, list[dict[str, Any]]] = {split: [] for split in self.splits}
-        self.done = self._take_up()
+        self._halfway = False  # through a block
+        try:
+            self.done = self._take_up()
+        except BaseException:
+            self.close()
+            raise
 
     def add(self, encoded: Encoded) -> None:
         """The next block's documents, each to its split; now and then a checkpoint."""
-        rows = encoded.rows
+        rows, self._halfway = encoded.rows, True
         self.counts += encoded.counts
         if encoded.loss is not None and not self.loss:
             self.loss = asdict(encoded.loss)
@@ -60,7 +65,7 @@ class Folder:
             self._add("val", encoded, held_out)
             self.held_out += int(held_out.sum())
             self._add("train", encoded, self._is_training(rows, held_out))
-        self.next, self.digest = encoded.number + 1, encoded.digest
+        self.next, self.digest, self._halfway = encoded.number + 1, encoded.digest, False
         full = any(shards.unnamed for shards in self.shards.values())
         if full or time.monotonic() - self._saved > SECONDS:
             self.checkpoint()
@@ -85,6 +90,11 @@ class Folder:
         for split in self.splits:
             give_names(self.path, self.sealed[split])
         self._saved = time.monotonic()
+
+    def settle(self) -> None:
+        """Before an error or Ctrl-C ends the build: a checkpoint, unless a block is written in part."""
+        if self.next and not self._halfway:
+            self.checkpoint()
 
     def finish(self, source: Mapping[str, Any], tokenizer: Mapping[str, Any], code: str) -> dict[str, Any]:
         """Ends the last shards and writes the manifest, which is returned."""

@@ -121,8 +121,7 @@ def _collect(encoded: Iterator[Encoded], opened: Folder, show: Callable[..., Non
             opened.add(one)
             show(one.read, documents=opened.counts.documents)
     finally:  # an error, or Ctrl-C: what was done before it need not be done again
-        if opened.next:
-            opened.checkpoint()
+        opened.settle()
 
 
 def _apart(folder: Path, listed: Sequence[File]) -> None:
