@@ -14,7 +14,7 @@ import numpy.typing as npt
 from fairway.data.building.listing import shown
 from fairway.data.building.reading import Block
 from fairway.data.building.spec import BuildSpec
-from fairway.data.building.work import _originals as originals
+from fairway.data.building.work import originals
 from fairway.data.overlap.folding import folded
 from fairway.data.overlap.minhash import Uint64, mixed
 from fairway.data.splits import Shard, Uint16
