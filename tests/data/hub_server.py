@@ -16,7 +16,8 @@ class Server:
     next requests, one word each:
 
     drop:N the connection ends after N bytes; short:N only N bytes are announced and sent; long: one byte too many;
-    corrupt: a byte is changed; NNN or NNN:SECONDS a status, with Retry-After; whole: the range is not heeded.
+    corrupt: a byte is changed; NNN or NNN:SECONDS a status, with Retry-After; whole: the range is not heeded; html (of
+    info and tree): a page for people comes.
     """
 
     def __init__(self, files, page=3):
@@ -77,7 +78,9 @@ class Server:
 
     def api(self, handler, what, answer, headers=()):
         fault = self.next_fault(what)
-        if fault:
+        if fault == "html":
+            self.send(handler, 200, b"<html>log in first</html>", {"Content-Type": "text/html"})
+        elif fault:
             self.status(handler, fault)
         else:
             self.send(handler, 200, json.dumps(answer).encode(), {"Content-Type": "application/json", **dict(headers)})

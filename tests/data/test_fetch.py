@@ -237,6 +237,15 @@ def test_a_repository_that_is_not_there(server, tmp_path):
         fetch(Hub(layout, server.endpoint), layout, "sp400", 1, tmp_path, patience=QUICK)
 
 
+@pytest.mark.parametrize("what", ["info", "tree"])
+def test_a_page_for_people_in_place_of_an_answer(server, tmp_path, what):
+    """As a network gives that wants a login first."""
+    server.faults[what] = ["html"]
+    with pytest.raises(DataError, match=r"owner/data: http://127.* answers as no hub does \(JSONDecodeError") as caught:
+        take(server, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_server_that_is_not_there(tmp_path):
     with pytest.raises(DataError, match=r"given up after 4 tries: ConnectError .*HF_ENDPOINT.*--from"):
         fetch(Hub(OURS, "http://127.0.0.1:9"), OURS, "sp400", 1, tmp_path, patience=QUICK)

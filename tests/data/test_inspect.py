@@ -151,6 +151,36 @@ def test_a_place_that_is_not_there(tmp_path, fairway):
     assert "No such file" in answer.err
 
 
+def test_a_link_in_a_circle_and_a_folder_that_cannot_be_read(tmp_path, fairway, monkeypatch):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    answer = fairway("data", "inspect", tmp_path / "loop")
+    assert (answer.code, answer.err.count("\n")) == (1, 1)
+    assert "symbolic links" in answer.err
+
+    def refused(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.iterdir", refused)
+    answer = fairway("data", "inspect", tmp_path)
+    assert answer.err == f"DataError: {tmp_path}: Permission denied; name a folder that can be read\n"
+
+
+def test_a_sidecar_of_other_shards_is_refused(folder, fairway):
+    from fairway.data.building import sidecar
+
+    path = sidecar.path_of(folder / "fineweb_val_000000.bin")
+    rows = np.array([[0, 13, 13, 1], [3, 14, 14, 2]], dtype="<u8")
+    path.write_bytes(sidecar.header(2, 4) + rows.tobytes())
+    answer = fairway("data", "inspect", folder)
+    assert (answer.code, answer.err.count("\n")) == (1, 1)
+    assert "its documents do not begin where fineweb_val_000000.bin has BOS" in answer.err
+    tokens = open_shard(folder / "fineweb_val_000000.bin").tokens
+    rows[:, 0] = np.flatnonzero(tokens == 1)
+    path.write_bytes(sidecar.header(2, 4) + rows.tobytes())
+    found = json.loads(fairway("data", "inspect", folder / "fineweb_val_000000.bin", "--json").out)
+    assert found["sets"][0]["original_bytes"] == 27
+
+
 def test_which_shards_are_of_a_split():
     sets = [ShardSet(name, ()) for name in ("fineweb_train", "fineweb_val")]
     assert of_split(sets, "val", None).name == "fineweb_val"

@@ -48,7 +48,7 @@ class Hub:
         try:
             if not self.commit:
                 info = self._api.repo_info(**where, revision=self.layout.revision, timeout=seconds)
-                self.commit = str(info.sha)
+                self.commit = info.sha or self.layout.revision
             tree = list(self._api.list_repo_tree(**where, revision=self.commit, recursive=True))
         except Exception as error:
             raise self._said(error, self.layout.repository) from error
