@@ -159,3 +159,61 @@ def overlap(
     from fairway.verbs import overlapping
 
     overlapping.overlap(train, held_out, kind, separator, text_key, near, model, examples, workers, json)
+
+
+@tokenizer.command("train")
+def train_tokenizer(
+    sources: Sources,
+    out: Annotated[Path, typer.Option("-o", "--out", help="The .model file to write.")],
+    vocab: Annotated[int, typer.Option(help="Pieces: 256 to 65,536, as many as 16 bits can tell apart.")] = 1024,
+    sample: Annotated[
+        int, typer.Option(min=1, help="Bytes of training text to learn from, evenly spread.")
+    ] = 8_000_000,
+    coverage: Annotated[float, typer.Option(help="Share of the characters that may have pieces.")] = 0.99,
+    across_words: Annotated[bool, typer.Option(help="Pieces may hold a space inside.")] = True,
+    transform: Annotated[str, typer.Option(help="none, or case: small letters behind operators of no bytes.")] = "none",
+    format_: Annotated[
+        str, typer.Option("--format", help="auto (by each file's suffix), text, jsonl or parquet.")
+    ] = "auto",
+    separator: Separator = "",
+    text_key: TextKey = "text",
+    valid_documents: ValidDocuments = None,
+    valid_fraction: ValidFraction = 0.01,
+    longest: Longest = 16_777_216,
+    json: Json = False,
+) -> None:
+    """A tokenizer learned from training documents: what `data build` holds out by the same options is left out."""
+    from fairway.verbs import building
+
+    building.train_tokenizer(
+        sources,
+        out,
+        {
+            "vocab": vocab,
+            "sample_bytes": sample,
+            "coverage": coverage,
+            "across_words": across_words,
+            "transform": transform,
+        },
+        json,
+        kind=format_,
+        separator=separator,
+        text_key=text_key,
+        valid_documents=valid_documents,
+        valid_fraction=valid_fraction,
+        longest=longest,
+    )
+
+
+@tokenizer.command("compare")
+def compare_tokenizers(
+    models: Annotated[list[Path], typer.Argument(help="SentencePiece .model files.")],
+    text: Annotated[Path, typer.Option("--text", help="A file of text, packed or plain; JSON lines and Parquet too.")],
+    separator: Separator = "",
+    most_bytes: Annotated[int, typer.Option("--bytes", min=1, help="How much of its beginning is taken.")] = 4_000_000,
+    json: Json = False,
+) -> None:
+    """Bytes per token, tokens per word, speed, losses, and bits per byte of a small model, side by side."""
+    from fairway.verbs import building
+
+    building.compare_tokenizers(models, text, separator, most_bytes, json)

@@ -12,6 +12,8 @@ from fairway.base.errors import DataError
 from fairway.base.slots import module_of
 from fairway.data.tokenizer import TokenizerSpec
 
+_WITH_BYTES = 300  # pieces from which on 256 of them are bytes: fewer would leave no room for characters
+
 
 def wanted(recipe: Mapping[str, Any]) -> bool:
     """Whether a recipe (its plain table) learns its tokenizer."""
@@ -32,7 +34,7 @@ def train(documents: Sequence[bytes], spec: TokenizerSpec) -> bytes:
             character_coverage=1.0,  # the alphabet is chosen already
             split_by_whitespace=not spec.across_words,
             max_sentencepiece_length=spec.longest_piece,
-            byte_fallback=True,
+            byte_fallback=spec.vocab >= _WITH_BYTES,
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
@@ -71,8 +73,9 @@ def alphabet(sample: Iterable[str], spec: TokenizerSpec) -> str:
     for refused in (*_REFUSED, *module_of(spec.transform).SYMBOLS):
         counts.pop(refused, None)
     needed, kept = spec.coverage * counts.total(), list[str]()
+    most = (spec.vocab - (256 if spec.vocab >= _WITH_BYTES else 2)) // 2
     for character, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
-        if needed <= 0 or len(kept) >= (spec.vocab - 256) // 2:
+        if needed <= 0 or len(kept) >= most:
             break
         kept.append(character)
         needed -= count

@@ -72,7 +72,7 @@ def encode_block(block: Block, encoder: Encoder, spec: BuildSpec, by_files: bool
     rows, loss, start, empty, invalid, replaced, lost = list[tuple[int, ...]](), None, 0, 0, 0, 0, 0
     for segment in block.segments:
         turn = segment.file if by_files else block.number
-        for place, original in _originals(segment, spec):
+        for place, original in originals(segment, spec):
             if not original:
                 empty += 1
                 continue
@@ -102,7 +102,7 @@ def encode_block(block: Block, encoder: Encoder, spec: BuildSpec, by_files: bool
     return Encoded(block.number, block.digest, block.read, tokens, table, counts, loss)
 
 
-def _originals(segment: Segment, spec: BuildSpec) -> Iterator[tuple[str, bytes]]:
+def originals(segment: Segment, spec: BuildSpec) -> Iterator[tuple[str, bytes]]:
     """(where it stands in its file, the bytes) of each document; a line of JSON is refused or gives its text."""
     if isinstance(segment.content, list):
         for row, text in enumerate(segment.content, segment.place):
