@@ -53,7 +53,7 @@ def made(tmp_path, tokenizer):
         values = {"separator": "def ", "shard_tokens": 4000, **HALF, **values}
         return build(source, tmp_path / name, tokenizer, BuildSpec(**values), processes)
 
-    make.folder = tmp_path
+    make.folder, make.tokenizer = tmp_path, tokenizer
     return make
 
 
@@ -667,3 +667,26 @@ def test_the_order_of_files_is_that_of_names_not_of_the_file_system(tmp_path, mo
     listing = os.listdir
     monkeypatch.setattr(os, "listdir", lambda path: sorted(listing(path), reverse=True))
     assert [file.name for file in files_of([str(tmp_path)])] == listed == ["B", "a", "a.txt", "b", "é"]
+
+
+def test_standard_input_tells_how_much_came_since_nobody_knows_its_end(made, text, monkeypatch, capsys):
+    from fairway.base.journal import Run
+
+    seconds = iter(range(0, 10_000, 7))
+    monkeypatch.setattr("fairway.data.building.making.time.monotonic", lambda: next(seconds))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
+    build(["-"], made.folder / "out", made.tokenizer, BuildSpec(separator="def "), 1, Run(quiet=False))
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) >= 2
+    assert all(line.startswith("build ") and " documents, " in line and line.endswith(" s") for line in lines)
+
+
+def test_a_longer_limit_or_a_milder_rule_lets_a_build_go_on(made, text, monkeypatch):
+    monkeypatch.setattr(folder_module, "SECONDS", 0.0)
+    source = text + b"def " + b"x" * 20_000
+    with pytest.raises(DataError, match="longer than 12,000 bytes"):
+        made(source, longest=12_000)
+    assert (made.folder / "out" / ".building.json").exists()
+    made(source, longest=30_000)
+    made(source, "whole", longest=30_000)
+    assert contents(made.folder / "out") == contents(made.folder / "whole")

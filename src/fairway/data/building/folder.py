@@ -4,6 +4,7 @@
 the manifest says follows from the source, the tokenizer and the settings alone, so that it is the same whoever built.
 """
 
+import glob
 import json
 import time
 from collections.abc import Mapping
@@ -37,7 +38,7 @@ class Folder:
     def __init__(self, path: Path, spec: BuildSpec, settings: Mapping[str, Any]) -> None:
         self.path, self.spec, self.settings = path, spec, dict(settings)
         self.splits = ("part",) if spec.parts > 1 else ("train", "val")
-        self.next, self.digest = 0, ""
+        self.next, self.digest, self.read = 0, "", 0
         self.counts, self.loss, self.held_out = Counts(), dict[str, Any](), 0
         self._held: npt.NDArray[np.uint64] | None = None
         self._lock = _locked(path)
@@ -66,6 +67,7 @@ class Folder:
             self.held_out += int(held_out.sum())
             self._add("train", encoded, self._is_training(rows, held_out))
         self.next, self.digest, self._halfway = encoded.number + 1, encoded.digest, False
+        self.read = encoded.read
         full = any(shards.unnamed for shards in self.shards.values())
         if full or time.monotonic() - self._saved > SECONDS:
             self.checkpoint()
@@ -80,6 +82,7 @@ class Folder:
             "settings": self.settings,
             "next": self.next,
             "digest": self.digest,
+            "read": self.read,
             "counts": asdict(self.counts),
             "loss": self.loss,
             "held_out": self.held_out,
@@ -114,8 +117,7 @@ class Folder:
             "first_loss": self.loss or None,
         }
         files.write(self.path / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-        for path in (self.path / CHECKPOINT, *self.path.glob(".fineweb_*.open")):
-            path.unlink(missing_ok=True)
+        self._clear(manifest)
         return manifest
 
     def close(self) -> None:
@@ -128,6 +130,7 @@ class Folder:
         if (self.path / MANIFEST).exists():
             done = read_manifest(self.path)
             self._compare(done["settings"], "was built")
+            self._clear(done)
             return done
         if not (self.path / CHECKPOINT).exists():
             if found := sorted(self.path.glob("fineweb_*")):
@@ -136,7 +139,7 @@ class Folder:
         try:
             state = json.loads(files.read(self.path / CHECKPOINT))
             self._compare(state["settings"], "was begun")
-            self.next, self.digest = state["next"], state["digest"]
+            self.next, self.digest, self.read = state["next"], state["digest"], state["read"]
             self.counts, self.loss = Counts(**state["counts"]), state["loss"]
             self.held_out, self.sealed = state["held_out"], state["sealed"]
             for split in self.splits:
@@ -146,12 +149,18 @@ class Folder:
             raise DataError(f"{self.path / CHECKPOINT}: damaged; remove the folder and build again") from error
         return None
 
+    def _clear(self, manifest: Mapping[str, Any]) -> None:
+        """Removes what only a build on its way needs, and what a killed one left of files that it was writing."""
+        for name in (CHECKPOINT, MANIFEST, manifest["tokenizer"]["file"]):
+            for path in self.path.glob(f".{glob.escape(name)}.????????"):  # of files.atomic
+                path.unlink(missing_ok=True)
+        for path in (self.path / CHECKPOINT, *self.path.glob(".fineweb_*.open")):
+            path.unlink(missing_ok=True)
+
     def _compare(self, theirs: Mapping[str, Any], how: str) -> None:
         for name in sorted({*theirs, *self.settings}):
             mine = self.settings.get(name)
-            # What was refused so far stopped the build: a milder rule would have changed nothing of it.
-            milder = name in ("lossy", "invalid") and theirs.get(name) == "refuse"
-            if theirs.get(name) != mine and not milder:
+            if theirs.get(name) != mine and not _milder(name, theirs.get(name), mine):
                 raise RecipeError(
                     f"{self.path}: {how} with {name} = {theirs.get(name)!r}, not {mine!r}; "
                     "say the same again, or name another folder with -o"
@@ -189,6 +198,13 @@ class Folder:
     def _add(self, split: str, encoded: Encoded, chosen: Mask) -> None:
         if chosen.any():
             self.shards[split].add(*_chosen(encoded.tokens, encoded.rows, chosen))
+
+
+def _milder(name: str, theirs: Any, mine: Any) -> bool:
+    """Whether a setting refuses less than it did: what was refused ended the build, so that nothing done is other."""
+    if name == "longest":
+        return isinstance(theirs, int) and theirs < mine
+    return name in ("lossy", "invalid") and theirs == "refuse"
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

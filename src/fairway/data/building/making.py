@@ -1,6 +1,8 @@
 """A source becomes shards: read as a stream, encoded on all cores, written in order."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -11,6 +13,7 @@ import sentencepiece
 from fairway.base import files
 from fairway.base.errors import DataError, RecipeError
 from fairway.base.journal import Run
+from fairway.base.progress import Meter
 from fairway.data.building.encoding import Encoder
 from fairway.data.building.folder import FORMAT, Folder
 from fairway.data.building.listing import File, files_of, sha256_of, shown
@@ -55,8 +58,9 @@ def build(
                 return opened.done
             digest = Digest()
             found = _own_blocks(mine, by_files, spec, opened, digest)
-            with run.meter("build", sum(file.bytes for file in mine), "B") as meter:
-                _collect(encoded_in_order(found), opened, meter.update)
+            total = sum(file.bytes for file in mine)
+            with run.meter("build", total, "B", opened.read) if total else nullcontext(Telling(run)) as meter:
+                _collect(encoded_in_order(found), opened, meter)
             if not opened.counts.documents and spec.parts == 1:
                 raise DataError(f"{shown(sources[0])}: no document in it; name a source that holds some")
             files.write(folder / Path(tokenizer.name).name, tokenizer.model)
@@ -71,6 +75,20 @@ def build(
             return opened.finish(source, described(tokenizer), code)
         finally:
             opened.close()
+
+
+class Telling:
+    """A meter of standard input, whose end nobody knows: a line every ten seconds says how much came."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.begun = run, time.monotonic()
+        self.last = self.begun
+
+    def update(self, done: float, **shown: float) -> None:
+        if (now := time.monotonic()) - self.last > 10:
+            self.last = now
+            facts = ", ".join(f"{value:,.0f} {name}" for name, value in shown.items())
+            self.run.say(f"build        {facts}, {now - self.begun:.0f} s")
 
 
 def described(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -115,11 +133,11 @@ def _changed(folder: Path) -> DataError:
     return DataError(f"{folder}: the source has changed since the build was begun; name another folder with -o")
 
 
-def _collect(encoded: Iterator[Encoded], opened: Folder, show: Callable[..., None]) -> None:
+def _collect(encoded: Iterator[Encoded], opened: Folder, meter: Meter) -> None:
     try:
         for one in encoded:
             opened.add(one)
-            show(one.read, documents=opened.counts.documents)
+            meter.update(one.read, documents=opened.counts.documents, MB=opened.counts.bytes / 1e6)
     finally:  # an error, or Ctrl-C: what was done before it need not be done again
         opened.settle()
 
