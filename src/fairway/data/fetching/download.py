@@ -24,7 +24,7 @@ class Patience:
 
     tries: int = 8
     first: float = 1.0  # seconds; doubled at each further try
-    longest: float = 60.0  # seconds; also the most that is added to what a server asks for
+    longest: float = 60.0  # seconds, unless the server asks for more
     most_asked: float = 900.0  # seconds; a server that asks for more is told to the person instead
 
     def wait(self, failures: int, asked: float | None) -> float:
