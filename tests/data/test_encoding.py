@@ -102,6 +102,14 @@ def test_a_long_text_is_cut_into_windows_that_change_no_token(challenge, monkeyp
     assert "".join(encoding._windows("▁x" * 40)) == "▁x" * 40
 
 
+@pytest.mark.parametrize("chunk", [1, 2, 5])
+def test_a_long_word_is_cut_where_no_piece_reaches_across(challenge, encoders, monkeypatch, chunk):
+    monkeypatch.setattr(encoding, "_CHUNK", chunk)
+    for encoder in (challenge, encoders["apart"], encoders["cased"]):
+        for document in [*HARD, b"internationalisation--and...so_on 1234567890", ("漢字" * 20).encode()]:
+            holds(Encoder(encoder.tokenizer), document)
+
+
 def test_what_is_remembered_is_bounded_and_changes_nothing(challenge, monkeypatch):
     monkeypatch.setattr(encoding, "REMEMBERED", 5)
     encoder = Encoder(challenge.tokenizer)

@@ -10,6 +10,7 @@ import re
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import sentencepiece
@@ -20,6 +21,7 @@ from fairway.data.tokenizer import Tokenizer
 REMEMBERED = 200_000  # words, about 30 MB for each process
 LONGEST = 64  # characters of a word that is remembered
 _SPACE = "\u2581"  # ▁, SentencePiece's space
+_CHUNK = 1 << 15  # characters of a word that are encoded in one call
 _WINDOW = 1 << 20  # characters cut into words at once
 # A ModelProto's field 3 again, which overrules the first: identity, no rules, nothing added, nothing removed, and
 # spaces escaped (fields 1 to 5 of NormalizerSpec, sentencepiece_model.proto).
@@ -88,6 +90,8 @@ class _Words(dict[str, bytes]):
     def __init__(self, tokenizer: Tokenizer, word: re.Pattern[str]) -> None:
         super().__init__()
         self.word, self.pieces = word, tokenizer.pieces
+        texts = (tokenizer._sp.id_to_piece(token) for token in range(tokenizer.size))
+        self.pairs = {a + b for text in texts for a, b in pairwise(text)}
         self.all_come_back = True  # every word so far decodes to itself
         self._sp = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model + _AS_IT_IS)
 
@@ -96,13 +100,29 @@ class _Words(dict[str, bytes]):
         return b"".join(map(self.__getitem__, self.word.findall(normal)))
 
     def __missing__(self, word: str) -> bytes:
-        tokens = self._sp.encode(word)
-        if b"".join([self.pieces[token] for token in tokens]) != word.replace(_SPACE, " ").encode():
-            self.all_come_back = False
-        found = array("H", tokens).tobytes()
+        if len(word) > _CHUNK:  # as in a script without spaces: SentencePiece would take 100 bytes for each of its own
+            return b"".join(map(self._encode, self._cut(word)))
+        found = self._encode(word)
         if len(self) < REMEMBERED and len(word) <= LONGEST:
             self[word] = found
         return found
+
+    def _encode(self, word: str) -> bytes:
+        tokens = self._sp.encode(word)
+        if b"".join([self.pieces[token] for token in tokens]) != word.replace(_SPACE, " ").encode():
+            self.all_come_back = False
+        return array("H", tokens).tobytes()
+
+    def _cut(self, word: str) -> Iterator[str]:
+        """The word in parts, cut between characters that stand side by side in no piece."""
+        start, at = 0, _CHUNK
+        while at < len(word):
+            if word[at - 1 : at + 1] in self.pairs:
+                at += 1
+            else:
+                yield word[start:at]
+                start, at = at, at + _CHUNK
+        yield word[start:]
 
 
 def _windows(normal: str) -> Iterable[str]:

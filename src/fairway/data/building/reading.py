@@ -147,7 +147,7 @@ def too_long(name: str, place: str, longest: int) -> DataError:
     """The one line for a document that is not taken into memory."""
     return DataError(
         f"{shown(name)}: the document at {place} is longer than {longest:,} bytes; "
-        "set --separator to what opens a document, or --longest higher (about 20 bytes of memory for each, per worker)"
+        "set --separator to what opens a document, or --longest higher (each takes up to 50 bytes of memory)"
     )
 
 
