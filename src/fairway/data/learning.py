@@ -25,6 +25,7 @@ def train(documents: Sequence[bytes], spec: TokenizerSpec) -> bytes:
     transform = module_of(spec.transform)
     model, sample = io.BytesIO(), [transform.apply(text) for text in _sample(documents, spec.sample_bytes)]
     kept, operators = alphabet(sample, spec), transform.SYMBOLS
+    own: dict[str, Any] = {"user_defined_symbols": list(operators)} if operators else {}
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=_sentences(sample, kept + "".join(operators)),
@@ -51,7 +52,7 @@ def train(documents: Sequence[bytes], spec: TokenizerSpec) -> bytes:
             shuffle_input_sentence=False,
             max_sentence_length=1 << 30,
             minloglevel=2,
-            **({"user_defined_symbols": list(operators)} if operators else {}),
+            **own,
         )
     except (RuntimeError, OSError) as error:
         why = str(error).strip().splitlines()[-1].rpartition("] ")[2].rstrip(" .") or "too little text"

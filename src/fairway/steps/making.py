@@ -86,6 +86,8 @@ def prepare(recipe: Recipe, run: Run, check: Check | None = None) -> Text:
             run.ranks.wait()
         corpus, held_out = open_corpus(recipe.data, "train"), open_corpus(recipe.data, recipe.data.held_out)
         tokenizer = build_tokenizer(recipe.data, corpus)
+        if recipe.model.bos != tokenizer.bos:
+            raise RecipeError(f"model.bos = {recipe.model.bos}: the tokenizer's is {tokenizer.bos}; set model.bos")
         text = Text(
             tokenizer,
             tokenize(corpus, tokenizer, recipe.data.lossy, run),
