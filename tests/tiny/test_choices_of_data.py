@@ -63,11 +63,3 @@ def test_any_text_goes_through_its_codec(made, tmp_path, fairway):
 def test_the_model_and_the_tokenizer_must_mean_the_same_bos(tmp_path):
     with pytest.raises(RecipeError, match=r"model\.bos = 2: the tokenizer's is 1"):
         run_tiny(tmp_path / "run", "model.bos=2")
-
-
-def test_a_run_without_batches_ahead_and_with_coprime_strides_trains(tmp_path):
-    chosen = ("data.loader=coprime", "train.schedule.steps=3", "baselines=false", "proof_bytes=0", "score.adapt=none")
-    one, other = (
-        run_tiny(tmp_path / str(ahead), *chosen, "score.result=quantized", f"data.ahead={ahead}") for ahead in (0, 2)
-    )
-    assert one.artifact_sha256 == other.artifact_sha256, "what is prepared ahead is the same"
