@@ -17,8 +17,9 @@ import pytest
 from fairway.base.errors import BudgetError, DataError, FairwayError, RecipeError
 from fairway.base.folders import locked
 from fairway.base.journal import Run
-from fairway.data.fetching import RECEIPT, Hub, Layout, Mirror, Patience, Published, fetch
+from fairway.data.fetching import Hub, Layout, Mirror, Patience, Published, fetch
 from fairway.data.fetching.download import PARTS
+from fairway.data.shardsets import RECEIPT
 from fairway.data.sources.shards import write_shard
 from tests.data.hub_server import COMMIT, Server
 

@@ -11,6 +11,7 @@ from fairway.data.sources.shards import open_shard
 from fairway.data.splits import Shard
 from fairway.data.tokenizer import Tokenizer
 
+RECEIPT = "fetched.json"  # what a fetch leaves beside the shards: where each file came from, its size and hash
 BOS = 1  # of the challenge's tokenizers, where none is at hand to say it
 _NUMBER = re.compile(r"[_.-]?\d*\.bin$")
 

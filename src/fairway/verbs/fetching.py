@@ -8,7 +8,8 @@ from fairway.base import recipes
 from fairway.base.errors import DataError, RecipeError
 from fairway.base.files import read
 from fairway.base.journal import Run
-from fairway.data.fetching import RECEIPT, Hub, Layout, Mirror, fetch
+from fairway.data.fetching import Hub, Layout, Mirror, fetch
+from fairway.data.shardsets import RECEIPT
 from fairway.verbs.bar import bar
 from fairway.verbs.printing import answer
 

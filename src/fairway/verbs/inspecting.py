@@ -8,11 +8,10 @@ from typing import Any
 from fairway.base import files
 from fairway.base.errors import DataError, RecipeError
 from fairway.base.journal import Run
-from fairway.data.fetching import RECEIPT
 from fairway.data.inspecting import Inspection
 from fairway.data.inspecting import inspect as inspect_set
 from fairway.data.published import KNOWN, check, differing, published_for
-from fairway.data.shardsets import of_split, shard_sets, tokenizer_beside
+from fairway.data.shardsets import RECEIPT, of_split, shard_sets, tokenizer_beside
 from fairway.data.tokenizer import Tokenizer
 from fairway.verbs.bar import bar
 from fairway.verbs.printing import printable, table

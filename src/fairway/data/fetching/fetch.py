@@ -17,10 +17,10 @@ from fairway.base.journal import Run
 from fairway.data.fetching.download import PARTS, Ended, Patience, matches, part_of, size_of, take
 from fairway.data.fetching.layout import Layout
 from fairway.data.fetching.places import Passing, Place, Published
+from fairway.data.shardsets import RECEIPT
 from fairway.data.sources.shards import open_shard
 from fairway.data.tokenizer import Tokenizer
 
-RECEIPT = "fetched.json"
 _MARGIN = 64_000_000  # bytes of the disk that are left free
 _LOOK = 0.2  # seconds between two looks at the work
 
