@@ -139,7 +139,7 @@ def miscounted(tokens: Uint16, tokenizer: Tokenizer, text: bytes) -> DataError:
         else:
             return DataError(
                 f"{tokenizer.name}: token {ids[0]} at position {at} is counted as {length} bytes, but the text has "
-                f"{text[place : place + 16]!r} at byte {place:,}; tokenize it with the tokenizer that it is scored by"
+                f"{text[place : place + 16]!r} at byte {place:,}; encode it with this tokenizer"
             )
     return DataError(
         f"{tokenizer.name}: the byte table counts {place:,} bytes, the text has {len(text):,}; tokens are missing"
