@@ -22,6 +22,7 @@ ALLOWED = {  # folder -> what of ours it may import; a dotted name allows that m
 SLOTS = (
     "data/sources",
     "data/loaders",
+    "data/transforms",
     "model/attention",
     "model/mlp",
     "model/embed",
@@ -49,6 +50,11 @@ TRAVELLING_MAY = {
     "constriction",
     "safetensors",
 }
+EXTRAS = {  # package of an extra -> the folder that may import it, which never travels: no recipe reaches it
+    "huggingface_hub": "data/fetching/",
+    "pyarrow": "data/building/",
+}
+NETWORK = {"socket", "ssl", "http", "urllib", "ftplib", "smtplib", "xmlrpc", "socketserver"}
 DTYPE_WORDS = re.compile(r"^(float(8\w*|16|32|64)?|double|half|bfloat16|complex(32|64|128))$")
 
 
@@ -137,7 +143,21 @@ def test_what_serves_people_stays_on_the_peoples_side(path: Path) -> None:
 
 @pytest.mark.parametrize("path", [path for path in FILES if folder(path) in TRAVELLING], ids=place)
 def test_what_travels_imports_only_what_is_found_where_it_goes(path: Path) -> None:
-    assert set(foreign(path)) <= TRAVELLING_MAY
+    extras = {name for name, home in EXTRAS.items() if place(path).startswith(home)}
+    assert set(foreign(path)) <= TRAVELLING_MAY | extras
+
+
+def test_an_extra_is_imported_where_it_is_used_alone() -> None:
+    for name, home in EXTRAS.items():
+        assert [place(path) for path in FILES if name in foreign(path) and not place(path).startswith(home)] == []
+
+
+@pytest.mark.parametrize("path", FILES, ids=place)
+def test_no_file_reaches_for_the_network_but_where_data_is_fetched(path: Path) -> None:
+    """The network of Python's own library is for nobody; the hub's library is held to its folder by EXTRAS."""
+    assert {name.split(".")[0] for name in imports(path)} & NETWORK == set()
+    if place(path) != "verbs/fetching.py" and not place(path).startswith("data/fetching/"):
+        assert not any(f"{name}.".startswith("fairway.data.fetching.") for name in imports(path))
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if folder(path) in TRAVELLING], ids=place)

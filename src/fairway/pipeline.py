@@ -17,15 +17,17 @@ from fairway.steps import Code, Text
 
 def run(recipe: Recipe, run: Run, device: Device, code: Code) -> Outcome:
     """Text to score. Raises what its steps raise: RecipeError, DataError, BudgetError, HonestyError."""
-    text, scores = make(recipe, run, device, code)
+    text, scores = make(recipe, run, device, code, steps.refuse_overlap)
     proof = steps.prove(recipe, text.held_out, run)  # a slice as a file, decoded by another process: or HonestyError
     return steps.close(recipe, text, scores, proof, run)  # -> score.json
 
 
-def make(recipe: Recipe, run: Run, device: Device, code: Code) -> tuple[Text, dict[str, StageScore]]:
-    """Text to scored file: what an exported script does, too."""
+def make(
+    recipe: Recipe, run: Run, device: Device, code: Code, check: steps.Check | None = None
+) -> tuple[Text, dict[str, StageScore]]:
+    """Text to scored file: what an exported script does, too (without the check for shared documents)."""
     steps.begin(recipe, run, device, code)
-    text = steps.prepare(recipe, run)  # tokenizer, training tokens, held-out tokens
+    text = steps.prepare(recipe, run, check)  # tokenizer, training tokens, held-out tokens
     steps.train(recipe, text, run, device)  # -> weights.safetensors
     steps.calibrate(recipe, text, run, device)  # -> hessians.safetensors; training data is never read again
     steps.quantize(recipe, run, device, code)  # -> integers.safetensors

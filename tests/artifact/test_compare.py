@@ -9,7 +9,7 @@ from fairway.artifact import PackSpec
 from fairway.artifact.coder import brotli, context, plain, rans
 from fairway.artifact.compare import NEAR, PLAIN, compare
 from fairway.artifact.container import seal
-from fairway.artifact.groups import chain
+from fairway.artifact.reorder import chain
 from fairway.artifact.squeeze import squeeze
 from fairway.base import slots
 from fairway.base.errors import ContractError

@@ -2,7 +2,8 @@
 float64-clean, within its window, and the same step by step (|batch − cached| ≤ 1e-12).
 
 A technique offers `Spec` and `Technique(spec, layer, layers)`, called with q: (B, H, S, h), k and v: (B, G, T, h), the
-queries being the last S positions, and how many positions a query sees (window=0: all) -> (B, H, S, h).
+queries being the last S positions, and how many positions a query sees (window=0: all), and where a
+mask says so which -> (B, H, S, h).
 `pytest tests/contracts -k NAME` runs one technique.
 """
 
@@ -97,7 +98,20 @@ def check_window(attend):
                 assert (last - whole[:, :, start:]).abs().max() <= 1e-12
 
 
+def check_mask(attend):
+    """Two texts in one, kept apart by a mask, are what each is alone."""
+    for groups in (1, 2, 4):
+        q, k, v = drawn(groups)
+        places = torch.arange(9)
+        mask = (places <= places[:, None]) & ((places >= 4) == (places[:, None] >= 4))
+        whole = attend(q, k, v, 0, mask[None, None])
+        for part in (slice(0, 4), slice(4, 9)):
+            alone = attend(q[:, :, part], k[:, :, part], v[:, :, part])
+            assert (alone - whole[:, :, part]).abs().max() <= 1e-12
+
+
 CHECKS = [check_causal, check_cached, check_batch_invariant, check_deterministic, check_float64, check_window]
+CHECKS += [check_mask]
 
 
 @every_technique
@@ -169,7 +183,11 @@ def boundless(q, k, v, window=0):
     return causal_attention(q, k, v)
 
 
-BROKEN = [peeking, first_key_by_length, mixing_rows, forgetful, narrow, boundless]
+def over_the_border(q, k, v, window=0, mask=None):
+    return causal_attention(q, k, v, window)
+
+
+BROKEN = [peeking, first_key_by_length, mixing_rows, forgetful, narrow, boundless, over_the_border]
 
 
 @pytest.mark.parametrize(("attend", "check"), list(zip(BROKEN, CHECKS, strict=True)))

@@ -1,8 +1,8 @@
 """The promise of the slot model/embed, run on every file in it: a feature of a token and the one before it.
 
-A technique offers `Spec` and `Technique(spec, width, bos)` with `stage`, called with x: (B, S, d), tokens: (B, S) and
-its memory of the position before -> x of the same shape, and the memory for the next. One token of memory, causal,
-batch-invariant, float64-clean.
+A technique offers `Spec` and `Technique(spec, width, bos, apart)` with `stage`, called with x: (B, S, d), tokens:
+(B, S) and its memory of the position before -> x of the same shape, and the memory for the next. One token of memory,
+causal, batch-invariant, float64-clean; apart, a document begins as a window does.
 """
 
 import pytest
@@ -54,6 +54,20 @@ def test_its_memory_of_one_token_continues_a_text_wherever_it_is_cut(kind, table
         assert (torch.cat((first, rest), 1) - whole).abs().max() <= 1e-12
         assert memory.shape[:2] == (3, 1)
         assert torch.equal(end, last)
+
+
+@every_technique
+def test_where_documents_are_kept_apart_each_begins_as_a_window_does(kind, table):
+    module = technique(FOLDER, kind)
+    joined, vectors, tokens = made(kind, table)
+    apart = module.Technique(build(module.Spec, table), 12, BOS, True).double()
+    apart.load_state_dict(joined.state_dict())
+    row = tokens[1:2]  # BOS at 0 and 5
+    parts = [joined(vectors[part], part, None)[0] for part in (row[:, :5], row[:, 5:])]
+    whole, _ = apart(vectors[row], row, None)
+    assert (torch.cat(parts, 1) - whole).abs().max() <= 1e-12
+    memory = apart(vectors[row[:, :5]], row[:, :5], None)[1]
+    assert (apart(vectors[row[:, 5:]], row[:, 5:], memory)[0] - parts[1]).abs().max() <= 1e-12
 
 
 @every_technique

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from fairway.data import Tokenizer, TokenizerSpec
+from fairway.data.building import BuildSpec, build, reading
 from fairway.data.learning import train
 
 
@@ -45,3 +46,31 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no data folder at {folder} (set FAIRWAY_DATA)")
     return folder
+
+
+@pytest.fixture
+def text(source_text) -> bytes:
+    """About 60 KB in some 60 documents that open with "def "; the first has no opening."""
+    return source_text[:60_000]
+
+
+@pytest.fixture
+def small_blocks(monkeypatch) -> None:
+    """Blocks of about 4 KB, so that a small text has many."""
+    monkeypatch.setattr(reading, "BLOCK", 4096)
+
+
+@pytest.fixture
+def made(tmp_path, tokenizer, small_blocks):
+    """Builds a source given as bytes (one file) or as a list of places, half of it held out."""
+
+    def make(source, name="out", processes=1, suffix=".txt", **values):
+        if isinstance(source, bytes):
+            place = tmp_path / f"source{suffix}"
+            place.write_bytes(source)
+            source = [str(place)]
+        values = {"separator": "def ", "shard_tokens": 4000, "valid_fraction": 0.5, **values}
+        return build(source, tmp_path / name, tokenizer, BuildSpec(**values), processes)
+
+    make.folder, make.tokenizer = tmp_path, tokenizer
+    return make

@@ -8,9 +8,9 @@ from fairway.base import slots
 from fairway.base.errors import DataError, HonestyError, RecipeError
 from fairway.base.ranks import Ranks
 from fairway.data import Tokens, batches
-from fairway.data.loaders import sequential, shuffled
+from fairway.data.loaders import coprime, documents, sequential, shuffled
 
-LOADERS = [sequential.Spec(), shuffled.Spec()]
+LOADERS = [sequential.Spec(), shuffled.Spec(), coprime.Spec(), documents.Spec()]
 
 
 def tokens_of(count, split="train"):
@@ -62,8 +62,84 @@ def test_sequential_batches_read_the_text_from_start_to_end_and_again():
 
 def test_shuffled_order_is_pinned():
     """Recorded: a numpy release, or a change here, must not move a run's data."""
-    order = shuffled.order(shuffled.Spec(), 200, 16, seed=1337)
+    order = shuffled.order(shuffled.Spec(), tokens_of(200), 16, seed=1337)
     assert order.starts(0, 14).tolist() == [74, 90, 10, 122, 106, 58, 170, 42, 138, 154, 26, 145, 81, 1]
+
+
+def in_parts(*lengths):
+    """Token t at position t, in parts of these lengths."""
+    numbers = np.arange(sum(lengths), dtype=np.uint16)
+    return Tokens(tuple(np.split(numbers, np.cumsum(lengths)[:-1])), "train", lambda: b"")
+
+
+def test_coprime_order_is_pinned():
+    order = coprime.order(coprime.Spec(), in_parts(120, 90), 16, seed=1337)
+    assert order.starts(0, 12).tolist() == [144, 16, 0, 160, 80, 176, 64, 48, 128, 32, 10, 167]
+
+
+def test_coprime_windows_stay_in_their_shard_and_every_stretch_holds_a_share_of_each():
+    """Three shards, one a third of the others, one too short for a window."""
+    text = in_parts(9_700, 3_300, 10, 9_700)
+    order = coprime.order(coprime.Spec(), text, 16, seed=1)
+    shard_of = np.searchsorted(np.cumsum([9_700, 3_300, 10, 9_700]), np.arange(len(text)), side="right")
+    for epoch in range(2):
+        rows = order.rows(text, epoch * order.windows, order.windows)
+        homes = shard_of[rows]
+        assert (homes == homes[:, :1]).all()
+        for first in range(0, order.windows - 70, 70):
+            counts = np.bincount(homes[first : first + 70, 0], minlength=4)
+            assert np.abs(counts - [30, 10, 0, 30]).max() <= 1
+        steps = np.diff(order.starts(epoch * order.windows, order.windows)[homes[:, 0] == 0])
+        assert len(set((steps % (16 * 605)).tolist())) == 1, "one stride for the whole shard"
+        assert np.abs(steps).min() > 16 * 100, "neighbours in turn lie far apart"
+
+
+@pytest.mark.parametrize("blocks", range(1, 200))
+def test_a_stride_reaches_every_block(blocks):
+    for word in range(0, 2**64, 2**61 + 12345):
+        stride = coprime.coprime(word, blocks)
+        assert len({number * stride % blocks for number in range(blocks)}) == blocks
+
+
+def test_coprime_strides_need_a_shard_that_holds_a_window():
+    with pytest.raises(DataError, match="no shard of it holds a window of 16 tokens"):
+        batches(in_parts(16, 16, 9), coprime.Spec(), 16, 16, seed=1)
+
+
+def lettered(*lengths):
+    """Documents of these lengths: BOS (1), then tokens that no other document holds."""
+    numbers, documents = iter(range(2, 60_000)), []
+    for length in lengths:
+        documents.append([1, *(next(numbers) for _ in range(length - 1))])
+    return documents
+
+
+def test_every_epoch_lays_all_documents_end_to_end_in_another_order():
+    known = lettered(5, 1, 40, 17, 2, 90, 16, 33, 8, 45)  # 257 tokens: 16 windows of 16 and a target
+    flat = np.concatenate(known).astype(np.uint16)
+    text = Tokens(tuple(np.split(flat, [30, 31, 200])), "train", lambda: b"")
+    order, found = documents.order(documents.Spec(), text, 16, seed=3), []
+    for epoch in range(3):
+        rows = order.rows(text, epoch * 16, 16)
+        line = [*rows[:, :-1].ravel().tolist(), int(rows[-1, -1])]
+        starts = [place for place, token in enumerate(line) if token == 1]
+        read = [line[a:b] for a, b in zip(starts, [*starts[1:], len(line)], strict=True)]
+        assert sorted(read) == sorted(known), "each document once, whole"
+        found.append(line)
+    assert found[0] != found[1] != found[2]
+    crossing = order.rows(text, 12, 30).tolist()
+    assert crossing == [order.rows(text, number, 1)[0].tolist() for number in range(12, 42)]
+
+
+def test_documents_order_is_pinned():
+    text = Tokens.of(np.concatenate(lettered(3, 4, 6, 4)).astype(np.uint16), "train", b"")
+    order = documents.order(documents.Spec(), text, 4, 1337)
+    assert documents._epoch(order, 0)[0].tolist() == [0, 3, 1, 2]
+
+
+def test_a_text_without_documents_is_refused():
+    with pytest.raises(DataError, match=r"no token 7 in it.*data\.loader\.bos"):
+        batches(Tokens.of(np.zeros(100, dtype=np.uint16), "train", b""), documents.Spec(bos=7), 16, 16, seed=1)
 
 
 def test_windows_cross_shards():

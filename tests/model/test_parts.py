@@ -111,7 +111,7 @@ def test_query_gain_scales_attention_logits_within_their_bound() -> None:
     seen = []
     attention.attend.register_forward_pre_hook(lambda _, args: seen.append(args))
     model(torch.randint(0, 61, (1, 8)))
-    q, k, _ = seen[0]
+    q, k, *_ = seen[0]
     assert q.abs().max() == 0
     torch.testing.assert_close(k.norm(dim=-1), torch.full((1, 2, 8), math.sqrt(8), dtype=F64), atol=1e-4, rtol=0)
 

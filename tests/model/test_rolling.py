@@ -31,7 +31,7 @@ CUTS = {
 }
 
 
-def dense_banded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int = 0) -> torch.Tensor:
+def dense_banded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int = 0, mask: None = None) -> torch.Tensor:
     """Attention of a whole sequence by its definition: every product, −∞ outside the band, softmax."""
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     query, key = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])[None]

@@ -13,14 +13,13 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from fairway.artifact.squeeze import squeeze, unsqueeze
+from fairway.base import slots
 from fairway.quant.grid import largest
 
 Codes = NDArray[np.int8]
 Order = Literal["rows", "columns"]
 ORDERS: tuple[Order, ...] = ("rows", "columns")
 REORDERED = 2  # added to the order where a permutation of the rows follows
-MOST_CHAINED = 1 << 16  # rows of a tensor that is reordered
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,10 +125,7 @@ def encode_bytes(
     bits = group.layout.bits
     found = [bytes([ORDERS.index(order)]) + pack(to_bytes(flatten(group, order), bits)) for order in orders]
     if reorder:
-        chains = [chain(codes) for codes in group.codes]
-        moved = Group(group.layout, tuple(codes[rows] for codes, rows in zip(group.codes, chains, strict=True)))
-        places = squeeze(np.concatenate(chains).astype("<u2").tobytes(), pairs=True)
-        head = len(places).to_bytes(4, "little") + places
+        head, moved = slots.optional("fairway.artifact.reorder").chained(group)
         for order in orders:
             kind = bytes([REORDERED + ORDERS.index(order)])
             found.append(kind + head + pack(to_bytes(flatten(moved, order), bits)))
@@ -142,42 +138,7 @@ def decode_bytes(blob: bytes, layout: GroupLayout, unpack: Callable[[bytes, int]
         raise ValueError("the order of the codes is not given")
     kind, chains, start = blob[0], [], 1
     if kind >= REORDERED:
-        start = 5 + int.from_bytes(blob[1:5], "little")
-        if len(blob) < start:
-            raise ValueError("cut short in the order of the rows")
-        chains = _chains(unsqueeze(blob[5:start], 2 * sum(t.rows for t in layout.tensors)), layout)
+        start, chains = slots.optional("fairway.artifact.reorder").chains(blob, layout)
     raw = unpack(blob[start:], byte_count(layout.count, layout.bits))
     found = unflatten(from_bytes(raw, layout.count, layout.bits), layout, ORDERS[kind % REORDERED])
     return tuple(codes[np.argsort(rows)] for codes, rows in zip(found, chains, strict=True)) if chains else found
-
-
-def chain(codes: Codes) -> NDArray[np.int64]:
-    """Rows so that each is followed by the nearest in L1 of those left, from row 0 on (as #1855 did): (rows,).
-
-    ValueError for more than 65,536 rows, whose numbers would not fit in two bytes.
-    """
-    rows = len(codes)
-    if rows > MOST_CHAINED:
-        raise ValueError(f"{rows:,} rows: at most {MOST_CHAINED:,} can be reordered; reorder = false")
-    wide, found = codes.astype(np.int16), np.zeros(rows, dtype=np.int64)
-    left = np.arange(1, rows)
-    for place in range(1, rows):
-        distances = np.abs(wide[left] - wide[found[place - 1]]).sum(axis=1)
-        nearest = int(distances.argmin())
-        found[place] = left[nearest]
-        left = np.delete(left, nearest)
-    return found
-
-
-def _chains(raw: bytes, layout: GroupLayout) -> list[NDArray[np.int64]]:
-    """The permutation of each tensor's rows. ValueError where it is none."""
-    if len(raw) != 2 * sum(tensor.rows for tensor in layout.tensors):
-        raise ValueError("the order of the rows does not fit the tensors")
-    numbers, found, start = np.frombuffer(raw, dtype="<u2").astype(np.int64), [], 0
-    for tensor in layout.tensors:
-        rows = numbers[start : start + tensor.rows]
-        if not np.array_equal(np.sort(rows), np.arange(tensor.rows)):
-            raise ValueError(f"{tensor.name}: the order of the rows is no permutation")
-        found.append(rows)
-        start += tensor.rows
-    return found

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from fairway.base import specs
+from fairway.base import slots, specs
 from fairway.base.errors import ArtifactError, RecipeError
 from fairway.model import GPT, ModelSpec, tags
-from fairway.quant.grid import LEAST_BITS, MOST_BITS, MOST_GROUP
+from fairway.quant.grid import LEAST_BITS, MOST_BITS
 
 MOST_NUMBERS = 1 << 30  # a model of more parameters is refused: a file of a few bytes could claim any size
 MOST_HEADER = 1 << 22  # bytes of JSON
@@ -64,6 +64,8 @@ def to_json(header: Header) -> bytes:
         table = specs.to_plain(header)
         if not header.repair:
             del table["repair"]  # files of the first fairway have none: the same tensors keep their bytes
+        if not header.model.apart:
+            del table["model"]["apart"]  # nor has it that
         return json.dumps(table, separators=(",", ":"), allow_nan=False).encode()
     except (TypeError, ValueError) as error:
         raise RecipeError(f"decoder: {error}; plain tables of finite numbers and strings are needed") from error
@@ -99,23 +101,13 @@ def _check_sizes(header: Header) -> None:
     for group in header.groups:
         if not LEAST_BITS <= group.bits <= MOST_BITS or not group.tensors:
             raise ValueError(f"group {group.part!r}: {len(group.tensors)} tensors of {group.bits} bits are impossible")
-    _check_repair(header, shapes)
+    if header.repair:
+        slots.optional("fairway.artifact.repair").check(header, shapes)
     names = [name for name, _, _ in header.sections]
     if len(set(names)) != len(names):
         raise ValueError("a section's name occurs twice")
     if any(stored < 0 for _, stored, _ in header.sections):
         raise ValueError("a section has a negative length")
-
-
-def _check_repair(header: Header, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    coded = {name for group in header.groups for name, _, _, _ in group.tensors}
-    names = [name for name, _, _ in header.repair]
-    if len(set(names)) != len(names) or not coded.issuperset(names):
-        raise ValueError("repair: a tensor that is named twice, or has no codes")
-    for name, rank, group in header.repair:
-        rows, cols = shapes[name]
-        if not 1 <= rank <= min(rows, cols) or not 1 <= group <= MOST_GROUP:
-            raise ValueError(f"repair: {name}: rank {rank} in groups of {group} is impossible")
 
 
 def skeleton(spec: ModelSpec, vocab: int) -> GPT:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fairway.artifact.squeeze import squeeze, unsqueeze
-from fairway.quant.grid import LEFT, RIGHT, LowRank, Quantized, Tensors
+from fairway.quant.grid import LEFT, MOST_GROUP, RIGHT, LowRank, Quantized, Tensors
 
 Listed = tuple[tuple[str, int, int], ...]
 """Tensor, rank, group."""
@@ -21,6 +21,18 @@ Listed = tuple[tuple[str, int, int], ...]
 def wanted(recipe: Mapping[str, Any]) -> bool:
     """Whether a recipe (its plain table) repairs, or leaves that to a fit."""
     return bool(recipe["quant"]["repair"]["kind"] != "none" or recipe["quant"]["fit"]["budget"])
+
+
+def check(header: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """ValueError where what a header (header.py) lists cannot be addends of its tensors."""
+    coded = {name for group in header.groups for name, _, _, _ in group.tensors}
+    names = [name for name, _, _ in header.repair]
+    if len(set(names)) != len(names) or not coded.issuperset(names):
+        raise ValueError("repair: a tensor that is named twice, or has no codes")
+    for name, rank, group in header.repair:
+        rows, cols = shapes[name]
+        if not 1 <= rank <= min(rows, cols) or not 1 <= group <= MOST_GROUP:
+            raise ValueError(f"repair: {name}: rank {rank} in groups of {group} is impossible")
 
 
 def listed(tensors: Tensors) -> Listed:

@@ -1,4 +1,4 @@
-"""What a slot offers: its folder, listed."""
+"""What a slot offers, its folder listed; and what was meant, where a name is misspelled."""
 
 import importlib
 import pkgutil
@@ -20,6 +20,13 @@ def unknown(folder: str, kind: str, place: str) -> RecipeError:
     near = get_close_matches(kind, known, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     return RecipeError(f"{place} = {kind!r}: no such technique{hint}; choices: {', '.join(known)}")
+
+
+def unknown_key(place: str, key: str, known: list[str]) -> RecipeError:
+    """The error for a key that a table does not have, with the nearest one that it has."""
+    near = get_close_matches(key, known, n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else f"; known: {', '.join(known)}"
+    return RecipeError(f"{place}: unknown key{hint}")
 
 
 def kinds(folder: str) -> list[str]:

@@ -9,7 +9,6 @@ import dataclasses
 import types
 import typing
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
 from typing import Any, TypeVar
 
 from fairway.base import slots
@@ -47,7 +46,8 @@ def build(cls: type[S], table: Any, place: str = "", leaf: Leaf | None = None) -
     for key, value in table.items():
         where = f"{place}.{key}" if place else str(key)
         if key not in fields:
-            raise RecipeError(f"{where}: unknown key{_nearest(str(key), list(fields))}")
+            unknown: RecipeError = slots.optional("fairway.base.choices").unknown_key(where, str(key), list(fields))
+            raise unknown
         values[key] = _value(fields[key], hints[key], value, where, leaf)
     missing = [
         name
@@ -159,8 +159,3 @@ def _technique(folder: str, value: Any, place: str, leaf: Leaf) -> Any:
     else:
         raise RecipeError(f"{place} = {value!r}: a technique's name, or a table with `kind`, is expected")
     return build(slots.technique(folder, kind, place).Spec, table, place, leaf)
-
-
-def _nearest(key: str, known: list[str]) -> str:
-    near = get_close_matches(key, known, n=1)
-    return f" (did you mean {near[0]!r}?)" if near else f"; known: {', '.join(known)}"

@@ -3,19 +3,21 @@
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from fairway.base import slots
 from fairway.base.errors import DataError, HonestyError, RecipeError
 from fairway.base.ranks import Ranks
+from fairway.data.splits import Uint16
 from fairway.data.tokens import Tokens
 
 
 class Order(Protocol):
-    """What a loader decides."""
+    """What a loader decides: which tokens windows number first .. first+count-1 of the run hold."""
 
-    def starts(self, first: int, count: int) -> npt.NDArray[np.int64]: ...
+    def rows(self, tokens: Tokens, first: int, count: int) -> Uint16:
+        """(count, context + 1)"""
+        ...
 
 
 class Batches:
@@ -31,11 +33,9 @@ class Batches:
     def batch(self, step: int, ranks: Ranks | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """(inputs, targets), both (n, context) int64: this rank's share of the windows of global batch `step`."""
         share = (ranks or Ranks()).share(self.windows)
-        starts = self.order.starts(step * self.windows + share.start, share.stop - share.start)
-        width = self.context + 1
-        rows = np.stack([self.tokens.read(int(start), int(start) + width) for start in starts]).astype(np.int64)
-        windows = torch.from_numpy(rows)
-        return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+        rows = self.order.rows(self.tokens, step * self.windows + share.start, share.stop - share.start)
+        inputs, targets = rows[:, :-1].astype(np.int64), rows[:, 1:].astype(np.int64)
+        return torch.from_numpy(inputs), torch.from_numpy(targets)
 
 
 def batches(
@@ -57,4 +57,4 @@ def batches(
             f"training text: {len(tokens):,} tokens are too few for one window of {context:,} and its target; "
             "give more text, or a shorter context"
         )
-    return Batches(tokens, slots.module_of(loader).order(loader, len(tokens), context, seed), windows, context)
+    return Batches(tokens, slots.module_of(loader).order(loader, tokens, context, seed), windows, context)

@@ -25,7 +25,17 @@ class DataSpec:
     tokenizer: TokenizerSpec = field(default_factory=TokenizerSpec)
     lossy: Literal["refuse", "score_decoded"] = "refuse"  # of a tokenizer that cannot return the text exactly
     loader: Any = choice("fairway.data.loaders", "shuffled")  # the order of training windows
+    ahead: int = 2  # training batches prepared in the background; 0: none
     held_out: Literal["valid", "dev"] = "valid"  # what the run is scored on; dev is left out of training only then
+    # The share of held-out documents that may stand in the training text too. None: 0 for text, 0.01 for shards, whose
+    # text repeats itself a little (FineWeb was cleaned of duplicates dump by dump); the challenge's leaks had 0.8.
+    overlap_limit: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.ahead < 0:
+            raise ValueError(f"ahead = {self.ahead}: 0 (none) or more batches can be prepared")
+        if not 0 <= (self.overlap_limit or 0) <= 1:
+            raise ValueError(f"overlap_limit = {self.overlap_limit}: a share of documents, 0 to 1, is expected")
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,15 +94,20 @@ def open_corpus(spec: DataSpec, split: Split) -> Corpus:
 def build_tokenizer(spec: DataSpec, train: Corpus) -> Tokenizer:
     """The given tokenizer (where its path says, or under its name beside the data), or one trained on the training
     split. HonestyError for any other split."""
+    return build(_placed(spec), train.split, train.documents)
+
+
+def _placed(spec: DataSpec) -> TokenizerSpec:
     tokenizer = spec.tokenizer
     beside = Path(spec.path) / Path(tokenizer.model).name
     if tokenizer.model and not Path(tokenizer.model).exists() and beside.is_file():
-        tokenizer = replace(tokenizer, model=str(beside))
-    return build(tokenizer, train.split, train.documents)
+        return replace(tokenizer, model=str(beside))
+    return tokenizer
 
 
 def _corpus(spec: DataSpec, split: Split, parts: Parts) -> Corpus:
-    if shared := splits.overlap(parts.train, parts.valid):
+    shared = splits.overlap(parts.train, parts.valid)
+    if len(shared) > (spec.overlap_limit or 0) * len(parts.valid):
         raise HonestyError(
             f"{spec.path or slots.kind_of(spec.source)}: {len(shared)} held-out document(s) stand in the training text "
             f"too, the first is number {shared[0]}; take them out, or divide by documents"
@@ -106,6 +121,6 @@ def _corpus(spec: DataSpec, split: Split, parts: Parts) -> Corpus:
     if spec.held_out == "valid":
         return Corpus("train", parts.train, parts.train_shards)
     rest, dev = splits.divide_dev(parts.train, parts.cuts_documents)
-    bos = given(spec.tokenizer).bos if parts.train_shards and spec.tokenizer.model else 1
+    bos = given(_placed(spec)).bos if parts.train_shards and spec.tokenizer.model else 1
     rest_shards, dev_shards = splits.divide_dev_shards(parts.train_shards, bos)
     return Corpus("train", rest, rest_shards) if split == "train" else Corpus("dev", dev, dev_shards)

@@ -9,7 +9,10 @@ from typing import Any
 import sentencepiece
 
 from fairway.base.errors import DataError
+from fairway.base.slots import module_of
 from fairway.data.tokenizer import TokenizerSpec
+
+_WITH_BYTES = 300  # pieces from which on 256 of them are bytes: fewer would leave no room for characters
 
 
 def wanted(recipe: Mapping[str, Any]) -> bool:
@@ -19,18 +22,20 @@ def wanted(recipe: Mapping[str, Any]) -> bool:
 
 def train(documents: Sequence[bytes], spec: TokenizerSpec) -> bytes:
     """A SentencePiece model (its serialised proto) from a sample of the documents; the same text, the same model."""
-    model, sample = io.BytesIO(), list(_sample(documents, spec.sample_bytes))
-    kept = alphabet(sample, spec)
+    transform = module_of(spec.transform)
+    model, sample = io.BytesIO(), [transform.apply(text) for text in _sample(documents, spec.sample_bytes)]
+    kept, operators = alphabet(sample, spec), transform.SYMBOLS
+    own: dict[str, Any] = {"user_defined_symbols": list(operators)} if operators else {}
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_sentences(sample, kept),
+            sentence_iterator=_sentences(sample, kept + "".join(operators)),
             model_writer=model,
             model_type="bpe",
             vocab_size=spec.vocab,
             character_coverage=1.0,  # the alphabet is chosen already
             split_by_whitespace=not spec.across_words,
             max_sentencepiece_length=spec.longest_piece,
-            byte_fallback=True,
+            byte_fallback=spec.vocab >= _WITH_BYTES,
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
@@ -47,6 +52,7 @@ def train(documents: Sequence[bytes], spec: TokenizerSpec) -> bytes:
             shuffle_input_sentence=False,
             max_sentence_length=1 << 30,
             minloglevel=2,
+            **own,
         )
     except (RuntimeError, OSError) as error:
         why = str(error).strip().splitlines()[-1].rpartition("] ")[2].rstrip(" .") or "too little text"
@@ -65,11 +71,12 @@ def alphabet(sample: Iterable[str], spec: TokenizerSpec) -> str:
     counts: Counter[str] = Counter()
     for text in sample:
         counts.update(text)
-    for refused in _REFUSED:
+    for refused in (*_REFUSED, *module_of(spec.transform).SYMBOLS):
         counts.pop(refused, None)
     needed, kept = spec.coverage * counts.total(), list[str]()
+    most = (spec.vocab - (256 if spec.vocab >= _WITH_BYTES else 2)) // 2
     for character, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
-        if needed <= 0 or len(kept) >= (spec.vocab - 256) // 2:
+        if needed <= 0 or len(kept) >= most:
             break
         kept.append(character)
         needed -= count

@@ -19,7 +19,8 @@ import sentencepiece
 
 from fairway.base.errors import DataError, HonestyError, RecipeError
 from fairway.base.files import read
-from fairway.base.slots import optional
+from fairway.base.slots import kind_of, optional
+from fairway.base.specs import choice
 from fairway.data.splits import Split, Uint16
 
 _SPACE = "\u2581"  # ▁, SentencePiece's space
@@ -27,6 +28,7 @@ _SPACE = "\u2581"  # ▁, SentencePiece's space
 _ESCAPED = "\u2581\x00\udc80-\udcff"
 _CHUNK = 1 << 15  # bytes encoded in one call: large ones are slower (BPE's queue outgrows the processor's cache)
 _GROUP = 1 << 23  # bytes handed to SentencePiece's threads at once
+_CASED = b"\n\3\xee\x80\x81\x15\0\0\0\0\x18\4"  # in a SentencePiece model: U+E001 as a user-defined symbol
 _PROBE = " a  b\n\tc\r\n ﬁ①Ａ e\u0301 \u3000 "  # what normalisers change: spaces, line ends, ligatures, wide letters
 
 
@@ -34,7 +36,8 @@ _PROBE = " a  b\n\tc\r\n ﬁ①Ａ e\u0301 \u3000 "  # what normalisers change: 
 class TokenizerSpec:
     """A tokenizer trained on the training split, or a given one."""
 
-    vocab: int = 1024  # pieces, 256 byte pieces and two control pieces among them
+    # Pieces, 256 byte pieces and two control pieces among them; below 300 there are no byte pieces, and text is lost.
+    vocab: int = 1024
     model: str = ""  # path of a SentencePiece .model to use as it is; "" = train one
     # Of the training text, evenly spread, that pieces are learned from. On 90 MB of Wikipedia 20 MB gave 0.05 % fewer
     # tokens than 8 MB, for 5.8 instead of 2.1 s and 0.5 GB more memory.
@@ -45,10 +48,11 @@ class TokenizerSpec:
     # Pieces may hold a space inside ("▁of▁the"): 1.4 % fewer tokens on the Python documentation, 2.3 % on Wikipedia.
     across_words: bool = True
     longest_piece: int = 16  # characters
+    transform: Any = choice("fairway.data.transforms", "none")  # of the text, before it is cut into pieces
 
     def __post_init__(self) -> None:
-        if not 300 <= self.vocab <= 65_536:
-            raise ValueError(f"vocab = {self.vocab}: 300 to 65,536 pieces are possible (tokens are stored in 16 bits)")
+        if not 256 <= self.vocab <= 65_536:
+            raise ValueError(f"vocab = {self.vocab}: 256 to 65,536 pieces are possible (tokens are stored in 16 bits)")
         if not 0 < self.coverage <= 1:
             raise ValueError(f"coverage = {self.coverage}: more than 0 and at most 1 is possible")
         if self.sample_bytes < 1:
@@ -84,9 +88,9 @@ class Tokenizer:
         self.drops_first_space = not self.plain
 
     @classmethod
-    def from_bytes(cls, model: bytes) -> "Tokenizer":
-        """The tokenizer of an artifact."""
-        return cls(model)
+    def from_bytes(cls, model: bytes, name: str = "tokenizer") -> "Tokenizer":
+        """The tokenizer that a model is for: a model with case operators is one of transformed text (data/cased.py)."""
+        return (optional("fairway.data.cased").Cased if _CASED in model else cls)(model, name)
 
     def _tables(self) -> None:
         sp, texts = self._sp, [self._sp.id_to_piece(i) for i in range(self.size)]
@@ -137,14 +141,14 @@ class Tokenizer:
                     yield np.concatenate(done)
                     done = []
 
-    def decode(self, tokens: npt.ArrayLike, previous: int | None = None) -> bytes:
-        """The bytes of tokens (N,), joined by table. previous: the token before (none: a boundary)."""
+    def decode(self, tokens: npt.ArrayLike, previous: npt.ArrayLike | None = None) -> bytes:
+        """The bytes of tokens (N,), joined by table. previous: the token before (none: a boundary), or all of them:
+        what transformed text says may hang on more than one."""
         ids = np.asarray(tokens, dtype=np.int64)
         self._check_ids(ids)
         text, step = [], 1 << 20  # tokens at a time: the index arrays take 24 bytes for each byte of text
         for first in range(0, len(ids), step):
-            before = previous if first == 0 else int(ids[first - 1])
-            text.append(self._join(ids[first : first + step], before))
+            text.append(self._join(ids[first : first + step], ids[first - 1] if first else previous))
         return b"".join(text)
 
     def byte_lengths(self, tokens: npt.ArrayLike, previous: npt.ArrayLike) -> npt.NDArray[np.int64]:
@@ -157,8 +161,8 @@ class Tokenizer:
         lengths: npt.NDArray[np.int64] = self.base[ids] + spaces
         return lengths
 
-    def _join(self, ids: npt.NDArray[np.int64], previous: int | None) -> bytes:
-        before = np.concatenate(([self.bos if previous is None else previous], ids[:-1]))
+    def _join(self, ids: npt.NDArray[np.int64], previous: npt.ArrayLike | None) -> bytes:
+        before = np.append(self.bos if previous is None else previous, ids)[-len(ids) - 1 : -1]
         lengths = self.byte_lengths(ids, before)
         starts = self._starts[ids] + self._lengths[ids] - lengths
         firsts = np.cumsum(lengths) - lengths  # the place of each token's first byte
@@ -218,7 +222,7 @@ def build(spec: TokenizerSpec, split: Split, documents: Sequence[bytes]) -> Toke
         raise HonestyError(f"tokenizer: asked to learn from the {split} split; it may learn from training text alone")
     if not documents:
         raise RecipeError("data.tokenizer.model: not set; token shards need the .model that they were made with")
-    return Tokenizer(optional("fairway.data.learning").train(documents, spec))
+    return Tokenizer.from_bytes(optional("fairway.data.learning").train(documents, spec))
 
 
 def given(spec: TokenizerSpec) -> Tokenizer:
@@ -229,11 +233,15 @@ def given(spec: TokenizerSpec) -> Tokenizer:
         content = read(Path(spec.model))
     except DataError as error:
         raise DataError(f"data.tokenizer.model: {error}") from error
-    tokenizer = Tokenizer(content, name=spec.model)
+    tokenizer = Tokenizer.from_bytes(content, spec.model)
     if tokenizer.size != spec.vocab:
         raise RecipeError(
             f"data.tokenizer.vocab = {spec.vocab}: {spec.model} has {tokenizer.size} pieces; "
             f"set data.tokenizer.vocab = {tokenizer.size}"
+        )
+    if (told := kind_of(spec.transform)) != (found := "case" if _CASED in content else "none"):
+        raise RecipeError(
+            f"data.tokenizer.transform = {told!r}: by its pieces {spec.model} is one of {found!r}; set that"
         )
     return tokenizer
 

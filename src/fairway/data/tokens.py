@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from fairway.base import slots
 from fairway.base.errors import DataError
 from fairway.base.journal import Run
 from fairway.data import cache
@@ -26,7 +27,7 @@ class Tokens:
     """BOS + document after document, as one or many arrays (a memory-mapped one for each shard).
 
     parts: each (n,) uint16; split: what the text may be used for; source: gives the bytes of targets tokens[1:];
-    decoded: these bytes are what the tokens decode to, not an original text, and every score has to say so.
+    decoded: these bytes are what the tokens decode to, not known to be an original text; every score has to say so.
     """
 
     parts: tuple[Uint16, ...]
@@ -67,9 +68,23 @@ class Tokens:
         for part in self.parts[first:]:
             if begin >= stop and found:
                 break
-            found.append(part[max(0, start - begin) : max(0, stop - begin)])
+            found.append(np.asarray(part)[max(0, start - begin) : max(0, stop - begin)])  # a memmap's slices are slow
             begin += len(part)
         return found[0] if len(found) == 1 else np.concatenate(found)
+
+    def stretches(self, starts: npt.NDArray[np.int64], width: int) -> Uint16:
+        """tokens[start : start + width] for each start: (n, width). What lies in one part is copied at once."""
+        found = np.empty((len(starts), width), dtype=np.uint16)
+        homes = np.searchsorted(self._ends, starts, side="right")
+        across = starts + width > self._ends[homes]
+        for home in set(homes[~across].tolist()):
+            rows = np.flatnonzero((homes == home) & ~across)
+            part = np.asarray(self.parts[home])
+            begin = int(self._ends[home]) - len(part)
+            found[rows] = np.lib.stride_tricks.sliding_window_view(part, width)[starts[rows] - begin]
+        for row in np.flatnonzero(across):
+            found[row] = self.read(int(starts[row]), int(starts[row]) + width)
+        return found
 
     @cached_property
     def _ends(self) -> npt.NDArray[np.int64]:
@@ -105,21 +120,29 @@ def count_bytes(tokens: Uint16, tokenizer: Tokenizer) -> int:
 
 def check_bytes(tokens: Uint16, tokenizer: Tokenizer, text: bytes) -> None:
     """DataError, naming the token, where the byte table does not count exactly the bytes of the text."""
-    counted = count_bytes(tokens, tokenizer)
-    if counted == len(text):
-        return
-    lengths = tokenizer.byte_lengths(tokens[1:], tokens[:-1])
-    place = 0
-    for at, (token, length) in enumerate(zip(tokens[1:], lengths, strict=True), start=1):
-        piece = tokenizer.pieces[token][-int(length) :] if length else b""
-        if text[place : place + int(length)] != piece or len(piece) != length:
-            raise DataError(
-                f"{tokenizer.name}: token {token} at position {at} is counted as {length} bytes, but the text has "
-                f"{text[place : place + 16]!r} at byte {place:,}; this tokenizer cannot be scored on this text"
+    if count_bytes(tokens, tokenizer) != len(text):
+        raise miscounted(tokens, tokenizer, text)
+
+
+def miscounted(tokens: Uint16, tokenizer: Tokenizer, text: bytes) -> DataError:
+    """Names the first token that is not what the text has in its place: of other bytes, or of more or fewer."""
+    at, place, step = 1, 0, 4096
+    while at < len(tokens):
+        ids, before = tokens[at : at + step], tokens[max(0, at - 4096) : at]
+        length = int(tokenizer.byte_lengths(ids, tokens[at - 1 : at - 1 + len(ids)]).sum())
+        piece = tokenizer.decode(ids, previous=before)
+        if len(piece) == length and text.startswith(piece, place):
+            at += step
+            place += length
+        elif step > 1:
+            step = 1
+        else:
+            return DataError(
+                f"{tokenizer.name}: token {ids[0]} at position {at} is counted as {length} bytes, but the text has "
+                f"{text[place : place + 16]!r} at byte {place:,}; encode it with this tokenizer"
             )
-        place += int(length)
-    raise DataError(
-        f"{tokenizer.name}: the byte table counts {counted:,} bytes, the text has {len(text):,}; tokens are missing"
+    return DataError(
+        f"{tokenizer.name}: the byte table counts {place:,} bytes, the text has {len(text):,}; tokens are missing"
     )
 
 
@@ -192,9 +215,12 @@ def _of_shards(corpus: Corpus, tokenizer: Tokenizer, run: Run) -> Tokens:
                 meter.update(done)
     parts = tuple(shard.tokens for shard in corpus.shards)
     tokens = Tokens(parts, corpus.split, lambda: _decoded(tokens.tokens, tokenizer), decoded=True)
-    if corpus.split != "train":
-        check_bytes(tokens.tokens, tokenizer, tokens.text)
-    return tokens
+    if corpus.split == "train":
+        return tokens
+    text = tokens.text
+    check_bytes(tokens.tokens, tokenizer, text)
+    known = slots.optional("fairway.data.originals").confirmed(corpus.shards, tokens.tokens, tokenizer, text, run)
+    return Tokens(parts, corpus.split, lambda: text, decoded=not known)
 
 
 def _checked(shard: Shard, tokenizer: Tokenizer) -> Iterator[int]:

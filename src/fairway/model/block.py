@@ -27,6 +27,7 @@ class Flow(NamedTuple):
     cos: Tensor  # (S, rotary/2)
     sin: Tensor
     values: Tensor | None  # (B, S, G·h), the value embedding
+    mask: Tensor | None  # (B, 1, S, T) bool, which keys a position sees; None: all before it
 
 
 class Attention(nn.Module):
@@ -62,7 +63,7 @@ class Attention(nn.Module):
         v = self._split(value, self.kv_heads)
         q = q * self.gain.to(q.dtype)[:, None, None]
         memory = KeyValue(k, v) if past is None else past.extend(k, v)
-        y = self.attend(q, memory.k, memory.v, window=memory.window).transpose(1, 2).flatten(2)
+        y = self.attend(q, memory.k, memory.v, memory.window, flow.mask).transpose(1, 2).flatten(2)
         return self.o(y), memory, raw
 
     def _split(self, x: Tensor, heads: int) -> Tensor:

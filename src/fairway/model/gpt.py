@@ -27,7 +27,7 @@ class Past(NamedTuple):
 
     length: int
     layers: tuple[Memory, ...]
-    embed: tuple[Tensor, ...] | None  # None: nothing came before
+    embed: tuple[Tensor, ...] | None  # of the embedding's parts, and where a document began (apart); None: the start
 
     def narrow(self, rows: int) -> "Past":
         """Of the first `rows` sequences. A rolling past is consumed."""
@@ -46,11 +46,14 @@ class GPT(nn.Module):
         self.spec, self.vocab = spec, vocab
         self.compute: torch.dtype | None = None  # of activations; None: that of the parameters
         self.embedding = Table(vocab, spec.width, "embedding")
-        self.embed = nn.ModuleList(slots.module_of(part).Technique(part, spec.width, spec.bos) for part in spec.embed)
+        self.embed = nn.ModuleList(
+            slots.module_of(part).Technique(part, spec.width, spec.bos, spec.apart) for part in spec.embed
+        )
         uses_values = spec.value_embedding.width > 0 and spec.value_embedding.layers
         narrow = spec.kv_heads * spec.head
         self.values = ValueEmbedding(spec.value_embedding, vocab, narrow) if uses_values else None
         self.blocks = nn.ModuleList(Block(spec, layer) for layer in range(spec.layers))
+        self.seen = slots.optional("fairway.model.apart").seen if spec.apart else None
         self.encoders = spec.layers // 2
         skips = 0 if spec.skips == "none" else min(self.encoders, spec.layers - self.encoders)
         self.skip = nn.Parameter(torch.ones(skips, spec.width)) if skips else None
@@ -66,7 +69,11 @@ class GPT(nn.Module):
         start = past.length if past is not None else 0
         x, carried = self._embed(tokens, past)
         cos, sin = rotation(start, tokens.shape[1], self.spec.rotary.dims, self.base, like=x)
-        flow = Flow(x, cos, sin, self.values(tokens, x) if self.values is not None else None)
+        mask = None
+        if self.seen is not None:
+            mask, begun = self.seen(tokens, past, self.spec.bos)
+            carried += (begun,)
+        flow = Flow(x, cos, sin, self.values(tokens, x) if self.values is not None else None, mask)
         first: Tensor | None = None
         stack: list[Tensor] = []
         memories: list[Memory] = []

@@ -38,6 +38,7 @@ class ModelSpec:
     hidden: int = 1792  # of the MLP
     context: int = 2048  # tokens of a training window; fixes the rotary base
     bos: int = 1  # the token that begins a document
+    apart: bool = False  # documents: no position sees what stands before its own document's BOS (model/apart.py)
     attention: Any = choice("fairway.model.attention", "exclusive")
     mlp: Any = choice("fairway.model.mlp", "relu2")
     embed: Any = choices("fairway.model.embed", ("bigram_hash", "smear"))

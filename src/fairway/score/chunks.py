@@ -284,7 +284,7 @@ def _text(artifact: Artifact, targets: npt.NDArray[Any], stream: Stream, unit: U
     positions, texts = np.sort(unit.windows.positions), []
     for span in np.split(positions, np.flatnonzero(np.diff(positions) != 1) + 1):
         begins = int(span[0]) in stream.edges
-        previous = artifact.tokenizer.bos if begins else int(targets[span[0] - 1])
+        previous = artifact.tokenizer.bos if begins else targets[: span[0]]
         texts.append(artifact.tokenizer.decode(targets[span], previous=previous))
     return b"".join(texts)
 

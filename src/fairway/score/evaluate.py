@@ -20,7 +20,7 @@ from fairway.base.errors import DataError, RecipeError
 from fairway.base.journal import Run
 from fairway.base.ranks import Ranks
 from fairway.base.slots import kind_of, module_of, optional
-from fairway.data import Tokens
+from fairway.data.tokens import Tokens, miscounted
 from fairway.model import GPT
 from fairway.score.adapt import none
 from fairway.score.harness import drive
@@ -85,11 +85,9 @@ def score_opened(
     model = model_on(artifact, device, is_exact(spec, stage))
     ledger = Ledger(len(lengths))
     booking: Any = None  # fairway.score.booking.Booking
-    if is_exact(spec, stage) and device is not None and device.torch.type != "cpu":
-        run.fact("substitution", what=f"{stage} on {device.torch}", why="exact mode is float64 on the CPU, one learner")
-    if is_exact(spec, stage) and stage == "adapted" and run.folder is not None:
-        keep = optional("fairway.score.booking").Booking
-        booking = keep(run, ledger, stream, spec.snapshots, held_out.text_sha256, artifact.sha256)
+    if is_exact(spec, stage):
+        keep = optional("fairway.score.exact_teller").books
+        booking = keep(run, ledger, stream, spec, stage, device, held_out.text_sha256, artifact.sha256)
     with run.meter(stage, len(lengths), "tokens") as meter:
         pace: Callable[[Unit], None] | None = None
         if limit or not run.quiet:
@@ -189,7 +187,8 @@ def score_model(
 
 
 def byte_lengths(artifact: Artifact, held_out: Tokens) -> npt.NDArray[np.int64]:
-    """Bytes of each target, (N,). DataError unless they add up to the text's bytes, and every token exists."""
+    """Bytes of each target, (N,). DataError unless they add up to the text's bytes, are these bytes, and every token
+    exists; it names the token that is another."""
     tokens = np.asarray(held_out.tokens)
     if len(tokens) < 2 or held_out.text_bytes < 1:
         raise DataError(
@@ -201,15 +200,9 @@ def byte_lengths(artifact: Artifact, held_out: Tokens) -> npt.NDArray[np.int64]:
             f"token {int(tokens.max())}: the artifact's vocabulary has {artifact.vocab}; tokenize with its tokenizer"
         )
     lengths = artifact.tokenizer.byte_lengths(tokens[1:], tokens[:-1])
-    if int(lengths.sum()) != held_out.text_bytes:
-        raise DataError(
-            f"byte table: {int(lengths.sum()):,} bytes over {len(lengths):,} targets, but the text has "
-            f"{held_out.text_bytes:,}; tokenize it with the artifact's tokenizer"
-        )
-    if artifact.tokenizer.decode(tokens[1:], previous=int(tokens[0])) != held_out.text:
-        raise DataError(
-            "tokens: they decode to another text than the one to score; tokenize it with the artifact's tokenizer"
-        )
+    counted = int(lengths.sum()) == held_out.text_bytes
+    if not counted or artifact.tokenizer.decode(tokens[1:], previous=int(tokens[0])) != held_out.text:
+        raise miscounted(tokens, artifact.tokenizer, held_out.text)
     return lengths
 
 

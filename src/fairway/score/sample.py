@@ -47,7 +47,7 @@ def _written(
         token = _draw(model.logits(hidden, last=1)[0, 0].double().cpu(), temperature, drawn)
         if token == tokenizer.bos:  # the next document would begin
             break
-        if piece := text.decode(tokenizer.decode([token], previous=seen[-1])):
+        if piece := text.decode(tokenizer.decode([token], previous=seen)):
             yield piece
         seen.append(token)
         fresh = [token]

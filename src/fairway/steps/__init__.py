@@ -4,7 +4,8 @@ one whose product is there already does nothing, so that `--resume` goes on wher
 
 from fairway.steps.closing import book_proof, close, prove, prove_chunks
 from fairway.steps.code import Code, export
-from fairway.steps.making import begin, calibrate, pack, prepare, quantize, stored_tokenizer, train
+from fairway.steps.making import Check, begin, calibrate, pack, prepare, quantize, stored_tokenizer, train
+from fairway.steps.overlapping import refuse_overlap
 from fairway.steps.products import ARTIFACT, HESSIANS, INTEGERS, RECIPE, SCORE, WEIGHTS, Text
 from fairway.steps.scoring import score
 
@@ -15,6 +16,7 @@ __all__ = [
     "RECIPE",
     "SCORE",
     "WEIGHTS",
+    "Check",
     "Code",
     "Text",
     "begin",
@@ -27,6 +29,7 @@ __all__ = [
     "prove",
     "prove_chunks",
     "quantize",
+    "refuse_overlap",
     "score",
     "stored_tokenizer",
     "train",

@@ -2,7 +2,9 @@
 
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -16,7 +18,7 @@ from fairway.base.devices import Device
 from fairway.base.errors import DataError, RecipeError
 from fairway.base.journal import Run
 from fairway.base.specs import to_plain
-from fairway.data import Batches, Tokenizer, Tokens, batches, build_tokenizer, open_corpus, tokenize
+from fairway.data import Corpus, Tokenizer, Tokens, batches, build_tokenizer, open_corpus, tokenize
 from fairway.doctor import memory_bytes
 from fairway.model import GPT, build_model, parameter_count
 from fairway.quant import FakeQuant, plan
@@ -41,6 +43,8 @@ from fairway.steps.products import (
     tidy,
 )
 from fairway.train import pretrain
+
+Check = Callable[[Recipe, Corpus, Corpus, Text, Run], None]
 
 STATE_BYTES = 20  # of training, for each parameter: weight, gradient, two moments, average
 
@@ -69,8 +73,9 @@ def begin(recipe: Recipe, run: Run, device: Device, code: Code) -> None:
     run.fact("device", ranks=run.ranks.world, **device.describe())
 
 
-def prepare(recipe: Recipe, run: Run) -> Text:
-    """Text, tokenizer and tokens. Before the training clock; other ranks wait for the first one's caches.
+def prepare(recipe: Recipe, run: Run, check: Check | None = None) -> Text:
+    """Text, tokenizer and tokens. Before the training clock; other ranks wait for the first one's caches. check: looks
+    at both texts before anything is trained.
 
     DataError where a run that goes on finds another text than it began with: what was trained on then may be held out
     now.
@@ -81,6 +86,8 @@ def prepare(recipe: Recipe, run: Run) -> Text:
             run.ranks.wait()
         corpus, held_out = open_corpus(recipe.data, "train"), open_corpus(recipe.data, recipe.data.held_out)
         tokenizer = build_tokenizer(recipe.data, corpus)
+        if recipe.model.bos != tokenizer.bos:
+            raise RecipeError(f"model.bos = {recipe.model.bos}: the tokenizer's is {tokenizer.bos}; set model.bos")
         text = Text(
             tokenizer,
             tokenize(corpus, tokenizer, recipe.data.lossy, run),
@@ -91,6 +98,8 @@ def prepare(recipe: Recipe, run: Run) -> Text:
     _book_text(run, "train_text", tokens=len(text.train), **corpus.describe())
     _book_text(run, "held_out_text", tokens=len(text.held_out), **held_out.describe())
     _book_text(run, "tokenizer", size=tokenizer.size, sha256=tokenizer.sha256, bytes=len(tokenizer.model))
+    if check is not None:
+        check(recipe, corpus, held_out, text, run)
     run.fact("prepare", seconds=round(watch.seconds, 3))
     if recipe.proof_bytes and len(text.held_out) > 1:  # refused now, not when everything is scored
         targets, score = len(text.held_out) - 1, recipe.score
@@ -115,7 +124,8 @@ def train(recipe: Recipe, text: Text, run: Run, device: Device) -> None:
     qat: FakeQuant | None = None
     if recipe.qat.kind != "off":
         qat = slots.optional("fairway.quant.fake").FakeQuant(model, recipe.quant, recipe.qat)
-    trained = pretrain(model, _training_batches(recipe, text, run), recipe.train, run, device, recipe.seed, qat)
+    with _training_batches(recipe, text, run, device) as made:
+        trained = pretrain(model, made, recipe.train, run, device, recipe.seed, qat)
     with Stopwatch() as writing:  # on the clock: training data is read once more after it
         if run.writes:
             write_weights(run.path(WEIGHTS), model, text.tokenizer, decoder_share(recipe))
@@ -196,9 +206,13 @@ def stored_tokenizer(run: Run) -> Tokenizer:
     return open_artifact(product(run, WEIGHTS)).tokenizer
 
 
-def _training_batches(recipe: Recipe, text: Text, run: Run) -> Batches:
+def _training_batches(recipe: Recipe, text: Text, run: Run, device: Device) -> Any:
+    """A context that gives `Batches`, or what prepares them in the background."""
     data, context = recipe.data, recipe.model.context
-    return batches(text.train, data.loader, recipe.train.batch_tokens, context, recipe.seed, run.ranks)
+    made = batches(text.train, data.loader, recipe.train.batch_tokens, context, recipe.seed, run.ranks)
+    if not data.ahead:
+        return nullcontext(made)
+    return slots.optional("fairway.data.prefetch").Ahead(made, data.ahead, device.torch.type == "cuda")
 
 
 def _calibration(train: Tokens, context: int, count: int, recipe: Recipe, run: Run) -> Iterator[Tensor]:

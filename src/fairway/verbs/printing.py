@@ -21,3 +21,8 @@ def table(what: str, value: str, table: list[tuple[str, str, str]]) -> None:
     for row in table:
         drawn.add_row(*row)
     Console(width=None if sys.stdout.isatty() else 120).print(drawn)
+
+
+def printable(text: str) -> str:
+    """Text from elsewhere as one line can show it: what a terminal would obey is written as an escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -57,7 +57,7 @@ def train(name: str, overrides: tuple[str, ...], device: str, runs: Path, as_jso
     chosen = recipe.load(name, overrides)
     with ranks_on(device) as (ranks, target), run_of(chosen, runs, ranks, as_json) as opened:
         steps.begin(chosen, opened, target, checkout())
-        text = steps.prepare(chosen, opened)
+        text = steps.prepare(chosen, opened, steps.refuse_overlap)
         steps.train(chosen, text, opened, target)
         steps.calibrate(chosen, text, opened, target)
         if ranks.first:

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from fairway.data.splits import Uint16
+from fairway.data.tokens import Tokens
+
 
 @dataclass(frozen=True)
 class Spec:
@@ -18,11 +21,15 @@ class Order:
     windows: int
     context: int
 
+    def rows(self, tokens: Tokens, first: int, count: int) -> Uint16:
+        """(count, context + 1) tokens: windows number first .. first+count-1 of the run."""
+        return tokens.stretches(self.starts(first, count), self.context + 1)
+
     def starts(self, first: int, count: int) -> npt.NDArray[np.int64]:
         """(count,) positions: window n of the run begins at context · (n mod windows)."""
         return np.arange(first, first + count) % self.windows * self.context
 
 
-def order(spec: Spec, tokens: int, context: int, seed: int) -> Order:
-    """The order over `tokens` tokens; a window's targets need one token more than its context."""
-    return Order((tokens - 1) // context, context)
+def order(spec: Spec, tokens: Tokens, context: int, seed: int) -> Order:
+    """A window's targets need one token more than its context."""
+    return Order((len(tokens) - 1) // context, context)

@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fairway.base.devices import seed_for
+from fairway.data.splits import Uint16
+from fairway.data.tokens import Tokens
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,10 @@ class Order:
     slack: int
     seed: int
 
+    def rows(self, tokens: Tokens, first: int, count: int) -> Uint16:
+        """(count, context + 1) tokens: windows number first .. first+count-1 of the run."""
+        return tokens.stretches(self.starts(first, count), self.context + 1)
+
     def starts(self, first: int, count: int) -> npt.NDArray[np.int64]:
         """(count,) positions: window n of the run is the (n mod windows)-th of epoch n // windows."""
         numbers = np.arange(first, first + count)
@@ -38,10 +44,10 @@ class Order:
         return found
 
 
-def order(spec: Spec, tokens: int, context: int, seed: int) -> Order:
-    """The order over `tokens` tokens: as many windows as fit at any phase up to slack."""
-    slack = min(context - 1, tokens - 1 - context)
-    return Order((tokens - 1 - slack) // context, context, slack, seed)
+def order(spec: Spec, tokens: Tokens, context: int, seed: int) -> Order:
+    """As many windows as fit at any phase up to slack."""
+    slack = min(context - 1, len(tokens) - 1 - context)
+    return Order((len(tokens) - 1 - slack) // context, context, slack, seed)
 
 
 @lru_cache(maxsize=4)

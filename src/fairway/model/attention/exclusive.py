@@ -28,12 +28,13 @@ def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
 
 
 class Technique(nn.Module):
-    """q: (B, H, S, h), k and v: (B, G, T, h), window: positions a query sees, 0: all before it -> (B, H, S, h)"""
+    """q: (B, H, S, h), k and v: (B, G, T, h), window: positions a query sees, 0: all before it; mask: see
+    `causal_attention` -> (B, H, S, h)"""
 
     def __init__(self, spec: Spec, layer: int, layers: int) -> None:
         super().__init__()
         self.active = spec.last == 0 or layer >= layers - spec.last
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> Tensor:
-        y = causal_attention(q, k, v, window)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, window: int = 0, mask: Tensor | None = None) -> Tensor:
+        y = causal_attention(q, k, v, window, mask)
         return exclude_own_value(y, v[:, :, -q.shape[2] :]) if self.active else y

@@ -24,13 +24,14 @@ class Spec:
             raise ValueError(f"rows = {self.rows}, width = {self.width}: at least 2 rows of 1 are needed")
 
 
-def bigram_index(tokens: Tensor, previous: Tensor | None, rows: int) -> Tensor:
-    """tokens: (B, S) integers; previous: (B, 1), the token before them, None at a window's start -> (B, S) rows."""
+def bigram_index(tokens: Tensor, previous: Tensor | None, rows: int, bos: int | None = None) -> Tensor:
+    """tokens: (B, S) integers; previous: (B, 1), the token before them, None at a window's start; bos: a token that
+    begins as a window does -> (B, S) rows."""
     before = torch.cat((tokens[:, :1] if previous is None else previous, tokens[:, :-1]), dim=1)
     index = ((36313 * tokens) ^ (27191 * before)) % (rows - 1)
     if previous is None:
         index = torch.cat((torch.full_like(index[:, :1], rows - 1), index[:, 1:]), dim=1)
-    return index
+    return index if bos is None else torch.where(tokens == bos, rows - 1, index)
 
 
 class Technique(nn.Module):
@@ -38,8 +39,9 @@ class Technique(nn.Module):
 
     stage: Literal["before_norm", "after_norm"] = "before_norm"
 
-    def __init__(self, spec: Spec, width: int, bos: int) -> None:
+    def __init__(self, spec: Spec, width: int, bos: int, apart: bool = False) -> None:
         super().__init__()
+        self.bos = bos if apart else None
         self.rows = spec.rows
         self.table = Table(spec.rows, spec.width, "bigram")
         self.proj = Linear(spec.width, width, "bigram_proj")
@@ -47,5 +49,5 @@ class Technique(nn.Module):
         self.tagged = {"scale": ("scalar", "bigram_scale")}
 
     def forward(self, x: Tensor, tokens: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
-        pairs = self.table(bigram_index(tokens, past, self.rows)).to(x.dtype)
+        pairs = self.table(bigram_index(tokens, past, self.rows, self.bos)).to(x.dtype)
         return x + self.scale.to(x.dtype) * self.proj(pairs), tokens[:, -1:]

@@ -26,9 +26,9 @@ class Technique(nn.Module):
 
     stage: Literal["before_norm", "after_norm"] = "after_norm"
 
-    def __init__(self, spec: Spec, width: int, bos: int) -> None:
+    def __init__(self, spec: Spec, width: int, bos: int, apart: bool = False) -> None:
         super().__init__()
-        self.bos = bos if spec.document_aware else None
+        self.bos = bos if spec.document_aware or apart else None
         self.gate = nn.Parameter(torch.zeros(width))
         self.tagged = {"gate": ("gain", "smear")}
 
