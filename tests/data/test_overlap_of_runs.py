@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fairway import steps
-from fairway.base.errors import HonestyError, RecipeError
+from fairway.base.errors import DataError, RecipeError
 from fairway.base.journal import Run
 from fairway.data.sources.shards import write_shard
 from fairway.data.splits import share_of
@@ -57,7 +57,7 @@ def test_text_that_differs_in_case_alone_is_shared_and_refused(tmp_path):
     made = text_of(tmp_path, 3)
     held_out = sum(share_of(document) < 0.5 for document in made)
     with pytest.raises(
-        HonestyError, match=rf"3 of {held_out} held-out documents .*data\.overlap_limit = 0: take"
+        DataError, match=rf"3 of {held_out} held-out documents .*data\.overlap_limit = 0: take"
     ) as caught:
         prepared(tmp_path / "text.txt", *by_documents())
     assert "\n" not in str(caught.value)
@@ -69,7 +69,7 @@ def test_text_with_equal_documents_is_refused_unless_a_bound_is_stated(tmp_path)
     same = f"<doc>{WORDS}\n" * 2 + "".join(f"<doc>{WORDS} {i}\n" for i in range(20)) + f"<doc>{WORDS}\n"
     (tmp_path / "text.txt").write_text(same)
     words = ('data.source={kind = "text", separator = "<doc>", valid_fraction = 0.3}', "data.tokenizer.vocab=300")
-    with pytest.raises(HonestyError, match=r"1 held-out document\(s\) stand in the training text"):
+    with pytest.raises(DataError, match=r"1 of 7 held-out documents .*: take them out"):
         prepared(tmp_path / "text.txt", *words)
     assert prepared(tmp_path / "text.txt", *words, "data.overlap_limit=0.3")["shared"] == 1
 
@@ -89,7 +89,7 @@ def shards_of(folder, tokenizer, leaked, held_out=40):
 
 def test_shards_are_compared_document_by_document(tmp_path, tokenizer):
     words = shards_of(tmp_path, tokenizer, 32)
-    with pytest.raises(HonestyError, match=r"32 of 40 held-out documents \(80\.00%\) .*the first is number 0; .*0\.01"):
+    with pytest.raises(DataError, match=r"32 of 40 held-out documents \(80\.00%\) .*the first is number 0; .*0\.01"):
         prepared(tmp_path, *words)
     fact = prepared(tmp_path, *words, "data.overlap_limit=1.0")
     assert (fact["shared"], fact["held_out_documents"], fact["compared"]) == (32, 40, "tokens")
@@ -99,7 +99,7 @@ def test_a_few_shared_documents_of_shards_are_a_fact_and_no_refusal(tmp_path, to
     words = shards_of(tmp_path, tokenizer, 1, held_out=100)
     fact = prepared(tmp_path, *words)
     assert (fact["shared"], fact["share"], fact["limit"]) == (1, 0.01, 0.01)
-    with pytest.raises(HonestyError, match="1 of 100"):
+    with pytest.raises(DataError, match="1 of 100"):
         prepared(tmp_path, *words, "data.overlap_limit=0.0")
 
 
@@ -111,7 +111,7 @@ def test_dev_is_what_is_compared_where_it_is_scored(tmp_path, tokenizer):
 def test_a_run_ends_before_it_trains_and_its_journal_says_why(tmp_path):
     text_of(tmp_path, 3)
     folder = tmp_path / "run"
-    with pytest.raises(HonestyError, match="held-out documents"):
+    with pytest.raises(DataError, match="held-out documents"):
         run_tiny(folder, f"data.path={tmp_path / 'text.txt'}", *by_documents())
     facts = [json.loads(row) for row in (folder / "journal.jsonl").read_text().splitlines()]
     assert next(row for row in facts if row["fact"] == "overlap")["shared"] == 3

@@ -4,6 +4,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -84,7 +85,8 @@ def prepare(recipe: Recipe, run: Run, check: Check | None = None) -> Text:
     with Stopwatch() as watch:
         if not run.ranks.first:
             run.ranks.wait()
-        corpus, held_out = open_corpus(recipe.data, "train"), open_corpus(recipe.data, recipe.data.held_out)
+        data = recipe.data if check is None else replace(recipe.data, overlap_limit=1.0)  # the check books, and judges
+        corpus, held_out = open_corpus(data, "train"), open_corpus(data, data.held_out)
         tokenizer = build_tokenizer(recipe.data, corpus)
         if recipe.model.bos != tokenizer.bos:
             raise RecipeError(f"model.bos = {recipe.model.bos}: the tokenizer's is {tokenizer.bos}; set model.bos")

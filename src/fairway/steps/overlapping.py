@@ -8,7 +8,7 @@ import json
 from dataclasses import asdict
 
 from fairway.base.clock import Stopwatch
-from fairway.base.errors import HonestyError
+from fairway.base.errors import DataError
 from fairway.base.journal import Run
 from fairway.data import Corpus
 from fairway.data.overlap import Shared, shared_text, shared_tokens
@@ -20,7 +20,7 @@ OF_SHARDS = 0.01  # data.overlap_limit where the recipe leaves it open; of text 
 
 def refuse_overlap(recipe: Recipe, train: Corpus, held_out: Corpus, text: Text, run: Run) -> None:
     """Books how many held-out documents stand in the training text too, compared by the first rank for all.
-    HonestyError where their share is over the recipe's bound."""
+    DataError where their share is over the recipe's bound."""
     limit = recipe.data.overlap_limit
     if limit is None:
         limit = OF_SHARDS if train.shards else 0.0
@@ -30,7 +30,7 @@ def refuse_overlap(recipe: Recipe, train: Corpus, held_out: Corpus, text: Text, 
     facts = {"compared": shared.by, "held_out_documents": shared.documents, "shared": shared.shared}
     run.fact("overlap", **facts, share=shared.share, limit=limit, seconds=round(watch.seconds, 3))
     if shared.share > limit:
-        raise HonestyError(
+        raise DataError(
             f"data: {shared.shared:,} of {shared.documents:,} held-out documents ({shared.share:.2%}) stand in the "
             f"training text too, the first is number {shared.first:,}; data.overlap_limit = {limit:g}: take them out "
             "(fairway data overlap shows them), or state a higher bound"
