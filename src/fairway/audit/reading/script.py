@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 How: TypeAlias = Literal["exec", "import", "run"]
-"""exec: its text is executed in place; import: as a module of its own; run: as a program of its own (runpy, python X)."""
+"""exec: in place; import: as a module of its own; run: as a program of its own (runpy, python X)."""
 
 
 @dataclass(frozen=True)
