@@ -126,7 +126,7 @@ class Constants:
         value = self.value(node.value, scope)
         if node.format_spec is not None or not isinstance(value, (str, int)):
             return UNKNOWN
-        return {115: str, 114: repr, 97: ascii}.get(node.conversion, str)(value)
+        return repr(value) if node.conversion in (114, 97) else str(value)
 
     def _Tuple(self, node: ast.Tuple, scope: Scope) -> Any:
         return tuple(self._elements(node.elts, scope))
