@@ -63,7 +63,7 @@ class Settings:
         """args.option of argparse: the command line's text (through `kind`, its type), else the default."""
         said = self.arguments.get(option.lstrip("-").replace("-", "_"), default)
         if isinstance(said, str) and said is not default and kind is not None:
-            return _attempt(kind, said)
+            return attempt(kind, said)
         return said
 
     def logged_value(self, name: str) -> Value:
@@ -107,7 +107,7 @@ def truth(value: Value) -> bool | None:
         return None
 
 
-_BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
+BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
@@ -121,7 +121,7 @@ _BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.BitOr: operator.or_,
     ast.BitXor: operator.xor,
 }
-_COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
+COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Eq: operator.eq,
     ast.NotEq: operator.ne,
     ast.Lt: operator.lt,
@@ -173,12 +173,12 @@ def fold(node: ast.expr, leaf: Callable[[ast.expr], Value]) -> Value:
 
 def _binary(node: Any, leaf: Callable[[ast.expr], Value]) -> Value:
     left, right = fold(node.left, leaf), fold(node.right, leaf)
-    if left is UNKNOWN or right is UNKNOWN or type(node.op) not in _BINARY or not _small(node.op, left, right):
+    if left is UNKNOWN or right is UNKNOWN or type(node.op) not in BINARY or not small(node.op, left, right):
         return UNKNOWN
-    return _attempt(_BINARY[type(node.op)], left, right)
+    return attempt(BINARY[type(node.op)], left, right)
 
 
-def _small(op: ast.operator, left: Value, right: Value) -> bool:
+def small(op: ast.operator, left: Value, right: Value) -> bool:
     """Whether a power, a shift or a repetition stays within bounds."""
     if isinstance(op, (ast.Pow, ast.LShift)) and isinstance(left, int) and isinstance(right, int):
         return right < 0 or max(1, left.bit_length()) * right < _LARGEST
@@ -197,7 +197,7 @@ def _unary(node: Any, leaf: Callable[[ast.expr], Value]) -> Value:
     if value is UNKNOWN:
         return UNKNOWN
     signs = {ast.USub: operator.neg, ast.UAdd: operator.pos, ast.Invert: operator.invert}
-    return _attempt(signs[type(node.op)], value)
+    return attempt(signs[type(node.op)], value)
 
 
 def _boolean(node: Any, leaf: Callable[[ast.expr], Value]) -> Value:
@@ -218,7 +218,7 @@ def _compare(node: Any, leaf: Callable[[ast.expr], Value]) -> Value:
     held: list[Value] = []
     for left, op, right in zip(values, node.ops, values[1:], strict=False):
         known = left is not UNKNOWN and right is not UNKNOWN
-        held.append(_attempt(_COMPARE[type(op)], left, right) if known else UNKNOWN)
+        held.append(attempt(COMPARE[type(op)], left, right) if known else UNKNOWN)
     if any(truth(each) is False for each in held):
         return False
     return UNKNOWN if any(each is UNKNOWN for each in held) else True
@@ -237,7 +237,7 @@ def _sequence(node: Any, leaf: Callable[[ast.expr], Value]) -> Value:
     if any(part is UNKNOWN for part in parts):
         return UNKNOWN
     kinds: dict[type[ast.expr], Callable[..., Any]] = {ast.Tuple: tuple, ast.List: list, ast.Set: set}
-    return _attempt(kinds[type(node)], parts)
+    return attempt(kinds[type(node)], parts)
 
 
 def _mapping(node: Any, leaf: Callable[[ast.expr], Value]) -> Value:
@@ -245,14 +245,14 @@ def _mapping(node: Any, leaf: Callable[[ast.expr], Value]) -> Value:
     values = [fold(value, leaf) for value in node.values]
     if any(part is UNKNOWN for part in (*keys, *values)):
         return UNKNOWN
-    return _attempt(lambda: dict(zip(keys, values, strict=True)))
+    return attempt(lambda: dict(zip(keys, values, strict=True)))
 
 
 def _subscript(node: Any, leaf: Callable[[ast.expr], Value]) -> Value:
     if isinstance(node.slice, ast.Slice):
         return UNKNOWN
     value, key = fold(node.value, leaf), fold(node.slice, leaf)
-    return UNKNOWN if value is UNKNOWN or key is UNKNOWN else _attempt(operator.getitem, value, key)
+    return UNKNOWN if value is UNKNOWN or key is UNKNOWN else attempt(operator.getitem, value, key)
 
 
 def _joined(node: Any, leaf: Callable[[ast.expr], Value]) -> Value:
@@ -274,15 +274,15 @@ def _call(node: Any, leaf: Callable[[ast.expr], Value]) -> Value:
     if any(argument is UNKNOWN for argument in arguments):
         return UNKNOWN
     if isinstance(node.func, ast.Name) and node.func.id in PURE:
-        return _attempt(PURE[node.func.id], *arguments)
+        return attempt(PURE[node.func.id], *arguments)
     if isinstance(node.func, ast.Attribute) and node.func.attr in _TEXT_METHODS:
         owner = fold(node.func.value, leaf)
         if isinstance(owner, (str, dict)):
-            return _attempt(getattr(owner, node.func.attr, UNKNOWN), *arguments)
+            return attempt(getattr(owner, node.func.attr, UNKNOWN), *arguments)
     return UNKNOWN
 
 
-def _attempt(function: Any, *arguments: Any) -> Value:
+def attempt(function: Any, *arguments: Any) -> Value:
     """The function's value; UNKNOWN where it refuses, for then the script itself would have stopped there."""
     try:
         return function(*arguments)
