@@ -3,11 +3,15 @@
 import ast
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from fairway.audit.flow.events import Trace
 from fairway.audit.reading.script import Script
 from fairway.audit.settings import Settings, read
 from fairway.audit.submission import Submission
+
+if TYPE_CHECKING:
+    from fairway.audit.terms.reading import Reading
 
 
 @dataclass(frozen=True)
@@ -40,3 +44,10 @@ class Case:
         from fairway.audit.flow.machine import run
 
         return run(self.script, self.settings)
+
+    @cached_property
+    def reading(self) -> "Reading":
+        """How the script computes its values: terms down to constants, files and settings."""
+        from fairway.audit.terms.reading import Reading
+
+        return Reading(self.submission, self.settings)

@@ -32,6 +32,8 @@ def call(m: "Machine", node: ast.Call, frame: Frame) -> Term:
     positional = _positional(m, node, frame)
     named = _named(m, node, frame)
     here = Here(node, frame, base, statement)
+    if m.layers:
+        m.execute(frame.file, node.lineno, frame)
     return dispatch(m, function, positional, named, here)
 
 

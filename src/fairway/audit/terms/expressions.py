@@ -306,8 +306,39 @@ def _empty(term: Term) -> bool:
     return term.op in ("list", "tuple", "set", "dict") and not term.parts
 
 
+_HOLDERS = frozenset(
+    (
+        "tensor",
+        "stack",
+        "array",
+        "as_tensor",
+        "asarray",
+        "tolist",
+        "cpu",
+        "double",
+        "to",
+        "numpy",
+        "float",
+        "tuple",
+        "list",
+    )
+)
+
+
 def item(m: "Machine", base: Term, index: Term, file: str, line: int) -> Term:
     """base[index], looked up where it is known."""
+    if index.op != "const" or not isinstance(index.value, (int, str)) or base.op not in _SEEN_THROUGH:
+        return _item(m, base, index, file, line)
+    key = (id(base), index.value)
+    if key not in m.items:
+        m.items[key] = (base, _item(m, base, index, file, line))  # the base is kept, so that its id stays its own
+    return m.items[key][1]
+
+
+_SEEN_THROUGH = frozenset(("choice", "merge", "store", "call"))
+
+
+def _item(m: "Machine", base: Term, index: Term, file: str, line: int) -> Term:
     key = index.value if index.op == "const" else UNKNOWN
     listed = base.parts if base.op in ("tuple", "list") and base.value != "comp" else ()
     if isinstance(key, int) and -len(listed) <= key < len(listed):
@@ -322,6 +353,14 @@ def item(m: "Machine", base: Term, index: Term, file: str, line: int) -> Term:
             return Term("const", (base,), folded, file, line)
     if base.op == "store" and isinstance(key, str) and base.parts[1].op == "const":
         return base.parts[2] if base.parts[1].value == key else item(m, base.parts[0], index, file, line)
+    if base.op == "store" and isinstance(key, int) and base.value is None:
+        where = base.parts[1].value if base.parts[1].op == "const" else UNKNOWN
+        if isinstance(where, int):
+            return base.parts[2] if where == key else item(m, base.parts[0], index, file, line)
+    if base.op == "call" and isinstance(key, int) and base.called in _HOLDERS:
+        held = base.operand("data", "a", "tensors")
+        if held is not None and (held.op != "call" or held.called in _HOLDERS):
+            return item(m, held, index, file, line)
     if base.op == "choice" and index.op == "const":
         first, second = (item(m, part, index, file, line) for part in base.parts[1:])
         return first if first is second else Term("choice", (base.parts[0], first, second), base.value, file, line)

@@ -8,7 +8,9 @@ steps, in depth, in recursion and in the effort spent on any one function; beyon
 import ast
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from fairway.audit.reading.script import Layer
 from fairway.audit.settings import UNKNOWN, Settings, truth
 from fairway.audit.terms import calls, expressions
 from fairway.audit.terms.term import Term
@@ -32,10 +34,19 @@ class Module:
 class Machine:
     """Reads one program. After `run`: events in order, options of its argument parsers, what was cut short."""
 
-    def __init__(self, entry: Module, others: Iterable[Module], settings: Settings) -> None:
+    def __init__(
+        self,
+        entry: Module,
+        others: Iterable[Module],
+        settings: Settings,
+        layers: Mapping[tuple[str, int], Layer] | None = None,
+    ) -> None:
         self.entry = entry
         self.others = {module.name: module for module in others}
         self.settings = settings
+        self.layers = layers or {}
+        self.executed: set[str] = set()
+        self.items: dict[tuple[int, Any], tuple[Term, Term]] = {}
         self.events: list[Event] = []
         self.options: dict[str, Term] = {}
         self.conditions: list[Term] = []
@@ -64,6 +75,19 @@ class Machine:
         frame.vars["__file__"] = Term("free", (), "__file__", module.path)
         self.block(module.tree.body, frame)
         return frame
+
+    def execute(self, file: str, line: int, frame: Frame) -> None:
+        """The text that an exec (or a start of another program) of this line executes, read in its place."""
+        layer = self.layers.get((file, line))
+        if layer is None or layer.script.tree is None or layer.script.path in self.executed:
+            return
+        self.executed.add(layer.script.path)
+        home = frame.module
+        inside = Frame(layer.script.path, vars=home.vars if layer.how == "exec" else {}, depth=len(self.conditions))
+        inside.vars["__name__"] = constant("__main__")
+        self.block(layer.script.tree.body, inside)
+        if layer.how == "exec":
+            home.vars = inside.vars
 
     # ---- statements: each answers whether the path ends there
 
