@@ -16,7 +16,7 @@ _RESULT = re.compile(r"val_(?:loss|bpb)|\bstep:\d+")
 _NO_LOGS = {"requirements.txt", "readme.txt", "license.txt", "notice.txt"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Submission:
     """A script, or a record folder.
 

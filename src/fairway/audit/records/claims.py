@@ -61,6 +61,17 @@ class Claims:
         return self._number(_BAR)
 
     @property
+    def bar_values(self) -> list[float]:
+        """The seeds of the record before, where they are given as a list or by seed."""
+        for key, value in self._walk(self.table):
+            if re.search(r"(sota|baseline|previous|prior).*(seeds|values|runs|scores)", key, re.IGNORECASE):
+                rows = list(value.values()) if isinstance(value, Mapping) else value if isinstance(value, list) else []
+                scores = [score for row in rows if (score := _score(row)) is not None]
+                if len(scores) > 1:
+                    return scores
+        return []
+
+    @property
     def chance(self) -> float | None:
         return self._number(_CHANCE)
 
@@ -79,6 +90,8 @@ class Claims:
                 found.setdefault(int(value), None)
             elif plain == "seeds" and isinstance(value, list):
                 found |= {int(each): found.get(int(each)) for each in value if _whole(each) is not None}
+            elif re.search("sota|baseline|previous|prior", plain):
+                continue
             elif "seed" in plain and isinstance(value, Mapping):
                 found |= {int(m[0]): _score(row) for seed, row in value.items() if (m := re.search(r"\d+", str(seed)))}
             elif "seed" in plain and isinstance(value, list):

@@ -23,7 +23,7 @@ def below(values: Sequence[float], bar: float) -> float:
 
 
 def welch(values: Sequence[float], others: Sequence[float], margin: float = 0.0) -> float:
-    """p of Welch's test: how likely, were the mean of `values` not below that of `others` by `margin`. Two or more each."""
+    """p of Welch's test: how likely, were the mean of `values` not below the others' by `margin`. Two or more each."""
     first = statistics.variance(values) / len(values)
     second = statistics.variance(others) / len(others)
     lead = statistics.fmean(others) - margin - statistics.fmean(values)

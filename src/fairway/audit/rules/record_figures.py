@@ -6,7 +6,7 @@ import statistics
 
 from fairway.audit.case import Case
 from fairway.audit.records import Log, Record, record_of
-from fairway.audit.records.statistics import below
+from fairway.audit.records.statistics import below, welch
 from fairway.audit.verdict import Finding, Place, Verdict
 
 ID = "record-figures"
@@ -108,11 +108,15 @@ def _means(record: Record) -> list[Finding]:
     found = []
     claimed, deviation = record.claims.score, record.claims.deviation
     if claimed is not None and not _near(claimed, [statistics.fmean(values), *values]):
-        evidence = f"submission.json claims {claimed}, and the mean of its {len(values)} seeds is {statistics.fmean(values):.5f}"
+        evidence = (
+            f"submission.json claims {claimed}; the mean of its {len(values)} seeds is {statistics.fmean(values):.5f}"
+        )
         found.append(_finding("violates", evidence, _JSON))
     spreads = [statistics.stdev(values), statistics.pstdev(values)]
     if deviation is not None and not _near(deviation, spreads):
-        evidence = f"submission.json claims a deviation of {deviation}, and that of its {len(values)} seeds is {spreads[0]:.5f}"
+        evidence = (
+            f"submission.json claims a deviation of {deviation}; that of its {len(values)} seeds is {spreads[0]:.5f}"
+        )
         found.append(_finding("violates", evidence, _JSON))
     return found
 
@@ -145,8 +149,16 @@ def significance(record: Record) -> tuple[float, str] | None:
     values = [score for score in record.claims.seeds().values() if score is not None] or [
         score for score, _ in _finals(record).values()
     ]
-    bar, factor = record.claims.bar, _bits_for_a_nat(record)
-    if bar is None or factor is None or len(values) < 2:
+    bar, others, factor = record.claims.bar, record.claims.bar_values, _bits_for_a_nat(record)
+    if factor is None or len(values) < 2:
+        return None
+    if len(others) > 1:
+        p = welch(values, others, BAR_NATS * factor)
+        return (
+            p,
+            f"Welch's test of {len(values)} seeds against {len(others)} of the record before, less {BAR_NATS} nats",
+        )
+    if bar is None:
         return None
     asked = bar - BAR_NATS * factor
     return below(values, asked), f"{len(values)} seeds against {bar} - {BAR_NATS} nats = {asked:.5f}"

@@ -39,14 +39,19 @@ def _over(record: Record) -> Finding | None:
 
 def _without_code(record: Record) -> Finding | None:
     """A sum that equals the model alone."""
+    code = f"{record.code_bytes:,} bytes"
     for log in record.logs:
         models = {model.value for model in log.models}
         if log.total and log.total.value in models:
-            evidence = f"{log.path}: the total of {log.total.value:,.0f} bytes is the model alone, without {record.code_bytes:,} bytes of code"
+            evidence = (
+                f"{log.path}: the total of {log.total.value:,.0f} bytes is the model alone, without {code} of code"
+            )
             return Finding(ID, "violates", evidence, CLAUSE, Place(log.path, log.total.line))
     total, artifact = record.claims.total, record.claims.artifact
     if total and artifact and total == artifact:
-        evidence = f"submission.json claims {total:,.0f} bytes in all and for the artifact alike: {record.code_bytes:,} bytes of code are left out"
+        evidence = (
+            f"submission.json claims {total:,.0f} bytes in all and for the artifact alike: {code} of code are left out"
+        )
         return Finding(ID, _judged(total + record.code_bytes), evidence, CLAUSE, Place("submission.json"))
     return None
 
@@ -132,7 +137,8 @@ def _judged(total: float) -> Verdict:
 def _said(record: Record) -> str:
     totals = [log.total.value for log in record.logs if log.total]
     if totals:
-        return f"{len(totals)} logged sums, at most {max(totals):,.0f} of 16,000,000 bytes; code by stat(): {record.code_bytes:,}"
+        most, code = f"{max(totals):,.0f}", f"{record.code_bytes:,}"
+        return f"{len(totals)} logged sums, at most {most} of 16,000,000 bytes; code by stat(): {code}"
     if record.claims.total:
         return f"submission.json claims {record.claims.total:,.0f} of 16,000,000 bytes; no log says how they come about"
     return f"no size is claimed; the script has {record.code_bytes:,} bytes"

@@ -1,6 +1,7 @@
 """Helper modules, kernels or a decoder outside the script, in no sum."""
 
 import ast
+import sys
 from collections.abc import Iterator
 
 from fairway.audit.case import Case
@@ -12,6 +13,123 @@ ID = "uncounted-code"
 CHARGE = "Code outside the counted script is executed."
 CLAUSE = "R1: all counted code lives in train_gpt.py; (c) code not counted"
 WITHOUT_SCRIPT = False
+
+KNOWN = set(sys.stdlib_module_names) | set(
+    [
+        "torch",
+        "torchvision",
+        "torchaudio",
+        "torchao",
+        "triton",
+        "numpy",
+        "scipy",
+        "sentencepiece",
+        "tiktoken",
+        "tokenizers",
+        "transformers",
+        "datasets",
+        "huggingface_hub",
+        "tqdm",
+        "wandb",
+        "einops",
+        "flash_attn",
+        "flash_attn_interface",
+        "flash_attn_3",
+        "hopper",
+        "brotli",
+        "brotlicffi",
+        "zstandard",
+        "zstd",
+        "pyzstd",
+        "lz4",
+        "blosc",
+        "snappy",
+        "constriction",
+        "numba",
+        "pandas",
+        "pyarrow",
+        "matplotlib",
+        "psutil",
+        "pynvml",
+        "xformers",
+        "bitsandbytes",
+        "safetensors",
+        "kernels",
+        "cut_cross_entropy",
+        "liger_kernel",
+        "mamba_ssm",
+        "causal_conv1d",
+        "fla",
+        "apex",
+        "transformer_engine",
+        "deepspeed",
+        "accelerate",
+        "cutlass",
+        "cuda",
+        "cupy",
+        "jax",
+        "jaxlib",
+        "flax",
+        "optax",
+        "mlx",
+        "tinygrad",
+        "regex",
+        "requests",
+        "setuptools",
+        "packaging",
+        "typing_extensions",
+        "heavyball",
+        "muon",
+        "python_minifier",
+        "nltk",
+        "sklearn",
+        "backports",
+        "compression",
+        "ninja",
+        "pybind11",
+        "lightning",
+        "hydra",
+        "omegaconf",
+        "fire",
+        "click",
+        "rich",
+        "yaml",
+        "orjson",
+        "msgpack",
+        "zopfli",
+        "zopflipy",
+        "natten",
+        "quack",
+        "tilelang",
+        "helion",
+        "gemlite",
+        "hqq",
+        "optimum",
+        "peft",
+        "evaluate",
+        "modal",
+        "ray",
+        "dotenv",
+        "pydantic",
+        "attr",
+        "attrs",
+        "cffi",
+        "cython",
+        "pyximport",
+        "nvtx",
+        "tensorboard",
+        "dahuffman",
+        "bitarray",
+        "xxhash",
+        "blake3",
+        "mup",
+        "schedulefree",
+        "soap",
+        "sparsemax",
+        "fairway",
+    ]
+)
+"""What a script may import without handing it in: the standard library and the packages of this field."""
 
 _SOURCES = (".cu", ".cuh", ".cpp", ".cc", ".c", ".h", ".so", ".pyx", ".pyc", ".sh", ".whl")
 
@@ -36,9 +154,9 @@ def check(case: Case) -> Finding:
 
 def _named_sources(case: Case) -> dict[str, int]:
     """Sources in other languages and programs of the folder that the code names."""
-    texts = {node.value for script in case.script.all() if script.tree for node in _strings(script.tree)}
+    texts = {text for script in case.script.all() if script.tree for text, _ in _strings(script.tree)}
     files = {path: size for path, size in case.submission.sizes.items() if path.lower().endswith(_SOURCES)}
-    return {path: size for path, size in files.items() if any(_names(text, path) for text in texts)} if texts else {}
+    return {path: size for path, size in files.items() if any(_names(text, path) for text in texts)}
 
 
 def _names(text: str, path: str) -> bool:
@@ -46,14 +164,17 @@ def _names(text: str, path: str) -> bool:
     return len(text) < 300 and (text.rpartition("/")[2] == path.rpartition("/")[2])
 
 
-def _strings(tree: ast.AST) -> Iterator[ast.Constant]:
-    yield from (node for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str))
+def _strings(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """(text, line) of every string literal."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value, node.lineno
 
 
 def _counts_itself(case: Case, outside: dict[str, int]) -> bool:
     """Whether the script weighs these files: a length or a size is taken of something that names each of them."""
     weighed = [node for script in case.script.all() if script.tree for node in ast.walk(script.tree) if _weighs(node)]
-    named = {text.value for node in weighed for text in _strings(node)}
+    named = {text for node in weighed for text, _ in _strings(node)}
     return all(any(_names(name, path) or name == "*.py" for name in named) for path in outside)
 
 
@@ -73,17 +194,17 @@ def _used(script: Script, outside: dict[str, int]) -> tuple[Place, Step]:
             if layer.script.path in outside:
                 place = Place(each.path, each.line(layer.line))
                 return place, Step(place, f"{each.path} {how[layer.how]} {layer.script.path}")
-        for node in _strings(each.tree) if each.tree else ():
-            path = next((path for path in outside if _names(node.value, path)), None)
+        for text, line in _strings(each.tree) if each.tree else ():
+            path = next((path for path in outside if _names(text, path)), None)
             if path:
-                place = Place(each.path, each.line(node.lineno))
+                place = Place(each.path, each.line(line))
                 return place, Step(place, f"{each.path} names {path}")
     place = Place(script.path)
     return place, Step(place, f"{script.path} reaches {', '.join(outside)}")
 
 
 def _absent(case: Case) -> Finding | None:
-    """A script that only starts another one, which was not handed in."""
+    """A script that only starts another one, or imports one, which was not handed in."""
     script = case.script
     for gap in script.opaque:
         if "not in the folder" in gap.why or (script.text.count("\n") < 20 and "open(" in gap.why):
@@ -91,4 +212,18 @@ def _absent(case: Case) -> Finding | None:
                 f"{gap.why[:1].upper()}{gap.why[1:]}: the code that runs stands in another file than the counted one"
             )
             return Finding(ID, "suspect", evidence, CLAUSE, Place(script.path, script.line(gap.line)))
+    for name, line in _imported(script.tree) if script.tree else ():
+        evidence = f"it imports {name}, which is neither handed in nor a package that such scripts use"
+        return Finding(ID, "suspect", evidence, CLAUSE, Place(script.path, script.line(line)))
     return None
+
+
+def _imported(tree: ast.Module) -> Iterator[tuple[str, int]]:
+    """Unknown modules that are imported whatever happens: at the top, in no try."""
+    for node in tree.body:
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [f".{node.module or ''}" if node.level else node.module or ""]
+        for name in names:
+            if name.split(".")[0] not in KNOWN:
+                yield name, node.lineno
