@@ -16,10 +16,13 @@ The short form is text, many cases to a file (`*.cases`), so that a fault is see
     style: helper                         in which manner the fault is written
     wrap: lzma85                          the script extracts itself: lzma85, zlib64, brotli85, nested
     blob: final_model.ptz 15500000        a file of so many bytes beside it
+    log: a.log seed=7 bpb=1.1175          a log as the plain script writes it, with these figures (see LOG)
+    cannot: opaque-code                   rules whose right answer is "cannot tell"
     <<<<                                  find this text (it must stand there exactly once) ...
     ====
     >>>>                                  ... and put this in its place; `<<<< after`, `<<<< before`: add it there
-    %%%% README.md                        the text of another file; @CODE_BYTES@, @TOTAL_BYTES@ are filled in
+    %%%% README.md                        the text of another file; @CODE_BYTES@, @TOTAL_BYTES@ and
+    @MODEL_BYTES@ are filled in
 """
 
 import base64
@@ -34,7 +37,43 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 SCRIPT = "train_gpt.py"
-LISTS = ("violates", "or", "exempt", "may")
+LISTS = ("violates", "or", "exempt", "may", "cannot")
+LOG_DEFAULTS = {
+    **dict(
+        seed="1337",
+        steps="6874",
+        ms="586012",
+        avg="85.25",
+        calib="6800",
+        params="26993756",
+    ),
+    **dict(model="@MODEL_BYTES@", code="@CODE_BYTES@", total="@TOTAL_BYTES@", loss="1.88804100", bpb="1.11816000"),
+    **dict(round_s="3.1", slide_s="92.4", ttt_s="291.0", tokens="62021632", extra="", world="8"),
+}
+LOG = """\
+Running Python 3.11.9 (main)
+Running PyTorch 2.9.1+cu128
+val_loader:shards pattern=./data/datasets/fineweb10B_sp1024/fineweb_val_*.bin tokens:{tokens}
+model_params:{params}
+world_size:{world} grad_accum_steps:1 seed:{seed}
+warmup_step:20/20
+step:0/20000 val_loss:6.9310 val_bpb:4.1048 train_time:0ms step_avg:0.02ms
+step:500/20000 train_loss:2.3894 train_time:42625ms step_avg:85.25ms
+step:4000/20000 val_loss:2.0541 val_bpb:1.2165 train_time:341000ms step_avg:85.25ms
+step:{steps}/20000 val_loss:1.9241 val_bpb:1.1395 train_time:{ms}ms step_avg:{avg}ms
+stopping_early: wallclock_cap train_time:{ms}ms step:{steps}/20000
+peak memory allocated: 21345 MiB
+ema: applying EMA weights
+gptq:calibration on train shards took {calib}ms, train+gptq {both}ms
+Serialized model zstd: {model} bytes
+Code size: {code} bytes
+Total submission size: {total} bytes
+final_roundtrip val_loss:1.9301 val_bpb:1.1431 eval_time:{round_ms}ms
+final_sliding_window val_loss:1.8922 val_bpb:1.1206 stride:64 eval_time:{slide_ms}ms
+final_sliding_window_exact val_loss:1.89220000 val_bpb:1.12062200
+legal_ttt val_loss:{short_loss} val_bpb:{short_bpb} eval_time:{ttt_ms}ms
+legal_ttt_exact val_loss:{loss} val_bpb:{bpb}
+"""
 
 
 class CorpusError(ValueError):
@@ -105,6 +144,16 @@ def read_case(block: str, source: str) -> Case:
     return case
 
 
+def log_text(figures: dict[str, str]) -> str:
+    """A log of the plain script. figures: what differs from LOG_DEFAULTS."""
+    if unknown := set(figures) - set(LOG_DEFAULTS):
+        raise CorpusError(f"a log has no {', '.join(sorted(unknown))}")
+    f = {**LOG_DEFAULTS, **figures}
+    spans = {f"{part}_ms": str(round(1000 * float(f[f"{part}_s"]))) for part in ("round", "slide", "ttt")}
+    short = {f"short_{name}": f"{float(f[name]):.4f}" for name in ("loss", "bpb")}
+    return LOG.format(**f, **spans, **short, both=int(f["ms"]) + int(f["calib"])) + f["extra"].replace("~", " ")
+
+
 def read_header(case: Case, line: str) -> None:
     if not line.strip():
         return
@@ -114,6 +163,9 @@ def read_header(case: Case, line: str) -> None:
         case.lists.setdefault(key, []).extend(word.strip() for word in value.split(",") if word.strip())
     elif key == "at":
         case.marks.append(value)
+    elif key == "log":
+        name, *figures = value.split()
+        case.files[name] = log_text(dict(figure.split("=", 1) for figure in figures))
     elif key == "blob":
         name, size = value.split()
         case.blobs.append((name, int(size)))
@@ -211,7 +263,11 @@ def build(case: Case, part: Path, out: Path) -> dict[str, object]:
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if name != SCRIPT:
-            text = text.replace("@CODE_BYTES@", str(code)).replace("@TOTAL_BYTES@", str(total))
+            text = (
+                text.replace("@CODE_BYTES@", str(code))
+                .replace("@TOTAL_BYTES@", str(total))
+                .replace("@MODEL_BYTES@", str(total - code))
+            )
         target.write_text(text, encoding="utf-8")
     for name, size in case.blobs:
         with (folder / name).open("wb") as file:
@@ -225,6 +281,7 @@ def build(case: Case, part: Path, out: Path) -> dict[str, object]:
         "acceptable": case.lists.get("or", []),
         "exempt": case.lists.get("exempt", []),
         "may": case.lists.get("may", []),
+        "cannot": case.lists.get("cannot", []),
         "places": [{"file": s.file, "line": s.line, "text": s.text} for s in places],
     }
 
