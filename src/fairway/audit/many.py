@@ -56,7 +56,7 @@ def audit_all(
     seconds: float = SECONDS,
     told: Callable[[int, Report], None] = lambda done, report: None,
 ) -> list[Report]:
-    """A Report for every path, in order. told: (how many are done, the newest) as they come; workers: 0 is a core each."""
+    """A Report for every path, in order. told: (how many are done, the newest); workers: 0 is one for each core."""
     waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
     for number in range(len(paths)):
         waiting.put(number)

@@ -12,6 +12,7 @@ class Folder:
     def __init__(self, root: Path) -> None:
         self.root = root.resolve()
         self.written: dict[str, bytes] = {}  # what a script would have written, had it run
+        self.touched: list[str] = []  # files that constants were read from, since the last text that was executed
 
     def find(self, path: str, beside: str = "") -> str | None:
         """The plain relative path of a file of the folder, or of a written one; `beside`: the script that names it."""

@@ -145,12 +145,19 @@ class Reader:
         if len(self.open) > bounds.LAYERS:
             self._gap(node, f"more than {bounds.LAYERS} texts within texts")
             return UNKNOWN
+        source = self.folder.touched[-1] if self.folder.touched else ""
+        self.folder.touched.clear()
+        if source and self.folder.read(source) == text.encode():  # the file itself, executed as it stands
+            self.done[source] = self._read(source, text, scope.module)
+            self._layer(node, "exec", self.done[source][0])
+            return UNKNOWN
         space = next((each for each in arguments[1:] if isinstance(each, Scope)), scope.module)
         if isinstance(node.func, ast.Name) and node.func.id == "eval":
             value = self._evaluated(text, scope)
             if value is not UNKNOWN:
                 return value
-        self._layer(node, "exec", self._read(self._inner(), text.strip() if "\n" not in text else text, space)[0])
+        text = text.strip() if "\n" not in text else text
+        self._layer(node, "exec", self._read(self._inner(), text, space)[0], source)
         return UNKNOWN
 
     def _evaluated(self, text: str, scope: Scope) -> Any:
@@ -220,8 +227,7 @@ class Reader:
         text = not (isinstance(mode, str) and "b" in mode)
         if isinstance(mode, str) and ("w" in mode or "x" in mode):
             return _Written(path, None, text, [], self.folder.written)
-        found = self.folder.find(path, self.open[-1])
-        content = self.folder.read(found) if found else None
+        content = self._content(path)
         return Held(path, None if content is None else (_text(content) if text else content), text)
 
     def _temporary(self, node: ast.Call, arguments: list[Any], named: dict[str, Any], scope: Scope) -> Any:
@@ -234,9 +240,15 @@ class Reader:
         return _text(content) if isinstance(content, bytes) else UNKNOWN
 
     def _read_bytes(self, node: ast.Call, arguments: list[Any], named: dict[str, Any], scope: Scope) -> Any:
-        found = self.folder.find(arguments[0], self.open[-1])
-        content = self.folder.read(found) if found else None
+        content = self._content(arguments[0])
         return UNKNOWN if content is None else content
+
+    def _content(self, path: str) -> bytes | None:
+        """A file's bytes, for constants."""
+        found = self.folder.find(path, self.open[-1])
+        if found is not None and found not in self.folder.written and found not in self.open:
+            self.folder.touched.append(found)
+        return self.folder.read(found) if found else None
 
     def _write(self, node: ast.Call, arguments: list[Any], named: dict[str, Any], scope: Scope) -> Any:
         content = arguments[1] if len(arguments) > 1 else UNKNOWN
@@ -297,8 +309,8 @@ class Reader:
                 self._layer(node, how, self.script(found))
         return True
 
-    def _layer(self, node: Any, how: How, script: Script) -> None:
-        made = Layer(node.lineno, node.col_offset, how, script)
+    def _layer(self, node: Any, how: How, script: Script, source: str = "") -> None:
+        made = Layer(node.lineno, node.col_offset, how, script, source)
         if made.script.path not in [layer.script.path for layer in self.layers if layer.line == made.line]:
             self.layers.append(made)
 

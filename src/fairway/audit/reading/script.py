@@ -19,12 +19,16 @@ class Gap:
 
 @dataclass(frozen=True)
 class Layer:
-    """A text that a script executes: where it does (line and column as in `ast`), how, and the text."""
+    """A text that a script executes: where it does (line and column as in `ast`), how, and the text.
+
+    source: the file of the folder that the text was unpacked from, where that is not the script itself
+    """
 
     line: int
     column: int
     how: How
     script: "Script"
+    source: str = ""
 
 
 @dataclass(frozen=True)

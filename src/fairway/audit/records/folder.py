@@ -45,7 +45,9 @@ class Record:
     @property
     def neighbours(self) -> dict[str, int]:
         """The other files of the folder that hold code which the entry executes or imports: path -> bytes."""
-        reached = [script.path for script in self.entry.all() if "!" not in script.path]
+        scripts = list(self.entry.all())
+        reached = [script.path for script in scripts if "!" not in script.path]
+        reached += [layer.source for script in scripts for layer in script.layers if layer.source]
         return {path: self.sizes.get(path, 0) for path in reached if path != self.entry.path}
 
     @cached_property

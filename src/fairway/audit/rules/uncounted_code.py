@@ -191,9 +191,10 @@ def _used(script: Script, outside: dict[str, int]) -> tuple[Place, Step]:
     how = {"exec": "executes the text of", "import": "imports", "run": "runs"}
     for each in script.all():
         for layer in each.layers:
-            if layer.script.path in outside:
+            path = next((path for path in (layer.script.path, layer.source) if path in outside), None)
+            if path:
                 place = Place(each.path, each.line(layer.line))
-                return place, Step(place, f"{each.path} {how[layer.how]} {layer.script.path}")
+                return place, Step(place, f"{each.path} {how[layer.how]} {path}")
         for text, line in _strings(each.tree) if each.tree else ():
             path = next((path for path in outside if _names(text, path)), None)
             if path:
