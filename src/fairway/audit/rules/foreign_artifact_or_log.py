@@ -20,7 +20,7 @@ def check(case: Case) -> Finding:
     """Compares source, hashes, code sizes and settings of every log with the script and with one another."""
     record = record_of(case.submission)
     if not record.logs:
-        return Finding(ID, "clean", "not applicable: no log was handed in", CLAUSE)
+        return Finding(ID, "clean", "open: no log was handed in", CLAUSE)
     found = [
         each for log in record.logs for each in (_source(record, log), _hash(record, log), _size(record, log)) if each
     ]
@@ -32,7 +32,9 @@ def check(case: Case) -> Finding:
         return Finding(ID, first.verdict, first.evidence + more, CLAUSE, first.place)
     compared = sum(bool(log.source or log.hashes or log.codes) for log in record.logs)
     says = f"{compared} of {len(record.logs)} logs carry source, hash or code size, and all agree with the script"
-    return Finding(ID, "clean", says if compared else "the logs carry neither source nor hash nor code size", CLAUSE)
+    return Finding(
+        ID, "clean", says if compared else "open: the logs carry neither source nor hash nor code size", CLAUSE
+    )
 
 
 def _source(record: Record, log: Log) -> Finding | None:

@@ -26,7 +26,7 @@ def check(case: Case) -> Finding:
     if submission.flaw:
         return Finding(ID, "suspect", f"{submission.flaw}: the claims cannot be read", CLAUSE, _JSON)
     if not record.logs and not record.claims.table:
-        return Finding(ID, "clean", "not applicable: no figures are claimed", CLAUSE)
+        return Finding(ID, "clean", "open: no figures are claimed", CLAUSE)
     found = [*_products(record), *_ratios(record), *_scores(record), *_means(record), *_seeds(record), *_bar(record)]
     if found:
         first = next((each for each in found if each.verdict == "violates"), found[0])

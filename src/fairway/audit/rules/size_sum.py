@@ -140,5 +140,5 @@ def _said(record: Record) -> str:
         most, code = f"{max(totals):,.0f}", f"{record.code_bytes:,}"
         return f"{len(totals)} logged sums, at most {most} of 16,000,000 bytes; code by stat(): {code}"
     if record.claims.total:
-        return f"submission.json claims {record.claims.total:,.0f} of 16,000,000 bytes; no log says how they come about"
-    return f"no size is claimed; the script has {record.code_bytes:,} bytes"
+        return f"open: {record.claims.total:,.0f} of 16,000,000 bytes are claimed; no log says how they come about"
+    return f"open: no size is claimed; the script has {record.code_bytes:,} bytes"
