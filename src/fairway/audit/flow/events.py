@@ -37,7 +37,8 @@ class Event:
 class Score(Event):
     """A loss: bit `bit` in Value.losses. targets: the tokens it is the loss of; states: the learners that made it;
     knows: bits of the Updates they had seen; choices: bits of the Choices they hang on; parts: the Scores it was made
-    of; scaled: logits were divided or multiplied by a state of their own, or by a number that was chosen."""
+    of; scaled: logits were divided or multiplied by a state of their own, or by a number that was chosen; one_row: the
+    batch was one window; whole: for a part of a loss, the Scores of all of it."""
 
     bit: int = 0
     targets: frozenset[Tok] = frozenset()
@@ -46,7 +47,8 @@ class Score(Event):
     choices: int = 0
     parts: int = 0
     scaled: bool = False
-    scale_choices: int = 0
+    one_row: bool = False
+    whole: int = 0
 
 
 @dataclass(frozen=True)
@@ -91,11 +93,10 @@ class Forward(Event):
 
 @dataclass(frozen=True)
 class Clock(Event):
-    """Elapsed time is compared with a limit. limit: its constant (None where unknown); lead: what is added to the
-    elapsed time before; ends: whether the comparison decides when a loop stops."""
+    """Elapsed time is compared with a limit. limit: the seconds (or milliseconds) after which it holds, None where
+    that is not known; text: the comparison."""
 
     limit: float | None = None
-    lead: float = 0.0
     text: str = ""
 
 

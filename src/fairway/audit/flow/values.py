@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from fairway.audit.flow.tokens import Span, Tok, merged, merged_spans
+from fairway.audit.flow.tokens import Cut, Span, Tok, merged, merged_spans
 
 if TYPE_CHECKING:
     from fairway.audit.flow.heap import Obj
@@ -18,9 +18,10 @@ class _Missing:
 MISSING: Final = _Missing()
 """No constant is known."""
 
-RAW, GRAD, ONE_HOT, LENGTH, SCALED, CLOCK = 1, 2, 4, 8, 16, 32
+RAW, GRAD, ONE_HOT, LENGTH, SCALED, CLOCK, POSITIONS, ONE_ROW, WEIGHTS = 1, 2, 4, 8, 16, 32, 64, 128, 256
 """Flags. RAW: token ids, not passed through any state; GRAD: a gradient; ONE_HOT: a one-hot form of token ids;
-LENGTH: a size of data; SCALED: logits divided by another state; CLOCK: a reading of the wall clock."""
+LENGTH: a size or a place in data; SCALED: logits multiplied by a state of their own or by a chosen number; CLOCK: a
+reading of the wall clock; POSITIONS: arange; ONE_ROW: a batch of one; WEIGHTS: parameters, or a copy of them."""
 
 _REFS, _WORDS = 12, 10  # objects and literal texts that one value remembers
 
@@ -38,11 +39,12 @@ class Value:
     words: literal texts in it                                   spans: the loop iterations a number depends on
     unit: for such a number, what one iteration adds ("1", "K"); sym: how it was computed, as text
     less: what was subtracted in it; flags: see above; limit: an upper bound that a constant sets
-    lead: for a reading of the clock, what was added to it; env: the settings it depends on
+    lead: a reading of the clock is lead[0] times the seconds plus lead[1]; env: the settings it depends on
+    cuts: for a mask, the part of a window that it lets through
     """
 
     __slots__ = (
-        "choices", "const", "env", "flags", "items", "knows", "lead", "less", "limit", "losses", "refs",
+        "choices", "const", "cuts", "env", "flags", "items", "knows", "lead", "less", "limit", "losses", "refs",
         "spans", "states", "sym", "toks", "unit", "words",
     )  # fmt: skip
 
@@ -63,13 +65,14 @@ class Value:
         less: frozenset[str] = frozenset(),
         flags: int = 0,
         limit: float | None = None,
-        lead: float = 0.0,
+        lead: tuple[float, float] = (1.0, 0.0),
         env: frozenset[str] = frozenset(),
+        cuts: frozenset[Cut] = frozenset(),
     ) -> None:
         self.const, self.refs, self.items, self.toks, self.states = const, refs, items, toks, states
         self.knows, self.losses, self.choices, self.words, self.spans = knows, losses, choices, words, spans
         self.unit, self.sym, self.less, self.flags, self.limit = unit, sym, less, flags, limit
-        self.lead, self.env = lead, env
+        self.lead, self.env, self.cuts = lead, env, cuts
 
     def but(self, **changed: Any) -> Value:
         """A copy with some fields changed."""
@@ -144,8 +147,9 @@ def join(one: Value, other: Value) -> Value:
         one.less | other.less if one.less != other.less else one.less,
         _flags(one, other),
         one.limit if one.limit == other.limit else None,
-        max(one.lead, other.lead),
+        one.lead if one.flags & CLOCK or not other.flags & CLOCK else other.lead,
         one.env | other.env if one.env != other.env else one.env,
+        one.cuts | other.cuts if one.cuts != other.cuts else one.cuts,
     )
 
 
@@ -158,6 +162,7 @@ def blend(*values: Value) -> Value:
     toks: frozenset[Tok] = NO_TOKENS
     states: frozenset[Obj] = NO_OBJECTS
     env: frozenset[str] = frozenset()
+    cuts: frozenset[Cut] = frozenset()
     knows = losses = choices = flags = 0
     words: tuple[str, ...] = ()
     spans: tuple[Span, ...] = ()
@@ -170,15 +175,19 @@ def blend(*values: Value) -> Value:
             states = states | value.states
         if value.env:
             env = env | value.env
+        if value.cuts:
+            cuts = cuts | value.cuts
         knows, losses, choices = knows | value.knows, losses | value.losses, choices | value.choices
         flags |= value.flags
         words = _words(words, value.words)
         spans = merged_spans(spans, value.spans)
     if mixed or states:
         flags &= ~RAW
+    if flags & WEIGHTS and not all(value.flags & WEIGHTS for value in values if value.toks or value.states):
+        flags &= ~WEIGHTS
     return Value(
         toks=toks, states=states, knows=knows, losses=losses, choices=choices, words=words, spans=spans, flags=flags,
-        env=env,
+        env=env, cuts=cuts, lead=next((value.lead for value in values if value.flags & CLOCK), (1.0, 0.0)),
     )  # fmt: skip
 
 
