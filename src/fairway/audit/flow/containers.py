@@ -170,8 +170,11 @@ class Containers(Classes):
             return Value(spans=spans, unit="1")
         if obj.kind in ("instance", "thing") and "#module" in obj.slots:
             content = obj.slots.get("#content")
-            if isinstance(content, Value) and content.refs and obj.kind == "thing":
-                return self._looked_up(obj, keys, spans, node)
+            if isinstance(content, Value) and (content.refs or content.items) and obj.kind == "thing":
+                if keys and isinstance(keys[0].const, int):
+                    for part in content.refs:
+                        return self._looked_up(part, keys, (), node)
+                return self.content_elem(obj)
             keyed = [key for key in map(self.flat, keys) if key.toks]
             return blend(self.flat(self.ref(obj)), *keyed) if keyed else self.ref(obj, flags=WEIGHTS)
         if obj.kind == "instance":
@@ -187,6 +190,9 @@ class Containers(Classes):
         if obj.data == "os.environ" and keys:
             return self.setting(keys[0], NOTHING)
         return self.ref(obj)
+
+    def content_elem(self, obj: Obj) -> Value:
+        raise NotImplementedError
 
     def setting(self, name: Value, default: Value) -> Value:
         raise NotImplementedError
@@ -465,6 +471,8 @@ class Containers(Classes):
                     return Elements(None, made)
         if obj.kind == "tensor":
             return Elements(None, self.flat(self.ref(obj)).but(const=MISSING))
+        if "#module" in obj.slots:
+            return Elements(None, self.content_elem(obj))
         content = obj.slots.get("#content", NOTHING)
         return Elements(None, self.tagged(content, value.spans))
 

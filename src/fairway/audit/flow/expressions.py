@@ -9,7 +9,7 @@ from typing import Any
 
 from fairway.audit.flow.calls import Calls
 from fairway.audit.flow.heap import Obj
-from fairway.audit.flow.values import GRAD, LENGTH, MISSING, NO_OBJECTS, NONE, NOTHING, Value, blend, join
+from fairway.audit.flow.values import GRAD, LENGTH, MISSING, NO_OBJECTS, NONE, NOTHING, TEXT, Value, blend, join
 
 _BUILTINS = frozenset(dir(builtins))
 _TRUE, _FALSE = Value(const=True), Value(const=False)
@@ -313,13 +313,18 @@ class Expressions(Calls):
         for each in parts:
             flat = self.flat(each)
             flats.append(flat.but(words=(str(flat.const)[:200],), const=MISSING) if isinstance(flat.const, str) else flat)
-        return blend(*flats).but(const=MISSING, refs=NO_OBJECTS, sym="")
+        said = blend(*flats)
+        return said.but(const=MISSING, refs=NO_OBJECTS, sym="", flags=said.flags | TEXT)
 
     def _on_FormattedValue(self, node: ast.FormattedValue) -> Value:  # noqa: N802
         value = self.evaluate(node.value)
         if isinstance(value.const, (str, int)) and not isinstance(value.const, bool) and node.format_spec is None:
             return Value(const=str(value.const), env=value.env)
-        return self.flat(value).but(const=MISSING) if value.const is MISSING else Value(words=(str(value.const)[:80],))
+        if value.const is not MISSING:
+            return Value(words=(str(value.const)[:80],))
+        flat = self.flat(value)
+        number = (flat.losses or flat.toks) and not flat.flags & TEXT
+        return flat.but(const=MISSING, words=() if number else flat.words)
 
     # Comprehensions.
     def _on_ListComp(self, node: ast.ListComp) -> Value:  # noqa: N802

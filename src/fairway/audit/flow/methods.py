@@ -11,7 +11,7 @@ from fairway.audit.flow.containers import Part
 from fairway.audit.flow.heap import Obj
 from fairway.audit.flow.operations import Operations
 from fairway.audit.flow.tokens import Tok
-from fairway.audit.flow.values import LENGTH, MISSING, NO_OBJECTS, NONE, NOTHING, RAW, WEIGHTS, Value, blend, join
+from fairway.audit.flow.values import LENGTH, MISSING, NO_OBJECTS, NONE, NOTHING, RAW, TEXT, WEIGHTS, Value, blend, join
 
 _TEXT = frozenset(
     ("lower", "upper", "strip", "lstrip", "rstrip", "split", "startswith", "endswith", "replace", "join", "encode",
@@ -29,12 +29,15 @@ class Methods(Operations):
     def text_method(self, base: Value, name: str, args: list[Value]) -> Value | None:
         """A method of a constant text."""
         consts = [each.const for each in args]
+        if base.refs:
+            return None
         if name == "join" and args:
             return self._joined(base, args[0])
         if not isinstance(base.const, (str, bytes)) or name not in _TEXT:
             return None
         if name == "format":
-            return blend(base.but(words=(str(base.const),), const=MISSING), *map(self.flat, args))
+            said = blend(base.but(words=(str(base.const),), const=MISSING), *map(self.flat, args))
+            return said.but(flags=said.flags | TEXT)
         if MISSING in consts:
             return Value(words=(str(base.const)[:200],))
         try:
@@ -44,7 +47,7 @@ class Methods(Operations):
 
     def _joined(self, base: Value, listed: Value) -> Value:
         flat = self.flat(listed)
-        return flat.but(const=MISSING, refs=NO_OBJECTS, items=None)
+        return flat.but(const=MISSING, refs=NO_OBJECTS, items=None, flags=flat.flags | TEXT)
 
     # Lists and dicts.
     def list_method(self, obj: Obj, base: Value, name: str, args: list[Value], node: ast.AST | None) -> Value:
@@ -342,7 +345,7 @@ class Methods(Operations):
         kind = data_kind(path)
         if kind.startswith("file:"):
             others = [value for value in self.files.slots.values() if isinstance(value, Value)]
-            if others and (path.const is MISSING or not text):
+            if others and not text:
                 found = others[0]
                 for each in others[1:]:
                     found = join(found, each)
@@ -352,12 +355,14 @@ class Methods(Operations):
 
     def write_to(self, path: Value, value: Value, node: ast.AST | None) -> None:
         """The script writes a file."""
-        text = self.text_of(path)
-        old = self.files.slots.get(text)
-        self.heap.set(self.files, text, join(old, value) if isinstance(old, Value) and self.nest else value)
         flat = self.flat(value)
         if flat.losses:
             self.said(flat, path, node, "written")
+        if flat.flags & TEXT or flat.losses or isinstance(value.const, str):
+            return  # a log, a table of results: not what a model is read from
+        text = self.text_of(path)
+        old = self.files.slots.get(text)
+        self.heap.set(self.files, text, join(old, value) if isinstance(old, Value) and self.nest else value)
 
     def said(self, value: Value, where: Value, node: ast.AST | None, how: str) -> None:
         """A number is reported."""
