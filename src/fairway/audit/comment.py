@@ -23,7 +23,7 @@ def comment(report: Report, charges: Mapping[str, str], disagreements: Sequence[
         found = [finding for finding in report.rules if finding.verdict == verdict]
         if found:
             parts += ["", f"**{_HEADS[verdict]}**", ""]
-            parts += [line for finding in _merged(found) for line in _lines(finding, charges)]
+            parts += [line for finding in merged(found) for line in _lines(finding, charges)]
     parts += _listed("Accepted departures", [f for f in report.rules if f.exemption])
     parts += _listed("Record checks still open", [f for f in report.rules if f.evidence.startswith(OPEN)])
     if disagreements:
@@ -46,7 +46,7 @@ def _summary(report: Report) -> str:
     return f"Read: `{report.facts.get('script', report.name)}`{read}. {len(report.rules)} rules: {said}."
 
 
-def _merged(findings: list[Finding]) -> list[Finding]:
+def merged(findings: Sequence[Finding]) -> list[Finding]:
     """One line for rules that say the same (a file that cannot be read fails them all alike)."""
     by: dict[tuple[str, str], list[Finding]] = {}
     for finding in findings:

@@ -7,6 +7,7 @@ Whatever a submission says is escaped, and the page runs no script.
 from collections.abc import Mapping, Sequence
 from html import escape
 
+from fairway.audit.comment import merged
 from fairway.audit.verdict import Finding, Report
 
 _STYLE = """
@@ -93,7 +94,7 @@ def _row(number: int, report: Report) -> str:
 
 
 def _details(number: int, report: Report, charges: Mapping[str, str]) -> str:
-    found = [f for verdict in _ORDER[:3] for f in report.rules if f.verdict == verdict]
+    found = merged([f for verdict in _ORDER[:3] for f in report.rules if f.verdict == verdict])
     found += [f for f in report.rules if f.exemption]
     clean = [f for f in report.rules if f.verdict == "clean" and not f.exemption]
     rules = "\n".join(_rule(finding, charges) for finding in found)

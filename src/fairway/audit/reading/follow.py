@@ -14,10 +14,11 @@ from fairway.audit.reading import bounds
 from fairway.audit.reading.constants import Constants, Spent
 from fairway.audit.reading.folder import Folder
 from fairway.audit.reading.notebooks import joined
-from fairway.audit.reading.parsing import parsed
+from fairway.audit.reading.parsing import levels, parsed
 from fairway.audit.reading.script import Gap, How, Layer, Script
 from fairway.audit.reading.statements import Left, Returned, Statements
 from fairway.audit.reading.texts import decoded
+from fairway.audit.reading.unpacking import DECODERS
 from fairway.audit.reading.values import UNKNOWN, Code, Held, Name, Scope, Space, Where
 
 _STARTERS = [f"subprocess.{name}" for name in ("run", "call", "check_call", "check_output", "Popen")]
@@ -75,7 +76,7 @@ class Reader:
         return {"__name__": "__main__" if len(self.open) == 1 else "imported"}
 
     def _walk(self, tree: ast.Module, scope: Scope) -> None:
-        nodes = list(ast.walk(tree))
+        nodes = [node for level in levels(tree) for node in level]
         telling = any(
             (isinstance(node, ast.Name) and node.id in _TELLING)
             or (isinstance(node, ast.Attribute) and node.attr in _TELLING)
@@ -148,6 +149,8 @@ class Reader:
         source = self.folder.touched[-1] if self.folder.touched else ""
         self.folder.touched.clear()
         if source and self.folder.read(source) == text.encode():  # the file itself, executed as it stands
+            if source in self.open:
+                return UNKNOWN
             self.done[source] = self._read(source, text, scope.module)
             self._layer(node, "exec", self.done[source][0])
             return UNKNOWN
@@ -157,7 +160,8 @@ class Reader:
             if value is not UNKNOWN:
                 return value
         text = text.strip() if "\n" not in text else text
-        self._layer(node, "exec", self._read(self._inner(), text, space)[0], source)
+        script = self._read(self._inner(), text, space)[0]
+        self._layer(node, "exec", script, "" if source in self.open else source)
         return UNKNOWN
 
     def _evaluated(self, text: str, scope: Scope) -> Any:
@@ -246,7 +250,7 @@ class Reader:
     def _content(self, path: str) -> bytes | None:
         """A file's bytes, for constants."""
         found = self.folder.find(path, self.open[-1])
-        if found is not None and found not in self.folder.written and found not in self.open:
+        if found is not None and found not in self.folder.written:
             self.folder.touched.append(found)
         return self.folder.read(found) if found else None
 
@@ -271,7 +275,7 @@ class Reader:
         space = self._imported(node, base)
         for alias in node.names:
             if alias.name == "*":
-                scope.names |= {} if space is None else space.names
+                scope.names |= _exported(base) if space is None else space.names
                 continue
             inner = self._imported(node, f"{base}.{alias.name}" if node.module else f"{base}{alias.name}")
             found = (
@@ -342,6 +346,12 @@ def _tells(node: ast.Call) -> bool:
     return name in ("exec", "eval", "run_path", "FunctionType", "spec_from_file_location") and (
         isinstance(node.func, ast.Name) or name not in ("exec", "eval")
     )
+
+
+def _exported(module: str) -> dict[str, Any]:
+    """What a star import of a module of decoders brings."""
+    names = [name for name in DECODERS if name.rpartition(".")[0] == module]
+    return {name.rpartition(".")[2]: Name(name) for name in names}
 
 
 def _place(gap: Gap) -> tuple[int, str]:

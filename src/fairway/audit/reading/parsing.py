@@ -3,13 +3,17 @@
 import ast
 import re
 import warnings
+from collections.abc import Iterator
 
 from fairway.audit.reading import bounds
 from fairway.audit.reading.script import Gap
 
 _STRINGS = re.compile(
-    r'''"""(?:[^\\]|\\.)*?"""|"(?:[^"\\\n]|\\.)*"|''' + r"""'''(?:[^\\]|\\.)*?'''|'(?:[^'\\\n]|\\.)*'""", re.DOTALL
+    r'''"""[^"\\]*(?:(?:\\.|"(?!""))[^"\\]*)*"""|"[^"\\\n]*(?:\\.[^"\\\n]*)*"|'''
+    r"""'''[^'\\]*(?:(?:\\.|'(?!''))[^'\\]*)*'''|'[^'\\\n]*(?:\\.[^'\\\n]*)*'""",
+    re.DOTALL,
 )
+_LEAVES = (ast.Constant, ast.Load, ast.Store, ast.Del)
 _PYTHON_2 = (
     "Missing parentheses in call to",
     "multiple exception types must be parenthesized",
@@ -39,7 +43,7 @@ def parsed(text: str) -> ast.Module | Gap:
 def _refused(text: str, error: SyntaxError) -> Gap:
     line = error.lineno or _deepest(text)
     said = (error.msg or "invalid syntax").split("\n")[0]
-    if "too many nested" in said or "too many statically nested" in said:
+    if "too many nested" in said or "too many statically nested" in said or "levels of indentation" in said:
         return Gap(line, "nested too deeply to be parsed")
     rows = text.split("\n")
     shown = rows[line - 1] if 0 < line <= len(rows) else ""
@@ -49,13 +53,26 @@ def _refused(text: str, error: SyntaxError) -> Gap:
 
 def _too_deep(tree: ast.Module) -> Gap | None:
     """The first place below the depth that rules may walk, found without recursion."""
-    level: list[ast.AST] = [tree]
-    for _ in range(bounds.TREE_DEPTH):
-        level = [child for node in level for child in ast.iter_child_nodes(node)]
-        if not level:
-            return None
-    line = next((node.lineno for node in level if hasattr(node, "lineno")), 0)
-    return Gap(line, f"nested more than {bounds.TREE_DEPTH} levels deep")
+    for depth, level in enumerate(levels(tree)):
+        if depth == bounds.TREE_DEPTH:
+            line = next((node.lineno for node in level if hasattr(node, "lineno")), 0)
+            return Gap(line, f"nested more than {bounds.TREE_DEPTH} levels deep")
+    return None
+
+
+def levels(tree: ast.AST) -> Iterator[list[ast.AST]]:
+    """The nodes of a tree level by level, without constants: a table of 200,000 numbers is one node."""
+    level = [tree]
+    while level:
+        yield level
+        below: list[ast.AST] = []
+        for node in level:
+            for value in vars(node).values():
+                if isinstance(value, list):
+                    below += [each for each in value if isinstance(each, ast.AST) and type(each) is not ast.Constant]
+                elif isinstance(value, ast.AST) and type(value) not in _LEAVES:
+                    below.append(value)
+        level = below
 
 
 def _longest(text: str) -> int:

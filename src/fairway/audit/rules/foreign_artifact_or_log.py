@@ -28,7 +28,7 @@ def check(case: Case) -> Finding:
     violating = [each for each in found if each.verdict == "violates"]
     if violating or found:
         first = (violating or found)[0]
-        more = f" ({len(found) - 1} more such signs)" if len(found) > 1 else ""
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
         return Finding(ID, first.verdict, first.evidence + more, CLAUSE, first.place)
     compared = sum(bool(log.source or log.hashes or log.codes) for log in record.logs)
     says = f"{compared} of {len(record.logs)} logs carry source, hash or code size, and all agree with the script"

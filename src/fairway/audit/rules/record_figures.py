@@ -30,7 +30,7 @@ def check(case: Case) -> Finding:
     found = [*_products(record), *_ratios(record), *_scores(record), *_means(record), *_seeds(record), *_bar(record)]
     if found:
         first = next((each for each in found if each.verdict == "violates"), found[0])
-        more = f" ({len(found) - 1} more such signs)" if len(found) > 1 else ""
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
         return Finding(ID, first.verdict, first.evidence + more, CLAUSE, first.place)
     return Finding(ID, "clean", _said(record), CLAUSE)
 
