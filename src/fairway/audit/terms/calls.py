@@ -22,6 +22,12 @@ def call(m: "Machine", node: ast.Call, frame: Frame) -> Term:
     """The term of a call, after it was entered or recorded."""
     if isinstance(node.func, ast.Name) and node.func.id == "super":
         return _super(frame, node)
+    if isinstance(node.func, ast.Name) and node.func.id == "zip" and len(node.args) == 1:
+        rows = node.args[0]
+        if isinstance(rows, ast.Starred):
+            columns = expressions.transposed(m, expressions.value(m, rows.value, frame), frame.file, node.lineno)
+            if columns is not None:
+                return columns
     base: Term | None = None
     statement = m.statement is node
     if isinstance(node.func, ast.Attribute):

@@ -233,6 +233,9 @@ def _mapping(m: "Machine", node: Any, frame: Frame) -> Term:
 
 def _comprehension(m: "Machine", node: Any, frame: Frame) -> Term:
     inside = Frame(frame.file, outer=frame, depth=frame.depth)
+    spelt = _spelt_out(m, node, frame, inside)
+    if spelt is not None:
+        return spelt
     tests: list[Term] = []
     for generator in node.generators:
         source = value(m, generator.iter, inside)
@@ -245,6 +248,38 @@ def _comprehension(m: "Machine", node: Any, frame: Frame) -> Term:
     parts = (value(m, node.elt, inside),)
     op = "set" if isinstance(node, ast.SetComp) else "list"
     return Term(op, _under(open_tests, parts), "comp", frame.file, node.lineno)
+
+
+def _spelt_out(m: "Machine", node: Any, frame: Frame, inside: Frame) -> Term | None:
+    """A comprehension over a few things that are written out: each of its elements by itself."""
+    if len(node.generators) != 1 or node.generators[0].ifs or isinstance(node, ast.DictComp):
+        return None
+    source = value(m, node.generators[0].iter, inside)
+    if source.op not in ("list", "tuple") or source.value == "comp" or not 1 < len(source.parts) <= 12:
+        return None
+    parts = []
+    for part in source.parts:
+        m.assign(node.generators[0].target, part, inside)
+        parts.append(value(m, node.elt, inside))
+    return Term("set" if isinstance(node, ast.SetComp) else "list", tuple(parts), None, frame.file, node.lineno)
+
+
+def transposed(m: "Machine", rows: Term, file: str, line: int) -> Term | None:
+    """zip(*rows) of rows that are tuples: their columns."""
+    one = element(m, rows, file, line)
+    width = _width(one)
+    if width == 0:
+        return None
+    columns = (item(m, one, constant(i, file, line), file, line) for i in range(width))
+    return Term("list", tuple(Term("list", (column,), "comp", file, line) for column in columns), None, file, line)
+
+
+def _width(term: Term) -> int:
+    if term.op == "tuple":
+        return len(term.parts)
+    if term.op in ("choice", "merge"):
+        return max((_width(part) for part in term.parts[-4:]), default=0)
+    return 0
 
 
 def _under(tests: list[Term], parts: tuple[Term, ...]) -> tuple[Term, ...]:
@@ -302,6 +337,22 @@ def element(m: "Machine", term: Term, file: str, line: int) -> Term:
     return Term("each", (term,), None, file, line)
 
 
+def fresh(term: Term, number: int) -> Term:
+    """A loop's element as that of one round: what an earlier round's element left behind is not the same value."""
+    if term.op == "tuple":
+        return Term("tuple", tuple(fresh(part, number) for part in term.parts), None, term.file, term.line)
+    if term.op == "each":
+        return Term("each", term.parts, number, term.file, term.line)
+    if term.op in _SOLID or (term.op in ("choice", "merge") and any(part.op in _SOLID for part in term.parts)):
+        return term
+    return Term("round", (term,), number, term.file, term.line)
+
+
+_SOLID = frozenset(
+    ("const", "object", "function", "class", "bound", "namespace", "name", "super", "list", "dict", "text")
+)
+
+
 def _empty(term: Term) -> bool:
     return term.op in ("list", "tuple", "set", "dict") and not term.parts
 
@@ -335,11 +386,13 @@ def item(m: "Machine", base: Term, index: Term, file: str, line: int) -> Term:
     return m.items[key][1]
 
 
-_SEEN_THROUGH = frozenset(("choice", "merge", "store", "call"))
+_SEEN_THROUGH = frozenset(("choice", "merge", "store", "call", "round"))
 
 
 def _item(m: "Machine", base: Term, index: Term, file: str, line: int) -> Term:
     key = index.value if index.op == "const" else UNKNOWN
+    if base.op == "list" and base.value == "comp" and isinstance(key, int):
+        return element(m, base, file, line)
     listed = base.parts if base.op in ("tuple", "list") and base.value != "comp" else ()
     if isinstance(key, int) and -len(listed) <= key < len(listed):
         return listed[key]
@@ -361,6 +414,15 @@ def _item(m: "Machine", base: Term, index: Term, file: str, line: int) -> Term:
         held = base.operand("data", "a", "tensors")
         if held is not None and (held.op != "call" or held.called in _HOLDERS):
             return item(m, held, index, file, line)
+    if base.op == "call" and base.called in ("min", "max", "reversed", "sorted") and index.op == "const" and base.parts:
+        one = element(m, base.parts[0], file, line)
+        if one.op != "each":
+            return Term(
+                "call", (item(m, one, index, file, line), *base.parts[1:]), base.value, base.file, base.line, base.keys
+            )
+    if base.op == "round" and index.op == "const":
+        inner = item(m, base.parts[0], index, file, line)
+        return fresh(inner, base.value) if inner.op != "item" else Term("item", (base, index), None, file, line)
     if base.op == "choice" and index.op == "const":
         first, second = (item(m, part, index, file, line) for part in base.parts[1:])
         return first if first is second else Term("choice", (base.parts[0], first, second), base.value, file, line)
@@ -383,6 +445,9 @@ def _paired(m: "Machine", term: Term, index: Any, file: str, line: int) -> Term 
     """Component of an element of enumerate, zip or a table's items."""
     if term.value == "enumerate" and index == 1 and term.parts:
         return element(m, term.parts[0], file, line)
+    if term.value == "zip" and len(term.parts) == 1 and isinstance(index, int):
+        column = item(m, element(m, term.parts[0], file, line), constant(index, file, line), file, line)
+        return Term("list", (column,), "comp", file, line)
     if term.value == "zip" and isinstance(index, int) and index in term.keys[index : index + 1]:
         return element(m, term.parts[index], file, line)
     if term.value == ".items" and index in (0, 1):

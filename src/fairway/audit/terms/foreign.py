@@ -236,6 +236,26 @@ def _map(m: "Machine", name: str, positional: list[Term], named: dict[str, Term]
     return None
 
 
+def _reduce(m: "Machine", name: str, positional: list[Term], named: dict[str, Term], here: "Here") -> Term | None:
+    """Two rounds of functools.reduce, as of a loop."""
+    if len(positional) < 3 or positional[0].op not in ("function", "bound"):
+        return None
+    element, carried = expressions.element(m, positional[1], here.file, here.line), positional[2]
+    for _ in range(2):
+        m.rounds += 1
+        one = expressions.fresh(element, m.rounds)
+        after = calls.dispatch(m, positional[0], [carried, one], {}, _inner(here))
+        carried = _either(carried, after, here)
+    return after
+
+
+def _either(a: Term, b: Term, here: "Here") -> Term:
+    """One or the other; tuples part by part."""
+    if a.op == b.op == "tuple" and len(a.parts) == len(b.parts):
+        return Term("tuple", tuple(_either(x, y, here) for x, y in zip(a.parts, b.parts, strict=True)), None, here.file)
+    return a if a is b else Term("merge", (a, b), None, here.file, here.line)
+
+
 def _namespace(m: "Machine", name: str, positional: list[Term], named: dict[str, Term], here: "Here") -> Term | None:
     return Term(
         "object", (), Instance(Class("SimpleNamespace", {}), dict(named), len(m.conditions)), here.file, here.line
@@ -338,6 +358,7 @@ _SPECIAL: dict[str, Any] = {
 }
 _SPECIAL_LAST: dict[str, Any] = {
     "partial": _partial,
+    "reduce": _reduce,
     "SimpleNamespace": _namespace,
     "Namespace": _namespace,
     "namedtuple": _namedtuple,

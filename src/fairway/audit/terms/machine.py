@@ -53,6 +53,7 @@ class Machine:
         self.path: list[str] = []
         self.active: list[ast.AST] = []
         self.loops = 0
+        self.rounds = 0
         self.steps = 0
         self.own_steps: dict[int, int] = {}
         self.cut: list[str] = []  # functions that were not entered any more
@@ -241,7 +242,12 @@ class Machine:
     def on_For(self, node: ast.For | ast.AsyncFor, frame: Frame) -> bool:
         term = self.value(node.iter, frame)
         element = expressions.element(self, term, frame.file, node.lineno)
-        return self.loop(node.body, node.orelse, frame, lambda: self.assign(node.target, element, frame))
+
+        def begin() -> None:
+            self.rounds += 1
+            self.assign(node.target, expressions.fresh(element, self.rounds), frame)
+
+        return self.loop(node.body, node.orelse, frame, begin)
 
     on_AsyncFor = on_For
 

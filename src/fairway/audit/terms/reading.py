@@ -29,7 +29,7 @@ class Reading:
     @cached_property
     def fractions(self) -> list[tuple[Number, Fraction]]:
         """Every reported number that has a logarithm of 2, as a fraction."""
-        found = []
+        found: list[tuple[Number, Fraction]] = []
         for number in self.reported:
             if self.report.flags.of(number.term)[0] or len(self.reported) == 1:
                 found.extend((number, fraction) for fraction in fractions(number.term))

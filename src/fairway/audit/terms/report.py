@@ -7,8 +7,9 @@ from functools import cached_property
 from typing import Any
 
 from fairway.audit.submission import Submission
+from fairway.audit.terms.octets import counts_bytes, values
 from fairway.audit.terms.program import Program
-from fairway.audit.terms.term import Term, alternatives, peel, same, walk
+from fairway.audit.terms.term import Term, alternatives, peel, same
 from fairway.audit.terms.things import Event
 
 _SAYING = frozenset(("print", "info", "warning", "debug", "write", "write_text", "log", "dump", "dumps", "writerow"))
@@ -106,7 +107,8 @@ class Report:
         claimed = self._claimed()
         if claimed:
             return claimed
-        outside = [n for n in self.scores if n.event.loops == 0] or self.scores
+        whole = [n for n in self.scores if self._divides_by_bytes(n)] or self.scores
+        outside = [n for n in whole if n.event.loops == 0] or whole
         if not outside:
             return []
         last = [n for n in outside if n.event.term is outside[-1].event.term]
@@ -115,6 +117,13 @@ class Report:
             certain = [n for n in outside if len(n.event.conditions) < len(outside[-1].event.conditions)]
             taken += [n for n in certain if n.event.term is certain[-1].event.term] if certain else []
         return taken
+
+    def _divides_by_bytes(self, number: Number) -> bool:
+        """Whether a count of bytes, or a constant in its place, is in a number: bits per byte, not per token."""
+        return any(
+            any(counts_bytes(term) for term in (*f.down, *f.up) if not self.flags.of(term)[1]) or is_assumed(f)
+            for f in fractions(number.term)
+        )
 
     def _claimed(self) -> list[Number]:
         value = claimed_value(self.submission.claims)
@@ -147,23 +156,36 @@ def _prints(line: str, value: float) -> bool:
     return False
 
 
-def _fields(term: Term) -> list[tuple[Term, str]]:
-    """The values in what is said, with all its literal text."""
-    label = "".join(
-        p.value if p.op == "const" and isinstance(p.value, str) else "" for p in walk(term) if p is not term
-    )
+def _fields(term: Term, label: str = "", depth: int = 8) -> list[tuple[Term, str]]:
+    """The values in what is said, each with the literal text around it."""
     if term.op == "text":
         label = "".join(str(p.value) if p.op == "const" else "\0" for p in term.parts)
-        return [(p, label) for p in term.parts if p.op != "const"]
-    if term.op in ("dict", "list", "tuple"):
-        return [(p, label[:400]) for p in term.parts if p.op != "const"]
-    if term.op == "op" and term.value in ("+", "%"):
-        return [pair for part in term.parts for pair in _fields(part)]
-    if term.op == "call" and term.called in ("format", "join", "dumps", "str"):
-        return [(p, label[:400]) for p in term.parts if p.op != "const"]
-    if term.op in ("choice", "merge"):
-        return [pair for part in (term.parts[1:] if term.op == "choice" else term.parts) for pair in _fields(part)]
-    return [] if term.op == "const" else [(term, label[:400])]
+        return [pair for p in term.parts if p.op != "const" for pair in _fields(p, label, depth - 1)]
+    if term.op == "const" or not depth:
+        return []
+    if term.op == "dict" and term.value != "comp":
+        pairs = zip(term.parts[::2], term.parts[1::2], strict=False)
+        return [pair for key, p in pairs for pair in _fields(p, str(key.constant() or ""), depth - 1)]
+    if term.op in ("list", "tuple", "choice", "merge"):
+        options = term.parts[1:] if term.op == "choice" else term.parts
+        return [pair for p in options for pair in _fields(p, label, depth - 1)]
+    if term.op == "op" and term.value in ("+", "%") and any(_is_text(p) for p in term.parts):
+        words = "".join(str(p.value) for p in term.parts if p.op == "const")
+        return [pair for p in term.parts for pair in _fields(p, words or label, depth - 1)]
+    if term.op == "call" and term.called in ("format", "join", "dumps", "str", "round", "asdict"):
+        words = "".join(str(p.value) for p in term.parts if p.op == "const" and isinstance(p.value, str))
+        return [pair for p in term.parts for pair in _fields(p, words or label, depth - 1)]
+    if term.op == "object":
+        return [pair for name, p in term.value.attrs.items() for pair in _fields(p, name, depth - 1)]
+    return [(term, label[:400])]
+
+
+def _is_text(term: Term) -> bool:
+    return (
+        term.op == "text"
+        or (term.op == "const" and isinstance(term.value, str))
+        or (term.op == "op" and term.value == "+" and any(_is_text(part) for part in term.parts))
+    )
 
 
 @dataclass(frozen=True)
@@ -173,6 +195,9 @@ class Fraction:
     up: tuple[Term, ...]
     down: tuple[Term, ...]
     constants: tuple[Term, ...]
+
+
+_CHOOSING = frozenset(("min", "max", "minimum", "maximum", "amin", "amax", "sorted"))
 
 
 def fractions(term: Term, limit: int = 12) -> list[Fraction]:
@@ -192,6 +217,13 @@ def _factors(term: Term, limit: int, depth: int) -> list[tuple[list[Term], list[
                 for b in rights[:limit]:
                     up, down = (b[0], b[1]) if one.value == "*" else (b[1], b[0])
                     result.append((a[0] + up, a[1] + down, a[2] + b[2]))
+        elif one.op == "call" and one.called in _CHOOSING and depth and not any(p.op == "const" for p in one.parts):
+            for part, key in zip(one.parts, one.keys, strict=True):
+                if key != "key":
+                    result.extend(_factors(part, limit, depth - 1))
+        elif one.op in ("list", "tuple") and depth:
+            for part in one.parts[:4]:
+                result.extend(_factors(part, limit, depth - 1))
         elif one.op == "call" and one.called in ("max", "clamp", "clamp_min", "maximum") and depth:
             inner = one.operand()
             others = [p for p in one.parts if p is not inner]
@@ -224,3 +256,24 @@ def _cancelled(up: list[Term], down: list[Term], constants: list[Term]) -> Fract
         else:
             rest.remove(match)
     return Fraction(tuple(kept), tuple(rest), tuple(constants))
+
+
+def is_assumed(fraction: Fraction) -> Term | None:
+    """The constant that stands for bytes: a plain number between 1.5 and 8, or a total of the whole split."""
+    for term in fraction.constants:
+        if _plausible(term):
+            return term
+    for factor in fraction.down:
+        for term in values(factor):
+            if term.op == "op" and term.value in ("*", "/"):
+                found = next((part for part in term.parts if _plausible(part)), None)
+                if found is not None:
+                    return found
+    return None
+
+
+def _plausible(term: Term) -> bool:
+    value = term.constant()
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or is_log_two(term):
+        return False
+    return 1.5 <= value <= 8.0 or 0.125 <= value <= 0.66 or value > 1e6

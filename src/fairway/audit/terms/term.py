@@ -10,7 +10,8 @@
     choice   parts: (condition, if true, if false)                        merge    parts: one of these
     store    parts: (base, index, value): base after base[index] = value
     mutate   value: ".append"; parts: (base, arguments...): base after base.append(...)
-    each     parts: (iterable,): one of its elements
+    each     parts: (iterable,): one of its elements; value: the round of the loop
+    round    parts: (element,): an element as that of one round of a loop; value: the round
     tuple, list, set, dict (keys and values in turn; value "comp": one part stands for all), text (an f-string's fields)
     function, class, object, bound, super, namespace: value holds the thing itself
 """
@@ -124,6 +125,9 @@ def alternatives(term: Term, limit: int = 64) -> list[Term]:
     return found
 
 
+_NAMED = frozenset(("const", "name", "env", "op", "compare", "call", "attr", "free", "mutate", "each", "round"))
+
+
 def same(a: Term, b: Term, depth: int = 12) -> bool:
     """Whether two terms are written alike: same operations down to the same leaves."""
     if a is b:
@@ -133,7 +137,7 @@ def same(a: Term, b: Term, depth: int = 12) -> bool:
         return True
     if depth == 0 or a.op != b.op or len(a.parts) != len(b.parts) or a.keys != b.keys:
         return False
-    if a.op in ("const", "name", "env", "op", "compare", "call", "attr", "free", "mutate") and not _equal(a, b):
+    if a.op in _NAMED and not _equal(a, b):
         return False
     if a.op in ("object", "function", "class", "bound", "namespace", "super") and a.value is not b.value:
         return False
