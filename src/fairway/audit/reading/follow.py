@@ -88,22 +88,22 @@ class Reader:
             with suppress(Spent, Returned, Left):
                 self.statements.block(tree.body, scope)
                 whole = True
-            self._unmet(tree, scope, whole)
+            self._unmet(nodes, scope, whole)
         for node in nodes:  # wherever an import stands, what it names is code of this submission
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 self._import(node, Scope())
 
-    def _unmet(self, tree: ast.Module, scope: Scope, whole: bool) -> None:
+    def _unmet(self, nodes: list[ast.AST], scope: Scope, whole: bool) -> None:
         """Calls that the walk did not come to: in functions that nothing called with constants. What is not met then
         either, is dead code, unless the walk was cut short by its bound (`whole`)."""
-        for function in [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]:
+        for function in [node for node in nodes if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]:
             calls = [node for node in ast.walk(function) if isinstance(node, ast.Call) and _tells(node)]
             if any((self.open[-1], node.lineno, node.col_offset) not in self.seen for node in calls):
                 self.constants.limit = self.constants.steps + 50_000
                 inner = Scope({each.arg: UNKNOWN for each in ast.walk(function) if isinstance(each, ast.arg)}, scope)
                 with suppress(Spent, Returned, Left):
                     self.statements.block(function.body, inner)
-        for node in [] if whole else [node for node in ast.walk(tree) if isinstance(node, ast.Call) and _tells(node)]:
+        for node in [] if whole else [node for node in nodes if isinstance(node, ast.Call) and _tells(node)]:
             if not self._again(node):
                 self._gap(node, f"`{_shown(node)}` stands behind more work than is followed")
 
