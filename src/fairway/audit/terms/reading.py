@@ -6,6 +6,8 @@ from fairway.audit.settings import Settings
 from fairway.audit.submission import Submission
 from fairway.audit.terms.program import Program, Programs, place_of, programs
 from fairway.audit.terms.report import Fraction, Number, Report, fractions
+from fairway.audit.terms.streams import Streams
+from fairway.audit.terms.targets import Contribution, contributions
 from fairway.audit.terms.term import Term
 from fairway.audit.verdict import Place, Step
 
@@ -44,6 +46,16 @@ class Reading:
         """What the score sums: the numerators of the reported numbers."""
         ups = [term for _, fraction in self.fractions for term in fraction.up if self.is_loss(term)]
         return ups or [number.term for number in self.reported]
+
+    @cached_property
+    def contributions(self) -> list[Contribution]:
+        """What the numerators add up, each with its target."""
+        streams = Streams()
+        found: dict[tuple[str, int], Contribution] = {}
+        for loss in self.losses:
+            for one in contributions(loss, streams):
+                found.setdefault(place_of(one.term), one)
+        return list(found.values())
 
     @cached_property
     def denominators(self) -> list[Term]:

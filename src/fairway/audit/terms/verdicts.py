@@ -11,11 +11,15 @@ def clean(rule: str, clause: str, evidence: str) -> Finding:
     return Finding(rule, "clean", evidence, clause)
 
 
+def unsaid(rule: str, clause: str) -> Finding:
+    return Finding(rule, "cannot tell", "no number made of losses is said by the script", clause)
+
+
 def unseen(case: Case, rule: str, clause: str) -> Finding:
     """The score is not said, or what it divides by could not be followed."""
     reading = case.reading
     if not reading.reported:
-        return Finding(rule, "cannot tell", "no number made of losses is said by the script", clause)
+        return unsaid(rule, clause)
     place = reading.place(reading.reported[-1].event.term)
     evidence = f"the number said at line {place.line} could not be followed to the bytes that it divides by"
     return Finding(rule, "cannot tell", evidence, clause, place)

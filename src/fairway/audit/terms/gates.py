@@ -1,0 +1,303 @@
+"""What a contribution to the score does with its target, beyond reading a finished distribution at it."""
+
+from collections.abc import Iterator
+from functools import cached_property
+
+from fairway.audit.terms.octets import looked_up
+from fairway.audit.terms.streams import token_terms
+from fairway.audit.terms.targets import Contribution
+from fairway.audit.terms.term import Term, alternatives, any_below, peel, same
+
+_LOGS = frozenset(("log", "log2", "log1p", "logaddexp", "logsumexp", "log_", "logaddexp2"))
+_PRODUCTS = frozenset(("mul", "multiply", "dot", "matmul", "einsum", "lerp", "mm", "bmm", "average"))
+_CHECKS = frozenset(("isfinite", "isnan", "isinf", "is_tensor"))
+_SMALLEST = frozenset(("minimum", "maximum", "fmin", "fmax", "min", "max", "amin", "amax", "nanmin", "nanmax"))
+
+
+class Gates:
+    """The questions of the distribution rules about one contribution."""
+
+    def __init__(self, contribution: Contribution) -> None:
+        self.of = contribution
+        self.kinds = contribution.kinds
+
+    @cached_property
+    def nodes(self) -> list[Term]:
+        return list(self.of.below(self.of.term))
+
+    @cached_property
+    def inside(self) -> set[int]:
+        """Terms that a logarithm, or the place of a distribution, is taken of."""
+        found: set[int] = set()
+        for term in self.nodes:
+            if term.op == "call" and (term.called in _LOGS or self.of.scored_place(term) is not None):
+                place = self.of.scored_place(term)
+                for part in term.parts:
+                    if part is not place:
+                        found.update(id(below) for below in self.of.below(part))
+            elif self.of.scored_place(term) is not None:
+                found.update(id(below) for below in self.of.below(term.parts[0]))
+        return found
+
+    # ---- the better of two, known by the answer
+
+    def oracles(self) -> Iterator[Term]:
+        """Choices between losses (or probabilities) of one target by comparing them."""
+        for term in self.nodes:
+            fork = forked(term)
+            if fork is not None:
+                test, yes, no = fork
+                if self._scored(yes) and self._scored(no) and any(self._compared(test)) and not carried(term):
+                    yield term
+            elif term.op == "call" and term.called in _SMALLEST:
+                options = [
+                    part for part, key in zip(term.parts, term.keys, strict=True) if key not in ("dim", "axis", "key")
+                ]
+                scored = [part for part in options if self._scored(part)]
+                if len(scored) >= 2 and not any(carried(part, term) for part in scored):
+                    yield term
+                elif (
+                    len(scored) == 1 and len([p for p in options if p.op != "const"]) == 1 and _chooses(term, scored[0])
+                ):
+                    yield term
+
+    def _scored(self, term: Term) -> bool:
+        return bool(self.kinds(term) & {"score", "key"})
+
+    def _compared(self, test: Term) -> Iterator[Term]:
+        """Comparisons by size of two losses; `better = a - b; better > 0` is one, too."""
+        for term in self.of.below(test):
+            if term.op == "compare" and term.value in ("<", "<=", ">", ">="):
+                left, right = term.parts
+                if self._scored(left) and self._scored(right):
+                    yield term
+                elif any(
+                    _is_difference(side) and all(self._scored(p) for p in peel(side).parts) for side in term.parts
+                ):
+                    yield term
+            elif term.op == "call" and term.called in ("lt", "le", "gt", "ge", "less", "greater"):
+                if len([part for part in term.parts if self._scored(part)]) >= 2:
+                    yield term
+
+    # ---- a weight, a strength or a switch that knows the answer
+
+    def gated(self) -> Iterator[Term]:
+        """Switches and weights that read the target in another way than as a place or by matching a hint."""
+        for term in self.nodes:
+            fork = forked(term)
+            if fork is not None:
+                yield from self._switch(term, *fork)
+            elif _is_product(term):
+                yield from self._weight(term)
+        for term in self.nodes:
+            if id(term) in self.inside and self._looks_up_target(term):
+                yield term
+
+    def _switch(self, term: Term, test: Term, yes: Term, no: Term) -> Iterator[Term]:
+        kinds = self.kinds(test)
+        if any_below(test, lambda t: t.op == "call" and t.called in _CHECKS) or same(yes, no):
+            return
+        if "read" in kinds and not (_is_nothing(yes) or _is_nothing(no)):
+            yield term
+        elif "score" in kinds and not any(self._compared(test)) and not (_is_nothing(yes) or _is_nothing(no)):
+            yield term
+        elif kinds == {"match"} and self._scored(yes) and self._scored(no):
+            if len({self._has_other_place(yes), self._has_other_place(no)}) == 2:
+                yield term
+
+    def _has_other_place(self, term: Term) -> bool:
+        """Whether a distribution is read at another token than the target: the hint, for the normaliser."""
+        for below in self.of.below(term):
+            place = self.of.scored_place(below)
+            if place is not None and not self.kinds(place):
+                return True
+        return False
+
+    def _weight(self, term: Term) -> Iterator[Term]:
+        kinds = [self.kinds(part) for part in term.parts[:2]]
+        if len(kinds) < 2 or not kinds[0] or not kinds[1]:
+            return
+        if all("score" in one for one in kinds):
+            yield term
+            return
+        reading = next((part for part, one in zip(term.parts, kinds, strict=False) if "read" in one), None)
+        if reading is None:
+            return
+        other = kinds[1] if reading is term.parts[0] else kinds[0]
+        if "match" in other or id(term) in self.inside or ("score" in other and self._has_complement(reading)):
+            yield term
+
+    def _has_complement(self, weight: Term) -> bool:
+        """Whether 1 - weight, or ~weight, is used as well."""
+        for term in self.nodes:
+            if term.op == "op" and term.value == "-" and term.parts[0].constant() in (1, 1.0):
+                if same(term.parts[1], weight, 8):
+                    return True
+            if term.op == "op" and term.value in ("~", "not") and same(term.parts[0], weight, 8):
+                return True
+        return False
+
+    def _looks_up_target(self, term: Term) -> bool:
+        """table[target] where the table is no distribution and no memory of contexts."""
+        if term.op != "item" or self.of.scored_place(term) is not None:
+            return False
+        return "read" in self.kinds(term) and not self.of.streams.is_stream(term)
+
+    # ---- ratios of counts
+
+    def ratios(self) -> Iterator[tuple[Term, Term, Term]]:
+        """(term, above, below) of the divisions in a contribution; a difference of logarithms is one."""
+        for term in self.nodes:
+            if term.op == "op" and term.value == "/":
+                yield term, term.parts[0], term.parts[1]
+            elif term.op == "call" and term.called in ("div", "divide", "true_divide") and len(term.parts) >= 2:
+                yield term, term.parts[0], term.parts[1]
+            elif term.op == "op" and term.value == "-":
+                above, below = peel(term.parts[0]), peel(term.parts[1])
+                if above.called in _LOGS and below.called in _LOGS:
+                    yield term, above, below
+
+    def lookups(self, root: Term) -> list[tuple[Term, Term]]:
+        """(lookup, key) of the counts that a value is made of, through sums, products, limits and choices."""
+        found: list[tuple[Term, Term]] = []
+        seen: set[int] = set()
+        waiting = [root]
+        while waiting and len(seen) < 400:
+            term = peel(waiting.pop())
+            if id(term) in seen:
+                continue
+            seen.add(id(term))
+            key = self._key_of(term)
+            if key is not None:
+                found.append((term, key))
+            elif term.op == "op" and term.value in ("+", "-", "*"):
+                waiting.extend(term.parts)
+            elif term.op in ("choice", "merge", "list", "tuple"):
+                waiting.extend(term.parts[1:] if term.op == "choice" else term.parts)
+            elif term.op == "item":
+                waiting.append(term.parts[0])
+            elif term.op == "call" and term.called in _LIMITS:
+                waiting.extend(term.parts)
+        return found
+
+    def _key_of(self, term: Term) -> Term | None:
+        streams = self.of.streams
+        if term.op == "item" and not streams.is_stream(term.parts[0]) and streams.from_tokens(term.parts[1]):
+            return term.parts[1]
+        if term.op == "call" and term.called in ("get", "index_select", "take", "gather"):
+            base = looked_up(term) if term.called != "get" else term.receiver
+            key = term.parts[1] if len(term.parts) > 1 else None
+            if base is not None and key is not None and not streams.is_stream(base) and streams.from_tokens(key):
+                return key
+        return None
+
+    def tokens(self, key: Term) -> list[Term]:
+        return list(token_terms(key, self.of.streams))
+
+
+_LIMITS = frozenset(
+    """minimum maximum min max clip clamp clamp_min clamp_max where log log2 log1p float int nan_to_num sum
+    array stack cat""".split()  # noqa: SIM905
+)
+
+
+def forked(term: Term) -> tuple[Term, Term, Term] | None:
+    """(condition, if true, if false) of a choice: if, where, select, masked_fill."""
+    if term.op == "choice" and len(term.parts) == 3:
+        return term.parts[0], term.parts[1], term.parts[2]
+    if term.op == "call" and term.called in ("where", "select", "cond") and len(term.parts) >= 3:
+        if term.receiver is not None:  # x.where(condition, other)
+            return term.parts[1], term.parts[0], term.parts[2]
+        return term.parts[0], term.parts[1], term.parts[2]
+    return None
+
+
+def carried(term: Term, at: Term | None = None) -> bool:
+    """Whether one of the options is what an earlier pass left: the best so far. That is a choice among passes."""
+    options = [term] if at is not None else [*alternatives(term)]
+    line = (at or term).file, (at or term).line
+    for option in options:
+        waiting, steps = [option], 0
+        while waiting and steps < 60:
+            one = peel(waiting.pop())
+            steps += 1
+            if at is not None and one is not at and (one.file, one.line) == line and one.op in ("call", "choice"):
+                return True
+            if one.op in ("merge", "store", "mutate"):
+                waiting.extend(one.parts)
+            elif one.op in ("choice", "item"):
+                waiting.extend(one.parts[1:] if one.op == "choice" else one.parts[:1])
+    if at is None and term.op == "choice":
+        return any(
+            one.op == "choice" and one is not term and (one.file, one.line) == line
+            for part in term.parts[1:]
+            for one in _merged(part)
+        )
+    return False
+
+
+def _merged(term: Term) -> Iterator[Term]:
+    waiting, steps = [term], 0
+    while waiting and steps < 60:
+        one = peel(waiting.pop())
+        steps += 1
+        yield one
+        if one.op == "merge":
+            waiting.extend(one.parts)
+
+
+def _chooses(term: Term, operand: Term) -> bool:
+    """min or max over a few experts: of a stack of named things, or of a row of probabilities read at the target; not
+    over a list that a loop of passes has filled."""
+    below = peel(operand)
+    if below.op == "call" and below.called in ("stack", "cat", "vstack", "concatenate", "array"):
+        listed = below.operand("tensors", "arrays")
+        return listed is not None and listed.op in ("list", "tuple") and listed.value != "comp"
+    if below.op in ("list", "tuple"):
+        return below.value != "comp"
+    return below.op == "item"
+
+
+def _is_difference(term: Term) -> bool:
+    below = peel(term)
+    return below.op == "op" and below.value == "-"
+
+
+def _is_product(term: Term) -> bool:
+    if term.op == "op" and term.value in ("*", "@"):
+        return True
+    return term.op == "call" and term.called in _PRODUCTS
+
+
+def _is_nothing(term: Term) -> bool:
+    """Nought, or nothing at all: a mask leaves out, it does not choose."""
+    below = peel(term)
+    if below.op == "const":
+        return below.value in (None, 0, 0.0, False) or below.value == ""
+    if below.op == "call" and below.called in ("zeros", "zeros_like", "new_zeros"):
+        return True
+    return below.op == "attr" and below.value == "new_zeros"
+
+
+_MIXERS = frozenset(("%", "&", "^", ">>"))
+
+
+def is_hashed(key: Term) -> bool:
+    """Whether a key is folded into a number of buckets, so that different contexts meet."""
+    return any_below(
+        key,
+        lambda t: (
+            (t.op == "op" and t.value in _MIXERS)
+            or (t.op == "call" and ("hash" in t.called.lower() or t.called in _HASHERS))
+        ),
+    )
+
+
+_HASHERS = frozenset(
+    ("remainder", "fmod", "mod", "bitwise_and", "bitwise_xor", "crc32", "adler32", "md5", "sha256", "blake2b", "xxh64")
+)
+
+
+def spans_vocabulary(key: Term) -> bool:
+    """Whether a key runs over all tokens: arange, or the numbers of a range."""
+    return any_below(key, lambda t: t.op == "call" and t.called in ("arange", "range", "linspace"))
