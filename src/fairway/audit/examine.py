@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 from typing import Any
 
 from fairway.audit import rules as folder
@@ -20,14 +20,28 @@ from fairway.audit.verdict import Finding, Place, Report, Step
 _RECURSION = 5_000  # rules walk trees of 250 levels with several calls for each
 
 
-def rule_modules() -> list[ModuleType]:
+def rule_modules() -> list[Any]:
     """Every file of the folder that has an ID and a check, sorted by name."""
     names = sorted(each.name for each in pkgutil.iter_modules(folder.__path__) if not each.name.startswith("_"))
-    found = [importlib.import_module(f"{folder.__name__}.{name}") for name in names]
+    found = [_loaded(name) for name in names]
     return [module for module in found if hasattr(module, "ID") and hasattr(module, "check")]
 
 
-def audit(path: Path, strict: bool = False, rules: Sequence[ModuleType] | None = None) -> Report:
+def _loaded(name: str) -> Any:
+    """One rule's module; one that cannot be imported is a rule that always fails, and says why."""
+    try:
+        return importlib.import_module(f"{folder.__name__}.{name}")
+    except Exception as error:
+        why = _reason(error)
+
+        def check(case: Case) -> Finding:
+            raise ImportError(why)
+
+        said = "the rule could not be loaded"
+        return SimpleNamespace(ID=name.replace("_", "-"), CHARGE=said, CLAUSE=said, check=check, __name__=name)
+
+
+def audit(path: Path, strict: bool = False, rules: Sequence[Any] | None = None) -> Report:
     """The verdicts on a script or a record folder. strict: accepted departures count as violations.
 
     DataError where there is no script at `path`; everything that is wrong inside it is a verdict.
@@ -91,7 +105,7 @@ class _Missing:
         raise LookupError(self._why)
 
 
-def _checked(rule: ModuleType, case: Case, facts: dict[str, Any]) -> Finding:
+def _checked(rule: Any, case: Case, facts: dict[str, Any]) -> Finding:
     """One rule's verdict, or "cannot tell" with the reason."""
     script, started = case.submission.entry, time.monotonic()
     if script.unreadable and not getattr(rule, "WITHOUT_SCRIPT", False):

@@ -85,7 +85,7 @@ class Reader:
         )
         if telling or len(self.open) > 1 or len(nodes) < 400:
             whole = False
-            with suppress(Spent, Returned, Left):
+            with suppress(Spent, Returned, Left, RecursionError):
                 self.statements.block(tree.body, scope)
                 whole = True
             self._unmet(nodes, scope, whole)
@@ -101,7 +101,7 @@ class Reader:
             if any((self.open[-1], node.lineno, node.col_offset) not in self.seen for node in calls):
                 self.constants.limit = self.constants.steps + 50_000
                 inner = Scope({each.arg: UNKNOWN for each in ast.walk(function) if isinstance(each, ast.arg)}, scope)
-                with suppress(Spent, Returned, Left):
+                with suppress(Spent, Returned, Left, RecursionError):
                     self.statements.block(function.body, inner)
         for node in [] if whole else [node for node in nodes if isinstance(node, ast.Call) and _tells(node)]:
             if not self._again(node):

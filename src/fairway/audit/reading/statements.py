@@ -45,12 +45,14 @@ class Statements:
             return UNKNOWN
         node = closure.node
         inner = Scope(self._bound(node.args, arguments, named, closure.scope), closure.scope)
-        if isinstance(node, ast.Lambda):
-            return self.constants.value(node.body, inner)
-        if any(isinstance(each, (ast.Yield, ast.YieldFrom)) for each in ast.walk(node)):
+        if not isinstance(node, ast.Lambda) and any(
+            isinstance(each, (ast.Yield, ast.YieldFrom)) for each in ast.walk(node)
+        ):
             return UNKNOWN
         self.depth += 1
         try:
+            if isinstance(node, ast.Lambda):
+                return self.constants.value(node.body, inner)
             self.block(node.body, inner)
         except Returned as returned:
             return returned.value
