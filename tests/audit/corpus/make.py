@@ -8,7 +8,8 @@ and `cases.toml`, which says what an audit must find in each. Nothing of it is e
 The short form is text, many cases to a file (`*.cases`), so that a fault is seen as what it changes:
 
     ##### plain-rescore                   the case's name
-    base: plain                           the script it alters: bases/plain.py or hands/plain.py (of this part or above)
+    base: plain                           the script it alters: bases/plain.py or hands/plain.py of this part or above,
+                                          or `=NAME`: the script of an earlier case
     violates: rescoring-after-adaptation  the rule broken; `or:` others that fairly describe it; none: a clean case
     exempt: adaptation-order-race         an accepted departure: clean or suspect, but a violation when strict
     may: twice-counted-tokens             rules whose accusation is neither asked for nor wrong
@@ -245,14 +246,16 @@ def wrapped(kind: str, text: str) -> str:
     raise CorpusError(f"no such wrap: {kind}")
 
 
-def build(case: Case, part: Path, out: Path) -> dict[str, object]:
-    """Writes one case's folder; returns its entry of the manifest."""
+def build(case: Case, part: Path, out: Path, scripts: dict[str, str]) -> dict[str, object]:
+    """Writes one case's folder; returns its entry of the manifest. scripts: by case, to which this one's is added."""
     texts = dict(case.files)
     touched: list[int] = []
     if case.base:
-        texts[SCRIPT], touched = altered(case, find_base(case.base, part))
+        base = scripts[case.base[1:]] if case.base.startswith("=") else find_base(case.base, part)
+        texts[SCRIPT], touched = altered(case, base)
     if SCRIPT in texts:
         compile(texts[SCRIPT], f"{case.name}/{SCRIPT}", "exec")
+        scripts[case.name] = texts[SCRIPT]
     places = spots(case, texts, touched) if case.lists.get("violates") else []
     if case.wrap:
         texts[SCRIPT] = wrapped(case.wrap, texts[SCRIPT])
@@ -305,11 +308,12 @@ def manifest(entries: list[dict[str, object]]) -> str:
 def make(part: Path, out: Path) -> int:
     """Builds every case of a part; returns how many. Raises CorpusError, SyntaxError."""
     entries: list[dict[str, object]] = []
+    scripts: dict[str, str] = {}
     for path in sorted(part.glob("*.cases")):
         for case in read_cases(path):
             if any(entry["name"] == case.name for entry in entries):
                 raise CorpusError(f"{path.name}: {case.name} stands twice")
-            entries.append(build(case, part, out))
+            entries.append(build(case, part, out, scripts))
     (out / "cases.toml").write_text(manifest(entries), encoding="utf-8")
     return len(entries)
 
