@@ -1,0 +1,30 @@
+"""Training data is read for calibration after the training time is used up."""
+
+from fairway.audit.case import Case
+from fairway.audit.passes.faults import late_calibration
+from fairway.audit.passes.findings import passes_of, unseen
+from fairway.audit.verdict import Finding
+
+ID = "calibration-after-cap"
+CHARGE = "calibration reads training data after the 600 s of training"
+CLAUSE = 'RULES.md R2, R4; (c) "GPTQ after the cap"'
+
+
+def check(case: Case) -> Finding:
+    which, _, _ = passes_of(case)
+    late = late_calibration(case.trace, which)
+    if late is not None and late.clock is not None:
+        evidence = (
+            f"Training stops at {late.clock.place} when the whole {late.clock.limit:g} are used; the weights that score "
+            f"are then computed at {late.update.place} from activations on training data."
+        )
+        return Finding(ID, "violates", evidence, CLAUSE, late.update.place)
+    if late is not None:
+        evidence = (
+            f"The weights are calibrated on training data at {late.update.place} after the training loop, and no limit of "
+            "its time could be read that would leave room for it."
+        )
+        return Finding(ID, "suspect", evidence, CLAUSE, late.update.place)
+    if not which.score:
+        return unseen(case, ID, CLAUSE)
+    return Finding(ID, "clean", "No training data is read for calibration after the training time.", CLAUSE)
