@@ -79,7 +79,7 @@ def test_a_broken_script_never_crashes_the_audit_and_is_said_to_be_unreadable_wi
         if path.suffix == ".py" and _refused(path.read_bytes()):
             place = next(f.place for f in report.rules if f.evidence.startswith("cannot read"))
             assert place is not None
-            assert place.line >= 1
+            assert place.line >= 1, report.facts
             assert unreadable
         for said in unreadable.values():
             assert said

@@ -119,6 +119,8 @@ class _Worker:
             return self._lost(path, started, "the reading process died, for want of memory as a rule")
         except TimeoutError:
             return self._lost(path, started, f"reading it takes more than {seconds:.0f} s")
+        if answer.pop("last", False):
+            self.end()
         if "refused" in answer:
             return unread(path, str(answer["refused"]), time.monotonic() - started)
         return reported(answer)
