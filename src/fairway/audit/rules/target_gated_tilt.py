@@ -23,7 +23,9 @@ def check(case: Case) -> Finding:
                 "What is mixed into the prediction, or how strongly, is decided by the token that is being scored; "
                 "with another target at the same place the distribution would be another."
             )
-            return Finding(ID, "violates", evidence, CLAUSE, reading.place(term), reading.way(contribution.term, term))
+            origin = gates.origin(term)
+            way = reading.way(contribution.term, term, origin)
+            return Finding(ID, "violates", evidence, CLAUSE, reading.place(origin), way)
     if not reading.reported:
         return unsaid(ID, CLAUSE)
     return clean(ID, CLAUSE, "weights, hints and switches of the scored losses read the context alone")

@@ -209,6 +209,9 @@ def _empty(m: "Machine", name: str, positional: list[Term], named: dict[str, Ter
         return Term("dict", parts, None, here.file, here.line)
     if not positional and not named:
         return Term(name, (), None, here.file, here.line)
+    if positional and positional[0].op == "object" and name in ("list", "tuple", "set"):
+        one = expressions.element(m, positional[0], here.file, here.line)
+        return Term("list", (one,), "comp", here.file, here.line) if one.op != "each" else None
     if (
         positional
         and positional[0].op in ("list", "tuple", "dict", "set")

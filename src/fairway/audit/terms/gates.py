@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from functools import cached_property
 
 from fairway.audit.terms.octets import looked_up
-from fairway.audit.terms.streams import token_terms
-from fairway.audit.terms.targets import Contribution
+from fairway.audit.terms.streams import Streams, reads, token_terms
+from fairway.audit.terms.targets import Contribution, is_running
 from fairway.audit.terms.term import Term, alternatives, any_below, peel, same
 
 _LOGS = frozenset(("log", "log2", "log1p", "logaddexp", "logsumexp", "log_", "logaddexp2"))
@@ -92,6 +92,31 @@ class Gates:
         for term in self.nodes:
             if id(term) in self.inside and self._looks_up_target(term):
                 yield term
+            place = self.of.scored_place(term)
+            if place is not None and self.kinds(place):
+                whole = [part for part in term.parts if part is not place]
+                yield from (one for part in whole for one in self._knows(part))
+
+    def _knows(self, distribution: Term) -> Iterator[Term]:
+        """What in a distribution reads the target before the distribution is read at it."""
+        if not self.kinds(distribution) & {"score", "read"}:
+            return
+        waiting, seen = [distribution], set[int]()
+        while waiting and len(seen) < 20_000:
+            term = waiting.pop()
+            if id(term) in seen or _is_update(term):  # a state that has learned already is another rule's matter
+                continue
+            seen.add(id(term))
+            if self._looks_up_target(term) or (self.of.scored_place(term) is not None and self.kinds(term)):
+                yield term
+            waiting.extend(reads(term, self.of.streams))
+
+    def origin(self, term: Term) -> Term:
+        """The lookup by the target that a switch or a weight goes back to; the term itself where there is none."""
+        test = forked(term)
+        roots = (test[0],) if test is not None else term.parts
+        found = (one for root in roots if self.kinds(root) for one in self.of.below(root) if self._looks_up_target(one))
+        return next(found, term)
 
     def _switch(self, term: Term, test: Term, yes: Term, no: Term) -> Iterator[Term]:
         kinds = self.kinds(test)
@@ -258,6 +283,15 @@ def _chooses(term: Term, operand: Term) -> bool:
     return below.op == "item"
 
 
+def _is_update(term: Term) -> bool:
+    """decay * state + what is learned: the next value of something that began as nought and is carried along."""
+    if term.op != "op" or term.value not in ("+", "-"):
+        return False
+    left = peel(term.parts[0])
+    scaled = left.op == "op" and left.value == "*" and any(part.op == "const" for part in left.parts)
+    return is_running(left.parts[1] if scaled and left.parts[0].op == "const" else left.parts[0] if scaled else left)
+
+
 def _is_difference(term: Term) -> bool:
     below = peel(term)
     return below.op == "op" and below.value == "-"
@@ -298,6 +332,21 @@ _HASHERS = frozenset(
 )
 
 
-def spans_vocabulary(key: Term) -> bool:
-    """Whether a key runs over all tokens: arange, or the numbers of a range."""
-    return any_below(key, lambda t: t.op == "call" and t.called in ("arange", "range", "linspace"))
+def spans_vocabulary(key: Term, streams: Streams) -> bool:
+    """Whether a key runs over all tokens: arange, or the numbers of a long range; not where tokens are cut out."""
+    waiting, seen = [key], set[int]()
+    while waiting and len(seen) < 400:
+        term = peel(waiting.pop())
+        if id(term) in seen or streams.is_stream(term):
+            continue
+        seen.add(id(term))
+        if term.op == "call" and term.called in ("arange", "range", "linspace"):
+            length = term.parts[-1].constant() if len(term.parts) == 1 else None
+            if not isinstance(length, int) or length > _FEW:
+                return True
+            continue
+        waiting.extend(term.parts[:1] if term.op == "item" else term.parts)
+    return False
+
+
+_FEW = 64  # a loop over orders or heads; a vocabulary has at least 256 tokens

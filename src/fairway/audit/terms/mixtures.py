@@ -14,26 +14,23 @@ def gold_ratios(gates: Gates) -> Iterator[Term]:
         if not lower:
             continue
         for _, key in upper:
-            if not is_hashed(key) or spans_vocabulary(_own_part(key, lower)):
+            if not is_hashed(key) or spans_vocabulary(key, gates.of.streams):
                 continue
             if any(not any(same(token, other, 10) for other in lower_tokens) for token in gates.tokens(key)):
                 yield term
 
 
-def _own_part(key: Term, lower: list[tuple[Term, Term]]) -> Term:
-    """A key without the context's key inside it, whose loops over orders may hold a range of their own."""
-    inside = {id(other) for _, other in lower}
-    kept = tuple(part for part in key.parts if id(part) not in inside)
-    return Term(key.op, kept, key.value, key.file, key.line) if key.parts else key
-
-
 def wrongly_divided(gates: Gates) -> Iterator[Term]:
     """Hashed counts of all tokens, divided by what is not their sum."""
     for term, above, below in gates.ratios():
-        rows = [(lookup, key) for lookup, key in gates.lookups(above) if spans_vocabulary(key) and is_hashed(key)]
+        rows = [
+            (lookup, key)
+            for lookup, key in gates.lookups(above)
+            if spans_vocabulary(key, gates.of.streams) and is_hashed(key)
+        ]
         if rows and not any_below(below, lambda t, rows=rows: _sums(t, rows)):  # type: ignore[misc]
             lower = gates.lookups(below)
-            if lower and not any(spans_vocabulary(key) and _is_summed(below) for _, key in lower):
+            if lower and not any(spans_vocabulary(key, gates.of.streams) and _is_summed(below) for _, key in lower):
                 yield term
 
 
@@ -58,8 +55,8 @@ def unbalanced(gates: Gates) -> Iterator[Term]:
             weights = [_weight(part, gates) for part in term.parts]
             if None not in weights and abs(sum(w for w in weights if w is not None) - 1.0) > 1e-4:
                 yield term
-        elif term.op == "store" and _adds_to_whole(term):
-            yield term
+        elif term.op == "store":
+            yield from _whole_before(term)
 
 
 def _weight(term: Term, gates: Gates) -> float | None:
@@ -74,16 +71,16 @@ def _weight(term: Term, gates: Gates) -> float | None:
     return None
 
 
-def _adds_to_whole(term: Term) -> bool:
-    """row[token] += share, where the row is a distribution that nothing has scaled down."""
+def _whole_before(term: Term) -> list[Term]:
+    """For row[token] += share: what the row was before, where that is a distribution that nothing has scaled down."""
     row, index, value = term.parts
     if value.op != "op" or value.value != "+" or not any(_reads(part, row, index) for part in value.parts):
-        return False
+        return []
     share = next((part for part in value.parts if not _reads(part, row, index)), None)
     if share is None or not any_below(share, lambda t: t.op == "op" and t.value == "/"):
-        return False
+        return []
     first = _before_stores(row)
-    return bool(first) and all(_is_whole(one) for one in first)
+    return first[:1] if first and all(_is_whole(peel(one)) for one in first) else []
 
 
 def _reads(term: Term, row: Term, index: Term) -> bool:
@@ -93,16 +90,18 @@ def _reads(term: Term, row: Term, index: Term) -> bool:
 def _before_stores(row: Term) -> list[Term]:
     """What a row was before anything was added to it."""
     found: list[Term] = []
-    waiting, seen = [row], set()
+    waiting = [row]
+    seen: set[int] = set()
     while waiting and len(seen) < 60:
-        term = peel(waiting.pop())
+        term = waiting.pop()
+        below = peel(term)
         if id(term) in seen:
             continue
         seen.add(id(term))
-        if term.op in ("merge", "choice"):
-            waiting.extend(term.parts[1:] if term.op == "choice" else term.parts)
-        elif term.op == "store":
-            waiting.append(term.parts[0])
+        if below.op in ("merge", "choice"):
+            waiting.extend(below.parts[1:] if below.op == "choice" else below.parts)
+        elif below.op == "store":
+            waiting.append(below.parts[0])
         else:
             found.append(term)
     return found

@@ -15,7 +15,7 @@ MARK = "\u2581"
 Origin: TypeAlias = tuple[str, int, str, str, int]
 """File, line, kind and value of a term, and the table that it was looked up in."""
 
-_PIECES = frozenset(
+PIECES = frozenset(
     """id_to_piece IdToPiece convert_ids_to_tokens convert_id_to_token _convert_id_to_token id_to_token piece
     get_piece GetPiece""".split()  # noqa: SIM905
 )
@@ -90,7 +90,7 @@ def is_byte_source(term: Term) -> bool:
         return True
     if term.op == "attr" and term.value == "st_size":
         return True
-    return term.op == "call" and (term.called in _FILE_DATA or term.called in _PIECES or is_decoder(term))
+    return term.op == "call" and (term.called in _FILE_DATA or term.called in PIECES or is_decoder(term))
 
 
 def has_mark(term: Term) -> bool:
@@ -127,9 +127,9 @@ def encoded_text(term: Term) -> Term | None:
 def piece_of(text: Term) -> Term | None:
     """The call that names a piece of the vocabulary in this text, or decodes a single token."""
     for term in values(text):
-        if term.op == "call" and term.called in _PIECES:
+        if term.op == "call" and term.called in PIECES:
             return term
-        if term.op == "attr" and term.value in _PIECES:
+        if term.op == "attr" and term.value in PIECES:
             return term
         if term.op == "call" and term.called in _DECODERS and decodes_one(term):
             return term

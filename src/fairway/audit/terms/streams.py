@@ -3,8 +3,8 @@ up in."""
 
 from collections.abc import Iterator
 
-from fairway.audit.terms.octets import looked_up
-from fairway.audit.terms.term import Term, peel
+from fairway.audit.terms.octets import PIECES, looked_up
+from fairway.audit.terms.term import Term, any_below, peel
 
 _SOURCES = frozenset(
     """fromfile memmap frombuffer load read encode EncodeAsIds encode_as_ids read_table load_dataset open_memmap
@@ -157,6 +157,8 @@ def reads(term: Term, streams: Streams) -> tuple[Term, ...]:
         return (*reads_of_memory(inner), term.parts[1])
     if term.op == "call" and term.called in ("get", "setdefault", "pop") and term.receiver is not None:
         return term.parts[1:] if streams.is_memory(term.receiver) else term.parts
+    if term.op == "call" and term.called == "len" and any_below(term, _is_text):
+        return term.parts  # the length of a token's text tells the token
     if term.op == "call" and (term.called in _MEASURES or term.called.endswith(("_like",))):
         return ()
     if term.op == "attr" and term.value in ("shape", "device", "dtype", "ndim", "is_cuda"):
@@ -164,6 +166,10 @@ def reads(term: Term, streams: Streams) -> tuple[Term, ...]:
     if term.op == "compare" and term.value in ("in", "not in") and streams.is_memory(term.parts[1]):
         return term.parts[:1]
     return term.parts
+
+
+def _is_text(term: Term) -> bool:
+    return term.op == "call" and (term.called in ("encode", "bytes", "decode", "Decode") or term.called in PIECES)
 
 
 def reads_of_memory(base: Term) -> tuple[Term, ...]:

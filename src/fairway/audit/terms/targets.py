@@ -37,10 +37,18 @@ class Contribution:
 
     def _targets(self) -> Iterator[Term]:
         """Token ids that a distribution is read at, and those that follow the context that is read beside them."""
-        for term in self.below(self.term):
+        waiting, done = [self.term], set[int]()
+        while waiting and len(done) < 20_000:
+            term = waiting.pop()
+            if id(term) in done:
+                continue
+            done.add(id(term))
             place = self.scored_place(term)
-            if place is not None:
-                yield from (one for one in _members(place) if self.streams.is_stream(one))
+            found = [one for one in _members(place) if self.streams.is_stream(one)] if place is not None else []
+            if found:  # what the distribution itself was looked up by, further down, is its context
+                yield from (one for one in found if not _is_past(one))
+            else:
+                waiting.extend(reads(term, self.streams))
         seen = list(token_terms(self.term, self.streams))
         ends = [_end(one) for one in seen]
         for one in seen:
@@ -80,10 +88,9 @@ class Contribution:
             if self.streams.is_stream(base):
                 self.wide[id(base)] = (base, False)
             else:
-                made = any_below(base, lambda t: t.op == "call" and t.called in _DISTRIBUTIONS)
+                made = any_below(base, _makes_distribution) and self.streams.from_tokens(base)
                 row = self.streams.is_memory(base) and bool(reads_of_memory(base))
-                divided = any_below(base, lambda t: t.op == "op" and t.value in ("/", "@"))
-                self.wide[id(base)] = (base, made or row or divided)
+                self.wide[id(base)] = (base, made or row)
         return self.wide[id(base)][1]
 
     def _own(self) -> dict[int, Term]:
@@ -154,6 +161,10 @@ class Contribution:
         return len({id(peel(one)) for one in token_terms(key, self.streams)}) > 1
 
 
+def _makes_distribution(term: Term) -> bool:
+    return (term.op == "call" and term.called in _DISTRIBUTIONS) or (term.op == "op" and term.value in ("/", "@"))
+
+
 def _index_of(term: Term) -> Term | None:
     if term.receiver is not None:
         return term.argument("index", "indices", 1) if term.called != "take_along_axis" else term.argument(0)
@@ -169,8 +180,17 @@ def _members(place: Term) -> Iterator[Term]:
         yield one
         if below is not one:
             yield below
-        if below.op == "item" and below.parts[1].op in ("tuple", "const"):  # y[:, None], y[..., None]
+        if below.op == "item" and _only_reshapes(below.parts[1]):  # y[:, None], y[..., None]
             yield below.parts[0]
+
+
+def _only_reshapes(index: Term) -> bool:
+    """[..., None], [:, None]: an index that cuts nothing away."""
+    return all(
+        (part.op == "const" and part.value in (None, ...))
+        or (part.op == "slice" and all(p.value is None for p in part.parts))
+        for part in (index.parts if index.op == "tuple" else (index,))
+    )
 
 
 def _end(term: Term) -> tuple[Term, Term] | None:
@@ -223,7 +243,7 @@ def summed(term: Term) -> tuple[Term, ...] | None:
         return (below,)
     if term.op == "op" and term.value == "+":
         return (term.parts[1], term.parts[0])
-    if term.op == "op" and term.value == "-" and _is_running(term.parts[0]):
+    if term.op == "op" and term.value == "-" and is_running(term.parts[0]):
         return (term.parts[1], term.parts[0])
     if term.op == "op" and term.value in ("/", "*") and not _is_formula(term):
         return term.parts
@@ -231,7 +251,7 @@ def summed(term: Term) -> tuple[Term, ...] | None:
         return term.parts
     if term.op == "merge":
         return term.parts[::-1]
-    if term.op == "choice" and (_is_running(term.parts[1]) or _is_running(term.parts[2])):
+    if term.op == "choice" and (is_running(term.parts[1]) or is_running(term.parts[2])):
         return term.parts[1:]
     if term.op == "mutate" and term.value in (".add_", ".append", ".extend", ".sub_", ".insert"):
         return term.parts[::-1]
@@ -254,7 +274,7 @@ def summed(term: Term) -> tuple[Term, ...] | None:
     return None
 
 
-def _is_running(term: Term) -> bool:
+def is_running(term: Term) -> bool:
     """A total: nought, or what earlier rounds left."""
     waiting, steps = [term], 0
     while waiting and steps < 40:

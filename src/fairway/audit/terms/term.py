@@ -109,7 +109,7 @@ def peel(term: Term) -> Term:
 
 
 def alternatives(term: Term, limit: int = 64) -> list[Term]:
-    """The values that a term may be: through choices, merges and changes of type."""
+    """The values that a term may be, the latest round of a loop first: through choices, merges, changes of type."""
     found: list[Term] = []
     seen: set[int] = set()
     waiting = [term]
@@ -119,7 +119,7 @@ def alternatives(term: Term, limit: int = 64) -> list[Term]:
             continue
         seen.add(id(one))
         if one.op in ("choice", "merge"):
-            waiting.extend(one.parts[1:] if one.op == "choice" else one.parts)
+            waiting.extend(one.parts[:0:-1] if one.op == "choice" else one.parts)
         else:
             found.append(one)
     return found
