@@ -13,6 +13,7 @@ from fairway.audit.flow.tokens import Cut, merged_spans
 from fairway.audit.flow.values import (
     CLOCK,
     GRAD,
+    INDEXED,
     LENGTH,
     MISSING,
     NOTHING,
@@ -63,7 +64,7 @@ class Arithmetic(Containers):
                 result.flags &= ~LENGTH
             if isinstance(op, (ast.Div, ast.Mult)) and (self._scales(one, two) or self._scales(two, one)):
                 result.flags |= SCALED
-            if one.cuts or two.cuts:
+            if (one.cuts or two.cuts) and not result.flags & INDEXED:
                 return self.cut(result, two.cuts if one.toks else one.cuts, node)
             return result
         return self._number(op, one, two, result, node)
@@ -125,7 +126,7 @@ class Arithmetic(Containers):
             const=MISSING, choices=loss.choices | other.choices, words=blend(one, two).words, env=loss.env | other.env,
             sym="", spans=(),
         )  # fmt: skip
-        if other.cuts:
+        if other.cuts and not other.flags & INDEXED:
             result = self.cut(result, other.cuts, node)
         apart = other.states - loss.states
         if apart and not other.flags & (WEIGHTS | GRAD):

@@ -93,7 +93,7 @@ class Calls(Foreign):
         given = [*args, *kwargs.values()]
         flats = [self.flat(each) for each in given]
         result = blend(*flats) if flats else NOTHING
-        loss = self._loss("cross_entropy", flats, node)
+        loss = self._loss("", flats, node)
         for each in given:
             for obj in each.refs:
                 if obj.kind == "tensor" and "#leaf" not in obj.slots and not self.content(obj).toks:

@@ -9,6 +9,7 @@ from fairway.audit.flow.classes import Classes
 from fairway.audit.flow.heap import Obj
 from fairway.audit.flow.tokens import START, Cut, Span, Tok, narrowed
 from fairway.audit.flow.values import (
+    INDEXED,
     LENGTH,
     MISSING,
     NOTHING,
@@ -215,14 +216,20 @@ class Containers(Classes):
         elem = self.tagged(self.element_of(obj), spans)
         cuts = self.cuts_of(parts)
         if not spans and cuts:
-            elem = elem.but(cuts=elem.cuts | cuts)
-            elem = self.cut(elem, cuts, node)
+            elem = self._indexed(self.cut(elem, cuts, node), cuts)
         limit = part.high.limit if part.high and part.high.limit is not None else high
         if part.low is None and isinstance(limit, (int, float)) and limit > 1 and not spans:
             elem = elem.but(limit=float(limit))
             new.slots["#limit"] = int(limit)
         new.slots["#elem"] = elem
         return self.ref(new, spans=spans)
+
+    def _indexed(self, value: Value, cuts: frozenset[Cut]) -> Value:
+        """A place in the data that a slice of a list let through."""
+        items = tuple(self._indexed(item, cuts) for item in value.items) if value.items is not None else None
+        if value.toks or value.refs or isinstance(value.const, (str, bool)):
+            return value.but(items=items)
+        return value.but(items=items, cuts=value.cuts | cuts, flags=value.flags | INDEXED)
 
     def _looked_up(self, obj: Obj, keys: list[Value], spans: tuple[Span, ...], node: ast.AST | None) -> Value:
         key = keys[0] if keys else NOTHING
@@ -280,6 +287,7 @@ class Containers(Classes):
         if any(part.value is not None and part.value.const is None for part in parts):
             result = result.but(flags=result.flags | ONE_ROW)
         masks = [cut for key in keys for cut in key.cuts]
+        masks += [cut for part in parts if part.low is not None and part.low.flags & INDEXED for cut in part.low.cuts]
         cuts = self.cuts_of(parts) if not self._cuts_stream(value, parts) else frozenset()
         result = self.cut(result, [*cuts, *masks], node)
         if result.toks and not result.losses:

@@ -62,7 +62,7 @@ class Learning(Core):
         if not added or not value.toks:
             return value
         toks = frozenset(replace(tok, cuts=tok.cuts | added) if len(tok.cuts) < 6 else tok for tok in value.toks)
-        if not value.losses or toks == value.toks:
+        if not value.losses or toks == value.toks or value.flags & GRAD:
             return value.but(toks=toks)
         bit = len(self.trace.scores)
         whole = list(self.trace.scored(value.losses))

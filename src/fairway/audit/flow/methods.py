@@ -358,7 +358,7 @@ class Methods(Operations):
         flat = self.flat(value)
         if flat.losses:
             self.said(flat, path, node, "written")
-        if flat.flags & TEXT or flat.losses or isinstance(value.const, str):
+        if flat.losses or isinstance(value.const, str) or (flat.flags & TEXT and not flat.states and not flat.knows):
             return  # a log, a table of results: not what a model is read from
         text = self.text_of(path)
         old = self.files.slots.get(text)
