@@ -31,6 +31,7 @@ from fairway.verbs.bar import bar
 
 MAKER = Path(__file__).parents[1] / "tests" / "audit" / "corpus" / "make.py"
 NEAR = 10  # lines
+SECONDS = 300.0  # for one case: a loaded machine must not turn a verdict into "cannot tell"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,8 +119,10 @@ def run(folder: Path, only: str, workers: int) -> list[Outcome]:
         def told(_: int, __: Report) -> None:
             watched.update(next(counter))
 
-        reports = audit_all([folder / case["name"] for case in cases], workers=workers, told=told)
-        again = audit_all([folder / case["name"] for case in disputed], strict=True, workers=workers, told=told)
+        reports = audit_all([folder / case["name"] for case in cases], workers=workers, seconds=SECONDS, told=told)
+        again = audit_all(
+            [folder / c["name"] for c in disputed], strict=True, workers=workers, seconds=SECONDS, told=told
+        )
     stern = {case["name"]: report for case, report in zip(disputed, again, strict=True)}
     return [judged(case, report, stern.get(case["name"])) for case, report in zip(cases, reports, strict=True)]
 
