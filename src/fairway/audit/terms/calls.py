@@ -109,8 +109,13 @@ def dispatch(m: "Machine", function: Term, positional: list[Term], named: dict[s
     if function.op in ("choice", "merge") and len(function.parts) <= 6:
         options = function.parts[1:] if function.op == "choice" else function.parts
         if any(option.op in ("function", "bound", "class", "object", "name") for option in options):
-            options = tuple(o for o in options if not (o.op == "const" and o.value is None)) or options
-            results = tuple(dispatch(m, option, positional, named, here) for option in options)
+            kept = tuple(o for o in options if not (o.op == "const" and o.value is None)) or options
+            results = tuple(
+                _under(m, function, option, positional, named, here)
+                if len(kept) == len(options) == 2
+                else dispatch(m, option, positional, named, here)
+                for option in kept
+            )
             if len(results) == 1:
                 return results[0]
             if function.op == "choice" and len(results) == 2:
@@ -121,6 +126,21 @@ def dispatch(m: "Machine", function: Term, positional: list[Term], named: dict[s
     if here.base is not None and here.node is not None and isinstance(here.node.func, ast.Attribute):
         return foreign.method(m, here.base, here.node.func.attr, positional, named, here)
     return opaque(m, "()", [function, *positional], named, here)
+
+
+def _under(
+    m: "Machine", function: Term, option: Term, positional: list[Term], named: dict[str, Term], here: Here
+) -> Term:
+    """One of two functions that a condition decides between: what it does is done under that condition."""
+    if function.op != "choice":
+        return dispatch(m, option, positional, named, here)
+    test = function.parts[0]
+    held = test if option is function.parts[1] else Term("op", (test,), "not", test.file, test.line)
+    m.conditions.append(held)
+    try:
+        return dispatch(m, option, positional, named, here)
+    finally:
+        m.conditions.pop()
 
 
 def opaque(
@@ -277,7 +297,7 @@ def _returned(frame: Frame, ended: bool, line: int) -> Term:
 def instantiate(
     m: "Machine", kind: Class, positional: list[Term], named: dict[str, Term], file: str, line: int
 ) -> Term:
-    instance = Instance(kind, depth=len(m.conditions))
+    instance = Instance(kind, depth=len(m.conditions), order=len(m.events))
     term = Term("object", (), instance, file, line)
     start = kind.find("__init__")
     if start is not None and start.op == "function":

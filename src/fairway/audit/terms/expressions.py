@@ -520,6 +520,10 @@ def attribute(m: "Machine", base: Term, word: str, file: str, line: int) -> Term
             )
     if base.op == "store" and base.value == "attr" and base.parts[1].value == "." + word:
         return base.parts[2]
+    if base.op == "call" and base.value in ("min", "max") and base.parts:
+        one = element(m, base.parts[0], file, line)
+        if one.op in ("object", "merge", "choice"):
+            return attribute(m, one, word, file, line)
     if base.op == "call" and base.called == "parse_args" and word in m.options:
         return m.options[word]
     return Term("attr", (base,), word, file, line)

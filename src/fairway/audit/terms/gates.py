@@ -11,6 +11,7 @@ from fairway.audit.terms.term import Term, alternatives, any_below, peel, same
 _LOGS = frozenset(("log", "log2", "log1p", "logaddexp", "logsumexp", "log_", "logaddexp2"))
 _PRODUCTS = frozenset(("mul", "multiply", "dot", "matmul", "einsum", "lerp", "mm", "bmm", "average"))
 _CHECKS = frozenset(("isfinite", "isnan", "isinf", "is_tensor"))
+_SIZES = frozenset(("lt", "le", "gt", "ge", "less", "less_equal", "greater", "greater_equal"))
 _SMALLEST = frozenset(("minimum", "maximum", "fmin", "fmax", "min", "max", "amin", "amax", "nanmin", "nanmax"))
 
 
@@ -54,11 +55,8 @@ class Gates:
                     part for part, key in zip(term.parts, term.keys, strict=True) if key not in ("dim", "axis", "key")
                 ]
                 scored = [part for part in options if self._scored(part)]
-                if len(scored) >= 2 and not any(carried(part, term) for part in scored):
-                    yield term
-                elif (
-                    len(scored) == 1 and len([p for p in options if p.op != "const"]) == 1 and _chooses(term, scored[0])
-                ):
+                several = len(scored) >= 2 and not any(carried(part, term) for part in scored)
+                if several or (len(options) == len(scored) == 1 and _chooses(scored[0])):
                     yield term
 
     def _scored(self, term: Term) -> bool:
@@ -68,16 +66,15 @@ class Gates:
         """Comparisons by size of two losses; `better = a - b; better > 0` is one, too."""
         for term in self.of.below(test):
             if term.op == "compare" and term.value in ("<", "<=", ">", ">="):
-                left, right = term.parts
-                if self._scored(left) and self._scored(right):
+                both = all(self._scored(side) for side in term.parts)
+                if both or any(self._is_scored_difference(side) for side in term.parts):
                     yield term
-                elif any(
-                    _is_difference(side) and all(self._scored(p) for p in peel(side).parts) for side in term.parts
-                ):
-                    yield term
-            elif term.op == "call" and term.called in ("lt", "le", "gt", "ge", "less", "greater"):
-                if len([part for part in term.parts if self._scored(part)]) >= 2:
-                    yield term
+            elif term.op == "call" and term.called in _SIZES and len([p for p in term.parts if self._scored(p)]) >= 2:
+                yield term
+
+    def _is_scored_difference(self, term: Term) -> bool:
+        below = peel(term)
+        return below.op == "op" and below.value == "-" and all(self._scored(part) for part in below.parts)
 
     # ---- a weight, a strength or a switch that knows the answer
 
@@ -122,13 +119,12 @@ class Gates:
         kinds = self.kinds(test)
         if any_below(test, lambda t: t.op == "call" and t.called in _CHECKS) or same(yes, no):
             return
-        if "read" in kinds and not (_is_nothing(yes) or _is_nothing(no)):
+        known = "read" in kinds or ("score" in kinds and not any(self._compared(test)))
+        if known and not (_is_nothing(yes) or _is_nothing(no)):
             yield term
-        elif "score" in kinds and not any(self._compared(test)) and not (_is_nothing(yes) or _is_nothing(no)):
+        hint_only = kinds == {"match"} and self._scored(yes) and self._scored(no)
+        if hint_only and self._has_other_place(yes) != self._has_other_place(no):
             yield term
-        elif kinds == {"match"} and self._scored(yes) and self._scored(no):
-            if len({self._has_other_place(yes), self._has_other_place(no)}) == 2:
-                yield term
 
     def _has_other_place(self, term: Term) -> bool:
         """Whether a distribution is read at another token than the target: the hint, for the normaliser."""
@@ -155,10 +151,8 @@ class Gates:
     def _has_complement(self, weight: Term) -> bool:
         """Whether 1 - weight, or ~weight, is used as well."""
         for term in self.nodes:
-            if term.op == "op" and term.value == "-" and term.parts[0].constant() in (1, 1.0):
-                if same(term.parts[1], weight, 8):
-                    return True
-            if term.op == "op" and term.value in ("~", "not") and same(term.parts[0], weight, 8):
+            one_minus = term.op == "op" and term.value == "-" and term.parts[0].constant() in (1, 1.0)
+            if (one_minus or (term.op == "op" and term.value in ("~", "not"))) and same(term.parts[-1], weight, 8):
                 return True
         return False
 
@@ -173,9 +167,8 @@ class Gates:
     def ratios(self) -> Iterator[tuple[Term, Term, Term]]:
         """(term, above, below) of the divisions in a contribution; a difference of logarithms is one."""
         for term in self.nodes:
-            if term.op == "op" and term.value == "/":
-                yield term, term.parts[0], term.parts[1]
-            elif term.op == "call" and term.called in ("div", "divide", "true_divide") and len(term.parts) >= 2:
+            divides = term.op == "op" and term.value == "/"
+            if divides or (term.called in ("div", "divide", "true_divide") and len(term.parts) >= 2):
                 yield term, term.parts[0], term.parts[1]
             elif term.op == "op" and term.value == "-":
                 above, below = peel(term.parts[0]), peel(term.parts[1])
@@ -271,7 +264,7 @@ def _merged(term: Term) -> Iterator[Term]:
             waiting.extend(one.parts)
 
 
-def _chooses(term: Term, operand: Term) -> bool:
+def _chooses(operand: Term) -> bool:
     """min or max over a few experts: of a stack of named things, or of a row of probabilities read at the target; not
     over a list that a loop of passes has filled."""
     below = peel(operand)
@@ -290,11 +283,6 @@ def _is_update(term: Term) -> bool:
     left = peel(term.parts[0])
     scaled = left.op == "op" and left.value == "*" and any(part.op == "const" for part in left.parts)
     return is_running(left.parts[1] if scaled and left.parts[0].op == "const" else left.parts[0] if scaled else left)
-
-
-def _is_difference(term: Term) -> bool:
-    below = peel(term)
-    return below.op == "op" and below.value == "-"
 
 
 def _is_product(term: Term) -> bool:

@@ -379,7 +379,14 @@ class Machine:
             if home is not None:
                 home.vars[node.id] = self.weakly(home.depth, term, home.vars[node.id])
                 return
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        if isinstance(node, ast.IfExp):  # (a if test else b).append(x)
+            test = self.value(node.test, frame)
+            for arm in (node.body, node.orelse):
+                before = self.value(arm, frame)
+                filled = Term(term.op, (before, *term.parts[1:]), term.value, term.file, term.line, term.keys)
+                order = (test, filled, before) if arm is node.body else (test, before, filled)
+                self.write_back(arm, Term("choice", order, None, term.file, term.line), frame)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             self.write_back(node.func.value, term, frame)
         elif isinstance(node, (ast.Name, ast.Attribute, ast.Subscript)):
             self.assign(node, term, frame)

@@ -121,11 +121,10 @@ def spread_over_bytes(gates: Gates) -> Iterator[Term]:
     for term in gates.nodes:
         if term.op == "op" and term.value == "**" and _depends(gates, term.parts[0], term.parts[1]):
             yield term
-        elif term.op == "call" and term.called in ("pow", "power", "float_power") and len(term.parts) >= 2:
+        elif (term.op == "call" and term.called in ("pow", "power", "float_power") and len(term.parts) >= 2) or (
+            id(term) in gates.inside and term.op == "op" and term.value == "/" and _is_length(term.parts[1])
+        ):
             if _depends(gates, term.parts[0], term.parts[1]):
-                yield term
-        elif id(term) in gates.inside and term.op == "op" and term.value == "/":
-            if _depends(gates, term.parts[0], term.parts[1]) and _is_length(term.parts[1]):
                 yield term
 
 

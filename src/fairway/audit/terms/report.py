@@ -2,12 +2,13 @@
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from fairway.audit.submission import Submission
-from fairway.audit.terms.octets import counts_bytes, values
+from fairway.audit.terms.octets import counts_bytes
 from fairway.audit.terms.program import Program
 from fairway.audit.terms.term import Term, alternatives, peel, same
 from fairway.audit.terms.things import Event
@@ -264,12 +265,29 @@ def is_assumed(fraction: Fraction) -> Term | None:
         if _plausible(term):
             return term
     for factor in fraction.down:
-        for term in values(factor):
+        for term in _arithmetic(factor):
             if term.op == "op" and term.value in ("*", "/"):
                 found = next((part for part in term.parts if _plausible(part)), None)
                 if found is not None:
                     return found
     return None
+
+
+def _arithmetic(root: Term) -> Iterator[Term]:
+    """The sums and products that a count is made of, down to what is counted."""
+    waiting, seen = [root], set[int]()
+    while waiting and len(seen) < 200:
+        term = peel(waiting.pop())
+        if id(term) in seen:
+            continue
+        seen.add(id(term))
+        yield term
+        if term.op in ("op", "merge", "list", "tuple") or (term.op == "mutate" and term.value == ".add_"):
+            waiting.extend(term.parts)
+        elif term.op == "choice":
+            waiting.extend(term.parts[1:])
+        elif term.op == "call" and term.called in ("sum", "all_reduce", "fsum"):
+            waiting.extend(term.parts[:1])
 
 
 def _plausible(term: Term) -> bool:

@@ -45,6 +45,8 @@ class Contribution:
             done.add(id(term))
             place = self.scored_place(term)
             found = [one for one in _members(place) if self.streams.is_stream(one)] if place is not None else []
+            if place is not None and place.op == "tuple":  # rows[context, target], losses[positions, target]
+                found = found[-1:]
             if found:  # what the distribution itself was looked up by, further down, is its context
                 yield from (one for one in found if not _is_past(one))
             else:

@@ -78,6 +78,7 @@ class Instance:
     kind: Class
     attrs: dict[str, Term] = field(default_factory=dict)
     depth: int = 0  # conditions that held when it was made
+    order: int = 0  # events recorded before it was made
 
 
 @dataclass(frozen=True, eq=False)
