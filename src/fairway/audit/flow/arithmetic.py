@@ -72,8 +72,8 @@ class Arithmetic(Containers):
     @staticmethod
     def _scales(logits: Value, other: Value) -> bool:
         """Whether `other` is a scale of its own: chosen, or learned apart from what made the logits."""
-        apart = bool(other.states - logits.states) and not other.toks
-        return logits.active and not other.toks and (bool(other.choices) or apart)
+        chosen = bool(other.choices) and not other.states
+        return logits.active and not other.toks and (chosen or bool(other.states - logits.states))
 
     def _folded(self, op: ast.operator, left: Value, right: Value) -> Value | None:
         if left.const is MISSING or right.const is MISSING or left.refs or right.refs:
@@ -175,6 +175,10 @@ class Arithmetic(Containers):
             for number, other, text in ((one, two, syms[1]), (two, one, syms[0])):
                 if number.spans and not other.spans and number.unit == "1":
                     return number.spans, text
+        if isinstance(op, ast.Sub) and one.spans and two.spans:  # a length: end - start of one chunk
+            both = {loop for loop, _, _ in one.spans} & {loop for loop, _, _ in two.spans}
+            rest = [span for span in (*one.spans, *two.spans) if span[0] not in both]
+            return tuple(sorted(rest)), ""
         return merged_spans(one.spans, two.spans), ""
 
     @staticmethod

@@ -7,12 +7,13 @@ from typing import Any
 
 from fairway.audit.flow import events
 from fairway.audit.flow.core import DEPTH, Frame
-from fairway.audit.flow.foreign import Foreign
+from fairway.audit.flow.foreign import SAYS, Foreign
 from fairway.audit.flow.heap import Obj
 from fairway.audit.flow.operations import LOSSES
 from fairway.audit.flow.values import CLOCK, MISSING, NO_OBJECTS, NONE, NOTHING, WEIGHTS, Value, blend, join
 from fairway.audit.reading.script import Script
 
+_TELLS = SAYS | {"log", "print", "write", "add_scalar", "log_metric", "emit", "critical"}
 _RECURSION = 2  # times a function may stand within itself
 
 
@@ -109,7 +110,11 @@ class Calls(Foreign):
         if obj.kind == "instance":
             found = self.find(obj.data, "forward") or self.find(obj.data, "__call__")
         if found is not None:
-            result = self.call(self.bound(found[0], self.ref(obj), obj.data), args, kwargs, node)
+            self.forwards += 1
+            try:
+                result = self.call(self.bound(found[0], self.ref(obj), obj.data), args, kwargs, node)
+            finally:
+                self.forwards -= 1
         else:
             result = self._layer(obj, args, kwargs, node)
         for each in obj.slots.get("#hooks", NOTHING).refs:
@@ -191,6 +196,8 @@ class Calls(Foreign):
         if kind == "thing":
             if name in obj.slots and isinstance(obj.slots[name], Value):
                 return self.call(obj.slots[name], args, kwargs, node)
+            if self._tells(name, args) and "#path" not in obj.slots:
+                return self._say(args, kwargs, node)
             if obj.data == "argparse":
                 found_value = self.parser_method(obj, name, args, kwargs, node)
                 if found_value is not None:
@@ -272,10 +279,16 @@ class Calls(Foreign):
                 return known if known is not None else NONE
         return NONE
 
+    def _tells(self, name: str, args: list[Value]) -> bool:
+        """Whether a method that nobody knows says a number: a logger's, a table's, a tracker's."""
+        return name in _TELLS and any(self.flat(each).losses for each in args)
+
     def _of_value(
         self, base: Value, name: str, args: list[Value], kwargs: dict[str, Value], node: ast.AST | None
     ) -> Value:
         """A method of a tensor, an array, a number."""
+        if self._tells(name, args):
+            return self._say(args, kwargs, node)
         if name == "backward":
             self.backward(base, node)
             return NONE

@@ -81,8 +81,22 @@ class Containers(Classes):
             elif isinstance(each, ast.Starred):
                 found.append(Part(self.evaluate(each.value)))
             else:
-                found.append(Part(self.evaluate(each)))
+                found.append(self._one_part(self.evaluate(each)))
         return found
+
+    @staticmethod
+    def _one_part(value: Value) -> Part:
+        """An index that was evaluated: slice(a, b) is a slice too."""
+        for obj in value.refs:
+            if obj.kind == "slice":
+                (low, *more), texts = obj.data
+                high = more[0] if more else None
+                low = None if low.const is None else low
+                high = None if high is None or high.const is None else high
+                low_text = sym_of(low) or (texts[0] if texts else "") if low is not None else ""
+                high_text = sym_of(high) or (texts[1] if len(texts) > 1 else "") if high is not None else ""
+                return Part(None, low, high, low_text, high_text, True)
+        return Part(value)
 
     def slice_spans(self, part: Part) -> tuple[Span, ...]:
         """The iterations that a slice is cut by: from its start, as far as its end."""
@@ -284,7 +298,7 @@ class Containers(Classes):
                 more = self.flat(part.value).spans
             spans = self._with(spans, more)
         result = value
-        if any(part.value is not None and part.value.const is None for part in parts):
+        if parts and parts[0].value is not None and parts[0].value.const is None and not parts[0].value.refs:
             result = result.but(flags=result.flags | ONE_ROW)
         masks = [cut for key in keys for cut in key.cuts]
         masks += [cut for part in parts if part.low is not None and part.low.flags & INDEXED for cut in part.low.cuts]
@@ -293,7 +307,7 @@ class Containers(Classes):
         if result.toks and not result.losses:
             toks = frozenset(self._part(narrowed(tok, spans), parts) for tok in result.toks)
             result = result.but(toks=toks, spans=())
-        return result.but(const=MISSING, sym="", unit="")
+        return result.but(const=MISSING, unit="")
 
     @staticmethod
     def _cuts_stream(value: Value, parts: list[Part]) -> bool:

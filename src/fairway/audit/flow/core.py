@@ -65,6 +65,7 @@ class Core:
         self.guards: list[Place] = []
         self.files = self.heap.new("dict", "files")
         self.foreign: dict[str, Value] = {}
+        self.forwards = 0  # models whose forward is under way
         self.said_unknown: set[tuple[str, int, str]] = set()
 
     # What the classes above do.
@@ -185,14 +186,16 @@ class Core:
         """The provenance of a value and of what it refers to, without the objects themselves."""
         if not value.refs and value.items is None:
             return value
-        parts = [value.but(refs=NO_OBJECTS, items=None)] if value.const is MISSING else [value.but(refs=NO_OBJECTS)]
+        own = value.but(refs=NO_OBJECTS, items=None)
+        parts = [] if value.const is MISSING and self.plain(own) and not (own.flags or own.words or own.spans) else [own]
         if value.items is not None and deep:
             parts += [self.flat(item, deep - 1) for item in value.items[:24]]
         for obj in value.refs:
             parts += self._held(obj, deep)
+        parts = [part for part in parts if part is not NOTHING]
         if len(parts) == 1:
             return parts[0]
-        return blend(*parts)
+        return blend(*parts) if parts else NOTHING
 
     def _held(self, obj: Obj, deep: int) -> list[Value]:
         slots, parts = obj.slots, []

@@ -117,7 +117,7 @@ class Unknown(Event):
     why: str = ""
 
 
-@dataclass
+@dataclass(eq=False)
 class Trace:
     """All that happened. `scores`, `updates` and `choices` are indexed by the bit of their event."""
 
@@ -127,6 +127,9 @@ class Trace:
     choices: list[Choice] = field(default_factory=list)
     said: list[Said] = field(default_factory=list)
     loops: dict[int, Place] = field(default_factory=dict)
+    within: dict[int, int] = field(default_factory=dict)  # loop -> the function that it stands in
+    depth: dict[int, int] = field(default_factory=dict)  # loop -> how many calls deep it stood when first seen
+    saved: list[int] = field(default_factory=list)  # numbers of the events that follow a model's writing to a file
     steps: int = 0
     complete: bool = True
 

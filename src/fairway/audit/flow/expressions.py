@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fairway.audit.flow.calls import Calls
+from fairway.audit.flow.containers import Elements
 from fairway.audit.flow.heap import Obj
 from fairway.audit.flow.values import GRAD, LENGTH, MISSING, NO_OBJECTS, NONE, NOTHING, TEXT, Value, blend, join
 
@@ -363,6 +364,7 @@ class Expressions(Calls):
             return True
         clause = clauses[n]
         elements = self.elements(self.evaluate(clause.iter), clause.iter)
+        elements = self._small_range(elements)
         alone = elements.exact is not None
         turns = list(elements.exact) if elements.exact is not None else [elements.any] * (2 if elements.count != 1 else 1)
         if elements.count == 0:
@@ -383,6 +385,15 @@ class Expressions(Calls):
                 break
         return alone
 
+    @staticmethod
+    def _small_range(elements: Elements) -> Elements:
+        """A short range, number by number."""
+        count, first, last = elements.count, elements.first, elements.last
+        if elements.exact is not None or not elements.counted or count is None or not 1 <= count <= 6:
+            return elements
+        step = (last - first) // (count - 1) if count > 1 and first is not None and last is not None else 1
+        return Elements(tuple(Value(const=(first or 0) + n * step) for n in range(count)), elements.any, count)
+
     def turned(self, element: Value, loop: int, turn: int) -> Value:
         """The element that an iteration of a loop takes."""
         return self.tagged(element, ((loop, turn, turn),))
@@ -394,6 +405,8 @@ class Expressions(Calls):
             found = len(self.trace.loops) + 1
             node._fairway_loop = found  # type: ignore[attr-defined]
         self.trace.loops.setdefault(found, self.place(getattr(node, "iter", node)))
+        self.trace.within.setdefault(found, id(self.frame.node))
+        self.trace.depth.setdefault(found, len(self.frames))
         return int(found)
 
 

@@ -29,7 +29,7 @@ PASSES = frozenset(
      "njit", "wraps", "lru_cache", "cache", "no_grad", "inference_mode", "autocast", "contextmanager", "fully_shard",
      "prepare", "disable", "unwrap_model", "staticmethod_", "tqdm", "trange_", "assume_constant_result", "allow_in_graph",
      "dynamo_disable", "iter", "list_", "Variable", "as_tensor", "convert_sync_batchnorm", "checkpoint_wrapper",
-     "optimize", "custom_fwd", "custom_bwd", "once_differentiable", "total_ordering", "cached_property")
+     "optimize", "AveragedModel", "custom_fwd", "custom_bwd", "once_differentiable", "total_ordering", "cached_property")
 )  # fmt: skip
 SAYS = frozenset(("print", "info", "warning", "debug", "error", "critical", "log_metrics", "pprint", "secho", "echo"))
 NUMBERS: dict[str, Callable[..., Any]] = {
@@ -109,6 +109,11 @@ class Foreign(Methods):
                     self.write_to(obj.slots["#path"], value, node)
         return NONE
 
+    def _do_getLogger(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:  # noqa: N802
+        return self.ref(self.new("thing", "logger", node))
+
+    _do_get_logger = _do_getLogger
+
     def _number_of(self, last: str, args: list[Value], node: ast.AST | None) -> Value:
         value = args[0]
         if value.const is not MISSING and all(each.const is not MISSING for each in args):
@@ -134,8 +139,8 @@ class Foreign(Methods):
         if said is UNKNOWN:
             return Value(env=env)
         if said is not None:
-            return Value(const=said, env=env)
-        return default.but(env=default.env | env) if default is not NOTHING else Value(env=env)
+            return Value(const=said)
+        return default if default is not NOTHING else Value(env=env)
 
     def _do_getenv(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
         return self.setting(args[0], args[1] if len(args) > 1 else kwargs.get("default", NONE)) if args else None
@@ -164,12 +169,12 @@ class Foreign(Methods):
             if said is UNKNOWN:
                 obj.slots[option] = Value(env=env)
             elif said is None:
-                obj.slots[option] = default.but(env=default.env | env)
+                obj.slots[option] = default
             elif action in ("store_true", "store_false"):
-                obj.slots[option] = Value(const=action == "store_true", env=env)
+                obj.slots[option] = Value(const=action == "store_true")
             else:
                 kind = next((o.data.rsplit(".", 1)[-1] for o in kwargs.get("type", NOTHING).refs if o.kind == "foreign"), "str")
-                obj.slots[option] = self._number_of(kind if kind in NUMBERS else "str", [Value(const=said, env=env)], node)
+                obj.slots[option] = self._number_of(kind if kind in NUMBERS else "str", [Value(const=said)], node)
             return NOTHING
         if name in ("parse_args", "parse_known_args"):
             space = self.new("thing", "namespace", node)
@@ -384,6 +389,63 @@ class Foreign(Methods):
         if args:
             new.slots["#factory"] = args[0]
         return self.ref(new)
+
+    def _do_fields(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        """dataclasses.fields(cls)"""
+        if "dataclasses" not in name or not args:
+            return None
+        found = []
+        for obj in args[0].refs:
+            cls = obj.data if obj.kind == "instance" else obj
+            if cls.kind != "class":
+                continue
+            for field in dict.fromkeys(f for each in reversed(self.line_of(cls)) for f in each.slots.get("#fields", ())):
+                made = self.new("thing", "field", node)
+                made.slots["name"] = Value(const=field)
+                found.append(self.ref(made))
+        listed = self.new("list", None, node)
+        listed.slots["#items"] = Value(items=tuple(found))
+        return self.ref(listed)
+
+    def _do_replace(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        if "dataclasses" not in name or not args:
+            return None
+        made = self._shallow_instance(args[0])
+        for obj in made.refs:
+            obj.slots.update(kwargs)
+        return made
+
+    def _shallow_instance(self, value: Value) -> Value:
+        refs = set()
+        for obj in value.refs:
+            new = self.new(obj.kind, obj.data)
+            new.slots.update(obj.slots)
+            refs.add(new)
+        return value.but(refs=frozenset(refs))
+
+    def _do_groupby(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        """itertools.groupby: (key, group) pairs; each group is a run of the elements"""
+        if not args:
+            return None
+        group = self._list_of(self.elements(args[0], node).any, node)
+        return self._list_of(Value(items=(Value(unit="1", sym="@"), group)), node)
+
+    def _do_islice(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        """The next elements: others in each iteration of the loops since the iterator was made."""
+        if not args:
+            return None
+        born = min((obj.born for obj in args[0].refs), key=len, default=())
+        spans = self.since(born)
+        elem = self.tagged(self.elements(args[0], node).any, (*args[0].spans, *spans))
+        return self._list_of(elem, node)
+
+    _do_batched = _do_islice
+
+    def _do_slice(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:
+        bounds = [NONE, *args] if len(args) == 1 else list(args)
+        texts = [getattr(each, "id", "") or ast.unparse(each)[:60] for each in getattr(node, "args", [])]
+        texts = ["", *texts] if len(args) == 1 else texts
+        return self.ref(self.new("slice", (tuple(bounds[:2]), tuple(texts[:2])), node))
 
     def _do_fromkeys(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:
         return self._do_dict(name, [], {}, node)

@@ -360,6 +360,8 @@ class Methods(Operations):
             self.said(flat, path, node, "written")
         if flat.losses or isinstance(value.const, str) or (flat.flags & TEXT and not flat.states and not flat.knows):
             return  # a log, a table of results: not what a model is read from
+        if flat.states or flat.knows:
+            self.trace.saved.append(len(self.trace.events))
         text = self.text_of(path)
         old = self.files.slots.get(text)
         self.heap.set(self.files, text, join(old, value) if isinstance(old, Value) and self.nest else value)

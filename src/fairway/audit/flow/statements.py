@@ -265,6 +265,8 @@ class Statements(Expressions):
         if elements.count == 0:
             return self.block(node.orelse)
         turns = self._turns(elements)
+        if self.forwards and len(turns) > 1 and not _learns(node):  # layers: one stands for all
+            turns = turns[:1] if elements.exact is None else turns
         loop = self.loop_id(node)
 
         def start(turn: int) -> None:
@@ -431,6 +433,16 @@ class Statements(Expressions):
 
     def imported(self, name: str, node: ast.AST) -> Value | None:
         raise NotImplementedError
+
+
+def _learns(node: Any) -> bool:
+    """Whether a loop's body takes gradients or steps."""
+    cached = getattr(node, "_fairway_learns", None)
+    if cached is None:
+        names = {each.attr for each in ast.walk(node) if isinstance(each, ast.Attribute)}
+        cached = bool(names & {"backward", "step", "grad"})
+        node._fairway_learns = cached
+    return bool(cached)
 
 
 def _assigned(node: Any) -> frozenset[str]:

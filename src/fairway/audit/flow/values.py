@@ -164,6 +164,7 @@ def blend(*values: Value) -> Value:
     states: frozenset[Obj] = NO_OBJECTS
     env: frozenset[str] = frozenset()
     cuts: frozenset[Cut] = frozenset()
+    less: frozenset[str] = frozenset()
     knows = losses = choices = flags = 0
     words: tuple[str, ...] = ()
     spans: tuple[Span, ...] = ()
@@ -178,6 +179,8 @@ def blend(*values: Value) -> Value:
             env = env | value.env
         if value.cuts:
             cuts = cuts | value.cuts
+        if value.less:
+            less = less | value.less
         knows, losses, choices = knows | value.knows, losses | value.losses, choices | value.choices
         flags |= value.flags
         words = _words(words, value.words)
@@ -188,7 +191,7 @@ def blend(*values: Value) -> Value:
         flags &= ~WEIGHTS
     return Value(
         toks=toks, states=states, knows=knows, losses=losses, choices=choices, words=words, spans=spans, flags=flags,
-        env=env, cuts=cuts, lead=next((value.lead for value in values if value.flags & CLOCK), (1.0, 0.0)),
+        env=env, cuts=cuts, less=less, lead=next((value.lead for value in values if value.flags & CLOCK), (1.0, 0.0)),
     )  # fmt: skip
 
 

@@ -32,11 +32,14 @@ class Passes:
 
     def __init__(self, trace: Trace, reported: Reported) -> None:
         self.trace, self.reported, self.data = trace, reported, reported.data
-        booked = 0
-        for said in trace.said:
-            booked |= said.value.losses
+        trained = 0
+        for update in trace.updates:
+            trained |= update.losses
+        followed = {score.bit for score in trace.scored(trained)}
         self.booked = [
-            score for score in trace.scored(booked) if any(tok.data in self.data for tok in score.targets)
+            score
+            for score in trace.scores
+            if score.bit not in followed and any(tok.data in self.data for tok in score.targets)
         ]
         self.train_places = {
             update.place for update in trace.updates if any(tok.data == "train" for tok in update.learned)
@@ -51,6 +54,8 @@ class Passes:
                 fault = self._learned(score, update)
                 if fault is not None:
                     found.append(fault)
+                    if fault.kind == "training-before-scoring" and self._in_artifact(score, update):
+                        found.append(replace(fault, kind="validation-in-training"))
         found += self._choices(said, scores)
         return found
 
@@ -80,7 +85,7 @@ class Passes:
         if self._is_delta(score, update, alone):
             return Fault("slot-on-scored", score, update)
         if before is not None:
-            if before.place == score.place and before.stack[:-1] == score.stack[:-1]:
+            if before.place == score.place and before.stack[:-1] == score.stack[:-1] and self._epochs(before, score):
                 return Fault("multi-epoch-last", score, update, before)
             return Fault("rescoring-after-adaptation", score, update, before)
         if self._in_training(update):
@@ -104,6 +109,14 @@ class Passes:
             if shared and same and (found is None or first.number < found.number):
                 found = first
         return found
+
+    def _epochs(self, before: Score, score: Score) -> bool:
+        """Whether the loop that repeats the pass stands in the function of the pass itself."""
+        turns = dict(before.nest)
+        cut = {loop for tok in score.targets for loop, _, _ in tok.spans}
+        repeated = [loop for loop, turn in score.nest if turns.get(loop, turn) != turn and loop not in cut]
+        inner = {self.trace.within.get(loop) for loop, _ in score.nest if loop in cut}
+        return any(self.trace.within.get(loop) in inner for loop in repeated)
 
     @staticmethod
     def _cut_by(tok: Tok, loops: list[int]) -> bool:
@@ -151,6 +164,10 @@ class Passes:
             if each.how == "gradient" and any(tok.data not in self.data for tok in each.learned)
         ]
         return not trained
+
+    def _in_artifact(self, score: Score, update: Update) -> bool:
+        """Whether what was learned went into the file that is scored: it was a part of the training."""
+        return any(update.number < saved <= score.number for saved in self.trace.saved)
 
     # Choices.
     def _choices(self, said: tuple[Said, ...], scores: list[Score]) -> Iterator[Fault]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 
 from fairway.audit.case import Case
-from fairway.audit.flow.events import Event, Said, Trace, Update
+from fairway.audit.flow.events import Event, Forward, Said, Trace, Update, bits
 from fairway.audit.passes.faults import Fault, Passes
 from fairway.audit.passes.reported import Reported, is_diagnosis, reported
 from fairway.audit.verdict import Finding, Place, Step
@@ -34,7 +34,7 @@ def verdict_on(case: Case, rule: str, clause: str, clean: str) -> Finding:
         verdict = "suspect" if guards else "violates"
         doubt = f" This depends on the setting at {guards[0]}, which nothing here decides." if guards else ""
         return Finding(
-            rule, verdict, _sentence(fault) + doubt, clause, place_of(fault), way(case.trace, fault, which.score)
+            rule, verdict, _sentence(fault) + doubt, clause, place_of(case, fault), way(case.trace, fault, which.score)
         )  # type: ignore[arg-type]
     if not which.score:
         return unseen(case, rule, clause)
@@ -48,7 +48,7 @@ def verdict_on(case: Case, rule: str, clause: str, clean: str) -> Finding:
     if other and not all(is_diagnosis(said) for said in which.others) and not _before(which, other):
         fault = _clearest(other)
         evidence = f"{_sentence(fault)} That number is not the last one reported; make sure that it is not the score."
-        return Finding(rule, "suspect", evidence, clause, place_of(fault), way(case.trace, fault, which.others))
+        return Finding(rule, "suspect", evidence, clause, place_of(case, fault), way(case.trace, fault, which.others))
     note = " A number printed beside it would break the rule, but it is not the score." if other else ""
     return Finding(rule, "clean", clean + note, clause, which.score[0].place)
 
@@ -71,13 +71,51 @@ def _clearest(faults: list[Fault]) -> Fault:
     return min(faults, key=lambda fault: (len(fault.score.guards) + len(fault.cause.guards), fault.cause.number))
 
 
-def place_of(fault: Fault) -> Place:
+def place_of(case: Case, fault: Fault) -> Place:
     """Where a reader should look."""
     if fault.kind in ("rescoring-after-adaptation", "two-pass-cache") and isinstance(fault.cause, Update):
-        return _parting(fault.score, fault.before or fault.cause)
+        place = _parting(fault.score, fault.before or fault.cause)
+        return _repeated(case.trace, fault) if place == fault.score.place else place
     if fault.kind == "multi-epoch-last":
         return fault.score.place
+    if isinstance(fault.cause, Update) and fault.cause.how == "computed":
+        return _calibrated(case, fault.cause)
+    if fault.kind.startswith("slot") and isinstance(fault.cause, Update):
+        return _objective(case.trace, fault.cause)
     return fault.cause.place
+
+
+def _calibrated(case: Case, update: Update) -> Place:
+    """Where the model was run on what it was calibrated on."""
+    kinds = {tok.data for tok in update.learned} & passes_of(case)[0].data
+    runs = [
+        event
+        for event in case.trace.events[: update.number]
+        if isinstance(event, Forward) and any(tok.data in kinds for tok in event.toks)
+    ]
+    learned = {(tok.data, tok.spans) for tok in update.learned}
+    fitting = [event for event in runs if any((tok.data, tok.spans) in learned for tok in event.toks)]
+    return (fitting or runs or [update])[-1].place
+
+
+def _objective(trace: Trace, update: Update) -> Place:
+    """Where the loss that a vector follows is made, in the function that optimises it."""
+    followed = [trace.scores[bit] for bit in bits(update.losses)]
+    depth = len(update.stack)
+    for score in reversed(followed):
+        if score.whole and score.stack[: depth - 1] == update.stack[:-1] and len(score.stack) >= depth:
+            return score.stack[depth - 1]
+    return update.place
+
+
+def _repeated(trace: Trace, fault: Fault) -> Place:
+    """The call in the body of the loop that repeats the pass."""
+    turns = dict((fault.before or fault.cause).nest)
+    for loop, turn in fault.score.nest:
+        depth = trace.depth.get(loop, 0)
+        if turns.get(loop, turn) != turn and 0 < depth <= len(fault.score.stack):
+            return fault.score.stack[depth - 1]
+    return fault.score.place
 
 
 def _parting(event: Event, other: Event) -> Place:

@@ -58,7 +58,7 @@ def _once(said: list[Said]) -> list[Said]:
     """One for each number and text: a log helper prints it and writes it to a file."""
     found: dict[tuple[object, ...], Said] = {}
     for each in said:
-        key = (each.stack[:-1][-3:-1], each.value.losses)
+        key = (each.stack[:-1], each.value.losses)
         old = found.get(key)
         if old is None or len(each.text) > 0 and not old.text:
             found[key] = each
