@@ -74,19 +74,14 @@ def _is_store(term: Term) -> bool:
 
 
 def _together(claim: Event, step: Event) -> bool:
-    """Whether a claim and a step stand in one function's loop: their calls part below the main function."""
-    shared = 0
-    for one, other in zip(claim.path, step.path, strict=False):
-        if one != other:
-            break
-        shared += 1
-    return shared >= 1 and claim.loops >= 1 and step.loops >= 1 and shared >= len(claim.path) - 2
+    """Whether a step is taken in the loop that the claim stands in."""
+    return claim.path[: claim.within] == step.path[: claim.within] and step.loops >= claim.loops
 
 
 def _carried(claim: Event, steps: list[Event]) -> Event | None:
     """The last step whose state was made before the claim."""
     for step in reversed(steps):
-        if step.order < claim.order:
+        if step.order < claim.order or step.term.called != "step":
             continue
         made = [t.value.order for t in walk(step.term) if t.op == "object"]
         if any(order < claim.order for order in made):

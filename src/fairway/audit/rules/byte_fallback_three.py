@@ -2,6 +2,7 @@
 
 from fairway.audit.case import Case
 from fairway.audit.terms.octets import encoded_text, has_byte_test, piece_of, tables_of, three_for_a_byte
+from fairway.audit.terms.term import Term, any_below
 from fairway.audit.terms.verdicts import byte_factors, clean, counted_otherwise
 from fairway.audit.verdict import Finding
 
@@ -19,6 +20,9 @@ def check(case: Case) -> Finding:
                 evidence = f"A byte piece is one byte, and here it counts as {wrong.value}."
                 return Finding(ID, "violates", evidence, CLAUSE, case.reading.place(wrong), case.reading.way(wrong))
             text = encoded_text(length)
+            if text is not None and any_below(text, _replaces):
+                evidence = "A byte piece is decoded with errors replaced and measured: U+FFFD has three bytes for one."
+                return Finding(ID, "violates", evidence, CLAUSE, case.reading.place(length), case.reading.way(length))
             if text is None or piece_of(text) is None or has_byte_test(table):
                 continue
             evidence = (
@@ -29,3 +33,8 @@ def check(case: Case) -> Finding:
     if not factors:
         return counted_otherwise(case, ID, CLAUSE)
     return clean(ID, CLAUSE, "byte pieces count as one byte, or bytes are not counted by pieces")
+
+
+def _replaces(term: Term) -> bool:
+    """bytes.decode("utf-8", "replace")."""
+    return term.called in ("decode", "str") and any(part.constant() in ("replace", "ignore") for part in term.parts)

@@ -2,7 +2,7 @@
 
 from fairway.audit.case import Case
 from fairway.audit.terms.gates import Gates
-from fairway.audit.terms.mixtures import unbalanced, wrongly_divided
+from fairway.audit.terms.mixtures import unbalanced, unpaid_bonus, wrongly_divided
 from fairway.audit.terms.verdicts import clean, unsaid
 from fairway.audit.verdict import Finding
 
@@ -25,6 +25,12 @@ def check(case: Case) -> Finding:
         term = next(unbalanced(gates), None)
         if term is not None:
             evidence = "The parts of a mixture are added with weights that do not sum to one."
+            return Finding(ID, "violates", evidence, CLAUSE, reading.place(term), reading.way(contribution.term, term))
+        term = next(unpaid_bonus(gates), None)
+        if term is not None:
+            evidence = (
+                "A right hint is given a bonus, and the share that it takes from all other tokens is never taken off."
+            )
             return Finding(ID, "violates", evidence, CLAUSE, reading.place(term), reading.way(contribution.term, term))
     if not reading.reported:
         return unsaid(ID, CLAUSE)

@@ -20,6 +20,8 @@ _PACKAGES = re.compile(
     r"|torch\.hub\.|socket\.create_connection|xmlrpc\.client|websockets?\.|openai\.|anthropic\.|transformers\.\w+\."
     r"from_pretrained|google\.cloud\.|modal\.Volume)"
 )
+_CLIENTS = re.compile(r"^(requests\.[Ss]ession|httpx\.(Async)?Client|aiohttp\.ClientSession|urllib3\.PoolManager)$")
+_ASKING = frozenset(("get", "post", "put", "request", "urlopen", "head", "send", "stream"))
 _COMMANDS = re.compile(
     r"\b(wget|curl|aria2c|git\s+clone|gsutil|rclone|huggingface-cli|hf\s+download|pip3?\s+install|aws\s+s3|scp)\b"
 )
@@ -52,12 +54,17 @@ def _seen(program: Program) -> str:
 def _network(term: Term) -> str | None:
     """What network client a call is, by the package it comes from or the program it starts."""
     name = str(term.value) if term.op == "call" else ""
+    if _CLIENTS.match(name):
+        return None  # the connection is opened by what is asked of it
     if _PACKAGES.match(name):
         return name
     if name.startswith(("subprocess.", "os.")) and term.called in _STARTERS:
         words = " ".join(str(t.value) for t in reversed(list(walk(*term.parts[:1]))) if t.op == "const")
         found = _COMMANDS.search(words)
         return f"{name} with {found.group(1)}" if found else None
+    if term.called in _ASKING and term.receiver is not None:
+        client = next((t for t in walk(term.receiver) if t.op == "call" and _CLIENTS.match(str(t.value))), None)
+        return f"{client.value}().{term.called}" if client is not None else None
     if term.called in _SENDING and term.receiver is not None:
         made = any_below(term.receiver, lambda t: t.op == "call" and t.value == "socket.socket")
         return "a socket's " + term.called if made else None

@@ -13,7 +13,15 @@ CLAUSE = 'RULES.md (b) 1 and 2, (c) "Oracle safety gate"'
 def check(case: Case) -> Finding:
     reading = case.reading
     for contribution in reading.contributions:
-        term = next(Gates(contribution).oracles(), None)
+        gates = Gates(contribution)
+        cut = next(gates.clipped(), None)
+        if cut is not None:
+            evidence = (
+                "Losses are cut off at a number once the target is known; no distribution gives every token at least that "
+                "probability unless its parts are mixed before."
+            )
+            return Finding(ID, "violates", evidence, CLAUSE, reading.place(cut), reading.way(contribution.term, cut))
+        term = next(gates.oracles(), None)
         if term is not None:
             evidence = (
                 "Two predictions of the same token are compared by how well they did on it and the better one is scored; "

@@ -217,6 +217,7 @@ def enter(
         frame.vars["__self__"] = positional[0]
     m.active.append(node)
     m.path.append(function.name)
+    m.marks.append(m.loops)
     loops, m.loops = m.loops, m.loops
     try:
         if isinstance(node, ast.Lambda):
@@ -225,6 +226,7 @@ def enter(
     finally:
         m.active.pop()
         m.path.pop()
+        m.marks.pop()
         m.loops = loops
     if changed is not None:
         for name, before in given.items():

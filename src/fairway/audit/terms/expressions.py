@@ -353,6 +353,21 @@ _SOLID = frozenset(
 )
 
 
+def spelt_items(term: Term) -> tuple[Term, ...] | None:
+    """The elements of a short tuple, list or table that is written out; None for anything else."""
+    while term.op == "store" and term.value is None and term.parts[1].op == "const":
+        term = term.parts[0]
+    if term.op in ("tuple", "list") and term.value != "comp" and 0 < len(term.parts) <= _SHORT:
+        return term.parts
+    if term.op == "dict" and term.value != "comp" and 0 < len(term.parts) <= 2 * _SHORT:
+        keys = term.parts[::2]
+        return keys if all(key.op == "const" for key in keys) else None
+    return None
+
+
+_SHORT = 6
+
+
 def _empty(term: Term) -> bool:
     return term.op in ("list", "tuple", "set", "dict") and not term.parts
 
@@ -410,11 +425,16 @@ def _item(m: "Machine", base: Term, index: Term, file: str, line: int) -> Term:
         where = base.parts[1].value if base.parts[1].op == "const" else UNKNOWN
         if isinstance(where, int):
             return base.parts[2] if where == key else item(m, base.parts[0], index, file, line)
+    if base.op == "store" and index.op != "const" and base.parts[2].op == "object":
+        held = item(m, base.parts[0], index, file, line) if base.parts[0].op == "store" else base.parts[2]
+        return held if held is base.parts[2] else Term("merge", (held, base.parts[2]), None, file, line)
     if base.op == "call" and isinstance(key, int) and base.called in _HOLDERS:
         held = base.operand("data", "a", "tensors")
         if held is not None and (held.op != "call" or held.called in _HOLDERS):
             return item(m, held, index, file, line)
-    if base.op == "call" and base.called in ("min", "max", "reversed", "sorted") and index.op == "const" and base.parts:
+    if base.op == "call" and base.value in ("reversed", "sorted") and isinstance(key, int) and base.parts:
+        return element(m, base.parts[0], file, line)
+    if base.op == "call" and base.value in ("min", "max") and index.op == "const" and base.parts:
         one = element(m, base.parts[0], file, line)
         if one.op != "each":
             return Term(

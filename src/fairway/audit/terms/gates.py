@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from functools import cached_property
 
 from fairway.audit.terms.octets import looked_up
-from fairway.audit.terms.streams import Streams, reads, token_terms
+from fairway.audit.terms.streams import Streams, is_mask, reads, token_terms
 from fairway.audit.terms.targets import Contribution, is_running
 from fairway.audit.terms.term import Term, alternatives, any_below, peel, same
 
@@ -58,6 +58,21 @@ class Gates:
                 several = len(scored) >= 2 and not any(carried(part, term) for part in scored)
                 if several or (len(options) == len(scored) == 1 and _chooses(scored[0])):
                     yield term
+
+    def clipped(self) -> Iterator[Term]:
+        """Losses that are cut off above, probabilities that are lifted to a floor: by more than a guard against nought."""
+        for term in self.nodes:
+            if term.op != "call" or term.called not in _CUTS:
+                continue
+            operand = term.operand("a")
+            if operand is None or not self._scored(operand):
+                continue
+            low, high = _bounds(term)
+            inside = id(term) in self.inside
+            if (not inside and high is not None and 0 < high <= _HIGHEST) or (
+                inside and low is not None and low >= _LOWEST
+            ):
+                yield term
 
     def _scored(self, term: Term) -> bool:
         return bool(self.kinds(term) & {"score", "key"})
@@ -122,11 +137,17 @@ class Gates:
         known = "read" in kinds or ("score" in kinds and not any(self._compared(test)))
         if known and not (_is_nothing(yes) or _is_nothing(no)):
             yield term
+        if kinds == {"match"} and not any(self._is_plain(arm) for arm in (yes, no)):
+            yield term  # a hint that is kept or dropped by whether it is right
         hint_only = kinds == {"match"} and self._scored(yes) and self._scored(no)
-        if hint_only and self._has_other_place(yes) != self._has_other_place(no):
+        if hint_only and self.has_other_place(yes) != self.has_other_place(no):
             yield term
 
-    def _has_other_place(self, term: Term) -> bool:
+    def _is_plain(self, arm: Term) -> bool:
+        """A loss, a token, a constant: what a mask or the accepted tilt chooses between."""
+        return self._scored(arm) or bool(self.kinds(arm)) or _is_nothing(arm) or peel(arm).op == "const"
+
+    def has_other_place(self, term: Term) -> bool:
         """Whether a distribution is read at another token than the target: the hint, for the normaliser."""
         for below in self.of.below(term):
             place = self.of.scored_place(below)
@@ -158,7 +179,7 @@ class Gates:
 
     def _looks_up_target(self, term: Term) -> bool:
         """table[target] where the table is no distribution and no memory of contexts."""
-        if term.op != "item" or self.of.scored_place(term) is not None:
+        if term.op != "item" or self.of.scored_place(term) is not None or is_mask(term.parts[1]):
             return False
         return "read" in self.kinds(term) and not self.of.streams.is_stream(term)
 
@@ -211,6 +232,33 @@ class Gates:
 
     def tokens(self, key: Term) -> list[Term]:
         return list(token_terms(key, self.of.streams))
+
+
+_CUTS = frozenset(("clamp", "clip", "clamp_max", "clamp_min", "minimum", "maximum", "min", "max"))
+_HIGHEST = 20.0  # nats: a token of probability 2e-9; a guard against infinity stands higher
+_LOWEST = 1e-5  # of a probability; a guard against log 0 is 1e-9 or less
+
+
+def _bounds(term: Term) -> tuple[float | None, float | None]:
+    """(lower, upper) bound by a number."""
+    numbers = {key: part.constant() for part, key in zip(term.parts, term.keys, strict=True) if key != "self"}
+    first = [value for key, value in numbers.items() if isinstance(value, (int, float)) and not isinstance(value, bool)]
+    word = term.called
+    low, high = numbers.get("min", numbers.get("a_min")), numbers.get("max", numbers.get("a_max"))
+    if word in ("clamp_min", "maximum", "max") and low is None:
+        low = first[0] if first else None
+    elif word in ("clamp_max", "minimum", "min") and high is None:
+        high = first[0] if first else None
+    elif word in ("clamp", "clip") and low is None and high is None:
+        plain = [
+            value for key, value in numbers.items() if isinstance(key, int) and not (key == 0 and term.receiver is None)
+        ]
+        low, high = (*plain, None, None)[:2]
+    return _number(low), _number(high)
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
 _LIMITS = frozenset(

@@ -54,6 +54,7 @@ class Machine:
         self.active: list[ast.AST] = []
         self.loops = 0
         self.rounds = 0
+        self.marks: list[int] = []  # loops that held when each of the calls in `path` was entered
         self.steps = 0
         self.own_steps: dict[int, int] = {}
         self.cut: list[str] = []  # functions that were not entered any more
@@ -241,6 +242,9 @@ class Machine:
 
     def on_For(self, node: ast.For | ast.AsyncFor, frame: Frame) -> bool:
         term = self.value(node.iter, frame)
+        few = expressions.spelt_items(term)
+        if few is not None and not node.orelse:
+            return self.unrolled(node, few, frame)
         element = expressions.element(self, term, frame.file, node.lineno)
 
         def begin() -> None:
@@ -250,6 +254,28 @@ class Machine:
         return self.loop(node.body, node.orelse, frame, begin)
 
     on_AsyncFor = on_For
+
+    def unrolled(self, node: ast.For | ast.AsyncFor, items: Sequence[Term], frame: Frame) -> bool:
+        """A loop over a few things that are written out: its body once for each."""
+        loop = Loop(len(self.conditions))
+        frame.loops.append(loop)
+        broken: list[tuple[Term | None, dict[str, Term]]] = []
+        for one in items:
+            loop.continued = []
+            self.assign(node.target, one, frame)
+            ended = self.block(node.body, frame)
+            left = loop.continued[::-1]
+            if ended and left:
+                frame.vars = dict(left.pop(0)[1])
+            for test, names in left:
+                frame.vars = self.join(test, names, frame.vars)
+            broken = loop.broken
+            if ended and not left and any(test is None for test, _ in broken):
+                break
+        frame.loops.pop()
+        for test, names in broken[::-1]:
+            frame.vars = dict(names) if test is None else self.join(test, names, frame.vars)
+        return False
 
     def on_While(self, node: ast.While, frame: Frame) -> bool:
         if self.holds(self.value(node.test, frame)) is False:
@@ -429,7 +455,12 @@ class Machine:
                 self.bind(target.value.id, changed, frame)
 
     def record(self, term: Term) -> None:
-        self.events.append(Event(term, tuple(self.conditions), tuple(self.path), self.loops, len(self.events)))
+        here = (tuple(self.conditions), tuple(self.path), self.loops, len(self.events), self.within())
+        self.events.append(Event(term, *here))
+
+    def within(self) -> int:
+        """How far down the calls the innermost loop stands."""
+        return next((i for i in range(len(self.marks), 0, -1) if self.marks[i - 1] < self.loops), 0)
 
     def may_enter(self, function: Function) -> bool:
         """Whether a call is followed: not too deep, no recursion, effort left for this function and in all."""

@@ -59,6 +59,27 @@ def unbalanced(gates: Gates) -> Iterator[Term]:
             yield from _whole_before(term)
 
 
+def unpaid_bonus(gates: Gates) -> Iterator[Term]:
+    """loss - bonus * (hint == target) where nothing that reads the hint's own probability is added."""
+    for term in gates.nodes:
+        if id(term) in gates.inside or term.op != "op" or term.value not in ("*", "-", "+"):
+            continue
+        if term.value == "*":
+            kinds = [gates.kinds(part) for part in term.parts]
+            if frozenset(("match",)) in kinds and frozenset() in kinds and not gates.has_other_place(gates.of.term):
+                if _is_hint(gates, term.parts[kinds.index(frozenset(("match",)))]):
+                    yield term
+
+
+def _is_hint(gates: Gates, match: Term) -> bool:
+    """hint == target, not target == padding."""
+    for term in gates.of.below(match):
+        if term.op == "compare" and term.value == "==" or term.called == "eq":
+            if all(peel(part).op not in ("const", "env", "attr") for part in term.parts[:2]):
+                return True
+    return False
+
+
 def _weight(term: Term, gates: Gates) -> float | None:
     """The number that a distribution is multiplied by."""
     below = peel(term)

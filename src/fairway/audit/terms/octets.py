@@ -185,8 +185,8 @@ class SpaceCount:
         return self.marks[id(term)][1]
 
     def of(self, term: Term, marked: bool = False, table: int = 0, depth: int = 200) -> Spaces:
-        """marked: a condition that holds here says that the piece has the mark; table: the outermost table that is
-        looked into."""
+        """marked: a condition that holds here says that the piece has the mark; table: the innermost table that
+        was looked into."""
         key = (id(term), marked, table)
         if key not in self.done:
             self.done[key] = (term, NONE)  # a circle adds nothing
@@ -222,7 +222,7 @@ class SpaceCount:
             return self._most((term.parts[0], term.parts[2]), marked, table, depth)
         column = looked_up(term)
         if column is not None:
-            return self.of(column, marked, table or id(column), depth)
+            return self.of(column, marked, id(column), depth)
         if term.op == "compare":
             return self._one(term, table) if self.has_mark(term) else NONE
         return self._call(term, marked, table, depth) if term.op == "call" else NONE

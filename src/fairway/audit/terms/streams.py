@@ -42,14 +42,15 @@ class Streams:
         return found
 
     def _found(self, term: Term, depth: int) -> bool:
-        if term.op == "call" and term.called in _SOURCES:
+        if term.op == "call" and term.called in _SOURCES and not _is_text_coding(term):
             return True
         if term.op == "item" or (term.op == "call" and term.called in ("get", "index_select", "take", "gather")):
             base = looked_up(term) if term.called != "get" else term.receiver
             if base is None or self.is_memory(base):
                 return False
             place = term.parts[1] if term.op == "item" else None
-            return self._is(base, depth + 1) and (place is None or not self.from_tokens(place))
+            chosen = place is not None and not is_mask(place) and self.from_tokens(place)
+            return self._is(base, depth + 1) and not chosen
         return any(self._is(part, depth + 1) for part in carried(term))
 
     def chain(self, term: Term) -> dict[int, Term]:
@@ -103,7 +104,7 @@ class Streams:
             if id(term) in seen:
                 continue
             seen.add(id(term))
-            if term.op in ("store", "item") and self.from_tokens(term.parts[1]):
+            if term.op in ("store", "item") and not is_mask(term.parts[1]) and self.from_tokens(term.parts[1]):
                 return True
             filled = term.op == "mutate" and term.value in (".index_put_", ".put_", ".index_fill_", ".__setitem__")
             if filled and any(self.from_tokens(part) for part in term.parts[1:]):
@@ -123,6 +124,24 @@ class Streams:
         return False
 
 
+def _is_text_coding(term: Term) -> bool:
+    """text.encode("utf-8") makes bytes; a tokenizer's encode(text) makes token ids."""
+    if term.called != "encode":
+        return False
+    given = [part for part, key in zip(term.parts, term.keys, strict=True) if key != "self"]
+    return not given or isinstance(given[0].constant(), str)
+
+
+def is_mask(index: Term) -> bool:
+    """A selection by truth values: it picks positions, and looks nothing up."""
+    below = peel(index)
+    if below.op == "compare":
+        return True
+    if below.op == "op" and below.value in ("&", "|", "~", "not", "and", "or"):
+        return any(is_mask(part) for part in below.parts)
+    return below.op == "call" and below.called in ("isin", "in1d", "eq", "ne", "logical_and", "logical_or", "nonzero")
+
+
 def carried(term: Term) -> tuple[Term, ...]:
     """The parts whose token ids a term passes on."""
     below = peel(term)
@@ -138,6 +157,8 @@ def carried(term: Term) -> tuple[Term, ...]:
         return term.parts
     if term.op == "attr" and term.value in ("T", "data", "values", "flat"):
         return term.parts
+    if term.op == "call" and term.called == "split" and any(isinstance(p.constant(), str) for p in term.parts):
+        return ()  # a text's lines or words
     if term.op == "call" and term.called in _CARRIERS:
         return term.parts
     if term.op == "op" and term.value == "+" and all(part.op in ("list", "item", "tuple") for part in term.parts):

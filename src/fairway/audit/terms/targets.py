@@ -32,6 +32,7 @@ class Contribution:
         self.wide: dict[int, tuple[Term, bool]] = {}
         self.targets = list(self._targets())
         self.own = self._own()
+        self.aligned = self._aligned()
 
     # ---- what the target is
 
@@ -108,6 +109,16 @@ class Contribution:
                 context.update(self.streams.chain(term))
         return {key: term for key, term in chains.items() if key not in context}
 
+    def _aligned(self) -> set[int]:
+        """Whole streams that the target is a slice of, where something computed beside them, position by position, is
+        cut at the same place: hints[a:b] beside tokens[a:b]."""
+        cuts = [term for term in self.own.values() if term.op == "item"]
+        found: set[int] = set()
+        for term in self.below(self.term) if cuts else ():
+            if term.op == "item" and not self.streams.is_stream(term):
+                found.update(id(cut.parts[0]) for cut in cuts if same(cut.parts[1], term.parts[1], 8))
+        return found - {id(term) for term in self.own.values()}
+
     def is_target(self, term: Term) -> bool:
         if id(term) in self.own:
             return True
@@ -124,8 +135,10 @@ class Contribution:
     def _kinds(self, term: Term) -> frozenset[str]:
         if self.is_target(term):
             return frozenset(("read",))
-        if _is_past(term):
+        if _is_past(term) or (term.op == "item" and id(term.parts[0]) in self.aligned):
             return frozenset()
+        if id(term) in self.aligned:
+            return frozenset(("read",))
         place = self.scored_place(term)
         if place is not None and any(self.is_target(one) for one in _members(place)):
             rest = [part for part in term.parts if part is not place]

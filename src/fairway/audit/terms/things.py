@@ -92,7 +92,7 @@ class Event:
     """A call of something that is not the script's own, in the order in which the script is read.
 
     term: the call; conditions: those that could not be decided and under which it happens; path: the names of the
-    script's functions being executed, outermost first.
+    script's functions being executed, outermost first; loops: how many of them it stands in.
     """
 
     term: Term
@@ -100,6 +100,7 @@ class Event:
     path: tuple[str, ...]
     loops: int
     order: int = 0
+    within: int = 0  # how many names of `path` lead to the function that holds the innermost loop
 
 
 def constant(value: Any, file: str = "", line: int = 0) -> Term:
