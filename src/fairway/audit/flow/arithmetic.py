@@ -64,6 +64,9 @@ class Arithmetic(Containers):
                 result.flags &= ~LENGTH
             if isinstance(op, (ast.Div, ast.Mult)) and (self._scales(one, two) or self._scales(two, one)):
                 result.flags |= SCALED
+            number = two.const if one.active else one.const
+            if isinstance(op, ast.Div) and isinstance(number, (int, float)) and not isinstance(number, bool):
+                result.limit = float(number)
             if (one.cuts or two.cuts) and not result.flags & INDEXED:
                 return self.cut(result, two.cuts if one.toks else one.cuts, node)
             return result

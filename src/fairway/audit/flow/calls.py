@@ -166,6 +166,8 @@ class Calls(Foreign):
             one = base if len(base.refs) == 1 else base.but(refs=frozenset((obj,)))
             found = self._method(obj, one, name, args, kwargs, node)
             result = found if result is None else join(result, found)
+        if result is not None and base.choices:
+            return self._chosen_from(result, base.choices)
         return result if result is not None else NOTHING
 
     def _method(

@@ -141,7 +141,7 @@ class Containers(Classes):
         result = found[0]
         for each in found[1:]:
             result = join(result, each)
-        choices = 0
+        choices = base.choices
         for part in parts:
             choices |= part.value.choices if part.value else 0
         if choices:
@@ -150,7 +150,8 @@ class Containers(Classes):
 
     def _exact(self, base: Value, index: Value) -> Value | None:
         if base.items is not None and isinstance(index.const, int) and -len(base.items) <= index.const < len(base.items):
-            return base.items[index.const]
+            found = base.items[index.const]
+            return self._chosen_from(found, base.choices) if base.choices else found
         if isinstance(base.const, (str, bytes, tuple, list, dict)) and index.const is not MISSING:
             try:
                 return Value(const=base.const[index.const])  # type: ignore[index, call-overload]
@@ -263,7 +264,8 @@ class Containers(Classes):
         if obj.slots.get("#learned"):
             flats = [self.flat(each) for each in keys]
             state = Value(states=frozenset((obj,)), knows=self.knows(obj), choices=obj.slots.get("#choices", 0))
-            found = blend(self.flat(found), state, *flats).but(refs=found.refs)
+            held = self.flat(found).but(toks=frozenset(), const=MISSING)  # whose tokens it holds, `knows` says
+            found = blend(held, state, *flats).but(refs=found.refs)
         return self.tagged(found, spans) if spans else found
 
     def element_of(self, obj: Obj) -> Value:
@@ -425,7 +427,7 @@ class Containers(Classes):
         """list.append"""
         if self.chosen:
             value = value.but(choices=value.choices | self.chosen)
-        value = self.earlier_dropped(value)
+        value = self.repeats(self.earlier_dropped(value), obj.born)
         exact = obj.slots.get("#items")
         if isinstance(exact, Value) and exact.items is not None:
             if len(self.nest) == len(obj.born) and len(exact.items) < 24:
@@ -437,6 +439,18 @@ class Containers(Classes):
     # Iteration.
     def elements(self, value: Value, node: ast.AST | None) -> Elements:
         """What `for x in value` goes through."""
+        found = self._elements(value, node)
+        if not value.choices:
+            return found
+        exact = tuple(self._chosen_from(each, value.choices) for each in found.exact) if found.exact is not None else None
+        return replace(found, exact=exact, any=self._chosen_from(found.any, value.choices))
+
+    def _chosen_from(self, elem: Value, choices: int) -> Value:
+        """The element as one that was chosen by losses."""
+        items = tuple(self._chosen_from(item, choices) for item in elem.items) if elem.items is not None else None
+        return elem.but(items=items, choices=elem.choices | choices)
+
+    def _elements(self, value: Value, node: ast.AST | None) -> Elements:
         if value.items is not None and not value.refs:
             return self._exactly(value.items, value)
         if isinstance(value.const, (str, bytes, tuple, list, dict, set, frozenset)) and not value.refs:

@@ -10,7 +10,7 @@ from typing import Any
 from fairway.audit.flow import events
 from fairway.audit.flow.heap import Change, Heap, Obj, joined_slot
 from fairway.audit.flow.tokens import Span, merged_spans, narrowed
-from fairway.audit.flow.values import MISSING, NO_OBJECTS, NO_TOKENS, NOTHING, WEIGHTS, Value, blend, join
+from fairway.audit.flow.values import MISSING, NO_OBJECTS, NO_TOKENS, NOTHING, REPEATS, WEIGHTS, Value, blend, join
 from fairway.audit.reading.script import Script
 from fairway.audit.settings import Settings
 from fairway.audit.verdict import Place
@@ -65,6 +65,7 @@ class Core:
         self.guards: list[Place] = []
         self.files = self.heap.new("dict", "files")
         self.foreign: dict[str, Value] = {}
+        self.turns: dict[int, int] = {}  # loop -> iterations walked
         self.forwards = 0  # models whose forward is under way
         self.said_unknown: set[tuple[str, int, str]] = set()
 
@@ -187,7 +188,8 @@ class Core:
         if not value.refs and value.items is None:
             return value
         own = value.but(refs=NO_OBJECTS, items=None)
-        parts = [] if value.const is MISSING and self.plain(own) and not (own.flags or own.words or own.spans) else [own]
+        empty = value.const is MISSING and self.plain(own) and not (own.flags or own.words or own.spans or own.choices)
+        parts = [] if empty else [own]
         if value.items is not None and deep:
             parts += [self.flat(item, deep - 1) for item in value.items[:24]]
         for obj in value.refs:
@@ -235,6 +237,17 @@ class Core:
         """The iterations of the loops that were entered since."""
         known = {loop for loop, _ in born}
         return tuple(sorted((loop, turn, turn) for loop, turn in self.nest if loop not in known))
+
+    def repeats(self, value: Value, born: tuple[tuple[int, int], ...], deep: int = 2) -> Value:
+        """An element that is put into a list once in each iteration of a loop that it does not depend on: it comes
+        again whenever the list is gone through."""
+        if value.items is not None and deep:
+            return value.but(items=tuple(self.repeats(item, born, deep - 1) for item in value.items))
+        if not value.spans or value.refs or value.losses:
+            return value
+        known = {loop for loop, _, _ in value.spans} | {loop for loop, _ in born}
+        again = any(loop not in known and self.turns.get(loop, 1) > 1 for loop, _ in self.nest)
+        return value.but(flags=value.flags | REPEATS) if again else value
 
     def here(self) -> tuple[Span, ...]:
         return self.since(())

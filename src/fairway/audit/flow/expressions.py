@@ -10,7 +10,7 @@ from typing import Any
 from fairway.audit.flow.calls import Calls
 from fairway.audit.flow.containers import Elements
 from fairway.audit.flow.heap import Obj
-from fairway.audit.flow.values import GRAD, LENGTH, MISSING, NO_OBJECTS, NONE, NOTHING, TEXT, Value, blend, join
+from fairway.audit.flow.values import GRAD, LENGTH, MISSING, NO_OBJECTS, NONE, NOTHING, REPEATS, TEXT, Value, blend, join
 
 _BUILTINS = frozenset(dir(builtins))
 _TRUE, _FALSE = Value(const=True), Value(const=False)
@@ -360,7 +360,8 @@ class Expressions(Calls):
     def _clauses(self, clauses: list[ast.comprehension], n: int, results: list[ast.expr], found: list[list[Value]]) -> bool:
         """Walk the loops of a comprehension; True where each element stands alone."""
         if n == len(clauses):
-            found.append([self.evaluate(each) for each in results])
+            born = tuple(self.nest[: len(self.nest) - n])
+            found.append([self.repeats(self.evaluate(each), born) for each in results])
             return True
         clause = clauses[n]
         elements = self.elements(self.evaluate(clause.iter), clause.iter)
@@ -370,6 +371,7 @@ class Expressions(Calls):
         if elements.count == 0:
             return True
         loop = self.loop_id(clause)
+        self.turns[loop] = elements.count if elements.count is not None else 2
         for turn, element in enumerate(turns, start=1):
             self.nest.append((loop, turn))
             self.assign(clause.target, element if alone else self.turned(element, loop, turn))
@@ -395,8 +397,10 @@ class Expressions(Calls):
         return Elements(tuple(Value(const=(first or 0) + n * step) for n in range(count)), elements.any, count)
 
     def turned(self, element: Value, loop: int, turn: int) -> Value:
-        """The element that an iteration of a loop takes."""
-        return self.tagged(element, ((loop, turn, turn),))
+        """The element that an iteration of a loop takes; what a list holds several times is the same each time."""
+        if element.items is not None and not element.refs:
+            return element.but(items=tuple(self.turned(item, loop, turn) for item in element.items))
+        return element if element.flags & REPEATS else self.tagged(element, ((loop, turn, turn),))
 
     def loop_id(self, node: ast.AST) -> int:
         """The loop's number."""

@@ -17,7 +17,6 @@ from fairway.audit.flow.values import (
     NOTHING,
     ONE_ROW,
     SCALED,
-    WEIGHTS,
     Value,
     blend,
     join,
@@ -36,7 +35,8 @@ class Learning(Core):
         flags = (logits.flags | targets.flags) & (ONE_ROW | SCALED)
         score = self.note(
             events.Score, node, bit=bit, targets=toks, states=logits.states, knows=logits.knows, choices=choices,
-            parts=logits.losses | targets.losses, scaled=bool(logits.flags & SCALED), one_row=bool(flags & ONE_ROW),
+            parts=logits.losses | targets.losses, scaled=bool(logits.flags & SCALED), one_row=bool(targets.flags & ONE_ROW),
+            scale=logits.limit,
         )  # fmt: skip
         self.trace.scores.append(score)
         return Value(
@@ -79,6 +79,7 @@ class Learning(Core):
     def choose(self, form: str, operands: list[Value], node: ast.AST | None) -> int:
         """A choice by comparing losses: its bit as a mask."""
         bit = len(self.trace.choices)
+        operands = [self.flat(each) for each in operands]
         losses = _united(each.losses for each in operands)
         choice = self.note(events.Choice, node, bit=bit, losses=losses, form=form, operands=tuple(operands))
         self.trace.choices.append(choice)
@@ -180,7 +181,7 @@ class Learning(Core):
             self.heap.set(root, "#family", root.slots.get("#family", 0) | mask)
         if value.choices:
             self.heap.set(root, "#choices", root.slots.get("#choices", 0) | value.choices)
-        if value.toks and not (value.flags & WEIGHTS and not value.flags & GRAD):
+        if value.toks:
             self.learn(obj, value.toks, "gradient" if value.flags & GRAD else "computed", node, value.losses)
 
     def reset(self, obj: Obj) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import fnmatch
 from collections.abc import Callable
 
 from fairway.audit.flow import events
@@ -65,7 +66,7 @@ class Methods(Operations):
                         self.add(obj, item, node)
                 else:
                     self.loosen(obj)
-                    self.add_content(obj, self.earlier_dropped(elements.any), "#elem")
+                    self.add_content(obj, self.repeats(self.earlier_dropped(elements.any), obj.born), "#elem")
             return NONE
         if name in _SHRINK or name == "get":
             return self.tagged(self.element_of(obj), (*base.spans, *self.since(obj.born)))
@@ -351,7 +352,8 @@ class Methods(Operations):
                     found = join(found, each)
                 return found
         spans = path.spans if not live else self.here()
-        return Value(toks=frozenset((Tok(kind, spans),)), flags=RAW, env=path.env)
+        kinds = ("train", "val") if kind.startswith("file:") and _takes_both(path) else (kind,)
+        return Value(toks=frozenset(Tok(each, spans) for each in kinds), flags=RAW, env=path.env)
 
     def write_to(self, path: Value, value: Value, node: ast.AST | None) -> None:
         """The script writes a file."""
@@ -418,6 +420,19 @@ def data_kind(path: Value) -> str:
                 return "train"
     text = "~".join(str(each) for each in texts)
     return f"file:{text[:80]}"
+
+
+def _takes_both(path: Value) -> bool:
+    """Whether a pattern fits training and validation shards alike: `fineweb_*_*.bin`."""
+    texts = [path.const] if isinstance(path.const, str) else [str(word) for word in path.words]
+    for text in reversed(texts):
+        piece = str(text).rsplit("/", 1)[-1].lower()
+        if "*" in piece and piece != "*":
+            stem = piece.split("*", 1)[0]
+            shards = [f"{stem}{word}_000000{suffix}" for word in ("val", "train") for suffix in (".bin", ".npy", ".pt", ".bin.zst")]
+            fits = [fnmatch.fnmatchcase(shard, piece) for shard in shards]
+            return any(fits[:4]) and any(fits[4:])
+    return False
 
 
 def _letters(text: str) -> list[str]:

@@ -245,10 +245,6 @@ class Operations(Arithmetic):
             result = result.but(toks=frozenset(), flags=0)
         return result
 
-    def _chosen_from(self, elem: Value, choices: int) -> Value:
-        items = tuple(self._chosen_from(item, choices) for item in elem.items) if elem.items is not None else None
-        return elem.but(items=items, choices=elem.choices | choices)
-
     def _where(self, flats: list[Value], node: ast.AST | None) -> Value:
         condition, one, two = flats[:3]
         result = blend(one, two)

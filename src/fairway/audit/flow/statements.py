@@ -268,6 +268,7 @@ class Statements(Expressions):
         if self.forwards and len(turns) > 1 and not _learns(node):  # layers: one stands for all
             turns = turns[:1] if elements.exact is None else turns
         loop = self.loop_id(node)
+        self.turns[loop] = elements.count if elements.count is not None else 2
 
         def start(turn: int) -> None:
             element = turns[turn - 1]

@@ -56,8 +56,22 @@ class Passes:
                     found.append(fault)
                     if fault.kind == "training-before-scoring" and self._in_artifact(score, update):
                         found.append(replace(fault, kind="validation-in-training"))
-        found += self._choices(said, scores)
-        return found
+        chosen = list(self._choices(said, scores))
+        if any(fault.kind == "min-over-passes" for fault in chosen):  # it says all that the passes say one by one
+            found = [fault for fault in found if fault.kind not in ("multi-epoch-last", "rescoring-after-adaptation")]
+            chosen = [fault for fault in chosen if fault.kind != "choice-by-validation"]
+        return found + chosen
+
+    def _family(self, mask: int) -> int:
+        """Scores with what they are made of and parts of."""
+        seen, waiting = 0, mask
+        while waiting:
+            low = waiting & -waiting
+            waiting ^= low
+            seen |= low
+            score = self.trace.scores[low.bit_length() - 1]
+            waiting |= (score.parts | score.whole) & ~seen
+        return seen
 
     # Learning.
     def _learned(self, score: Score, update: Update) -> Fault | None:
@@ -108,7 +122,18 @@ class Passes:
             )
             if shared and same and (found is None or first.number < found.number):
                 found = first
-        return found
+        return found or self._same_site(score, update, learned)
+
+    def _same_site(self, score: Score, update: Update, learned: list[Tok]) -> Score | None:
+        """An earlier scoring in the same line, in the turn of a loop in which the update is made: a loop over a list
+        that holds each chunk several times."""
+        turns = set(update.nest)
+        for first in self.booked:
+            near = first.place == score.place and first.number < min(update.number, score.number)
+            if near and any(each in turns for each in first.nest):
+                if any(related(tok, target) == "same" for tok in learned for target in first.targets):
+                    return first
+        return None
 
     def _epochs(self, before: Score, score: Score) -> bool:
         """Whether the loop that repeats the pass stands in the function of the pass itself."""
@@ -189,9 +214,14 @@ class Passes:
                 ]
                 if not about:
                     continue
-                direct = any(each.value.choices >> choice.bit & 1 and each.value.losses & choice.losses for each in said)
+                family = self._family(choice.losses)
+                direct = any(
+                    each.value.choices >> choice.bit & 1 and self._family(each.value.losses) & family for each in said
+                )
                 if direct and self._repeated(seen):
-                    yield Fault("min-over-passes", score, choice, about[0])
+                    scales = {each.scale for each in seen if each.scale is not None}
+                    swept = len(scales) > 1 and len({each.knows for each in seen}) == 1
+                    yield Fault("temperature-from-validation" if swept else "min-over-passes", score, choice, about[0])
                 elif score.choices >> choice.bit & 1 and choice.number < score.number:
                     kind: Kind = "temperature-from-validation" if score.scaled else "choice-by-validation"
                     yield Fault(kind, score, choice, about[0])
