@@ -11,6 +11,7 @@ from fairway.audit.flow import events
 from fairway.audit.flow.containers import Containers, sym_of
 from fairway.audit.flow.tokens import Cut, merged_spans
 from fairway.audit.flow.values import (
+    CAPPED,
     CLOCK,
     GRAD,
     INDEXED,
@@ -214,9 +215,21 @@ class Arithmetic(Containers):
             if (one.flags ^ two.flags) & CLOCK:
                 self._watch(one, two, node)
             result.cuts = result.cuts | self._positions(op, one, two, texts)
+        if self._caps(op, one, two):
+            result.flags |= CAPPED
         result.losses = 0
         result.flags &= ~POSITIONS
         return result
+
+    @staticmethod
+    def _caps(op: ast.cmpop, one: Value, two: Value) -> bool:
+        """count >= 8_000_000, seconds > 550: a limit that the data do not set."""
+        if not isinstance(op, (ast.Gt, ast.GtE)):
+            return False
+        if one.flags & CLOCK and not two.flags & CLOCK:
+            return True
+        number = isinstance(two.const, (int, float)) and not isinstance(two.const, bool) and two.const >= 1000
+        return number and one.const is MISSING and not one.flags & LENGTH and not one.losses
 
     def _known(self, op: ast.cmpop, left: Value, right: Value, texts: Any) -> bool | None:
         if isinstance(op, (ast.In, ast.NotIn)):

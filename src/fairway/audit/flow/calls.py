@@ -57,6 +57,11 @@ class Calls(Foreign):
             found = self.find(obj.data, "__call__")
             if found is not None:
                 return self.call(self.bound(found[0], self.ref(obj), obj.data), args, kwargs, node)
+        if kind == "gradient":
+            function, valued = obj.data
+            value = self.flat(self.call(function, args, kwargs, node))
+            grads = self.gradient(value)
+            return Value(items=(value, grads)) if valued else grads
         if kind == "kernel":
             return self._launch(args, kwargs, node)
         if kind == "wrapper":

@@ -117,7 +117,12 @@ class Classes(Learning):
             result = join(result, each)
         if base.spans and not any("#module" in obj.slots for obj in base.refs):
             result = self.tagged(result, base.spans)
-        return result
+        return self._chosen_from(result, base.choices) if base.choices else result
+
+    def _chosen_from(self, elem: Value, choices: int) -> Value:
+        """The element as one that was chosen by losses."""
+        items = tuple(self._chosen_from(item, choices) for item in elem.items) if elem.items is not None else None
+        return elem.but(items=items, choices=elem.choices | choices)
 
     def _has(self, base: Value, name: str) -> bool:
         for obj in base.refs:

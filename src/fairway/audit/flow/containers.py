@@ -288,8 +288,11 @@ class Containers(Classes):
         """tensor[parts]: tokens by the loops that the index depends on, windows by their cuts."""
         keys = [self.flat(part.value) for part in parts if part.value is not None and part.value.const is MISSING]
         raw_keys = [key for key in keys if key.raw]
-        if raw_keys and value.active and not value.losses:  # logp[arange, y]
-            return self.scored(value, raw_keys[0], node)
+        if raw_keys and value.active and not self.quiet:  # logp[arange, y]
+            knows = value.knows
+            for each in self.trace.scored(value.losses):  # weights that follow earlier losses
+                knows |= each.knows
+            return self.scored(value.but(losses=0, knows=knows), raw_keys[0], node)
         keyed = [key for key in keys if key.toks]
         if keyed and not value.toks:
             return blend(value, *keyed).but(limit=None)
@@ -444,11 +447,6 @@ class Containers(Classes):
             return found
         exact = tuple(self._chosen_from(each, value.choices) for each in found.exact) if found.exact is not None else None
         return replace(found, exact=exact, any=self._chosen_from(found.any, value.choices))
-
-    def _chosen_from(self, elem: Value, choices: int) -> Value:
-        """The element as one that was chosen by losses."""
-        items = tuple(self._chosen_from(item, choices) for item in elem.items) if elem.items is not None else None
-        return elem.but(items=items, choices=elem.choices | choices)
 
     def _elements(self, value: Value, node: ast.AST | None) -> Elements:
         if value.items is not None and not value.refs:

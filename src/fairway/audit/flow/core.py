@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fairway.audit.flow import events
@@ -66,6 +66,8 @@ class Core:
         self.files = self.heap.new("dict", "files")
         self.foreign: dict[str, Value] = {}
         self.turns: dict[int, int] = {}  # loop -> iterations walked
+        self.caps: list[int] = []  # loops under way that a branch leaves when a counter or the clock says so
+        self.quiet = False  # an element is read only to be written anew
         self.forwards = 0  # models whose forward is under way
         self.said_unknown: set[tuple[str, int, str]] = set()
 
@@ -232,6 +234,14 @@ class Core:
         fits = not value.losses and not isinstance(value.const, (str, bool)) and value.const is not None
         kept = merged_spans(value.spans, spans, keep_new=True) if fits else value.spans
         return value.but(items=items, toks=toks, spans=kept)
+
+    def parted(self, value: Value, part: str, deep: int = 2) -> Value:
+        """The value as what a constant number let through."""
+        items = value.items
+        if items is not None and deep:
+            items = tuple(self.parted(item, part, deep - 1) for item in items)
+        toks = frozenset(tok if tok.part else replace(tok, part=part) for tok in value.toks)
+        return value.but(items=items, toks=toks)
 
     def since(self, born: tuple[tuple[int, int], ...]) -> tuple[Span, ...]:
         """The iterations of the loops that were entered since."""

@@ -130,6 +130,7 @@ class Trace:
     loops: dict[int, Place] = field(default_factory=dict)
     within: dict[int, int] = field(default_factory=dict)  # loop -> the function that it stands in
     depth: dict[int, int] = field(default_factory=dict)  # loop -> how many calls deep it stood when first seen
+    broken: dict[int, Place] = field(default_factory=dict)  # loop -> where a counter or the clock ends it early
     saved: list[int] = field(default_factory=list)  # numbers of the events that follow a model's writing to a file
     steps: int = 0
     complete: bool = True

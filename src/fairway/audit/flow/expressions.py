@@ -377,6 +377,7 @@ class Expressions(Calls):
             self.assign(clause.target, element if alone else self.turned(element, loop, turn))
             kept = True
             for test in clause.ifs:
+                self.narrow(test)
                 held = self.truth(self.evaluate(test))
                 alone = alone and held is not None
                 kept = kept and held is not False
@@ -386,6 +387,22 @@ class Expressions(Calls):
             if not alone and found and any("#module" in obj.slots for value in found[-1] for obj in value.refs):
                 break
         return alone
+
+    def narrow(self, test: ast.expr) -> None:
+        """`name.startswith("fineweb_val_")`: what the test lets through is named so."""
+        for each in ast.walk(test):
+            name, text = None, None
+            if isinstance(each, ast.Call) and isinstance(each.func, ast.Attribute) and each.args:
+                if each.func.attr in ("startswith", "endswith", "match", "fnmatch") and isinstance(each.func.value, ast.Name):
+                    name, text = each.func.value.id, self.evaluate(each.args[0]).const
+                    text = f"{text}*" if each.func.attr == "startswith" and isinstance(text, str) else text
+            elif isinstance(each, ast.Compare) and len(each.ops) == 1 and isinstance(each.ops[0], ast.In):
+                if isinstance(each.comparators[0], ast.Name):
+                    name, text = each.comparators[0].id, self.evaluate(each.left).const
+            if name is not None and isinstance(text, str) and name in self.frame.obj.slots:
+                old = self.name(name)
+                if old.const is MISSING:
+                    self.assign(ast.Name(name, ast.Store()), old.but(words=(*old.words, text)[-10:]))
 
     @staticmethod
     def _small_range(elements: Elements) -> Elements:

@@ -25,11 +25,11 @@ from fairway.audit.flow.values import (
 from fairway.audit.settings import UNKNOWN
 
 PASSES = frozenset(
-    ("compile", "script", "DistributedDataParallel", "DDP", "DataParallel", "FullyShardedDataParallel", "FSDP", "jit",
+    ("compile", "script", "jit", "remat", "DistributedDataParallel", "DDP", "DataParallel", "FullyShardedDataParallel", "FSDP", "jit",
      "njit", "wraps", "lru_cache", "cache", "no_grad", "inference_mode", "autocast", "contextmanager", "fully_shard",
      "prepare", "disable", "unwrap_model", "staticmethod_", "tqdm", "trange_", "assume_constant_result", "allow_in_graph",
      "dynamo_disable", "iter", "list_", "Variable", "as_tensor", "convert_sync_batchnorm", "checkpoint_wrapper",
-     "optimize", "AveragedModel", "custom_fwd", "custom_bwd", "once_differentiable", "total_ordering", "cached_property")
+     "optimize", "AveragedModel", "pmap", "custom_fwd", "custom_bwd", "once_differentiable", "total_ordering", "cached_property")
 )  # fmt: skip
 SAYS = frozenset(("print", "info", "warning", "debug", "error", "critical", "log_metrics", "pprint", "secho", "echo"))
 NUMBERS: dict[str, Callable[..., Any]] = {
@@ -437,6 +437,9 @@ class Foreign(Methods):
         born = min((obj.born for obj in args[0].refs), key=len, default=())
         spans = self.since(born)
         elem = self.tagged(self.elements(args[0], node).any, (*args[0].spans, *spans))
+        stop = args[1].const if len(args) == 2 else MISSING
+        if isinstance(stop, int) and not spans:
+            elem = self.parted(elem, f"{stop}")
         return self._list_of(elem, node)
 
     _do_batched = _do_islice
@@ -478,9 +481,52 @@ class Foreign(Methods):
         if not args or not any(obj.kind in ("function", "bound") for obj in args[0].refs):
             return None
         elem = self.elements(args[1], node).any if len(args) > 1 else NOTHING
-        start = args[2] if len(args) > 2 else elem
-        first = self.call(args[0], [start, elem], {}, node)
-        return join(first, self.call(args[0], [first, elem], {}, node))
+        state = args[2] if len(args) > 2 else elem
+        loop = self.loop_id(node)
+        self.turns[loop] = 2
+        for turn in (1, 2):
+            self.nest.append((loop, turn))
+            state = self.call(args[0], [state, self.turned(elem, loop, turn)], {}, node)
+            self.nest.pop()
+        return state
+
+    # Functional gradients.
+    def _do_value_and_grad(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        return self.ref(self.new("gradient", (args[0], True), node)) if args else None
+
+    def _do_grad(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        called = args and any(obj.kind in ("function", "bound", "partial") for obj in args[0].refs)
+        return self.ref(self.new("gradient", (args[0], False), node)) if called else None
+
+    def _do_apply_updates(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        """optax.apply_updates(weights, steps): new weights that have learned"""
+        if len(args) < 2:
+            return None
+        steps = self.flat(args[1])
+        if args[0].refs:
+            made = self.copied(args[0])
+        else:
+            tree = self.new("dict", "weights", node)
+            tree.slots["#elem"] = self.flat(args[0]).but(const=MISSING)
+            made = self.ref(tree)
+        for obj in made.refs:
+            old = self.flat(args[0]).knows
+            obj.slots["#fresh"] = min((o.slots.get("#fresh", o.born) for o in args[0].refs), key=len, default=())
+            self.learn(obj, steps.toks, "gradient", node, steps.losses)
+            self.heap.set(obj, "#learned", obj.slots.get("#learned", 0) | old)
+        return made
+
+    def _do_tree_map(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        if len(args) < 2:
+            return None
+        result = self.call(args[0], [self.flat(each) for each in args[1:]], {}, node)
+        return self.flat(result)
+
+    def loop_id(self, node: ast.AST) -> int:
+        raise NotImplementedError
+
+    def turned(self, element: Value, loop: int, turn: int) -> Value:
+        raise NotImplementedError
 
     def _do_partial(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
         return self.ref(self.new("partial", (args[0], tuple(args[1:]), dict(kwargs)), node)) if args else None

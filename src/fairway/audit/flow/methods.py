@@ -12,7 +12,7 @@ from fairway.audit.flow.containers import Part
 from fairway.audit.flow.heap import Obj
 from fairway.audit.flow.operations import Operations
 from fairway.audit.flow.tokens import Tok
-from fairway.audit.flow.values import LENGTH, MISSING, NO_OBJECTS, NONE, NOTHING, RAW, TEXT, WEIGHTS, Value, blend, join
+from fairway.audit.flow.values import GRAD, LENGTH, MISSING, NO_OBJECTS, NONE, NOTHING, RAW, TEXT, WEIGHTS, Value, blend, join
 
 _TEXT = frozenset(
     ("lower", "upper", "strip", "lstrip", "rstrip", "split", "startswith", "endswith", "replace", "join", "encode",
@@ -134,7 +134,11 @@ class Methods(Operations):
         more = obj.slots.get("#keys", NOTHING)
         view = self.new("list", None, node)
         if not exact:
-            pairs = [(more if isinstance(more, Value) else NOTHING, self.tagged(self.element_of(obj), base.spans))]
+            elem = self.tagged(self.element_of(obj), base.spans)
+            if obj.slots.get("#learned"):
+                state = Value(states=frozenset((obj,)), knows=self.knows(obj))
+                elem = blend(self.flat(elem).but(toks=frozenset(), const=MISSING), state).but(refs=elem.refs)
+            pairs = [(more if isinstance(more, Value) else NOTHING, elem)]
         if name == "keys":
             values = [key for key, _ in pairs]
         elif name == "values":
@@ -282,6 +286,8 @@ class Methods(Operations):
             found = self.file_method(obj, name, args, node)
             if found is not None:
                 return found
+        if name == "update" and args and self.flat(args[0]).flags & GRAD:  # optax: (steps, memory)
+            return Value(items=(args[0], args[1] if len(args) > 1 else NOTHING))
         if name in _GROW or name in ("write", "update", "extend", "feed", "send", "fill"):
             for each in args:
                 self.add_content(obj, each)

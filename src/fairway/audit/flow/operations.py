@@ -61,6 +61,7 @@ RESETS = frozenset(
 COUNTED = frozenset(("bincount", "Counter", "unique", "unique_consecutive", "histc", "histogram", "value_counts"))
 KEYED = frozenset(("index_add_", "scatter_add_", "index_put_", "index_fill_", "put_", "index_copy_", "scatter_reduce_"))
 CLOCKS = frozenset(("time", "perf_counter", "monotonic", "process_time", "perf_counter_ns", "time_ns", "elapsed_time"))
+_PAIRS = frozenset(("min", "max", "minimum", "maximum"))
 MAKES_ROW = frozenset(("unsqueeze", "expand_dims"))
 
 
@@ -217,7 +218,8 @@ class Operations(Arithmetic):
                 return Value(const=(min if name == "min" else max)(consts), less=_less(args), env=blend(*args).env)
         result = blend(*flats) if flats else NOTHING
         losing = [each for each in flats if each.losses]
-        if losing and (len(losing) > 1 or len(args) == 1 or name not in ("min", "max", "minimum", "maximum")):
+        stabiliser = len(args) == 1 and name.startswith(("max", "amax", "fmax", "nanmax")) and not args[0].refs
+        if losing and not stabiliser and (len(losing) > 1 or len(args) == 1 or name not in _PAIRS):
             result.choices |= self.choose(name, args, node)
         refs = [obj for each in args for obj in each.refs if obj.kind in ("list", "generator", "dict")]
         if refs and name in ("min", "max", "sorted", "nsmallest", "nlargest"):

@@ -10,7 +10,7 @@ from fairway.audit.flow.containers import Elements, Part
 from fairway.audit.flow.core import Loop
 from fairway.audit.flow.expressions import Expressions
 from fairway.audit.flow.heap import Obj
-from fairway.audit.flow.values import LENGTH, MISSING, NONE, NOTHING, Value, blend, join
+from fairway.audit.flow.values import CAPPED, LENGTH, MISSING, NONE, NOTHING, Value, blend, join
 
 
 class Statements(Expressions):
@@ -107,7 +107,9 @@ class Statements(Expressions):
         target = node.target
         if isinstance(target, ast.Subscript):
             base, parts = self.evaluate(target.value), self.parts(target.slice)
+            self.quiet = True
             old = self.item(base, parts, target)
+            self.quiet = False
             self._augmented_item(base, parts, old, value, node)
             return
         old = self.name(target.id) if isinstance(target, ast.Name) else self.evaluate(target)
@@ -152,6 +154,9 @@ class Statements(Expressions):
     def branch(self, test: Value, *branches_and_node: Any) -> bool:
         """Both branches of a condition that is not known."""
         *branches, node = branches_and_node
+        capped = test.flags & CAPPED and self.nest
+        if capped:
+            self.caps.append(self.nest[-1][0])
         if test.choices:
             self.control.append(test.choices)
         if test.env:
@@ -159,6 +164,8 @@ class Statements(Expressions):
         try:
             return self.fork(branches)
         finally:
+            if capped:
+                self.caps.pop()
             if test.choices:
                 self.control.pop()
             if test.env:
@@ -244,6 +251,8 @@ class Statements(Expressions):
         loop = frame.loops[-1]
         if kind == "break":
             loop.chosen |= self.chosen
+            if self.nest and self.nest[-1][0] in self.caps:
+                self.trace.broken.setdefault(self.nest[-1][0], self.place())
         if len(frame.marks) > loop.forks:
             changes = self.heap.changes(frame.marks[loop.forks])
             (loop.breaks if kind == "break" else loop.continues).append(changes)

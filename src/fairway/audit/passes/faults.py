@@ -89,7 +89,7 @@ class Passes:
     def _classified(self, score: Score, update: Update, learned: list[Tok]) -> Fault:
         state = update.state
         if update.how == "table":
-            return Fault("two-pass-cache", score, update)
+            return Fault(self._table_kind(score, update, learned), score, update)
         if update.how == "computed":
             return Fault("calibration-on-validation", score, update)
         alone = state is not None and state.kind == "tensor" and state.owner is None
@@ -105,6 +105,14 @@ class Passes:
         if self._in_training(update):
             return Fault("validation-in-training", score, update)
         return Fault("training-before-scoring", score, update)
+
+    def _table_kind(self, score: Score, update: Update, learned: list[Tok]) -> Kind:
+        """Filled for the model's file, in the same turn before the token is scored, or in a pass of its own."""
+        if self._in_artifact(score, update):
+            return "validation-in-training"
+        cut = {loop for tok in learned for loop, _, _ in tok.spans}
+        inner = [each for each in update.nest if each[0] in cut]
+        return "training-before-scoring" if inner and inner[-1] in score.nest else "two-pass-cache"
 
     def _companion(self, score: Score, update: Update, learned: list[Tok]) -> Score | None:
         """The first scoring of the tokens that the update learned from, in the same turn of the loop that cuts them."""
@@ -239,7 +247,7 @@ class Passes:
 
 def _apart(one: Score, other: Score) -> bool:
     """Whether two scores of the same tokens belong to two passes."""
-    if one.stack != other.stack:
+    if one.stack != other.stack or one.states != other.states or one.knows != other.knows:
         return True
     turns = dict(one.nest)
     cut = {loop for score in (one, other) for tok in score.targets for loop, _, _ in tok.spans}

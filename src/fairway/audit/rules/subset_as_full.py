@@ -23,4 +23,15 @@ def check(case: Case) -> Finding:
         score, part = cut[0]
         evidence = f"The reported loss at {score.place} covers only what a constant of {float(part):,.0f} lets through."
         return Finding(ID, "violates", evidence, CLAUSE, score.place)
+    ended = [
+        (score, case.trace.broken[loop])
+        for score in scores
+        for tok in score.targets
+        for loop, _, _ in tok.spans
+        if loop in case.trace.broken and any(loop == each for each, _ in score.nest)
+    ]
+    if ended:
+        score, place = ended[0]
+        evidence = f"The loop over the validation tokens is left at {place} when a counter or the clock says so; the rest is not scored."
+        return Finding(ID, "violates", evidence, CLAUSE, place)
     return Finding(ID, "clean", "No constant cuts the validation tokens short.", CLAUSE, which.score[0].place)
