@@ -4,7 +4,7 @@ import re
 
 from fairway.audit.case import Case
 from fairway.audit.terms.data import words
-from fairway.audit.terms.octets import encoded_text, is_decoder, tables_of, values
+from fairway.audit.terms.octets import encoded_text, is_decoder, parts_of, tables_of, values
 from fairway.audit.terms.streams import Streams
 from fairway.audit.terms.term import Term, any_below, peel, walk
 from fairway.audit.terms.verdicts import byte_factors, clean, counted_otherwise
@@ -59,7 +59,16 @@ def _of_changed_text(length: Term) -> bool:
 def _from_sidecar(factor: Term) -> bool:
     """Counts that are read from a file beside the tokens."""
     streams = Streams()
-    return any(streams.is_stream(term) for term in values(factor))
+    waiting, seen = [factor], set[int]()
+    while waiting:
+        term = waiting.pop()
+        if id(term) in seen:
+            continue
+        seen.add(id(term))
+        if streams.is_stream(term):
+            return True
+        waiting.extend(term.parts[1:] if term.op == "choice" else parts_of(term))
+    return False
 
 
 def _added_to_sidecar(factor: Term) -> Term | None:

@@ -355,8 +355,9 @@ _SOLID = frozenset(
 
 def spelt_items(term: Term) -> tuple[Term, ...] | None:
     """The elements of a short tuple, list or table that is written out; None for anything else."""
-    while term.op == "store" and term.value is None and term.parts[1].op == "const":
-        term = term.parts[0]
+    for _ in range(40):
+        if term.op in ("store", "merge") and term.parts and term.value is None:
+            term = term.parts[0]
     if term.op in ("tuple", "list") and term.value != "comp" and 0 < len(term.parts) <= _SHORT:
         return term.parts
     if term.op == "dict" and term.value != "comp" and 0 < len(term.parts) <= 2 * _SHORT:

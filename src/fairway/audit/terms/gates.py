@@ -127,6 +127,8 @@ class Gates:
         """The lookup by the target that a switch or a weight goes back to; the term itself where there is none."""
         test = forked(term)
         roots = (test[0],) if test is not None else term.parts
+        if test is not None and "read" not in self.kinds(test[0]):
+            return term
         found = (one for root in roots if self.kinds(root) for one in self.of.below(root) if self._looks_up_target(one))
         return next(found, term)
 
@@ -151,7 +153,8 @@ class Gates:
         """Whether a distribution is read at another token than the target: the hint, for the normaliser."""
         for below in self.of.below(term):
             place = self.of.scored_place(below)
-            if place is not None and not self.kinds(place):
+            looked = place is not None and (below.op == "call" or self.of.streams.is_key(place))
+            if looked and place is not None and not self.kinds(place):
                 return True
         return False
 

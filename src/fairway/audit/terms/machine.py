@@ -22,6 +22,9 @@ DEPTH = 14  # calls within calls
 ROUNDS_DEPTH = 4  # loops nested deeper than this are read once
 
 
+_INNER = frozenset(("setdefault", "get", "view", "reshape", "flatten", "detach", "view_as", "T", "narrow", "select"))
+
+
 @dataclass(frozen=True)
 class Module:
     """A script's text: how it is imported (its stem), its path, its tree."""
@@ -398,6 +401,8 @@ class Machine:
 
     def write_back(self, node: ast.expr, term: Term, frame: Frame) -> None:
         """What was changed in place is from now on what its name, attribute or container holds."""
+        if isinstance(node, ast.Name) and expressions.name(node.id, frame, node.lineno).op == "name":
+            return  # a module's name
         if isinstance(node, ast.Name) and node.id not in frame.vars and node.id not in frame.elsewhere:
             home = frame.outer
             while home is not None and node.id not in home.vars:
@@ -413,7 +418,9 @@ class Machine:
                 order = (test, filled, before) if arm is node.body else (test, before, filled)
                 self.write_back(arm, Term("choice", order, None, term.file, term.line), frame)
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            self.write_back(node.func.value, term, frame)
+            word = node.func.attr  # buffer.mul_(a).add_(b), rows.setdefault(key, {})[token] = n
+            if word in _INNER or (word.endswith("_") and not word.endswith("__")):
+                self.write_back(node.func.value, term, frame)
         elif isinstance(node, (ast.Name, ast.Attribute, ast.Subscript)):
             self.assign(node, term, frame)
 

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from fairway.audit.submission import Submission
-from fairway.audit.terms.octets import counts_bytes
+from fairway.audit.terms.octets import counts_bytes, parts_of
 from fairway.audit.terms.program import Program
 from fairway.audit.terms.term import Term, alternatives, peel, same
 from fairway.audit.terms.things import Event
@@ -44,10 +44,10 @@ class Flags:
                 continue
             if not done:
                 order.append((term, True))
-                order.extend((part, False) for part in term.parts if id(part) not in self.known)
+                order.extend((part, False) for part in parts_of(term) if id(part) not in self.known)
                 continue
             two, loss = is_log_two(term), is_loss(term)
-            for part in term.parts:
+            for part in parts_of(term):
                 known = self.known.get(id(part))
                 if known is not None:
                     two, loss = two or known[1], loss or known[2]

@@ -49,8 +49,7 @@ class Streams:
             if base is None or self.is_memory(base):
                 return False
             place = term.parts[1] if term.op == "item" else None
-            chosen = place is not None and not is_mask(place) and self.from_tokens(place)
-            return self._is(base, depth + 1) and not chosen
+            return self._is(base, depth + 1) and (place is None or not self.is_key(place))
         return any(self._is(part, depth + 1) for part in carried(term))
 
     def chain(self, term: Term) -> dict[int, Term]:
@@ -66,6 +65,11 @@ class Streams:
                 waiting.extend(one.parts[:1] if one.op == "item" else carried(one))
             self.chains[id(term)] = (term, found)
         return self.chains[id(term)][1]
+
+    def is_key(self, index: Term) -> bool:
+        """Whether an index looks something up by token ids: not a slice (that is a place), not a mask."""
+        members = index.parts if index.op == "tuple" else (index,)
+        return any(one.op != "slice" and not is_mask(one) and self.from_tokens(one) for one in members)
 
     def from_tokens(self, place: Term) -> bool:
         """Whether an index is made of token ids and not of positions."""
@@ -104,7 +108,7 @@ class Streams:
             if id(term) in seen:
                 continue
             seen.add(id(term))
-            if term.op in ("store", "item") and not is_mask(term.parts[1]) and self.from_tokens(term.parts[1]):
+            if term.op == "store" and self.is_key(term.parts[1]):
                 return True
             filled = term.op == "mutate" and term.value in (".index_put_", ".put_", ".index_fill_", ".__setitem__")
             if filled and any(self.from_tokens(part) for part in term.parts[1:]):
@@ -167,8 +171,10 @@ def carried(term: Term) -> tuple[Term, ...]:
 
 
 _MEASURES = frozenset(
-    ("len", "numel", "size", "dim", "nelement", "range", "arange", "is_tensor", "isinstance", "empty_like")
+    """len numel size dim nelement range arange is_tensor isinstance empty_like
+    nonzero flatnonzero argwhere searchsorted argsort cumsum count_nonzero""".split()  # noqa: SIM905
 )
+"""Sizes, and positions: where a document starts is no token."""
 
 
 def reads(term: Term, streams: Streams) -> tuple[Term, ...]:
@@ -181,6 +187,8 @@ def reads(term: Term, streams: Streams) -> tuple[Term, ...]:
     if term.op == "call" and term.called == "len" and any_below(term, _is_text):
         return term.parts  # the length of a token's text tells the token
     if term.op == "call" and (term.called in _MEASURES or term.called.endswith(("_like",))):
+        return ()
+    if term.op == "call" and term.called == "where" and len(term.parts) == 1:  # the positions where it holds
         return ()
     if term.op == "attr" and term.value in ("shape", "device", "dtype", "ndim", "is_cuda"):
         return ()
