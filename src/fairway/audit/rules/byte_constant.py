@@ -3,7 +3,7 @@
 from fairway.audit.case import Case
 from fairway.audit.terms.octets import counts_bytes
 from fairway.audit.terms.report import is_assumed
-from fairway.audit.terms.verdicts import clean, unseen
+from fairway.audit.terms.verdicts import byte_factors, clean, unseen
 from fairway.audit.verdict import Finding
 
 ID = "byte-constant"
@@ -36,4 +36,5 @@ def check(case: Case) -> Finding:
                 f"The score assumes {constant.value:g} bytes for a token instead of counting the bytes of the text."
             )
             return Finding(ID, "violates", evidence, CLAUSE, place, case.reading.way(constant))
+    seen = seen or bool(byte_factors(case))
     return clean(ID, CLAUSE, "bytes are counted from the text or the pieces") if seen else unseen(case, ID, CLAUSE)

@@ -241,9 +241,10 @@ def _map(m: "Machine", name: str, positional: list[Term], named: dict[str, Term]
 
 def _reduce(m: "Machine", name: str, positional: list[Term], named: dict[str, Term], here: "Here") -> Term | None:
     """Two rounds of functools.reduce, as of a loop."""
-    if len(positional) < 3 or positional[0].op not in ("function", "bound"):
+    if len(positional) < 2 or positional[0].op not in ("function", "bound"):
         return None
-    element, carried = expressions.element(m, positional[1], here.file, here.line), positional[2]
+    element = expressions.element(m, positional[1], here.file, here.line)
+    carried = positional[2] if len(positional) > 2 else element
     for _ in range(2):
         m.rounds += 1
         one = expressions.fresh(element, m.rounds)

@@ -184,7 +184,8 @@ class Gates:
         """table[target] where the table is no distribution and no memory of contexts."""
         if term.op != "item" or self.of.scored_place(term) is not None or is_mask(term.parts[1]):
             return False
-        return "read" in self.kinds(term) and not self.of.streams.is_stream(term)
+        reads_it = "read" in self.kinds(term.parts[1]) and not self.kinds(term.parts[0])
+        return reads_it and not self.of.streams.is_stream(term)
 
     # ---- ratios of counts
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from fairway.audit.terms.term import Term, any_below, peel, walk
+from fairway.audit.terms.term import Term, alternatives, any_below, peel, walk
 
 MARK = "\u2581"
 
@@ -119,9 +119,12 @@ def encoded_text(term: Term) -> Term | None:
     below = peel(term.parts[0]) if term.parts else None
     while below is not None and below.op == "call" and below.called == "replace" and below.receiver is not None:
         below = peel(below.receiver)  # bytes.replace
-    if below is None or below.op != "call" or below.called not in ("encode", "bytes"):
+    if below is None:
         return None
-    return below.operand()
+    options = alternatives(below, 6)
+    if len(options) > 1 and all(one.called == "encode" for one in options):
+        return below
+    return below.operand() if below.called in ("encode", "bytes") else None
 
 
 def piece_of(text: Term) -> Term | None:

@@ -44,15 +44,20 @@ class Flags:
                 continue
             if not done:
                 order.append((term, True))
-                order.extend((part, False) for part in parts_of(term) if id(part) not in self.known)
+                order.extend((part, False) for part in _made_of(term) if id(part) not in self.known)
                 continue
             two, loss = is_log_two(term), is_loss(term)
-            for part in parts_of(term):
+            for part in _made_of(term):
                 known = self.known.get(id(part))
                 if known is not None:
                     two, loss = two or known[1], loss or known[2]
             self.known[id(term)] = (term, two, loss)
         return self.known[id(root)][1:]
+
+
+def _made_of(term: Term) -> tuple[Term, ...]:
+    """The parts whose values are in a value: not the conditions that chose between them."""
+    return term.parts[1:] if term.op == "choice" else parts_of(term)
 
 
 def is_log_two(term: Term) -> bool:

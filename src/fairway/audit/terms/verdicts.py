@@ -38,6 +38,8 @@ def byte_factors(case: Case) -> list[Term]:
     if not found:  # a count may stand above: loss * tokens / bytes read the other way round
         ups = [term for _, fraction in case.reading.fractions for term in fraction.up]
         found = [term for term in ups if not case.reading.is_loss(term) and counts_bytes(term)]
+    if not found and not any(is_assumed(fraction) for _, fraction in case.reading.fractions):
+        found = [number.term for number in case.reading.reported if counts_bytes(number.term)]
     return found
 
 
