@@ -51,9 +51,7 @@ class Gates:
                 if self._scored(yes) and self._scored(no) and any(self._compared(test)) and not carried(term):
                     yield term
             elif term.op == "call" and term.called in _SMALLEST:
-                options = [
-                    part for part, key in zip(term.parts, term.keys, strict=True) if key not in ("dim", "axis", "key")
-                ]
+                options = _options(term)
                 scored = [part for part in options if self._scored(part)]
                 several = len(scored) >= 2 and not any(carried(part, term) for part in scored)
                 if several or (len(options) == len(scored) == 1 and _chooses(scored[0])):
@@ -314,6 +312,16 @@ def _merged(term: Term) -> Iterator[Term]:
         yield one
         if one.op == "merge":
             waiting.extend(one.parts)
+
+
+def _options(term: Term) -> list[Term]:
+    """What a minimum or maximum is taken of: its arguments, but for the dimension of x.min(0) and torch.min(x, 0)."""
+    along = term.receiver is not None or "." in str(term.value)
+    return [
+        part
+        for part, key in zip(term.parts, term.keys, strict=True)
+        if key not in ("dim", "axis", "key", "keepdim", "keepdims") and not (along and type(part.constant()) is int)
+    ]
 
 
 def _chooses(operand: Term) -> bool:
