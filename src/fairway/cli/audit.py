@@ -12,7 +12,7 @@ app = typer.Typer()
 
 @app.command()
 def audit(
-    path: Annotated[Path, typer.Argument(help="A script, a record folder, or a folder of these.")],
+    path: Annotated[Path, typer.Argument(help="A script, a record folder, or a folder of these.")] = Path("."),
     json: Json = False,
     strict: Annotated[bool, typer.Option("--strict", help="Accepted departures count as violations.")] = False,
     comment: Annotated[bool, typer.Option("--comment", help="Print one review ready to paste (Markdown).")] = False,

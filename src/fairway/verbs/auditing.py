@@ -48,6 +48,19 @@ def audit(path: Path, strict: bool, comment: bool, second: Path | None, page: Pa
     return all(report.verdict != "violates" for report in reports)
 
 
+def dynamic(path: Path, name: str, text: Path | None, as_json: bool) -> bool:
+    """Runs a submission, sealed, against the instruments; whether it keeps them all."""
+    from fairway.audit.dynamic.checks import RUNS, examine
+
+    with meter("audit", RUNS, "runs", as_json, bar=bar) as shown:
+        report = examine(path, name, text, told=shown.update)
+    if as_json:
+        print(json_text.dumps(report.plain(), indent=2))
+    else:
+        _show(report, (), ())
+    return report.verdict != "violates"
+
+
 def _audited(paths: Sequence[Path], strict: bool, quiet: bool) -> list[Report]:
     with meter("audit", len(paths), "submissions", quiet or len(paths) == 1, bar=bar) as shown:
         return audit_all(paths, strict, told=lambda done, report: shown.update(done))
