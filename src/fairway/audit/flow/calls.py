@@ -200,6 +200,8 @@ class Calls(Foreign):
             return self.flat(base)
         if kind == "dict":
             return self.dict_method(obj, base, name, args, kwargs, node)
+        if kind == "thing" and "#module" in obj.slots and base.flags & WEIGHTS:
+            return self._of_value(base, name, args, kwargs, node)
         if kind == "thing":
             if name in obj.slots and isinstance(obj.slots[name], Value):
                 return self.call(obj.slots[name], args, kwargs, node)
@@ -225,13 +227,13 @@ class Calls(Foreign):
         found = self.find(obj.data, name)
         own = found is not None and not (name == "step" and "#targets" in obj.slots)
         if found is not None and own:
-            return self.call(self.bound(found[0], self.ref(obj), obj.data), args, kwargs, node)
+            return self._own_method(obj, self.bound(found[0], self.ref(obj), obj.data), args, kwargs, node)
         if "#module" in obj.slots:
+            if base.flags & WEIGHTS:
+                return self._of_value(base, name, args, kwargs, node)
             known = self.module_method(obj, name, args, kwargs, node)
             if known is not None:
                 return known
-            if base.flags & WEIGHTS:
-                return self._of_value(base, name, args, kwargs, node)
             if name.endswith("_") or name in ("clone", "detach", "numel", "size", "dim", "view", "reshape", "t"):
                 return self._of_value(base.but(flags=WEIGHTS), name, args, kwargs, node)
         if "#targets" in obj.slots:
@@ -245,6 +247,20 @@ class Calls(Foreign):
         if any(each.toks or each.losses for each in flats):
             self.add_content(obj, blend(*flats))
         return blend(content, *flats)
+
+    def _own_method(
+        self, obj: Obj, method: Value, args: list[Value], kwargs: dict[str, Value], node: ast.AST | None
+    ) -> Value:
+        """A method of the script's own class; a model's that is given tokens runs the model."""
+        toks = frozenset(tok for each in args for tok in self.flat(each).toks) if "#module" in obj.slots else None
+        if not toks or obj.owner is not None:
+            return self.call(method, args, kwargs, node)
+        self.forwards += 1
+        try:
+            return self.call(method, args, kwargs, node)
+        finally:
+            self.forwards -= 1
+            self.note(events.Forward, node, state=obj, toks=toks)
 
     def _class_method(
         self, obj: Obj, name: str, args: list[Value], kwargs: dict[str, Value], node: ast.AST | None

@@ -234,10 +234,15 @@ class Containers(Classes):
             elem = self._indexed(self.cut(elem, cuts, node), cuts)
         limit = part.high.limit if part.high and part.high.limit is not None else high
         if part.low is None and isinstance(limit, (int, float)) and limit > 1 and not spans:
-            elem = elem.but(limit=float(limit))
-            new.slots["#limit"] = int(limit)
+            elem = self._limited(elem, float(limit))
         new.slots["#elem"] = elem
         return self.ref(new, spans=spans)
+
+    def _limited(self, value: Value, limit: float) -> Value:
+        """A place in the data of which a constant lets only so many through."""
+        items = tuple(self._limited(item, limit) for item in value.items) if value.items is not None else None
+        plain = not (value.toks or value.refs or isinstance(value.const, (str, bool)))
+        return value.but(items=items, limit=limit, flags=value.flags | INDEXED) if plain else value.but(items=items)
 
     def _indexed(self, value: Value, cuts: frozenset[Cut]) -> Value:
         """A place in the data that a slice of a list let through."""
@@ -337,7 +342,7 @@ class Containers(Classes):
                 limit = bound.limit
                 if limit is None and isinstance(bound.const, int) and bound is part.high and part.low in (None, bounds):
                     limit = bound.const
-                if limit is not None and limit > 10_000:
+                if limit is not None and (limit > 10_000 or bound.flags & INDEXED):
                     tok = replace(tok, part=f"{limit:.0f}")
         return tok
 

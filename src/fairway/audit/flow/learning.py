@@ -70,7 +70,7 @@ class Learning(Core):
         score = self.note(
             events.Score, node, bit=bit, targets=toks, states=value.states,
             knows=_united(each.knows for each in whole), choices=value.choices, scaled=any(s.scaled for s in whole),
-            one_row=first.one_row, whole=value.losses,
+            one_row=first.one_row, scale=first.scale, whole=value.losses,
         )  # fmt: skip
         self.trace.scores.append(score)
         return value.but(toks=toks, losses=1 << bit)

@@ -102,6 +102,9 @@ class Passes:
             if before.place == score.place and before.stack[:-1] == score.stack[:-1] and self._epochs(before, score):
                 return Fault("multi-epoch-last", score, update, before)
             return Fault("rescoring-after-adaptation", score, update, before)
+        first = self._in_one_evaluation(score, update, learned)
+        if first is not None:
+            return Fault("rescoring-after-adaptation", score, update, first)
         if self._in_training(update):
             return Fault("validation-in-training", score, update)
         return Fault("training-before-scoring", score, update)
@@ -131,6 +134,18 @@ class Passes:
             if shared and same and (found is None or first.number < found.number):
                 found = first
         return found or self._same_site(score, update, learned)
+
+    def _in_one_evaluation(self, score: Score, update: Update, learned: list[Tok]) -> Score | None:
+        """A first scoring of what was learned, where it, the learning and this scoring are steps of one function that
+        evaluates (below the main program: there, an earlier scoring is another evaluation)."""
+        for first in self.booked:
+            if first.number >= update.number:
+                break
+            if first.place != score.place or _common(first, update, score) < 2:
+                continue
+            if any(related(tok, target) == "same" for tok in learned for target in first.targets):
+                return first
+        return None
 
     def _same_site(self, score: Score, update: Update, learned: list[Tok]) -> Score | None:
         """An earlier scoring in the same line, in the turn of a loop in which the update is made: a loop over a list
@@ -243,6 +258,16 @@ class Passes:
                 if any(related(a, b) == "same" for a in one.targets for b in other.targets) and _apart(one, other):
                     return True
         return False
+
+
+def _common(*events: Event) -> int:
+    """How many calls events share, outermost first."""
+    count = 0
+    for places in zip(*(event.stack for event in events), strict=False):
+        if len(set(places)) > 1:
+            break
+        count += 1
+    return count
 
 
 def _apart(one: Score, other: Score) -> bool:

@@ -77,7 +77,7 @@ def place_of(case: Case, fault: Fault) -> Place:
         place = _parting(fault.score, fault.before or fault.cause)
         return _repeated(case.trace, fault) if place == fault.score.place else place
     if fault.kind == "multi-epoch-last":
-        return fault.score.place
+        return _loop_again(case.trace, fault)
     if isinstance(fault.cause, Update) and fault.cause.how == "computed":
         return _calibrated(case, fault.cause)
     if fault.kind.startswith("slot") and isinstance(fault.cause, Update):
@@ -95,7 +95,22 @@ def _calibrated(case: Case, update: Update) -> Place:
     ]
     learned = {(tok.data, tok.spans) for tok in update.learned}
     fitting = [event for event in runs if any((tok.data, tok.spans) in learned for tok in event.toks)]
-    return (fitting or runs or [update])[-1].place
+    return called_at((fitting or runs or [update])[-1])
+
+
+def called_at(event: Event) -> Place:
+    """The line of the main program in which something happens."""
+    return event.stack[1] if len(event.stack) > 2 else event.place
+
+
+def _loop_again(trace: Trace, fault: Fault) -> Place:
+    """The loop that goes over the same tokens again."""
+    turns = dict((fault.before or fault.cause).nest)
+    cut = {loop for tok in fault.score.targets for loop, _, _ in tok.spans}
+    for loop, turn in fault.score.nest:
+        if turns.get(loop, turn) != turn and loop not in cut:
+            return trace.loops.get(loop, fault.score.place)
+    return fault.score.place
 
 
 def _objective(trace: Trace, update: Update) -> Place:
