@@ -18,6 +18,7 @@ import json
 import sys
 import tempfile
 import tomllib
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -111,18 +112,22 @@ def fault_state(case: dict[str, Any], report: Report, asked: set[str], exempt: s
 def run(folder: Path, only: str, workers: int) -> list[Outcome]:
     cases = tomllib.loads((folder / "cases.toml").read_text(encoding="utf-8"))["case"]
     cases = [case for case in cases if only in case["name"]]
+    cases.sort(key=lambda case: zlib.crc32(case["name"].encode()))  # mixed, so that half a run says something too
     disputed = [case for case in cases if case.get("exempt") and not case.get("violates")]
 
+    by_name = {case["name"]: case for case in cases}
     with bar("audit", len(cases) + len(disputed), "cases") as watched:
         counter = itertools.count(1)
 
-        def told(_: int, __: Report) -> None:
+        def told(_: int, report: Report) -> None:
             watched.update(next(counter))
+            one = judged(by_name[Path(report.facts["path"]).name], report, None)
+            if one.fails and not sys.stderr.isatty():  # a long run's log shows at once what fails
+                print(f"{one.case['name']}: {one.state} {[f.id for f in one.wrong]}", file=sys.stderr, flush=True)
 
         reports = audit_all([folder / case["name"] for case in cases], workers=workers, seconds=SECONDS, told=told)
-        again = audit_all(
-            [folder / c["name"] for c in disputed], strict=True, workers=workers, seconds=SECONDS, told=told
-        )
+        stern_paths = [folder / case["name"] for case in disputed]
+        again = audit_all(stern_paths, strict=True, workers=workers, seconds=SECONDS, told=lambda _, __: None)
     stern = {case["name"]: report for case, report in zip(disputed, again, strict=True)}
     return [judged(case, report, stern.get(case["name"])) for case, report in zip(cases, reports, strict=True)]
 
