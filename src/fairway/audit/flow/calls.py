@@ -184,6 +184,8 @@ class Calls(Foreign):
         if kind in ("module", "function") and name in obj.slots:
             return self.call(obj.slots[name], args, kwargs, node)
         if kind == "foreign":
+            if isinstance(obj.slots.get(name), Value):
+                return self.call(obj.slots[name], args, kwargs, node)
             return self.outside_call(f"{obj.data}.{name}", args, kwargs, node)
         if kind == "class":
             found = self.find(obj, name)

@@ -147,7 +147,8 @@ class Classes(Learning):
             grad = obj.root.slots.get("#grad", NOTHING)
             return grad if isinstance(grad, Value) else NOTHING
         if kind == "foreign":
-            return self.outside(f"{obj.data}.{name}")
+            put = obj.slots.get(name)  # F.linear = spying
+            return put if isinstance(put, Value) else self.outside(f"{obj.data}.{name}")
         if kind == "module":
             found = obj.slots.get(name)
             return found if found is not None else NOTHING
@@ -244,7 +245,7 @@ class Classes(Learning):
                 self.heap.set(obj.root, "#grad", kept)
             elif name == "data" and (obj.kind == "tensor" or "#module" in obj.slots):
                 self.write(obj, value, node, strong=True)
-            elif obj.kind in ("instance", "class", "module", "thing", "function"):
+            elif obj.kind in ("instance", "class", "module", "thing", "function", "foreign"):
                 old = obj.slots.get(name)
                 both = join(old, value) if len(refs) > 1 and isinstance(old, Value) else value
                 self.heap.set(obj, name, both)

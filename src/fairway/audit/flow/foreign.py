@@ -438,6 +438,10 @@ class Foreign(Methods):
         spans = self.since(born)
         elem = self.tagged(self.elements(args[0], node).any, (*args[0].spans, *spans))
         stop = args[1].const if len(args) == 2 else MISSING
+        if stop == 1:
+            alone = self.new("list", None, node)
+            alone.slots["#items"] = Value(items=(elem,))
+            return self.ref(alone)
         if isinstance(stop, int) and not spans:
             elem = self.parted(elem, f"{stop}")
         return self._list_of(elem, node)

@@ -84,6 +84,10 @@ class Operations(Arithmetic):
             flat = self.flat(args[0], 1) if args else NOTHING
             if args and args[0].items is not None and not args[0].refs:
                 return Value(const=len(args[0].items))
+            alone = next(iter(args[0].refs)).slots if args and name == "len" and len(args[0].refs) == 1 else {}
+            exact = alone.get("#items")
+            if isinstance(exact, Value) and exact.items is not None and "#elem" not in alone:
+                return Value(const=len(exact.items))
             if name == "len" and args and isinstance(args[0].const, (str, bytes, tuple, list, dict)):
                 return Value(const=len(args[0].const), env=args[0].env)
             return Value(flags=LENGTH | flat.flags & ONE_ROW, sym="size")

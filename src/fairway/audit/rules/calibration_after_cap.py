@@ -33,10 +33,10 @@ def check(case: Case) -> Finding:
 
 def _place(case: Case, update: Update) -> Place:
     """Where the model is run on training data for the calibration, in the main program."""
-    learned = {(tok.data, tok.spans) for tok in update.learned}
+    trained = [each.number for each in case.trace.updates if each.how == "gradient" and each.number < update.number]
     runs = [
         event
-        for event in case.trace.events[: update.number]
-        if isinstance(event, Forward) and any((tok.data, tok.spans) in learned for tok in event.toks)
+        for event in case.trace.events[max(trained, default=0) : update.number]
+        if isinstance(event, Forward) and any(tok.data == "train" for tok in event.toks)
     ]
-    return called_at(runs[-1] if runs else update)
+    return called_at(runs[0] if runs else update)
