@@ -95,7 +95,8 @@ def test_a_space_that_the_table_counts_and_the_loop_takes_off_again_is_counted_o
 def test_a_piece_measured_with_its_mark_has_two_bytes_too_many(tmp_path: Path, table: str) -> None:
     finding = verdict(tmp_path, "byte_missing_mark", script(table=table))
     assert finding.verdict == "violates"
-    assert finding.place is not None and finding.place.line == line_of(script(table=table), "encode(")
+    assert finding.place is not None
+    assert finding.place.line == line_of(script(table=table), "encode(")
 
 
 def test_the_marks_bytes_may_be_taken_off_by_arithmetic(tmp_path: Path) -> None:
@@ -141,7 +142,8 @@ def test_bytes_that_nobody_counted_are_a_constant(tmp_path: Path, bpb: str) -> N
     text = script(bpb=bpb)
     finding = verdict(tmp_path, "byte_constant", text)
     assert finding.verdict == "violates"
-    assert finding.place is not None and finding.place.line == line_of(text, "return loss, ")
+    assert finding.place is not None
+    assert finding.place.line == line_of(text, "return loss, ")
 
 
 def test_a_constant_that_only_checks_the_count_is_no_denominator(tmp_path: Path) -> None:

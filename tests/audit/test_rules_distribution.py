@@ -124,7 +124,8 @@ def test_losses_cut_off_above_are_no_distributions(tmp_path: Path) -> None:
     text = script(loss=loss)
     finding = verdict(tmp_path, "oracle_gate", text)
     assert finding.verdict == "violates"
-    assert finding.place is not None and finding.place.line == line_of(text, "clamp(max=9.0)")
+    assert finding.place is not None
+    assert finding.place.line == line_of(text, "clamp(max=9.0)")
 
 
 # ---- hashed counts at the target
@@ -178,7 +179,8 @@ def test_hashed_counts_read_at_the_target_alone(tmp_path: Path, loss: str, state
     text = script(loss=loss, state=state, extra=extra)
     finding = verdict(tmp_path, "gold_token_ngram", text)
     assert finding.verdict == "violates"
-    assert finding.place is not None and finding.place.line in {
+    assert finding.place is not None
+    assert finding.place.line in {
         number
         for number, line in enumerate(text.split("\n"), 1)
         if "ratio = " in line or "self.lower[below] + 2.0)" in line
@@ -212,7 +214,8 @@ def test_hashed_rows_divided_by_their_contexts_count_do_not_sum_to_one(tmp_path:
     text = script(loss=WIDE.format(below="alone[a % (1 << 18)][:, None]"), state=TABLES)
     finding = verdict(tmp_path, "false_normalisation", text)
     assert finding.verdict == "violates"
-    assert finding.place is not None and finding.place.line == line_of(text, "q = every / ")
+    assert finding.place is not None
+    assert finding.place.line == line_of(text, "q = every / ")
 
 
 def test_the_same_rows_divided_by_their_sum_do(tmp_path: Path) -> None:
@@ -302,7 +305,8 @@ def test_a_tokens_probability_is_not_spread_over_its_bytes(tmp_path: Path, share
     text = script(loss=SPREAD.format(share=share), state="letters = [1] * 256", extra=SPELL)
     finding = verdict(tmp_path, "byte_mixture", text)
     assert finding.verdict == "violates"
-    assert finding.place is not None and finding.place.line == line_of(text, "0.5 * letters")
+    assert finding.place is not None
+    assert finding.place.line == line_of(text, "0.5 * letters")
 
 
 def test_losses_for_each_byte_may_be_logged(tmp_path: Path) -> None:

@@ -36,7 +36,8 @@ class Case:
         """What the run command, the README and the logs say of its switches."""
         submission = self.submission
         texts = [("README.md", submission.readme), ("run.sh", submission.command), *submission.logs.items()]
-        return read(self.script.path, [(path, text) for path, text in texts if text])
+        trees = [script.tree for script in self.script.all() if script.tree is not None]
+        return read(self.script.path, [(path, text) for path, text in texts if text], trees)
 
     @cached_property
     def trace(self) -> Trace:

@@ -41,7 +41,7 @@ def commands_in(path: str, text: str, script: str) -> list[Command]:
             exported.update(_assignments(export.group(1) if export else line))
             continue
         for match in _LAUNCH.finditer(line):
-            if match["script"].rsplit("/", 1)[-1] != script:
+            if match["script"].rsplit("/", 1)[-1] != script.rsplit("/", 1)[-1]:
                 continue
             environment = {**exported, **_assignments(match["env"]), **_assignments(_env_of(match["launcher"]))}
             commands.append(Command(path, number, match["script"], environment, _arguments(match["rest"])))

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from fairway.audit.commands import Command, commands_in, logged_in
+from fairway.audit.commands import Command, commands_in
 
 Value = Any
 """A Python constant (number, text, truth value, None, tuple, list, dict, set of those), or UNKNOWN."""
@@ -43,13 +43,11 @@ class Settings:
     """What was said about a script's switches from outside it.
 
     environment: variable -> its text, or UNKNOWN where the texts disagree; arguments: option (as `val_docs`) -> its
-    text, True for a bare flag; logged: setting's name in lower case -> the literal that the log printed for it;
-    commands: the lines they come from.
+    text, True for a bare flag; commands: the lines they come from.
     """
 
     environment: Mapping[str, Value] = field(default_factory=dict)
     arguments: Mapping[str, Value] = field(default_factory=dict)
-    logged: Mapping[str, Value] = field(default_factory=dict)
     commands: tuple[Command, ...] = ()
 
     def environ(self, name: Value, default: Value = UNKNOWN) -> Value:
@@ -66,21 +64,24 @@ class Settings:
             return attempt(kind, said)
         return said
 
-    def logged_value(self, name: str) -> Value:
-        """What the log printed for a setting of this name; it wins over a default, since the log is of the run."""
-        return self.logged.get(name.lower(), UNKNOWN)
 
+def read(script: str, texts: Iterable[tuple[str, str]], trees: Iterable[ast.Module] = ()) -> Settings:
+    """The settings of the script with this file name. texts: (path, text) of README, logs, shell files; trees: the
+    script's own, whose settings are looked up in the logs. A log is of the run itself and wins over a README."""
+    from fairway.audit.logged import environment_by_logs  # it folds expressions by this module
 
-def read(script: str, texts: Iterable[tuple[str, str]], known: Iterable[str] = ()) -> Settings:
-    """The settings of the script with this file name. texts: (path, text) of README, logs, shell files; known: the
-    names of its settings (attributes, variables), for only those are looked up in logs."""
     texts = list(texts)
     found = [command for path, text in texts for command in commands_in(path, text, script)]
     logs = [text for path, text in texts if path.lower().endswith((".txt", ".log", ".out"))]
+    environment = _agreed([command.environment for command in found])
+    for variable, said in environment_by_logs(logs, trees).items():
+        if said is None:
+            environment.pop(variable, None)
+        else:
+            environment[variable] = said
     return Settings(
-        environment=_agreed([command.environment for command in found]),
+        environment=environment,
         arguments=_agreed([command.arguments for command in found]),
-        logged=logged_in(logs, known),
         commands=tuple(found),
     )
 
