@@ -95,14 +95,8 @@ def sealed(asked: Asked) -> Iterator[tuple[Pipe, Callable[[], str]]]:
         command = [sys.executable, "-m", "fairway.audit.dynamic.child", folder, asked.name, asked.route]
         command += [str(asked.memory), str(math.ceil(asked.seconds)), scratch]
         environment = {**os.environ, "TMPDIR": scratch, "OMP_NUM_THREADS": "1", "HOME": scratch}
-        with subprocess.Popen(
-            command,
-            env=environment,
-            bufsize=0,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        ) as process:
+        pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
+        with subprocess.Popen(command, env=environment, bufsize=0, stdin=pipe, stdout=pipe, stderr=nowhere) as process:
             assert process.stdin is not None
             assert process.stdout is not None
 
