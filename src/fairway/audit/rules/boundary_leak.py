@@ -2,7 +2,6 @@
 
 from fairway.audit.case import Case
 from fairway.audit.exemptions import departure
-from fairway.audit.terms.gates import Gates
 from fairway.audit.terms.term import Term, any_below, peel, same
 from fairway.audit.terms.verdicts import clean
 from fairway.audit.verdict import Finding
@@ -19,8 +18,8 @@ def check(case: Case) -> Finding:
     reading = case.reading
     if not _by_documents(case):
         return clean(ID, CLAUSE, "the text is not scored document by document")
-    for contribution in reading.contributions:
-        for term in Gates(contribution).nodes:
+    for gates in reading.gates:
+        for term in gates.nodes:
             if _smears(term) and not _is_shut(term):
                 evidence = (
                     "The embedding of the token before is added at every position, a document's first one included, while "
@@ -32,7 +31,7 @@ def check(case: Case) -> Finding:
                     CLAUSE,
                     evidence,
                     reading.place(term),
-                    reading.way(contribution.term, term),
+                    reading.way(gates.of.term, term),
                 )
     return clean(ID, CLAUSE, "nothing of the token before crosses a document's start unmasked")
 

@@ -1,7 +1,6 @@
 """A token's probability is spread over its bytes and mixed with a byte model: neither a byte nor a token distribution."""
 
 from fairway.audit.case import Case
-from fairway.audit.terms.gates import Gates
 from fairway.audit.terms.mixtures import spread_over_bytes
 from fairway.audit.terms.verdicts import clean, unsaid
 from fairway.audit.verdict import Finding
@@ -13,14 +12,14 @@ CLAUSE = 'RULES.md (b) 2, (c) "Byte PPM mixed with spread token p"'
 
 def check(case: Case) -> Finding:
     reading = case.reading
-    for contribution in reading.contributions:
-        term = next(spread_over_bytes(Gates(contribution)), None)
+    for gates in reading.gates:
+        term = next(spread_over_bytes(gates), None)
         if term is not None:
             evidence = (
                 "The probability of the scored token is taken to the power of one over its bytes and mixed byte by byte; "
                 "the result is summed over no alphabet, neither of bytes nor of tokens."
             )
-            return Finding(ID, "violates", evidence, CLAUSE, reading.place(term), reading.way(contribution.term, term))
+            return Finding(ID, "violates", evidence, CLAUSE, reading.place(term), reading.way(gates.of.term, term))
     if not reading.reported:
         return unsaid(ID, CLAUSE)
     return clean(ID, CLAUSE, "no probability of a token is spread over its bytes before it is scored")

@@ -1,7 +1,6 @@
 """A hashed n-gram cache is asked for the scored token alone: with collisions the ratios sum to hundreds (#886: 277)."""
 
 from fairway.audit.case import Case
-from fairway.audit.terms.gates import Gates
 from fairway.audit.terms.mixtures import gold_ratios
 from fairway.audit.terms.verdicts import clean, unsaid
 from fairway.audit.verdict import Finding
@@ -13,14 +12,14 @@ CLAUSE = 'RULES.md (b) 2, (c) "Hashed n-gram, gold token only"'
 
 def check(case: Case) -> Finding:
     reading = case.reading
-    for contribution in reading.contributions:
-        term = next(gold_ratios(Gates(contribution)), None)
+    for gates in reading.gates:
+        term = next(gold_ratios(gates), None)
         if term is not None:
             evidence = (
                 "A probability is the ratio of two hashed counts, the upper keyed by the context and the target, and no sum "
                 "over the vocabulary is taken: colliding keys give the tokens more than one in all."
             )
-            return Finding(ID, "violates", evidence, CLAUSE, reading.place(term), reading.way(contribution.term, term))
+            return Finding(ID, "violates", evidence, CLAUSE, reading.place(term), reading.way(gates.of.term, term))
     if not reading.reported:
         return unsaid(ID, CLAUSE)
     return clean(

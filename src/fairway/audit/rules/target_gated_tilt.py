@@ -1,7 +1,6 @@
 """A hint, a weight or a switch depends on the very token that is scored: whether it starts a word, how likely it was."""
 
 from fairway.audit.case import Case
-from fairway.audit.terms.gates import Gates
 from fairway.audit.terms.mixtures import spread_over_bytes
 from fairway.audit.terms.verdicts import clean, unsaid
 from fairway.audit.verdict import Finding
@@ -13,8 +12,7 @@ CLAUSE = 'RULES.md (b) 1, (c) "n-gram tilt, target-gated" and "Target-keyed mixi
 
 def check(case: Case) -> Finding:
     reading = case.reading
-    for contribution in reading.contributions:
-        gates = Gates(contribution)
+    for gates in reading.gates:
         if next(gates.oracles(), None) is not None or next(spread_over_bytes(gates), None) is not None:
             continue  # oracle-gate and byte-mixture say it
         term = next(gates.gated(), None)
@@ -24,7 +22,7 @@ def check(case: Case) -> Finding:
                 "with another target at the same place the distribution would be another."
             )
             origin = gates.origin(term)
-            way = reading.way(contribution.term, term, origin)
+            way = reading.way(gates.of.term, term, origin)
             return Finding(ID, "violates", evidence, CLAUSE, reading.place(origin), way)
     if not reading.reported:
         return unsaid(ID, CLAUSE)

@@ -427,8 +427,9 @@ def _item(m: "Machine", base: Term, index: Term, file: str, line: int) -> Term:
         if isinstance(where, int):
             return base.parts[2] if where == key else item(m, base.parts[0], index, file, line)
     if base.op == "store" and index.op != "const" and base.parts[2].op == "object":
-        held = item(m, base.parts[0], index, file, line) if base.parts[0].op == "store" else base.parts[2]
-        return held if held is base.parts[2] else Term("merge", (held, base.parts[2]), None, file, line)
+        one = base.parts[2]
+        other = item(m, base.parts[0], index, file, line) if base.parts[0].op == "store" else one
+        return one if other is one else Term("merge", (other, one), None, file, line)
     if base.op == "call" and isinstance(key, int) and base.called in _HOLDERS:
         held = base.operand("data", "a", "tensors")
         if held is not None and (held.op != "call" or held.called in _HOLDERS):
@@ -456,9 +457,9 @@ def _item(m: "Machine", base: Term, index: Term, file: str, line: int) -> Term:
     if base.op == "name" and base.value == "os.environ":
         return m.environ(index, Term("free", (), "no default", file, line), file, line)
     if base.op == "object":
-        found = calls.method(m, base, "__getitem__", [index], file, line)
-        if found is not None:
-            return found
+        looked = calls.method(m, base, "__getitem__", [index], file, line)
+        if looked is not None:
+            return looked
     return Term("item", (base, index), None, file, line)
 
 

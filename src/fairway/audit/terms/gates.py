@@ -29,16 +29,12 @@ class Gates:
     @cached_property
     def inside(self) -> set[int]:
         """Terms that a logarithm, or the place of a distribution, is taken of."""
-        found: set[int] = set()
+        roots: list[Term] = []
         for term in self.nodes:
-            if term.op == "call" and (term.called in _LOGS or self.of.scored_place(term) is not None):
-                place = self.of.scored_place(term)
-                for part in term.parts:
-                    if part is not place:
-                        found.update(id(below) for below in self.of.below(part))
-            elif self.of.scored_place(term) is not None:
-                found.update(id(below) for below in self.of.below(term.parts[0]))
-        return found
+            place = self.of.scored_place(term)
+            if place is not None or term.called in _LOGS:
+                roots.extend(part for part in term.parts if part is not place)
+        return {id(below) for below in self.of.below(*roots)}
 
     # ---- the better of two, known by the answer
 

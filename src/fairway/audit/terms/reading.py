@@ -4,6 +4,7 @@ from functools import cached_property
 
 from fairway.audit.settings import Settings
 from fairway.audit.submission import Submission
+from fairway.audit.terms.gates import Gates
 from fairway.audit.terms.program import Program, Programs, place_of, programs
 from fairway.audit.terms.report import Fraction, Number, Report, fractions
 from fairway.audit.terms.streams import Streams
@@ -56,6 +57,11 @@ class Reading:
             for one in contributions(loss, streams):
                 found.setdefault(place_of(one.term), one)
         return list(found.values())
+
+    @cached_property
+    def gates(self) -> list[Gates]:
+        """The contributions with what they do with their targets."""
+        return [Gates(contribution) for contribution in self.contributions]
 
     @cached_property
     def denominators(self) -> list[Term]:

@@ -60,9 +60,9 @@ class Contribution:
                     if base is one.parts[0] and same(end, one.parts[1], 6):
                         yield one
 
-    def below(self, root: Term) -> Iterator[Term]:
-        """All that a value reads."""
-        waiting = [root]
+    def below(self, *roots: Term) -> Iterator[Term]:
+        """All that values read, each term once."""
+        waiting = list(roots)
         seen: set[int] = set()
         while waiting and len(seen) < 20_000:
             term = waiting.pop()

@@ -23,9 +23,10 @@ Key = str | int
 
 
 class Term:
-    """One node; equal only to itself. file and line: where its text stands."""
+    """One node; equal only to itself. file and line: where its text stands; called: the last word of what a call calls
+    (`gather` for `.gather` and `torch.gather`), "" for other terms."""
 
-    __slots__ = ("file", "keys", "line", "op", "parts", "value")
+    __slots__ = ("called", "file", "keys", "line", "op", "parts", "value")
 
     def __init__(
         self,
@@ -37,14 +38,10 @@ class Term:
         keys: tuple[Key, ...] = (),
     ) -> None:
         self.op, self.parts, self.value, self.file, self.line, self.keys = op, parts, value, file, line, keys
+        self.called = str(value).rsplit(".", 1)[-1] if op == "call" else ""
 
     def __repr__(self) -> str:
         return shown(self, 3)
-
-    @property
-    def called(self) -> str:
-        """The last word of what a call calls: `gather` for `.gather` and `torch.gather`; "" for other terms."""
-        return str(self.value).rsplit(".", 1)[-1] if self.op == "call" else ""
 
     def argument(self, key: Key, *others: Key) -> "Term | None":
         """A call's argument by position (from 0, the receiver not counted) or name."""
