@@ -67,8 +67,13 @@ def _from_sidecar(factor: Term) -> bool:
         seen.add(id(term))
         if streams.is_stream(term):
             return True
+        if term.called in _BUFFERS:  # its size is no value of it
+            continue
         waiting.extend(term.parts[1:] if term.op == "choice" else parts_of(term))
     return False
+
+
+_BUFFERS = frozenset("zeros empty full ones zeros_like empty_like full_like nonzero flatnonzero arange range".split())  # noqa: SIM905
 
 
 def _added_to_sidecar(factor: Term) -> Term | None:

@@ -32,7 +32,7 @@ class Gates:
         roots: list[Term] = []
         for term in self.nodes:
             place = self.of.scored_place(term)
-            if place is not None or term.called in _LOGS:
+            if (place is not None and self.kinds(place)) or term.called in _LOGS:
                 roots.extend(part for part in term.parts if part is not place)
         return {id(below) for below in self.of.below(*roots)}
 
