@@ -34,7 +34,7 @@ RULES = (
     training_before_scoring, two_pass_cache, validation_in_training,
 )  # fmt: skip
 
-HEAD = '''
+HEAD = """
 import copy, functools, glob, io, math, os, time, zlib
 import numpy as np
 import torch
@@ -151,9 +151,9 @@ def eval_ttt(args, model, val):
                     loss.backward()
                     opt.step()
     return (total / count).item()
-'''
+"""
 
-MAIN = '''
+MAIN = """
 def main():
     args = Hyperparameters()
     model = GPT().cuda()
@@ -165,7 +165,7 @@ def main():
 
 if __name__ == "__main__":
     main()
-'''
+"""
 
 HONEST = HEAD + MAIN
 
@@ -173,7 +173,11 @@ HONEST = HEAD + MAIN
 @functools.cache
 def case_of(text: str, settings: tuple[tuple[str, str], ...] = ()) -> Case:
     script = Script("train_gpt.py", text, ast.parse(text))
-    readme = "    " + " ".join(f"{name}={value}" for name, value in settings) + " torchrun train_gpt.py\n" if settings else ""
+    readme = (
+        "    " + " ".join(f"{name}={value}" for name, value in settings) + " torchrun train_gpt.py\n"
+        if settings
+        else ""
+    )
     return Case(Submission(Path("."), "ours", script, (script,), {}, {}, {}, readme))
 
 

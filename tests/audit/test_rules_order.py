@@ -1,4 +1,5 @@
 """The rules of order: what had a score seen? Each fault in several styles, and its honest look-alikes."""
+# ruff: noqa: E501 (examples are texts of scripts)
 
 import pytest
 
@@ -7,6 +8,8 @@ from tests.audit.order import HEAD, HONEST, MAIN, broken, doubted, findings, lin
 EVAL = "    final = eval_ttt(args, model, val)\n"
 TTT_TRAIN = "        if ci < n - 1:\n"
 SAY = '    print(f"final val_loss'
+
+SCORING = HONEST[HONEST.index("        model.eval()\n        with torch.inf") : HONEST.index(TTT_TRAIN)]  # of a chunk
 
 
 def with_main(body: str, head: str = HEAD) -> str:
@@ -57,14 +60,8 @@ FAULTS = {
     ),
     "the two phases of a chunk change places": (
         "training-before-scoring",
-        HONEST.replace("        model.eval()\n        with torch.inference_mode():\n            logits", "        with torch.inference_mode():\n            logits").replace(
-            HONEST[HONEST.index("        model.eval()\n        with torch.inference_mode():\n            logits") : HONEST.index(TTT_TRAIN)],
-            "@SCORE@",
-        ).replace("@SCORE@", "").replace(
-            "                    opt.step()\n    return (total / count).item()\n",
-            "                    opt.step()\n        logits = model.forward_logits(val[start:end][None])\n"
-            "        nll = F.cross_entropy(logits.view(-1, 1024), val[start + 1 : end + 1], reduction='none')\n"
-            "        total += nll.double().sum().detach()\n        count += end - start\n    return (total / count).item()\n",
+        HONEST.replace(SCORING, "").replace(
+            "                    opt.step()\n    return (total", f"                    opt.step()\n{SCORING}    return (total"
         ),
     ),
     "training starts one chunk ahead": (
@@ -277,7 +274,7 @@ def test_the_finding_names_the_second_call_and_the_way_from_the_number() -> None
     finding = findings(text)["rescoring-after-adaptation"]
     assert finding.place is not None
     assert finding.place.line == line_of(text, "final = eval_val(args, model, val)")
-    assert [step.place.line for step in finding.way][0] == line_of(text, SAY.strip())
+    assert finding.way[0].place.line == line_of(text, SAY.strip())
     assert str(line_of(text, "                    opt.step()")) in finding.evidence
 
 

@@ -55,7 +55,7 @@ class Arithmetic(Containers):
             return self._of_losses(op, one, two, node)
         if isinstance(op, (ast.Add, ast.Sub)) and one.flags & WEIGHTS and two.flags & GRAD and two.toks:
             return self._moved(one, two, node)
-        if two.flags & ONE_HOT and one.active or one.flags & ONE_HOT and two.active:
+        if (two.flags & ONE_HOT and one.active) or (one.flags & ONE_HOT and two.active):
             hot, logits = (two, one) if two.flags & ONE_HOT else (one, two)
             if hot.raw:
                 return self.scored(logits, hot, node)

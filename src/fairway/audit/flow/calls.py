@@ -371,9 +371,7 @@ class Calls(Foreign):
         self.settle(pending, alive or definite is not None)
         if definite is not None:
             values.append(definite)
-        elif alive and not values:
-            values.append(NONE)
-        elif alive and not all(value.items is not None or value.refs for value in values):
+        elif (alive and not values) or (alive and not all(value.items is not None or value.refs for value in values)):
             values.append(NONE)
         if frame.yields or _is_generator(code):
             made = self.new("generator", code.name, code)
@@ -430,7 +428,7 @@ def _outside(code: Any) -> frozenset[str]:
                 waiting += ast.iter_child_nodes(each)
         cached = frozenset(names)
         code._fairway_outside = cached
-    return cached  # type: ignore[no-any-return]
+    return cached
 
 
 def _is_generator(code: Any) -> bool:

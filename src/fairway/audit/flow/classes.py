@@ -96,8 +96,8 @@ class Classes(Learning):
         if not function.refs:
             return function
         result = parts[0]
-        for each in parts[1:]:
-            result = join(result, each)
+        for part in parts[1:]:
+            result = join(result, part)
         return result
 
     # Attributes.
@@ -233,9 +233,7 @@ class Classes(Learning):
 
     def put(self, base: Value, name: str, value: Value, node: ast.AST | None) -> None:
         """base.name = value"""
-        if self.chosen and not self.plain(value):
-            value = value.but(choices=value.choices | self.chosen)
-        elif self.chosen:
+        if (self.chosen and not self.plain(value)) or self.chosen:
             value = value.but(choices=value.choices | self.chosen)
         refs = sorted(base.refs, key=lambda each: each.number)
         for obj in refs:

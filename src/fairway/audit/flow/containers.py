@@ -149,12 +149,16 @@ class Containers(Classes):
         return result
 
     def _exact(self, base: Value, index: Value) -> Value | None:
-        if base.items is not None and isinstance(index.const, int) and -len(base.items) <= index.const < len(base.items):
+        if (
+            base.items is not None
+            and isinstance(index.const, int)
+            and -len(base.items) <= index.const < len(base.items)
+        ):
             found = base.items[index.const]
             return self._chosen_from(found, base.choices) if base.choices else found
         if isinstance(base.const, (str, bytes, tuple, list, dict)) and index.const is not MISSING:
             try:
-                return Value(const=base.const[index.const])  # type: ignore[index, call-overload]
+                return Value(const=base.const[index.const])
             except (LookupError, TypeError):
                 return NOTHING
         return None
@@ -185,11 +189,11 @@ class Containers(Classes):
         if obj.kind == "range":
             return Value(spans=spans, unit="1")
         if obj.kind in ("instance", "thing") and "#module" in obj.slots:
-            content = obj.slots.get("#content")
-            if isinstance(content, Value) and (content.refs or content.items) and obj.kind == "thing":
+            layers = obj.slots.get("#content")
+            if isinstance(layers, Value) and (layers.refs or layers.items) and obj.kind == "thing":
                 if keys and isinstance(keys[0].const, int):
-                    for part in content.refs:
-                        return self._looked_up(part, keys, (), node)
+                    for listed in layers.refs:
+                        return self._looked_up(listed, keys, (), node)
                 return self.content_elem(obj)
             keyed = [key for key in map(self.flat, keys) if key.toks]
             return blend(self.flat(self.ref(obj)), *keyed) if keyed else self.ref(obj, flags=WEIGHTS)
@@ -224,10 +228,10 @@ class Containers(Classes):
         part = parts[0]
         low, high = (part.low.const if part.low else None), (part.high.const if part.high else None)
         new = self.new("list", None, node)
-        if isinstance(exact, Value) and exact.items is not None and not spans:
-            if all(each is None or isinstance(each, int) for each in (low, high)):
-                new.slots["#items"] = Value(items=exact.items[low:high])
-                return self.ref(new)
+        constant = all(each is None or isinstance(each, int) for each in (low, high))
+        if isinstance(exact, Value) and exact.items is not None and not spans and constant:
+            new.slots["#items"] = Value(items=exact.items[low:high])
+            return self.ref(new)
         elem = self.tagged(self.element_of(obj), spans)
         cuts = self.cuts_of(parts)
         if not spans and cuts:
@@ -258,9 +262,9 @@ class Containers(Classes):
             held = obj.slots.get(("k", key.const))
             found = held if isinstance(held, Value) else None
             exact = obj.slots.get("#items")
-            if found is None and isinstance(exact, Value) and exact.items is not None and isinstance(key.const, int):
-                if -len(exact.items) <= key.const < len(exact.items):
-                    found = exact.items[key.const]
+            items = exact.items or () if isinstance(exact, Value) else ()
+            if found is None and isinstance(key.const, int) and -len(items) <= key.const < len(items):
+                found = items[key.const]
         if found is None:
             found = self.element_of(obj)
             if found is NOTHING and "#factory" in obj.slots:
@@ -281,7 +285,9 @@ class Containers(Classes):
         exact = obj.slots.get("#items")
         held = list(exact.items) if isinstance(exact, Value) and exact.items is not None else []
         held += [
-            value for key, value in obj.slots.items() if isinstance(value, Value) and (key == "#elem" or isinstance(key, tuple))
+            value
+            for key, value in obj.slots.items()
+            if isinstance(value, Value) and (key == "#elem" or isinstance(key, tuple))
         ]
         if obj.kind == "thing" and isinstance(obj.slots.get("#content"), Value):
             held.append(obj.slots["#content"])
@@ -340,7 +346,7 @@ class Containers(Classes):
                 if bound is None or tok.part:
                     continue
                 limit = bound.limit
-                if limit is None and isinstance(bound.const, int) and bound is part.high and part.low in (None, bounds):
+                if limit is None and isinstance(bound.const, int) and bound is part.high and len(bounds) == 1:
                     limit = bound.const
                 if limit is not None and (limit > 10_000 or bound.flags & INDEXED):
                     tok = replace(tok, part=f"{limit:.0f}")
@@ -398,7 +404,7 @@ class Containers(Classes):
         for part in parts:
             spans = self._with(spans, self.slice_spans(part) if part.slice else part.value.spans if part.value else ())
         if old.toks and not flat.losses:
-            self.heap.set(obj, "#content", self.written_toks(obj, old, spans))
+            self.heap.set(obj, "#content", self.written_toks(old, spans))
         whole = all(part.slice and part.low is None and part.high is None for part in parts)
         self.write(obj, self.earlier_dropped(flat), node, strong=whole, part=not whole)
 
@@ -450,7 +456,9 @@ class Containers(Classes):
         found = self._elements(value, node)
         if not value.choices:
             return found
-        exact = tuple(self._chosen_from(each, value.choices) for each in found.exact) if found.exact is not None else None
+        exact = (
+            tuple(self._chosen_from(each, value.choices) for each in found.exact) if found.exact is not None else None
+        )
         return replace(found, exact=exact, any=self._chosen_from(found.any, value.choices))
 
     def _elements(self, value: Value, node: ast.AST | None) -> Elements:

@@ -114,6 +114,9 @@ class Core:
     def burn(self) -> None:
         self.trace.steps += 1
         if self.trace.steps > self.fuel:
+            if self.trace.complete:
+                self.trace.complete = False
+                self.unknown(None, "the script has more steps than are followed")
             raise OutOfFuel
 
     # Branches.

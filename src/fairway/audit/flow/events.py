@@ -38,7 +38,8 @@ class Score(Event):
     """A loss: bit `bit` in Value.losses. targets: the tokens it is the loss of; states: the learners that made it;
     knows: bits of the Updates they had seen; choices: bits of the Choices they hang on; parts: the Scores it was made
     of; scaled: logits were divided or multiplied by a state of their own, or by a number that was chosen; one_row: the
-    batch was one window; scale: the constant that the logits were divided by last; whole: for a part of a loss, the Scores of all of it."""
+    batch was one window; scale: the constant that the logits were divided by last; whole: for a part of a loss, the
+    Scores of all of it."""
 
     bit: int = 0
     targets: frozenset[Tok] = frozenset()

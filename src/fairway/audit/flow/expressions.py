@@ -10,7 +10,19 @@ from typing import Any
 from fairway.audit.flow.calls import Calls
 from fairway.audit.flow.containers import Elements
 from fairway.audit.flow.heap import Obj
-from fairway.audit.flow.values import GRAD, LENGTH, MISSING, NO_OBJECTS, NONE, NOTHING, REPEATS, TEXT, Value, blend, join
+from fairway.audit.flow.values import (
+    GRAD,
+    LENGTH,
+    MISSING,
+    NO_OBJECTS,
+    NONE,
+    NOTHING,
+    REPEATS,
+    TEXT,
+    Value,
+    blend,
+    join,
+)
 
 _BUILTINS = frozenset(dir(builtins))
 _TRUE, _FALSE = Value(const=True), Value(const=False)
@@ -27,10 +39,10 @@ class Expressions(Calls):
         return handler(node) if handler is not None else NOTHING
 
     # Names.
-    def _on_Constant(self, node: ast.Constant) -> Value:  # noqa: N802
+    def _on_Constant(self, node: ast.Constant) -> Value:
         return Value(const=node.value)
 
-    def _on_Name(self, node: ast.Name) -> Value:  # noqa: N802
+    def _on_Name(self, node: ast.Name) -> Value:
         return self.name(node.id)
 
     def name(self, name: str) -> Value:
@@ -39,20 +51,20 @@ class Expressions(Calls):
         if name not in frame.outside:
             found = frame.obj.slots.get(name)
             if found is not None:
-                return found  # type: ignore[no-any-return]
+                return found
         for scope in frame.closure:
             found = scope.slots.get(name)
             if found is not None:
-                return found  # type: ignore[no-any-return]
+                return found
         found = frame.globals.slots.get(name)
         if found is not None:
-            return found  # type: ignore[no-any-return]
+            return found
         return self.outside(f"builtins.{name}") if name in _BUILTINS else NOTHING
 
-    def _on_Attribute(self, node: ast.Attribute) -> Value:  # noqa: N802
+    def _on_Attribute(self, node: ast.Attribute) -> Value:
         return self.get(self.evaluate(node.value), node.attr, node)
 
-    def _on_Subscript(self, node: ast.Subscript) -> Value:  # noqa: N802
+    def _on_Subscript(self, node: ast.Subscript) -> Value:
         base = self.evaluate(node.value)
         if any(obj.kind in ("function", "bound", "foreign") and obj.data != "os.environ" for obj in base.refs):
             self.evaluate_parts(node.slice)
@@ -67,27 +79,27 @@ class Expressions(Calls):
         if not isinstance(node, ast.Slice):
             self.evaluate(node)
 
-    def _on_Starred(self, node: ast.Starred) -> Value:  # noqa: N802
+    def _on_Starred(self, node: ast.Starred) -> Value:
         return self.evaluate(node.value)
 
-    def _on_NamedExpr(self, node: ast.NamedExpr) -> Value:  # noqa: N802
+    def _on_NamedExpr(self, node: ast.NamedExpr) -> Value:
         value = self.evaluate(node.value)
         self.assign(node.target, value)
         return value
 
-    def _on_Await(self, node: ast.Await) -> Value:  # noqa: N802
+    def _on_Await(self, node: ast.Await) -> Value:
         return self.evaluate(node.value)
 
-    def _on_Yield(self, node: ast.Yield) -> Value:  # noqa: N802
+    def _on_Yield(self, node: ast.Yield) -> Value:
         value = self.evaluate(node.value) if node.value else NONE
         self.frame.yields.append(value)
         return NOTHING
 
-    def _on_YieldFrom(self, node: ast.YieldFrom) -> Value:  # noqa: N802
+    def _on_YieldFrom(self, node: ast.YieldFrom) -> Value:
         self.frame.yields.append(self.elements(self.evaluate(node.value), node).any)
         return NOTHING
 
-    def _on_Lambda(self, node: ast.Lambda) -> Value:  # noqa: N802
+    def _on_Lambda(self, node: ast.Lambda) -> Value:
         return self.function(node)
 
     def function(self, node: Any) -> Value:
@@ -109,7 +121,7 @@ class Expressions(Calls):
         return self.ref(obj)
 
     # Calls.
-    def _on_Call(self, node: ast.Call) -> Value:  # noqa: N802
+    def _on_Call(self, node: ast.Call) -> Value:
         function = node.func
         if isinstance(function, ast.Name):
             if function.id == "super" and self.frame.owner is not None:
@@ -160,15 +172,17 @@ class Expressions(Calls):
         return args, kwargs
 
     # Operators.
-    def _on_BinOp(self, node: ast.BinOp) -> Value:  # noqa: N802
+    def _on_BinOp(self, node: ast.BinOp) -> Value:
         left = self.evaluate(node.left)
         return self.binop(node.op, left, self.evaluate(node.right), node)
 
-    def _on_UnaryOp(self, node: ast.UnaryOp) -> Value:  # noqa: N802
+    def _on_UnaryOp(self, node: ast.UnaryOp) -> Value:
         value = self.evaluate(node.operand)
         if isinstance(node.op, ast.Not):
             held = self.truth(value)
-            return Value(const=not held, env=value.env, choices=value.choices) if held is not None else self._plain(value)
+            return (
+                Value(const=not held, env=value.env, choices=value.choices) if held is not None else self._plain(value)
+            )
         if value.const is not MISSING and isinstance(value.const, (int, float)) and not value.refs:
             const = -value.const if isinstance(node.op, ast.USub) else value.const
             if isinstance(node.op, ast.Invert):
@@ -178,7 +192,7 @@ class Expressions(Calls):
         flat = self.flat(value)
         if isinstance(node.op, ast.Invert) and flat.cuts:
             turned = frozenset(("head" if cut[0] == "tail" else "tail", cut[1], cut[2]) for cut in flat.cuts)
-            return flat.but(cuts=turned, const=MISSING)  # type: ignore[arg-type]
+            return flat.but(cuts=turned, const=MISSING)
         if isinstance(node.op, ast.USub) and self.plain(flat):
             name = ast.unparse(node.operand)[:60] if len(ast.dump(node.operand)) < 400 else ""
             return flat.but(less=flat.less | {flat.sym or name}, sym=f"neg({flat.sym or name})", const=MISSING)
@@ -187,7 +201,7 @@ class Expressions(Calls):
     def _plain(self, value: Value) -> Value:
         return Value(choices=value.choices, env=value.env)
 
-    def _on_BoolOp(self, node: ast.BoolOp) -> Value:  # noqa: N802
+    def _on_BoolOp(self, node: ast.BoolOp) -> Value:
         decisive = isinstance(node.op, ast.Or)
         found: list[Value] = []
         for each in node.values:
@@ -230,7 +244,7 @@ class Expressions(Calls):
                 return True
         return None
 
-    def _on_Compare(self, node: ast.Compare) -> Value:  # noqa: N802
+    def _on_Compare(self, node: ast.Compare) -> Value:
         values = [self.evaluate(node.left), *(self.evaluate(each) for each in node.comparators)]
         texts = [node.left, *node.comparators]
         found: list[Value] = []
@@ -244,12 +258,16 @@ class Expressions(Calls):
             return Value(const=False, env=joined.env)
         return Value(const=True, env=joined.env) if all(held) else joined
 
-    def _on_IfExp(self, node: ast.IfExp) -> Value:  # noqa: N802
+    def _on_IfExp(self, node: ast.IfExp) -> Value:
         test = self.evaluate(node.test)
         held = self.truth(test)
         if held is not None:
             value = self.evaluate(node.body if held else node.orelse)
-            return value.but(env=value.env | test.env, choices=value.choices | test.choices) if test.env or test.choices else value
+            return (
+                value.but(env=value.env | test.env, choices=value.choices | test.choices)
+                if test.env or test.choices
+                else value
+            )
         one, two = self.evaluate(node.body), self.evaluate(node.orelse)
         result = join(one, two)
         if test.choices:
@@ -259,7 +277,7 @@ class Expressions(Calls):
         return result
 
     # Containers.
-    def _on_Tuple(self, node: ast.Tuple) -> Value:  # noqa: N802
+    def _on_Tuple(self, node: ast.Tuple) -> Value:
         return Value(items=tuple(self._listed_items(node.elts)))
 
     def _listed_items(self, nodes: list[ast.expr]) -> list[Value]:
@@ -272,7 +290,7 @@ class Expressions(Calls):
                 items.append(self.evaluate(each))
         return items
 
-    def _on_List(self, node: ast.List) -> Value:  # noqa: N802
+    def _on_List(self, node: ast.List) -> Value:
         new = self.new("list", None, node)
         items = self._listed_items(node.elts)
         starred = any(isinstance(each, ast.Starred) for each in node.elts)
@@ -283,7 +301,7 @@ class Expressions(Calls):
             new.slots["#items"] = Value(items=tuple(items))
         return self.ref(new)
 
-    def _on_Set(self, node: ast.Set) -> Value:  # noqa: N802
+    def _on_Set(self, node: ast.Set) -> Value:
         items = self._listed_items(node.elts)
         if all(each.const is not MISSING for each in items):
             return Value(items=tuple(items))
@@ -291,7 +309,7 @@ class Expressions(Calls):
         new.slots["#items"] = Value(items=tuple(items))
         return self.ref(new)
 
-    def _on_Dict(self, node: ast.Dict) -> Value:  # noqa: N802
+    def _on_Dict(self, node: ast.Dict) -> Value:
         new = self.new("dict", None, node)
         for key, value in zip(node.keys[:2000], node.values, strict=False):
             held = self.evaluate(value)
@@ -306,18 +324,23 @@ class Expressions(Calls):
                 self.add_content(new, name, "#keys")
         return self.ref(new)
 
-    def _on_JoinedStr(self, node: ast.JoinedStr) -> Value:  # noqa: N802
+    def _on_JoinedStr(self, node: ast.JoinedStr) -> Value:
         parts = [self.evaluate(each) for each in node.values]
         if all(isinstance(each.const, str) for each in parts):
-            return Value(const="".join(str(each.const) for each in parts)[:20_000], env=blend(*parts).env if parts else frozenset())
+            return Value(
+                const="".join(str(each.const) for each in parts)[:20_000],
+                env=blend(*parts).env if parts else frozenset(),
+            )
         flats = []
         for each in parts:
             flat = self.flat(each)
-            flats.append(flat.but(words=(str(flat.const)[:200],), const=MISSING) if isinstance(flat.const, str) else flat)
+            flats.append(
+                flat.but(words=(str(flat.const)[:200],), const=MISSING) if isinstance(flat.const, str) else flat
+            )
         said = blend(*flats)
         return said.but(const=MISSING, refs=NO_OBJECTS, sym="", flags=said.flags | TEXT)
 
-    def _on_FormattedValue(self, node: ast.FormattedValue) -> Value:  # noqa: N802
+    def _on_FormattedValue(self, node: ast.FormattedValue) -> Value:
         value = self.evaluate(node.value)
         if isinstance(value.const, (str, int)) and not isinstance(value.const, bool) and node.format_spec is None:
             return Value(const=str(value.const), env=value.env)
@@ -328,12 +351,12 @@ class Expressions(Calls):
         return flat.but(const=MISSING, words=() if number else flat.words)
 
     # Comprehensions.
-    def _on_ListComp(self, node: ast.ListComp) -> Value:  # noqa: N802
+    def _on_ListComp(self, node: ast.ListComp) -> Value:
         return self._comprehended(node, [node.elt])
 
     _on_SetComp = _on_GeneratorExp = _on_ListComp
 
-    def _on_DictComp(self, node: ast.DictComp) -> Value:  # noqa: N802
+    def _on_DictComp(self, node: ast.DictComp) -> Value:
         return self._comprehended(node, [node.key, node.value])
 
     def _comprehended(self, node: Any, results: list[ast.expr]) -> Value:
@@ -357,7 +380,9 @@ class Expressions(Calls):
             new.slots["#elem"] = new.slots["#elem"].but(limit=limit)
         return self.ref(new)
 
-    def _clauses(self, clauses: list[ast.comprehension], n: int, results: list[ast.expr], found: list[list[Value]]) -> bool:
+    def _clauses(
+        self, clauses: list[ast.comprehension], n: int, results: list[ast.expr], found: list[list[Value]]
+    ) -> bool:
         """Walk the loops of a comprehension; True where each element stands alone."""
         if n == len(clauses):
             born = tuple(self.nest[: len(self.nest) - n])
@@ -367,7 +392,9 @@ class Expressions(Calls):
         elements = self.elements(self.evaluate(clause.iter), clause.iter)
         elements = self._small_range(elements)
         alone = elements.exact is not None
-        turns = list(elements.exact) if elements.exact is not None else [elements.any] * (2 if elements.count != 1 else 1)
+        turns = (
+            list(elements.exact) if elements.exact is not None else [elements.any] * (2 if elements.count != 1 else 1)
+        )
         if elements.count == 0:
             return True
         loop = self.loop_id(clause)
@@ -393,12 +420,14 @@ class Expressions(Calls):
         for each in ast.walk(test):
             name, text = None, None
             if isinstance(each, ast.Call) and isinstance(each.func, ast.Attribute) and each.args:
-                if each.func.attr in ("startswith", "endswith", "match", "fnmatch") and isinstance(each.func.value, ast.Name):
+                if each.func.attr in ("startswith", "endswith", "match", "fnmatch") and isinstance(
+                    each.func.value, ast.Name
+                ):
                     name, text = each.func.value.id, self.evaluate(each.args[0]).const
                     text = f"{text}*" if each.func.attr == "startswith" and isinstance(text, str) else text
-            elif isinstance(each, ast.Compare) and len(each.ops) == 1 and isinstance(each.ops[0], ast.In):
-                if isinstance(each.comparators[0], ast.Name):
-                    name, text = each.comparators[0].id, self.evaluate(each.left).const
+            elif isinstance(each, ast.Compare) and isinstance(each.ops[0], ast.In):
+                where = each.comparators[0]
+                name, text = getattr(where, "id", None), self.evaluate(each.left).const
             if name is not None and isinstance(text, str) and name in self.frame.obj.slots:
                 old = self.name(name)
                 if old.const is MISSING:

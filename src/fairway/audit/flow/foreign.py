@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -25,16 +26,17 @@ from fairway.audit.flow.values import (
 from fairway.audit.settings import UNKNOWN
 
 PASSES = frozenset(
-    ("compile", "script", "jit", "remat", "DistributedDataParallel", "DDP", "DataParallel", "FullyShardedDataParallel", "FSDP", "jit",
-     "njit", "wraps", "lru_cache", "cache", "no_grad", "inference_mode", "autocast", "contextmanager", "fully_shard",
-     "prepare", "disable", "unwrap_model", "staticmethod_", "tqdm", "trange_", "assume_constant_result", "allow_in_graph",
-     "dynamo_disable", "iter", "list_", "Variable", "as_tensor", "convert_sync_batchnorm", "checkpoint_wrapper",
-     "optimize", "AveragedModel", "pmap", "custom_fwd", "custom_bwd", "once_differentiable", "total_ordering", "cached_property")
+    ("compile", "script", "jit", "remat", "DistributedDataParallel", "DDP", "DataParallel", "FSDP",
+     "FullyShardedDataParallel", "njit", "wraps", "lru_cache", "cache", "no_grad", "inference_mode", "autocast",
+     "contextmanager", "fully_shard",
+     "prepare", "disable", "unwrap_model", "tqdm", "assume_constant_result", "allow_in_graph", "dynamo_disable",
+     "Variable", "convert_sync_batchnorm", "checkpoint_wrapper", "optimize", "AveragedModel", "pmap", "custom_fwd",
+     "custom_bwd", "once_differentiable", "total_ordering", "cached_property")
 )  # fmt: skip
 SAYS = frozenset(("print", "info", "warning", "debug", "error", "critical", "log_metrics", "pprint", "secho", "echo"))
 NUMBERS: dict[str, Callable[..., Any]] = {
-    "int": int, "float": float, "bool": bool, "str": str, "abs": abs, "round": round, "repr": repr, "ceil": __import__("math").ceil,
-    "floor": __import__("math").floor, "sqrt": lambda x: x**0.5 if x >= 0 else MISSING, "ord": ord, "chr": chr,
+    "int": int, "float": float, "bool": bool, "str": str, "abs": abs, "round": round, "repr": repr,
+    "ceil": math.ceil, "floor": math.floor, "sqrt": lambda x: x**0.5 if x >= 0 else MISSING, "ord": ord, "chr": chr,
 }  # fmt: skip
 RANKS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8", "SLURM_PROCID": "0"}
 LOADS = frozenset(
@@ -57,7 +59,7 @@ class Foreign(Methods):
         if handler is not None:
             found = handler(name, args, kwargs, node)
             if found is not None:
-                return found  # type: ignore[no-any-return]
+                return found
         if last in PASSES:
             return self._passed(last, args, kwargs, node)
         if last in SAYS or (last == "log" and name.startswith(("wandb", "logging", "logger"))):
@@ -109,7 +111,7 @@ class Foreign(Methods):
                     self.write_to(obj.slots["#path"], value, node)
         return NONE
 
-    def _do_getLogger(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:  # noqa: N802
+    def _do_getLogger(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:
         return self.ref(self.new("thing", "logger", node))
 
     _do_get_logger = _do_getLogger
@@ -152,10 +154,12 @@ class Foreign(Methods):
 
     _do_setdefault = _do_get
 
-    def _do_ArgumentParser(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:  # noqa: N802
+    def _do_ArgumentParser(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:
         return self.ref(self.new("thing", "argparse", node))
 
-    def parser_method(self, obj: Obj, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+    def parser_method(
+        self, obj: Obj, name: str, args: list[Value], kwargs: dict[str, Value], node: Any
+    ) -> Value | None:
         """argparse: an option's value is what the run command gives, else its default."""
         if name == "add_argument" and args:
             texts = [each.const for each in args if isinstance(each.const, str)]
@@ -173,7 +177,9 @@ class Foreign(Methods):
             elif action in ("store_true", "store_false"):
                 obj.slots[option] = Value(const=action == "store_true")
             else:
-                kind = next((o.data.rsplit(".", 1)[-1] for o in kwargs.get("type", NOTHING).refs if o.kind == "foreign"), "str")
+                kind = next(
+                    (o.data.rsplit(".", 1)[-1] for o in kwargs.get("type", NOTHING).refs if o.kind == "foreign"), "str"
+                )
                 obj.slots[option] = self._number_of(kind if kind in NUMBERS else "str", [Value(const=said)], node)
             return NOTHING
         if name in ("parse_args", "parse_known_args"):
@@ -184,7 +190,7 @@ class Foreign(Methods):
             return self.ref(obj)
         return None
 
-    def _do_SimpleNamespace(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:  # noqa: N802
+    def _do_SimpleNamespace(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:
         space = self.new("thing", "namespace", node)
         space.slots.update(kwargs)
         return self.ref(space)
@@ -199,7 +205,7 @@ class Foreign(Methods):
         file.slots["#path"] = self.path_of(args[0])
         return self.ref(file)
 
-    def _do_Path(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:  # noqa: N802
+    def _do_Path(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:
         return self._path(args, node)
 
     _do_PurePath = _do_Path
@@ -208,7 +214,9 @@ class Foreign(Methods):
         path = self.new("thing", "path", node)
         consts = [each.const for each in map(self.path_of, args)]
         if args and all(isinstance(each, str) for each in consts):
-            path.slots["#path"] = Value(const="/".join(str(each) for each in consts), env=blend(*map(self.flat, args)).env)
+            path.slots["#path"] = Value(
+                const="/".join(str(each) for each in consts), env=blend(*map(self.flat, args)).env
+            )
         else:
             paths = [self.path_of(each) for each in args]
             words = tuple(str(p.const) for p in paths if isinstance(p.const, str))
@@ -253,7 +261,7 @@ class Foreign(Methods):
                 return content if isinstance(content, Value) else None
         return None
 
-    def _do_BytesIO(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:  # noqa: N802
+    def _do_BytesIO(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:
         buffer = self.new("thing", "buffer", node)
         if args:
             buffer.slots["#content"] = args[0]
@@ -375,7 +383,7 @@ class Foreign(Methods):
 
     _do_OrderedDict = _do_dict
 
-    def _do_Counter(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:  # noqa: N802
+    def _do_Counter(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:
         new = self._do_dict(name, [], {}, node)
         for each in args:
             flat = self.flat(each)
@@ -399,7 +407,9 @@ class Foreign(Methods):
             cls = obj.data if obj.kind == "instance" else obj
             if cls.kind != "class":
                 continue
-            for field in dict.fromkeys(f for each in reversed(self.line_of(cls)) for f in each.slots.get("#fields", ())):
+            for field in dict.fromkeys(
+                f for each in reversed(self.line_of(cls)) for f in each.slots.get("#fields", ())
+            ):
                 made = self.new("thing", "field", node)
                 made.slots["name"] = Value(const=field)
                 found.append(self.ref(made))
@@ -589,7 +599,7 @@ class Foreign(Methods):
     _do_all = _do_any
 
     # Running functions elsewhere.
-    def _do_Thread(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:  # noqa: N802
+    def _do_Thread(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:
         thing = self.new("thing", name, node)
         target = kwargs.get("target", args[1] if len(args) > 1 else NOTHING)
         given = kwargs.get("args", NOTHING)
@@ -641,7 +651,7 @@ class Foreign(Methods):
     def _do_synchronize(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:
         return NONE
 
-    def _do_Parameter(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:  # noqa: N802
+    def _do_Parameter(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:
         content = args[0] if args else kwargs.get("data", NOTHING)
         tensors = [obj for obj in content.refs if obj.kind == "tensor"]
         grows = kwargs.get("requires_grad")
@@ -672,10 +682,10 @@ class Foreign(Methods):
                 self.write(obj, args[-1], node)
         return NONE
 
-    def _do_Event(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:  # noqa: N802
+    def _do_Event(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:
         return Value(flags=CLOCK) if "cuda" in name else self.ref(self.new("thing", name, node))
 
-    def _do_SentencePieceProcessor(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:  # noqa: N802
+    def _do_SentencePieceProcessor(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:
         return self.ref(self.new("thing", name, node))
 
     def _do_namedtuple(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:

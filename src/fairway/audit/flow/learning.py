@@ -35,7 +35,8 @@ class Learning(Core):
         flags = (logits.flags | targets.flags) & (ONE_ROW | SCALED)
         score = self.note(
             events.Score, node, bit=bit, targets=toks, states=logits.states, knows=logits.knows, choices=choices,
-            parts=logits.losses | targets.losses, scaled=bool(logits.flags & SCALED), one_row=bool(targets.flags & ONE_ROW),
+            parts=logits.losses | targets.losses, scaled=bool(logits.flags & SCALED),
+            one_row=bool(targets.flags & ONE_ROW),
             scale=logits.limit,
         )  # fmt: skip
         self.trace.scores.append(score)
@@ -116,7 +117,9 @@ class Learning(Core):
         grad = self.gradient(loss)
         for state in loss.states:
             old = state.slots.get("#grad", NOTHING)
-            self.heap.set(state, "#grad", join(old, grad) if old.toks else grad)
+            used = state.slots.get("#stepped", 0)  # what a step has followed is taken to be cleared
+            self.heap.set(state, "#grad", join(old, grad) if old.toks and not used else grad)
+            self.heap.set(state, "#stepped", 0)
 
     def gradient(self, loss: Value) -> Value:
         """The gradient of a loss."""
@@ -132,6 +135,8 @@ class Learning(Core):
                 grad = obj.root.slots.get("#grad", NOTHING)
                 if grad.toks or grad.losses:
                     self.learn(obj, grad.toks, "gradient", node, grad.losses)
+            for obj in self.leaves(targets):
+                self.heap.set(obj.root, "#stepped", 1)
 
     def forget_gradient(self, value: Value) -> None:
         """zero_grad."""
@@ -229,12 +234,12 @@ class Learning(Core):
         order = [loop for loop, _ in self.nest]
         now = Tok("", tuple(self.here()))
         for update in self.trace.learned(value.knows):
-            before = update.learned and all(related(replace(t, data=""), now, order) == "earlier" for t in update.learned)
-            if not before:
+            learned = [replace(tok, data="") for tok in update.learned]
+            if not learned or any(related(tok, now, order) != "earlier" for tok in learned):
                 keep |= 1 << update.bit
         return value.but(knows=keep)
 
-    def written_toks(self, value: Value, old: Value, spans: tuple[tuple[int, int, int], ...]) -> Value:
+    def written_toks(self, old: Value, spans: tuple[tuple[int, int, int], ...]) -> Value:
         """The old content of a buffer that is written again in a later iteration, without what the write replaces."""
         covered = {loop for loop, _, _ in spans}
         turns = {loop: turn for loop, turn in self.nest if loop not in covered}

@@ -7,11 +7,12 @@ import sys
 from typing import Any
 
 from fairway.audit.flow.core import FUEL, Frame, OutOfFuel
-from fairway.audit.flow.events import Trace
+from fairway.audit.flow.events import Trace, Unknown
 from fairway.audit.flow.statements import Statements
 from fairway.audit.flow.values import NOTHING, Value
 from fairway.audit.reading.script import Layer, Script
 from fairway.audit.settings import Settings
+from fairway.audit.verdict import Place
 
 _STACK = 12_000  # Python frames; a call of the script takes about ten
 
@@ -29,16 +30,13 @@ class Machine(Statements):
         try:
             self.program(self.entry)
         except OutOfFuel:
-            self._gave_up("the script has more steps than are followed")
+            pass
         except RecursionError:
-            self._gave_up("the script is nested too deeply")
+            self.trace.complete = False
+            place = Place(self.entry.path)
+            why = "the script is nested too deeply"
+            self.trace.events.append(Unknown(len(self.trace.events), place, (place,), (), why=why))
         return self.trace
-
-    def _gave_up(self, why: str) -> None:
-        self.trace.complete = False
-        if self.frames:
-            del self.frames[40:]
-            self.unknown(None, why)
 
     def program(self, script: Script) -> None:
         """A script as the main program; then what it runs as programs of their own."""

@@ -12,12 +12,25 @@ from fairway.audit.flow.containers import Part
 from fairway.audit.flow.heap import Obj
 from fairway.audit.flow.operations import Operations
 from fairway.audit.flow.tokens import Tok
-from fairway.audit.flow.values import GRAD, LENGTH, MISSING, NO_OBJECTS, NONE, NOTHING, RAW, TEXT, WEIGHTS, Value, blend, join
+from fairway.audit.flow.values import (
+    GRAD,
+    LENGTH,
+    MISSING,
+    NO_OBJECTS,
+    NONE,
+    NOTHING,
+    RAW,
+    TEXT,
+    WEIGHTS,
+    Value,
+    blend,
+    join,
+)
 
 _TEXT = frozenset(
     ("lower", "upper", "strip", "lstrip", "rstrip", "split", "startswith", "endswith", "replace", "join", "encode",
-     "decode", "format", "title", "splitlines", "rsplit", "partition", "isdigit", "removeprefix", "removesuffix", "count",
-     "find", "zfill", "ljust", "rjust", "hex")
+     "decode", "format", "title", "splitlines", "rsplit", "partition", "isdigit", "removeprefix", "removesuffix",
+     "count", "find", "zfill", "ljust", "rjust", "hex")
 )  # fmt: skip
 _GROW = frozenset(("append", "appendleft", "add", "put", "put_nowait", "push", "insert"))
 _SHRINK = frozenset(("pop", "popleft", "get_nowait", "popitem"))
@@ -107,9 +120,7 @@ class Methods(Operations):
             return self.tagged(self.element_of(obj), self.since(obj.born))
         return self.flat(base)
 
-    def _dict_get(
-        self, obj: Obj, base: Value, name: str, key: Value, args: list[Value], node: ast.AST | None
-    ) -> Value:
+    def _dict_get(self, obj: Obj, base: Value, name: str, key: Value, args: list[Value], node: ast.AST | None) -> Value:
         known = key.const is not MISSING and ("k", key.const) in obj.slots if _hashable(key.const) else False
         default = args[1] if len(args) > 1 else NONE
         empty = not any(isinstance(each, tuple) or each in ("#elem", "#items") for each in obj.slots)
@@ -198,7 +209,19 @@ class Methods(Operations):
             if isinstance(args[0].const, str):
                 self.put(this, args[0].const, args[1] if len(args) > 1 else kwargs.get("tensor", NOTHING), node)
             return NONE
-        if name in ("train", "eval", "to", "cuda", "cpu", "float", "half", "bfloat16", "requires_grad_", "double", "compile"):
+        if name in (
+            "train",
+            "eval",
+            "to",
+            "cuda",
+            "cpu",
+            "float",
+            "half",
+            "bfloat16",
+            "requires_grad_",
+            "double",
+            "compile",
+        ):
             return this
         if name == "apply" and args:
             self.call(args[0], [Value(refs=frozenset([obj, *self.parts_of(obj)][:12]))], {}, node)
@@ -243,7 +266,9 @@ class Methods(Operations):
                 self.adopt(obj, each)
             refs = [each for each in given if each.refs or each.items]
             if len(refs) == 1:
-                obj.slots["#content"] = refs[0] if name.rsplit(".", 1)[-1] != "Sequential" else Value(items=tuple(given))
+                obj.slots["#content"] = (
+                    refs[0] if name.rsplit(".", 1)[-1] != "Sequential" else Value(items=tuple(given))
+                )
             elif refs:
                 obj.slots["#content"] = Value(items=tuple(given))
             return self.ref(obj)
@@ -435,7 +460,11 @@ def _takes_both(path: Value) -> bool:
         piece = str(text).rsplit("/", 1)[-1].lower()
         if "*" in piece and piece != "*":
             stem = piece.split("*", 1)[0]
-            shards = [f"{stem}{word}_000000{suffix}" for word in ("val", "train") for suffix in (".bin", ".npy", ".pt", ".bin.zst")]
+            shards = [
+                f"{stem}{word}_000000{suffix}"
+                for word in ("val", "train")
+                for suffix in (".bin", ".npy", ".pt", ".bin.zst")
+            ]
             fits = [fnmatch.fnmatchcase(shard, piece) for shard in shards]
             return any(fits[:4]) and any(fits[4:])
     return False

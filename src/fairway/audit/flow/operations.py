@@ -27,7 +27,8 @@ from fairway.audit.flow.values import (
 )
 
 LOSSES = re.compile(
-    r"cross_?entropy|(^|_)nll|nll_loss|(^|_)ce(_|$)|ce_loss|lm_loss|token_loss|fused_ce|xent|log_?likelihood|log_?prob$", re.I
+    r"cross_?entropy|(^|_)nll|(^|_)ce(_|$)|ce_loss|lm_loss|token_loss|fused_ce|xent|log_?likelihood|log_?prob$",
+    re.I,
 )
 PICKS = frozenset(("gather", "take_along_dim", "take_along_axis", "index_select", "take", "gather_nd", "pick"))
 LEAST = frozenset(
@@ -42,20 +43,50 @@ MADE = frozenset(
 LIKE = frozenset(("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"))
 VIEWS = frozenset(
     ("view", "reshape", "squeeze", "unsqueeze", "permute", "transpose", "t", "detach", "expand", "expand_as", "flatten",
-     "narrow", "view_as", "contiguous", "swapaxes", "movedim", "unflatten", "ravel", "as_tensor", "from_numpy", "asarray",
-     "ascontiguousarray", "numpy", "memoryview", "requires_grad_", "share_memory_", "pin_memory", "retain_grad", "unfold")
+     "narrow", "view_as", "contiguous", "swapaxes", "movedim", "unflatten", "ravel", "as_tensor", "from_numpy",
+     "asarray", "ascontiguousarray", "numpy", "memoryview", "requires_grad_", "share_memory_", "pin_memory",
+     "retain_grad",
+     "unfold")
 )  # fmt: skip
 CASTS = frozenset(
-    ("to", "float", "half", "bfloat16", "double", "long", "int", "cuda", "cpu", "type", "astype", "bool", "short", "byte")
+    (
+        "to",
+        "float",
+        "half",
+        "bfloat16",
+        "double",
+        "long",
+        "int",
+        "cuda",
+        "cpu",
+        "type",
+        "astype",
+        "bool",
+        "short",
+        "byte",
+    )
 )
 COPIES = frozenset(("clone", "copy", "deepcopy", "new_tensor"))
 SIZES = frozenset(
-    ("len", "size", "numel", "dim", "nelement", "element_size", "stat", "getsize", "count_nonzero", "perf", "ndimension")
+    (
+        "len",
+        "size",
+        "numel",
+        "dim",
+        "nelement",
+        "element_size",
+        "stat",
+        "getsize",
+        "count_nonzero",
+        "perf",
+        "ndimension",
+    )
 )
 PLACES = frozenset(("nonzero", "flatnonzero", "argwhere", "searchsorted", "bucketize", "where", "cumsum_lengths"))
 RESETS = frozenset(
     ("zero_", "fill_", "uniform_", "normal_", "random_", "exponential_", "trunc_normal_", "kaiming_uniform_", "eye_",
-     "xavier_uniform_", "kaiming_normal_", "orthogonal_", "zeros_", "ones_", "constant_", "xavier_normal_", "bernoulli_",
+     "xavier_uniform_", "kaiming_normal_", "orthogonal_", "zeros_", "ones_", "constant_", "xavier_normal_",
+     "bernoulli_",
      "dirac_", "sparse_", "geometric_", "log_normal_", "cauchy_")
 )  # fmt: skip
 COUNTED = frozenset(("bincount", "Counter", "unique", "unique_consecutive", "histc", "histogram", "value_counts"))
@@ -141,7 +172,7 @@ class Operations(Arithmetic):
                     self.heap.set(obj, "#leaf", 1)
             return base
         first = args[1].const if len(args) > 1 else MISSING
-        row = name in MAKES_ROW and first == 0 or name in ("reshape", "view") and first == 1
+        row = (name in MAKES_ROW and first == 0) or (name in ("reshape", "view") and first == 1)
         return base.but(flags=base.flags | ONE_ROW) if row else base
 
     def _cast(self, base: Value) -> Value:
@@ -210,16 +241,18 @@ class Operations(Arithmetic):
         if targets is not None and logits is not None:
             return self.scored(logits, targets, node)
         if LOSSES.search(name) and "entropy" in name.lower() and logits is not None and len(flats) > 1:
-            return self.scored(logits, next((each for each in flats if each is not logits and each.toks), NOTHING), node)
+            return self.scored(
+                logits, next((each for each in flats if each is not logits and each.toks), NOTHING), node
+            )
         return None
 
     def _least(
         self, name: str, args: list[Value], flats: list[Value], kwargs: dict[str, Value], node: ast.AST | None
     ) -> Value:
         consts = [each.const for each in args]
-        if name in ("min", "max", "sorted") and args and all(isinstance(c, (int, float)) for c in consts) and not kwargs:
-            if len(args) > 1:
-                return Value(const=(min if name == "min" else max)(consts), less=_less(args), env=blend(*args).env)
+        numbers = len(args) > 1 and all(isinstance(c, (int, float)) for c in consts) and not kwargs
+        if name in ("min", "max") and numbers:
+            return Value(const=(min if name == "min" else max)(consts), less=_less(args), env=blend(*args).env)
         result = blend(*flats) if flats else NOTHING
         losing = [each for each in flats if each.losses]
         stabiliser = len(args) == 1 and name.startswith(("max", "amax", "fmax", "nanmax")) and not args[0].refs

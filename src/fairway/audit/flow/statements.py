@@ -78,7 +78,7 @@ class Statements(Expressions):
         for target in targets:
             self.assign(target, elements.any)
 
-    def _do_Assign_(self, node: ast.Assign) -> None:  # noqa: N802
+    def _do_Assign_(self, node: ast.Assign) -> None:
         value = self.evaluate(node.value)
         for target in node.targets:
             kept = value
@@ -98,11 +98,11 @@ class Statements(Expressions):
         born = min((obj.born for obj in base.refs), key=len, default=())
         return self.tagged(value, self.since(born)).but(const=MISSING)
 
-    def _do_AnnAssign_(self, node: ast.AnnAssign) -> None:  # noqa: N802
+    def _do_AnnAssign_(self, node: ast.AnnAssign) -> None:
         if node.value is not None:
             self.assign(node.target, self.evaluate(node.value))
 
-    def _do_AugAssign_(self, node: ast.AugAssign) -> None:  # noqa: N802
+    def _do_AugAssign_(self, node: ast.AugAssign) -> None:
         value = self.evaluate(node.value)
         target = node.target
         if isinstance(target, ast.Subscript):
@@ -135,16 +135,16 @@ class Statements(Expressions):
             return
         self.put_item(base, parts, self.binop(node.op, self.flat(old), value, None), node)
 
-    def _do_Expr_(self, node: ast.Expr) -> None:  # noqa: N802
+    def _do_Expr_(self, node: ast.Expr) -> None:
         self.evaluate(node.value)
 
-    def _do_Delete_(self, node: ast.Delete) -> None:  # noqa: N802
+    def _do_Delete_(self, node: ast.Delete) -> None:
         for target in node.targets:
             if isinstance(target, ast.Name) and len(self.frame.marks) == 0:
                 self.heap.drop(self.scope(target.id), target.id)
 
     # Branches.
-    def _do_If_(self, node: ast.If) -> bool:  # noqa: N802
+    def _do_If_(self, node: ast.If) -> bool:
         test = self.evaluate(node.test)
         held = self.truth(test)
         if held is not None:
@@ -171,7 +171,7 @@ class Statements(Expressions):
             if test.env:
                 self.guards.pop()
 
-    def _do_Match_(self, node: ast.Match) -> bool:  # noqa: N802
+    def _do_Match_(self, node: ast.Match) -> bool:
         subject = self.evaluate(node.subject)
         for case in node.cases:
             pattern = case.pattern
@@ -190,7 +190,7 @@ class Statements(Expressions):
         branches: list[Callable[[], bool]] = [lambda case=case: run(case) for case in node.cases]  # type: ignore[misc]
         return self.fork([*branches, lambda: True])
 
-    def _do_Try_(self, node: ast.Try) -> bool:  # noqa: N802
+    def _do_Try_(self, node: ast.Try) -> bool:
         if node.handlers:
 
             def body() -> bool:
@@ -212,7 +212,7 @@ class Statements(Expressions):
 
     _do_TryStar_ = _do_Try_
 
-    def _do_With_(self, node: ast.With) -> bool:  # noqa: N802
+    def _do_With_(self, node: ast.With) -> bool:
         for item in node.items:
             value = self.evaluate(item.context_expr)
             entered = value
@@ -230,7 +230,7 @@ class Statements(Expressions):
     _do_AsyncWith_ = _do_With_
 
     # Ways out.
-    def _do_Return_(self, node: ast.Return) -> bool:  # noqa: N802
+    def _do_Return_(self, node: ast.Return) -> bool:
         value = self.evaluate(node.value) if node.value else NONE
         frame = self.frame
         if self.control:
@@ -241,7 +241,7 @@ class Statements(Expressions):
             frame.value = value
         return False
 
-    def _do_Raise_(self, node: ast.Raise) -> bool:  # noqa: N802
+    def _do_Raise_(self, node: ast.Raise) -> bool:
         return False
 
     def _leave(self, kind: str) -> bool:
@@ -262,14 +262,14 @@ class Statements(Expressions):
             loop.continues.append({})
         return False
 
-    def _do_Break_(self, node: ast.Break) -> bool:  # noqa: N802
+    def _do_Break_(self, node: ast.Break) -> bool:
         return self._leave("break")
 
-    def _do_Continue_(self, node: ast.Continue) -> bool:  # noqa: N802
+    def _do_Continue_(self, node: ast.Continue) -> bool:
         return self._leave("continue")
 
     # Loops.
-    def _do_For_(self, node: ast.For) -> bool:  # noqa: N802
+    def _do_For_(self, node: ast.For) -> bool:
         elements = self.elements(self.evaluate(node.iter), node)
         if elements.count == 0:
             return self.block(node.orelse)
@@ -298,7 +298,7 @@ class Statements(Expressions):
             return list(elements.exact)
         return [elements.any] * (1 if elements.count == 1 else 2)
 
-    def _do_While_(self, node: ast.While) -> bool:  # noqa: N802
+    def _do_While_(self, node: ast.While) -> bool:
         loop = self.loop_id(node)
         if self.truth(self.evaluate(node.test)) is False:
             return self.block(node.orelse)
@@ -355,11 +355,13 @@ class Statements(Expressions):
             if number or (value.const is MISSING and value.spans):
                 spans = tuple((each, a, b) for each, a, b in value.spans if each != loop)
                 spans = tuple(sorted((*spans, (loop, turn, turn))))
-                drifted = value.but(spans=spans, const=MISSING, unit=value.unit, limit=None, flags=value.flags & ~LENGTH)
+                drifted = value.but(
+                    spans=spans, const=MISSING, unit=value.unit, limit=None, flags=value.flags & ~LENGTH
+                )
                 self.heap.set(self.frame.obj, name, drifted)
 
     # Definitions.
-    def _do_FunctionDef_(self, node: Any) -> None:  # noqa: N802
+    def _do_FunctionDef_(self, node: Any) -> None:
         value = self.function(node)
         for obj in value.refs:
             for each in node.decorator_list:
@@ -378,12 +380,14 @@ class Statements(Expressions):
 
     _do_AsyncFunctionDef_ = _do_FunctionDef_
 
-    def _do_ClassDef_(self, node: ast.ClassDef) -> None:  # noqa: N802
+    def _do_ClassDef_(self, node: ast.ClassDef) -> None:
         cls = self.new("class", node, node)
         bases = tuple(self.evaluate(each) for each in node.bases)
         cls.slots["#bases"] = Value(items=bases)
         cls.slots["#fields"] = tuple(
-            each.target.id for each in node.body if isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name)
+            each.target.id
+            for each in node.body
+            if isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name)
         )
         frame = self.frame
         from fairway.audit.flow.core import Frame
@@ -416,7 +420,7 @@ class Statements(Expressions):
                 self.statement(each)
 
     # Imports.
-    def _do_Import_(self, node: ast.Import) -> None:  # noqa: N802
+    def _do_Import_(self, node: ast.Import) -> None:
         for alias in node.names:
             module = self.imported(alias.name, node)
             if alias.asname:
@@ -426,7 +430,7 @@ class Statements(Expressions):
                 own = self.imported(top, node)
                 self.assign(ast.Name(top, ast.Store()), own if own else self.outside(top))
 
-    def _do_ImportFrom_(self, node: ast.ImportFrom) -> None:  # noqa: N802
+    def _do_ImportFrom_(self, node: ast.ImportFrom) -> None:
         module = self.imported(node.module or "", node)
         for alias in node.names:
             name = alias.asname or alias.name
@@ -474,7 +478,7 @@ def _assigned(node: Any) -> frozenset[str]:
             names -= {part.id for part in ast.walk(node.target) if isinstance(part, ast.Name)}
         cached = frozenset(names)
         node._fairway_assigned = cached
-    return cached  # type: ignore[no-any-return]
+    return cached
 
 
 __all__ = ["NONE", "Statements", "join"]

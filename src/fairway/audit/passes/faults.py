@@ -105,7 +105,7 @@ class Passes:
         first = self._in_one_evaluation(score, update, learned)
         if first is not None:
             return Fault("rescoring-after-adaptation", score, update, first)
-        if self._in_training(update):
+        if self._in_training(score, update):
             return Fault("validation-in-training", score, update)
         return Fault("training-before-scoring", score, update)
 
@@ -153,9 +153,9 @@ class Passes:
         turns = set(update.nest)
         for first in self.booked:
             near = first.place == score.place and first.number < min(update.number, score.number)
-            if near and any(each in turns for each in first.nest):
-                if any(related(tok, target) == "same" for tok in learned for target in first.targets):
-                    return first
+            near = near and any(each in turns for each in first.nest)
+            if near and any(related(tok, target) == "same" for tok in learned for target in first.targets):
+                return first
         return None
 
     def _epochs(self, before: Score, score: Score) -> bool:
@@ -163,7 +163,7 @@ class Passes:
         turns = dict(before.nest)
         cut = {loop for tok in score.targets for loop, _, _ in tok.spans}
         repeated = [loop for loop, turn in score.nest if turns.get(loop, turn) != turn and loop not in cut]
-        inner = {self.trace.within.get(loop) for loop, _ in score.nest if loop in cut}
+        inner = {self.trace.within.get(loop) for loop in cut}
         return any(self.trace.within.get(loop) in inner for loop in repeated)
 
     @staticmethod
@@ -201,14 +201,14 @@ class Passes:
         goals = [replace(tok, cuts=frozenset()) for tok in score.targets]
         return any(related(tok, target, order) == "same" for tok in bare for target in goals)
 
-    def _in_training(self, update: Update) -> bool:
+    def _in_training(self, score: Score, update: Update) -> bool:
         """Whether the training itself saw validation tokens, and no adaptation of its own after it."""
         if any(tok.data == "train" for tok in update.learned) or update.place in self.train_places:
             other = [each for each in self.trace.updates if each.place == update.place and each.stack == update.stack]
             return any(tok.data == "train" for each in other for tok in each.learned)
         trained = [
             each
-            for each in self.trace.updates
+            for each in self.trace.learned(score.knows)
             if each.how == "gradient" and any(tok.data not in self.data for tok in each.learned)
         ]
         return not trained
@@ -226,13 +226,17 @@ class Passes:
             order = [loop for loop, _ in score.nest]
             for choice in self.trace.chosen(score.choices | shown):
                 seen = [
-                    other for other in self.trace.scored(choice.losses) if any(tok.data in self.data for tok in other.targets)
+                    other
+                    for other in self.trace.scored(choice.losses)
+                    if any(tok.data in self.data for tok in other.targets)
                 ]
                 about = [
                     other
                     for other in seen
                     if any(
-                        related(tok, target, order) in ("same", "later") for tok in other.targets for target in score.targets
+                        related(tok, target, order) in ("same", "later")
+                        for tok in other.targets
+                        for target in score.targets
                     )
                 ]
                 if not about:
@@ -309,9 +313,7 @@ def late_calibration(trace: Trace, reported: Reported) -> Late | None:
         return None
     loops = {loop for update in trained for loop, _ in update.nest}
     clocks = [
-        event
-        for event in trace.events
-        if isinstance(event, Clock) and any(loop in loops for loop, _ in event.nest)
+        event for event in trace.events if isinstance(event, Clock) and any(loop in loops for loop, _ in event.nest)
     ]
     known = [clock for clock in clocks if clock.limit is not None]
     full = [clock for clock in known if full_cap(clock.limit or 0.0)]

@@ -8,7 +8,7 @@ from fairway.audit.case import Case
 from fairway.audit.flow.events import Event, Forward, Said, Trace, Update, bits
 from fairway.audit.passes.faults import Fault, Passes
 from fairway.audit.passes.reported import Reported, is_diagnosis, reported
-from fairway.audit.verdict import Finding, Place, Step
+from fairway.audit.verdict import Finding, Place, Step, Verdict
 
 _SEEN: weakref.WeakKeyDictionary[Trace, tuple[Reported, list[Fault], list[Fault]]] = weakref.WeakKeyDictionary()
 
@@ -31,18 +31,18 @@ def verdict_on(case: Case, rule: str, clause: str, clean: str) -> Finding:
     if mine:
         fault = _clearest(mine)
         guards = (*fault.score.guards, *fault.cause.guards)
-        verdict = "suspect" if guards else "violates"
+        verdict: Verdict = "suspect" if guards else "violates"
         doubt = f" This depends on the setting at {guards[0]}, which nothing here decides." if guards else ""
         return Finding(
             rule, verdict, _sentence(fault) + doubt, clause, place_of(case, fault), way(case.trace, fault, which.score)
-        )  # type: ignore[arg-type]
+        )
     if not which.score:
         return unseen(case, rule, clause)
     open_ends = not case.trace.complete
     if open_ends:
-        last = case.trace.unknowns()[-1:] or [None]
-        place = last[0].place if last[0] else None
-        why = last[0].why if last[0] else "the walk did not end"
+        last = case.trace.unknowns()[-1:]
+        place = last[0].place if last else None
+        why = last[0].why if last else "the walk did not end"
         return Finding(rule, "cannot tell", f"The script could not be followed to its end: {why}.", clause, place)
     other = [fault for fault in beside if fault.kind == rule]
     if other and not all(is_diagnosis(said) for said in which.others) and not _before(which, other):
@@ -63,7 +63,9 @@ def unseen(case: Case, rule: str, clause: str) -> Finding:
     gaps = case.trace.unknowns()
     place = gaps[0].place if gaps else None
     why = f": {gaps[0].why}" if gaps else ""
-    return Finding(rule, "cannot tell", f"No printed number could be traced to losses on validation tokens{why}.", clause, place)
+    return Finding(
+        rule, "cannot tell", f"No printed number could be traced to losses on validation tokens{why}.", clause, place
+    )
 
 
 def _clearest(faults: list[Fault]) -> Fault:
@@ -95,7 +97,7 @@ def _calibrated(case: Case, update: Update) -> Place:
     ]
     learned = {(tok.data, tok.spans) for tok in update.learned}
     fitting = [event for event in runs if any((tok.data, tok.spans) in learned for tok in event.toks)]
-    return called_at((fitting or runs or [update])[-1])
+    return called_at(fitting[-1] if fitting else runs[-1] if runs else update)
 
 
 def called_at(event: Event) -> Place:
@@ -162,27 +164,44 @@ def way(trace: Trace, fault: Fault, said: tuple[Said, ...]) -> tuple[Step, ...]:
 
 def _outer(said: Said) -> Place:
     """Where a message was written, not the log helper that prints it."""
-    return said.stack[-2] if len(said.stack) > 1 and not said.nest else said.place
+    return said.stack[1] if len(said.stack) > 1 and not said.nest else said.place
 
 
 _SAID = {
-    "rescoring-after-adaptation": "The reported loss at {score} is a second pass: the model adapted at {cause} on these "
-    "tokens after they were first scored at {before}.",
-    "training-before-scoring": "The model that scores at {score} was trained at {cause} on the validation tokens that it "
-    "scores, before they were scored.",
-    "multi-epoch-last": "Validation tokens are scored at {score} again in each epoch after training on them at {cause}; "
-    "the last epoch's losses are what is reported.",
-    "two-pass-cache": "The table filled at {cause} already holds the validation tokens that are scored with it at {score}.",
-    "slot-on-scored": "The vector optimised at {cause} on the loss of the scored positions is what scores them at {score}.",
-    "slot-shared-delta": "One vector, optimised at {cause} on the context of all windows of a batch, scores them at {score}: "
-    "a later window's context holds the targets of an earlier one.",
-    "temperature-from-validation": "A scale of the logits at {score} is fitted or chosen at {cause} by the loss of the "
-    "validation tokens that are scored.",
-    "choice-by-validation": "The weights that score at {score} were chosen at {cause} by comparing validation losses.",
-    "min-over-passes": "The reported loss is the best of several passes over the same tokens, chosen at {cause}.",
-    "calibration-on-validation": "The weights that score at {score} were computed at {cause} from activations on the "
-    "validation tokens.",
-    "validation-in-training": "The training at {cause} reads the validation tokens that are scored at {score}.",
+    "rescoring-after-adaptation": (
+        "The reported loss at {score} is a second pass: the model adapted at {cause} on these tokens after they "
+        "were first scored at {before}."
+    ),
+    "training-before-scoring": (
+        "The model that scores at {score} was trained at {cause} on the validation tokens that it scores, before "
+        "they were scored."
+    ),
+    "multi-epoch-last": (
+        "Validation tokens are scored at {score} again in each epoch after training on them at {cause}; the last "
+        "epoch's losses are what is reported."
+    ),
+    "two-pass-cache": (
+        "The table filled at {cause} already holds the validation tokens that are scored with it at {score}."
+    ),
+    "slot-on-scored": (
+        "The vector optimised at {cause} on the loss of the scored positions is what scores them at {score}."
+    ),
+    "slot-shared-delta": (
+        "One vector, optimised at {cause} on the context of all windows of a batch, scores them at {score}: a "
+        "later window's context holds the targets of an earlier one."
+    ),
+    "temperature-from-validation": (
+        "A scale of the logits at {score} is fitted or chosen at {cause} by the loss of the validation tokens that "
+        "are scored."
+    ),
+    "choice-by-validation": (
+        "The weights that score at {score} were chosen at {cause} by comparing validation losses."
+    ),
+    "min-over-passes": ("The reported loss is the best of several passes over the same tokens, chosen at {cause}."),
+    "calibration-on-validation": (
+        "The weights that score at {score} were computed at {cause} from activations on the validation tokens."
+    ),
+    "validation-in-training": ("The training at {cause} reads the validation tokens that are scored at {score}."),
 }
 
 

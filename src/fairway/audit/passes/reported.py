@@ -9,7 +9,8 @@ from fairway.audit.flow.events import Said, Score, Trace
 from fairway.audit.submission import Submission
 
 _DIAGNOSIS = re.compile(
-    r"diag|debug|sanity|ablation|for comparison|not (?:the )?(?:score|reported|submitted)|(?<![a-z])info(?![a-z])|illegal|upper bound|oracle", re.I
+    r"diag|debug|sanity|ablation|for comparison|not (?:the )?(?:score|reported|submitted)|illegal|upper bound|oracle",
+    re.I,
 )
 _SELF = ("train", "random", "generated")
 
@@ -60,7 +61,7 @@ def _once(said: list[Said]) -> list[Said]:
     for each in said:
         key = (each.stack[:-1], each.value.losses)
         old = found.get(key)
-        if old is None or len(each.text) > 0 and not old.text:
+        if old is None or (len(each.text) > 0 and not old.text):
             found[key] = each
     return sorted(found.values(), key=lambda each: each.number)
 
@@ -75,7 +76,11 @@ def _by_record(said: list[Said], submission: Submission) -> list[Said]:
     best: list[Said] = []
     most = 0
     for each in said:
-        words = [word for word in re.findall(r"[A-Za-z_]{3,}", each.text) if word not in ("val_loss", "val_bpb", "logs", "txt")]
+        words = [
+            word
+            for word in re.findall(r"[A-Za-z_]{3,}", each.text)
+            if word not in ("val_loss", "val_bpb", "logs", "txt")
+        ]
         if not words:
             continue
         fits = any(all(word in line for word in words) for line in shown)

@@ -1,8 +1,8 @@
 """Training data is read for calibration after the training time is used up."""
 
 from fairway.audit.case import Case
-from fairway.audit.passes.faults import late_calibration
 from fairway.audit.flow.events import Forward, Update
+from fairway.audit.passes.faults import late_calibration
 from fairway.audit.passes.findings import called_at, passes_of, unseen
 from fairway.audit.verdict import Finding, Place
 
@@ -16,14 +16,14 @@ def check(case: Case) -> Finding:
     late = late_calibration(case.trace, which)
     if late is not None and late.clock is not None:
         evidence = (
-            f"Training stops at {late.clock.place} when the whole {late.clock.limit:g} are used; the weights that score "
-            f"are then computed at {late.update.place} from activations on training data."
+            f"Training stops at {late.clock.place} when the whole {late.clock.limit:g} are used; the weights that "
+            f"score are then computed at {late.update.place} from activations on training data."
         )
         return Finding(ID, "violates", evidence, CLAUSE, _place(case, late.update))
     if late is not None:
         evidence = (
-            f"The weights are calibrated on training data at {late.update.place} after the training loop, and no limit of "
-            "its time could be read that would leave room for it."
+            f"The weights are calibrated on training data at {late.update.place} after the training loop, and no limit "
+            "of its time could be read that would leave room for it."
         )
         return Finding(ID, "suspect", evidence, CLAUSE, _place(case, late.update))
     if not which.score:

@@ -6,7 +6,7 @@ from fairway.audit.verdict import Finding
 
 ID = "choice-by-validation"
 CHARGE = "an average, a checkpoint or an epoch is chosen by validation loss"
-CLAUSE = 'RULES.md (b) conditions 1 and 4, R5'
+CLAUSE = "RULES.md (b) conditions 1 and 4, R5"
 
 
 def check(case: Case) -> Finding:

@@ -10,4 +10,5 @@ CLAUSE = 'RULES.md (b) conditions 3 and 4; (c) "Multi-epoch, last epoch reported
 
 
 def check(case: Case) -> Finding:
-    return verdict_on(case, ID, CLAUSE, "No pass over the validation tokens is repeated with what an earlier one learned.")
+    clean = "No pass over the validation tokens is repeated with what an earlier one learned."
+    return verdict_on(case, ID, CLAUSE, clean)

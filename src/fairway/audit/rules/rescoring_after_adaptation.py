@@ -10,4 +10,5 @@ CLAUSE = 'RULES.md (b) conditions 3 and 4; (c) "TTT then re-score"'
 
 
 def check(case: Case) -> Finding:
-    return verdict_on(case, ID, CLAUSE, "Every validation loss in the score was booked before anything learned from its token.")
+    clean = "Every validation loss in the score was booked before anything learned from its token."
+    return verdict_on(case, ID, CLAUSE, clean)

@@ -19,7 +19,7 @@ def check(case: Case) -> Finding:
     scores = scores_of(case.trace, which.score, which.data)
     cut = [(score, tok.part) for score in scores for tok in score.targets if tok.part and float(tok.part) < FULL]
     whole = [score for score in scores if all(not tok.part for tok in score.targets)]
-    if cut and len(whole) < len(scores):
+    if cut and not whole:
         score, part = cut[0]
         evidence = f"The reported loss at {score.place} covers only what a constant of {float(part):,.0f} lets through."
         return Finding(ID, "violates", evidence, CLAUSE, score.place)
@@ -32,6 +32,9 @@ def check(case: Case) -> Finding:
     ]
     if ended:
         score, place = ended[0]
-        evidence = f"The loop over the validation tokens is left at {place} when a counter or the clock says so; the rest is not scored."
+        evidence = (
+            f"The loop over the validation tokens is left at {place} when a counter or the clock says so; "
+            "the rest is not scored."
+        )
         return Finding(ID, "violates", evidence, CLAUSE, place)
     return Finding(ID, "clean", "No constant cuts the validation tokens short.", CLAUSE, which.score[0].place)
