@@ -51,10 +51,11 @@ class Arithmetic(Containers):
         if listed is not None:
             return listed
         one, two = self.flat(left), self.flat(right)
-        if one.losses or two.losses:
-            return self._of_losses(op, one, two, node)
         if isinstance(op, (ast.Add, ast.Sub)) and one.flags & WEIGHTS and two.flags & GRAD and two.toks:
             return self._moved(one, two, node)
+        one, two = _stepped(one, two), _stepped(two, one)
+        if one.losses or two.losses:
+            return self._of_losses(op, one, two, node)
         if (two.flags & ONE_HOT and one.active) or (one.flags & ONE_HOT and two.active):
             hot, logits = (two, one) if two.flags & ONE_HOT else (one, two)
             if hot.raw:
@@ -289,6 +290,13 @@ class Arithmetic(Containers):
         below = isinstance(op, (ast.Lt, ast.LtE)) is first
         name = sym_of(bound, text)
         return frozenset((("head" if below else "tail", name, bound.less),)) if name else frozenset()
+
+
+def _stepped(value: Value, other: Value) -> Value:
+    """A number that follows a gradient, where it meets logits: no loss itself."""
+    if value.flags & GRAD and other.active and not other.flags & GRAD and not other.losses:
+        return value.but(losses=0, toks=frozenset(), flags=value.flags & ~GRAD)
+    return value
 
 
 def _numbers(*values: Any) -> bool:

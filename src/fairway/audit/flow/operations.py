@@ -115,10 +115,9 @@ class Operations(Arithmetic):
             flat = self.flat(args[0], 1) if args else NOTHING
             if args and args[0].items is not None and not args[0].refs:
                 return Value(const=len(args[0].items))
-            alone = next(iter(args[0].refs)).slots if args and name == "len" and len(args[0].refs) == 1 else {}
-            exact = alone.get("#items")
-            if isinstance(exact, Value) and exact.items is not None and "#elem" not in alone:
-                return Value(const=len(exact.items))
+            count = self._count(args[0]) if args and name == "len" else None
+            if count is not None:
+                return Value(const=count)
             if name == "len" and args and isinstance(args[0].const, (str, bytes, tuple, list, dict)):
                 return Value(const=len(args[0].const), env=args[0].env)
             return Value(flags=LENGTH | flat.flags & ONE_ROW, sym="size")
@@ -126,6 +125,15 @@ class Operations(Arithmetic):
             return Value(flags=POSITIONS, spans=blend(*map(self.flat, args)).spans if args else ())
         flats = [self.flat(each) for each in (*args, *kwargs.values())]
         return self._computed(name, args, flats, kwargs, node)
+
+    def _count(self, value: Value) -> int | None:
+        """How many elements a list has, where that is known."""
+        counts = set()
+        for obj in value.refs:
+            exact = obj.slots.get("#items")
+            known = isinstance(exact, Value) and exact.items is not None and "#elem" not in obj.slots
+            counts.add(len(exact.items or ()) if known and isinstance(exact, Value) else None)
+        return counts.pop() if len(counts) == 1 else None
 
     def _computed(
         self, name: str, args: list[Value], flats: list[Value], kwargs: dict[str, Value], node: ast.AST | None
