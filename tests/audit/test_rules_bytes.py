@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.audit.small import COUNT, TABLE, line_of, script, verdict
+from tests.audit.small import COUNT, LOSS, TABLE, line_of, script, verdict
 
 RULES = ("byte_double_space", "byte_missing_mark", "byte_fallback_three", "byte_constant", "byte_transformed_text")
 
@@ -14,7 +14,8 @@ def tables():
     pieces = [sp.id_to_piece(i) for i in range(V)]
     edge = np.array([sp.is_control(i) or sp.is_unknown(i) for i in range(V)])
     lead = np.array([p[:1] == "▁" for p in pieces]) & ~edge
-    size = np.array([0 if edge[i] else 1 if sp.is_byte(i) else len(p.lstrip("▁").encode()) for i, p in enumerate(pieces)])
+    bare = [p.lstrip("▁") for p in pieces]
+    size = np.array([0 if edge[i] else 1 if sp.is_byte(i) else len(p.encode()) for i, p in enumerate(bare)])
     return size, lead, edge
 """
 
@@ -147,7 +148,7 @@ def test_bytes_that_nobody_counted_are_a_constant(tmp_path: Path, bpb: str) -> N
 
 
 def test_a_constant_that_only_checks_the_count_is_no_denominator(tmp_path: Path) -> None:
-    loss = "        assert abs(count * 2.44 - octets) < 1e9\n        nll = F.cross_entropy(net(torch.from_numpy(x)), torch.from_numpy(y), reduction='none')"
+    loss = "        assert abs(count * 2.44 - octets) < 1e9\n" + LOSS
     assert verdict(tmp_path, "byte_constant", script(loss=loss)).verdict == "clean"
 
 

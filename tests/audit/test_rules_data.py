@@ -66,7 +66,7 @@ def test_what_is_no_network_or_never_reached_is_clean(tmp_path: Path, state: str
 
 
 def test_data_may_be_fetched_before_training(tmp_path: Path) -> None:
-    fetch = "import urllib.request\n    urllib.request.urlretrieve('https://example.org/s', 'data/fineweb_train_000000.bin')"
+    fetch = "import urllib.request\n    urllib.request.urlretrieve('https://example.org/s', 'data/fineweb_train_0.bin')"
     assert (
         verdict(tmp_path, "network_access", script(extra=TRAINS, state=f"{fetch}\n    school(net)")).verdict == "clean"
     )
@@ -143,9 +143,7 @@ def test_a_fold_that_writes_marks_can_be_undone(tmp_path: Path) -> None:
 
 
 def test_token_ids_that_are_replaced_are_another_text(tmp_path: Path) -> None:
-    text = script(
-        state="tokens[np.bincount(tokens, minlength=V)[tokens] < 5] = 3\n    rare = np.isin(tokens, [7])\n    tokens[rare] = 3"
-    )
+    text = script(state="rare = np.isin(tokens, np.flatnonzero(np.bincount(tokens) < 5))\n    tokens[rare] = 3")
     assert verdict(tmp_path, "lossy_text", text).verdict == "violates"
 
 

@@ -111,7 +111,8 @@ GATED = BLEND.replace(
 def test_the_better_of_two_predictions_is_an_oracle(tmp_path: Path, choice: str) -> None:
     helper = (
         CACHE
-        + "\n\ndef honest_helper(first, second):\n    keep = first.le(second)\n    return torch.where(keep, first, second)\n"
+        + "\n\ndef honest_helper(first, second):\n    keep = first.le(second)\n"
+        + "    return torch.where(keep, first, second)\n"
     )
     text = script(loss=GATED.format(choice=choice), state="rows = Rows()", extra=helper)
     finding = verdict(tmp_path, "oracle_gate", text)

@@ -4,7 +4,7 @@ import ast
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fairway.audit.commands import commands_in
@@ -64,6 +64,7 @@ def test_what_is_too_large_or_fails_is_unknown(text: str) -> None:
     assert folded(text) is UNKNOWN
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.integers(-99, 99), st.integers(-99, 99), st.sampled_from(["+", "-", "*", "//", "%", "<", "==", "and", "or"]))
 def test_an_expression_of_known_names_is_pythons(a: int, b: int, sign: str) -> None:
     if b == 0 and sign in ("//", "%"):
@@ -118,17 +119,17 @@ def test_the_ways_to_set_a_variable(text: str) -> None:
 
 def test_where_commands_disagree_the_value_is_unknown() -> None:
     text = "A=1 B=2 python train_gpt.py\nA=0 B=2 python train_gpt.py\n"
-    settings = read("train_gpt.py", [("README.md", text)])
-    assert settings.environ("A", "0") is UNKNOWN
-    assert settings.environ("B", "0") == "2"
-    assert settings.environ("C", "7") == "7"
-    assert settings.environ("C") is UNKNOWN
+    known = read("train_gpt.py", [("README.md", text)])
+    assert known.environ("A", "0") is UNKNOWN
+    assert known.environ("B", "0") == "2"
+    assert known.environ("C", "7") == "7"
+    assert known.environ("C") is UNKNOWN
 
 
 def test_a_shell_variable_and_a_rank_are_unknown() -> None:
-    settings = read("train_gpt.py", [("run.sh", "for s in 1 2; do SEED=$s python train_gpt.py; done")])
-    assert settings.environ("SEED", "1") is UNKNOWN
-    assert settings.environ("RANK", "0") is UNKNOWN
+    known = read("train_gpt.py", [("run.sh", "for s in 1 2; do SEED=$s python train_gpt.py; done")])
+    assert known.environ("SEED", "1") is UNKNOWN
+    assert known.environ("RANK", "0") is UNKNOWN
     assert Settings().argument("--val-docs", 10) == 10
     assert Settings(arguments={"val_docs": "50"}).argument("--val-docs", 10, int) == 50
 
@@ -155,8 +156,8 @@ class H:
     ids=["one-a-line", "many-a-line", "what-changes-is-no-setting", "source-in-the-log"],
 )
 def test_a_log_says_what_the_run_had(log: str, environment: dict[str, str]) -> None:
-    settings = read("train_gpt.py", [("train.log", log)], [ast.parse(SCRIPT)])
-    assert settings.environment == environment
+    known = read("train_gpt.py", [("train.log", log)], [ast.parse(SCRIPT)])
+    assert known.environment == environment
 
 
 def test_a_log_wins_over_the_readme() -> None:

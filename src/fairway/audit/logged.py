@@ -1,4 +1,4 @@
-"""What a log says of a run's settings: its printed `ttt_enabled: True`, led back to the variable that it was read from."""
+"""What a log says of a run's settings: its printed `ttt_enabled: True`, led back to the variable it was read from."""
 
 import ast
 from collections.abc import Iterable, Iterator

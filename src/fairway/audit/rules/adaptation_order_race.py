@@ -38,13 +38,13 @@ def check(case: Case) -> Finding:
     carried = _carried(claim, [step for step in steps if _together(claim, step)])
     if carried is None:
         evidence = (
-            "Documents are claimed in the order in which workers come, each with an adapter of its own; the order is not fixed "
-            "beforehand."
+            "Documents are claimed in the order in which workers come, each with an adapter of its own; the order is "
+            "not fixed beforehand."
         )
         return departure(case, "documents-claimed-by-ranks", CLAUSE, evidence, place, way)
     evidence = (
-        "Parts of the text are claimed by whichever worker comes first, and the state that learns from them is carried on to "
-        "the next claim: scores depend on a race that nobody can replay."
+        "Parts of the text are claimed by whichever worker comes first, and the state that learns from them is carried "
+        "on to the next claim: scores depend on a race that nobody can replay."
     )
     return Finding(ID, "violates", evidence, CLAUSE, place, (*way, *case.reading.way(carried.term)[1:]))
 

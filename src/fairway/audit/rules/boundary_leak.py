@@ -2,7 +2,7 @@
 
 from fairway.audit.case import Case
 from fairway.audit.exemptions import departure
-from fairway.audit.terms.term import Term, any_below, peel, same
+from fairway.audit.terms.term import Term, any_below, peel, same, walk
 from fairway.audit.terms.verdicts import clean
 from fairway.audit.verdict import Finding
 
@@ -22,8 +22,8 @@ def check(case: Case) -> Finding:
         for term in gates.nodes:
             if _smears(term) and not _is_shut(term):
                 evidence = (
-                    "The embedding of the token before is added at every position, a document's first one included, while "
-                    "documents are scored by themselves."
+                    "The embedding of the token before is added at every position, a document's first one included, "
+                    "while documents are scored by themselves."
                 )
                 return departure(
                     case,
@@ -96,6 +96,4 @@ def _is_shut(term: Term) -> bool:
 
 
 def _below(term: Term) -> list[Term]:
-    from fairway.audit.terms.term import walk
-
     return list(walk(term))

@@ -1,4 +1,4 @@
-"""A token's probability is spread over its bytes and mixed with a byte model: neither a byte nor a token distribution."""
+"""A token's probability is spread over its bytes and mixed with a byte model: a distribution of neither."""
 
 from fairway.audit.case import Case
 from fairway.audit.terms.mixtures import spread_over_bytes
@@ -16,8 +16,8 @@ def check(case: Case) -> Finding:
         term = next(spread_over_bytes(gates), None)
         if term is not None:
             evidence = (
-                "The probability of the scored token is taken to the power of one over its bytes and mixed byte by byte; "
-                "the result is summed over no alphabet, neither of bytes nor of tokens."
+                "The probability of the scored token is taken to the power of one over its bytes and mixed byte by "
+                "byte; the result is summed over no alphabet, neither of bytes nor of tokens."
             )
             return Finding(ID, "violates", evidence, CLAUSE, reading.place(term), reading.way(gates.of.term, term))
     if not reading.reported:

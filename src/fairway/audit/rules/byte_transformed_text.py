@@ -34,8 +34,8 @@ def check(case: Case) -> Finding:
         length = next((length for table, length in tables_of(factor) if not _frees_marks(table)), None)
         if length is not None and not _from_sidecar(factor) and _is_transformed(case):
             evidence = (
-                "The tokens are those of a transformed text with marks for capitals, and their bytes are taken from its "
-                "pieces, the marks included, instead of from the sidecar of original bytes."
+                "The tokens are those of a transformed text with marks for capitals, and their bytes are taken from "
+                "its pieces, the marks included, instead of from the sidecar of original bytes."
             )
             return Finding(ID, "violates", evidence, CLAUSE, reading.place(length), reading.way(length))
     if not factors:

@@ -16,8 +16,8 @@ def check(case: Case) -> Finding:
         term = next(wrongly_divided(gates), None)
         if term is not None:
             evidence = (
-                "Hashed counts of all tokens are divided by the count of their context instead of by their own sum; with "
-                "colliding keys the two differ and the probabilities sum to more than one."
+                "Hashed counts of all tokens are divided by the count of their context instead of by their own sum; "
+                "with colliding keys the two differ and the probabilities sum to more than one."
             )
             return Finding(ID, "violates", evidence, CLAUSE, reading.place(term), reading.way(gates.of.term, term))
         term = next(unbalanced(gates), None)

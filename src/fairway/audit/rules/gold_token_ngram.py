@@ -16,8 +16,8 @@ def check(case: Case) -> Finding:
         term = next(gold_ratios(gates), None)
         if term is not None:
             evidence = (
-                "A probability is the ratio of two hashed counts, the upper keyed by the context and the target, and no sum "
-                "over the vocabulary is taken: colliding keys give the tokens more than one in all."
+                "A probability is the ratio of two hashed counts, the upper keyed by the context and the target, and "
+                "no sum over the vocabulary is taken: colliding keys give the tokens more than one in all."
             )
             return Finding(ID, "violates", evidence, CLAUSE, reading.place(term), reading.way(gates.of.term, term))
     if not reading.reported:

@@ -15,15 +15,15 @@ def check(case: Case) -> Finding:
         cut = next(gates.clipped(), None)
         if cut is not None:
             evidence = (
-                "Losses are cut off at a number once the target is known; no distribution gives every token at least that "
-                "probability unless its parts are mixed before."
+                "Losses are cut off at a number once the target is known; no distribution gives every token at least "
+                "that probability unless its parts are mixed before."
             )
             return Finding(ID, "violates", evidence, CLAUSE, reading.place(cut), reading.way(gates.of.term, cut))
         term = next(gates.oracles(), None)
         if term is not None:
             evidence = (
-                "Two predictions of the same token are compared by how well they did on it and the better one is scored; "
-                "the choice reads the target, and the sum over the vocabulary exceeds one."
+                "Two predictions of the same token are compared by how well they did on it and the better one is "
+                "scored; the choice reads the target, and the sum over the vocabulary exceeds one."
             )
             return Finding(ID, "violates", evidence, CLAUSE, reading.place(term), reading.way(gates.of.term, term))
     if not reading.reported:

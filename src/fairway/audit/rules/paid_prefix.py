@@ -18,8 +18,8 @@ def check(case: Case) -> Finding:
         for term in stored(what):
             if is_validation(term, streams):
                 evidence = (
-                    "Tokens of the validation files are written out by the script itself, so that their positions can be "
-                    "scored from what was stored."
+                    "Tokens of the validation files are written out by the script itself, so that their positions can "
+                    "be scored from what was stored."
                 )
                 way = reading.way(event.term, term)
                 return Finding(ID, "violates", evidence, CLAUSE, reading.place(term), way)

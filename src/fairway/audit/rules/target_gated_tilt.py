@@ -1,4 +1,4 @@
-"""A hint, a weight or a switch depends on the very token that is scored: whether it starts a word, how likely it was."""
+"""A hint, a weight or a switch depends on the very token that is scored: does it start a word, how likely was it."""
 
 from fairway.audit.case import Case
 from fairway.audit.terms.mixtures import spread_over_bytes

@@ -54,7 +54,7 @@ class Gates:
                     yield term
 
     def clipped(self) -> Iterator[Term]:
-        """Losses that are cut off above, probabilities that are lifted to a floor: by more than a guard against nought."""
+        """Losses that are cut off above, probabilities lifted to a floor: by more than a guard against nought."""
         for term in self.nodes:
             if term.op != "call" or term.called not in _CUTS:
                 continue
@@ -178,7 +178,7 @@ class Gates:
         """table[target] where the table is no distribution and no memory of contexts."""
         if term.op != "item" or self.of.scored_place(term) is not None or is_mask(term.parts[1]):
             return False
-        reads_it = "read" in self.kinds(term.parts[1]) and not self.kinds(term.parts[0])
+        reads_it = "read" in self.kinds(term) & self.kinds(term.parts[1]) and not self.kinds(term.parts[0])
         return reads_it and not self.of.streams.is_stream(term)
 
     # ---- ratios of counts

@@ -62,21 +62,20 @@ def unbalanced(gates: Gates) -> Iterator[Term]:
 def unpaid_bonus(gates: Gates) -> Iterator[Term]:
     """loss - bonus * (hint == target) where nothing that reads the hint's own probability is added."""
     for term in gates.nodes:
-        if id(term) in gates.inside or term.op != "op" or term.value not in ("*", "-", "+"):
-            continue
-        if term.value == "*":
+        if id(term) not in gates.inside and term.op == "op" and term.value == "*":
             kinds = [gates.kinds(part) for part in term.parts]
-            if frozenset(("match",)) in kinds and frozenset() in kinds and not gates.has_other_place(gates.of.term):
-                if _is_hint(gates, term.parts[kinds.index(frozenset(("match",)))]):
-                    yield term
+            match = next((part for part, kind in zip(term.parts, kinds, strict=True) if kind == {"match"}), None)
+            alone = match is not None and frozenset() in kinds and not gates.has_other_place(gates.of.term)
+            if alone and match is not None and _is_hint(gates, match):
+                yield term
 
 
 def _is_hint(gates: Gates, match: Term) -> bool:
     """hint == target, not target == padding."""
     for term in gates.of.below(match):
-        if term.op == "compare" and term.value == "==" or term.called == "eq":
-            if all(peel(part).op not in ("const", "env", "attr") for part in term.parts[:2]):
-                return True
+        equals = (term.op == "compare" and term.value == "==") or term.called == "eq"
+        if equals and all(peel(part).op not in ("const", "env", "attr") for part in term.parts[:2]):
+            return True
     return False
 
 
@@ -140,13 +139,12 @@ def _is_whole(term: Term) -> bool:
 def spread_over_bytes(gates: Gates) -> Iterator[Term]:
     """p ** (1 / bytes of the target), or nll / bytes inside the logarithm of a mixture."""
     for term in gates.nodes:
-        if term.op == "op" and term.value == "**" and _depends(gates, term.parts[0], term.parts[1]):
+        if len(term.parts) < 2:
+            continue
+        power = (term.op == "op" and term.value == "**") or term.called in ("pow", "power", "float_power")
+        share = id(term) in gates.inside and term.op == "op" and term.value == "/" and _is_length(term.parts[1])
+        if (power or share) and _depends(gates, term.parts[0], term.parts[1]):
             yield term
-        elif (term.op == "call" and term.called in ("pow", "power", "float_power") and len(term.parts) >= 2) or (
-            id(term) in gates.inside and term.op == "op" and term.value == "/" and _is_length(term.parts[1])
-        ):
-            if _depends(gates, term.parts[0], term.parts[1]):
-                yield term
 
 
 def _depends(gates: Gates, base: Term, other: Term) -> bool:

@@ -212,7 +212,7 @@ class SpaceCount:
         if term.op in ("op", "mutate") and len(term.parts) > 1:
             return self._operation(term, str(term.value), term.parts, marked, table, depth)
         if term.op == "choice":
-            said = self.has_mark(term.parts[0])
+            said = self.has_mark(term.parts[0]) and not any_below(term.parts[0], is_byte_test)
             yes, no = said and not _negated(term.parts[0]), said and _negated(term.parts[0])
             arms = (
                 self.of(term.parts[1], marked or yes, table, depth),
