@@ -15,6 +15,12 @@ def test_the_plain_script_is_clean(tmp_path: Path, rule: str) -> None:
     assert verdict(tmp_path, rule, script()).verdict == "clean"
 
 
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "overlap_default"])
+def test_code_that_nobody_can_read_is_never_clean(tmp_path: Path, rule: str) -> None:
+    text = "import marshal, os\nexec(marshal.loads(open(os.environ['CODE'], 'rb').read()))\n"
+    assert verdict(tmp_path, rule, text).verdict == "cannot tell"
+
+
 # ---- the network
 
 TRAINS = """

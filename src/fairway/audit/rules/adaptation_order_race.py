@@ -5,7 +5,7 @@ from fairway.audit.exemptions import departure
 from fairway.audit.terms.program import Program
 from fairway.audit.terms.term import Term, walk
 from fairway.audit.terms.things import Event
-from fairway.audit.terms.verdicts import clean
+from fairway.audit.terms.verdicts import clean_as_read
 from fairway.audit.verdict import Finding
 
 ID = "adaptation-order-race"
@@ -32,7 +32,7 @@ def check(case: Case) -> Finding:
     steps = [event for event in program.called(*_STEPS) if event.path]
     claims = [event for event in _claims(program) if any(_together(event, step) for step in steps)]
     if not claims:
-        return clean(ID, CLAUSE, "no lock, claim file or shared queue stands in a loop that adapts")
+        return clean_as_read(case, ID, CLAUSE, "no lock, claim file or shared queue stands in a loop that adapts")
     claim = claims[-1]
     place, way = case.reading.place(claim.term), case.reading.way(claim.term)
     carried = _carried(claim, [step for step in steps if _together(claim, step)])

@@ -3,7 +3,7 @@
 from fairway.audit.case import Case
 from fairway.audit.exemptions import departure
 from fairway.audit.terms.term import Term, any_below, peel, same, walk
-from fairway.audit.terms.verdicts import clean
+from fairway.audit.terms.verdicts import clean_as_read
 from fairway.audit.verdict import Finding
 
 ID = "boundary-leak"
@@ -17,7 +17,7 @@ _JOINING = frozenset("cat concatenate stack pad roll concat".split())  # noqa: S
 def check(case: Case) -> Finding:
     reading = case.reading
     if not _by_documents(case):
-        return clean(ID, CLAUSE, "the text is not scored document by document")
+        return clean_as_read(case, ID, CLAUSE, "the text is not scored document by document")
     for gates in reading.gates:
         for term in gates.nodes:
             if _smears(term) and not _is_shut(term):
@@ -33,7 +33,7 @@ def check(case: Case) -> Finding:
                     reading.place(term),
                     reading.way(gates.of.term, term),
                 )
-    return clean(ID, CLAUSE, "nothing of the token before crosses a document's start unmasked")
+    return clean_as_read(case, ID, CLAUSE, "nothing of the token before crosses a document's start unmasked")
 
 
 def _by_documents(case: Case) -> bool:

@@ -4,7 +4,7 @@ from fairway.audit.case import Case
 from fairway.audit.terms.program import Program
 from fairway.audit.terms.streams import Streams
 from fairway.audit.terms.term import Term, peel, walk
-from fairway.audit.terms.verdicts import clean
+from fairway.audit.terms.verdicts import clean_as_read
 from fairway.audit.verdict import Finding
 
 ID = "lossy-text"
@@ -32,7 +32,7 @@ def check(case: Case) -> Finding:
     if replaced is not None:
         evidence = "Token ids of the validation text are replaced by another before they are scored."
         return Finding(ID, "violates", evidence, CLAUSE, reading.place(replaced), reading.way(replaced))
-    return clean(ID, CLAUSE, "no text is folded or normalised on its way to the scored tokens")
+    return clean_as_read(case, ID, CLAUSE, "no text is folded or normalised on its way to the scored tokens")
 
 
 def _tokenised(program: Program) -> list[tuple[Term, Term]]:

@@ -6,7 +6,7 @@ from fairway.audit.case import Case
 from fairway.audit.terms.program import Program
 from fairway.audit.terms.term import Term, any_below, walk
 from fairway.audit.terms.things import Event
-from fairway.audit.terms.verdicts import clean
+from fairway.audit.terms.verdicts import clean_as_read
 from fairway.audit.verdict import Finding
 
 ID = "network-access"
@@ -41,7 +41,7 @@ def check(case: Case) -> Finding:
             evidence = f"{said} is called after training has begun, on the way to the score."
             place = case.reading.place(event.term)
             return Finding(ID, "violates", evidence, CLAUSE, place, case.reading.way(event.term))
-    return clean(ID, CLAUSE, _seen(program))
+    return clean_as_read(case, ID, CLAUSE, _seen(program))
 
 
 def _seen(program: Program) -> str:

@@ -3,7 +3,7 @@
 from fairway.audit.case import Case
 from fairway.audit.terms.data import is_validation, stored, writes
 from fairway.audit.terms.streams import Streams
-from fairway.audit.terms.verdicts import clean
+from fairway.audit.terms.verdicts import clean_as_read
 from fairway.audit.verdict import Finding
 
 ID = "paid-prefix"
@@ -23,4 +23,4 @@ def check(case: Case) -> Finding:
                 )
                 way = reading.way(event.term, term)
                 return Finding(ID, "violates", evidence, CLAUSE, reading.place(term), way)
-    return clean(ID, CLAUSE, "nothing that the script writes holds token ids of the validation files")
+    return clean_as_read(case, ID, CLAUSE, "nothing that the script writes holds token ids of the validation files")

@@ -11,6 +11,16 @@ def clean(rule: str, clause: str, evidence: str) -> Finding:
     return Finding(rule, "clean", evidence, clause)
 
 
+def clean_as_read(case: Case, rule: str, clause: str, evidence: str) -> Finding:
+    """Clean, unless the script runs code that nobody can read and says no score in what can be read."""
+    gaps = [(script, gap) for script in case.script.all() for gap in script.opaque]
+    if not gaps or case.reading.reported:
+        return clean(rule, clause, evidence)
+    script, gap = gaps[0]
+    place = Place(script.path, script.line(gap.line))
+    return Finding(rule, "cannot tell", f"the script runs code that cannot be read: {gap.why}", clause, place)
+
+
 def unsaid(rule: str, clause: str) -> Finding:
     return Finding(rule, "cannot tell", "no number made of losses is said by the script", clause)
 
@@ -41,7 +51,3 @@ def byte_factors(case: Case) -> list[Term]:
     if not found and not any(is_assumed(fraction) for _, fraction in case.reading.fractions):
         found = [number.term for number in case.reading.reported if counts_bytes(number.term)]
     return found
-
-
-def place_at(case: Case, line: int) -> Place:
-    return Place(case.script.path, line)
