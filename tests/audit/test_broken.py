@@ -63,7 +63,7 @@ if __name__ == "__main__":
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("broken")
-    for name, content in mutated([SCRIPT.encode(), SCORING], 4 * len(MUTATIONS), seed=1):
+    for name, content in mutated([SCRIPT.encode(), SCORING], 2 * len(MUTATIONS), seed=1):
         (folder / name).write_bytes(content)
     return folder
 

@@ -93,7 +93,7 @@ def test_the_files_are_weighed_not_believed(tmp_path: Path) -> None:
     assert finding.verdict == "violates"
     assert "by stat()" in finding.evidence
     assert finding.place is not None
-    assert finding.place.file == "final_model.ptz"
+    assert finding.place.file == "submission.json"
 
 
 def test_code_counted_as_a_packed_wrapper_is_a_named_exemption(tmp_path: Path) -> None:
@@ -182,6 +182,12 @@ def test_a_neighbour_that_is_counted_is_clean(tmp_path: Path) -> None:
     assert found(uncounted_code, alone).verdict == "clean"
 
 
+def test_a_neighbour_whose_file_is_weighed_is_counted(tmp_path: Path) -> None:
+    (tmp_path / "helper.py").write_text("x = 1\n")
+    (tmp_path / "train.py").write_text("import os, helper\nprint(os.path.getsize(helper.__file__))\n")
+    assert found(uncounted_code, tmp_path / "train.py").verdict == "clean"
+
+
 def test_a_kernel_in_another_language_counts_as_code(tmp_path: Path) -> None:
     text = "from torch.utils.cpp_extension import load\nk = load('k', sources=['kernels.cu'])\n"
     folder = record(tmp_path / "r", text)
@@ -236,7 +242,10 @@ def test_the_evaluation_has_600_seconds_with_what_lies_outside_its_timer(
 
 def test_evaluations_whose_counting_is_unsettled_are_said_and_not_accused(tmp_path: Path) -> None:
     tail = [f"DIAGNOSTIC quantized val_loss:{1.13 * NATS:.4f} val_bpb:1.1300 eval_time:82000ms"]
-    finding = found(eval_over_time, record(tmp_path / "r", eval_ms=525_000, tail=tail))
+    folder = record(tmp_path / "r", eval_ms=525_000, tail=tail)
+    finding = found(eval_over_time, folder)
+    assert finding.exemption == "diagnostics-beside-the-clock"
+    assert found(eval_over_time, folder, strict=True).verdict == "violates"
     assert finding.verdict == "clean"
     assert "unsettled" in finding.evidence
 
@@ -247,6 +256,7 @@ def test_evaluations_whose_counting_is_unsettled_are_said_and_not_accused(tmp_pa
         ({"steps": 6004, "step_ms": 99.95}, "clean"),  # 600.1 s: the step that crosses the line
         ({"steps": 6500, "step_ms": 99.9}, "violates"),
         ({"after": ["gptq: calibrated 256 batches of training data in 46.2s"]}, "violates"),
+        ({"after": ["gptq:calibration on train shards took 800ms, train+gptq 600.2s of 600s"]}, "clean"),
         ({"after": ["gptq: self-generated calibration text in 197.0s"]}, "clean"),
         ({"steps": 8000, "step_ms": 99.9, "claims": {"track": "non_record_unlimited_compute"}}, "clean"),
     ],
@@ -297,6 +307,7 @@ def test_a_seed_that_ran_with_another_configuration(tmp_path: Path) -> None:
     ("change", "verdict", "says"),
     [
         ({"claims": {"val_bpb": 1.1160}}, "violates", "the logs end with"),
+        ({"claims": {"val_bpb_mean": 1.1176, "val_bpb": None}}, "violates", "as the mean"),
         ({"claims": {"val_bpb_std": 0.0001}}, "violates", "a deviation of"),
         ({"claims": {"val_bpb_std": 0.0004}}, "clean", "mean 1.11800, deviation 0.00040"),
         ({"train_ms": 480_000}, "violates", "make 599.4 s, and the line says 480.0 s"),

@@ -53,6 +53,11 @@ class Claims:
         return self._number(_SCORE)
 
     @property
+    def mean(self) -> float | None:
+        """A score that is called a mean."""
+        return self._number(("val_bpb_mean", "mean_val_bpb", "mean_bpb", "bpb_mean"))
+
+    @property
     def deviation(self) -> float | None:
         return self._number(_DEVIATION)
 

@@ -84,7 +84,7 @@ def _scores(record: Record) -> list[Finding]:
         if score is not None and seed in logged and not _near(score, [s.bits_per_byte for s in logged[seed][1].scores]):
             evidence = f"seed {seed} is claimed with {score}, and {logged[seed][1].path} ends with {logged[seed][0]}"
             found.append(_finding("violates", evidence, _JSON))
-    claimed = record.claims.score
+    claimed, mean = record.claims.score, record.claims.mean
     scores = [log.final.bits_per_byte for log in record.logs if log.final]
     if claimed is not None and scores:
         every = [s.bits_per_byte for log in record.logs for s in log.scores]
@@ -92,6 +92,10 @@ def _scores(record: Record) -> list[Finding]:
         if not _near(claimed, [*every, *means]):
             evidence = f"submission.json claims {claimed}, and the logs end with {', '.join(map(str, scores))}"
             found.append(_finding("violates", evidence, _JSON))
+    if mean is not None and len(scores) > 1 and not _near(mean, [statistics.fmean(scores)]):
+        made = statistics.fmean(scores)
+        evidence = f"submission.json gives {mean} as the mean, and that of the {len(scores)} logs is {made:.5f}"
+        found.append(_finding("violates", evidence, _JSON))
     return found
 
 

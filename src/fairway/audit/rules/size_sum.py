@@ -90,7 +90,9 @@ def _weighed(record: Record) -> Finding | None:
         f"{record.code_bytes + sum(record.neighbours.values()):,} bytes of code by stat() and {model:,.0f} bytes of "
         f"artifact make {total:,.0f}, over 16,000,000"
     )
-    return Finding(ID, "violates", evidence, CLAUSE, place)
+    claimed = Place("submission.json") if record.claims.total else None
+    logged_at = next((Place(log.path, log.total.line) for log in record.logs if log.total), place)
+    return Finding(ID, "violates", evidence, CLAUSE, claimed or logged_at)
 
 
 def _is_packed(record: Record) -> bool:

@@ -13,6 +13,7 @@ WITHOUT_SCRIPT = True
 
 LIMIT = 600.0  # seconds
 _CALIBRATION = re.compile(r"calibrat|hessian", re.IGNORECASE)
+_TIME = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|sec|seconds)\b")
 _OWN_TEXT = re.compile(r"self[-_ ]?gen|autoregressive|\bAR\b|synthetic|random", re.IGNORECASE)
 
 
@@ -37,9 +38,17 @@ def check(case: Case) -> Finding:
     return Finding(ID, "clean", f"at most {seconds:.1f} s ({said}) of 600 s", CLAUSE, way[-1].place, way)
 
 
+def _own(says: str, trained: float) -> float | None:
+    """The seconds that a line gives for the calibration alone: not a sum with training, nor the limit beside it."""
+    times = [float(number) * (0.001 if unit == "ms" else 1) for number, unit in _TIME.findall(says)]
+    apart = [seconds for seconds in times if seconds < min(trained or LIMIT, LIMIT) * 0.9]
+    return min(apart, default=None)
+
+
 def _parts(log: Log) -> list[Amount]:
     """Training, and the longest calibration on training data that a line after it times."""
     trained = Amount(log.stop_line, f"training ({log.steps} steps)", log.train_seconds or 0.0)
-    after = [t for t in log.timers if _CALIBRATION.search(t.says) and not _OWN_TEXT.search(t.says)]
+    told = [t for t in log.timers if _CALIBRATION.search(t.says) and not _OWN_TEXT.search(t.says)]
+    after = [Amount(t.line, t.says, own) for t in told if (own := _own(t.says, trained.value)) is not None]
     longest = max(after, key=lambda timer: timer.value, default=None)
     return [trained] if longest is None else [trained, Amount(longest.line, f"`{longest.says[:60]}`", longest.value)]

@@ -72,15 +72,26 @@ def _counts_itself(case: Case, outside: dict[str, int]) -> bool:
     """Whether the script weighs these files: a length or a size is taken of something that names each of them."""
     weighed = [node for script in case.script.all() if script.tree for node in ast.walk(script.tree) if _weighs(node)]
     named = {text for node in weighed for text, _ in _strings(node)}
+    named |= {f"{module}.py" for node in weighed for module in _own_files(node)}
     return all(any(_names(name, path) or name == "*.py" for name in named) for path in outside)
 
 
+def _own_files(node: ast.AST) -> Iterator[str]:
+    """Modules whose `__file__` stands in an expression."""
+    for each in ast.walk(node):
+        if isinstance(each, ast.Attribute) and each.attr == "__file__" and isinstance(each.value, ast.Name):
+            yield each.value.id
+
+
 def _weighs(node: ast.AST) -> bool:
-    """A sum of code's bytes: `sum(...)` or `len(...)` of files that are read or asked for their size."""
-    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.func.id not in ("sum", "len"):
+    """A size: `getsize` or `stat` of a file, `sum(...)` or `len(...)` of files that are read or asked for theirs."""
+    if not isinstance(node, ast.Call):
         return False
+    if isinstance(node.func, ast.Attribute):
+        return node.func.attr in ("getsize", "stat")
     words = {each.attr for each in ast.walk(node) if isinstance(each, ast.Attribute)}
-    return bool(words & {"read_bytes", "read_text", "st_size", "getsize", "read", "stat"})
+    sized = isinstance(node.func, ast.Name) and node.func.id in ("sum", "len")
+    return sized and bool(words & {"read_bytes", "read_text", "st_size", "getsize", "read", "stat"})
 
 
 def _used(script: Script, outside: dict[str, int]) -> tuple[Place, Step]:
