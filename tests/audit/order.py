@@ -21,6 +21,7 @@ from fairway.audit.rules import (
     subset_as_full,
     temperature_from_validation,
     training_before_scoring,
+    twice_counted_tokens,
     two_pass_cache,
     validation_in_training,
 )
@@ -31,7 +32,7 @@ from fairway.audit.verdict import Finding
 RULES = (
     calibration_after_cap, calibration_on_validation, choice_by_validation, min_over_passes, multi_epoch_last,
     rescoring_after_adaptation, slot_on_scored, slot_shared_delta, subset_as_full, temperature_from_validation,
-    training_before_scoring, two_pass_cache, validation_in_training,
+    training_before_scoring, twice_counted_tokens, two_pass_cache, validation_in_training,
 )  # fmt: skip
 
 HEAD = """

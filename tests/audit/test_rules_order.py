@@ -269,6 +269,21 @@ def test_a_delta_shared_by_a_batch_of_windows_is_told_from_one_for_each() -> Non
     assert broken(text.replace("ROWS", "n")) == set()
 
 
+SLIDING = """
+    total, count = 0.0, 0
+    for w in range(0, val.numel() - 1024, 64):
+        nll = F.cross_entropy(model.forward_logits(val[w : w + 1024][None]).view(-1, 1024), val[w + 1 : w + 1024 + 1], reduction="none")
+        total += nll[FIRST:].sum().item()
+        count += 1024 - FIRST
+    final = total / count
+"""
+
+
+def test_overlapping_windows_may_count_their_last_targets_alone() -> None:
+    assert broken(with_main(SLIDING.replace("FIRST", "0")[1:])) == {"twice-counted-tokens"}
+    assert doubted(with_main(SLIDING.replace("FIRST", "960")[1:])) == set()
+
+
 def test_the_finding_names_the_second_call_and_the_way_from_the_number() -> None:
     _, text = FAULTS["a second pass with adapted weights"]
     finding = findings(text)["rescoring-after-adaptation"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from dataclasses import dataclass, replace
 
 from fairway.audit.flow.classes import Classes
@@ -339,6 +340,8 @@ class Containers(Classes):
                 if part.value is not None and part.value.limit is not None and not tok.part:
                     tok = replace(tok, part=f"{part.value.limit:.0f}")
                 continue
+            if part.low is not None and part.high is not None and _overlaps(part.low, part.high):
+                tok = replace(tok, wide=True)
             if part.low is not None and part.low.const == 1:
                 tok = replace(tok, shift=tok.shift + 1)
             bounds = [part.high] if part.low is None or part.low.const == 0 else [part.low, part.high]
@@ -537,6 +540,13 @@ class Containers(Classes):
                 return Elements(None, any_of, 0)
             return Elements(None, any_of, len(turns), len(turns) <= 32, turns[0], turns[-1])
         return Elements(None, any_of)
+
+
+def _overlaps(low: Value, high: Value) -> bool:
+    """Whether windows [w : w + length], w in steps of `unit`, are longer than their step: both are constants."""
+    length = re.search(r"add\([^(),]*,(\d+)\)", high.sym)
+    step = low.unit
+    return bool(low.spans) and length is not None and step.isdigit() and int(length[1]) > 1.5 * int(step) > 1.5
 
 
 def _other(cut: Cut) -> Cut:

@@ -27,6 +27,7 @@ class Tok:
     spans: the loop iterations that it depends on, sorted by loop
     cuts: parts within a window; part: how a constant cut it short ("" for all of it)
     shift: 1 for `[1:]`, which is what follows the tokens of shift 0
+    wide: windows longer than the step from one to the next: they overlap
     """
 
     data: str
@@ -34,6 +35,7 @@ class Tok:
     cuts: frozenset[Cut] = frozenset()
     part: str = ""
     shift: int = 0
+    wide: bool = False
 
 
 def narrowed(tok: Tok, spans: Iterable[Span]) -> Tok:
@@ -102,7 +104,7 @@ def _hull(group: list[Tok]) -> Tok:
         spans = tuple(span for span in merged_spans(spans, tok.spans) if span[0] in known and _has(spans, span[0]))
     cuts = frozenset.intersection(*(tok.cuts for tok in group))
     part = first.part if all(tok.part for tok in group) else ""
-    return Tok(first.data, spans, cuts, part, first.shift)
+    return Tok(first.data, spans, cuts, part, first.shift, all(tok.wide for tok in group))
 
 
 def _has(spans: Sequence[Span], loop: int) -> bool:

@@ -82,7 +82,7 @@ def place_of(case: Case, fault: Fault) -> Place:
         return _loop_again(case.trace, fault)
     if isinstance(fault.cause, Update) and fault.cause.how == "computed":
         return _calibrated(case, fault.cause)
-    if fault.kind.startswith("slot") and isinstance(fault.cause, Update):
+    if fault.kind == "slot-on-scored" and isinstance(fault.cause, Update):
         return _objective(case.trace, fault.cause)
     return fault.cause.place
 
