@@ -103,7 +103,7 @@ def fault_state(case: dict[str, Any], report: Report, asked: set[str], exempt: s
     if case.get("cannot"):
         return "cannot tell" if any(f.id in asked and f.verdict != "clean" for f in report.rules) else "missed"
     told = [f for f in report.rules if f.id in asked]
-    hits = [f for f in told if f.verdict == "violates" or (f.verdict == "suspect" and f.id in exempt)]
+    hits = [f for f in told if f.verdict == "violates" or (f.id in exempt and (f.exemption or f.verdict == "suspect"))]
     if hits:
         return "found" if any(near(f, case["places"]) for f in hits) else "elsewhere"
     return next((v for v in ("suspect", "cannot tell") if any(f.verdict == v for f in told)), "missed")
