@@ -23,9 +23,11 @@ from fairway.audit.reading.values import UNKNOWN, Code, Held, Name, Scope, Space
 
 _STARTERS = [f"subprocess.{name}" for name in ("run", "call", "check_call", "check_output", "Popen")]
 _STARTERS += [f"os.{name}" for name in ("system", "popen", "execv", "execvp", "execve", "execvpe", "execl", "execlp")]
-_TELLING = {"exec", "eval", "compile", "runpy", "subprocess", "marshal", "FunctionType", "import_module", "__import__"}
-_TELLING |= {"spec_from_file_location", "SourceFileLoader", "builtins", "__builtins__", "system", "popen", "CodeType"}
-_TELLING |= {"execv", "execvp", "execve", "execvpe", "execl", "execlp", "spawnv", "spawnvp", "module_from_spec"}
+_TELLING = {"exec", "eval", "compile", "runpy", "marshal", "FunctionType", "import_module", "__import__", "CodeType"}
+_TELLING |= {"spec_from_file_location", "SourceFileLoader", "module_from_spec", "builtins", "__builtins__"}
+_STARTING = {"subprocess", "system", "popen", "execv", "execvp", "execve", "execvpe", "execl", "execlp"}
+_STARTING |= {"spawnv", "spawnvp"}
+_EVERYWHERE = {"exec", "eval", "compile"}  # as methods: model.eval(), torch.compile(), re.compile()
 _OPENERS = ("open", "io.open", "codecs.open", "pathlib.Path.open")
 
 
@@ -77,14 +79,11 @@ class Reader:
 
     def _walk(self, tree: ast.Module, scope: Scope) -> None:
         nodes = [node for level in levels(tree) for node in level]
-        telling = any(
-            (isinstance(node, ast.Name) and node.id in _TELLING)
-            or (isinstance(node, ast.Attribute) and node.attr in _TELLING)
-            or (isinstance(node, ast.alias) and node.name.rpartition(".")[2] in _TELLING)
-            for node in nodes
-        )
-        if telling or len(self.open) > 1 or len(nodes) < 400:
+        words = {_word(node) for node in nodes}
+        if words & (_TELLING | _STARTING) or len(self.open) > 1 or len(nodes) < 400:
             whole = False
+            if not words & _TELLING:
+                self.constants.limit = min(self.constants.limit, self.constants.steps + bounds.STEPS_TO_START)
             with suppress(Spent, Returned, Left, RecursionError):
                 self.statements.block(tree.body, scope)
                 whole = True
@@ -339,6 +338,13 @@ class _Written(Held):
     def kept(self) -> None:
         if isinstance(self.content, bytes):
             self.files[_plain(self.path)] = self.content
+
+
+def _word(node: ast.AST) -> str:
+    """The name by which a node may execute a text."""
+    if isinstance(node, ast.Attribute):
+        return "" if node.attr in _EVERYWHERE else node.attr
+    return node.id if isinstance(node, ast.Name) else node.name if isinstance(node, ast.alias) else ""
 
 
 def _tells(node: ast.Call) -> bool:
