@@ -1,0 +1,54 @@
+"""What a rule is given: a submission, its settings, and the trace of its script, computed once when first asked for."""
+
+import ast
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from fairway.audit.flow.events import Trace
+from fairway.audit.reading.script import Script
+from fairway.audit.settings import Settings, read
+from fairway.audit.submission import Submission
+
+if TYPE_CHECKING:
+    from fairway.audit.terms.reading import Reading
+
+
+@dataclass(frozen=True)
+class Case:
+    """strict: accepted departures count as violations."""
+
+    submission: Submission
+    strict: bool = False
+
+    @property
+    def script(self) -> Script:
+        """The script whose score is claimed."""
+        return self.submission.entry
+
+    @property
+    def tree(self) -> ast.Module | None:
+        """Its syntax tree, None where it could not be read."""
+        return self.submission.entry.tree
+
+    @cached_property
+    def settings(self) -> Settings:
+        """What the run command, the README and the logs say of its switches."""
+        submission = self.submission
+        texts = [("README.md", submission.readme), ("run.sh", submission.command), *submission.logs.items()]
+        trees = [script.tree for script in self.script.all() if script.tree is not None]
+        return read(self.script.path, [(path, text) for path, text in texts if text], trees)
+
+    @cached_property
+    def trace(self) -> Trace:
+        """What the script does, in order."""
+        from fairway.audit.flow.machine import run
+
+        return run(self.script, self.settings)
+
+    @cached_property
+    def reading(self) -> "Reading":
+        """How the script computes its values: terms down to constants, files and settings."""
+        from fairway.audit.terms.reading import Reading
+
+        return Reading(self.submission, self.settings)

@@ -1,0 +1,154 @@
+"""One submission, every rule: each in a guard, so that a rule that fails costs its own verdict and no other."""
+
+import importlib
+import pkgutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from fairway.audit import rules as folder
+from fairway.audit.case import Case
+from fairway.audit.reading import Script
+from fairway.audit.submission import Submission, opened
+from fairway.audit.verdict import Finding, Place, Report, Step
+
+_RECURSION = 5_000  # rules walk trees of 250 levels with several calls for each
+
+
+def rule_modules() -> list[Any]:
+    """Every file of the folder that has an ID and a check, sorted by name."""
+    names = sorted(each.name for each in pkgutil.iter_modules(folder.__path__) if not each.name.startswith("_"))
+    found = [_loaded(name) for name in names]
+    return [module for module in found if hasattr(module, "ID") and hasattr(module, "check")]
+
+
+def _loaded(name: str) -> Any:
+    """One rule's module; one that cannot be imported is a rule that always fails, and says why."""
+    try:
+        return importlib.import_module(f"{folder.__name__}.{name}")
+    except Exception as error:
+        why = _reason(error)
+
+        def check(case: Case) -> Finding:
+            raise ImportError(why)
+
+        said = "the rule could not be loaded"
+        return SimpleNamespace(ID=name.replace("_", "-"), CHARGE=said, CLAUSE=said, check=check, __name__=name)
+
+
+def audit(path: Path, strict: bool = False, rules: Sequence[Any] | None = None) -> Report:
+    """The verdicts on a script or a record folder. strict: accepted departures count as violations.
+
+    DataError where there is no script at `path`; everything that is wrong inside it is a verdict.
+    """
+    started = time.monotonic()
+    submission = opened(path)
+    chosen = rule_modules() if rules is None else rules
+    facts: dict[str, Any] = {"path": str(path), **_read(submission), "rule_seconds": {}, "failed": {}}
+    with _deep():
+        case = Case(submission, strict)
+        if submission.entry.tree is not None:
+            _prepared(case, facts)
+        findings = tuple(_checked(rule, case, facts) for rule in chosen)
+    facts["seconds"] = round(time.monotonic() - started, 3)
+    return Report(submission.name, findings, facts)
+
+
+def _read(submission: Submission) -> dict[str, Any]:
+    """What was read, for the report."""
+    scripts = [script for each in submission.scripts for script in each.all()]
+    unreadable = {script.path: _said(script) for script in scripts if script.unreadable}
+    opaque = [f"{script.path}:{gap.line}: {gap.why}" for script in submission.entry.all() for gap in script.opaque]
+    return {
+        "script": submission.entry.path,
+        "layers": [script.path for script in submission.entry.all()][1:],
+        "lines": {script.path: script.text.count("\n") + 1 for script in submission.entry.all()},
+        "record": submission.record,
+        "logs": sorted(submission.logs),
+        "bytes": dict(submission.sizes) if len(submission.sizes) <= 40 else sum(submission.sizes.values()),
+        "cannot_read": unreadable,
+        "opaque": opaque,
+    }
+
+
+def _said(script: Script) -> str:
+    assert script.unreadable is not None
+    line = script.line(script.unreadable.line)
+    return f"{script.path}:{line}: {script.unreadable.why}" if line else f"{script.path}: {script.unreadable.why}"
+
+
+def _prepared(case: Case, facts: dict[str, Any]) -> None:
+    """What the rules share is computed once, and timed; where that fails, it fails once and each rule is told."""
+    for name, value in vars(type(case)).items():
+        if isinstance(value, cached_property):
+            started = time.monotonic()
+            try:
+                getattr(case, name)
+            except Exception as error:  # whatever an unseen script brings about: it is a fact, not a crash
+                facts["failed"][name] = _reason(error)
+                case.__dict__[name] = _Missing(f"{name}: {_reason(error)}")
+            facts["rule_seconds"][name] = round(time.monotonic() - started, 3)
+
+
+class _Missing:
+    """Stands for what could not be computed: every use says why."""
+
+    def __init__(self, why: str) -> None:
+        self._why = why
+
+    def __getattr__(self, name: str) -> Any:
+        raise LookupError(self._why)
+
+
+def _checked(rule: Any, case: Case, facts: dict[str, Any]) -> Finding:
+    """One rule's verdict, or "cannot tell" with the reason."""
+    script, started = case.submission.entry, time.monotonic()
+    if script.unreadable and not getattr(rule, "WITHOUT_SCRIPT", False):
+        place = Place(script.path, script.line(script.unreadable.line))
+        return Finding(rule.ID, "cannot tell", f"cannot read {_said(script)}", rule.CLAUSE, place)
+    try:
+        finding: Finding = rule.check(case)
+    except Exception as error:  # a rule that raises costs its own verdict, never the report
+        facts["failed"][rule.ID] = _reason(error)
+        finding = Finding(rule.ID, "cannot tell", f"the rule itself failed ({_reason(error)})", rule.CLAUSE)
+    facts["rule_seconds"][rule.ID] = round(time.monotonic() - started, 3)
+    return _placed(finding, case.submission)
+
+
+def _placed(finding: Finding, submission: Submission) -> Finding:
+    """The same with lines of the files: a notebook's joined cells have lines of their own."""
+    books = {script.path: script for script in submission.scripts if script.lines}
+    if not books:
+        return finding
+
+    def moved(place: Place) -> Place:
+        return Place(place.file, books[place.file].line(place.line)) if place.file in books else place
+
+    place = moved(finding.place) if finding.place else None
+    way = tuple(Step(moved(step.place), step.what) for step in finding.way)
+    return Finding(finding.id, finding.verdict, finding.evidence, finding.clause, place, way, finding.exemption)
+
+
+def _reason(error: Exception) -> str:
+    """One line: the kind, the message, and where it was raised."""
+    where, trace = "", error.__traceback__
+    while trace is not None:
+        where = f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    said = " ".join(str(error).split())[:200]
+    return f"{type(error).__name__}: {said} at {where}" if said else f"{type(error).__name__} at {where}"
+
+
+@contextmanager
+def _deep() -> Iterator[None]:
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(max(before, _RECURSION))
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(before)

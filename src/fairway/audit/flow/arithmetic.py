@@ -1,0 +1,343 @@
+"""Operators: what a result comes from, and how a number of loops was computed."""
+
+from __future__ import annotations
+
+import ast
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from fairway.audit.flow import events
+from fairway.audit.flow.containers import Containers, sym_of
+from fairway.audit.flow.tokens import Cut, merged_spans
+from fairway.audit.flow.values import (
+    CAPPED,
+    CLOCK,
+    GRAD,
+    INDEXED,
+    LENGTH,
+    MISSING,
+    NOTHING,
+    ONE_HOT,
+    POSITIONS,
+    SCALED,
+    WEIGHTS,
+    Value,
+    blend,
+    join,
+)
+
+_BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.BitAnd: operator.and_, ast.BitOr: operator.or_,
+    ast.BitXor: operator.xor,
+}  # fmt: skip
+_ORDER: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
+    ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge, ast.Eq: operator.eq,
+    ast.NotEq: operator.ne, ast.Is: lambda a, b: a is b or a == b, ast.IsNot: lambda a, b: not (a is b or a == b),
+}  # fmt: skip
+_LONGEST = 20_000  # characters of a constant text
+
+
+class Arithmetic(Containers):
+    """Binary operators and comparisons."""
+
+    def binop(self, op: ast.operator, left: Value, right: Value, node: ast.AST | None) -> Value:
+        """left op right"""
+        constant = self._folded(op, left, right)
+        if constant is not None:
+            return constant
+        listed = self._lists(op, left, right, node)
+        if listed is not None:
+            return listed
+        one, two = self.flat(left), self.flat(right)
+        if isinstance(op, (ast.Add, ast.Sub)) and one.flags & WEIGHTS and two.flags & GRAD and two.toks:
+            return self._moved(one, two, node)
+        one, two = _stepped(one, two), _stepped(two, one)
+        if one.losses or two.losses:
+            return self._of_losses(op, one, two, node)
+        if (two.flags & ONE_HOT and one.active) or (one.flags & ONE_HOT and two.active):
+            hot, logits = (two, one) if two.flags & ONE_HOT else (one, two)
+            if hot.raw:
+                return self.scored(logits, hot, node)
+        result = blend(one, two)
+        if one.toks or two.toks:
+            if result.flags & LENGTH:
+                result.flags &= ~LENGTH
+            if isinstance(op, (ast.Div, ast.Mult)) and (self._scales(one, two) or self._scales(two, one)):
+                result.flags |= SCALED
+            number = two.const if one.active else one.const
+            if isinstance(op, ast.Div) and isinstance(number, (int, float)) and not isinstance(number, bool):
+                result.limit = float(number)
+            if (one.cuts or two.cuts) and not result.flags & INDEXED:
+                return self.cut(result, two.cuts if one.toks else one.cuts, node)
+            return result
+        return self._number(op, one, two, result, node)
+
+    @staticmethod
+    def _scales(logits: Value, other: Value) -> bool:
+        """Whether `other` is a scale of its own: chosen, or learned apart from what made the logits."""
+        chosen = bool(other.choices) and not other.states
+        return logits.active and not other.toks and (chosen or bool(other.states - logits.states))
+
+    def _folded(self, op: ast.operator, left: Value, right: Value) -> Value | None:
+        if left.const is MISSING or right.const is MISSING or left.refs or right.refs:
+            return None
+        function = _BINARY.get(type(op))
+        value: Any = MISSING
+        if isinstance(left.const, (str, bytes)) and isinstance(op, (ast.Mod, ast.Div)):
+            if isinstance(op, ast.Div):
+                value = f"{left.const!s}/{right.const!s}"
+        elif isinstance(op, ast.Pow) and _numbers(left.const, right.const):
+            value = _power(left.const, right.const)
+        elif isinstance(op, (ast.LShift, ast.RShift)) and all(isinstance(c, int) for c in (left.const, right.const)):
+            value = _shift(op, left.const, right.const)
+        elif function is not None and not _large(op, left.const, right.const):
+            try:
+                value = function(left.const, right.const)
+            except Exception:
+                value = MISSING
+        if value is MISSING or (isinstance(value, (str, bytes)) and len(value) > _LONGEST):
+            return None
+        less = left.less | right.less
+        if isinstance(op, ast.Sub):
+            less |= {sym_of(right)}
+        elif not isinstance(op, ast.Add):
+            less = frozenset()
+        return Value(const=value, less=less, env=left.env | right.env, choices=left.choices | right.choices)
+
+    def _lists(self, op: ast.operator, left: Value, right: Value, node: ast.AST | None) -> Value | None:
+        if left.items is not None and right.items is not None and isinstance(op, ast.Add):
+            return Value(items=left.items + right.items)
+        lists = [obj for value in (left, right) for obj in value.refs if obj.kind == "list"]
+        if not lists or not isinstance(op, (ast.Add, ast.Mult)):
+            return None
+        new = self.new("list", None, node)
+        held = [self.element_of(obj) for obj in lists]
+        held += [item for value in (left, right) for item in value.items or ()]
+        elem = held[0]
+        for each in held[1:]:
+            elem = join(elem, each)
+        new.slots["#elem"] = elem
+        if isinstance(op, ast.Mult):  # [0.0] * n: an array
+            new.slots["#elem"] = elem.but(const=MISSING)
+        return self.ref(new)
+
+    def _of_losses(self, op: ast.operator, one: Value, two: Value, node: ast.AST | None) -> Value:
+        if one.losses and two.losses:
+            return blend(one, two).but(knows=0)
+        loss, other = (one, two) if one.losses else (two, one)
+        result = loss.but(
+            const=MISSING, choices=loss.choices | other.choices, words=blend(one, two).words, env=loss.env | other.env,
+            sym="", spans=(),
+        )  # fmt: skip
+        if other.cuts and not other.flags & INDEXED:
+            result = self.cut(result, other.cuts, node)
+        apart = other.states - loss.states
+        if apart and not other.flags & (WEIGHTS | GRAD):
+            result = self.rescored(result, other, node)
+        return result
+
+    def _moved(self, weights: Value, grad: Value, node: ast.AST | None) -> Value:
+        """w - lr·g without an optimizer: an Update whose result is new weights."""
+        mask = 0
+        for state in sorted(weights.states, key=lambda each: each.number):
+            bit = len(self.trace.updates)
+            update = self.note(
+                events.Update, node, bit=bit, state=state, learned=grad.toks, how="gradient", losses=grad.losses,
+                fresh=state.slots.get("#fresh", state.born),
+            )  # fmt: skip
+            self.trace.updates.append(update)
+            mask |= 1 << bit
+        return weights.but(knows=weights.knows | mask, const=MISSING)
+
+    def _number(self, op: ast.operator, one: Value, two: Value, result: Value, node: ast.AST | None) -> Value:
+        """Numbers of the program itself: loop variables, sizes, the clock."""
+        left = getattr(node, "left", None) or getattr(node, "target", None)
+        right = getattr(node, "right", None) or getattr(node, "value", None)
+        syms = sym_of(one, left), sym_of(two, right)
+        result.sym = f"{type(op).__name__.lower()}({syms[0]},{syms[1]})"[:120] if all(syms) else ""
+        if isinstance(op, ast.Sub):
+            result.less = one.less | ({syms[1]} if syms[1] else frozenset())
+        elif isinstance(op, ast.Add):
+            result.less = one.less | two.less
+        result.spans, result.unit = self._affine(op, one, two, syms)
+        if result.flags & CLOCK:
+            result.lead = self._clock(op, one, two)
+        result.limit = _limit(op, one, two)
+        return result
+
+    @staticmethod
+    def _affine(op: ast.operator, one: Value, two: Value, syms: tuple[str, str]) -> tuple[Any, str]:
+        if isinstance(op, (ast.Add, ast.Sub)):
+            turn = 1 if isinstance(op, ast.Add) else -1
+            for number, other, text in ((one, two, syms[1]), (two, one, syms[0])):
+                if number.spans and not other.spans and number.unit:
+                    if text == number.unit and (number is one or turn == 1):
+                        return tuple((loop, a + turn, b + turn) for loop, a, b in number.spans), number.unit
+                    return number.spans, number.unit
+        if isinstance(op, ast.Mult):
+            for number, other, text in ((one, two, syms[1]), (two, one, syms[0])):
+                if number.spans and not other.spans and number.unit == "1":
+                    return number.spans, text
+        if isinstance(op, ast.Sub) and one.spans and two.spans:  # a length: end - start of one chunk
+            both = {loop for loop, _, _ in one.spans} & {loop for loop, _, _ in two.spans}
+            rest = [span for span in (*one.spans, *two.spans) if span[0] not in both]
+            return tuple(sorted(rest)), ""
+        return merged_spans(one.spans, two.spans), ""
+
+    @staticmethod
+    def _clock(op: ast.operator, one: Value, two: Value) -> tuple[float, float]:
+        a, b = one.lead if one.flags & CLOCK else (0.0, _float(one.const))
+        c, d = two.lead if two.flags & CLOCK else (0.0, _float(two.const))
+        if isinstance(op, ast.Add):
+            return (max(a, c) or 1.0, b + d)
+        if isinstance(op, ast.Sub):
+            both = one.flags & two.flags & CLOCK
+            return (a if both else (a - c) or 1.0, b - d)
+        if isinstance(op, ast.Mult) and not (one.flags & two.flags & CLOCK):
+            times = _float(two.const if one.flags & CLOCK else one.const) or 1.0
+            return ((a or c) * times, (b if one.flags & CLOCK else d) * times)
+        if isinstance(op, ast.Div) and one.flags & CLOCK and _float(two.const):
+            return a / _float(two.const), b / _float(two.const)
+        return (a or c or 1.0, 0.0)
+
+    # Comparisons.
+    def compare(self, op: ast.cmpop, left: Value, right: Value, node: ast.AST | None, texts: Any) -> Value:
+        """left op right"""
+        known = self._known(op, left, right, texts)
+        if known is not None:
+            return Value(const=known, env=left.env | right.env, choices=left.choices | right.choices)
+        one, two = self.flat(left), self.flat(right)
+        result = blend(one, two)
+        if isinstance(op, (ast.Lt, ast.LtE, ast.Gt, ast.GtE)):
+            if one.losses or two.losses:
+                result.choices |= self.choose("if", [left, right], node)
+            if (one.flags ^ two.flags) & CLOCK:
+                self._watch(one, two, node)
+            result.cuts = result.cuts | self._positions(op, one, two, texts)
+        if self._caps(op, one, two):
+            result.flags |= CAPPED
+        result.losses = 0
+        result.flags &= ~POSITIONS
+        return result
+
+    @staticmethod
+    def _caps(op: ast.cmpop, one: Value, two: Value) -> bool:
+        """count >= 8_000_000, seconds > 550: a limit that the data do not set."""
+        if not isinstance(op, (ast.Gt, ast.GtE)):
+            return False
+        if one.flags & CLOCK and not two.flags & CLOCK:
+            return True
+        number = isinstance(two.const, (int, float)) and not isinstance(two.const, bool) and two.const >= 1000
+        return number and one.const is MISSING and not one.flags & LENGTH and not one.losses
+
+    def _known(self, op: ast.cmpop, left: Value, right: Value, texts: Any) -> bool | None:
+        if isinstance(op, (ast.In, ast.NotIn)):
+            found = self.contains(left, right)
+            return None if found is None else found is isinstance(op, ast.In)
+        if left.const is not MISSING and right.const is not MISSING and not left.refs and not right.refs:
+            try:
+                return bool(_ORDER[type(op)](left.const, right.const))
+            except Exception:
+                return None
+        if right.const is None and not right.refs and isinstance(op, (ast.Is, ast.IsNot, ast.Eq, ast.NotEq)):
+            there = bool(left.refs or left.toks or left.states or left.items or left.losses)
+            grad = isinstance(texts[0], ast.Attribute) and texts[0].attr == "grad"
+            if there or grad or (left.const is not MISSING and left.const is not None):
+                return isinstance(op, (ast.IsNot, ast.NotEq))
+        return None
+
+    def contains(self, key: Value, table: Value) -> bool | None:
+        """key in table, where that is known. What was filled for all weights holds each of them."""
+        if key.const is not MISSING and table.const is not MISSING and not table.refs:
+            try:
+                return key.const in table.const
+            except Exception:
+                return None
+        if table.items is not None and all(item.const is not MISSING for item in table.items):
+            if key.const is not MISSING:
+                return any(item.const == key.const for item in table.items)
+            return None
+        for obj in table.refs:
+            if obj.kind == "foreign" and obj.data == "os.environ":
+                held = self.setting(key, Value(const=None))
+                return None if held.const is MISSING else held.const is not None
+            if obj.kind == "dict" and not obj.slots.get("#learned"):
+                if ("k", key.const) in obj.slots and key.const is not MISSING:
+                    return True
+                held = obj.slots.get("#elem", NOTHING)
+                if held.flags & WEIGHTS or self.flat(held).flags & WEIGHTS:
+                    return True
+        return None
+
+    def _watch(self, one: Value, two: Value, node: ast.AST | None) -> None:
+        clock, other = (one, two) if one.flags & CLOCK else (two, one)
+        scale, lead = clock.lead
+        limit = None
+        if isinstance(other.const, (int, float)) and not isinstance(other.const, bool) and scale:
+            limit = (other.const - lead) / scale
+        text = ast.unparse(node)[:100] if isinstance(node, ast.expr) else ""
+        self.note(events.Clock, node, limit=limit, text=text)
+
+    @staticmethod
+    def _positions(op: ast.cmpop, one: Value, two: Value, texts: Any) -> frozenset[Cut]:
+        """arange(T) < n: the head up to n; >= n: the tail from it."""
+        if not (one.flags ^ two.flags) & POSITIONS:
+            return frozenset()
+        first = bool(one.flags & POSITIONS)
+        bound, text = (two, texts[1]) if first else (one, texts[0])
+        below = isinstance(op, (ast.Lt, ast.LtE)) is first
+        name = sym_of(bound, text)
+        return frozenset((("head" if below else "tail", name, bound.less),)) if name else frozenset()
+
+
+def _stepped(value: Value, other: Value) -> Value:
+    """A number that follows a gradient, where it meets logits: no loss itself."""
+    if value.flags & GRAD and other.active and not other.flags & GRAD and not other.losses:
+        return value.but(losses=0, toks=frozenset(), flags=value.flags & ~GRAD)
+    return value
+
+
+def _numbers(*values: Any) -> bool:
+    return all(isinstance(value, (int, float)) for value in values)
+
+
+def _power(base: Any, exponent: Any) -> Any:
+    try:
+        small = abs(exponent) <= 64 and abs(base) <= 1e6
+        return base**exponent if small else MISSING
+    except Exception:
+        return MISSING
+
+
+def _shift(op: ast.operator, one: int, two: int) -> Any:
+    if not 0 <= two <= 64 or abs(one) > 1 << 64:
+        return MISSING
+    return one << two if isinstance(op, ast.LShift) else one >> two
+
+
+def _large(op: ast.operator, one: Any, two: Any) -> bool:
+    if isinstance(op, ast.Mult):
+        sizes = [len(value) for value in (one, two) if isinstance(value, (str, bytes, tuple, list))]
+        counts = [value for value in (one, two) if isinstance(value, int)]
+        if sizes and counts and sizes[0] * max(counts[0], 0) > _LONGEST:
+            return True
+        return all(isinstance(v, int) and abs(v) > 1 << 256 for v in (one, two))
+    return False
+
+
+def _float(value: Any) -> float:
+    return float(value) if isinstance(value, (int, float)) and abs(value) < 1e300 else 0.0
+
+
+def _limit(op: ast.operator, one: Value, two: Value) -> float | None:
+    """How an upper bound moves through a product or a sum."""
+    for number, other in ((one, two), (two, one)):
+        if number.limit is None:
+            continue
+        if isinstance(op, ast.Mult) and isinstance(other.const, (int, float)):
+            return number.limit * other.const
+        if isinstance(op, (ast.Add, ast.Sub)) and number is one:
+            return number.limit
+    return None

@@ -1,0 +1,562 @@
+"""Lists, dicts and tensors: what lies in them, by index, slice and iteration."""
+
+from __future__ import annotations
+
+import ast
+import re
+from dataclasses import dataclass, replace
+
+from fairway.audit.flow.classes import Classes
+from fairway.audit.flow.heap import Obj
+from fairway.audit.flow.tokens import START, Cut, Span, Tok, narrowed
+from fairway.audit.flow.values import (
+    INDEXED,
+    LENGTH,
+    MISSING,
+    NOTHING,
+    ONE_ROW,
+    RAW,
+    WEIGHTS,
+    Value,
+    blend,
+    join,
+)
+
+UNROLLED = 6  # elements of a literal list that a loop takes one by one
+
+
+@dataclass(frozen=True)
+class Part:
+    """One element of an index: a value, or a slice from low to high."""
+
+    value: Value | None = None
+    low: Value | None = None
+    high: Value | None = None
+    low_text: str = ""
+    high_text: str = ""
+    slice: bool = False
+
+
+@dataclass(frozen=True)
+class Elements:
+    """What a loop goes through: the elements one by one, or one that stands for all; count: None where unknown."""
+
+    exact: tuple[Value, ...] | None
+    any: Value
+    count: int | None = None
+    counted: bool = False  # `any` is the number of the iteration, from `first` to `last`
+    first: int | None = None
+    last: int | None = None
+
+
+def sym_of(value: Value, node: ast.AST | None = None) -> str:
+    """How a number was computed, as text."""
+    if value.const is not MISSING and isinstance(value.const, (int, float)):
+        return repr(value.const)
+    if value.sym:
+        return value.sym
+    return ast.unparse(node)[:60] if isinstance(node, ast.expr) and _small(node) else ""
+
+
+def _small(node: ast.expr) -> bool:
+    return sum(1 for _ in zip(ast.walk(node), range(30), strict=False)) < 30
+
+
+class Containers(Classes):
+    """Reading and writing by index."""
+
+    # Index.
+    def parts(self, node: ast.expr) -> list[Part]:
+        """The elements of a subscript."""
+        elements = node.elts if isinstance(node, ast.Tuple) else [node]
+        found = []
+        for each in elements:
+            if isinstance(each, ast.Slice):
+                low = self.evaluate(each.lower) if each.lower else None
+                high = self.evaluate(each.upper) if each.upper else None
+                if each.step:
+                    self.evaluate(each.step)
+                low_text = sym_of(low, each.lower) if low else ""
+                high_text = sym_of(high, each.upper) if high else ""
+                found.append(Part(None, low, high, low_text, high_text, True))
+            elif isinstance(each, ast.Starred):
+                found.append(Part(self.evaluate(each.value)))
+            else:
+                found.append(self._one_part(self.evaluate(each)))
+        return found
+
+    @staticmethod
+    def _one_part(value: Value) -> Part:
+        """An index that was evaluated: slice(a, b) is a slice too."""
+        for obj in value.refs:
+            if obj.kind == "slice":
+                (low, *more), texts = obj.data
+                high = more[0] if more else None
+                low = None if low.const is None else low
+                high = None if high is None or high.const is None else high
+                low_text = sym_of(low) or (texts[0] if texts else "") if low is not None else ""
+                high_text = sym_of(high) or (texts[1] if len(texts) > 1 else "") if high is not None else ""
+                return Part(None, low, high, low_text, high_text, True)
+        return Part(value)
+
+    def slice_spans(self, part: Part) -> tuple[Span, ...]:
+        """The iterations that a slice is cut by: from its start, as far as its end."""
+        low = part.low.spans if part.low else ()
+        high = {loop: (a, b) for loop, a, b in part.high.spans} if part.high else {}
+        if low:
+            return tuple(
+                (loop, a, max(b, high[loop][1] - 1) if loop in high and high[loop][1] > b else b) for loop, a, b in low
+            )
+        if part.low is None or part.low.const == 0:
+            return tuple((loop, START, a - 1) if a == b else (loop, START, b) for loop, (a, b) in high.items())
+        return tuple((loop, a, b) for loop, (a, b) in high.items())
+
+    def cuts_of(self, parts: list[Part]) -> frozenset[Cut]:
+        """The part of a window that slices leave."""
+        cuts: set[Cut] = set()
+        for part in parts:
+            if not part.slice:
+                continue
+            if part.low is not None and part.low.const not in (0, 1, None) and part.low_text:
+                cuts.add(("tail", part.low_text, part.low.less))
+            if part.high is not None and part.high.const not in (-1, None) and part.high_text:
+                cuts.add(("head", part.high_text, part.high.less))
+        return frozenset(cuts)
+
+    # Reading.
+    def item(self, base: Value, parts: list[Part], node: ast.AST | None) -> Value:
+        """base[parts]"""
+        if len(parts) == 1 and not parts[0].slice:
+            exact = self._exact(base, parts[0].value or NOTHING)
+            if exact is not None:
+                return exact
+        if base.items is not None and len(parts) == 1 and parts[0].slice:
+            cut = self._sliced_items(base, parts[0])
+            if cut is not None:
+                return cut
+        found = [self._held_at(obj, base, parts, node) for obj in sorted(base.refs, key=lambda each: each.number)[:6]]
+        if base.items is not None:
+            found += list(base.items)
+        if base.toks or base.losses or base.states or not found:
+            found.append(self.cut_tensor(base.but(refs=frozenset(), items=None, const=MISSING), parts, node))
+        result = found[0]
+        for each in found[1:]:
+            result = join(result, each)
+        choices = base.choices
+        for part in parts:
+            choices |= part.value.choices if part.value else 0
+        if choices:
+            result = result.but(choices=result.choices | choices)
+        return result
+
+    def _exact(self, base: Value, index: Value) -> Value | None:
+        if (
+            base.items is not None
+            and isinstance(index.const, int)
+            and -len(base.items) <= index.const < len(base.items)
+        ):
+            found = base.items[index.const]
+            return self._chosen_from(found, base.choices) if base.choices else found
+        if isinstance(base.const, (str, bytes, tuple, list, dict)) and index.const is not MISSING:
+            try:
+                return Value(const=base.const[index.const])
+            except (LookupError, TypeError):
+                return NOTHING
+        return None
+
+    def _sliced_items(self, base: Value, part: Part) -> Value | None:
+        low = part.low.const if part.low else None
+        high = part.high.const if part.high else None
+        if all(each is None or isinstance(each, int) for each in (low, high)):
+            return base.but(items=(base.items or ())[low:high], const=MISSING)
+        return None
+
+    def _held_at(self, obj: Obj, base: Value, parts: list[Part], node: ast.AST | None) -> Value:
+        keys = [part.value for part in parts if part.value is not None]
+        spans: tuple[Span, ...] = base.spans
+        for part in parts:
+            spans = self._with(spans, self.slice_spans(part) if part.slice else part.value.spans if part.value else ())
+        if obj.kind == "tensor":
+            if "#leaf" in obj.slots or obj.owner is not None or obj.slots.get("#learned"):
+                keyed = [key for key in map(self.flat, keys) if key.toks]
+                held = blend(self.flat(self.ref(obj)), *keyed) if keyed else self.ref(obj)
+                return held
+            content = self.flat(self.ref(obj))
+            return self.cut_tensor(content.but(const=MISSING), parts, node)
+        if obj.kind in ("list", "generator") and parts and parts[0].slice:
+            return self._sliced_list(obj, parts, spans, node)
+        if obj.kind in ("list", "dict", "generator"):
+            return self._looked_up(obj, keys, spans, node)
+        if obj.kind == "range":
+            return Value(spans=spans, unit="1")
+        if obj.kind in ("instance", "thing") and "#module" in obj.slots:
+            layers = obj.slots.get("#content")
+            if isinstance(layers, Value) and (layers.refs or layers.items) and obj.kind == "thing":
+                if keys and isinstance(keys[0].const, int):
+                    for listed in layers.refs:
+                        return self._looked_up(listed, keys, (), node)
+                return self.content_elem(obj)
+            keyed = [key for key in map(self.flat, keys) if key.toks]
+            return blend(self.flat(self.ref(obj)), *keyed) if keyed else self.ref(obj, flags=WEIGHTS)
+        if obj.kind == "instance":
+            method = self.find(obj.data, "__getitem__")
+            if method is not None:
+                return self.tagged(self.call(method[0], [self.ref(obj), keys[0] if keys else NOTHING], {}, node), spans)
+        if obj.kind == "foreign":
+            return self.of_environment(obj, keys)
+        return self.tagged(self.flat(obj.slots.get("#content", NOTHING)), spans)
+
+    def of_environment(self, obj: Obj, keys: list[Value]) -> Value:
+        """os.environ[name]"""
+        if obj.data == "os.environ" and keys:
+            return self.setting(keys[0], NOTHING)
+        return self.ref(obj)
+
+    def content_elem(self, obj: Obj) -> Value:
+        raise NotImplementedError
+
+    def setting(self, name: Value, default: Value) -> Value:
+        raise NotImplementedError
+
+    @staticmethod
+    def _with(spans: tuple[Span, ...], more: tuple[Span, ...]) -> tuple[Span, ...]:
+        from fairway.audit.flow.tokens import merged_spans
+
+        return merged_spans(spans, more, keep_new=True)
+
+    def _sliced_list(self, obj: Obj, parts: list[Part], spans: tuple[Span, ...], node: ast.AST | None) -> Value:
+        exact = obj.slots.get("#items")
+        part = parts[0]
+        low, high = (part.low.const if part.low else None), (part.high.const if part.high else None)
+        new = self.new("list", None, node)
+        constant = all(each is None or isinstance(each, int) for each in (low, high))
+        if isinstance(exact, Value) and exact.items is not None and not spans and constant:
+            new.slots["#items"] = Value(items=exact.items[low:high])
+            return self.ref(new)
+        elem = self.tagged(self.element_of(obj), spans)
+        cuts = self.cuts_of(parts)
+        if not spans and cuts:
+            elem = self._indexed(self.cut(elem, cuts, node), cuts)
+        limit = part.high.limit if part.high and part.high.limit is not None else high
+        if part.low is None and isinstance(limit, (int, float)) and limit > 1 and not spans:
+            elem = self._limited(elem, float(limit))
+        new.slots["#elem"] = elem
+        return self.ref(new, spans=spans)
+
+    def _limited(self, value: Value, limit: float) -> Value:
+        """A place in the data of which a constant lets only so many through."""
+        items = tuple(self._limited(item, limit) for item in value.items) if value.items is not None else None
+        plain = not (value.toks or value.refs or isinstance(value.const, (str, bool)))
+        return value.but(items=items, limit=limit, flags=value.flags | INDEXED) if plain else value.but(items=items)
+
+    def _indexed(self, value: Value, cuts: frozenset[Cut]) -> Value:
+        """A place in the data that a slice of a list let through."""
+        items = tuple(self._indexed(item, cuts) for item in value.items) if value.items is not None else None
+        if value.toks or value.refs or isinstance(value.const, (str, bool)):
+            return value.but(items=items)
+        return value.but(items=items, cuts=value.cuts | cuts, flags=value.flags | INDEXED)
+
+    def _looked_up(self, obj: Obj, keys: list[Value], spans: tuple[Span, ...], node: ast.AST | None) -> Value:
+        key = keys[0] if keys else NOTHING
+        found: Value | None = None
+        if key.const is not MISSING and _hashable(key.const):
+            held = obj.slots.get(("k", key.const))
+            found = held if isinstance(held, Value) else None
+            exact = obj.slots.get("#items")
+            items = exact.items or () if isinstance(exact, Value) else ()
+            if found is None and isinstance(key.const, int) and -len(items) <= key.const < len(items):
+                found = items[key.const]
+        if found is None:
+            found = self.element_of(obj)
+            if found is NOTHING and "#factory" in obj.slots:
+                found = self.call(obj.slots["#factory"], [], {}, node)
+                self.add_content(obj, found, "#elem")
+        if obj.slots.get("#learned"):
+            flats = [self.flat(each) for each in keys]
+            state = Value(states=frozenset((obj,)), knows=self.knows(obj), choices=obj.slots.get("#choices", 0))
+            held = self.flat(found).but(toks=frozenset(), const=MISSING)  # whose tokens it holds, `knows` says
+            found = blend(held, state, *flats).but(refs=found.refs)
+        return self.tagged(found, spans) if spans else found
+
+    def element_of(self, obj: Obj) -> Value:
+        """One value for all that a container may hold."""
+        if obj.kind == "range":
+            return NOTHING
+        found: Value | None = None
+        exact = obj.slots.get("#items")
+        held = list(exact.items) if isinstance(exact, Value) and exact.items is not None else []
+        held += [
+            value
+            for key, value in obj.slots.items()
+            if isinstance(value, Value) and (key == "#elem" or isinstance(key, tuple))
+        ]
+        if obj.kind == "thing" and isinstance(obj.slots.get("#content"), Value):
+            held.append(obj.slots["#content"])
+        for value in held:
+            found = value if found is None else join(found, value)
+        return NOTHING if found is None else found
+
+    def cut_tensor(self, value: Value, parts: list[Part], node: ast.AST | None) -> Value:
+        """tensor[parts]: tokens by the loops that the index depends on, windows by their cuts."""
+        keys = [self.flat(part.value) for part in parts if part.value is not None and part.value.const is MISSING]
+        raw_keys = [key for key in keys if key.raw]
+        if raw_keys and value.active and not self.quiet:  # logp[arange, y]
+            knows = value.knows
+            for each in self.trace.scored(value.losses):  # weights that follow earlier losses
+                knows |= each.knows
+            return self.scored(value.but(losses=0, knows=knows), raw_keys[0], node)
+        keyed = [key for key in keys if key.toks]
+        if keyed and not value.toks:
+            return blend(value, *keyed).but(limit=None)
+        spans: tuple[Span, ...] = value.spans
+        for part in parts:
+            more = self.slice_spans(part) if part.slice else ()
+            if part.value is not None:
+                more = self.flat(part.value).spans
+            spans = self._with(spans, more)
+        result = value
+        if parts and parts[0].value is not None and parts[0].value.const is None and not parts[0].value.refs:
+            result = result.but(flags=result.flags | ONE_ROW)
+        masks = [cut for key in keys for cut in key.cuts]
+        masks += [cut for part in parts if part.low is not None and part.low.flags & INDEXED for cut in part.low.cuts]
+        cuts = self.cuts_of(parts) if not self._cuts_stream(value, parts) else frozenset()
+        result = self.cut(result, [*cuts, *masks], node)
+        if result.toks and not result.losses:
+            toks = frozenset(self._part(narrowed(tok, spans), parts) for tok in result.toks)
+            result = result.but(toks=toks, spans=())
+        return result.but(const=MISSING, unit="")
+
+    @staticmethod
+    def _cuts_stream(value: Value, parts: list[Part]) -> bool:
+        """Whether a slice moves along the stream with a loop, which its spans tell."""
+        ends = [each for part in parts if part.slice for each in (part.low, part.high) if each is not None]
+        return bool(value.flags & RAW) and any(each.spans or each.flags & LENGTH for each in ends)
+
+    @staticmethod
+    def _part(tok: Tok, parts: list[Part]) -> Tok:
+        """What constants say of a slice: the shift by one, the first N alone."""
+        for part in parts:
+            if not part.slice:
+                if part.value is not None and part.value.limit is not None and not tok.part:
+                    tok = replace(tok, part=f"{part.value.limit:.0f}")
+                continue
+            if part.low is not None and part.high is not None and _overlaps(part.low, part.high):
+                tok = replace(tok, wide=True)
+            if part.low is not None and part.low.const == 1:
+                tok = replace(tok, shift=tok.shift + 1)
+            bounds = [part.high] if part.low is None or part.low.const == 0 else [part.low, part.high]
+            for bound in bounds:
+                if bound is None or tok.part:
+                    continue
+                limit = bound.limit
+                if limit is None and isinstance(bound.const, int) and bound is part.high and len(bounds) == 1:
+                    limit = bound.const
+                if limit is not None and (limit > 10_000 or bound.flags & INDEXED):
+                    tok = replace(tok, part=f"{limit:.0f}")
+        return tok
+
+    # Writing.
+    def put_item(self, base: Value, parts: list[Part], value: Value, node: ast.AST | None) -> None:
+        """base[parts] = value"""
+        if self.chosen:
+            value = value.but(choices=value.choices | self.chosen)
+        keys = [part.value for part in parts if part.value is not None]
+        for obj in sorted(base.refs, key=lambda each: each.number)[:6]:
+            if obj.kind == "tensor":
+                self._put_tensor(obj, parts, value, node)
+            elif obj.kind in ("list", "dict"):
+                self._put_container(obj, keys, base, value, node)
+            elif obj.kind in ("instance", "thing"):
+                method = self.find(obj.data, "__setitem__") if obj.kind == "instance" else None
+                if method is not None:
+                    self.call(method[0], [self.ref(obj), keys[0] if keys else NOTHING, value], {}, node)
+                elif "#module" in obj.slots:
+                    self.write(obj, value, node, part=True)
+                else:
+                    self.add_content(obj, value)
+
+    def token_keys(self, keys: list[Value]) -> list[Value]:
+        """Keys that are made of token ids: what is entered under them is a table of the tokens."""
+        flats = [self.flat(key) for key in keys]
+        return [key for key in flats if key.toks and not key.states and not key.losses and not key.flags & LENGTH]
+
+    def entered(self, obj: Obj, keys: list[Value], value: Value, node: ast.AST | None) -> None:
+        """A table learns the tokens of its keys, and of what is entered if that is tokens."""
+        toks = frozenset(tok for key in keys for tok in key.toks)
+        held = self.flat(value)
+        if held.raw:
+            toks |= held.toks
+        self.learn(obj, toks, "table", node)
+
+    def _put_tensor(self, obj: Obj, parts: list[Part], value: Value, node: ast.AST | None) -> None:
+        keys = self.token_keys([part.value for part in parts if part.value is not None])
+        if keys and "#leaf" not in obj.slots and obj.owner is None:
+            self.entered(obj, keys, value, node)
+            return
+        cuts = self.cuts_of(parts)
+        flat = self.flat(value)
+        old = self.content(obj)
+        if cuts and isinstance(flat.const, (int, float, bool)):
+            sides = cuts if flat.const is True or flat.const > 0 else frozenset(_other(cut) for cut in cuts)
+            if old.toks and not flat.const > 0:  # targets blanked out
+                self.heap.set(obj, "#content", self.cut(old, sides, node))
+            else:
+                self.heap.set(obj, "#content", old.but(cuts=old.cuts | sides, const=MISSING))
+            return
+        spans: tuple[Span, ...] = ()
+        for part in parts:
+            spans = self._with(spans, self.slice_spans(part) if part.slice else part.value.spans if part.value else ())
+        if old.toks and not flat.losses:
+            self.heap.set(obj, "#content", self.written_toks(old, spans))
+        whole = all(part.slice and part.low is None and part.high is None for part in parts)
+        self.write(obj, self.earlier_dropped(flat), node, strong=whole, part=not whole)
+
+    def _put_container(self, obj: Obj, keys: list[Value], base: Value, value: Value, node: ast.AST | None) -> None:
+        tokens = self.token_keys(keys)
+        if tokens:
+            self.entered(obj, tokens, value, node)
+        value = self.earlier_dropped(value)
+        key = keys[0] if keys else NOTHING
+        exact = obj.slots.get("#items")
+        if isinstance(exact, Value) and exact.items is not None:
+            if isinstance(key.const, int) and 0 <= key.const < len(exact.items) and len(base.refs) == 1:
+                items = (*exact.items[: key.const], value, *exact.items[key.const + 1 :])
+                self.heap.set(obj, "#items", Value(items=items))
+                return
+            self.loosen(obj)
+        if key.const is not MISSING and _hashable(key.const):
+            old = obj.slots.get(("k", key.const))
+            both = join(old, value) if isinstance(old, Value) and len(base.refs) > 1 else value
+            self.heap.set(obj, ("k", key.const), both)
+        else:
+            self.add_content(obj, value, "#elem")
+            self.add_content(obj, key, "#keys")
+
+    def loosen(self, obj: Obj) -> None:
+        """Forget which element stands where."""
+        exact = obj.slots.get("#items")
+        if isinstance(exact, Value):
+            self.heap.drop(obj, "#items")
+            for item in exact.items or ():
+                self.add_content(obj, item, "#elem")
+
+    def add(self, obj: Obj, value: Value, node: ast.AST | None) -> None:
+        """list.append"""
+        if self.chosen:
+            value = value.but(choices=value.choices | self.chosen)
+        value = self.repeats(self.earlier_dropped(value), obj.born)
+        exact = obj.slots.get("#items")
+        if isinstance(exact, Value) and exact.items is not None:
+            if len(self.nest) == len(obj.born) and len(exact.items) < 24:
+                self.heap.set(obj, "#items", Value(items=(*exact.items, value)))
+                return
+            self.loosen(obj)
+        self.add_content(obj, value, "#elem")
+
+    # Iteration.
+    def elements(self, value: Value, node: ast.AST | None) -> Elements:
+        """What `for x in value` goes through."""
+        found = self._elements(value, node)
+        if not value.choices:
+            return found
+        exact = (
+            tuple(self._chosen_from(each, value.choices) for each in found.exact) if found.exact is not None else None
+        )
+        return replace(found, exact=exact, any=self._chosen_from(found.any, value.choices))
+
+    def _elements(self, value: Value, node: ast.AST | None) -> Elements:
+        if value.items is not None and not value.refs:
+            return self._exactly(value.items, value)
+        if isinstance(value.const, (str, bytes, tuple, list, dict, set, frozenset)) and not value.refs:
+            held = list(value.const)
+            return self._exactly(tuple(Value(const=each) for each in held[:64]), value)
+        found: list[Elements] = []
+        for obj in sorted(value.refs, key=lambda each: each.number)[:6]:
+            found.append(self._elements_of(obj, value, node))
+        if not found:
+            return Elements(None, value.but(const=MISSING, items=None, limit=None))
+        if len(found) == 1:
+            return found[0]
+        any_of = found[0].any
+        for each in found[1:]:
+            any_of = join(any_of, each.any)
+        return Elements(None, any_of)
+
+    def _exactly(self, items: tuple[Value, ...], value: Value) -> Elements:
+        any_of = NOTHING if not items else items[0]
+        for each in items[1:]:
+            any_of = join(any_of, each)
+        any_of = self.tagged(any_of, value.spans)
+        exact = tuple(self.tagged(item, value.spans) for item in items) if len(items) <= UNROLLED else None
+        return Elements(exact, any_of, len(items))
+
+    def _elements_of(self, obj: Obj, value: Value, node: ast.AST | None) -> Elements:
+        if obj.kind == "range":
+            return self._range(obj)
+        if obj.kind == "dict":
+            keys = [Value(const=key[1]) for key in obj.slots if isinstance(key, tuple)]
+            more = obj.slots.get("#keys")
+            if isinstance(more, Value) or "#elem" in obj.slots or not keys:
+                any_key = more if isinstance(more, Value) else NOTHING
+                for key in keys:
+                    any_key = join(any_key, key)
+                return Elements(None, any_key)
+            return self._exactly(tuple(keys), value)
+        if obj.kind in ("list", "generator"):
+            exact = obj.slots.get("#items")
+            if isinstance(exact, Value) and exact.items is not None and "#elem" not in obj.slots:
+                return self._exactly(exact.items, value)
+            return Elements(None, self.tagged(self.element_of(obj), value.spans))
+        if obj.kind == "instance":
+            for name in ("__iter__", "__next__", "__getitem__"):
+                method = self.find(obj.data, name)
+                if method is not None:
+                    args = [self.ref(obj)] + ([NOTHING] if name == "__getitem__" else [])
+                    made = self.call(method[0], args, {}, node)
+                    if name == "__iter__" and obj not in made.refs:
+                        return self.elements(made, node)
+                    if name == "__iter__":
+                        step = self.find(obj.data, "__next__")
+                        made = self.call(step[0], [self.ref(obj)], {}, node) if step else made
+                    return Elements(None, made)
+        if obj.kind == "tensor":
+            return Elements(None, self.flat(self.ref(obj)).but(const=MISSING))
+        if "#module" in obj.slots:
+            return Elements(None, self.content_elem(obj))
+        content = obj.slots.get("#content", NOTHING)
+        return Elements(None, self.tagged(content, value.spans))
+
+    def _range(self, obj: Obj) -> Elements:
+        start, stop, step = obj.data
+        limit = stop.limit
+        if limit is None and isinstance(stop.const, (int, float)) and not stop.flags & LENGTH:
+            limit = float(stop.const)
+        env = start.env | stop.env | step.env
+        any_of = Value(unit=sym_of(step), limit=limit, env=env, spans=start.spans, choices=stop.choices)
+        consts = (start.const, stop.const, step.const)
+        if all(isinstance(each, int) for each in consts) and step.const:
+            turns = range(*consts)
+            if not turns:
+                return Elements(None, any_of, 0)
+            return Elements(None, any_of, len(turns), len(turns) <= 32, turns[0], turns[-1])
+        return Elements(None, any_of)
+
+
+def _overlaps(low: Value, high: Value) -> bool:
+    """Whether windows [w : w + length], w in steps of `unit`, are longer than their step: both are constants."""
+    length = re.search(r"add\([^(),]*,(\d+)\)", high.sym)
+    step = low.unit
+    return bool(low.spans) and length is not None and step.isdigit() and int(length[1]) > 1.5 * int(step) > 1.5
+
+
+def _other(cut: Cut) -> Cut:
+    side, end, less = cut
+    return ("head" if side == "tail" else "tail", end, less)
+
+
+def _hashable(const: object) -> bool:
+    try:
+        hash(const)
+    except TypeError:
+        return False
+    return True

@@ -1,0 +1,170 @@
+"""What a script does that a rule may ask about, in the order in which it does it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from fairway.audit.flow.tokens import Tok
+from fairway.audit.flow.values import Value
+from fairway.audit.verdict import Place
+
+if TYPE_CHECKING:
+    from fairway.audit.flow.heap import Obj
+
+Nest: TypeAlias = tuple[tuple[int, int], ...]
+"""The loops an event stands in, outermost first: (loop, iteration)."""
+
+How: TypeAlias = Literal["gradient", "table", "computed", "written"]
+"""gradient: an optimizer's step or a write of gradients; table: token ids entered into a container or an array;
+computed: weights replaced by what was computed from activations (calibration); written: another in-place write."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """number: position in the trace; stack: the calls it stands in, outermost first (the last is its own place);
+    guards: the places of the conditions on settings that nobody could decide and that it stands under."""
+
+    number: int
+    place: Place
+    stack: tuple[Place, ...]
+    nest: Nest
+    guards: tuple[Place, ...] = ()
+
+
+@dataclass(frozen=True)
+class Score(Event):
+    """A loss: bit `bit` in Value.losses. targets: the tokens it is the loss of; states: the learners that made it;
+    knows: bits of the Updates they had seen; choices: bits of the Choices they hang on; parts: the Scores it was made
+    of; scaled: logits were divided or multiplied by a state of their own, or by a number that was chosen; one_row: the
+    batch was one window; scale: the constant that the logits were divided by last; whole: for a part of a loss, the
+    Scores of all of it."""
+
+    bit: int = 0
+    targets: frozenset[Tok] = frozenset()
+    states: frozenset[Obj] = frozenset()
+    knows: int = 0
+    choices: int = 0
+    parts: int = 0
+    scaled: bool = False
+    one_row: bool = False
+    scale: float | None = None
+    whole: int = 0
+
+
+@dataclass(frozen=True)
+class Update(Event):
+    """A state learns: bit `bit` in Value.knows. learned: the tokens it learned from; how: see How; losses: the Scores
+    whose gradient it followed; fresh: the loops that the state was made or reset in."""
+
+    bit: int = 0
+    state: Obj | None = None
+    learned: frozenset[Tok] = frozenset()
+    how: How = "written"
+    losses: int = 0
+    fresh: Nest = ()
+
+
+@dataclass(frozen=True)
+class Choice(Event):
+    """Something is chosen by comparing losses: bit `bit` in Value.choices. form: "min", "where", "if", "index"."""
+
+    bit: int = 0
+    losses: int = 0
+    form: str = "if"
+    operands: tuple[Value, ...] = ()
+
+
+@dataclass(frozen=True)
+class Said(Event):
+    """A number with losses in it is printed, logged, written or returned as the result. text: the literal texts."""
+
+    value: Value = field(default_factory=Value)
+    text: str = ""
+    how: Literal["printed", "written", "returned"] = "printed"
+
+
+@dataclass(frozen=True)
+class Forward(Event):
+    """A model is run on tokens."""
+
+    state: Obj | None = None
+    toks: frozenset[Tok] = frozenset()
+
+
+@dataclass(frozen=True)
+class Clock(Event):
+    """Elapsed time is compared with a limit. limit: the seconds (or milliseconds) after which it holds, None where
+    that is not known; text: the comparison."""
+
+    limit: float | None = None
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Call(Event):
+    """A call of something that is not in the script: "torch.where", ".gather"."""
+
+    name: str = ""
+    arguments: tuple[Value, ...] = ()
+    keywords: tuple[tuple[str, Value], ...] = ()
+    result: Value = field(default_factory=Value)
+
+
+@dataclass(frozen=True)
+class Unknown(Event):
+    """Where the interpreter gave up, and why."""
+
+    why: str = ""
+
+
+@dataclass(eq=False)
+class Trace:
+    """All that happened. `scores`, `updates` and `choices` are indexed by the bit of their event."""
+
+    events: list[Event] = field(default_factory=list)
+    scores: list[Score] = field(default_factory=list)
+    updates: list[Update] = field(default_factory=list)
+    choices: list[Choice] = field(default_factory=list)
+    said: list[Said] = field(default_factory=list)
+    loops: dict[int, Place] = field(default_factory=dict)
+    within: dict[int, int] = field(default_factory=dict)  # loop -> the function that it stands in
+    depth: dict[int, int] = field(default_factory=dict)  # loop -> how many calls deep it stood when first seen
+    broken: dict[int, Place] = field(default_factory=dict)  # loop -> where a counter or the clock ends it early
+    saved: list[int] = field(default_factory=list)  # numbers of the events that follow a model's writing to a file
+    steps: int = 0
+    complete: bool = True
+
+    def scored(self, mask: int) -> Iterator[Score]:
+        """The Scores of a mask, with those that they were made of."""
+        seen, waiting = 0, mask
+        while waiting:
+            low = waiting & -waiting
+            waiting ^= low
+            seen |= low
+            score = self.scores[low.bit_length() - 1]
+            yield score
+            waiting |= score.parts & ~seen
+
+    def learned(self, mask: int) -> Iterator[Update]:
+        """The Updates of a mask."""
+        for bit in bits(mask):
+            yield self.updates[bit]
+
+    def chosen(self, mask: int) -> Iterator[Choice]:
+        """The Choices of a mask."""
+        for bit in bits(mask):
+            yield self.choices[bit]
+
+    def unknowns(self) -> list[Unknown]:
+        """Where the interpreter gave up."""
+        return [event for event in self.events if isinstance(event, Unknown)]
+
+
+def bits(mask: int) -> Iterator[int]:
+    """The positions of the ones, lowest first."""
+    while mask:
+        low = mask & -mask
+        mask ^= low
+        yield low.bit_length() - 1

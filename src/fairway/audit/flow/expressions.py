@@ -1,0 +1,476 @@
+"""Expressions."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+from collections.abc import Callable
+from typing import Any
+
+from fairway.audit.flow.calls import Calls
+from fairway.audit.flow.containers import Elements
+from fairway.audit.flow.heap import Obj
+from fairway.audit.flow.values import (
+    GRAD,
+    LENGTH,
+    MISSING,
+    NO_OBJECTS,
+    NONE,
+    NOTHING,
+    REPEATS,
+    TEXT,
+    Value,
+    blend,
+    join,
+)
+
+_BUILTINS = frozenset(dir(builtins))
+_TRUE, _FALSE = Value(const=True), Value(const=False)
+
+
+class Expressions(Calls):
+    """evaluate(node)"""
+
+    def evaluate(self, node: ast.expr) -> Value:
+        self.trace.steps += 1
+        if self.trace.steps > self.fuel:
+            self.burn()
+        handler: Callable[[Any], Value] | None = getattr(self, f"_on_{type(node).__name__}", None)
+        return handler(node) if handler is not None else NOTHING
+
+    # Names.
+    def _on_Constant(self, node: ast.Constant) -> Value:
+        return Value(const=node.value)
+
+    def _on_Name(self, node: ast.Name) -> Value:
+        return self.name(node.id)
+
+    def name(self, name: str) -> Value:
+        """What a name stands for: local, enclosing, global, builtin."""
+        frame = self.frame
+        if name not in frame.outside:
+            found = frame.obj.slots.get(name)
+            if found is not None:
+                return found
+        for scope in frame.closure:
+            found = scope.slots.get(name)
+            if found is not None:
+                return found
+        found = frame.globals.slots.get(name)
+        if found is not None:
+            return found
+        return self.outside(f"builtins.{name}") if name in _BUILTINS else NOTHING
+
+    def _on_Attribute(self, node: ast.Attribute) -> Value:
+        return self.get(self.evaluate(node.value), node.attr, node)
+
+    def _on_Subscript(self, node: ast.Subscript) -> Value:
+        base = self.evaluate(node.value)
+        if any(obj.kind in ("function", "bound", "foreign") and obj.data != "os.environ" for obj in base.refs):
+            self.evaluate_parts(node.slice)
+            if any(obj.kind == "foreign" for obj in base.refs):
+                return base
+            return self.ref(self.new("kernel", None, node))
+        parts = self.parts(node.slice)
+        return self.item(base, parts, node)
+
+    def evaluate_parts(self, node: ast.expr) -> None:
+        """For what evaluating an index may do."""
+        if not isinstance(node, ast.Slice):
+            self.evaluate(node)
+
+    def _on_Starred(self, node: ast.Starred) -> Value:
+        return self.evaluate(node.value)
+
+    def _on_NamedExpr(self, node: ast.NamedExpr) -> Value:
+        value = self.evaluate(node.value)
+        self.assign(node.target, value)
+        return value
+
+    def _on_Await(self, node: ast.Await) -> Value:
+        return self.evaluate(node.value)
+
+    def _on_Yield(self, node: ast.Yield) -> Value:
+        value = self.evaluate(node.value) if node.value else NONE
+        self.frame.yields.append(value)
+        return NOTHING
+
+    def _on_YieldFrom(self, node: ast.YieldFrom) -> Value:
+        self.frame.yields.append(self.elements(self.evaluate(node.value), node).any)
+        return NOTHING
+
+    def _on_Lambda(self, node: ast.Lambda) -> Value:
+        return self.function(node)
+
+    def function(self, node: Any) -> Value:
+        """The function object of a def or lambda."""
+        frame = self.frame
+        inner = frame.obj is not frame.globals
+        closure = (frame.obj, *frame.closure) if inner else frame.closure
+        obj = self.new("function", (node, frame.script, frame.globals, closure, frame.owner), node)
+        spec: ast.arguments = node.args
+        names = [each.arg for each in (*spec.posonlyargs, *spec.args)]
+        defaults = {}
+        if spec.defaults:
+            for name, default in zip(names[-len(spec.defaults) :], spec.defaults, strict=False):
+                defaults[name] = self.evaluate(default)
+        for word, given in zip(spec.kwonlyargs, spec.kw_defaults, strict=False):
+            if given is not None:
+                defaults[word.arg] = self.evaluate(given)
+        obj.slots["#defaults"] = defaults
+        return self.ref(obj)
+
+    # Calls.
+    def _on_Call(self, node: ast.Call) -> Value:
+        function = node.func
+        if isinstance(function, ast.Name):
+            if function.id == "super" and self.frame.owner is not None:
+                return self._super(node)
+            if function.id in ("locals", "globals", "vars") and not node.args:
+                view = self.new("dict", "vars", node)
+                scope = self.frame.globals if function.id == "globals" else self.frame.obj
+                view.slots.update({("k", k): v for k, v in scope.slots.items() if isinstance(v, Value)})
+                return self.ref(view)
+        if isinstance(function, ast.Attribute):
+            base = self.evaluate(function.value)
+            args, kwargs = self.arguments(node)
+            self.frame.line = node.lineno
+            return self.method(base, function.attr, args, kwargs, node)
+        called = self.evaluate(function)
+        args, kwargs = self.arguments(node)
+        self.frame.line = node.lineno
+        return self.call(called, args, kwargs, node)
+
+    def _super(self, node: ast.Call) -> Value:
+        names = self.frame.node.args.args if self.frame.node is not None else []
+        this = self.name(names[0].arg) if names else NOTHING
+        for each in node.args[1:2]:
+            this = self.evaluate(each)
+        return self.ref(self.new("super", (self.frame.owner, this), node))
+
+    def arguments(self, node: ast.Call) -> tuple[list[Value], dict[str, Value]]:
+        """The values of a call's arguments."""
+        args: list[Value] = []
+        for each in node.args:
+            if isinstance(each, ast.Starred):
+                elements = self.elements(self.evaluate(each.value), node)
+                args += elements.exact if elements.exact is not None else [elements.any]
+            else:
+                args.append(self.evaluate(each))
+        kwargs: dict[str, Value] = {}
+        for word in node.keywords:
+            value = self.evaluate(word.value)
+            if word.arg is not None:
+                kwargs[word.arg] = value
+                continue
+            for obj in value.refs:
+                for key, held in obj.slots.items():
+                    if isinstance(key, tuple) and isinstance(key[1], str):
+                        kwargs[key[1]] = held
+                if "#elem" in obj.slots and obj.kind == "dict":
+                    kwargs["**"] = obj.slots["#elem"]
+        return args, kwargs
+
+    # Operators.
+    def _on_BinOp(self, node: ast.BinOp) -> Value:
+        left = self.evaluate(node.left)
+        return self.binop(node.op, left, self.evaluate(node.right), node)
+
+    def _on_UnaryOp(self, node: ast.UnaryOp) -> Value:
+        value = self.evaluate(node.operand)
+        if isinstance(node.op, ast.Not):
+            held = self.truth(value)
+            return (
+                Value(const=not held, env=value.env, choices=value.choices) if held is not None else self._plain(value)
+            )
+        if value.const is not MISSING and isinstance(value.const, (int, float)) and not value.refs:
+            const = -value.const if isinstance(node.op, ast.USub) else value.const
+            if isinstance(node.op, ast.Invert):
+                return NOTHING
+            less = frozenset((repr(value.const),)) if isinstance(node.op, ast.USub) else value.less
+            return Value(const=const, less=less, env=value.env)
+        flat = self.flat(value)
+        if isinstance(node.op, ast.Invert) and flat.cuts:
+            turned = frozenset(("head" if cut[0] == "tail" else "tail", cut[1], cut[2]) for cut in flat.cuts)
+            return flat.but(cuts=turned, const=MISSING)
+        if isinstance(node.op, ast.USub) and self.plain(flat):
+            name = ast.unparse(node.operand)[:60] if len(ast.dump(node.operand)) < 400 else ""
+            return flat.but(less=flat.less | {flat.sym or name}, sym=f"neg({flat.sym or name})", const=MISSING)
+        return flat.but(const=MISSING, sym="")
+
+    def _plain(self, value: Value) -> Value:
+        return Value(choices=value.choices, env=value.env)
+
+    def _on_BoolOp(self, node: ast.BoolOp) -> Value:
+        decisive = isinstance(node.op, ast.Or)
+        found: list[Value] = []
+        for each in node.values:
+            value = self.evaluate(each)
+            held = self.truth(value)
+            if held is decisive:
+                env = frozenset(name for one in (*found, value) for name in one.env)
+                if not found or not decisive:
+                    return value.but(env=env) if decisive or not found else Value(const=False, env=env)
+                found.append(value)
+                break
+            if held is None or each is node.values[-1]:
+                found.append(value)
+        if not found:
+            return NOTHING
+        result = found[0]
+        for value in found[1:]:
+            result = join(result, value)
+        if len(found) > 1:
+            known = all(self.truth(each) is True for each in found)
+            result = result.but(const=True) if known and not decisive and not result.refs else result
+        return result
+
+    def truth(self, value: Value) -> bool | None:
+        """Whether a value counts as true; None where that is not known."""
+        if value.const is not MISSING and not value.refs and value.items is None:
+            try:
+                return bool(value.const)
+            except Exception:
+                return None
+        if value.items is not None and not value.refs:
+            return bool(value.items)
+        if value.flags & GRAD and value.toks:
+            return None
+        if value.refs and value.const is MISSING:
+            kinds = {obj.kind for obj in value.refs}
+            if kinds <= {"function", "class", "bound", "instance", "module", "foreign", "partial", "method"}:
+                return True if not kinds & {"instance"} or not value.losses else None
+            if kinds <= {"dict"} and any(obj.slots.get("#elem", NOTHING).flags for obj in value.refs):
+                return True
+        return None
+
+    def _on_Compare(self, node: ast.Compare) -> Value:
+        values = [self.evaluate(node.left), *(self.evaluate(each) for each in node.comparators)]
+        texts = [node.left, *node.comparators]
+        found: list[Value] = []
+        for n, op in enumerate(node.ops):
+            found.append(self.compare(op, values[n], values[n + 1], node, texts[n : n + 2]))
+        if len(found) == 1:
+            return found[0]
+        held = [self.truth(each) for each in found]
+        joined = blend(*found)
+        if any(each is False for each in held):
+            return Value(const=False, env=joined.env)
+        return Value(const=True, env=joined.env) if all(held) else joined
+
+    def _on_IfExp(self, node: ast.IfExp) -> Value:
+        test = self.evaluate(node.test)
+        held = self.truth(test)
+        if held is not None:
+            value = self.evaluate(node.body if held else node.orelse)
+            return (
+                value.but(env=value.env | test.env, choices=value.choices | test.choices)
+                if test.env or test.choices
+                else value
+            )
+        one, two = self.evaluate(node.body), self.evaluate(node.orelse)
+        result = join(one, two)
+        if test.choices:
+            result = self._chosen_from(result, test.choices)
+        if self.plain(result) and not result.sym and result.const is MISSING:
+            result = result.but(sym=_canonical(node))
+        return result
+
+    # Containers.
+    def _on_Tuple(self, node: ast.Tuple) -> Value:
+        return Value(items=tuple(self._listed_items(node.elts)))
+
+    def _listed_items(self, nodes: list[ast.expr]) -> list[Value]:
+        items: list[Value] = []
+        for each in nodes[:4096]:
+            if isinstance(each, ast.Starred):
+                elements = self.elements(self.evaluate(each.value), each)
+                items += elements.exact if elements.exact is not None else [elements.any]
+            else:
+                items.append(self.evaluate(each))
+        return items
+
+    def _on_List(self, node: ast.List) -> Value:
+        new = self.new("list", None, node)
+        items = self._listed_items(node.elts)
+        starred = any(isinstance(each, ast.Starred) for each in node.elts)
+        if len(items) > 64 or (starred and len(items) > 24):
+            for each in items[:256]:
+                self.add_content(new, each, "#elem")
+        else:
+            new.slots["#items"] = Value(items=tuple(items))
+        return self.ref(new)
+
+    def _on_Set(self, node: ast.Set) -> Value:
+        items = self._listed_items(node.elts)
+        if all(each.const is not MISSING for each in items):
+            return Value(items=tuple(items))
+        new = self.new("list", "set", node)
+        new.slots["#items"] = Value(items=tuple(items))
+        return self.ref(new)
+
+    def _on_Dict(self, node: ast.Dict) -> Value:
+        new = self.new("dict", None, node)
+        for key, value in zip(node.keys[:2000], node.values, strict=False):
+            held = self.evaluate(value)
+            if key is None:
+                self._update(new, held, node)
+                continue
+            name = self.evaluate(key)
+            if name.const is not MISSING and _hashable(name.const):
+                new.slots[("k", name.const)] = held
+            else:
+                self.add_content(new, held, "#elem")
+                self.add_content(new, name, "#keys")
+        return self.ref(new)
+
+    def _on_JoinedStr(self, node: ast.JoinedStr) -> Value:
+        parts = [self.evaluate(each) for each in node.values]
+        if all(isinstance(each.const, str) for each in parts):
+            return Value(
+                const="".join(str(each.const) for each in parts)[:20_000],
+                env=blend(*parts).env if parts else frozenset(),
+            )
+        flats = []
+        for each in parts:
+            flat = self.flat(each)
+            flats.append(
+                flat.but(words=(str(flat.const)[:200],), const=MISSING) if isinstance(flat.const, str) else flat
+            )
+        said = blend(*flats)
+        return said.but(const=MISSING, refs=NO_OBJECTS, sym="", flags=said.flags | TEXT)
+
+    def _on_FormattedValue(self, node: ast.FormattedValue) -> Value:
+        value = self.evaluate(node.value)
+        if isinstance(value.const, (str, int)) and not isinstance(value.const, bool) and node.format_spec is None:
+            return Value(const=str(value.const), env=value.env)
+        if value.const is not MISSING:
+            return Value(words=(str(value.const)[:80],))
+        flat = self.flat(value)
+        number = (flat.losses or flat.toks) and not flat.flags & TEXT
+        return flat.but(const=MISSING, words=() if number else flat.words)
+
+    # Comprehensions.
+    def _on_ListComp(self, node: ast.ListComp) -> Value:
+        return self._comprehended(node, [node.elt])
+
+    _on_SetComp = _on_GeneratorExp = _on_ListComp
+
+    def _on_DictComp(self, node: ast.DictComp) -> Value:
+        return self._comprehended(node, [node.key, node.value])
+
+    def _comprehended(self, node: Any, results: list[ast.expr]) -> Value:
+        mapping = len(results) == 2
+        new = self.heap.new("dict" if mapping else "list", None, tuple(self.nest), self.place(node))
+        found: list[list[Value]] = []
+        exact = self._clauses(node.generators, 0, results, found)
+        limit = None
+        if exact and not mapping and len(found) <= 24:
+            new.slots["#items"] = Value(items=tuple(each[0] for each in found))
+            return self.ref(new)
+        for each in found:
+            if mapping and each[0].const is not MISSING and _hashable(each[0].const) and exact:
+                new.slots[("k", each[0].const)] = each[1]
+            else:
+                self.add_content(new, each[-1], "#elem")
+                if mapping:
+                    self.add_content(new, each[0], "#keys")
+                limit = each[-1].limit
+        if limit is not None and "#elem" in new.slots:
+            new.slots["#elem"] = new.slots["#elem"].but(limit=limit)
+        return self.ref(new)
+
+    def _clauses(
+        self, clauses: list[ast.comprehension], n: int, results: list[ast.expr], found: list[list[Value]]
+    ) -> bool:
+        """Walk the loops of a comprehension; True where each element stands alone."""
+        if n == len(clauses):
+            born = tuple(self.nest[: len(self.nest) - n])
+            found.append([self.repeats(self.evaluate(each), born) for each in results])
+            return True
+        clause = clauses[n]
+        elements = self.elements(self.evaluate(clause.iter), clause.iter)
+        elements = self._small_range(elements)
+        alone = elements.exact is not None
+        turns = (
+            list(elements.exact) if elements.exact is not None else [elements.any] * (2 if elements.count != 1 else 1)
+        )
+        if elements.count == 0:
+            return True
+        loop = self.loop_id(clause)
+        self.turns[loop] = elements.count if elements.count is not None else 2
+        for turn, element in enumerate(turns, start=1):
+            self.nest.append((loop, turn))
+            self.assign(clause.target, element if alone else self.turned(element, loop, turn))
+            kept = True
+            for test in clause.ifs:
+                self.narrow(test)
+                held = self.truth(self.evaluate(test))
+                alone = alone and held is not None
+                kept = kept and held is not False
+            if kept:
+                alone = self._clauses(clauses, n + 1, results, found) and alone
+            self.nest.pop()
+            if not alone and found and any("#module" in obj.slots for value in found[-1] for obj in value.refs):
+                break
+        return alone
+
+    def narrow(self, test: ast.expr) -> None:
+        """`name.startswith("fineweb_val_")`: what the test lets through is named so."""
+        for each in ast.walk(test):
+            name, text = None, None
+            if isinstance(each, ast.Call) and isinstance(each.func, ast.Attribute) and each.args:
+                if each.func.attr in ("startswith", "endswith", "match", "fnmatch") and isinstance(
+                    each.func.value, ast.Name
+                ):
+                    name, text = each.func.value.id, self.evaluate(each.args[0]).const
+                    text = f"{text}*" if each.func.attr == "startswith" and isinstance(text, str) else text
+            elif isinstance(each, ast.Compare) and isinstance(each.ops[0], ast.In):
+                where = each.comparators[0]
+                name, text = getattr(where, "id", None), self.evaluate(each.left).const
+            if name is not None and isinstance(text, str) and name in self.frame.obj.slots:
+                old = self.name(name)
+                if old.const is MISSING:
+                    self.assign(ast.Name(name, ast.Store()), old.but(words=(*old.words, text)[-10:]))
+
+    @staticmethod
+    def _small_range(elements: Elements) -> Elements:
+        """A short range, number by number."""
+        count, first, last = elements.count, elements.first, elements.last
+        if elements.exact is not None or not elements.counted or count is None or not 1 <= count <= 6:
+            return elements
+        step = (last - first) // (count - 1) if count > 1 and first is not None and last is not None else 1
+        return Elements(tuple(Value(const=(first or 0) + n * step) for n in range(count)), elements.any, count)
+
+    def turned(self, element: Value, loop: int, turn: int) -> Value:
+        """The element that an iteration of a loop takes; what a list holds several times is the same each time."""
+        if element.items is not None and not element.refs:
+            return element.but(items=tuple(self.turned(item, loop, turn) for item in element.items))
+        return element if element.flags & REPEATS else self.tagged(element, ((loop, turn, turn),))
+
+    def loop_id(self, node: ast.AST) -> int:
+        """The loop's number."""
+        found = getattr(node, "_fairway_loop", None)
+        if found is None:
+            found = len(self.trace.loops) + 1
+            node._fairway_loop = found  # type: ignore[attr-defined]
+        self.trace.loops.setdefault(found, self.place(getattr(node, "iter", node)))
+        self.trace.within.setdefault(found, id(self.frame.node))
+        self.trace.depth.setdefault(found, len(self.frames))
+        return int(found)
+
+
+def _canonical(node: ast.expr) -> str:
+    text = ast.unparse(node)
+    return text[:80] if len(text) < 200 else ""
+
+
+def _hashable(const: object) -> bool:
+    try:
+        hash(const)
+    except TypeError:
+        return False
+    return True
+
+
+__all__ = ["LENGTH", "Expressions", "Obj"]

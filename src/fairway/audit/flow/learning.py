@@ -1,0 +1,256 @@
+"""Losses, gradients and what learns from them."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable
+from dataclasses import replace
+
+from fairway.audit.flow import events
+from fairway.audit.flow.core import Core
+from fairway.audit.flow.heap import Obj
+from fairway.audit.flow.tokens import Cut, Tok, related
+from fairway.audit.flow.values import (
+    GRAD,
+    MISSING,
+    NO_TOKENS,
+    NOTHING,
+    ONE_ROW,
+    SCALED,
+    Value,
+    blend,
+    join,
+)
+
+
+class Learning(Core):
+    """Scores, Choices, Updates."""
+
+    # Losses.
+    def scored(self, logits: Value, targets: Value, node: ast.AST | None) -> Value:
+        """The loss of `targets` under what `logits` came from."""
+        toks = targets.toks or logits.toks
+        bit = len(self.trace.scores)
+        choices = logits.choices | targets.choices
+        flags = (logits.flags | targets.flags) & (ONE_ROW | SCALED)
+        score = self.note(
+            events.Score, node, bit=bit, targets=toks, states=logits.states, knows=logits.knows, choices=choices,
+            parts=logits.losses | targets.losses, scaled=bool(logits.flags & SCALED),
+            one_row=bool(targets.flags & ONE_ROW),
+            scale=logits.limit,
+        )  # fmt: skip
+        self.trace.scores.append(score)
+        return Value(
+            toks=toks, states=logits.states, losses=1 << bit, choices=choices, flags=flags & ONE_ROW,
+            env=logits.env,
+        )  # fmt: skip
+
+    def rescored(self, loss: Value, other: Value, node: ast.AST | None) -> Value:
+        """A loss into which another state's answer is mixed."""
+        bit = len(self.trace.scores)
+        score = self.note(
+            events.Score, node, bit=bit, targets=loss.toks, states=loss.states | other.states, knows=other.knows,
+            choices=loss.choices | other.choices, parts=loss.losses,
+        )  # fmt: skip
+        self.trace.scores.append(score)
+        return loss.but(
+            states=loss.states | other.states, losses=1 << bit, choices=loss.choices | other.choices, const=MISSING
+        )
+
+    def cut(self, value: Value, cuts: Iterable[Cut], node: ast.AST | None) -> Value:
+        """The part of a value within its window; for a loss, a Score of its own."""
+        added = frozenset(cuts)
+        if not added or not value.toks:
+            return value
+        toks = frozenset(replace(tok, cuts=tok.cuts | added) if len(tok.cuts) < 6 else tok for tok in value.toks)
+        if not value.losses or toks == value.toks or value.flags & GRAD:
+            return value.but(toks=toks)
+        bit = len(self.trace.scores)
+        whole = list(self.trace.scored(value.losses))
+        first = whole[0]
+        score = self.note(
+            events.Score, node, bit=bit, targets=toks, states=value.states,
+            knows=_united(each.knows for each in whole), choices=value.choices, scaled=any(s.scaled for s in whole),
+            one_row=first.one_row, scale=first.scale, whole=value.losses,
+        )  # fmt: skip
+        self.trace.scores.append(score)
+        return value.but(toks=toks, losses=1 << bit)
+
+    # Choices.
+    def choose(self, form: str, operands: list[Value], node: ast.AST | None) -> int:
+        """A choice by comparing losses: its bit as a mask."""
+        bit = len(self.trace.choices)
+        operands = [self.flat(each) for each in operands]
+        losses = _united(each.losses for each in operands)
+        choice = self.note(events.Choice, node, bit=bit, losses=losses, form=form, operands=tuple(operands))
+        self.trace.choices.append(choice)
+        return 1 << bit
+
+    # Learning.
+    def learn(
+        self,
+        obj: Obj,
+        learned: frozenset[Tok],
+        how: events.How,
+        node: ast.AST | None,
+        losses: int = 0,
+    ) -> int:
+        """A state learns; returns the Update's bit as a mask."""
+        bit = len(self.trace.updates)
+        fresh = obj.slots.get("#fresh", obj.born)
+        update = self.note(
+            events.Update, node, bit=bit, state=obj, learned=learned, how=how, losses=losses, fresh=fresh
+        )
+        self.trace.updates.append(update)
+        mask = 1 << bit
+        self.heap.set(obj, "#learned", obj.slots.get("#learned", 0) | mask)
+        root = obj.root
+        if root is not obj:
+            self.heap.set(root, "#family", root.slots.get("#family", 0) | mask)
+        if self.chosen:
+            self.heap.set(root, "#choices", root.slots.get("#choices", 0) | self.chosen)
+        return mask
+
+    def backward(self, loss: Value, node: ast.AST | None) -> None:
+        """Gradients of a loss reach every state that it read."""
+        loss = self.flat(loss)
+        grad = self.gradient(loss)
+        for state in loss.states:
+            old = state.slots.get("#grad", NOTHING)
+            used = state.slots.get("#stepped", 0)  # what a step has followed is taken to be cleared
+            self.heap.set(state, "#grad", join(old, grad) if old.toks and not used else grad)
+            self.heap.set(state, "#stepped", 0)
+
+    def gradient(self, loss: Value) -> Value:
+        """The gradient of a loss."""
+        return Value(toks=loss.toks, losses=loss.losses, states=loss.states, flags=GRAD, choices=loss.choices)
+
+    def step(self, optimizer: Value, node: ast.AST | None) -> None:
+        """An optimizer moves the states that have gradients."""
+        for each in optimizer.refs:
+            targets = each.slots.get("#targets")
+            if targets is None:
+                continue
+            for obj in self.leaves(targets):
+                grad = obj.root.slots.get("#grad", NOTHING)
+                if grad.toks or grad.losses:
+                    self.learn(obj, grad.toks, "gradient", node, grad.losses)
+            for obj in self.leaves(targets):
+                self.heap.set(obj.root, "#stepped", 1)
+
+    def forget_gradient(self, value: Value) -> None:
+        """zero_grad."""
+        for each in value.refs:
+            targets = each.slots.get("#targets")
+            for obj in self.leaves(targets) if targets is not None else [each]:
+                if "#grad" in obj.root.slots:
+                    self.heap.set(obj.root, "#grad", NOTHING)
+
+    def leaves(self, value: Value, deep: int = 5) -> list[Obj]:
+        """The models and tensors in a nest of lists and dicts."""
+        found: dict[Obj, None] = {}
+        for obj in sorted(value.refs, key=lambda each: each.number):
+            if obj.kind in ("list", "dict", "generator") and deep:
+                for held in self.held(obj):
+                    found.update(dict.fromkeys(self.leaves(held, deep - 1)))
+            elif obj.kind in ("tensor", "instance", "thing"):
+                found[obj] = None
+        for item in value.items or ():
+            if deep:
+                found.update(dict.fromkeys(self.leaves(item, deep - 1)))
+        return list(found)
+
+    # Writing in place.
+    def write(self, obj: Obj, value: Value, node: ast.AST | None, strong: bool = False, part: bool = False) -> None:
+        """value is written into a tensor or a model's parameters. strong: nothing of the old stays; part: a slice."""
+        value = self.flat(value)
+        if self.chosen:
+            value = value.but(choices=value.choices | self.chosen)
+        if obj.kind != "tensor" or obj.owner is not None or "#leaf" in obj.slots:
+            self._write_state(obj, value, node, strong and not part)
+        if obj.kind == "tensor":
+            old = NOTHING if strong and not part else self.content(obj)
+            if obj.owner is not None or "#leaf" in obj.slots:
+                value = Value(choices=value.choices, words=value.words)
+            kept = blend(old, value) if old is not NOTHING else value.but(const=MISSING)
+            self.heap.set(obj, "#content", kept)
+
+    def _write_state(self, obj: Obj, value: Value, node: ast.AST | None, strong: bool) -> None:
+        mask = value.knows & ~self.knows(obj) if not strong else value.knows
+        old = 0 if strong else obj.slots.get("#learned", 0)
+        if strong:
+            self.reset(obj)
+        self.heap.set(obj, "#learned", old | mask)
+        root = obj.root
+        if root is not obj and mask:
+            self.heap.set(root, "#family", root.slots.get("#family", 0) | mask)
+        if value.choices:
+            self.heap.set(root, "#choices", root.slots.get("#choices", 0) | value.choices)
+        if value.toks:
+            self.learn(obj, value.toks, "gradient" if value.flags & GRAD else "computed", node, value.losses)
+
+    def reset(self, obj: Obj) -> None:
+        """A state forgets all it learned."""
+        root = obj.root
+        gone = obj.slots.get("#learned", 0)
+        for part in self.parts_of(obj):
+            gone |= part.slots.get("#learned", 0)
+            self.heap.set(part, "#learned", 0)
+        self.heap.set(obj, "#learned", 0)
+        self.heap.set(obj, "#family", 0)
+        self.heap.set(obj, "#fresh", tuple(self.nest))
+        if root is not obj and gone:
+            self.heap.set(root, "#family", root.slots.get("#family", 0) & ~gone)
+
+    def load(self, model: Value, weights: Value, node: ast.AST | None) -> None:
+        """load_state_dict: the model is now what the weights are."""
+        held = self.flat(weights)
+        if self.chosen:
+            held = held.but(choices=held.choices | self.chosen)
+        for obj in sorted(model.refs, key=lambda each: each.number):
+            self.heap.set(obj.root, "#choices", held.choices)
+            self._write_state(obj, held, node, strong=True)
+
+    def parts_of(self, obj: Obj, deep: int = 12) -> list[Obj]:
+        """The modules and tensors below a model."""
+        found: dict[Obj, None] = {}
+        waiting = [obj]
+        while waiting and len(found) < 400:
+            each = waiting.pop()
+            for value in list(each.slots.values()):
+                for part in value.refs if isinstance(value, Value) else ():
+                    if part not in found and (part.owner is not None or part.kind in ("list", "dict")):
+                        if part.owner is not None:
+                            found[part] = None
+                        waiting.append(part)
+        found.pop(obj, None)
+        return list(found)
+
+    def earlier_dropped(self, value: Value) -> Value:
+        """What a position holds may know the positions before it: such Updates are no fault wherever it is read."""
+        if not value.knows or not value.toks:
+            return value
+        keep = 0
+        order = [loop for loop, _ in self.nest]
+        now = Tok("", tuple(self.here()))
+        for update in self.trace.learned(value.knows):
+            learned = [replace(tok, data="") for tok in update.learned]
+            if not learned or any(related(tok, now, order) != "earlier" for tok in learned):
+                keep |= 1 << update.bit
+        return value.but(knows=keep)
+
+    def written_toks(self, old: Value, spans: tuple[tuple[int, int, int], ...]) -> Value:
+        """The old content of a buffer that is written again in a later iteration, without what the write replaces."""
+        covered = {loop for loop, _, _ in spans}
+        turns = {loop: turn for loop, turn in self.nest if loop not in covered}
+        kept = frozenset(
+            tok for tok in old.toks if not any(loop in turns and high < turns[loop] for loop, _, high in tok.spans)
+        )
+        return old if kept == old.toks else old.but(toks=kept or NO_TOKENS)
+
+
+def _united(masks: Iterable[int]) -> int:
+    mask = 0
+    for each in masks:
+        mask |= each
+    return mask

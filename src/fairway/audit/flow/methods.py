@@ -1,0 +1,485 @@
+"""Methods of lists, dicts, models, optimizers, files and texts."""
+
+from __future__ import annotations
+
+import ast
+import fnmatch
+from collections.abc import Callable
+
+from fairway.audit.flow import events
+from fairway.audit.flow.classes import _is_layer
+from fairway.audit.flow.containers import Part
+from fairway.audit.flow.heap import Obj
+from fairway.audit.flow.operations import Operations
+from fairway.audit.flow.tokens import Tok
+from fairway.audit.flow.values import (
+    GRAD,
+    LENGTH,
+    MISSING,
+    NO_OBJECTS,
+    NONE,
+    NOTHING,
+    RAW,
+    TEXT,
+    WEIGHTS,
+    Value,
+    blend,
+    join,
+)
+
+_TEXT = frozenset(
+    ("lower", "upper", "strip", "lstrip", "rstrip", "split", "startswith", "endswith", "replace", "join", "encode",
+     "decode", "format", "title", "splitlines", "rsplit", "partition", "isdigit", "removeprefix", "removesuffix",
+     "count", "find", "zfill", "ljust", "rjust", "hex")
+)  # fmt: skip
+_GROW = frozenset(("append", "appendleft", "add", "put", "put_nowait", "push", "insert"))
+_SHRINK = frozenset(("pop", "popleft", "get_nowait", "popitem"))
+
+
+class Methods(Operations):
+    """What is called on an object of the interpreter's own."""
+
+    # Texts.
+    def text_method(self, base: Value, name: str, args: list[Value]) -> Value | None:
+        """A method of a constant text."""
+        consts = [each.const for each in args]
+        if base.refs:
+            return None
+        if name == "join" and args:
+            return self._joined(base, args[0])
+        if not isinstance(base.const, (str, bytes)) or name not in _TEXT:
+            return None
+        if name == "format":
+            said = blend(base.but(words=(str(base.const),), const=MISSING), *map(self.flat, args))
+            return said.but(flags=said.flags | TEXT)
+        if MISSING in consts:
+            return Value(words=(str(base.const)[:200],))
+        try:
+            return Value(const=getattr(base.const, name)(*consts), env=base.env)
+        except Exception:
+            return NOTHING
+
+    def _joined(self, base: Value, listed: Value) -> Value:
+        flat = self.flat(listed)
+        return flat.but(const=MISSING, refs=NO_OBJECTS, items=None, flags=flat.flags | TEXT)
+
+    # Lists and dicts.
+    def list_method(self, obj: Obj, base: Value, name: str, args: list[Value], node: ast.AST | None) -> Value:
+        """obj.name(*args) of a list, set, deque or queue"""
+        if name in _GROW:
+            self.add(obj, args[-1] if args else NOTHING, node)
+            if name == "add" and self.token_keys(args):
+                self.entered(obj, self.token_keys(args), NOTHING, node)
+            return NONE
+        if name in ("extend", "update", "extendleft"):
+            for each in args:
+                elements = self.elements(each, node)
+                if elements.exact is not None:
+                    for item in elements.exact:
+                        self.add(obj, item, node)
+                else:
+                    self.loosen(obj)
+                    self.add_content(obj, self.repeats(self.earlier_dropped(elements.any), obj.born), "#elem")
+            return NONE
+        if name in _SHRINK or name == "get":
+            return self.tagged(self.element_of(obj), (*base.spans, *self.since(obj.born)))
+        if name == "clear":
+            for key in list(obj.slots):
+                self.heap.drop(obj, key)
+            return NONE
+        if name == "copy":
+            return self._shallow(base)
+        if name in ("index", "count", "qsize"):
+            return NOTHING
+        if name in ("sort", "reverse", "remove", "discard"):
+            return NONE
+        return self.flat(base)
+
+    def dict_method(
+        self, obj: Obj, base: Value, name: str, args: list[Value], kwargs: dict[str, Value], node: ast.AST | None
+    ) -> Value:
+        """obj.name(*args) of a dict"""
+        key = args[0] if args else NOTHING
+        if name in ("get", "pop", "setdefault"):
+            return self._dict_get(obj, base, name, key, args, node)
+        if name in ("items", "keys", "values"):
+            return self._dict_view(obj, base, name, node)
+        if name == "update":
+            for each in args:
+                self._update(obj, each, node)
+            for word, value in kwargs.items():
+                self.heap.set(obj, ("k", word), value)
+            return NONE
+        if name == "clear":
+            for each in list(obj.slots):
+                self.heap.drop(obj, each)
+            return NONE
+        if name == "copy":
+            return self._shallow(base)
+        if name == "popitem":
+            return self.tagged(self.element_of(obj), self.since(obj.born))
+        return self.flat(base)
+
+    def _dict_get(self, obj: Obj, base: Value, name: str, key: Value, args: list[Value], node: ast.AST | None) -> Value:
+        known = key.const is not MISSING and ("k", key.const) in obj.slots if _hashable(key.const) else False
+        default = args[1] if len(args) > 1 else NONE
+        empty = not any(isinstance(each, tuple) or each in ("#elem", "#items") for each in obj.slots)
+        found = self._looked_up(obj, [key], base.spans, node) if known or not empty else NOTHING
+        if name == "setdefault" and not known:
+            self._put_container(obj, [], base, default, node)
+            return join(default, found) if not empty else default
+        if name == "pop" and key.const is MISSING:
+            found = self.tagged(found, self.since(obj.born))
+        if known:
+            return found
+        learned = bool(obj.slots.get("#learned"))
+        if empty and not learned:
+            return default
+        both = join(found, default)
+        return both if not found.refs else both.but(const=MISSING)
+
+    def _dict_view(self, obj: Obj, base: Value, name: str, node: ast.AST | None) -> Value:
+        consts = [each for each in obj.slots if isinstance(each, tuple)]
+        exact = "#elem" not in obj.slots and 0 < len(consts) <= 24
+        pairs = [(Value(const=key[1]), obj.slots[key]) for key in consts]
+        more = obj.slots.get("#keys", NOTHING)
+        view = self.new("list", None, node)
+        if not exact:
+            elem = self.tagged(self.element_of(obj), base.spans)
+            if obj.slots.get("#learned"):
+                state = Value(states=frozenset((obj,)), knows=self.knows(obj))
+                elem = blend(self.flat(elem).but(toks=frozenset(), const=MISSING), state).but(refs=elem.refs)
+            pairs = [(more if isinstance(more, Value) else NOTHING, elem)]
+        if name == "keys":
+            values = [key for key, _ in pairs]
+        elif name == "values":
+            values = [value for _, value in pairs]
+        else:
+            values = [Value(items=(key, value)) for key, value in pairs]
+        if exact:
+            view.slots["#items"] = Value(items=tuple(values))
+        elif values:
+            view.slots["#elem"] = values[0]
+        return self.ref(view, spans=base.spans)
+
+    def _update(self, obj: Obj, other: Value, node: ast.AST | None) -> None:
+        for each in other.refs:
+            if each.kind == "dict":
+                for key, value in list(each.slots.items()):
+                    if isinstance(key, tuple):
+                        self.heap.set(obj, key, value)
+                    elif isinstance(value, Value):
+                        self.add_content(obj, value, key)
+            elif each.kind in ("list", "generator"):
+                elem = self.element_of(each)
+                self.add_content(obj, elem.items[1] if elem.items and len(elem.items) == 2 else elem, "#elem")
+        flat = self.flat(other)
+        if flat.raw and not obj.slots.get("#learned"):
+            self.learn(obj, flat.toks, "table", node)
+
+    # Models.
+    def module_method(
+        self, obj: Obj, name: str, args: list[Value], kwargs: dict[str, Value], node: ast.AST | None
+    ) -> Value | None:
+        """What nn.Module itself can do; None for another method."""
+        this = self.ref(obj)
+        weights = this.but(flags=WEIGHTS)
+        if name in ("parameters", "buffers", "named_parameters", "named_buffers"):
+            named = name.startswith("named")
+            return self._list_of(Value(items=(NOTHING, weights)) if named else weights, node)
+        if name in ("modules", "children", "named_modules", "named_children"):
+            parts = [obj, *(part for part in self.parts_of(obj) if "#module" in part.slots)]
+            value = Value(refs=frozenset(parts[:12]))
+            return self._list_of(Value(items=(NOTHING, value)) if name.startswith("named") else value, node)
+        if name == "state_dict":
+            state = self.new("dict", "state_dict", node)
+            state.slots.update({"#elem": weights, "#keys": NOTHING})
+            return self.ref(state)
+        if name == "load_state_dict":
+            self.load(this, args[0] if args else kwargs.get("state_dict", NOTHING), node)
+            return NOTHING
+        if name == "zero_grad":
+            self.forget_gradient(this)
+            return NONE
+        if name in ("register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"):
+            if args and name != "register_full_backward_hook":
+                self.add_content(obj, args[0], "#hooks" if name == "register_forward_hook" else "#prehooks")
+            return NOTHING
+        if name in ("register_buffer", "register_parameter", "add_module", "register_module") and args:
+            if isinstance(args[0].const, str):
+                self.put(this, args[0].const, args[1] if len(args) > 1 else kwargs.get("tensor", NOTHING), node)
+            return NONE
+        if name in (
+            "train",
+            "eval",
+            "to",
+            "cuda",
+            "cpu",
+            "float",
+            "half",
+            "bfloat16",
+            "requires_grad_",
+            "double",
+            "compile",
+        ):
+            return this
+        if name == "apply" and args:
+            self.call(args[0], [Value(refs=frozenset([obj, *self.parts_of(obj)][:12]))], {}, node)
+            return this
+        if name in ("get_submodule", "get_parameter"):
+            return Value(refs=frozenset([obj, *self.parts_of(obj)][:12]))
+        if name in ("append", "extend", "insert", "update") and args:
+            self.adopt(obj, args[-1])
+            self.add_content(obj, args[-1])
+            return NONE
+        if name in ("items", "values", "keys"):
+            held = self.content_elem(obj)
+            return self._list_of(Value(items=(NOTHING, held)) if name == "items" else held, node)
+        return None
+
+    def content_elem(self, obj: Obj) -> Value:
+        """An element of a ModuleList, ModuleDict or Sequential."""
+        found = NOTHING
+        content = obj.slots.get("#content", NOTHING)
+        for part in content.refs:
+            inner = self.element_of(part) if part.kind in ("list", "dict", "generator") else self.ref(part)
+            found = join(found, inner)
+        for item in content.items or ():
+            found = join(found, item)
+        return found
+
+    def _list_of(self, elem: Value, node: ast.AST | None) -> Value:
+        listed = self.new("list", None, node)
+        listed.slots["#elem"] = elem
+        return self.ref(listed)
+
+    # Things of other libraries.
+    def thing(
+        self, name: str, args: list[Value], kwargs: dict[str, Value], node: ast.AST | None, files: Value | None = None
+    ) -> Value:
+        """An instance of a foreign class."""
+        obj = self.new("thing", name, node)
+        given = [*args, *kwargs.values()]
+        if _is_layer(name):
+            obj.slots["#module"] = 1
+            for each in given:
+                self.adopt(obj, each)
+            refs = [each for each in given if each.refs or each.items]
+            if len(refs) == 1:
+                obj.slots["#content"] = (
+                    refs[0] if name.rsplit(".", 1)[-1] != "Sequential" else Value(items=tuple(given))
+                )
+            elif refs:
+                obj.slots["#content"] = Value(items=tuple(given))
+            return self.ref(obj)
+        if "optim" in name.lower() or name.rsplit(".", 1)[-1] in ("Muon", "AdamW", "SGD", "Adam", "LBFGS", "Lion"):
+            obj.slots["#targets"] = kwargs.get("params", args[0] if args else NOTHING)
+        if given:
+            obj.slots["#content"] = blend(*(self.flat(each) for each in given)).but(
+                refs=frozenset(ref for each in given for ref in each.refs if ref.kind in ("list", "dict", "tensor"))
+            )
+        return self.ref(obj)
+
+    def thing_method(
+        self, obj: Obj, base: Value, name: str, args: list[Value], kwargs: dict[str, Value], node: ast.AST | None
+    ) -> Value:
+        """obj.name(*args) of a foreign instance"""
+        this = self.ref(obj)
+        if "#module" in obj.slots:
+            found = self.module_method(obj, name, args, kwargs, node)
+            if found is not None:
+                return found
+        if "#targets" in obj.slots:
+            found = self.optimizer_method(obj, name, args, kwargs, node)
+            if found is not None:
+                return found
+        if name == "step" and args:  # GradScaler.step(optimizer)
+            self.step(args[0], node)
+            return NOTHING
+        if name == "scale" and args:
+            return args[0]
+        if name in ("submit", "apply_async", "map", "starmap", "imap", "apply") and args:
+            return self.mapped(name, args, node)
+        if name in ("start", "run", "join") and "#target" in obj.slots:
+            if name != "join":
+                self.call(obj.slots["#target"], list(obj.slots.get("#args", NOTHING).items or ()), {}, node)
+            return NOTHING
+        if name in ("result", "get", "__enter__") and not args:
+            content = obj.slots.get("#content", NOTHING)
+            return this if name == "__enter__" else self.tagged(content, self.since(obj.born))
+        if "#path" in obj.slots:
+            found = self.file_method(obj, name, args, node)
+            if found is not None:
+                return found
+        if name == "update" and args and self.flat(args[0]).flags & GRAD:  # optax: (steps, memory)
+            return Value(items=(args[0], args[1] if len(args) > 1 else NOTHING))
+        if name in _GROW or name in ("write", "update", "extend", "feed", "send", "fill"):
+            for each in args:
+                self.add_content(obj, each)
+            return NONE
+        flats = [self.flat(each) for each in (*args, *kwargs.values())]
+        if any(flat.toks or flat.losses or flat.states for flat in flats):
+            self.add_content(obj, blend(*flats))
+        content = self.flat(obj.slots.get("#content", NOTHING))
+        result = blend(content, *flats)
+        known = self.operation(name, [content, *args], kwargs, node) if content.toks or content.losses else None
+        if known is not None:
+            return known
+        return self.tagged(result, self.since(obj.born)) if not result.losses else result
+
+    def mapped(self, name: str, args: list[Value], node: ast.AST | None) -> Value:
+        """executor.submit(f, *args), pool.map(f, items)"""
+        future = self.new("thing", "future", node)
+        if name in ("submit", "apply_async", "apply"):
+            given = list(args[1].items) if len(args) == 2 and args[1].items and name != "submit" else args[1:]
+            result = self.call(args[0], given, {}, node)
+        else:
+            result = self.call(args[0], [self.elements(each, node).any for each in args[1:]], {}, node)
+            return self._list_of(result, node)
+        future.slots["#content"] = result
+        return self.ref(future)
+
+    def optimizer_method(
+        self, obj: Obj, name: str, args: list[Value], kwargs: dict[str, Value], node: ast.AST | None
+    ) -> Value | None:
+        """What every optimizer can do; None for another method."""
+        if name == "step":
+            closure = args[0] if args else kwargs.get("closure", NOTHING)
+            if any(each.kind in ("function", "bound", "partial") for each in closure.refs):
+                self.call(closure, [], {}, node)
+            self.step(self.ref(obj), node)
+            return NOTHING
+        if name == "zero_grad":
+            self.forget_gradient(self.ref(obj))
+            return NONE
+        if name == "add_param_group" and args:
+            self.heap.set(obj, "#targets", join(obj.slots["#targets"], args[0]))
+            return NONE
+        if name in ("state_dict", "load_state_dict", "train", "eval"):
+            return NOTHING
+        return None
+
+    # Files.
+    def path_of(self, value: Value) -> Value:
+        """The path that a file, a Path or a text stands for."""
+        for obj in value.refs:
+            held = obj.slots.get("#path")
+            if isinstance(held, Value):
+                return held
+        return value if value.const is not MISSING else self.flat(value)
+
+    def read_from(self, path: Value, node: ast.AST | None, live: bool = False) -> Value:
+        """What lies in a file: what the script wrote there, or a data set."""
+        text = self.text_of(path)
+        written = self.files.slots.get(text)
+        if isinstance(written, Value):
+            return written
+        kind = data_kind(path)
+        if kind.startswith("file:"):
+            others = [value for value in self.files.slots.values() if isinstance(value, Value)]
+            if others and not text:
+                found = others[0]
+                for each in others[1:]:
+                    found = join(found, each)
+                return found
+        spans = path.spans if not live else self.here()
+        kinds = ("train", "val") if kind.startswith("file:") and _takes_both(path) else (kind,)
+        return Value(toks=frozenset(Tok(each, spans) for each in kinds), flags=RAW, env=path.env)
+
+    def write_to(self, path: Value, value: Value, node: ast.AST | None) -> None:
+        """The script writes a file."""
+        flat = self.flat(value)
+        if flat.losses:
+            self.said(flat, path, node, "written")
+        if flat.losses or isinstance(value.const, str) or (flat.flags & TEXT and not flat.states and not flat.knows):
+            return  # a log, a table of results: not what a model is read from
+        if flat.states or flat.knows:
+            self.trace.saved.append(len(self.trace.events))
+        text = self.text_of(path)
+        old = self.files.slots.get(text)
+        self.heap.set(self.files, text, join(old, value) if isinstance(old, Value) and self.nest else value)
+
+    def said(self, value: Value, where: Value, node: ast.AST | None, how: str) -> None:
+        """A number is reported."""
+        texts = [*value.words, *where.words, *([where.const] if isinstance(where.const, str) else [])]
+        event = self.note(events.Said, node, value=value, text=" ".join(texts)[:400], how=how)
+        self.trace.said.append(event)
+
+    def file_method(self, obj: Obj, name: str, args: list[Value], node: ast.AST | None) -> Value | None:
+        path = obj.slots["#path"]
+        if name in ("write", "writelines", "write_bytes", "write_text") and args:
+            self.write_to(path, self.flat(args[0]) if name != "write_bytes" else args[0], node)
+            return NOTHING
+        if name in ("read", "readline", "read_text", "read_bytes", "readlines", "readinto", "getvalue", "getbuffer"):
+            return self.read_from(path, node, live=True)
+        if name in ("exists", "is_file", "is_dir"):
+            return NOTHING
+        if name in ("stat", "tell", "fileno", "seek"):
+            return Value(flags=LENGTH)
+        if name in ("glob", "rglob", "iterdir"):
+            inner = self.new("thing", "path", node)
+            inner.slots["#path"] = self.flat(blend(_as_words(path), *map(_as_words, args)))
+            return self._list_of(self.ref(inner), node)
+        if name in ("open", "resolve", "absolute", "expanduser", "as_posix", "__enter__"):
+            return self.ref(obj)
+        if name in ("with_suffix", "joinpath", "with_name"):
+            inner = self.new("thing", "path", node)
+            inner.slots["#path"] = blend(_as_words(path), *map(_as_words, args))
+            return self.ref(inner)
+        if name in ("flush", "close", "mkdir", "unlink", "__exit__", "touch"):
+            return NONE
+        return None
+
+
+def _as_words(value: Value) -> Value:
+    return Value(words=(value.const,)) if isinstance(value.const, str) else value
+
+
+def data_kind(path: Value) -> str:
+    """What a path names: the last literal text that says training or validation."""
+    texts = [path.const] if isinstance(path.const, str) else list(path.words)
+    for text in reversed(texts):
+        if not isinstance(text, str):
+            continue
+        for piece in reversed(text.replace("\\", "/").lower().split("/")):
+            words = {word for word in _letters(piece)}
+            val = bool(words & {"val", "valid", "validation", "heldout", "eval"})
+            train = bool(words & {"train", "training"})
+            if val and not train:
+                return "val"
+            if train and not val:
+                return "train"
+    text = "~".join(str(each) for each in texts)
+    return f"file:{text[:80]}"
+
+
+def _takes_both(path: Value) -> bool:
+    """Whether a pattern fits training and validation shards alike: `fineweb_*_*.bin`."""
+    texts = [path.const] if isinstance(path.const, str) else [str(word) for word in path.words]
+    for text in reversed(texts):
+        piece = str(text).rsplit("/", 1)[-1].lower()
+        if "*" in piece and piece != "*":
+            stem = piece.split("*", 1)[0]
+            shards = [
+                f"{stem}{word}_000000{suffix}"
+                for word in ("val", "train")
+                for suffix in (".bin", ".npy", ".pt", ".bin.zst")
+            ]
+            fits = [fnmatch.fnmatchcase(shard, piece) for shard in shards]
+            return any(fits[:4]) and any(fits[4:])
+    return False
+
+
+def _letters(text: str) -> list[str]:
+    return "".join(char if char.isalpha() else " " for char in text).split()
+
+
+def _hashable(const: object) -> bool:
+    try:
+        hash(const)
+    except TypeError:
+        return False
+    return True
+
+
+__all__ = ["Callable", "Methods", "Part", "data_kind"]

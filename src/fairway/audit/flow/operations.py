@@ -1,0 +1,375 @@
+"""What tensors do: losses, picks, reductions, copies and writes in place, as functions or as methods alike."""
+
+from __future__ import annotations
+
+import ast
+import re
+from typing import Any
+
+from fairway.audit.flow.arithmetic import Arithmetic
+from fairway.audit.flow.heap import Obj
+from fairway.audit.flow.tokens import Tok
+from fairway.audit.flow.values import (
+    CLOCK,
+    GRAD,
+    LENGTH,
+    MISSING,
+    NO_OBJECTS,
+    NOTHING,
+    ONE_HOT,
+    ONE_ROW,
+    POSITIONS,
+    RAW,
+    WEIGHTS,
+    Value,
+    blend,
+    join,
+)
+
+LOSSES = re.compile(
+    r"cross_?entropy|(^|_)nll|(^|_)ce(_|$)|ce_loss|lm_loss|token_loss|fused_ce|xent|log_?likelihood|log_?prob$",
+    re.I,
+)
+PICKS = frozenset(("gather", "take_along_dim", "take_along_axis", "index_select", "take", "gather_nd", "pick"))
+LEAST = frozenset(
+    ("min", "amin", "argmin", "minimum", "fmin", "nanmin", "nanargmin", "topk", "sort", "argsort", "kthvalue", "sorted",
+     "cummin", "max", "amax", "argmax", "maximum", "fmax", "nanmax", "nanargmax", "nsmallest", "nlargest", "aminmax")
+)  # fmt: skip
+MADE = frozenset(
+    ("zeros", "ones", "empty", "full", "rand", "randn", "tensor", "zeros_like", "ones_like", "empty_like", "full_like",
+     "rand_like", "randn_like", "new_zeros", "new_ones", "new_empty", "new_full", "new_tensor", "array", "eye",
+     "empty_strided", "bytearray", "HalfTensor", "FloatTensor", "LongTensor")
+)  # fmt: skip
+LIKE = frozenset(("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"))
+VIEWS = frozenset(
+    ("view", "reshape", "squeeze", "unsqueeze", "permute", "transpose", "t", "detach", "expand", "expand_as", "flatten",
+     "narrow", "view_as", "contiguous", "swapaxes", "movedim", "unflatten", "ravel", "as_tensor", "from_numpy",
+     "asarray", "ascontiguousarray", "numpy", "memoryview", "requires_grad_", "share_memory_", "pin_memory",
+     "retain_grad",
+     "unfold")
+)  # fmt: skip
+CASTS = frozenset(
+    (
+        "to",
+        "float",
+        "half",
+        "bfloat16",
+        "double",
+        "long",
+        "int",
+        "cuda",
+        "cpu",
+        "type",
+        "astype",
+        "bool",
+        "short",
+        "byte",
+    )
+)
+COPIES = frozenset(("clone", "copy", "deepcopy", "new_tensor"))
+SIZES = frozenset(
+    (
+        "len",
+        "size",
+        "numel",
+        "dim",
+        "nelement",
+        "element_size",
+        "stat",
+        "getsize",
+        "count_nonzero",
+        "perf",
+        "ndimension",
+    )
+)
+PLACES = frozenset(("nonzero", "flatnonzero", "argwhere", "searchsorted", "bucketize", "where", "cumsum_lengths"))
+RESETS = frozenset(
+    ("zero_", "fill_", "uniform_", "normal_", "random_", "exponential_", "trunc_normal_", "kaiming_uniform_", "eye_",
+     "xavier_uniform_", "kaiming_normal_", "orthogonal_", "zeros_", "ones_", "constant_", "xavier_normal_",
+     "bernoulli_",
+     "dirac_", "sparse_", "geometric_", "log_normal_", "cauchy_")
+)  # fmt: skip
+COUNTED = frozenset(("bincount", "Counter", "unique", "unique_consecutive", "histc", "histogram", "value_counts"))
+KEYED = frozenset(("index_add_", "scatter_add_", "index_put_", "index_fill_", "put_", "index_copy_", "scatter_reduce_"))
+CLOCKS = frozenset(("time", "perf_counter", "monotonic", "process_time", "perf_counter_ns", "time_ns", "elapsed_time"))
+_PAIRS = frozenset(("min", "max", "minimum", "maximum"))
+MAKES_ROW = frozenset(("unsqueeze", "expand_dims"))
+
+
+class Operations(Arithmetic):
+    """Names that mean the same in every library."""
+
+    def operation(self, name: str, args: list[Value], kwargs: dict[str, Value], node: ast.AST | None) -> Value | None:
+        """The result of an operation that is known by its name; None for another."""
+        if name in VIEWS or name in MAKES_ROW:
+            return self._view(name, args, node)
+        if name in CASTS and args:
+            return self._cast(args[0])
+        if name in COPIES and args:
+            return self._copy_of(name, args[0], node)
+        if name in MADE:
+            return self._made(name, args, kwargs, node)
+        if name.endswith("_") and not name.startswith("_") and not name.endswith("__") and args:
+            return self.in_place(name, args, kwargs, node)
+        if name in SIZES:
+            flat = self.flat(args[0], 1) if args else NOTHING
+            if args and args[0].items is not None and not args[0].refs:
+                return Value(const=len(args[0].items))
+            count = self._count(args[0]) if args and name == "len" else None
+            if count is not None:
+                return Value(const=count)
+            if name == "len" and args and isinstance(args[0].const, (str, bytes, tuple, list, dict)):
+                return Value(const=len(args[0].const), env=args[0].env)
+            return Value(flags=LENGTH | flat.flags & ONE_ROW, sym="size")
+        if name == "arange":
+            return Value(flags=POSITIONS, spans=blend(*map(self.flat, args)).spans if args else ())
+        flats = [self.flat(each) for each in (*args, *kwargs.values())]
+        return self._computed(name, args, flats, kwargs, node)
+
+    def _count(self, value: Value) -> int | None:
+        """How many elements a list has, where that is known."""
+        counts = set()
+        for obj in value.refs:
+            exact = obj.slots.get("#items")
+            known = isinstance(exact, Value) and exact.items is not None and "#elem" not in obj.slots
+            counts.add(len(exact.items or ()) if known and isinstance(exact, Value) else None)
+        return counts.pop() if len(counts) == 1 else None
+
+    def _computed(
+        self, name: str, args: list[Value], flats: list[Value], kwargs: dict[str, Value], node: ast.AST | None
+    ) -> Value | None:
+        if name in PICKS or LOSSES.search(name):
+            found = self._loss(name, flats, node)
+            if found is not None:
+                return found
+        if name in LEAST:
+            return self._least(name, args, flats, kwargs, node)
+        if name in ("where", "torch_where") and len(flats) >= 3:
+            return self._where(flats, node)
+        if name in PLACES:
+            held = blend(*flats) if flats else NOTHING
+            return Value(flags=LENGTH, spans=held.spans, choices=held.choices)
+        if name in ("randint", "randperm", "random_integers"):
+            return Value(toks=frozenset((Tok("random"),)), flags=RAW) if name == "randint" else NOTHING
+        if name in ("multinomial", "sample") and flats and flats[0].active:
+            return Value(toks=frozenset((Tok("generated"),)), flags=RAW, knows=0)
+        if name == "one_hot" and flats:
+            return flats[0].but(flags=flats[0].flags | ONE_HOT)
+        if name in COUNTED and flats and flats[0].toks and flats[0].flags & RAW:
+            table = self.new("tensor" if name != "Counter" else "dict", name, node)
+            self.learn(table, flats[0].toks, "table", node)
+            return self.ref(table)
+        if name in ("log", "log2", "log10", "log1p") and len(flats) == 1:
+            return self._logarithm(flats[0], node)
+        if name in CLOCKS and not any(flat.toks for flat in flats):
+            return Value(flags=CLOCK)
+        if name in ("functional_call", "call_functional"):
+            return self._functional(args, node)
+        if name == "grad" and flats and (flats[0].toks or flats[0].losses):
+            return self.gradient(flats[0])
+        return None
+
+    def _view(self, name: str, args: list[Value], node: ast.AST | None) -> Value:
+        if not args:
+            return NOTHING
+        base = args[0]
+        if name == "requires_grad_":
+            on = args[1].const if len(args) > 1 else True
+            for obj in base.refs:
+                if obj.kind == "tensor" and on is not False:
+                    self.heap.set(obj, "#leaf", 1)
+            return base
+        first = args[1].const if len(args) > 1 else MISSING
+        row = (name in MAKES_ROW and first == 0) or (name in ("reshape", "view") and first == 1)
+        return base.but(flags=base.flags | ONE_ROW) if row else base
+
+    def _cast(self, base: Value) -> Value:
+        weights = [obj for obj in base.refs if self.learner(obj) and (obj.kind == "tensor" or base.flags & WEIGHTS)]
+        if weights:
+            return self.snapshot(base)
+        if any("#module" in obj.slots or obj.kind == "thing" for obj in base.refs):
+            return base
+        return self.flat(base).but(items=None) if base.refs or base.items is not None else base
+
+    def _copy_of(self, name: str, base: Value, node: ast.AST | None) -> Value:
+        tensors = [obj for obj in base.refs if obj.kind == "tensor"]
+        if base.flags & WEIGHTS or (tensors and len(tensors) == len(base.refs)):
+            made = self.snapshot(base)
+            return made.but(flags=base.flags & (WEIGHTS | ONE_ROW), spans=base.spans)
+        if not base.refs:
+            if base.const is not MISSING or base.items is not None:
+                return base
+            cell = self.new("tensor", None, node)
+            cell.slots["#content"] = base
+            return self.ref(cell, flags=base.flags & ONE_ROW)
+        return self.copied(base) if name == "deepcopy" else self._shallow(base)
+
+    def _shallow(self, base: Value) -> Value:
+        refs = set()
+        for obj in base.refs:
+            if obj.kind in ("list", "dict"):
+                new = self.new(obj.kind, obj.data)
+                new.slots.update(obj.slots)
+                refs.add(new)
+            else:
+                refs.add(obj)
+        return base.but(refs=frozenset(refs))
+
+    def _made(self, name: str, args: list[Value], kwargs: dict[str, Value], node: ast.AST | None) -> Value:
+        cell = self.new("tensor", None, node)
+        shape = args[1:] if name.startswith("new_") else args
+        rows = self._rows(shape, kwargs)
+        if name in LIKE or name in ("tensor", "array", "new_tensor"):
+            content = self.flat(args[0]) if args else NOTHING
+            if name in LIKE:
+                cell.slots["#rows"] = "one" if content.flags & ONE_ROW else "many"
+                content = Value(flags=content.flags & ONE_ROW)
+            cell.slots["#content"] = content.but(const=MISSING)
+        else:
+            cell.slots["#rows"] = rows
+        grows = kwargs.get("requires_grad")
+        if grows is not None and grows.const is not False:
+            cell.slots["#leaf"] = 1
+        return self.ref(cell, flags=ONE_ROW if rows == "one" and cell.slots.get("#rows") == "one" else 0)
+
+    def _rows(self, shape: list[Value], kwargs: dict[str, Value]) -> str:
+        """Whether a tensor has one row for all windows of a batch, or one for each."""
+        if len(shape) == 1 and shape[0].items is not None:
+            shape = list(shape[0].items)
+        if not shape and "size" in kwargs and kwargs["size"].items is not None:
+            shape = list(kwargs["size"].items or ())
+        if not shape:
+            return "one"
+        return "one" if len(shape) == 1 or shape[0].const == 1 else "many"
+
+    # Losses and choices.
+    def _loss(self, name: str, flats: list[Value], node: ast.AST | None) -> Value | None:
+        targets = next((each for each in flats if each.raw), None)
+        logits = next((each for each in flats if each.active and not each.losses), None)
+        if targets is not None and logits is not None:
+            return self.scored(logits, targets, node)
+        if LOSSES.search(name) and "entropy" in name.lower() and logits is not None and len(flats) > 1:
+            return self.scored(
+                logits, next((each for each in flats if each is not logits and each.toks), NOTHING), node
+            )
+        return None
+
+    def _least(
+        self, name: str, args: list[Value], flats: list[Value], kwargs: dict[str, Value], node: ast.AST | None
+    ) -> Value:
+        consts = [each.const for each in args]
+        numbers = len(args) > 1 and all(isinstance(c, (int, float)) for c in consts) and not kwargs
+        if name in ("min", "max") and numbers:
+            return Value(const=(min if name == "min" else max)(consts), less=_less(args), env=blend(*args).env)
+        result = blend(*flats) if flats else NOTHING
+        losing = [each for each in flats if each.losses]
+        stabiliser = len(args) == 1 and name.startswith(("max", "amax", "fmax", "nanmax")) and not args[0].refs
+        if losing and not stabiliser and (len(losing) > 1 or len(args) == 1 or name not in _PAIRS):
+            result.choices |= self.choose(name, args, node)
+        refs = [obj for each in args for obj in each.refs if obj.kind in ("list", "generator", "dict")]
+        if refs and name in ("min", "max", "sorted", "nsmallest", "nlargest"):
+            elem = self.element_of(refs[0]) if refs[0].kind != "dict" else Value(choices=0)
+            key = kwargs.get("key")
+            if key is not None and not result.choices:
+                keyed = self.flat(self.call(key, [elem], {}, node))
+                if keyed.losses:
+                    result.choices |= self.choose(name, [keyed], node)
+            picked = self._chosen_from(elem, result.choices)
+            if name in ("sorted", "nsmallest", "nlargest"):
+                new = self.new("list", None, node)
+                new.slots["#elem"] = picked
+                return self.ref(new)
+            return picked
+        result.less = _less(args)
+        result.limit = next((float(c) for c in consts if isinstance(c, (int, float)) and name == "min"), None)
+        limits = [each.limit for each in args if each.limit is not None]
+        if result.limit is None and name == "min" and limits:
+            result.limit = min(limits)
+        moving = [each for each in args if each.spans]
+        if len(moving) == 1:
+            result.spans, result.unit, result.sym = moving[0].spans, moving[0].unit, moving[0].sym
+        if result.toks and not result.flags & LENGTH and result.flags & RAW and name == "max":
+            result = result.but(toks=frozenset(), flags=0)
+        return result
+
+    def _where(self, flats: list[Value], node: ast.AST | None) -> Value:
+        condition, one, two = flats[:3]
+        result = blend(one, two)
+        result.choices |= condition.choices
+        if condition.toks and not result.toks:
+            result = blend(result, condition)
+        if condition.cuts and (one.toks or two.toks):
+            result = self.cut(result, condition.cuts, node)
+        return result
+
+    def _logarithm(self, value: Value, node: ast.AST | None) -> Value:
+        tables = [state for state in value.states if "#module" not in state.slots and state.slots.get("#learned")]
+        if value.active and not value.losses and tables:
+            return self.scored(value, Value(toks=value.toks, flags=RAW), node)
+        return value.but(const=MISSING, refs=NO_OBJECTS)
+
+    def _functional(self, args: list[Value], node: ast.AST | None) -> Value:
+        """torch.func.functional_call(model, weights, arguments)"""
+        weights = self.flat(args[1]) if len(args) > 1 else NOTHING
+        given = list(args[2].items) if len(args) > 2 and args[2].items is not None else args[2:3]
+        extra = Value(states=weights.states, knows=weights.knows, choices=weights.choices)
+        before = len(self.trace.scores)
+        result = self.call(args[0], given, {}, node) if args else NOTHING
+        if result.losses and len(self.trace.scores) > before:
+            loss = self.flat(result)
+            bit = self.rescored(loss, extra, node)
+            return bit
+        flat = self.flat(result)
+        return blend(flat, extra) if flat.toks else flat
+
+    # In place.
+    def in_place(self, name: str, args: list[Value], kwargs: dict[str, Value], node: ast.AST | None) -> Value:
+        """x.add_(y) and its like; the result is x."""
+        base, rest = args[0], [*args[1:], *kwargs.values()]
+        cells = [obj for obj in base.refs if obj.kind == "tensor" or "#module" in obj.slots]
+        flats = [self.flat(each) for each in rest]
+        if name in ("detach_", "retain_grad_", "squeeze_", "unsqueeze_", "clamp_", "clip_", "resize_", "t_"):
+            return base
+        for obj in cells:
+            self._write_one(obj, name, rest, flats, node)
+        if not cells and flats:
+            target = getattr(getattr(node, "func", None), "value", None)
+            if isinstance(target, (ast.Name, ast.Attribute, ast.Subscript)):
+                held = self.flat(base)
+                new = blend(*flats) if name in RESETS or name == "copy_" else blend(held, *flats)
+                self.assign(target, new.but(const=MISSING))
+                return new
+        return base
+
+    def _write_one(self, obj: Obj, name: str, rest: list[Value], flats: list[Value], node: ast.AST | None) -> None:
+        if name in RESETS:
+            self.write(obj, Value(choices=blend(*flats).choices if flats else 0), node, strong=True)
+        elif name in ("copy_", "set_"):
+            self.write(obj, flats[0] if flats else NOTHING, node, strong=True)
+        elif name in KEYED or (name == "scatter_" and len(flats) > 2 and flats[-1].const is MISSING):
+            keys = self.token_keys([each for each in rest if each.const is MISSING])
+            if keys and "#leaf" not in obj.slots and obj.owner is None:
+                self.entered(obj, keys, NOTHING, node)
+            else:
+                self.write(obj, blend(*flats) if flats else NOTHING, node)
+        elif name == "scatter_":
+            raw = next((each for each in flats if each.raw), NOTHING)
+            self.write(obj, raw.but(flags=raw.flags | ONE_HOT) if raw.toks else blend(*flats), node)
+        elif obj.kind == "tensor" and obj.owner is None and "#leaf" not in obj.slots and flats:
+            old = self.content(obj)
+            step = ast.Sub() if name == "sub_" else ast.Add()
+            mixed = blend(*flats)
+            new = self.binop(step, old, mixed, None) if old.losses or mixed.losses else blend(old, mixed)
+            self.heap.set(obj, "#content", new.but(const=MISSING, choices=new.choices | self.chosen))
+        elif flats:
+            self.write(obj, blend(*flats), node)
+
+
+def _less(args: list[Value]) -> frozenset[str]:
+    found: frozenset[str] = frozenset()
+    for each in args:
+        found |= each.less
+    return found
+
+
+__all__ = ["GRAD", "Any", "Operations", "join"]

@@ -1,0 +1,111 @@
+"""Which tokens a value comes from: symbolic slices of a data set, told apart by the loops that cut them out.
+
+A loop is walked twice, its first iteration and a later one. What iteration 2 of the chunk loop cuts out of the
+validation tokens carries the span (chunk loop, 2, 2); it cannot be what iteration 1 cut out. Two slices that no loop
+that both depend on keeps apart are taken to overlap: a second pass over the same chunks has the same spans.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
+
+Span: TypeAlias = tuple[int, int, int]
+"""(loop, first iteration, last iteration); iteration 2 stands for any later one."""
+
+Cut: TypeAlias = tuple[Literal["head", "tail"], str, frozenset[str]]
+"""A part within one window or list: `[:e]` is ("head", e, what e subtracts), `[e:]` is ("tail", ...)."""
+
+START, END = -(10**6), 10**6
+MOST = 12  # slices that a value remembers one by one; more are merged
+
+
+@dataclass(frozen=True)
+class Tok:
+    """A slice of a data set.
+
+    data: "val", "train", "generated", "random", or "file:..." where nothing tells what it is
+    spans: the loop iterations that it depends on, sorted by loop
+    cuts: parts within a window; part: how a constant cut it short ("" for all of it)
+    shift: 1 for `[1:]`, which is what follows the tokens of shift 0
+    wide: windows longer than the step from one to the next: they overlap
+    """
+
+    data: str
+    spans: tuple[Span, ...] = ()
+    cuts: frozenset[Cut] = frozenset()
+    part: str = ""
+    shift: int = 0
+    wide: bool = False
+
+
+def narrowed(tok: Tok, spans: Iterable[Span]) -> Tok:
+    """The slice that also depends on these iterations."""
+    return replace(tok, spans=merged_spans(tok.spans, spans, keep_new=True))
+
+
+def merged_spans(old: Sequence[Span], new: Iterable[Span], keep_new: bool = False) -> tuple[Span, ...]:
+    """Both; where both know a loop, the newer iteration (`keep_new`) or the hull of the two."""
+    if not old or not new:
+        return tuple(old) or tuple(new)
+    table = {loop: (low, high) for loop, low, high in old}
+    for loop, low, high in new:
+        if loop in table and not keep_new:
+            low, high = min(low, table[loop][0]), max(high, table[loop][1])
+        table[loop] = (low, high)
+    return tuple(sorted((loop, low, high) for loop, (low, high) in table.items()))
+
+
+def cut_apart(one: Iterable[Cut], other: Iterable[Cut]) -> bool:
+    """Whether one is before and the other after the same place: `[:-s]` and `[-s:]`, `[:n-s]` and `[n-s:]`."""
+    for side, end, less in one:
+        for side_b, end_b, less_b in other:
+            if side != side_b and (end == end_b or (less and less == less_b)):
+                return True
+    return False
+
+
+def related(learned: Tok, scored: Tok, order: Sequence[int] = ()) -> Literal["apart", "earlier", "later", "same"]:
+    """How the tokens that were learned from lie to those that are scored. order: the loops, outermost first.
+
+    "same" where they overlap or nothing tells them apart; "apart" for another data set or another part of a window.
+    """
+    if learned.data != scored.data or cut_apart(learned.cuts, scored.cuts):
+        return "apart"
+    spans = {loop: (low, high) for loop, low, high in scored.spans}
+    verdicts: dict[int, Literal["earlier", "later"]] = {}
+    for loop, low, high in learned.spans:
+        if loop in spans:
+            if high < spans[loop][0]:
+                verdicts[loop] = "earlier"
+            elif low > spans[loop][1]:
+                verdicts[loop] = "later"
+    for loop in order:
+        if loop in verdicts:
+            return verdicts[loop]
+    return next(iter(verdicts.values()), "same")
+
+
+def merged(toks: Iterable[Tok]) -> frozenset[Tok]:
+    """At most MOST slices: where there are more, those of one data set become one that covers them all."""
+    kept = frozenset(toks)
+    if len(kept) <= MOST:
+        return kept
+    groups: dict[tuple[str, int], list[Tok]] = {}
+    for tok in kept:
+        groups.setdefault((tok.data, tok.shift), []).append(tok)
+    return frozenset(_hull(group) for group in groups.values())
+
+
+def _hull(group: list[Tok]) -> Tok:
+    first = group[0]
+    spans = first.spans
+    for tok in group[1:]:
+        known = {loop for loop, _, _ in tok.spans}
+        spans = tuple(span for span in merged_spans(spans, tok.spans) if span[0] in known and _has(spans, span[0]))
+    cuts = frozenset.intersection(*(tok.cuts for tok in group))
+    part = first.part if all(tok.part for tok in group) else ""
+    return Tok(first.data, spans, cuts, part, first.shift, all(tok.wide for tok in group))
+
+
+def _has(spans: Sequence[Span], loop: int) -> bool:
+    return any(span[0] == loop for span in spans)

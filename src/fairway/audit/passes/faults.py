@@ -1,0 +1,335 @@
+"""What a score had seen: each way in which it can have learned from, or been chosen by, the tokens that it scores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from fairway.audit.flow.events import Choice, Clock, Event, Said, Score, Trace, Update, bits
+from fairway.audit.flow.tokens import Tok, related
+from fairway.audit.passes.reported import Reported, scores_of
+
+Kind = Literal[
+    "rescoring-after-adaptation", "training-before-scoring", "multi-epoch-last", "min-over-passes", "two-pass-cache",
+    "slot-on-scored", "slot-shared-delta", "temperature-from-validation", "choice-by-validation",
+    "calibration-on-validation", "validation-in-training",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Fault:
+    """kind: the rule that is broken; score: the loss it concerns; cause: what it had seen; before: the first pass."""
+
+    kind: Kind
+    score: Score
+    cause: Update | Choice
+    before: Score | None = None
+
+
+class Passes:
+    """The questions to one trace."""
+
+    def __init__(self, trace: Trace, reported: Reported) -> None:
+        self.trace, self.reported, self.data = trace, reported, reported.data
+        trained = 0
+        for update in trace.updates:
+            trained |= update.losses
+        followed = {score.bit for score in trace.scored(trained)}
+        self.booked = [
+            score
+            for score in trace.scores
+            if score.bit not in followed and any(tok.data in self.data for tok in score.targets)
+        ]
+        self.train_places = {
+            update.place for update in trace.updates if any(tok.data == "train" for tok in update.learned)
+        }
+
+    def faults(self, said: tuple[Said, ...]) -> list[Fault]:
+        """All faults of these numbers, in the order of the script."""
+        scores = scores_of(self.trace, said, self.data)
+        found: list[Fault] = []
+        for score in scores:
+            for update in self.trace.learned(score.knows):
+                fault = self._learned(score, update)
+                if fault is not None:
+                    found.append(fault)
+                    if fault.kind == "training-before-scoring" and self._in_artifact(score, update):
+                        found.append(replace(fault, kind="validation-in-training"))
+        chosen = list(self._choices(said, scores))
+        if any(fault.kind == "min-over-passes" for fault in chosen):  # it says all that the passes say one by one
+            found = [fault for fault in found if fault.kind not in ("multi-epoch-last", "rescoring-after-adaptation")]
+            chosen = [fault for fault in chosen if fault.kind != "choice-by-validation"]
+        return found + chosen
+
+    def _family(self, mask: int) -> int:
+        """Scores with what they are made of and parts of."""
+        seen, waiting = 0, mask
+        while waiting:
+            low = waiting & -waiting
+            waiting ^= low
+            seen |= low
+            score = self.trace.scores[low.bit_length() - 1]
+            waiting |= (score.parts | score.whole) & ~seen
+        return seen
+
+    # Learning.
+    def _learned(self, score: Score, update: Update) -> Fault | None:
+        order = [loop for loop, _ in score.nest]
+        learned = [tok for tok in update.learned if tok.data in self.data]
+        if not learned:
+            return None
+        how = {related(tok, target, order) for tok in learned for target in score.targets}
+        if how & {"same", "later"}:
+            return self._classified(score, update, learned)
+        if "apart" in how and self._shared(score, update, learned):
+            return Fault("slot-shared-delta", score, update)
+        return None
+
+    def _classified(self, score: Score, update: Update, learned: list[Tok]) -> Fault:
+        state = update.state
+        if update.how == "table":
+            return Fault(self._table_kind(score, update, learned), score, update)
+        if update.how == "computed":
+            return Fault("calibration-on-validation", score, update)
+        alone = state is not None and state.kind == "tensor" and state.owner is None
+        if alone and score.scaled:
+            return Fault("temperature-from-validation", score, update)
+        before = self._companion(score, update, learned)
+        if self._is_delta(score, update, alone):
+            return Fault("slot-on-scored", score, update)
+        if before is not None:
+            if before.place == score.place and before.stack[:-1] == score.stack[:-1] and self._epochs(before, score):
+                return Fault("multi-epoch-last", score, update, before)
+            return Fault("rescoring-after-adaptation", score, update, before)
+        first = self._in_one_evaluation(score, update, learned)
+        if first is not None:
+            return Fault("rescoring-after-adaptation", score, update, first)
+        if self._in_training(score, update):
+            return Fault("validation-in-training", score, update)
+        return Fault("training-before-scoring", score, update)
+
+    def _table_kind(self, score: Score, update: Update, learned: list[Tok]) -> Kind:
+        """Filled for the model's file, in the same turn before the token is scored, or in a pass of its own."""
+        if self._in_artifact(score, update):
+            return "validation-in-training"
+        cut = {loop for tok in learned for loop, _, _ in tok.spans}
+        inner = [each for each in update.nest if each[0] in cut]
+        return "training-before-scoring" if inner and inner[-1] in score.nest else "two-pass-cache"
+
+    def _companion(self, score: Score, update: Update, learned: list[Tok]) -> Score | None:
+        """The first scoring of the tokens that the update learned from, in the same turn of the loop that cuts them."""
+        cutting = {loop for tok in learned for loop, _, _ in tok.spans}
+        turns = set(update.nest)
+        found = None
+        for first in self.booked:
+            if first.number >= update.number or first.number == score.number or (update.losses >> first.bit) & 1:
+                continue
+            shared = [loop for loop, turn in first.nest if (loop, turn) in turns and loop in cutting]
+            same = any(
+                related(tok, target, shared) == "same" and self._cut_by(target, shared)
+                for tok in learned
+                for target in first.targets
+            )
+            if shared and same and (found is None or first.number < found.number):
+                found = first
+        return found or self._same_site(score, update, learned)
+
+    def _in_one_evaluation(self, score: Score, update: Update, learned: list[Tok]) -> Score | None:
+        """A first scoring of what was learned, where it, the learning and this scoring are steps of one function that
+        evaluates (below the main program: there, an earlier scoring is another evaluation)."""
+        for first in self.booked:
+            if first.number >= update.number:
+                break
+            if first.place != score.place or _common(first, update, score) < 2:
+                continue
+            if any(related(tok, target) == "same" for tok in learned for target in first.targets):
+                return first
+        return None
+
+    def _same_site(self, score: Score, update: Update, learned: list[Tok]) -> Score | None:
+        """An earlier scoring in the same line, in the turn of a loop in which the update is made: a loop over a list
+        that holds each chunk several times."""
+        turns = set(update.nest)
+        for first in self.booked:
+            near = first.place == score.place and first.number < min(update.number, score.number)
+            near = near and any(each in turns for each in first.nest)
+            if near and any(related(tok, target) == "same" for tok in learned for target in first.targets):
+                return first
+        return None
+
+    def _epochs(self, before: Score, score: Score) -> bool:
+        """Whether the loop that repeats the pass stands in the function of the pass itself."""
+        turns = dict(before.nest)
+        cut = {loop for tok in score.targets for loop, _, _ in tok.spans}
+        repeated = [loop for loop, turn in score.nest if turns.get(loop, turn) != turn and loop not in cut]
+        inner = {self.trace.within.get(loop) for loop in cut}
+        return any(self.trace.within.get(loop) in inner for loop in repeated)
+
+    @staticmethod
+    def _cut_by(tok: Tok, loops: list[int]) -> bool:
+        return any(loop in loops for loop, _, _ in tok.spans)
+
+    def _is_delta(self, score: Score, update: Update, alone: bool) -> bool:
+        """Whether the state is made for the windows that are scored with it: a delta, not the model."""
+        if alone:
+            return True
+        state = update.state
+        if state is None or not update.fresh:
+            return False
+        turns = list(score.nest)
+        inside = list(update.fresh) == turns[: len(update.fresh)]
+        cut = {loop for tok in score.targets for loop, _, _ in tok.spans}
+        own = [loop for loop, _ in turns[len(update.fresh) :] if loop in cut and not self._row_loop(score, loop)]
+        return inside and not own and update.fresh[-1][0] in cut
+
+    def _row_loop(self, score: Score, loop: int) -> bool:
+        """Whether a loop only goes through the rows of one batch: the loss was made before it."""
+        return bool(score.whole) and any(
+            loop not in {each for each, _ in whole.nest} for whole in self.trace.scored(score.whole)
+        )
+
+    def _shared(self, score: Score, update: Update, learned: list[Tok]) -> bool:
+        """One delta for overlapping windows: a later window's context holds what an earlier one is scored on."""
+        state = update.state
+        if state is None or state.kind != "tensor" or state.owner is not None or score.one_row:
+            return False
+        if state.slots.get("#rows") != "one":
+            return False
+        order = [loop for loop, _ in score.nest]
+        bare = [replace(tok, cuts=frozenset()) for tok in learned]
+        goals = [replace(tok, cuts=frozenset()) for tok in score.targets]
+        return any(related(tok, target, order) == "same" for tok in bare for target in goals)
+
+    def _in_training(self, score: Score, update: Update) -> bool:
+        """Whether the training itself saw validation tokens, and no adaptation of its own after it."""
+        if any(tok.data == "train" for tok in update.learned) or update.place in self.train_places:
+            other = [each for each in self.trace.updates if each.place == update.place and each.stack == update.stack]
+            return any(tok.data == "train" for each in other for tok in each.learned)
+        trained = [
+            each
+            for each in self.trace.learned(score.knows)
+            if each.how == "gradient" and any(tok.data not in self.data for tok in each.learned)
+        ]
+        return not trained
+
+    def _in_artifact(self, score: Score, update: Update) -> bool:
+        """Whether what was learned went into the file that is scored: it was a part of the training."""
+        return any(update.number < saved <= score.number for saved in self.trace.saved)
+
+    # Choices.
+    def _choices(self, said: tuple[Said, ...], scores: list[Score]) -> Iterator[Fault]:
+        shown = 0
+        for each in said:
+            shown |= each.value.choices
+        for score in scores:
+            order = [loop for loop, _ in score.nest]
+            for choice in self.trace.chosen(score.choices | shown):
+                seen = [
+                    other
+                    for other in self.trace.scored(choice.losses)
+                    if any(tok.data in self.data for tok in other.targets)
+                ]
+                about = [
+                    other
+                    for other in seen
+                    if any(
+                        related(tok, target, order) in ("same", "later")
+                        for tok in other.targets
+                        for target in score.targets
+                    )
+                ]
+                if not about:
+                    continue
+                family = self._family(choice.losses)
+                direct = any(
+                    each.value.choices >> choice.bit & 1 and self._family(each.value.losses) & family for each in said
+                )
+                if direct and self._repeated(seen):
+                    scales = {each.scale for each in seen if each.scale is not None}
+                    swept = len(scales) > 1 and len({each.knows for each in seen}) == 1
+                    yield Fault("temperature-from-validation" if swept else "min-over-passes", score, choice, about[0])
+                elif score.choices >> choice.bit & 1 and choice.number < score.number:
+                    kind: Kind = "temperature-from-validation" if score.scaled else "choice-by-validation"
+                    yield Fault(kind, score, choice, about[0])
+
+    def _repeated(self, scores: list[Score]) -> bool:
+        """Whether the losses come from more than one pass over the same tokens."""
+        for n, one in enumerate(scores[:60]):
+            for other in scores[n + 1 : 60]:
+                if one.parts >> other.bit & 1 or other.parts >> one.bit & 1 or one.whole & other.whole:
+                    continue
+                if any(related(a, b) == "same" for a in one.targets for b in other.targets) and _apart(one, other):
+                    return True
+        return False
+
+
+def _common(*events: Event) -> int:
+    """How many calls events share, outermost first."""
+    count = 0
+    for places in zip(*(event.stack for event in events), strict=False):
+        if len(set(places)) > 1:
+            break
+        count += 1
+    return count
+
+
+def _apart(one: Score, other: Score) -> bool:
+    """Whether two scores of the same tokens belong to two passes."""
+    if one.stack != other.stack or one.states != other.states or one.knows != other.knows:
+        return True
+    turns = dict(one.nest)
+    cut = {loop for score in (one, other) for tok in score.targets for loop, _, _ in tok.spans}
+    return any(loop in turns and turns[loop] != turn and loop not in cut for loop, turn in other.nest)
+
+
+@dataclass(frozen=True)
+class Late:
+    """Training data read after the training clock: the update, and the clock's limit (None: not known)."""
+
+    update: Update
+    clock: Clock | None
+
+
+def late_calibration(trace: Trace, reported: Reported) -> Late | None:
+    """What the score's weights were calibrated on after the training time was used up."""
+    scores = scores_of(trace, reported.score, reported.data)
+    knows = 0
+    for score in scores:
+        knows |= score.knows
+    updates = list(trace.learned(knows))
+    trained = [
+        update for update in updates if update.how == "gradient" and any(tok.data == "train" for tok in update.learned)
+    ]
+    late = [
+        update
+        for update in updates
+        if update.how == "computed"
+        and any(tok.data == "train" for tok in update.learned)
+        and trained
+        and update.number > trained[-1].number
+    ]
+    if not late:
+        return None
+    loops = {loop for update in trained for loop, _ in update.nest}
+    clocks = [
+        event for event in trace.events if isinstance(event, Clock) and any(loop in loops for loop, _ in event.nest)
+    ]
+    known = [clock for clock in clocks if clock.limit is not None]
+    full = [clock for clock in known if full_cap(clock.limit or 0.0)]
+    stops = max(known, key=lambda clock: clock.limit or 0.0) if known else None
+    if full:
+        return Late(late[0], full[0])
+    return None if stops is not None else Late(late[0], None)
+
+
+def full_cap(limit: float) -> bool:
+    """Whether a limit is the whole 600 s, in seconds or milliseconds."""
+    return 599.0 <= limit <= 700.0 or 599_000.0 <= limit <= 700_000.0
+
+
+def turns_of(event: Event) -> dict[int, int]:
+    return dict(event.nest)
+
+
+__all__ = ["Fault", "Kind", "Late", "Passes", "bits", "late_calibration"]

@@ -1,0 +1,210 @@
+"""From faults to a rule's verdict, with its place, its way and a sentence that can be pasted."""
+
+from __future__ import annotations
+
+import weakref
+
+from fairway.audit.case import Case
+from fairway.audit.flow.events import Event, Forward, Said, Trace, Update, bits
+from fairway.audit.passes.faults import Fault, Passes
+from fairway.audit.passes.reported import Reported, is_diagnosis, reported
+from fairway.audit.verdict import Finding, Place, Step, Verdict
+
+_SEEN: weakref.WeakKeyDictionary[Trace, tuple[Reported, list[Fault], list[Fault]]] = weakref.WeakKeyDictionary()
+
+
+def passes_of(case: Case) -> tuple[Reported, list[Fault], list[Fault]]:
+    """What is reported; the faults of the score; the faults of other final numbers. Computed once for a trace."""
+    trace = case.trace
+    found = _SEEN.get(trace)
+    if found is None:
+        which = reported(trace, case.submission)
+        passes = Passes(trace, which)
+        found = _SEEN[trace] = which, passes.faults(which.score), passes.faults(which.others)
+    return found
+
+
+def verdict_on(case: Case, rule: str, clause: str, clean: str) -> Finding:
+    """The rule's finding: a violation in the score, else what is only printed beside it, else clean or cannot tell."""
+    which, own, beside = passes_of(case)
+    mine = [fault for fault in own if fault.kind == rule]
+    if mine:
+        fault = _clearest(mine)
+        guards = (*fault.score.guards, *fault.cause.guards)
+        verdict: Verdict = "suspect" if guards else "violates"
+        doubt = f" This depends on the setting at {guards[0]}, which nothing here decides." if guards else ""
+        return Finding(
+            rule, verdict, _sentence(fault) + doubt, clause, place_of(case, fault), way(case.trace, fault, which.score)
+        )
+    if not which.score:
+        return unseen(case, rule, clause)
+    open_ends = not case.trace.complete
+    if open_ends:
+        last = case.trace.unknowns()[-1:]
+        place = last[0].place if last else None
+        why = last[0].why if last else "the walk did not end"
+        return Finding(rule, "cannot tell", f"The script could not be followed to its end: {why}.", clause, place)
+    other = [fault for fault in beside if fault.kind == rule]
+    if other and not all(is_diagnosis(said) for said in which.others) and not _before(which, other):
+        fault = _clearest(other)
+        evidence = f"{_sentence(fault)} That number is not the last one reported; make sure that it is not the score."
+        return Finding(rule, "suspect", evidence, clause, place_of(case, fault), way(case.trace, fault, which.others))
+    note = " A number printed beside it would break the rule, but it is not the score." if other else ""
+    return Finding(rule, "clean", clean + note, clause, which.score[0].place)
+
+
+def _before(which: Reported, faults: list[Fault]) -> bool:
+    """Whether the score was said after what is doubtful, or the record says which number it is."""
+    return which.by_record or all(fault.score.number < which.score[-1].number for fault in faults)
+
+
+def unseen(case: Case, rule: str, clause: str) -> Finding:
+    """No number could be followed."""
+    gaps = case.trace.unknowns()
+    place = gaps[0].place if gaps else None
+    why = f": {gaps[0].why}" if gaps else ""
+    return Finding(
+        rule, "cannot tell", f"No printed number could be traced to losses on validation tokens{why}.", clause, place
+    )
+
+
+def _clearest(faults: list[Fault]) -> Fault:
+    """The fault without open conditions, and the earliest cause."""
+    return min(faults, key=lambda fault: (len(fault.score.guards) + len(fault.cause.guards), fault.cause.number))
+
+
+def place_of(case: Case, fault: Fault) -> Place:
+    """Where a reader should look."""
+    if fault.kind in ("rescoring-after-adaptation", "two-pass-cache") and isinstance(fault.cause, Update):
+        place = _parting(fault.score, fault.before or fault.cause)
+        return _repeated(case.trace, fault) if place == fault.score.place else place
+    if fault.kind == "multi-epoch-last":
+        return _loop_again(case.trace, fault)
+    if isinstance(fault.cause, Update) and fault.cause.how == "computed":
+        return _calibrated(case, fault.cause)
+    if fault.kind == "slot-on-scored" and isinstance(fault.cause, Update):
+        return _objective(case.trace, fault.cause)
+    return fault.cause.place
+
+
+def _calibrated(case: Case, update: Update) -> Place:
+    """Where the model was run on what it was calibrated on."""
+    kinds = {tok.data for tok in update.learned} & passes_of(case)[0].data
+    runs = [
+        event
+        for event in case.trace.events[: update.number]
+        if isinstance(event, Forward) and any(tok.data in kinds for tok in event.toks)
+    ]
+    learned = {(tok.data, tok.spans) for tok in update.learned}
+    fitting = [event for event in runs if any((tok.data, tok.spans) in learned for tok in event.toks)]
+    return called_at(fitting[-1] if fitting else runs[-1] if runs else update)
+
+
+def called_at(event: Event) -> Place:
+    """The line of the main program in which something happens."""
+    return event.stack[1] if len(event.stack) > 2 else event.place
+
+
+def _loop_again(trace: Trace, fault: Fault) -> Place:
+    """The loop that goes over the same tokens again."""
+    turns = dict((fault.before or fault.cause).nest)
+    cut = {loop for tok in fault.score.targets for loop, _, _ in tok.spans}
+    for loop, turn in fault.score.nest:
+        if turns.get(loop, turn) != turn and loop not in cut:
+            return trace.loops.get(loop, fault.score.place)
+    return fault.score.place
+
+
+def _objective(trace: Trace, update: Update) -> Place:
+    """Where the loss that a vector follows is made, in the function that optimises it."""
+    followed = [trace.scores[bit] for bit in bits(update.losses)]
+    depth = len(update.stack)
+    for score in reversed(followed):
+        if score.whole and score.stack[: depth - 1] == update.stack[:-1] and len(score.stack) >= depth:
+            return score.stack[depth - 1]
+    return update.place
+
+
+def _repeated(trace: Trace, fault: Fault) -> Place:
+    """The call in the body of the loop that repeats the pass."""
+    turns = dict((fault.before or fault.cause).nest)
+    for loop, turn in fault.score.nest:
+        depth = trace.depth.get(loop, 0)
+        if turns.get(loop, turn) != turn and 0 < depth <= len(fault.score.stack):
+            return fault.score.stack[depth - 1]
+    return fault.score.place
+
+
+def _parting(event: Event, other: Event) -> Place:
+    """The call in which two events part: of the first, the line in the last function that both stand in."""
+    for mine, theirs in zip(event.stack, other.stack, strict=False):
+        if mine != theirs:
+            return mine
+    return event.place
+
+
+def way(trace: Trace, fault: Fault, said: tuple[Said, ...]) -> tuple[Step, ...]:
+    """From the reported number back to the cause."""
+    steps: list[Step] = []
+    for each in said[:1]:
+        steps.append(Step(_outer(each), f"the number is reported: {each.text[:80].strip()!r}"))
+    score = fault.score
+    steps += [Step(place, "through this call") for place in score.stack[1:-1][-3:]]
+    steps.append(Step(score.place, "the loss is computed"))
+    if fault.before is not None:
+        steps.append(Step(fault.before.place, "the same tokens were scored here before"))
+    cause = fault.cause
+    if isinstance(cause, Update):
+        steps += [Step(place, "through this call") for place in cause.stack[1:-1][-3:]]
+        steps.append(Step(cause.place, f"what scores them learned here ({cause.how}) from the tokens that are scored"))
+    else:
+        steps.append(Step(cause.place, f"a choice is made here by comparing losses ({cause.form})"))
+    return tuple(steps)
+
+
+def _outer(said: Said) -> Place:
+    """Where a message was written, not the log helper that prints it."""
+    return said.stack[1] if len(said.stack) > 1 and not said.nest else said.place
+
+
+_SAID = {
+    "rescoring-after-adaptation": (
+        "The reported loss at {score} is a second pass: the model adapted at {cause} on these tokens after they "
+        "were first scored at {before}."
+    ),
+    "training-before-scoring": (
+        "The model that scores at {score} was trained at {cause} on the validation tokens that it scores, before "
+        "they were scored."
+    ),
+    "multi-epoch-last": (
+        "Validation tokens are scored at {score} again in each epoch after training on them at {cause}; the last "
+        "epoch's losses are what is reported."
+    ),
+    "two-pass-cache": (
+        "The table filled at {cause} already holds the validation tokens that are scored with it at {score}."
+    ),
+    "slot-on-scored": (
+        "The vector optimised at {cause} on the loss of the scored positions is what scores them at {score}."
+    ),
+    "slot-shared-delta": (
+        "One vector, optimised at {cause} on the context of all windows of a batch, scores them at {score}: a "
+        "later window's context holds the targets of an earlier one."
+    ),
+    "temperature-from-validation": (
+        "A scale of the logits at {score} is fitted or chosen at {cause} by the loss of the validation tokens that "
+        "are scored."
+    ),
+    "choice-by-validation": (
+        "The weights that score at {score} were chosen at {cause} by comparing validation losses."
+    ),
+    "min-over-passes": ("The reported loss is the best of several passes over the same tokens, chosen at {cause}."),
+    "calibration-on-validation": (
+        "The weights that score at {score} were computed at {cause} from activations on the validation tokens."
+    ),
+    "validation-in-training": ("The training at {cause} reads the validation tokens that are scored at {score}."),
+}
+
+
+def _sentence(fault: Fault) -> str:
+    before = fault.before.place if fault.before is not None else fault.score.place
+    return _SAID[fault.kind].format(score=fault.score.place, cause=fault.cause.place, before=before)

@@ -1,0 +1,123 @@
+"""Which of the numbers that a script prints is its score."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+from fairway.audit.flow.events import Said, Score, Trace
+from fairway.audit.submission import Submission
+
+_DIAGNOSIS = re.compile(
+    r"diag|debug|sanity|ablation|for comparison|not (?:the )?(?:score|reported|submitted)|illegal|upper bound|oracle",
+    re.I,
+)
+_SELF = ("train", "random", "generated")
+
+
+@dataclass(frozen=True)
+class Reported:
+    """score: where the number that is claimed is said; others: other final numbers; data: the validation tokens."""
+
+    score: tuple[Said, ...]
+    others: tuple[Said, ...]
+    data: frozenset[str]
+    by_record: bool = False
+
+
+def targets_of(trace: Trace, said: Said) -> set[str]:
+    """The data sets whose tokens a number is the loss of."""
+    return {tok.data for score in trace.scored(said.value.losses) for tok in score.targets}
+
+
+def reported(trace: Trace, submission: Submission | None) -> Reported:
+    """The score: what the record claims where its log shows which line printed it, else the last final number."""
+    kinds = {said.number: targets_of(trace, said) for said in trace.said}
+    every = set().union(*kinds.values()) if kinds else set()
+    data = frozenset(["val"] if "val" in every else [kind for kind in every if kind not in _SELF])
+    about = [said for said in trace.said if kinds[said.number] & data]
+    if not about:
+        return Reported((), (), data)
+    level = min(len(said.nest) for said in about)
+    finals = _once([said for said in about if len(said.nest) == level])
+    named = _by_record(_once(about), submission) if submission is not None else []
+    if named:
+        others = [said for said in finals if said not in named]
+        return Reported(tuple(named), tuple(others), data, True)
+    plain = [said for said in finals if not is_diagnosis(said)] or finals
+    last = plain[-1]
+    score = [said for said in finals if said.value.losses == last.value.losses]
+    return Reported(tuple(score), tuple(said for said in finals if said not in score), data)
+
+
+def is_diagnosis(said: Said) -> bool:
+    """Whether the text of a number says that it is no score."""
+    return bool(_DIAGNOSIS.search(said.text))
+
+
+def _once(said: list[Said]) -> list[Said]:
+    """One for each number and text: a log helper prints it and writes it to a file."""
+    found: dict[tuple[object, ...], Said] = {}
+    for each in said:
+        key = (each.stack[:-1], each.value.losses)
+        old = found.get(key)
+        if old is None or (len(each.text) > 0 and not old.text):
+            found[key] = each
+    return sorted(found.values(), key=lambda each: each.number)
+
+
+def _by_record(said: list[Said], submission: Submission) -> list[Said]:
+    """The numbers whose line in the log shows the claimed score."""
+    claims = claimed(submission)
+    if not claims:
+        return []
+    lines = [line for text in submission.logs.values() for line in text.splitlines()]
+    shown = [line for line in lines if any(claim in number for claim in claims for number in _numbers(line))]
+    best: list[Said] = []
+    most = 0
+    for each in said:
+        words = [
+            word
+            for word in re.findall(r"[A-Za-z_]{3,}", each.text)
+            if word not in ("val_loss", "val_bpb", "logs", "txt")
+        ]
+        if not words:
+            continue
+        fits = any(all(word in line for word in words) for line in shown)
+        if fits and len(words) >= most:
+            best = [each] if len(words) > most else [*best, each]
+            most = len(words)
+    return best
+
+
+def claimed(submission: Submission) -> list[str]:
+    """The claimed bits per byte, as texts to look for (four decimals, or as it stands)."""
+    found: list[str] = []
+    waiting: list[tuple[str, object]] = list(submission.claims.items())
+    while waiting:
+        key, value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += [(f"{key}.{name}", each) for name, each in value.items()]
+        elif isinstance(value, list):
+            waiting += [(key, each) for each in value]
+        elif isinstance(value, (int, float)) and not isinstance(value, bool) and "bpb" in key.lower():
+            found.append(f"{value:.4f}")
+            found.append(f"{int(value * 10_000) / 10_000:.4f}")
+    return list(dict.fromkeys(found))
+
+
+def _numbers(line: str) -> list[str]:
+    return re.findall(r"\d\.\d{3,}", line)
+
+
+def scores_of(trace: Trace, said: tuple[Said, ...], data: frozenset[str]) -> list[Score]:
+    """The losses in these numbers, with what they were made of: of validation tokens alone."""
+    mask = 0
+    for each in said:
+        mask |= each.value.losses
+    found = []
+    for score in trace.scored(mask):
+        targets = frozenset(tok for tok in score.targets if tok.data in data)
+        if targets:
+            found.append(replace(score, targets=targets))
+    return sorted(found, key=lambda each: each.number)

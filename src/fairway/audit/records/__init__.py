@@ -1,0 +1,7 @@
+"""What a record folder claims, logs and weighs; each number with its place, so that one can be held against another."""
+
+from fairway.audit.records.claims import Claims
+from fairway.audit.records.folder import Record, record_of
+from fairway.audit.records.log import Amount, Log, Score
+
+__all__ = ["Amount", "Claims", "Log", "Record", "Score", "record_of"]

@@ -1,0 +1,201 @@
+"""The sum of bytes that a script holds against the limit: what it adds up, followed through names and helpers."""
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from fairway.audit.reading import Script
+
+LIMIT = 16_000_000
+MIB = 16 * 1024 * 1024
+_MOST = 4_000  # expressions followed from one sum
+
+
+@dataclass(frozen=True)
+class Sum:
+    """One sum: where it is judged, against which limit (None: it is only printed), and whether code is part of it."""
+
+    script: Script
+    line: int
+    limit: int | None
+    code: bool
+    alone: bool  # nothing is added to the size of one thing
+
+
+def sums(script: Script) -> list[Sum]:
+    """Every comparison of a size with 16 MB or 16 MiB, and every print of a total submission size."""
+    found = []
+    for each in script.all():
+        if each.tree is None:
+            continue
+        sources = _Sources(each.tree)
+        for node in ast.walk(each.tree):
+            if isinstance(node, ast.Compare):
+                found += _compared(each, node, sources)
+            elif isinstance(node, ast.JoinedStr):
+                found += _printed(each, node, sources)
+    return found
+
+
+def _compared(script: Script, node: ast.Compare, sources: "_Sources") -> list[Sum]:
+    sides = [node.left, *node.comparators]
+    limits = [(side, limit) for side in sides for limit in (LIMIT, MIB) if _limits(side, limit, sources)]
+    if len(sides) != 2 or not limits:
+        return []
+    side, limit = limits[0]
+    other = sides[1] if side is sides[0] else sides[0]
+    reached = list(sources.reached(other))
+    if not any(_is_size(each) for each in reached):
+        return []
+    code = any(_is_code(each) for each in [*reached, *sources.reached(side)])
+    return [Sum(script, node.lineno, limit, code, _alone(other, sources))]
+
+
+def _printed(script: Script, node: ast.JoinedStr, sources: "_Sources") -> list[Sum]:
+    says = "".join(str(part.value) for part in node.values if isinstance(part, ast.Constant)).lower()
+    values = [part.value for part in node.values if isinstance(part, ast.FormattedValue)]
+    if "total" not in says or "size" not in says or "submission" not in says or not values:
+        return []
+    reached = [each for value in values for each in sources.reached(value)]
+    if not any(_is_size(each) for each in reached):
+        return []
+    return [Sum(script, node.lineno, None, any(map(_is_code, reached)), all(_alone(v, sources) for v in values))]
+
+
+def _limits(node: ast.expr, limit: int, sources: "_Sources") -> bool:
+    """Whether an expression is this limit, or a name for it, or it with something taken off."""
+    for each in [node, *sources.of(node)]:
+        if _folded(each) == limit:
+            return True
+        if isinstance(each, ast.BinOp) and isinstance(each.op, ast.Sub) and _limits(each.left, limit, sources):
+            return True
+        if isinstance(each, ast.Call) and any(_folded(value) == limit for value in _defaults(each)):
+            return True
+    return False
+
+
+def _defaults(call: ast.Call) -> Iterator[ast.expr]:
+    """int(os.environ.get("LIMIT", 16_000_000)): the defaults of a setting, and what int() wraps."""
+    for each in call.args:
+        yield each
+        if isinstance(each, ast.Call):
+            yield from _defaults(each)
+
+
+def _folded(node: ast.expr) -> float | None:
+    """The value of an arithmetic constant."""
+    if isinstance(node, ast.Constant):
+        if isinstance(node.value, str) and node.value.replace("_", "").isdigit() and len(node.value) < 15:
+            return int(node.value)
+        return node.value if isinstance(node.value, (int, float)) else None
+    if (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id in ("int", "float")
+        and node.args
+    ):
+        return _folded(node.args[0])
+    if isinstance(node, ast.BinOp):
+        left, right = _folded(node.left), _folded(node.right)
+        if left is not None and right is not None and max(abs(left), abs(right)) < 1e9:
+            if isinstance(node.op, ast.Mult):
+                return left * right
+            if isinstance(node.op, ast.LShift) and right < 64 and left == int(left) and right == int(right):
+                return int(left) << int(right)
+            if isinstance(node.op, ast.Pow) and 0 <= right < 40 and abs(left) <= 1024:
+                return left**right
+    return None
+
+
+def _is_size(node: ast.AST) -> bool:
+    """The size of a file or of bytes in memory."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        return node.func.id in ("len", "getsize")
+    return isinstance(node, ast.Attribute) and node.attr in ("st_size", "getsize", "nbytes", "tell")
+
+
+def _is_code(node: ast.AST) -> bool:
+    """Something that leads to the script's own text."""
+    if isinstance(node, ast.Name):
+        return node.id == "__file__"
+    if isinstance(node, ast.Attribute):
+        return node.attr in ("getsource", "argv", "getsourcefile", "__file__")
+    return isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.endswith(".py")
+
+
+def _alone(node: ast.expr, sources: "_Sources") -> bool:
+    """Whether an expression is one size to which nothing is added."""
+    first = [node, *sources.of(node)]
+    return not any(isinstance(each, ast.BinOp) and isinstance(each.op, ast.Add) for each in first) and not any(
+        isinstance(each, ast.Call) and isinstance(each.func, ast.Name) and each.func.id == "sum" for each in first
+    )
+
+
+class _Sources:
+    """name -> the expressions that a script ever gives it, by assignment, by argument or as a function's value."""
+
+    def __init__(self, tree: ast.Module) -> None:
+        self.given: dict[str, list[ast.expr]] = {}
+        functions = {
+            node.name: node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.NamedExpr)) and node.value is not None:
+                for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                    self._give(target, node.value)
+            elif isinstance(node, (ast.For, ast.comprehension)):
+                self._give(node.target, node.iter)
+            elif isinstance(node, ast.withitem) and node.optional_vars is not None:
+                self._give(node.optional_vars, node.context_expr)
+            elif isinstance(node, ast.Call):
+                function = functions.get(
+                    node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
+                )
+                if function is not None:
+                    self._pass(function.args, node)
+        for name, function in functions.items():
+            returned = [each.value for each in ast.walk(function) if isinstance(each, ast.Return) and each.value]
+            self.given.setdefault(f"{name}()", []).extend(returned)
+
+    def of(self, node: ast.expr) -> list[ast.expr]:
+        """What a name, an attribute or a call of a helper stands for."""
+        if isinstance(node, ast.Name):
+            return self.given.get(node.id, [])[:20]
+        if isinstance(node, ast.Attribute):
+            return self.given.get(node.attr, [])[:20]
+        if isinstance(node, ast.Call):
+            name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
+            return self.given.get(f"{name}()", [])[:20]
+        return []
+
+    def reached(self, node: ast.expr) -> Iterator[ast.AST]:
+        """Every expression that an expression may come from, each once, within bounds."""
+        seen: set[int] = set()
+        waiting: list[ast.AST] = [node]
+        while waiting and len(seen) < _MOST:
+            each = waiting.pop()
+            if id(each) in seen:
+                continue
+            seen.add(id(each))
+            yield each
+            waiting += list(ast.iter_child_nodes(each))
+            if isinstance(each, ast.expr):
+                waiting += self.of(each)
+
+    def _give(self, target: ast.AST, value: ast.expr) -> None:
+        if isinstance(target, (ast.Tuple, ast.List)):
+            parts = value.elts if isinstance(value, (ast.Tuple, ast.List)) else []
+            for number, each in enumerate(target.elts):
+                self._give(each, parts[number] if len(parts) == len(target.elts) else value)
+        name = target.id if isinstance(target, ast.Name) else getattr(target, "attr", None)
+        if name:
+            self.given.setdefault(name, []).append(value)
+
+    def _pass(self, declared: ast.arguments, call: ast.Call) -> None:
+        names = [each.arg for each in [*declared.posonlyargs, *declared.args]]
+        names = names[1:] if names[:1] == ["self"] else names
+        for name, value in zip(names, call.args, strict=False):
+            self.given.setdefault(name, []).append(value)
+        for each in call.keywords:
+            if each.arg:
+                self.given.setdefault(each.arg, []).append(each.value)

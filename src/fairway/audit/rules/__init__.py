@@ -1,0 +1,1 @@
+"""The rules: a folder is the registry, one file for one rule."""

@@ -1,0 +1,31 @@
+"""The space that a piece's mark stands for is counted in the table and again in the loop: 17 % too many bytes."""
+
+from fairway.audit.case import Case
+from fairway.audit.terms.octets import SpaceCount
+from fairway.audit.terms.verdicts import byte_factors, clean, counted_otherwise
+from fairway.audit.verdict import Finding
+
+ID = "byte-double-space"
+CHARGE = "the byte of a leading space is counted twice"
+CLAUSE = 'RULES.md R7 and (c) "Byte double count"'
+
+
+def check(case: Case) -> Finding:
+    factors = byte_factors(case)
+    for factor in factors:
+        found = SpaceCount().of(factor)
+        if found.count >= 2:
+            terms = sorted(found.added.values(), key=lambda term: (term.file, term.line))
+            first, last = case.reading.place(terms[0]), case.reading.place(terms[-1])
+            where = (
+                f"at line {first.line} and again at line {last.line}"
+                if first != last
+                else f"twice at line {first.line}"
+            )
+            evidence = (
+                f"A token that begins with a space has that byte counted {where}, so the denominator is too large."
+            )
+            return Finding(ID, "violates", evidence, CLAUSE, last, case.reading.way(*terms[::-1]))
+    if not factors:
+        return counted_otherwise(case, ID, CLAUSE)
+    return clean(ID, CLAUSE, "the byte of a leading space is counted at most once for each token")

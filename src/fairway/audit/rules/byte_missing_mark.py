@@ -1,0 +1,34 @@
+"""A piece is measured with its mark on, which is three bytes of UTF-8 for one space: the denominator grows by 20 %."""
+
+from fairway.audit.case import Case
+from fairway.audit.terms.octets import encoded_text, has_mark, piece_of, tables_of
+from fairway.audit.terms.term import Term
+from fairway.audit.terms.verdicts import byte_factors, clean, counted_otherwise
+from fairway.audit.verdict import Finding
+
+ID = "byte-missing-mark"
+CHARGE = "a leading space counts as the three bytes of its mark"
+CLAUSE = 'RULES.md R7 and (c) "Tokenizer without ▁"'
+
+
+def check(case: Case) -> Finding:
+    factors = byte_factors(case)
+    for factor in factors:
+        for table, length in tables_of(factor):
+            text = encoded_text(length)
+            if text is None or has_mark(table) or not _is_named(text):
+                continue
+            evidence = (
+                "The length of a piece is taken as it stands in the vocabulary, and nothing takes the mark U+2581 off: "
+                "a leading space counts as three bytes."
+            )
+            return Finding(ID, "violates", evidence, CLAUSE, case.reading.place(length), case.reading.way(length))
+    if not factors:
+        return counted_otherwise(case, ID, CLAUSE)
+    return clean(ID, CLAUSE, "no piece is measured with its mark on")
+
+
+def _is_named(text: Term) -> bool:
+    """Whether the text is a piece by its name in the vocabulary; decoded text has no mark."""
+    piece = piece_of(text)
+    return piece is not None and not (piece.op == "call" and "ecode" in piece.called)

@@ -1,0 +1,118 @@
+"""The denominator counts the bytes of a transformed text (marks for capitals and the like), not of the original."""
+
+import re
+
+from fairway.audit.case import Case
+from fairway.audit.terms.data import words
+from fairway.audit.terms.octets import encoded_text, is_decoder, parts_of, tables_of, values
+from fairway.audit.terms.streams import Streams
+from fairway.audit.terms.term import Term, any_below, peel, walk
+from fairway.audit.terms.verdicts import byte_factors, clean, counted_otherwise
+from fairway.audit.verdict import Finding
+
+ID = "byte-transformed-text"
+CHARGE = "the bytes of a transformed text are the denominator"
+CLAUSE = 'RULES.md R7 and (c) "Transformed-text denominator"'
+
+_CASED = re.compile(r"case.?op|caps.?op|lossless.?cap|\bU\+E00\d", re.IGNORECASE)
+_CHANGING = frozenset("lower casefold normalize translate sub subn".split())  # noqa: SIM905
+_TESTS = frozenset(("isin", "in1d", "eq", "ne", "logical_or"))
+
+
+def check(case: Case) -> Finding:
+    reading = case.reading
+    factors = byte_factors(case)
+    for factor in factors:
+        changed = next((length for length in values(factor) if _of_changed_text(length)), None)
+        if changed is not None:
+            evidence = "Bytes are counted in a text that was changed before, not in the original."
+            return Finding(ID, "violates", evidence, CLAUSE, reading.place(changed), reading.way(changed))
+        added = _added_to_sidecar(factor)
+        if added is not None:
+            evidence = "To the bytes of the sidecar others are added for tokens that stand for nothing in the original."
+            return Finding(ID, "violates", evidence, CLAUSE, reading.place(added), reading.way(added))
+        length = next((length for table, length in tables_of(factor) if not _frees_marks(table)), None)
+        if length is not None and not _from_sidecar(factor) and _is_transformed(case):
+            evidence = (
+                "The tokens are those of a transformed text with marks for capitals, and their bytes are taken from "
+                "its pieces, the marks included, instead of from the sidecar of original bytes."
+            )
+            return Finding(ID, "violates", evidence, CLAUSE, reading.place(length), reading.way(length))
+    if not factors:
+        return counted_otherwise(case, ID, CLAUSE)
+    return clean(ID, CLAUSE, "bytes are those of the original text, as far as the script says which text it is")
+
+
+def _private(term: Term) -> bool:
+    value = term.constant()
+    return isinstance(value, str) and any("\ue000" <= c <= "\uf8ff" for c in value)
+
+
+def _of_changed_text(length: Term) -> bool:
+    """The length of a text that was folded or given marks; not of tokens decoded and changed back."""
+    text = encoded_text(length)
+    if text is None or any_below(text, is_decoder):
+        return False
+    return any_below(text, _private) or any_below(text, lambda t: t.op == "call" and t.called in _CHANGING)
+
+
+def _from_sidecar(factor: Term) -> bool:
+    """Counts that are read from a file beside the tokens."""
+    streams = Streams()
+    waiting, seen = [factor], set[int]()
+    while waiting:
+        term = waiting.pop()
+        if id(term) in seen:
+            continue
+        seen.add(id(term))
+        if streams.is_stream(term):
+            return True
+        if term.called in _BUFFERS:  # its size is no value of it
+            continue
+        waiting.extend(term.parts[1:] if term.op == "choice" else parts_of(term))
+    return False
+
+
+_BUFFERS = frozenset("zeros empty full ones zeros_like empty_like full_like nonzero flatnonzero arange range".split())  # noqa: SIM905
+
+
+def _added_to_sidecar(factor: Term) -> Term | None:
+    """sidecar + (token is a mark): numbers of a file, and a test of token ids added to them."""
+    streams = Streams()
+    for term in values(factor):
+        if term.op != "op" or term.value != "+":
+            continue
+        sides = [peel(part) for part in term.parts]
+        read = [side for side in sides if streams.is_stream(side)]
+        tested = [
+            side
+            for side in sides
+            if (side.op == "compare" or (side.op == "call" and side.called in _TESTS))
+            and any(streams.is_stream(below) for below in walk(side))
+        ]
+        if read and tested:
+            return tested[0]
+    return None
+
+
+def _frees_marks(table: Term) -> bool:
+    """A table that knows the marks and gives them no bytes."""
+    return any_below(table, _private)
+
+
+def _is_transformed(case: Case) -> bool:
+    """Whether the data is that of a case transform: by the names of its files, by the README, or by the script that
+    makes it."""
+    submission = case.submission
+    if _CASED.search(submission.readme) or any(_CASED.search(path) for path in submission.sizes):
+        return True
+    for script in submission.scripts:
+        if script.path not in {s.path for s in submission.entry.all()} and re.search(
+            r"\\ue00[1-4]|[\ue000-\uf8ff]", script.text
+        ):
+            return True
+    paths = (event.term for event in case.reading.entry.events if event.term.called in _OPENING)
+    return any(_CASED.search(word) for term in paths for word in words(term, 400))
+
+
+_OPENING = frozenset("glob fromfile memmap open load join SentencePieceProcessor from_file Path exists isfile".split())  # noqa: SIM905

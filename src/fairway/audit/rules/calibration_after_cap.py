@@ -1,0 +1,42 @@
+"""Training data is read for calibration after the training time is used up."""
+
+from fairway.audit.case import Case
+from fairway.audit.flow.events import Forward, Update
+from fairway.audit.passes.faults import late_calibration
+from fairway.audit.passes.findings import called_at, passes_of, unseen
+from fairway.audit.verdict import Finding, Place
+
+ID = "calibration-after-cap"
+CHARGE = "calibration reads training data after the 600 s of training"
+CLAUSE = 'RULES.md R2, R4; (c) "GPTQ after the cap"'
+
+
+def check(case: Case) -> Finding:
+    which, _, _ = passes_of(case)
+    late = late_calibration(case.trace, which)
+    if late is not None and late.clock is not None:
+        evidence = (
+            f"Training stops at {late.clock.place} when the whole {late.clock.limit:g} are used; the weights that "
+            f"score are then computed at {late.update.place} from activations on training data."
+        )
+        return Finding(ID, "violates", evidence, CLAUSE, _place(case, late.update))
+    if late is not None:
+        evidence = (
+            f"The weights are calibrated on training data at {late.update.place} after the training loop, and no limit "
+            "of its time could be read that would leave room for it."
+        )
+        return Finding(ID, "suspect", evidence, CLAUSE, _place(case, late.update))
+    if not which.score:
+        return unseen(case, ID, CLAUSE)
+    return Finding(ID, "clean", "No training data is read for calibration after the training time.", CLAUSE)
+
+
+def _place(case: Case, update: Update) -> Place:
+    """Where the model is run on training data for the calibration, in the main program."""
+    trained = [each.number for each in case.trace.updates if each.how == "gradient" and each.number < update.number]
+    runs = [
+        event
+        for event in case.trace.events[max(trained, default=0) : update.number]
+        if isinstance(event, Forward) and any(tok.data == "train" for tok in event.toks)
+    ]
+    return called_at(runs[0] if runs else update)

@@ -1,0 +1,92 @@
+"""Evaluation that takes more than 600 s, as the logs measure it, with work that was done outside the timer."""
+
+import re
+
+from fairway.audit.case import Case
+from fairway.audit.records import Amount, Log, Score, record_of
+from fairway.audit.verdict import Finding, Place, Step
+
+ID = "eval-over-time"
+CHARGE = "Evaluation takes longer than 600 s."
+CLAUSE = "R3: evaluation <= 600 s"
+WITHOUT_SCRIPT = True
+
+LIMIT = 600.0  # seconds
+EXEMPTION = "diagnostics-beside-the-clock"
+_SUM = re.compile(r"total[_ ]?eval[_ a-z]*time", re.IGNORECASE)
+_OUTSIDE = re.compile(r"precomput|n-?gram|hint|tilt|cache|index|ppm|mixer|prepar|suffix|adapt|ttt|lora", re.IGNORECASE)
+_BEFORE = re.compile(
+    r"gptq|quant|serializ|compress|hessian|calibrat|warm-?up|compile|prune|artifact|export", re.IGNORECASE
+)
+
+
+def check(case: Case) -> Finding:
+    """The slowest log decides."""
+    logs = [log for log in record_of(case.submission).logs if log.scores]
+    timed = [(spent, log) for log in logs if (spent := _spent(log)) is not None]
+    if not timed:
+        why = "open: the logs print no time of evaluation" if logs else "open: no log was handed in"
+        return Finding(ID, "clean", why, CLAUSE)
+    (seconds, place, way), log = max(timed, key=lambda each: each[0][0])
+    said = " + ".join(step.what for step in way)
+    if seconds > LIMIT:
+        return Finding(
+            ID,
+            "violates",
+            f"{log.path}: evaluation took {seconds:.1f} s ({said}); the limit is 600 s",
+            CLAUSE,
+            place,
+            way,
+        )
+    rest = _others(log)
+    if rest and case.strict:
+        return Finding(ID, "violates", f"{log.path}: {seconds:.1f} s ({said}) of 600 s{rest}", CLAUSE, place, way)
+    exemption = EXEMPTION if rest else ""
+    return Finding(ID, "clean", f"at most {seconds:.1f} s ({said}) of 600 s{rest}", CLAUSE, place, way, exemption)
+
+
+def _spent(log: Log) -> tuple[float, Place, tuple[Step, ...]] | None:
+    """(seconds, place, parts) of the score that is reported: its own timer and work for it outside that timer."""
+    final = _timed(log)
+    sums = [timer for timer in log.timers if _SUM.search(timer.says)]
+    if sums:
+        return sums[-1].value, Place(log.path, sums[-1].line), (_step(log, sums[-1]),)
+    if final is None or final.seconds is None:
+        return None
+    outside = [timer for timer in log.timers if timer.line < final.line and _is_outside(timer, final)]
+    parts = [_step(log, timer) for timer in outside]
+    own = Step(Place(log.path, final.line), f"{final.seconds:.1f} s for {final.stage or 'the score'}"[:90])
+    place = own.place if not outside else Place(log.path, outside[0].line)
+    return final.seconds + sum(timer.value for timer in outside), place, (own, *parts)
+
+
+def _timed(log: Log) -> Score | None:
+    """The last score with a time: an exact line repeats the score without one."""
+    final = log.final
+    same = [
+        s for s in log.scores if s.seconds is not None and final and abs(s.bits_per_byte - final.bits_per_byte) < 6e-4
+    ]
+    return same[-1] if same else None
+
+
+def _is_outside(timer: Amount, final: Score) -> bool:
+    """Work for the evaluation that the final timer does not hold: a precomputation with a time of its own."""
+    own = final.seconds or 0.0
+    progress = re.search(
+        r"chunk|batch|doc|phase|\d+/\d+|step|epoch|elapsed|\b(?:rb|rd|tl)\b", timer.says, re.IGNORECASE
+    )
+    apart = _OUTSIDE.search(timer.says) and not _BEFORE.search(timer.says) and not progress
+    return bool(apart) and abs(timer.value - own) > 0.02 * own  # the same time printed twice is one time
+
+
+def _step(log: Log, timer: Amount) -> Step:
+    return Step(Place(log.path, timer.line), f"{timer.value:.1f} s for `{timer.says[:60]}`")
+
+
+def _others(log: Log) -> str:
+    """What else was evaluated: whether it counts is unsettled."""
+    final = _timed(log)
+    rest = sum(s.seconds or 0.0 for s in log.scores if s.step is None and s is not final)
+    if final is None or final.seconds is None or final.seconds + rest <= LIMIT:
+        return ""
+    return f"; with {rest:.1f} s of other evaluations it would be over, and whether those count is unsettled"

@@ -1,0 +1,101 @@
+"""A log, or an artifact, of other code than the one that was handed in: the evidence is void."""
+
+import difflib
+import hashlib
+
+from fairway.audit.case import Case
+from fairway.audit.records import Log, Record, record_of
+from fairway.audit.records.folder import same_code
+from fairway.audit.verdict import Finding, Place
+
+ID = "foreign-artifact-or-log"
+CHARGE = "A log or an artifact comes from other code than the script that was handed in."
+CLAUSE = "R11; (c) artifact or log of other code"
+WITHOUT_SCRIPT = True
+
+_OF_THE_RUN = ("seed", "path", "dir", "file", "id", "name", "host", "time", "date", "rank", "port", "device", "memory")
+
+
+def check(case: Case) -> Finding:
+    """Compares source, hashes, code sizes and settings of every log with the script and with one another."""
+    record = record_of(case.submission)
+    if not record.logs:
+        return Finding(ID, "clean", "open: no log was handed in", CLAUSE)
+    found = [
+        each for log in record.logs for each in (_source(record, log), _hash(record, log), _size(record, log)) if each
+    ]
+    found += _settings(case, record)
+    violating = [each for each in found if each.verdict == "violates"]
+    if violating or found:
+        first = (violating or found)[0]
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        return Finding(ID, first.verdict, first.evidence + more, CLAUSE, first.place)
+    compared = sum(bool(log.source or log.hashes or log.codes) for log in record.logs)
+    says = f"{compared} of {len(record.logs)} logs carry source, hash or code size, and all agree with the script"
+    return Finding(
+        ID, "clean", says if compared else "open: the logs carry neither source nor hash nor code size", CLAUSE
+    )
+
+
+def _source(record: Record, log: Log) -> Finding | None:
+    """The source at the log's head against every text that the entry executes."""
+    texts = [script.text for script in record.entry.all()]
+    if not log.source or any(same_code(log.source, text) for text in texts):
+        return None
+    nearest = max(texts, key=lambda text: difflib.SequenceMatcher(None, log.source[:2000], text[:2000]).quick_ratio())
+    left, right = log.source.split("\n"), nearest.split("\n")
+    line = next((n for n, (a, b) in enumerate(zip(left, right, strict=False), 1) if a.rstrip() != b.rstrip()), 0)
+    shown = f": `{left[line - 1].strip()[:70]}` against `{right[line - 1].strip()[:70]}`" if line else ""
+    evidence = f"{log.path} carries another source than {record.entry.path} from line {line or len(left)} on{shown}"
+    return Finding(ID, "violates", evidence, CLAUSE, Place(log.path, line or len(left)))
+
+
+def _hash(record: Record, log: Log) -> Finding | None:
+    """A sha256 that the log gives for the script."""
+    texts = [script.text.encode() for script in record.entry.all()]
+    own = {hashlib.sha256(text).hexdigest() for text in texts}
+    named = {
+        name: value for name, value in log.hashes.items() if name in ("script", "train_gpt", "source", "code_file")
+    }
+    wrong = {name: value for name, value in named.items() if value not in own}
+    if not wrong:
+        return None
+    name, value = next(iter(wrong.items()))
+    evidence = f"{log.path} gives sha256 {value[:12]}… for the {name}, and {record.entry.path} has {min(own)[:12]}…"
+    return Finding(ID, "violates", evidence, CLAUSE, Place(log.path))
+
+
+def _size(record: Record, log: Log) -> Finding | None:
+    """The code size that the log printed against the files'."""
+    if not log.codes or log.source:
+        return None
+    said = log.codes[-1]
+    counts = record.code_counts()
+    if int(said.value) in counts:
+        return None
+    if 0.5 * record.packed_bytes <= said.value < 0.6 * record.code_bytes:
+        return None  # the length of a packed wrapper: size-sum speaks of it
+    evidence = f"{log.path} says {said.value:,.0f} bytes of code, and {record.entry.path} has {record.code_bytes:,}"
+    return Finding(ID, "violates", evidence, CLAUSE, Place(log.path, said.line))
+
+
+def _settings(case: Case, record: Record) -> list[Finding]:
+    """Settings that two logs print differently and that the script reads."""
+    found = []
+    first, *others = record.logs
+    for other in others:
+        both = [name for name in first.settings if name in other.settings and not _of_the_run(name)]
+        differing = [name for name in both if first.settings[name] != other.settings[name]]
+        read = [name for name in differing if name in case.script.text or name.upper() in case.script.text]
+        if read and len(differing) <= 12:
+            name = read[0]
+            evidence = (
+                f"{other.path} ran with {name} = {other.settings[name]}, {first.path} with {first.settings[name]}: "
+                "the seeds do not share one configuration"
+            )
+            found.append(Finding(ID, "violates", evidence, CLAUSE, Place(other.path)))
+    return found
+
+
+def _of_the_run(name: str) -> bool:
+    return any(word in name.lower().split("_") for word in _OF_THE_RUN)

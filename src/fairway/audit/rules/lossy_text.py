@@ -1,0 +1,110 @@
+"""The text is made easier before it is scored: case folded, characters normalised, rare tokens replaced."""
+
+from fairway.audit.case import Case
+from fairway.audit.terms.program import Program
+from fairway.audit.terms.streams import Streams
+from fairway.audit.terms.term import Term, peel, walk
+from fairway.audit.terms.verdicts import clean_as_read
+from fairway.audit.verdict import Finding
+
+ID = "lossy-text"
+CHARGE = "the scored text is an easier one than the original"
+CLAUSE = 'RULES.md R7 and (c) "Lossy text normalisation"'
+
+_FOLDING = frozenset("lower casefold upper normalize unidecode swapcase normalize_str NFKC NFKD".split())  # noqa: SIM905
+_TOKENISERS = frozenset("encode EncodeAsIds encode_as_ids encode_ordinary encode_batch tokenize Encode".split())  # noqa: SIM905
+_CODECS = ("utf-8", "utf8", "ascii", "latin-1", "latin1", "utf-16", "utf-32")
+
+
+def check(case: Case) -> Finding:
+    reading = case.reading
+    for program in reading.programs.all():
+        scored = program is reading.entry
+        for call, text in _tokenised(program):
+            folded = _folded(text)
+            if folded is not None and (not scored or _reaches(case, call)):
+                evidence = (
+                    f"The text goes through {folded.called}() before it is cut into tokens and nothing keeps what that "
+                    "takes away: the score is that of an easier text."
+                )
+                return Finding(ID, "violates", evidence, CLAUSE, reading.place(folded), reading.way(call, folded))
+    replaced = _replaced(case)
+    if replaced is not None:
+        evidence = "Token ids of the validation text are replaced by another before they are scored."
+        return Finding(ID, "violates", evidence, CLAUSE, reading.place(replaced), reading.way(replaced))
+    return clean_as_read(case, ID, CLAUSE, "no text is folded or normalised on its way to the scored tokens")
+
+
+def _tokenised(program: Program) -> list[tuple[Term, Term]]:
+    """(call, text) of every cutting of a text into tokens; not the encoding of a text as bytes."""
+    found = []
+    for event in program.events:
+        term = event.term
+        if term.called in _TOKENISERS and term.receiver is not None:
+            text = term.argument(0, "input", "text")
+        elif term.value == "()" and term.parts[0].op == "attr" and term.parts[0].value in _TOKENISERS:
+            text = term.parts[1] if len(term.parts) > 1 else None
+        else:
+            continue
+        if text is not None and text.constant() not in _CODECS:
+            found.append((term, text))
+    return found
+
+
+def _folded(text: Term) -> Term | None:
+    """The call that folds a text, unless marks of a reversible transform are written into it."""
+    found = None
+    for count, term in enumerate(walk(text)):
+        if count > 5000:
+            break
+        if term.op == "const" and isinstance(term.value, str) and any("\ue000" <= c <= "\uf8ff" for c in term.value):
+            return None
+        if term.op == "call" and term.called in _FOLDING and _of_text(term):
+            found = found or term
+        if (
+            term.op == "call"
+            and term.called == "encode"
+            and any(p.constant() in ("ignore", "replace") for p in term.parts)
+        ):
+            found = found or term
+    return found
+
+
+def _of_text(term: Term) -> bool:
+    """unicodedata.normalize and methods of a text; not a vector's normalisation."""
+    return (
+        term.called != "normalize"
+        or str(term.value).startswith("unicodedata")
+        or any(isinstance(part.constant(), str) for part in term.parts)
+    )
+
+
+def _reaches(case: Case, call: Term) -> bool:
+    """Whether tokens of this call are scored."""
+    for one in case.reading.contributions:
+        if any(call in one.streams.chain(target).values() for target in one.targets):
+            return True
+    return False
+
+
+def _replaced(case: Case) -> Term | None:
+    """text[rare] = 3 on the way from the file to the target."""
+    for one in case.reading.contributions:
+        for target in one.targets:
+            for term in one.streams.chain(target).values():
+                if term.op != "store" or not _from_file(term.parts[0], one.streams):
+                    continue
+                value = peel(term.parts[2]).constant()
+                if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+                    return term
+    return None
+
+
+def _from_file(base: Term, streams: Streams) -> bool:
+    """Data as it was read, not a buffer that is being filled."""
+    if not streams.is_stream(base):
+        return False
+    below = peel(base)
+    while below.op in ("merge", "choice", "store", "item", "round", "each"):
+        below = peel(below.parts[1] if below.op == "choice" else below.parts[0])
+    return below.op == "call" and not below.called.startswith(("zeros", "empty", "full", "ones", "new_"))

@@ -1,0 +1,26 @@
+"""Validation tokens are stored in what is handed in: text that is known needs no prediction."""
+
+from fairway.audit.case import Case
+from fairway.audit.terms.data import is_validation, stored, writes
+from fairway.audit.terms.streams import Streams
+from fairway.audit.terms.verdicts import clean_as_read
+from fairway.audit.verdict import Finding
+
+ID = "paid-prefix"
+CHARGE = "validation tokens are stored in the artifact"
+CLAUSE = 'RULES.md R5 and (c) "Val-only training, paid prefix"'
+
+
+def check(case: Case) -> Finding:
+    reading = case.reading
+    streams = Streams()
+    for event, what, _where in writes(reading.entry):
+        for term in stored(what):
+            if is_validation(term, streams):
+                evidence = (
+                    "Tokens of the validation files are written out by the script itself, so that their positions can "
+                    "be scored from what was stored."
+                )
+                way = reading.way(event.term, term)
+                return Finding(ID, "violates", evidence, CLAUSE, reading.place(term), way)
+    return clean_as_read(case, ID, CLAUSE, "nothing that the script writes holds token ids of the validation files")

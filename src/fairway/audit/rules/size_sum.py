@@ -1,0 +1,146 @@
+"""A size that leaves the code out, is held against MiB, or disagrees with the files."""
+
+from fairway.audit.case import Case
+from fairway.audit.records import Record, record_of
+from fairway.audit.records.sums import LIMIT, MIB, Sum, sums
+from fairway.audit.verdict import Finding, Place, Verdict
+
+ID = "size-sum"
+CHARGE = "The size is not code plus artifact within 16,000,000 bytes."
+CLAUSE = "R1: code bytes + compressed model bytes <= 16,000,000, decimal"
+EXEMPTION = "packed-code-count"
+
+
+def check(case: Case) -> Finding:
+    """The folder's numbers first, then the sum that the script itself makes."""
+    record = record_of(case.submission)
+    found = [each for each in (_over(record), _without_code(record), _claimed(record), _weighed(record)) if each]
+    found += _written(case, record)
+    if found:
+        first = next((each for each in found if each.verdict == "violates"), found[0])
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        return Finding(ID, first.verdict, first.evidence + more, CLAUSE, first.place)
+    return _packed(case, record) or Finding(ID, "clean", _said(record), CLAUSE)
+
+
+def _over(record: Record) -> Finding | None:
+    """A logged or claimed sum above the limit."""
+    sums_ = [(log.total.value, Place(log.path, log.total.line)) for log in record.logs if log.total]
+    sums_ += [(record.claims.total, Place("submission.json"))] if record.claims.total else []
+    over = [(value, place) for value, place in sums_ if value > LIMIT]
+    if not over:
+        return None
+    value, place = max(over, key=lambda each: each[0])
+    unit = ", which is under 16 MiB but not under 16 MB" if value <= MIB else ""
+    return Finding(
+        ID, "violates", f"{place.file} gives {value:,.0f} bytes, and the limit is 16,000,000{unit}", CLAUSE, place
+    )
+
+
+def _without_code(record: Record) -> Finding | None:
+    """A sum that equals the model alone."""
+    code = f"{record.code_bytes:,} bytes"
+    for log in record.logs:
+        models = {model.value for model in log.models}
+        if log.total and log.total.value in models:
+            evidence = (
+                f"{log.path}: the total of {log.total.value:,.0f} bytes is the model alone, without {code} of code"
+            )
+            return Finding(ID, "violates", evidence, CLAUSE, Place(log.path, log.total.line))
+    total, artifact = record.claims.total, record.claims.artifact
+    if total and artifact and total == artifact:
+        evidence = (
+            f"submission.json claims {total:,.0f} bytes in all and for the artifact alike: {code} of code are left out"
+        )
+        return Finding(ID, _judged(total + record.code_bytes), evidence, CLAUSE, Place("submission.json"))
+    return None
+
+
+def _claimed(record: Record) -> Finding | None:
+    """A claimed sum against the logged ones."""
+    total = record.claims.total
+    logged = [(log.total.value, log.codes[-1].value if log.codes else 0.0) for log in record.logs if log.total]
+    if not total or not logged or any(abs(total - value) < 1 for value, _ in logged):
+        return None
+    less = [(value, code) for value, code in logged if code and abs(total - (value - code)) < 1]
+    if less:
+        value, code = less[0]
+        evidence = f"submission.json claims {total:,.0f} bytes, the logged {value:,.0f} less the code's {code:,.0f}"
+        return Finding(ID, _judged(value), evidence, CLAUSE, Place("submission.json"))
+    if total < min(value for value, _ in logged) - 1:
+        low = min(value for value, _ in logged)
+        evidence = f"submission.json claims {total:,.0f} bytes, and the logs give {low:,.0f} at least"
+        return Finding(ID, _judged(max(value for value, _ in logged)), evidence, CLAUSE, Place("submission.json"))
+    return None
+
+
+def _weighed(record: Record) -> Finding | None:
+    """The files themselves: the artifact where it lies in the folder, else the largest that a log gives."""
+    largest = max(record.artifacts.items(), key=lambda each: each[1], default=None)
+    logged = [(model.value, Place(log.path, model.line)) for log in record.logs if log.total for model in log.models]
+    logged = [(value, place) for value, place in logged if value < LIMIT]
+    models = [(float(largest[1]), Place(largest[0]))] if largest else logged
+    if not models or _is_packed(record):
+        return None
+    model, place = max(models, key=lambda each: each[0])
+    total = model + record.code_bytes + sum(record.neighbours.values())
+    if total <= LIMIT:
+        return None
+    evidence = (
+        f"{record.code_bytes + sum(record.neighbours.values()):,} bytes of code by stat() and {model:,.0f} bytes of "
+        f"artifact make {total:,.0f}, over 16,000,000"
+    )
+    claimed = Place("submission.json") if record.claims.total else None
+    logged_at = next((Place(log.path, log.total.line) for log in record.logs if log.total), place)
+    return Finding(ID, "violates", evidence, CLAUSE, claimed or logged_at)
+
+
+def _is_packed(record: Record) -> bool:
+    """Whether the code is counted as a packed wrapper that is not what was handed in."""
+    said = [log.codes[-1].value for log in record.logs if log.codes] + [record.claims.code or 0.0]
+    return 0.5 * record.packed_bytes <= max(said) < 0.6 * record.code_bytes
+
+
+def _packed(case: Case, record: Record) -> Finding | None:
+    if not _is_packed(record):
+        return None
+    said = max([log.codes[-1].value for log in record.logs if log.codes] + [record.claims.code or 0.0])
+    evidence = (
+        f"{said:,.0f} bytes are counted for the code, about what it weighs packed; the file handed in has "
+        f"{record.code_bytes:,}"
+    )
+    if case.strict:
+        return Finding(ID, "violates", evidence, CLAUSE, Place(record.entry.path))
+    return Finding(ID, "clean", evidence, CLAUSE, Place(record.entry.path), exemption=EXEMPTION)
+
+
+def _written(case: Case, record: Record) -> list[Finding]:
+    """The sum in the script: against MiB, or without code. Logged sums within the limit make up for the first."""
+    found = []
+    made = sums(case.script)
+    held = any(log.total and log.total.value <= LIMIT for log in record.logs)
+    for each in made:
+        if each.limit == MIB and not held and not any(other.limit == LIMIT for other in made):
+            evidence = "the size is held against 16 MiB (16,777,216 bytes), and the limit is 16,000,000 bytes"
+            found.append(_at(each, evidence))
+    if made and not any(each.code or not each.alone for each in made):
+        found.append(_at(made[0], "the size that is judged is the artifact's alone: no code is added to it"))
+    return found
+
+
+def _at(made: Sum, evidence: str) -> Finding:
+    return Finding(ID, "violates", evidence, CLAUSE, Place(made.script.path, made.script.line(made.line)))
+
+
+def _judged(total: float) -> Verdict:
+    return "violates" if total > LIMIT else "suspect"
+
+
+def _said(record: Record) -> str:
+    totals = [log.total.value for log in record.logs if log.total]
+    if totals:
+        most, code = f"{max(totals):,.0f}", f"{record.code_bytes:,}"
+        return f"{len(totals)} logged sums, at most {most} of 16,000,000 bytes; code by stat(): {code}"
+    if record.claims.total:
+        return f"open: {record.claims.total:,.0f} of 16,000,000 bytes are claimed; no log says how they come about"
+    return f"open: no size is claimed; the script has {record.code_bytes:,} bytes"

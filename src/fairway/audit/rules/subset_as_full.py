@@ -1,0 +1,40 @@
+"""A part of the validation tokens is scored and reported as all of them."""
+
+from fairway.audit.case import Case
+from fairway.audit.passes.findings import passes_of, unseen
+from fairway.audit.passes.reported import scores_of
+from fairway.audit.verdict import Finding
+
+ID = "subset-as-full"
+CHARGE = "a part of the validation tokens is reported as all"
+CLAUSE = 'RULES.md R7; (c) "Subset reported as full"'
+
+FULL = 30_000_000  # tokens: the split has 40 to 62 million, by vocabulary (TECHNIQUES.md 1)
+
+
+def check(case: Case) -> Finding:
+    which, _, _ = passes_of(case)
+    if not which.score:
+        return unseen(case, ID, CLAUSE)
+    scores = scores_of(case.trace, which.score, which.data)
+    cut = [(score, tok.part) for score in scores for tok in score.targets if tok.part and float(tok.part) < FULL]
+    whole = [score for score in scores if all(not tok.part for tok in score.targets)]
+    if cut and not whole:
+        score, part = cut[0]
+        evidence = f"The reported loss at {score.place} covers only what a constant of {float(part):,.0f} lets through."
+        return Finding(ID, "violates", evidence, CLAUSE, score.place)
+    ended = [
+        (score, case.trace.broken[loop])
+        for score in scores
+        for tok in score.targets
+        for loop, _, _ in tok.spans
+        if loop in case.trace.broken and any(loop == each for each, _ in score.nest)
+    ]
+    if ended:
+        score, place = ended[0]
+        evidence = (
+            f"The loop over the validation tokens is left at {place} when a counter or the clock says so; "
+            "the rest is not scored."
+        )
+        return Finding(ID, "violates", evidence, CLAUSE, place)
+    return Finding(ID, "clean", "No constant cuts the validation tokens short.", CLAUSE, which.score[0].place)

@@ -1,0 +1,29 @@
+"""A hint, a weight or a switch depends on the very token that is scored: does it start a word, how likely was it."""
+
+from fairway.audit.case import Case
+from fairway.audit.terms.mixtures import spread_over_bytes
+from fairway.audit.terms.verdicts import clean, unsaid
+from fairway.audit.verdict import Finding
+
+ID = "target-gated-tilt"
+CHARGE = "a tilt, a mixing weight or a gate reads the target"
+CLAUSE = 'RULES.md (b) 1, (c) "n-gram tilt, target-gated" and "Target-keyed mixing gate"'
+
+
+def check(case: Case) -> Finding:
+    reading = case.reading
+    for gates in reading.gates:
+        if next(gates.oracles(), None) is not None or next(spread_over_bytes(gates), None) is not None:
+            continue  # oracle-gate and byte-mixture say it
+        term = next(gates.gated(), None)
+        if term is not None:
+            evidence = (
+                "What is mixed into the prediction, or how strongly, is decided by the token that is being scored; "
+                "with another target at the same place the distribution would be another."
+            )
+            origin = gates.origin(term)
+            way = reading.way(gates.of.term, term, origin)
+            return Finding(ID, "violates", evidence, CLAUSE, reading.place(origin), way)
+    if not reading.reported:
+        return unsaid(ID, CLAUSE)
+    return clean(ID, CLAUSE, "weights, hints and switches of the scored losses read the context alone")

@@ -1,0 +1,54 @@
+"""Training, with what is read of training data afterwards, that takes more than 600 s by the logs."""
+
+import re
+
+from fairway.audit.case import Case
+from fairway.audit.records import Amount, Log, record_of
+from fairway.audit.verdict import Finding, Place, Step
+
+ID = "training-over-time"
+CHARGE = "Training takes longer than 600 s."
+CLAUSE = "R2: training <= 600 s"
+WITHOUT_SCRIPT = True
+
+LIMIT = 600.0  # seconds
+_CALIBRATION = re.compile(r"calibrat|hessian", re.IGNORECASE)
+_TIME = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|sec|seconds)\b")
+_OWN_TEXT = re.compile(r"self[-_ ]?gen|autoregressive|\bAR\b|synthetic|random", re.IGNORECASE)
+
+
+def check(case: Case) -> Finding:
+    """The slowest log decides. The step that crosses the line is forgiven: the clock is looked at between steps."""
+    record = record_of(case.submission)
+    logs = [log for log in record.logs if log.train_seconds is not None]
+    if not logs:
+        why = "open: the logs print no time of training" if record.logs else "open: no log was handed in"
+        return Finding(ID, "clean", why, CLAUSE)
+    if record.claims.unlimited:
+        return Finding(ID, "clean", "handed in on a track without the limit of 600 s", CLAUSE)
+    worst = max(logs, key=lambda log: sum(step.value for step in _parts(log)))
+    parts = _parts(worst)
+    seconds = sum(part.value for part in parts)
+    forgiven = 2 * (worst.step_ms or 100.0) / 1000 + 0.5
+    way = tuple(Step(Place(worst.path, part.line), f"{part.value:.1f} s for {part.says}") for part in parts)
+    said = " + ".join(step.what for step in way)
+    if seconds > LIMIT + forgiven:
+        evidence = f"{worst.path}: {said} make {seconds:.1f} s; the limit is 600 s"
+        return Finding(ID, "violates", evidence, CLAUSE, way[-1].place, way)
+    return Finding(ID, "clean", f"at most {seconds:.1f} s ({said}) of 600 s", CLAUSE, way[-1].place, way)
+
+
+def _own(says: str, trained: float) -> float | None:
+    """The seconds that a line gives for the calibration alone: not a sum with training, nor the limit beside it."""
+    times = [float(number) * (0.001 if unit == "ms" else 1) for number, unit in _TIME.findall(says)]
+    apart = [seconds for seconds in times if seconds < min(trained or LIMIT, LIMIT) * 0.9]
+    return min(apart, default=None)
+
+
+def _parts(log: Log) -> list[Amount]:
+    """Training, and the longest calibration on training data that a line after it times."""
+    trained = Amount(log.stop_line, f"training ({log.steps} steps)", log.train_seconds or 0.0)
+    told = [t for t in log.timers if _CALIBRATION.search(t.says) and not _OWN_TEXT.search(t.says)]
+    after = [Amount(t.line, t.says, own) for t in told if (own := _own(t.says, trained.value)) is not None]
+    longest = max(after, key=lambda timer: timer.value, default=None)
+    return [trained] if longest is None else [trained, Amount(longest.line, f"`{longest.says[:60]}`", longest.value)]

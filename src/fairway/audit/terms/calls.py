@@ -1,0 +1,322 @@
+"""Calls: the script's own functions are entered; what others' functions do to values is told in `foreign`."""
+
+import ast
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from fairway.audit.settings import Settings
+from fairway.audit.terms import expressions, foreign
+from fairway.audit.terms.term import Key, Term
+from fairway.audit.terms.things import Bound, Class, Frame, Function, Instance, constant
+
+if TYPE_CHECKING:
+    from fairway.audit.terms.machine import Machine
+
+_SELF_RETURNING = frozenset(
+    ("to", "cuda", "cpu", "float", "half", "bfloat16", "double", "eval", "train", "requires_grad_", "apply", "module")
+)
+
+
+def call(m: "Machine", node: ast.Call, frame: Frame) -> Term:
+    """The term of a call, after it was entered or recorded."""
+    if isinstance(node.func, ast.Name) and node.func.id == "super":
+        return _super(frame, node)
+    if isinstance(node.func, ast.Name) and node.func.id == "zip" and len(node.args) == 1:
+        rows = node.args[0]
+        if isinstance(rows, ast.Starred):
+            columns = expressions.transposed(m, expressions.value(m, rows.value, frame), frame.file, node.lineno)
+            if columns is not None:
+                return columns
+    base: Term | None = None
+    statement = m.statement is node
+    if isinstance(node.func, ast.Attribute):
+        base = expressions.value(m, node.func.value, frame)
+        function = expressions.attribute(m, base, node.func.attr, frame.file, node.lineno)
+    else:
+        function = expressions.value(m, node.func, frame)
+    positional = _positional(m, node, frame)
+    named = _named(m, node, frame)
+    here = Here(node, frame, base, statement)
+    if m.layers:
+        m.execute(frame.file, node.lineno, frame)
+    return dispatch(m, function, positional, named, here)
+
+
+class Here:
+    """Where a call stands: its text, the frame, what a method is called on, whether its value is thrown away."""
+
+    def __init__(self, node: ast.Call | None, frame: Frame, base: Term | None, statement: bool, line: int = 0) -> None:
+        self.node, self.frame, self.base, self.statement = node, frame, base, statement
+        self.file, self.line = frame.file, node.lineno if node is not None else line
+
+
+def _super(frame: Frame, node: ast.Call) -> Term:
+    at: Frame | None = frame
+    while at is not None and "__owner__" not in at.vars:
+        at = at.outer
+    if at is None:
+        return Term("free", (), "super", frame.file, node.lineno)
+    return Term("super", (), (at.vars["__owner__"].value, at.vars["__self__"]), frame.file, node.lineno)
+
+
+def _positional(m: "Machine", node: ast.Call, frame: Frame) -> list[Term]:
+    terms: list[Term] = []
+    for argument in node.args:
+        term = expressions.value(m, argument, frame)
+        if not isinstance(argument, ast.Starred):
+            terms.append(term)
+        elif term.op in ("list", "tuple") and term.value != "comp":
+            terms.extend(term.parts)
+        else:  # unknown in number: up to three more, each one of its items
+            terms.extend(
+                expressions.item(m, term, constant(i, frame.file, node.lineno), frame.file, node.lineno)
+                for i in range(3)
+            )
+    return terms
+
+
+def _named(m: "Machine", node: ast.Call, frame: Frame) -> dict[str, Term]:
+    terms: dict[str, Term] = {}
+    for keyword in node.keywords:
+        term = expressions.value(m, keyword.value, frame)
+        if keyword.arg is not None:
+            terms[keyword.arg] = term
+        elif term.op == "dict" and term.value != "comp":
+            terms.update(
+                (str(term.parts[i].value), term.parts[i + 1])
+                for i in range(0, len(term.parts), 2)
+                if term.parts[i].op == "const"
+            )
+    return terms
+
+
+def dispatch(m: "Machine", function: Term, positional: list[Term], named: dict[str, Term], here: Here) -> Term:
+    """Calls whatever `function` stands for."""
+    if function.op == "function":
+        return _entered(m, function.value, positional, named, here, 0)
+    if function.op == "bound":
+        bound: Bound = function.value
+        return _entered(m, bound.function, [bound.owner, *positional], named, here, 1)
+    if function.op == "class":
+        return instantiate(m, function.value, positional, named, here.file, here.line)
+    if function.op == "object":
+        for word in ("__call__", "forward"):
+            found = function.value.kind.find(word)
+            if found is not None and found.op == "function":
+                return _entered(m, found.value, [function, *positional], named, here, 1)
+        return opaque(m, "()", [function, *positional], named, here)
+    if function.op in ("choice", "merge") and len(function.parts) <= 6:
+        options = function.parts[1:] if function.op == "choice" else function.parts
+        if any(option.op in ("function", "bound", "class", "object", "name") for option in options):
+            kept = tuple(o for o in options if not (o.op == "const" and o.value is None)) or options
+            results = tuple(
+                _under(m, function, option, positional, named, here)
+                if len(kept) == len(options) == 2
+                else dispatch(m, option, positional, named, here)
+                for option in kept
+            )
+            if len(results) == 1:
+                return results[0]
+            if function.op == "choice" and len(results) == 2:
+                return Term("choice", (function.parts[0], *results), None, here.file, here.line)
+            return Term("merge", results, None, here.file, here.line)
+    if function.op == "name":
+        return foreign.function(m, function.value, positional, named, here)
+    if here.base is not None and here.node is not None and isinstance(here.node.func, ast.Attribute):
+        return foreign.method(m, here.base, here.node.func.attr, positional, named, here)
+    return opaque(m, "()", [function, *positional], named, here)
+
+
+def _under(
+    m: "Machine", function: Term, option: Term, positional: list[Term], named: dict[str, Term], here: Here
+) -> Term:
+    """One of two functions that a condition decides between: what it does is done under that condition."""
+    if function.op != "choice":
+        return dispatch(m, option, positional, named, here)
+    test = function.parts[0]
+    held = test if option is function.parts[1] else Term("op", (test,), "not", test.file, test.line)
+    m.conditions.append(held)
+    try:
+        return dispatch(m, option, positional, named, here)
+    finally:
+        m.conditions.pop()
+
+
+def opaque(
+    m: "Machine", name: str, positional: list[Term], named: Mapping[str, Term], here: Here, receiver: bool = False
+) -> Term:
+    """A call that is not entered: its term holds all that went into it."""
+    keys: list[Key] = list(range(len(positional)))
+    if receiver:
+        keys = ["self", *range(len(positional) - 1)]
+    term = Term("call", (*positional, *named.values()), name, here.file, here.line, (*keys, *named))
+    m.record(term)
+    return term
+
+
+def method(m: "Machine", base: Term, word: str, positional: list[Term], file: str, line: int) -> Term | None:
+    """Calls a method that the script's own class defines; None where it has none."""
+    if base.op != "object":
+        return None
+    found = base.value.kind.find(word)
+    if found is None or found.op != "function":
+        return None
+    return enter(m, found.value, [base, *positional], {}, Term("call", (base, *positional), "." + word, file, line))
+
+
+def _entered(
+    m: "Machine", function: Function, positional: list[Term], named: dict[str, Term], here: Here, owners: int
+) -> Term:
+    before, more = function.given
+    positional = [*before, *positional] if not owners else positional
+    named = {**dict(more), **named}
+    keys: tuple[Key, ...] = (*range(len(positional)), *named)
+    closed = Term("call", (*positional, *named.values()), function.name, here.file, here.line, keys)
+    changed: dict[str, Term] = {}
+    result = enter(m, function, positional, named, closed, changed)
+    if here.node is not None and changed:
+        _copy_out(m, function, here, changed, owners + len(before))
+    return result
+
+
+def _copy_out(m: "Machine", function: Function, here: Here, changed: dict[str, Term], skip: int) -> None:
+    """A container that a function filled in place is filled for its caller, too."""
+    assert here.node is not None
+    names = [a.arg for a in (*function.node.args.posonlyargs, *function.node.args.args)]
+    arguments: list[tuple[str, ast.expr]] = [
+        (name, argument)
+        for name, argument in zip(names[skip:], here.node.args, strict=False)
+        if not isinstance(argument, ast.Starred)
+    ]
+    arguments += [(keyword.arg, keyword.value) for keyword in here.node.keywords if keyword.arg]
+    for name, argument in arguments:
+        if name in changed and isinstance(argument, (ast.Name, ast.Attribute, ast.Subscript)):
+            m.write_back(argument, changed[name], here.frame)
+
+
+def enter(
+    m: "Machine",
+    function: Function,
+    positional: list[Term],
+    named: dict[str, Term],
+    closed: Term,
+    changed: dict[str, Term] | None = None,
+) -> Term:
+    """The value of a function's body for these arguments; `closed`, the call itself, where it is not entered.
+    changed: receives the parameters whose container was filled in place."""
+    if not m.may_enter(function):
+        m.record(closed)
+        return closed
+    node = function.node
+    frame = Frame(function.frame.file, outer=function.frame, depth=len(m.conditions))
+    given = _parameters(m, function, positional, named, frame)
+    frame.vars.update(given)
+    if function.owner is not None and positional:
+        frame.vars["__owner__"] = Term("class", (), function.owner)
+        frame.vars["__self__"] = positional[0]
+    m.active.append(node)
+    m.path.append(function.name)
+    m.marks.append(m.loops)
+    loops, m.loops = m.loops, m.loops
+    try:
+        if isinstance(node, ast.Lambda):
+            return expressions.value(m, node.body, frame)
+        ended = m.block(node.body, frame)
+    finally:
+        m.active.pop()
+        m.path.pop()
+        m.marks.pop()
+        m.loops = loops
+    if changed is not None:
+        for name, before in given.items():
+            after = frame.vars.get(name, before)
+            if after is not before and _grew_from(after, before):
+                changed[name] = after
+    if frame.yields:
+        merged = (
+            frame.yields[0]
+            if len(frame.yields) == 1
+            else Term("merge", tuple(frame.yields), None, frame.file, node.lineno)
+        )
+        return Term("list", (merged,), "comp", frame.file, node.lineno)
+    return _returned(frame, ended, node.lineno)
+
+
+def _parameters(
+    m: "Machine", function: Function, positional: list[Term], named: dict[str, Term], frame: Frame
+) -> dict[str, Term]:
+    arguments = function.node.args
+    names = [a.arg for a in (*arguments.posonlyargs, *arguments.args)]
+    given = dict(function.defaults)
+    given.update(zip(names, positional, strict=False))
+    known = {*names, *(a.arg for a in arguments.kwonlyargs)}
+    given.update({name: term for name, term in named.items() if name in known})
+    line = function.node.lineno
+    if arguments.vararg is not None:
+        given[arguments.vararg.arg] = Term("tuple", tuple(positional[len(names) :]), None, frame.file, line)
+    if arguments.kwarg is not None:
+        rest = [(n, t) for n, t in named.items() if n not in known]
+        parts = tuple(part for n, t in rest for part in (constant(n, frame.file, line), t))
+        given[arguments.kwarg.arg] = Term("dict", parts, None, frame.file, line)
+    for name in known - set(given):
+        given[name] = Term("free", (), name, frame.file, line)
+    for name, default in function.defaults.items():
+        term = given[name]
+        if term is default and term.op == "call" and str(term.value).startswith("typer."):
+            given[name] = term.argument(0, "default") or term
+    return given
+
+
+def _grew_from(after: Term, before: Term) -> bool:
+    """Whether a value is the given one with stores and in-place changes on top."""
+    waiting, steps = [after], 0
+    while waiting and steps < 200:
+        term = waiting.pop()
+        steps += 1
+        if term is before:
+            return True
+        if term.op in ("store", "mutate"):
+            waiting.append(term.parts[0])
+        elif term.op in ("choice", "merge"):
+            waiting.extend(term.parts[1:] if term.op == "choice" else term.parts)
+    return False
+
+
+def _returned(frame: Frame, ended: bool, line: int) -> Term:
+    """One value of all returns: a choice where a condition decides between them."""
+    returns = list(frame.returns)
+    if not returns:
+        return constant(None, frame.file, line)
+    result = returns.pop()[1] if ended or returns[-1][0] is None else constant(None, frame.file, line)
+    for test, term in reversed(returns):
+        result = (
+            term if test is None or term is result else Term("choice", (test, term, result), None, term.file, term.line)
+        )
+    return result
+
+
+def instantiate(
+    m: "Machine", kind: Class, positional: list[Term], named: dict[str, Term], file: str, line: int
+) -> Term:
+    instance = Instance(kind, depth=len(m.conditions), order=len(m.events))
+    term = Term("object", (), instance, file, line)
+    start = kind.find("__init__")
+    if start is not None and start.op == "function":
+        enter(m, start.value, [term, *positional], named, Term("call", (term, *positional), kind.name, file, line))
+        return term
+    fields = kind.all_fields()
+    instance.attrs.update(zip(fields, positional, strict=False))
+    instance.attrs.update({name: value for name, value in named.items() if name in fields})
+    method(m, term, "__post_init__", [], file, line)
+    return term
+
+
+def with_environment(settings: Settings, name: str, value: Any) -> Settings:
+    """The settings after the script itself has set a variable."""
+    return replace(settings, environment={**settings.environment, name: str(value)})
+
+
+def returns_itself(word: str) -> bool:
+    """Methods that a module of the framework has and that give the module back."""
+    return word in _SELF_RETURNING

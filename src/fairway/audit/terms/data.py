@@ -1,0 +1,110 @@
+"""Which data token ids come from, and what is written where."""
+
+import re
+from collections.abc import Iterator
+
+from fairway.audit.terms.program import Program
+from fairway.audit.terms.streams import Streams, carried
+from fairway.audit.terms.term import Term, peel, walk
+from fairway.audit.terms.things import Event
+
+_VALIDATION = re.compile(r"(?<![a-z])val(?![a-z]*ue)|valid|held.?out|heldout", re.IGNORECASE)
+_TRAINING = re.compile(r"train", re.IGNORECASE)
+_WRITERS = frozenset(
+    [
+        "write",
+        "write_bytes",
+        "write_text",
+        "dump",
+        "save",
+        "tofile",
+        "savez",
+        "savez_compressed",
+        "save_file",
+        "writelines",
+    ]
+)
+_PACKERS = frozenset(
+    """compress tobytes dumps astype encode join b85encode b64encode pack getvalue ascontiguousarray view bytes
+    bytearray asarray array packbits save_to_bytes copy""".split()  # noqa: SIM905
+)
+
+
+def words(term: Term, limit: int = 3000) -> Iterator[str]:
+    """Literal texts below a term."""
+    for count, below in enumerate(walk(term)):
+        if count > limit:
+            return
+        if below.op == "const" and isinstance(below.value, str):
+            yield below.value
+
+
+def names_validation(*terms: Term) -> bool:
+    """Whether a path (a pattern, a file's name) names the validation split and not the training split."""
+    said = [word for term in terms for word in words(term)]
+    return any(_VALIDATION.search(word) for word in said) and not any(_TRAINING.search(word) for word in said)
+
+
+def names_training(*terms: Term) -> bool:
+    return any(_TRAINING.search(word) for term in terms for word in words(term))
+
+
+def sources(term: Term, streams: Streams) -> list[Term]:
+    """The reads of files that token ids come from."""
+    return [
+        one
+        for one in streams.chain(term).values()
+        if one.op == "call" and not any(map(streams.is_stream, carried(one)))
+    ]
+
+
+def is_validation(term: Term, streams: Streams) -> bool:
+    """Token ids of validation files, by the paths that they were read from."""
+    if not streams.is_stream(term):
+        return False
+    return any(names_validation(*source.parts) for source in sources(term, streams))
+
+
+def stored(root: Term) -> Iterator[Term]:
+    """What is kept as it is in something that is written: through containers, packing and compression."""
+    waiting, seen = [root], set[int]()
+    while waiting and len(seen) < 3000:
+        term = waiting.pop()
+        if id(term) in seen:
+            continue
+        seen.add(id(term))
+        yield term
+        below = peel(term)
+        if below is not term:
+            waiting.append(below)
+        elif term.op in ("dict", "list", "tuple", "set", "merge", "text", "each", "round"):
+            waiting.extend(term.parts)
+        elif term.op == "choice":
+            waiting.extend(term.parts[1:])
+        elif term.op == "store":
+            waiting.extend((term.parts[0], term.parts[2]))
+        elif term.op == "mutate" or (term.op == "op" and term.value == "+"):
+            waiting.extend(term.parts)
+        elif term.op == "item":
+            waiting.append(term.parts[0])
+        elif term.op == "call" and (term.called in _PACKERS or "ompress" in term.called):
+            waiting.extend(part for part in term.parts if part.op != "name")
+        elif term.op == "object":
+            waiting.extend(term.value.attrs.values())
+
+
+def writes(program: Program) -> Iterator[tuple[Event, Term, Term]]:
+    """(event, what is written, where to): of write, dump, save and the like."""
+    for event in program.called(*_WRITERS):
+        term = event.term
+        arguments = [part for part, key in zip(term.parts, term.keys, strict=True) if key != "self"]
+        if not arguments:
+            continue
+        what, where = arguments[0], term.receiver
+        if term.called == "tofile" and term.receiver is not None:
+            what, where = term.receiver, arguments[0]
+        elif where is None or term.value in ("numpy.save", "numpy.savez"):
+            where = arguments[1] if len(arguments) > 1 else arguments[0]
+            if term.value in ("numpy.save", "numpy.savez", "numpy.savez_compressed"):
+                what, where = (arguments[1] if len(arguments) > 1 else arguments[0]), arguments[0]
+        yield event, what, where

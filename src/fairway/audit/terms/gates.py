@@ -1,0 +1,396 @@
+"""What a contribution to the score does with its target, beyond reading a finished distribution at it."""
+
+from collections.abc import Iterator
+from functools import cached_property
+
+from fairway.audit.terms.octets import looked_up
+from fairway.audit.terms.streams import Streams, is_mask, reads, token_terms
+from fairway.audit.terms.targets import Contribution, is_running
+from fairway.audit.terms.term import Term, alternatives, any_below, peel, same
+
+_LOGS = frozenset(("log", "log2", "log1p", "logaddexp", "logsumexp", "log_", "logaddexp2"))
+_PRODUCTS = frozenset(("mul", "multiply", "dot", "matmul", "einsum", "lerp", "mm", "bmm", "average"))
+_CHECKS = frozenset(("isfinite", "isnan", "isinf", "is_tensor"))
+_SIZES = frozenset(("lt", "le", "gt", "ge", "less", "less_equal", "greater", "greater_equal"))
+_SMALLEST = frozenset(("minimum", "maximum", "fmin", "fmax", "min", "max", "amin", "amax", "nanmin", "nanmax"))
+
+
+class Gates:
+    """The questions of the distribution rules about one contribution."""
+
+    def __init__(self, contribution: Contribution) -> None:
+        self.of = contribution
+        self.kinds = contribution.kinds
+
+    @cached_property
+    def nodes(self) -> list[Term]:
+        return list(self.of.below(self.of.term))
+
+    @cached_property
+    def inside(self) -> set[int]:
+        """Terms that a logarithm, or the place of a distribution, is taken of."""
+        roots: list[Term] = []
+        for term in self.nodes:
+            place = self.of.scored_place(term)
+            if (place is not None and self.kinds(place)) or term.called in _LOGS:
+                roots.extend(part for part in term.parts if part is not place)
+        return {id(below) for below in self.of.below(*roots)}
+
+    # ---- the better of two, known by the answer
+
+    def oracles(self) -> Iterator[Term]:
+        """Choices between losses (or probabilities) of one target by comparing them."""
+        for term in self.nodes:
+            fork = forked(term)
+            if fork is not None:
+                test, yes, no = fork
+                if self._scored(yes) and self._scored(no) and any(self._compared(test)) and not carried(term):
+                    yield term
+            elif term.op == "call" and term.called in _SMALLEST:
+                options = _options(term)
+                scored = [part for part in options if self._scored(part)]
+                several = len(scored) >= 2 and not any(carried(part, term) for part in scored)
+                if several or (len(options) == len(scored) == 1 and _chooses(scored[0])):
+                    yield term
+
+    def clipped(self) -> Iterator[Term]:
+        """Losses that are cut off above, probabilities lifted to a floor: by more than a guard against nought."""
+        for term in self.nodes:
+            if term.op != "call" or term.called not in _CUTS:
+                continue
+            operand = term.operand("a")
+            if operand is None or not self._scored(operand):
+                continue
+            low, high = _bounds(term)
+            inside = id(term) in self.inside
+            if (not inside and high is not None and 0 < high <= _HIGHEST) or (
+                inside and low is not None and low >= _LOWEST
+            ):
+                yield term
+
+    def _scored(self, term: Term) -> bool:
+        return bool(self.kinds(term) & {"score", "key"})
+
+    def _compared(self, test: Term) -> Iterator[Term]:
+        """Comparisons by size of two losses; `better = a - b; better > 0` is one, too."""
+        for term in self.of.below(test):
+            if term.op == "compare" and term.value in ("<", "<=", ">", ">="):
+                both = all(self._scored(side) for side in term.parts)
+                if both or any(self._is_scored_difference(side) for side in term.parts):
+                    yield term
+            elif term.op == "call" and term.called in _SIZES and len([p for p in term.parts if self._scored(p)]) >= 2:
+                yield term
+
+    def _is_scored_difference(self, term: Term) -> bool:
+        below = peel(term)
+        return below.op == "op" and below.value == "-" and all(self._scored(part) for part in below.parts)
+
+    # ---- a weight, a strength or a switch that knows the answer
+
+    def gated(self) -> Iterator[Term]:
+        """Switches and weights that read the target in another way than as a place or by matching a hint."""
+        for term in self.nodes:
+            fork = forked(term)
+            if fork is not None:
+                yield from self._switch(term, *fork)
+            elif _is_product(term):
+                yield from self._weight(term)
+        for term in self.nodes:
+            if id(term) in self.inside and self._looks_up_target(term):
+                yield term
+            place = self.of.scored_place(term)
+            if place is not None and self.kinds(place):
+                whole = [part for part in term.parts if part is not place]
+                yield from (one for part in whole for one in self._knows(part))
+
+    def _knows(self, distribution: Term) -> Iterator[Term]:
+        """What in a distribution reads the target before the distribution is read at it."""
+        if not self.kinds(distribution) & {"score", "read"}:
+            return
+        waiting, seen = [distribution], set[int]()
+        while waiting and len(seen) < 20_000:
+            term = waiting.pop()
+            if id(term) in seen or _is_update(term):  # a state that has learned already is another rule's matter
+                continue
+            seen.add(id(term))
+            if self._looks_up_target(term) or (self.of.scored_place(term) is not None and self.kinds(term)):
+                yield term
+            waiting.extend(reads(term, self.of.streams))
+
+    def origin(self, term: Term) -> Term:
+        """The lookup by the target that a switch or a weight goes back to; the term itself where there is none."""
+        test = forked(term)
+        roots = (test[0],) if test is not None else term.parts
+        if test is not None and "read" not in self.kinds(test[0]):
+            return term
+        found = (one for root in roots if self.kinds(root) for one in self.of.below(root) if self._looks_up_target(one))
+        return next(found, term)
+
+    def _switch(self, term: Term, test: Term, yes: Term, no: Term) -> Iterator[Term]:
+        kinds = self.kinds(test)
+        if any_below(test, lambda t: t.op == "call" and t.called in _CHECKS) or same(yes, no):
+            return
+        known = "read" in kinds or ("score" in kinds and not any(self._compared(test)))
+        if known and not (_is_nothing(yes) or _is_nothing(no)):
+            yield term
+        if kinds == {"match"} and not any(self._is_plain(arm) for arm in (yes, no)):
+            yield term  # a hint that is kept or dropped by whether it is right
+        hint_only = kinds == {"match"} and self._scored(yes) and self._scored(no)
+        if hint_only and self.has_other_place(yes) != self.has_other_place(no):
+            yield term
+
+    def _is_plain(self, arm: Term) -> bool:
+        """A loss, a token, a constant: what a mask or the accepted tilt chooses between."""
+        return self._scored(arm) or bool(self.kinds(arm)) or _is_nothing(arm) or peel(arm).op == "const"
+
+    def has_other_place(self, term: Term) -> bool:
+        """Whether a distribution is read at another token than the target: the hint, for the normaliser."""
+        for below in self.of.below(term):
+            place = self.of.scored_place(below)
+            looked = place is not None and (below.op == "call" or self.of.streams.is_key(place))
+            if looked and place is not None and not self.kinds(place):
+                return True
+        return False
+
+    def _weight(self, term: Term) -> Iterator[Term]:
+        kinds = [self.kinds(part) for part in term.parts[:2]]
+        if len(kinds) < 2 or not kinds[0] or not kinds[1]:
+            return
+        if all("score" in one for one in kinds):
+            yield term
+            return
+        reading = next((part for part, one in zip(term.parts, kinds, strict=False) if "read" in one), None)
+        if reading is None:
+            return
+        other = kinds[1] if reading is term.parts[0] else kinds[0]
+        if "match" in other or id(term) in self.inside or ("score" in other and self._has_complement(reading)):
+            yield term
+
+    def _has_complement(self, weight: Term) -> bool:
+        """Whether 1 - weight, or ~weight, is used as well."""
+        for term in self.nodes:
+            one_minus = term.op == "op" and term.value == "-" and term.parts[0].constant() in (1, 1.0)
+            if (one_minus or (term.op == "op" and term.value in ("~", "not"))) and same(term.parts[-1], weight, 8):
+                return True
+        return False
+
+    def _looks_up_target(self, term: Term) -> bool:
+        """table[target] where the table is no distribution and no memory of contexts."""
+        if term.op != "item" or self.of.scored_place(term) is not None or is_mask(term.parts[1]):
+            return False
+        reads_it = "read" in self.kinds(term) & self.kinds(term.parts[1]) and not self.kinds(term.parts[0])
+        return reads_it and not self.of.streams.is_stream(term)
+
+    # ---- ratios of counts
+
+    def ratios(self) -> Iterator[tuple[Term, Term, Term]]:
+        """(term, above, below) of the divisions in a contribution; a difference of logarithms is one."""
+        for term in self.nodes:
+            divides = term.op == "op" and term.value == "/"
+            if divides or (term.called in ("div", "divide", "true_divide") and len(term.parts) >= 2):
+                yield term, term.parts[0], term.parts[1]
+            elif term.op == "op" and term.value == "-":
+                above, below = peel(term.parts[0]), peel(term.parts[1])
+                if above.called in _LOGS and below.called in _LOGS:
+                    yield term, above, below
+
+    def lookups(self, root: Term) -> list[tuple[Term, Term]]:
+        """(lookup, key) of the counts that a value is made of, through sums, products, limits and choices."""
+        found: list[tuple[Term, Term]] = []
+        seen: set[int] = set()
+        waiting = [root]
+        while waiting and len(seen) < 400:
+            term = peel(waiting.pop())
+            if id(term) in seen:
+                continue
+            seen.add(id(term))
+            key = self._key_of(term)
+            if key is not None:
+                found.append((term, key))
+            elif term.op == "op" and term.value in ("+", "-", "*"):
+                waiting.extend(term.parts)
+            elif term.op in ("choice", "merge", "list", "tuple"):
+                waiting.extend(term.parts[1:] if term.op == "choice" else term.parts)
+            elif term.op == "item":
+                waiting.append(term.parts[0])
+            elif term.op == "call" and term.called in _LIMITS:
+                waiting.extend(term.parts)
+        return found
+
+    def _key_of(self, term: Term) -> Term | None:
+        streams = self.of.streams
+        if term.op == "item" and not streams.is_stream(term.parts[0]) and streams.from_tokens(term.parts[1]):
+            return term.parts[1]
+        if term.op == "call" and term.called in ("get", "index_select", "take", "gather"):
+            base = looked_up(term) if term.called != "get" else term.receiver
+            key = term.parts[1] if len(term.parts) > 1 else None
+            if base is not None and key is not None and not streams.is_stream(base) and streams.from_tokens(key):
+                return key
+        return None
+
+    def tokens(self, key: Term) -> list[Term]:
+        return list(token_terms(key, self.of.streams))
+
+
+_CUTS = frozenset(("clamp", "clip", "clamp_max", "clamp_min", "minimum", "maximum", "min", "max"))
+_HIGHEST = 20.0  # nats: a token of probability 2e-9; a guard against infinity stands higher
+_LOWEST = 1e-5  # of a probability; a guard against log 0 is 1e-9 or less
+
+
+def _bounds(term: Term) -> tuple[float | None, float | None]:
+    """(lower, upper) bound by a number."""
+    numbers = {key: part.constant() for part, key in zip(term.parts, term.keys, strict=True) if key != "self"}
+    first = [value for key, value in numbers.items() if isinstance(value, (int, float)) and not isinstance(value, bool)]
+    word = term.called
+    low, high = numbers.get("min", numbers.get("a_min")), numbers.get("max", numbers.get("a_max"))
+    if word in ("clamp_min", "maximum", "max") and low is None:
+        low = first[0] if first else None
+    elif word in ("clamp_max", "minimum", "min") and high is None:
+        high = first[0] if first else None
+    elif word in ("clamp", "clip") and low is None and high is None:
+        plain = [
+            value for key, value in numbers.items() if isinstance(key, int) and not (key == 0 and term.receiver is None)
+        ]
+        low, high = (*plain, None, None)[:2]
+    return _number(low), _number(high)
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+_LIMITS = frozenset(
+    """minimum maximum min max clip clamp clamp_min clamp_max where log log2 log1p float int nan_to_num sum
+    array stack cat""".split()  # noqa: SIM905
+)
+
+
+def forked(term: Term) -> tuple[Term, Term, Term] | None:
+    """(condition, if true, if false) of a choice: if, where, select, masked_fill."""
+    if term.op == "choice" and len(term.parts) == 3:
+        return term.parts[0], term.parts[1], term.parts[2]
+    if term.op == "call" and term.called in ("where", "select", "cond") and len(term.parts) >= 3:
+        if term.receiver is not None:  # x.where(condition, other)
+            return term.parts[1], term.parts[0], term.parts[2]
+        return term.parts[0], term.parts[1], term.parts[2]
+    return None
+
+
+def carried(term: Term, at: Term | None = None) -> bool:
+    """Whether one of the options is what an earlier pass left: the best so far. That is a choice among passes."""
+    options = [term] if at is not None else [*alternatives(term)]
+    line = (at or term).file, (at or term).line
+    for option in options:
+        waiting, steps = [option], 0
+        while waiting and steps < 60:
+            one = peel(waiting.pop())
+            steps += 1
+            if at is not None and one is not at and (one.file, one.line) == line and one.op in ("call", "choice"):
+                return True
+            if one.op in ("merge", "store", "mutate"):
+                waiting.extend(one.parts)
+            elif one.op in ("choice", "item"):
+                waiting.extend(one.parts[1:] if one.op == "choice" else one.parts[:1])
+    if at is None and term.op == "choice":
+        return any(
+            one.op == "choice" and one is not term and (one.file, one.line) == line
+            for part in term.parts[1:]
+            for one in _merged(part)
+        )
+    return False
+
+
+def _merged(term: Term) -> Iterator[Term]:
+    waiting, steps = [term], 0
+    while waiting and steps < 60:
+        one = peel(waiting.pop())
+        steps += 1
+        yield one
+        if one.op == "merge":
+            waiting.extend(one.parts)
+
+
+def _options(term: Term) -> list[Term]:
+    """What a minimum or maximum is taken of: its arguments, but for the dimension of x.min(0) and torch.min(x, 0)."""
+    along = term.receiver is not None or "." in str(term.value)
+    return [
+        part
+        for part, key in zip(term.parts, term.keys, strict=True)
+        if key not in ("dim", "axis", "key", "keepdim", "keepdims") and not (along and type(part.constant()) is int)
+    ]
+
+
+def _chooses(operand: Term) -> bool:
+    """min or max over a few experts: of a stack of named things, or of a row of probabilities read at the target; not
+    over a list that a loop of passes has filled."""
+    below = peel(operand)
+    if below.op == "call" and below.called in ("stack", "cat", "vstack", "concatenate", "array"):
+        listed = below.operand("tensors", "arrays")
+        return listed is not None and listed.op in ("list", "tuple") and listed.value != "comp"
+    if below.op in ("list", "tuple"):
+        return below.value != "comp"
+    return below.op == "item"
+
+
+def _is_update(term: Term) -> bool:
+    """decay * state + what is learned: the next value of something that began as nought and is carried along."""
+    if term.op != "op" or term.value not in ("+", "-"):
+        return False
+    left = peel(term.parts[0])
+    scaled = left.op == "op" and left.value == "*" and any(part.op == "const" for part in left.parts)
+    return is_running(left.parts[1] if scaled and left.parts[0].op == "const" else left.parts[0] if scaled else left)
+
+
+def _is_product(term: Term) -> bool:
+    if term.op == "op" and term.value in ("*", "@"):
+        return True
+    return term.op == "call" and term.called in _PRODUCTS
+
+
+def _is_nothing(term: Term) -> bool:
+    """Nought, or nothing at all: a mask leaves out, it does not choose."""
+    below = peel(term)
+    if below.op == "const":
+        return below.value in (None, 0, 0.0, False) or below.value == ""
+    if below.op == "call" and below.called in ("zeros", "zeros_like", "new_zeros"):
+        return True
+    return below.op == "attr" and below.value == "new_zeros"
+
+
+_MIXERS = frozenset(("%", "&", "^", ">>"))
+
+
+def is_hashed(key: Term) -> bool:
+    """Whether a key is folded into a number of buckets, so that different contexts meet."""
+    return any_below(
+        key,
+        lambda t: (
+            (t.op == "op" and t.value in _MIXERS)
+            or (t.op == "call" and ("hash" in t.called.lower() or t.called in _HASHERS))
+        ),
+    )
+
+
+_HASHERS = frozenset(
+    ("remainder", "fmod", "mod", "bitwise_and", "bitwise_xor", "crc32", "adler32", "md5", "sha256", "blake2b", "xxh64")
+)
+
+
+def spans_vocabulary(key: Term, streams: Streams) -> bool:
+    """Whether a key runs over all tokens: arange, or the numbers of a long range; not where tokens are cut out."""
+    waiting, seen = [key], set[int]()
+    while waiting and len(seen) < 400:
+        term = peel(waiting.pop())
+        if id(term) in seen or streams.is_stream(term):
+            continue
+        seen.add(id(term))
+        if term.op == "call" and term.called in ("arange", "range", "linspace"):
+            length = term.parts[-1].constant() if len(term.parts) == 1 else None
+            if not isinstance(length, int) or length > _FEW:
+                return True
+            continue
+        waiting.extend(term.parts[:1] if term.op == "item" else term.parts)
+    return False
+
+
+_FEW = 64  # a loop over orders or heads; a vocabulary has at least 256 tokens

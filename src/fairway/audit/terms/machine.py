@@ -1,0 +1,491 @@
+"""Reads a script as the machine would run it, without running it: every value becomes a term.
+
+Functions and methods are entered where they are called; a branch is taken where its condition is known, else both are,
+and the names become choices; a loop's body is read twice, so that what one round leaves reaches the next. Bounded: in
+steps, in depth, in recursion and in the effort spent on any one function; beyond that a call stays an opaque term.
+"""
+
+import ast
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fairway.audit.reading.script import Layer
+from fairway.audit.settings import UNKNOWN, Settings, truth
+from fairway.audit.terms import calls, expressions
+from fairway.audit.terms.term import Term
+from fairway.audit.terms.things import Class, Event, Frame, Function, Instance, Loop, constant
+
+STEPS = 400_000  # expressions read in all: about 2 s
+OWN_STEPS = 30_000  # expressions of any one function: a model's forward is read often enough by then
+DEPTH = 14  # calls within calls
+ROUNDS_DEPTH = 4  # loops nested deeper than this are read once
+
+
+_INNER = frozenset(("setdefault", "get", "view", "reshape", "flatten", "detach", "view_as", "T", "narrow", "select"))
+
+
+@dataclass(frozen=True)
+class Module:
+    """A script's text: how it is imported (its stem), its path, its tree."""
+
+    name: str
+    path: str
+    tree: ast.Module
+
+
+class Machine:
+    """Reads one program. After `run`: events in order, options of its argument parsers, what was cut short."""
+
+    def __init__(
+        self,
+        entry: Module,
+        others: Iterable[Module],
+        settings: Settings,
+        layers: Mapping[tuple[str, int], Layer] | None = None,
+    ) -> None:
+        self.entry = entry
+        self.others = {module.name: module for module in others}
+        self.settings = settings
+        self.layers = layers or {}
+        self.executed: set[str] = set()
+        self.items: dict[tuple[int, Any], tuple[Term, Term]] = {}
+        self.events: list[Event] = []
+        self.options: dict[str, Term] = {}
+        self.conditions: list[Term] = []
+        self.path: list[str] = []
+        self.active: list[ast.AST] = []
+        self.loops = 0
+        self.rounds = 0
+        self.marks: list[int] = []  # loops that held when each of the calls in `path` was entered
+        self.steps = 0
+        self.own_steps: dict[int, int] = {}
+        self.cut: list[str] = []  # functions that were not entered any more
+        self.modules: dict[str, Frame] = {}
+        self.statement: ast.expr | None = None  # the expression whose value is thrown away
+
+    def run(self) -> "Machine":
+        """Reads the entry's text; a text that only defines things has its functions read with unknown arguments."""
+        frame = self.load(self.entry, "__main__")
+        if not self.path and not any(event.path for event in self.events):
+            for term in list(frame.vars.values()):
+                if term.op == "function" and term.file == self.entry.path:
+                    calls.enter(self, term.value, [], {}, term)
+        return self
+
+    def load(self, module: Module, name: str) -> Frame:
+        frame = Frame(module.path, depth=len(self.conditions))
+        self.modules[module.name] = frame
+        frame.vars["__name__"] = constant(name)
+        frame.vars["__file__"] = Term("free", (), "__file__", module.path)
+        self.block(module.tree.body, frame)
+        return frame
+
+    def execute(self, file: str, line: int, frame: Frame) -> None:
+        """The text that an exec (or a start of another program) of this line executes, read in its place."""
+        layer = self.layers.get((file, line))
+        if layer is None or layer.script.tree is None or layer.script.path in self.executed:
+            return
+        self.executed.add(layer.script.path)
+        home = frame.module
+        inside = Frame(layer.script.path, vars=home.vars if layer.how == "exec" else {}, depth=len(self.conditions))
+        inside.vars["__name__"] = constant("__main__")
+        self.block(layer.script.tree.body, inside)
+        if layer.how == "exec":
+            home.vars = inside.vars
+
+    # ---- statements: each answers whether the path ends there
+
+    def block(self, statements: Sequence[ast.stmt], frame: Frame) -> bool:
+        for statement in statements:
+            if self.steps > STEPS:
+                return False
+            handler: Callable[[ast.stmt, Frame], bool | None] | None
+            handler = getattr(self, "on_" + type(statement).__name__, None)
+            if handler is not None and handler(statement, frame):
+                return True
+        return False
+
+    def value(self, node: ast.expr | None, frame: Frame) -> Term:
+        return expressions.value(self, node, frame)
+
+    def on_Expr(self, node: ast.Expr, frame: Frame) -> None:
+        self.statement = node.value
+        self.value(node.value, frame)
+
+    def on_Assign(self, node: ast.Assign, frame: Frame) -> None:
+        term = self.value(node.value, frame)
+        for target in node.targets:
+            self.assign(target, term, frame)
+
+    def on_AnnAssign(self, node: ast.AnnAssign, frame: Frame) -> None:
+        if node.value is not None:
+            self.assign(node.target, self.value(node.value, frame), frame)
+
+    def on_AugAssign(self, node: ast.AugAssign, frame: Frame) -> None:
+        before = self.value(node.target, frame)
+        term = expressions.operation(self, node.op, before, self.value(node.value, frame), frame.file, node.lineno)
+        self.assign(node.target, term, frame)
+
+    def on_Return(self, node: ast.Return, frame: Frame) -> bool:
+        frame.returns.append((self.conjunction(frame.depth), self.value(node.value, frame)))
+        return True
+
+    def on_Raise(self, node: ast.Raise, frame: Frame) -> bool:
+        if node.exc is not None:
+            self.value(node.exc, frame)
+        return True
+
+    def on_Assert(self, node: ast.Assert, frame: Frame) -> None:
+        self.value(node.test, frame)
+
+    def on_Continue(self, node: ast.Continue, frame: Frame) -> bool:
+        if frame.loops:
+            frame.loops[-1].continued.append((self.conjunction(frame.loops[-1].depth), dict(frame.vars)))
+        return True
+
+    def on_Break(self, node: ast.Break, frame: Frame) -> bool:
+        if frame.loops:
+            frame.loops[-1].broken.append((self.conjunction(frame.loops[-1].depth), dict(frame.vars)))
+        return True
+
+    def on_Global(self, node: ast.Global, frame: Frame) -> None:
+        frame.elsewhere.update(dict.fromkeys(node.names, frame.module))
+
+    def on_Nonlocal(self, node: ast.Nonlocal, frame: Frame) -> None:
+        for name in node.names:
+            outer = frame.outer
+            while outer is not None and name not in outer.vars:
+                outer = outer.outer
+            if outer is not None:
+                frame.elsewhere[name] = outer
+
+    def on_Import(self, node: ast.Import, frame: Frame) -> None:
+        for alias in node.names:
+            name = alias.name if alias.asname else alias.name.split(".")[0]
+            own = self.own_module(name)
+            term = Term("namespace", (), own, frame.file, node.lineno) if own else None
+            frame.vars[alias.asname or name] = term or Term("name", (), name, frame.file, node.lineno)
+
+    def on_ImportFrom(self, node: ast.ImportFrom, frame: Frame) -> None:
+        own = self.own_module(node.module or "")
+        for alias in node.names:
+            if own is not None and alias.name == "*":
+                frame.vars.update({name: term for name, term in own.vars.items() if not name.startswith("__")})
+            elif own is not None and alias.name in own.vars:
+                frame.vars[alias.asname or alias.name] = own.vars[alias.name]
+            else:
+                nested = self.own_module(alias.name) if not node.module else None
+                frame.vars[alias.asname or alias.name] = (
+                    Term("namespace", (), nested, frame.file, node.lineno)
+                    if nested
+                    else Term("name", (), f"{node.module}.{alias.name}", frame.file, node.lineno)
+                )
+
+    def own_module(self, name: str) -> Frame | None:
+        """A neighbouring script of this name, read at its first import."""
+        stem = name.rsplit(".", 1)[-1]
+        if stem in self.modules:
+            return self.modules[stem]
+        module = self.others.get(stem)
+        return self.load(module, stem) if module is not None and name in (stem, module.name) else None
+
+    def on_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef, frame: Frame) -> None:
+        frame.vars[node.name] = expressions.function(self, node, frame)
+
+    on_AsyncFunctionDef = on_FunctionDef
+
+    def on_ClassDef(self, node: ast.ClassDef, frame: Frame) -> None:
+        inside = Frame(frame.file, outer=frame, depth=len(self.conditions))
+        bases = [self.value(base, frame) for base in node.bases]
+        self.block(node.body, inside)
+        fields = tuple(
+            s.target.id for s in node.body if isinstance(s, ast.AnnAssign) and isinstance(s.target, ast.Name)
+        )
+        own = tuple(base.value for base in bases if base.op == "class")
+        outside = tuple(str(base.value) for base in bases if base.op == "name")
+        made = Class(node.name, inside.vars, own, outside, fields)
+        for term in inside.vars.values():
+            if term.op == "function" and term.value.owner is None:
+                term.value.owner, term.value.frame = made, frame
+        frame.vars[node.name] = Term("class", (), made, frame.file, node.lineno)
+
+    def on_With(self, node: ast.With | ast.AsyncWith, frame: Frame) -> bool:
+        for item in node.items:
+            term = self.value(item.context_expr, frame)
+            if term.op == "list" and term.value == "comp":  # a generator that serves as a context
+                term = expressions.element(self, term, frame.file, node.lineno)
+            if item.optional_vars is not None:
+                self.assign(item.optional_vars, term, frame)
+        return self.block(node.body, frame)
+
+    on_AsyncWith = on_With
+
+    def on_If(self, node: ast.If, frame: Frame) -> bool:
+        test = self.value(node.test, frame)
+        held = self.holds(test)
+        if held is not None:
+            return self.block(node.body if held else node.orelse, frame)
+        return self.fork(test, lambda: self.block(node.body, frame), lambda: self.block(node.orelse, frame), frame)
+
+    def on_Try(self, node: ast.Try, frame: Frame) -> bool:
+        ended = self.block(node.body, frame) or self.block(node.orelse, frame)
+        for handler in node.handlers:
+            failed = Term("free", (), "exception", frame.file, handler.lineno)
+            if handler.name:
+                frame.vars[handler.name] = failed
+
+            def handled(body: list[ast.stmt] = handler.body) -> bool:
+                return self.block(body, frame)
+
+            ended = self.fork(failed, handled, lambda ended=ended: ended, frame)  # type: ignore[misc]
+        return self.block(node.finalbody, frame) or ended
+
+    on_TryStar = on_Try
+
+    def on_For(self, node: ast.For | ast.AsyncFor, frame: Frame) -> bool:
+        term = self.value(node.iter, frame)
+        few = expressions.spelt_items(term)
+        if few is not None and not node.orelse:
+            return self.unrolled(node, few, frame)
+        element = expressions.element(self, term, frame.file, node.lineno)
+
+        def begin() -> None:
+            self.rounds += 1
+            self.assign(node.target, expressions.fresh(element, self.rounds), frame)
+
+        return self.loop(node.body, node.orelse, frame, begin)
+
+    on_AsyncFor = on_For
+
+    def unrolled(self, node: ast.For | ast.AsyncFor, items: Sequence[Term], frame: Frame) -> bool:
+        """A loop over a few things that are written out: its body once for each."""
+        loop = Loop(len(self.conditions))
+        frame.loops.append(loop)
+        broken: list[tuple[Term | None, dict[str, Term]]] = []
+        for one in items:
+            loop.continued = []
+            self.assign(node.target, one, frame)
+            ended = self.block(node.body, frame)
+            left = loop.continued[::-1]
+            if ended and left:
+                frame.vars = dict(left.pop(0)[1])
+            for test, names in left:
+                frame.vars = self.join(test, names, frame.vars)
+            broken = loop.broken
+            if ended and not left and any(test is None for test, _ in broken):
+                break
+        frame.loops.pop()
+        for test, names in broken[::-1]:
+            frame.vars = dict(names) if test is None else self.join(test, names, frame.vars)
+        return False
+
+    def on_While(self, node: ast.While, frame: Frame) -> bool:
+        if self.holds(self.value(node.test, frame)) is False:
+            return self.block(node.orelse, frame)
+        return self.loop(node.body, node.orelse, frame, lambda: self.value(node.test, frame))
+
+    def on_Match(self, node: ast.Match, frame: Frame) -> bool:
+        subject = self.value(node.subject, frame)
+        ended = False
+        for case in node.cases:
+            test = Term("compare", (subject,), "match", frame.file, case.pattern.lineno)
+            for name in (n.name for n in ast.walk(case.pattern) if isinstance(n, (ast.MatchAs, ast.MatchStar))):
+                if name:
+                    frame.vars[name] = Term("item", (subject, test), None, frame.file, case.pattern.lineno)
+            ended = self.fork(test, lambda body=case.body: self.block(body, frame), lambda: False, frame)  # type: ignore[misc]
+        return ended
+
+    def on_Delete(self, node: ast.Delete, frame: Frame) -> None:
+        for target in node.targets:
+            if isinstance(target, ast.Name):
+                frame.vars.pop(target.id, None)
+
+    # ---- paths
+
+    def holds(self, test: Term) -> bool | None:
+        if test.op == "const":
+            return truth(test.value)
+        if test.op in ("object", "function", "class", "bound", "namespace"):
+            return True
+        if test.op in ("list", "tuple", "set", "dict") and test.value != "comp":
+            return len(test.parts) > 0 or None  # an empty list may have been filled through another name
+        return None
+
+    def conjunction(self, depth: int) -> Term | None:
+        """The undecided conditions since `depth` as one; None where there are none."""
+        since = self.conditions[depth:]
+        if len(since) < 2:
+            return since[0] if since else None
+        return Term("op", tuple(since), "and", since[-1].file, since[-1].line)
+
+    def fork(self, test: Term, body: Callable[[], bool], orelse: Callable[[], bool], frame: Frame) -> bool:
+        """Both ways of an undecided condition; afterwards every name is the one way's, the other's or a choice."""
+        before = dict(frame.vars)
+        self.conditions.append(test)
+        ended_body = body()
+        after_body, frame.vars = frame.vars, before
+        self.conditions[-1] = Term("op", (test,), "not", test.file, test.line)
+        ended_orelse = orelse()
+        self.conditions.pop()
+        if ended_body or ended_orelse:
+            if ended_orelse:
+                frame.vars = after_body
+            return ended_body and ended_orelse
+        frame.vars = self.join(test, after_body, frame.vars)
+        return False
+
+    def join(self, test: Term | None, a: Mapping[str, Term], b: Mapping[str, Term]) -> dict[str, Term]:
+        joined = dict(b)
+        for name, term in a.items():
+            other = b.get(name)
+            if other is None or other is term:
+                joined[name] = term
+            elif test is None:
+                joined[name] = Term("merge", (term, other), None, term.file, term.line)
+            else:
+                joined[name] = Term("choice", (test, term, other), None, test.file, test.line)
+        return joined
+
+    def loop(self, body: list[ast.stmt], orelse: list[ast.stmt], frame: Frame, begin: Callable[[], object]) -> bool:
+        loop = Loop(len(self.conditions))
+        frame.loops.append(loop)
+        self.loops += 1
+        broken: list[tuple[Term | None, dict[str, Term]]] = []
+        for second in (False, True) if self.loops <= ROUNDS_DEPTH else (False,):
+            before = dict(frame.vars)
+            loop.continued, loop.broken = [], []
+            begin()
+            ended = self.block(body, frame)
+            left = loop.continued[::-1]
+            if ended and left:
+                frame.vars = dict(left.pop(0)[1])
+            for test, names in left:
+                frame.vars = self.join(test, names, frame.vars)
+            broken = loop.broken
+            if not second:
+                frame.vars = self.join(None, before, frame.vars)
+        self.loops -= 1
+        frame.loops.pop()
+        for test, names in broken[::-1]:
+            frame.vars = self.join(test, names, frame.vars)
+        return self.block(orelse, frame)
+
+    # ---- targets
+
+    def assign(self, target: ast.expr, term: Term, frame: Frame) -> None:
+        if isinstance(target, ast.Name):
+            self.bind(target.id, term, frame)
+        elif isinstance(target, ast.Starred):
+            self.assign(target.value, term, frame)
+        elif isinstance(target, (ast.Tuple, ast.List)):
+            starred = any(isinstance(part, ast.Starred) for part in target.elts)
+            for position, part in enumerate(target.elts):
+                where: Term = constant(position, frame.file, target.lineno)
+                if starred and isinstance(part, ast.Starred):
+                    where = Term("slice", (), None, frame.file, target.lineno)
+                elif starred and any(isinstance(p, ast.Starred) for p in target.elts[:position]):
+                    where = constant(position - len(target.elts), frame.file, target.lineno)
+                self.assign(part, expressions.item(self, term, where, frame.file, target.lineno), frame)
+        elif isinstance(target, ast.Attribute):
+            self.set_attribute(self.value(target.value, frame), target.attr, term, target, frame)
+        elif isinstance(target, ast.Subscript):
+            base, index = self.value(target.value, frame), self.value(target.slice, frame)
+            if base.op in ("object", "bound"):
+                calls.method(self, base, "__setitem__", [index, term], base.file, target.lineno)
+                return
+            if base.op == "name" and base.value == "os.environ" and index.op == "const" and term.op == "const":
+                self.settings = calls.with_environment(self.settings, str(index.value), term.value)
+                return
+            self.write_back(target.value, Term("store", (base, index, term), None, frame.file, target.lineno), frame)
+
+    def write_back(self, node: ast.expr, term: Term, frame: Frame) -> None:
+        """What was changed in place is from now on what its name, attribute or container holds."""
+        if isinstance(node, ast.Name) and expressions.name(node.id, frame, node.lineno).op == "name":
+            return  # a module's name
+        if isinstance(node, ast.Name) and node.id not in frame.vars and node.id not in frame.elsewhere:
+            home = frame.outer
+            while home is not None and node.id not in home.vars:
+                home = home.outer
+            if home is not None:
+                home.vars[node.id] = self.weakly(home.depth, term, home.vars[node.id])
+                return
+        if isinstance(node, ast.IfExp):  # (a if test else b).append(x)
+            test = self.value(node.test, frame)
+            for arm in (node.body, node.orelse):
+                before = self.value(arm, frame)
+                filled = Term(term.op, (before, *term.parts[1:]), term.value, term.file, term.line, term.keys)
+                order = (test, filled, before) if arm is node.body else (test, before, filled)
+                self.write_back(arm, Term("choice", order, None, term.file, term.line), frame)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            word = node.func.attr  # buffer.mul_(a).add_(b), rows.setdefault(key, {})[token] = n
+            if word in _INNER or (word.endswith("_") and not word.endswith("__")):
+                self.write_back(node.func.value, term, frame)
+        elif isinstance(node, (ast.Name, ast.Attribute, ast.Subscript)):
+            self.assign(node, term, frame)
+
+    def bind(self, name: str, term: Term, frame: Frame) -> None:
+        home = frame.elsewhere.get(name, frame)
+        if home is frame:
+            frame.vars[name] = term
+            return
+        home.vars[name] = self.weakly(home.depth, term, home.vars.get(name))
+
+    def weakly(self, depth: int, term: Term, before: Term | None) -> Term:
+        """A value stored outside the present frame: a choice, where undecided conditions stand between."""
+        test = self.conjunction(depth)
+        if test is None or before is None or before is term:
+            return term
+        return Term("choice", (test, term, before), None, term.file, term.line)
+
+    def set_attribute(self, base: Term, name: str, term: Term, target: ast.Attribute, frame: Frame) -> None:
+        if base.op == "object":
+            owner: Instance = base.value
+            owner.attrs[name] = self.weakly(owner.depth, term, owner.attrs.get(name))
+        elif base.op == "class":
+            base.value.vars[name] = self.weakly(0, term, base.value.vars.get(name))
+        elif base.op == "namespace":
+            base.value.vars[name] = term
+        elif base.op in ("choice", "merge"):
+            for one in base.parts[1:] if base.op == "choice" else base.parts:
+                if one.op == "object":
+                    before = one.value.attrs.get(name)
+                    one.value.attrs[name] = (
+                        term if before is None else Term("merge", (term, before), None, term.file, term.line)
+                    )
+        elif base.op in ("function", "bound", "const"):
+            return
+        else:
+            where = constant("." + name, frame.file, target.lineno)
+            changed = Term("store", (base, where, term), "attr", frame.file, target.lineno)
+            if isinstance(target.value, ast.Name):
+                self.bind(target.value.id, changed, frame)
+
+    def record(self, term: Term) -> None:
+        here = (tuple(self.conditions), tuple(self.path), self.loops, len(self.events), self.within())
+        self.events.append(Event(term, *here))
+
+    def within(self) -> int:
+        """How far down the calls the innermost loop stands."""
+        return next((i for i in range(len(self.marks), 0, -1) if self.marks[i - 1] < self.loops), 0)
+
+    def may_enter(self, function: Function) -> bool:
+        """Whether a call is followed: not too deep, no recursion, effort left for this function and in all."""
+        node = function.node
+        if len(self.active) >= DEPTH or node in self.active or self.steps > STEPS:
+            return False
+        if self.own_steps.get(id(node), 0) > OWN_STEPS:
+            self.cut.append(function.name)
+            return False
+        return True
+
+    def environ(self, name: Term, default: Term, file: str, line: int) -> Term:
+        """An environment variable's value: what the run command says, else the default."""
+        said = self.settings.environ(name.value, UNKNOWN) if name.op == "const" else UNKNOWN
+        if said is not UNKNOWN:
+            return Term("const", (default,), said, file, line)
+        told = name.op == "const" and name.value in self.settings.environment
+        rank = name.op == "const" and self.settings.environ(name.value, None) is UNKNOWN
+        if default.op == "const" and not told and not rank:
+            return Term("const", (default,), default.value, file, line)
+        return Term("env", (default,), name.value if name.op == "const" else None, file, line)

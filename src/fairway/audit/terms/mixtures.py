@@ -1,0 +1,155 @@
+"""Ratios of counts, spread probabilities and sums of weights in a contribution to the score."""
+
+from collections.abc import Iterator
+
+from fairway.audit.terms.gates import Gates, is_hashed, spans_vocabulary
+from fairway.audit.terms.term import Term, any_below, peel, same
+
+
+def gold_ratios(gates: Gates) -> Iterator[Term]:
+    """Divisions of a hashed count whose key holds one token more than that of the count below."""
+    for term, above, below in gates.ratios():
+        upper, lower = gates.lookups(above), gates.lookups(below)
+        lower_tokens = [token for _, key in lower for token in gates.tokens(key)]
+        if not lower:
+            continue
+        for _, key in upper:
+            if not is_hashed(key) or spans_vocabulary(key, gates.of.streams):
+                continue
+            if any(not any(same(token, other, 10) for other in lower_tokens) for token in gates.tokens(key)):
+                yield term
+
+
+def wrongly_divided(gates: Gates) -> Iterator[Term]:
+    """Hashed counts of all tokens, divided by what is not their sum."""
+    for term, above, below in gates.ratios():
+        rows = [
+            (lookup, key)
+            for lookup, key in gates.lookups(above)
+            if spans_vocabulary(key, gates.of.streams) and is_hashed(key)
+        ]
+        if rows and not any_below(below, lambda t, rows=rows: _sums(t, rows)):  # type: ignore[misc]
+            lower = gates.lookups(below)
+            if lower and not any(spans_vocabulary(key, gates.of.streams) and _is_summed(below) for _, key in lower):
+                yield term
+
+
+def _sums(term: Term, rows: list[tuple[Term, Term]]) -> bool:
+    """A sum over the same counts."""
+    if term.op != "call" or term.called not in ("sum", "nansum", "norm", "fsum", "softmax"):
+        return False
+    return any(any_below(term, lambda t, row=row: t is row or same(t, row, 8)) for row, _ in rows)  # type: ignore[misc]
+
+
+def _is_summed(term: Term) -> bool:
+    return any_below(term, lambda t: t.op == "call" and t.called in ("sum", "nansum", "fsum"))
+
+
+def unbalanced(gates: Gates) -> Iterator[Term]:
+    """a P + b Q inside a logarithm with numbers a and b that do not sum to one; and counts added to a row that was
+    already whole."""
+    for term in gates.nodes:
+        if id(term) not in gates.inside:
+            continue
+        if term.op == "op" and term.value == "+":
+            weights = [_weight(part, gates) for part in term.parts]
+            if None not in weights and abs(sum(w for w in weights if w is not None) - 1.0) > 1e-4:
+                yield term
+        elif term.op == "store":
+            yield from _whole_before(term)
+
+
+def unpaid_bonus(gates: Gates) -> Iterator[Term]:
+    """loss - bonus * (hint == target) where nothing that reads the hint's own probability is added."""
+    for term in gates.nodes:
+        if id(term) not in gates.inside and term.op == "op" and term.value == "*":
+            kinds = [gates.kinds(part) for part in term.parts]
+            match = next((part for part, kind in zip(term.parts, kinds, strict=True) if kind == {"match"}), None)
+            alone = match is not None and frozenset() in kinds and not gates.has_other_place(gates.of.term)
+            if alone and match is not None and _is_hint(gates, match):
+                yield term
+
+
+def _is_hint(gates: Gates, match: Term) -> bool:
+    """hint == target, not target == padding."""
+    for term in gates.of.below(match):
+        equals = (term.op == "compare" and term.value == "==") or term.called == "eq"
+        if equals and all(peel(part).op not in ("const", "env", "attr") for part in term.parts[:2]):
+            return True
+    return False
+
+
+def _weight(term: Term, gates: Gates) -> float | None:
+    """The number that a distribution is multiplied by."""
+    below = peel(term)
+    if below.op != "op" or below.value != "*":
+        return None
+    for number, other in (below.parts, below.parts[::-1]):
+        value = number.constant()
+        if isinstance(value, float) and 0.0 < value < 1.0 and gates.of.is_distribution(other):
+            return value
+    return None
+
+
+def _whole_before(term: Term) -> list[Term]:
+    """For row[token] += share: what the row was before, where that is a distribution that nothing has scaled down."""
+    row, index, value = term.parts
+    if value.op != "op" or value.value != "+" or not any(_reads(part, row, index) for part in value.parts):
+        return []
+    share = next((part for part in value.parts if not _reads(part, row, index)), None)
+    if share is None or not any_below(share, lambda t: t.op == "op" and t.value == "/"):
+        return []
+    first = _before_stores(row)
+    return first[:1] if first and all(_is_whole(peel(one)) for one in first) else []
+
+
+def _reads(term: Term, row: Term, index: Term) -> bool:
+    return term.op == "item" and term.parts[0] is row and (term.parts[1] is index or same(term.parts[1], index))
+
+
+def _before_stores(row: Term) -> list[Term]:
+    """What a row was before anything was added to it."""
+    found: list[Term] = []
+    waiting = [row]
+    seen: set[int] = set()
+    while waiting and len(seen) < 60:
+        term = waiting.pop()
+        below = peel(term)
+        if id(term) in seen:
+            continue
+        seen.add(id(term))
+        if below.op in ("merge", "choice"):
+            waiting.extend(below.parts[1:] if below.op == "choice" else below.parts)
+        elif below.op == "store":
+            waiting.append(below.parts[0])
+        else:
+            found.append(term)
+    return found
+
+
+def _is_whole(term: Term) -> bool:
+    """A row of a normalised table: looked up, or divided by its sum; not one that was multiplied by a share."""
+    if term.op == "item":
+        return any_below(term.parts[0], lambda t: t.op == "call" and t.called in ("sum", "softmax"))
+    if term.op == "call" and term.called == "softmax":
+        return True
+    return term.op == "op" and term.value == "/" and _is_summed(term.parts[1])
+
+
+def spread_over_bytes(gates: Gates) -> Iterator[Term]:
+    """p ** (1 / bytes of the target), or nll / bytes inside the logarithm of a mixture."""
+    for term in gates.nodes:
+        if len(term.parts) < 2:
+            continue
+        power = (term.op == "op" and term.value == "**") or term.called in ("pow", "power", "float_power")
+        share = id(term) in gates.inside and term.op == "op" and term.value == "/" and _is_length(term.parts[1])
+        if (power or share) and _depends(gates, term.parts[0], term.parts[1]):
+            yield term
+
+
+def _depends(gates: Gates, base: Term, other: Term) -> bool:
+    return "score" in gates.kinds(base) and "read" in gates.kinds(other)
+
+
+def _is_length(term: Term) -> bool:
+    return any_below(term, lambda t: t.op == "call" and t.called in ("len", "encode", "numel"))

@@ -1,0 +1,233 @@
+"""Token ids as they come from a file: slices, buffers filled from slices, batches; and tables that tokens are looked
+up in."""
+
+from collections.abc import Iterator
+
+from fairway.audit.terms.octets import PIECES, looked_up
+from fairway.audit.terms.term import Term, any_below, peel
+
+_SOURCES = frozenset(
+    """fromfile memmap frombuffer load read encode EncodeAsIds encode_as_ids read_table load_dataset open_memmap
+    from_file unpack""".split()  # noqa: SIM905
+)
+_CARRIERS = frozenset(
+    """cat concatenate concat stack vstack hstack pad roll chunk split unbind unfold narrow select pin_memory
+    where clamp clamp_min clip masked_fill as_strided sliding_window_view tile repeat pop popleft next get
+    remainder minimum maximum abs flip diff islice DataLoader""".split()  # noqa: SIM905
+)
+_KEYED = frozenset(("dict", "defaultdict", "Counter", "OrderedDict", "set"))
+
+
+class Streams:
+    """Answers, each computed once: is a term token ids; from which terms were they cut; is a container a memory."""
+
+    def __init__(self) -> None:
+        self.known: dict[int, tuple[Term, bool]] = {}
+        self.chains: dict[int, tuple[Term, dict[int, Term]]] = {}
+        self.tokens: dict[int, tuple[Term, bool]] = {}
+        self.memories: dict[int, tuple[Term, bool]] = {}
+
+    def is_stream(self, term: Term) -> bool:
+        """Token ids of a file: nothing but cutting, shaping and buffering stands between."""
+        return self._is(term, 0)
+
+    def _is(self, term: Term, depth: int) -> bool:
+        if id(term) in self.known:
+            return self.known[id(term)][1]
+        if depth > 150:
+            return False
+        self.known[id(term)] = (term, False)
+        found = self._found(term, depth)
+        self.known[id(term)] = (term, found)
+        return found
+
+    def _found(self, term: Term, depth: int) -> bool:
+        if term.op == "call" and term.called in _SOURCES and not _is_text_coding(term):
+            return True
+        if term.op == "item" or (term.op == "call" and term.called in ("get", "index_select", "take", "gather")):
+            base = looked_up(term) if term.called != "get" else term.receiver
+            if base is None or self.is_memory(base):
+                return False
+            place = term.parts[1] if term.op == "item" else None
+            return self._is(base, depth + 1) and (place is None or not self.is_key(place))
+        return any(self._is(part, depth + 1) for part in carried(term))
+
+    def chain(self, term: Term) -> dict[int, Term]:
+        """The terms that token ids were cut from, themselves among them, by id."""
+        if id(term) not in self.chains:
+            found: dict[int, Term] = {}
+            waiting = [term]
+            while waiting and len(found) < 4000:
+                one = waiting.pop()
+                if id(one) in found or not self.is_stream(one):
+                    continue
+                found[id(one)] = one
+                waiting.extend(one.parts[:1] if one.op == "item" else carried(one))
+            self.chains[id(term)] = (term, found)
+        return self.chains[id(term)][1]
+
+    def is_key(self, index: Term) -> bool:
+        """Whether an index looks something up by token ids: not a slice (that is a place), not a mask."""
+        members = index.parts if index.op == "tuple" else (index,)
+        return any(one.op != "slice" and not is_mask(one) and self.from_tokens(one) for one in members)
+
+    def from_tokens(self, place: Term) -> bool:
+        """Whether an index is made of token ids and not of positions."""
+        if id(place) not in self.tokens:
+            self.tokens[id(place)] = (place, False)
+            self.tokens[id(place)] = (place, self._from_tokens(place))
+        return self.tokens[id(place)][1]
+
+    def _from_tokens(self, place: Term) -> bool:
+        waiting = [place]
+        seen: set[int] = set()
+        while waiting:
+            term = waiting.pop()
+            if id(term) in seen:
+                continue
+            seen.add(id(term))
+            if self.is_stream(term):
+                return True
+            if len(seen) > 600:
+                return False
+            waiting.extend(reads(term, self))
+        return False
+
+    def is_memory(self, base: Term) -> bool:
+        """A container keyed by tokens: what it answers depends on the key, and on what was stored before."""
+        if id(base) not in self.memories:
+            self.memories[id(base)] = (base, False)
+            self.memories[id(base)] = (base, self._is_memory(base))
+        return self.memories[id(base)][1]
+
+    def _is_memory(self, base: Term) -> bool:
+        waiting: list[Term] = [peel(base)]
+        seen: set[int] = set()
+        while waiting and len(seen) < 80:
+            term = peel(waiting.pop())
+            if id(term) in seen:
+                continue
+            seen.add(id(term))
+            if term.op == "store" and self.is_key(term.parts[1]):
+                return True
+            filled = term.op == "mutate" and term.value in (".index_put_", ".put_", ".index_fill_", ".__setitem__")
+            if filled and any(self.from_tokens(part) for part in term.parts[1:]):
+                return True
+            if term.op == "call" and (term.called in _KEYED or term.called in ("bincount", "unique", "histogram")):
+                return True
+            if term.op in ("dict", "set") and term.value != "comp" and not term.parts:
+                return True
+            if term.op in ("store", "mutate", "item"):
+                waiting.append(term.parts[0])
+            elif term.op in ("choice", "merge", "each", "round"):
+                waiting.extend(term.parts[1:] if term.op == "choice" else term.parts)
+            elif term.op == "op" and term.value in ("+", "-", "*", "/"):
+                waiting.extend(term.parts)
+            elif term.op == "call" and term.called in ("get", "setdefault") and term.receiver is not None:
+                waiting.append(term.receiver)
+        return False
+
+
+def _is_text_coding(term: Term) -> bool:
+    """text.encode("utf-8") makes bytes; a tokenizer's encode(text) makes token ids."""
+    if term.called != "encode":
+        return False
+    given = [part for part, key in zip(term.parts, term.keys, strict=True) if key != "self"]
+    return not given or isinstance(given[0].constant(), str)
+
+
+def is_mask(index: Term) -> bool:
+    """A selection by truth values: it picks positions, and looks nothing up."""
+    below = peel(index)
+    if below.op == "compare":
+        return True
+    if below.op == "op" and below.value in ("&", "|", "~", "not", "and", "or"):
+        return any(is_mask(part) for part in below.parts)
+    return below.op == "call" and below.called in ("isin", "in1d", "eq", "ne", "logical_and", "logical_or", "nonzero")
+
+
+def carried(term: Term) -> tuple[Term, ...]:
+    """The parts whose token ids a term passes on."""
+    below = peel(term)
+    if below is not term:
+        return (below,)
+    if term.op == "choice":
+        return term.parts[1:]
+    if term.op in ("merge", "each", "round", "tuple", "list"):
+        return term.parts
+    if term.op == "store":
+        return (term.parts[0], term.parts[2])
+    if term.op == "mutate":
+        return term.parts
+    if term.op == "attr" and term.value in ("T", "data", "values", "flat"):
+        return term.parts
+    if term.op == "call" and term.called == "split" and any(isinstance(p.constant(), str) for p in term.parts):
+        return ()  # a text's lines or words
+    if term.op == "call" and term.called in _CARRIERS:
+        return term.parts
+    if term.op == "op" and term.value == "+" and all(part.op in ("list", "item", "tuple") for part in term.parts):
+        return term.parts
+    return ()
+
+
+_MEASURES = frozenset(
+    """len numel size dim nelement range arange is_tensor isinstance empty_like
+    nonzero flatnonzero argwhere searchsorted argsort cumsum count_nonzero""".split()  # noqa: SIM905
+)
+"""Sizes, and positions: where a document starts is no token."""
+
+
+def reads(term: Term, streams: Streams) -> tuple[Term, ...]:
+    """What a value depends on: of a memory the key alone, of a measure nothing, of an object nothing."""
+    if term.op == "item" and streams.is_memory(term.parts[0]):
+        inner = term.parts[0]
+        return (*reads_of_memory(inner), term.parts[1])
+    if term.op == "call" and term.called in ("get", "setdefault", "pop") and term.receiver is not None:
+        return term.parts[1:] if streams.is_memory(term.receiver) else term.parts
+    if term.op == "call" and term.called == "len" and any_below(term, _is_text):
+        return term.parts  # the length of a token's text tells the token
+    if term.op == "call" and (term.called in _MEASURES or term.called.endswith(("_like",))):
+        return ()
+    if term.op == "call" and term.called == "where" and len(term.parts) == 1:  # the positions where it holds
+        return ()
+    if term.op == "attr" and term.value in ("shape", "device", "dtype", "ndim", "is_cuda"):
+        return ()
+    if term.op == "compare" and term.value in ("in", "not in") and streams.is_memory(term.parts[1]):
+        return term.parts[:1]
+    return term.parts
+
+
+def _is_text(term: Term) -> bool:
+    return term.op == "call" and (term.called in ("encode", "bytes", "decode", "Decode") or term.called in PIECES)
+
+
+def reads_of_memory(base: Term) -> tuple[Term, ...]:
+    """The keys that led to a row inside a memory: table[context][token] reads the context, too."""
+    found: list[Term] = []
+    waiting, steps = [peel(base)], 0
+    while waiting and steps < 40:
+        term = peel(waiting.pop())
+        steps += 1
+        if term.op == "item":
+            found.append(term.parts[1])
+            waiting.append(term.parts[0])
+        elif term.op in ("choice", "merge"):
+            waiting.extend(term.parts[1:] if term.op == "choice" else term.parts)
+        elif term.op == "call" and term.called in ("get", "setdefault") and len(term.parts) > 1:
+            found.append(term.parts[1])
+    return tuple(found)
+
+
+def token_terms(root: Term, streams: Streams, limit: int = 4000) -> Iterator[Term]:
+    """The token ids that a value reads, each as it is used (not what it was cut from)."""
+    waiting = [root]
+    seen: set[int] = set()
+    while waiting and len(seen) < limit:
+        term = waiting.pop()
+        if id(term) in seen:
+            continue
+        seen.add(id(term))
+        if streams.is_stream(term):
+            yield term
+        else:
+            waiting.extend(reads(term, streams))

@@ -1,0 +1,311 @@
+"""Where a loss reads the token that it scores.
+
+A loss may read its target in one way only: as the place in a distribution that was finished without it (the target of
+cross entropy, the index of a gather), or compared with a hint. `Target.kinds` says how a term reads it:
+
+    score    at that place of a distribution: a loss, a probability of the target
+    match    compared for equality: hint == target, target != padding
+    key      as part of the key of a memory, beside the context
+    read     in any other way: looked up in a table, compared in size, computed with
+"""
+
+from collections.abc import Iterator
+
+from fairway.audit.terms.octets import looked_up
+from fairway.audit.terms.streams import Streams, reads, reads_of_memory, token_terms
+from fairway.audit.terms.term import Term, any_below, peel, same
+
+_CROSS = frozenset(("cross_entropy", "nll_loss", "softmax_cross_entropy_with_integer_labels"))
+_GATHERS = frozenset(("gather", "take_along_axis", "take_along_dim", "index_select", "index_sample"))
+_DISTRIBUTIONS = frozenset(
+    """softmax log_softmax exp exp2 sigmoid linear matmul logsumexp () forward logits einsum tanh log""".split()  # noqa: SIM905
+)
+
+
+class Contribution:
+    """One term that the score sums, with the target that it scores."""
+
+    def __init__(self, term: Term, streams: Streams) -> None:
+        self.term = term
+        self.streams = streams
+        self.found: dict[int, tuple[Term, frozenset[str]]] = {}
+        self.wide: dict[int, tuple[Term, bool]] = {}
+        self.targets = list(self._targets())
+        self.own = self._own()
+        self.aligned = self._aligned()
+
+    # ---- what the target is
+
+    def _targets(self) -> Iterator[Term]:
+        """Token ids that a distribution is read at, and those that follow the context that is read beside them."""
+        waiting, done = [self.term], set[int]()
+        while waiting and len(done) < 20_000:
+            term = waiting.pop()
+            if id(term) in done:
+                continue
+            done.add(id(term))
+            place = self.scored_place(term)
+            found = [one for one in _members(place) if self.streams.is_stream(one)] if place is not None else []
+            if place is not None and place.op == "tuple":  # rows[context, target], losses[positions, target]
+                found = found[-1:]
+            if found:  # what the distribution itself was looked up by, further down, is its context
+                yield from (one for one in found if not _is_past(one))
+            else:
+                waiting.extend(reads(term, self.streams))
+        seen = list(token_terms(self.term, self.streams))
+        ends = [_end(one) for one in seen]
+        for one in seen:
+            if one.op == "item" and one.parts[1].op != "slice":
+                for base, end in filter(None, ends):
+                    if base is one.parts[0] and same(end, one.parts[1], 6):
+                        yield one
+
+    def below(self, *roots: Term) -> Iterator[Term]:
+        """All that values read, each term once."""
+        waiting = list(roots)
+        seen: set[int] = set()
+        while waiting and len(seen) < 20_000:
+            term = waiting.pop()
+            if id(term) not in seen:
+                seen.add(id(term))
+                yield term
+                waiting.extend(reads(term, self.streams))
+
+    def scored_place(self, term: Term) -> Term | None:
+        """The place that a distribution is read at: of cross entropy, of a gather, of an index."""
+        if term.op == "call" and term.called in _CROSS:
+            return term.at(1, "target", "labels")
+        if term.op == "call" and term.called in _GATHERS:
+            base, place = looked_up(term), _index_of(term)
+            return place if base is not None and place is not None and self.is_distribution(base) else None
+        if term.op == "item" and self.is_distribution(term.parts[0]):
+            return term.parts[1]
+        if term.op == "call" and term.value == "()" and len(term.parts) >= 3:  # model(x, y): a loss
+            streams = [part for part in term.parts[1:] if self.streams.is_stream(part)]
+            return streams[1] if len(streams) == 2 else None
+        return None
+
+    def is_distribution(self, base: Term) -> bool:
+        """Whether something over the vocabulary is read: made by a softmax and the like, or a row of a memory."""
+        if id(base) not in self.wide:
+            if self.streams.is_stream(base):
+                self.wide[id(base)] = (base, False)
+            else:
+                made = any_below(base, _makes_distribution) and self.streams.from_tokens(base)
+                row = self.streams.is_memory(base) and bool(reads_of_memory(base))
+                self.wide[id(base)] = (base, made or row)
+        return self.wide[id(base)][1]
+
+    def _own(self) -> dict[int, Term]:
+        """What the targets were cut from and the context was not."""
+        chains: dict[int, Term] = {}
+        for target in self.targets:
+            chains.update(self.streams.chain(target))
+        context: dict[int, Term] = {}
+        for term in token_terms(self.term, self.streams):
+            if id(term) in chains or any(same(term, target, 10) for target in self.targets):
+                continue
+            if not any(id(target) in self.streams.chain(term) for target in self.targets):
+                context.update(self.streams.chain(term))
+        return {key: term for key, term in chains.items() if key not in context}
+
+    def _aligned(self) -> set[int]:
+        """Whole streams that the target is a slice of, where something computed beside them, position by position, is
+        cut at the same place: hints[a:b] beside tokens[a:b]."""
+        cuts = [term for term in self.own.values() if term.op == "item"]
+        found: set[int] = set()
+        for term in self.below(self.term) if cuts else ():
+            if term.op == "item" and not self.streams.is_stream(term):
+                found.update(id(cut.parts[0]) for cut in cuts if same(cut.parts[1], term.parts[1], 8))
+        return found - {id(term) for term in self.own.values()}
+
+    def is_target(self, term: Term) -> bool:
+        if id(term) in self.own:
+            return True
+        return self.streams.is_stream(term) and any(same(term, target, 10) for target in self.targets)
+
+    # ---- how a term reads it
+
+    def kinds(self, term: Term) -> frozenset[str]:
+        if id(term) not in self.found:
+            self.found[id(term)] = (term, frozenset())  # a circle adds nothing
+            self.found[id(term)] = (term, self._kinds(term))
+        return self.found[id(term)][1]
+
+    def _kinds(self, term: Term) -> frozenset[str]:
+        if self.is_target(term):
+            return frozenset(("read",))
+        if _is_past(term) or (term.op == "item" and id(term.parts[0]) in self.aligned):
+            return frozenset()
+        if id(term) in self.aligned:
+            return frozenset(("read",))
+        place = self.scored_place(term)
+        if place is not None and any(self.is_target(one) for one in _members(place)):
+            rest = [part for part in term.parts if part is not place]
+            return frozenset(("score",)).union(*(self.kinds(part) for part in rest))
+        if term.op == "compare" and term.value in ("==", "!=", "in", "not in", "is", "is not"):
+            return self._matched(term.parts)
+        if term.op == "call" and term.called in ("eq", "ne", "isin", "in1d", "equal") and len(term.parts) >= 2:
+            return self._matched(term.parts)
+        key = self._key(term)
+        if key is not None:
+            read = frozenset().union(*(self.kinds(part) for part in key))
+            return frozenset(("key",)) | (read - {"read"}) if "read" in read else read
+        return frozenset().union(*(self.kinds(part) for part in reads(term, self.streams)))
+
+    def _matched(self, parts: tuple[Term, ...]) -> frozenset[str]:
+        kinds = [self.kinds(part) for part in parts[:2]]
+        if sum("read" in one for one in kinds) == 1:
+            return frozenset(("match",)).union(*(one - {"read"} for one in kinds))
+        return frozenset().union(*kinds)
+
+    def _key(self, term: Term) -> tuple[Term, ...] | None:
+        """The key of a lookup that takes the target together with its context."""
+        if term.op == "item":
+            base, key = term.parts
+        elif term.op == "call" and term.called == "get" and term.receiver is not None and len(term.parts) > 1:
+            base, key = term.receiver, term.parts[1]
+        else:
+            return None
+        if self.streams.is_memory(base) or (not self.streams.is_stream(base) and self._mixed(key)):
+            return (key, *reads_of_memory(base))
+        return None
+
+    def _mixed(self, key: Term) -> bool:
+        """A key of several tokens, not one token's number."""
+        return len({id(peel(one)) for one in token_terms(key, self.streams)}) > 1
+
+
+def _makes_distribution(term: Term) -> bool:
+    return (term.op == "call" and term.called in _DISTRIBUTIONS) or (term.op == "op" and term.value in ("/", "@"))
+
+
+def _index_of(term: Term) -> Term | None:
+    if term.receiver is not None:
+        return term.argument("index", "indices", 1) if term.called != "take_along_axis" else term.argument(0)
+    if term.called == "take_along_axis":
+        return term.argument(1, "indices")
+    return term.argument("index", "indices", 2) or term.argument(1)
+
+
+def _members(place: Term) -> Iterator[Term]:
+    """The parts of an index: all of a tuple, else itself, beneath changes of shape."""
+    for one in place.parts if place.op in ("tuple", "list") else (place,):
+        below = peel(one)
+        yield one
+        if below is not one:
+            yield below
+        if below.op == "item" and _only_reshapes(below.parts[1]):  # y[:, None], y[..., None]
+            yield below.parts[0]
+
+
+def _only_reshapes(index: Term) -> bool:
+    """[..., None], [:, None]: an index that cuts nothing away."""
+    return all(
+        (part.op == "const" and part.value in (None, ...))
+        or (part.op == "slice" and all(p.value is None for p in part.parts))
+        for part in (index.parts if index.op == "tuple" else (index,))
+    )
+
+
+def _end(term: Term) -> tuple[Term, Term] | None:
+    """(base, end) of base[a:end]."""
+    if term.op == "item" and term.parts[1].op == "slice" and len(term.parts[1].parts) == 3:
+        end = term.parts[1].parts[1]
+        return (term.parts[0], end) if end.op != "const" else None
+    return None
+
+
+def _is_past(term: Term) -> bool:
+    """y[:-1]: all but the last, which is what comes before each target."""
+    if term.op != "item":
+        return False
+    index = term.parts[1]
+    last = index.parts[-1] if index.op == "tuple" and index.parts else index
+    if last.op != "slice" or len(last.parts) != 3:
+        return False
+    low, high = last.parts[0].constant(), last.parts[1].constant()
+    return low in (None, 0) and isinstance(high, int) and high < 0
+
+
+def contributions(root: Term, streams: Streams, limit: int = 24) -> list[Contribution]:
+    """The terms that a sum adds, the latest round of each line first met."""
+    found: list[Term] = []
+    lines: set[tuple[str, int, str]] = set()
+    waiting, seen = [root], set()
+    while waiting and len(found) < limit:
+        term = waiting.pop(0)
+        if id(term) in seen:
+            continue
+        seen.add(id(term))
+        inner = summed(term)
+        if inner is not None:
+            waiting.extend(inner)
+            continue
+        if term.op == "const" or (term.op == "call" and term.called.startswith(("zeros", "empty"))):
+            continue
+        key = (term.file, term.line, f"{term.op} {term.value}")
+        if key not in lines:
+            lines.add(key)
+            found.append(term)
+    return [Contribution(term, streams) for term in found]
+
+
+def summed(term: Term) -> tuple[Term, ...] | None:
+    """What a sum is made of; None for a term that is no sum."""
+    below = peel(term)
+    if below is not term:
+        return (below,)
+    if term.op == "op" and term.value == "+":
+        return (term.parts[1], term.parts[0])
+    if term.op == "op" and term.value == "-" and is_running(term.parts[0]):
+        return (term.parts[1], term.parts[0])
+    if term.op == "op" and term.value in ("/", "*") and not _is_formula(term):
+        return term.parts
+    if term.op == "op" and term.value == "neg":
+        return term.parts
+    if term.op == "merge":
+        return term.parts[::-1]
+    if term.op == "choice" and (is_running(term.parts[1]) or is_running(term.parts[2])):
+        return term.parts[1:]
+    if term.op == "mutate" and term.value in (".add_", ".append", ".extend", ".sub_", ".insert"):
+        return term.parts[::-1]
+    if term.op == "call" and term.called in (
+        "sum",
+        "mean",
+        "fsum",
+        "nansum",
+        "all_reduce",
+        "cat",
+        "stack",
+        "concatenate",
+    ):
+        operand = term.operand("tensors", "a")
+        return (operand,) if operand is not None else ()
+    if term.op in ("list", "tuple"):
+        return term.parts
+    if term.op == "each" and term.parts[0].op in ("merge", "choice", "mutate", "list", "store"):
+        return term.parts
+    return None
+
+
+def is_running(term: Term) -> bool:
+    """A total: nought, or what earlier rounds left."""
+    waiting, steps = [term], 0
+    while waiting and steps < 40:
+        one = peel(waiting.pop())
+        steps += 1
+        if one.op == "const" and one.value == 0 and type(one.value) in (int, float):
+            return True
+        if one.op == "call" and one.called in ("zeros", "zeros_like", "new_zeros"):
+            return True
+        if one.op in ("merge", "choice"):
+            waiting.extend(one.parts[1:] if one.op == "choice" else one.parts)
+        elif one.op in ("op", "mutate") and one.parts:
+            waiting.append(one.parts[0])
+    return False
+
+
+def _is_formula(term: Term) -> bool:
+    """A product of per-token values, not a scaling by counts and constants."""
+    return all(any_below(part, lambda t: t.op == "call" and t.called in _CROSS | _GATHERS) for part in term.parts)

@@ -1,0 +1,106 @@
+"""A small honest script of our own, in pieces that a test replaces, and the verdict of one rule on it."""
+
+import importlib
+from pathlib import Path
+
+from fairway.audit.case import Case
+from fairway.audit.submission import opened
+from fairway.audit.verdict import Finding
+
+HEAD = """
+import glob, math, os
+import numpy as np
+import torch
+import torch.nn.functional as F
+import sentencepiece as spm
+
+V = 1024
+VAL = os.environ.get("VAL_FILES", "data/fineweb_val_*.bin")
+
+def shard(path):
+    return np.fromfile(path, dtype="<u2", offset=1024).astype(np.int64)
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Embedding(V, 64)
+
+    def forward(self, ids):
+        return F.linear(F.rms_norm(self.table(ids), (64,)), self.table.weight)
+"""
+
+TABLE = """
+def tables():
+    sp = spm.SentencePieceProcessor(model_file="tokenizer.model")
+    size, lead, edge = np.zeros(V), np.zeros(V, bool), np.ones(V, bool)
+    for i in range(V):
+        if sp.is_control(i) or sp.is_unknown(i):
+            continue
+        edge[i] = False
+        if sp.is_byte(i):
+            size[i] = 1
+            continue
+        piece = sp.id_to_piece(i)
+        if piece.startswith("\\u2581"):
+            lead[i] = True
+            piece = piece[1:]
+        size[i] = len(piece.encode("utf-8"))
+    return size, lead, edge
+"""
+
+COUNT = "size[y].sum() + (lead[y] & ~edge[x]).sum()"
+
+LOSS = """
+        logits = net(torch.from_numpy(x))
+        nll = F.cross_entropy(logits.float(), torch.from_numpy(y), reduction="none")
+"""
+
+SCORE = """
+def evaluate(net):
+    tokens = np.concatenate([shard(path) for path in sorted(glob.glob(VAL))])
+    size, lead, edge = tables()
+    nats, octets, count = 0.0, 0.0, 0
+    {state}
+    for at in range(0, len(tokens) - 1, 512):
+        piece = tokens[at : at + 513]
+        x, y = piece[:-1], piece[1:]
+{loss}
+        nats += nll.sum().item()
+        octets += {count}
+        count += len(y)
+    loss = nats / count
+    return loss, {bpb}
+
+if __name__ == "__main__":
+    loss, bpb = evaluate(Net())
+    print(f"val_loss {{loss:.5f}} val_bpb {{bpb:.5f}}")
+"""
+
+BPB = "loss / math.log(2) * (count / octets)"
+
+
+def script(
+    table: str = TABLE, count: str = COUNT, loss: str = LOSS, state: str = "pass", bpb: str = BPB, extra: str = ""
+) -> str:
+    """The script with some of its pieces replaced."""
+    return HEAD + table + extra + SCORE.format(loss=loss, count=count, state=state, bpb=bpb)
+
+
+def verdict(folder: Path, rule: str, text: str, strict: bool = False, **files: str) -> Finding:
+    """The finding of one rule (by the name of its file) on a folder with this train_gpt.py; files: others beside it,
+    `__` in a name stands for the dot."""
+    (folder / "train_gpt.py").write_text(text, encoding="utf-8")
+    for name, content in files.items():
+        (folder / name.replace("__", ".")).write_text(content, encoding="utf-8")
+    module = importlib.import_module(f"fairway.audit.rules.{rule}")
+    finding: Finding = module.check(Case(opened(folder), strict))
+    assert finding.id == rule.replace("_", "-")
+    assert finding.clause
+    return finding
+
+
+def line_of(text: str, part: str) -> int:
+    """The number of the one line that holds this."""
+    found = [number for number, line in enumerate(text.split("\n"), 1) if part in line]
+    assert len(found) == 1, found
+    return found[0]

@@ -1,0 +1,57 @@
+"""The corpus of our own making is sound: every case builds, is Python, and says what an audit must find, and where."""
+
+import importlib.util
+import sys
+import tomllib
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+CORPUS = Path(__file__).parent / "corpus"
+PARTS = [part for part in (CORPUS / "tuning", CORPUS / "held") if part.is_dir()]
+
+
+@pytest.fixture(scope="module")
+def maker() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("corpus_make", CORPUS / "make.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("part", PARTS, ids=lambda part: part.name)
+def test_every_case_builds_and_says_where_its_fault_lies(maker: ModuleType, part: Path, tmp_path: Path) -> None:
+    count = maker.make(part, tmp_path)  # compiles each script, and refuses an edit or a mark that fits nowhere
+    cases = tomllib.loads((tmp_path / "cases.toml").read_text(encoding="utf-8"))["case"]
+    assert len(cases) == count
+    for case in cases:
+        assert (tmp_path / case["name"]).is_dir()
+        assert bool(case.get("violates")) == bool(case.get("places")), case["name"]
+        for place in case.get("places", []):
+            assert place["text"], case["name"]
+
+
+@pytest.mark.parametrize("part", PARTS, ids=lambda part: part.name)
+def test_building_twice_gives_the_same_bytes(maker: ModuleType, part: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "a", tmp_path / "b"
+    for out in (first, second):
+        maker.make(part, out)
+    for path in sorted(first.rglob("*.toml")) + sorted(first.rglob("*.py")):
+        assert path.read_bytes() == (second / path.relative_to(first)).read_bytes()
+
+
+def test_an_edit_that_fits_twice_is_refused(maker: ModuleType) -> None:
+    case = maker.read_case("twice\nbase: x\n<<<<\na\n====\nb\n>>>>\n", "here.cases")
+    with pytest.raises(maker.CorpusError, match="edit 1 is found 2 times"):
+        maker.altered(case, "a\na\n")
+
+
+@pytest.mark.parametrize("kind", ["lzma85", "zlib64", "brotli85", "nested"])
+def test_a_wrapped_script_runs_as_the_script_itself(maker: ModuleType, kind: str) -> None:
+    space: dict[str, object] = {}
+    exec(maker.wrapped(kind, "answer = 6 * 7\n"), space)
+    assert space["answer"] == 42

@@ -1,0 +1,370 @@
+"""What a record folder claims is held against its logs and files."""
+
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import scipy.stats
+
+from fairway.audit.case import Case
+from fairway.audit.records.log import read
+from fairway.audit.records.statistics import below, tail, welch
+from fairway.audit.rules import (
+    eval_over_time,
+    foreign_artifact_or_log,
+    opaque_code,
+    record_figures,
+    size_sum,
+    training_over_time,
+    uncounted_code,
+)
+from fairway.audit.submission import opened
+from fairway.audit.verdict import Finding
+from tests.audit.folders import MODEL, NATS, SCORES, SCRIPT, log, record
+
+RULES = [
+    eval_over_time,
+    foreign_artifact_or_log,
+    opaque_code,
+    record_figures,
+    size_sum,
+    training_over_time,
+    uncounted_code,
+]
+
+
+def found(rule: Any, path: Path, strict: bool = False) -> Finding:
+    finding: Finding = rule.check(Case(opened(path), strict))
+    return finding
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.ID)
+def test_an_honest_record_is_clean_under_every_record_rule(rule: Any, tmp_path: Path) -> None:
+    finding = found(rule, record(tmp_path / "honest"))
+    assert (finding.verdict, finding.id) == ("clean", rule.ID), finding.evidence
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.ID)
+def test_a_lone_script_is_not_drowned_in_what_cannot_be_told(rule: Any, tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(SCRIPT)
+    assert found(rule, tmp_path / "train.py").verdict == "clean"
+
+
+def test_a_log_is_read_number_by_number() -> None:
+    said = read("train_seed42.log", log(42, 1.1184, 5000, steps=6000, step_ms=99.9, eval_ms=290_000))
+    assert (said.seed, said.steps, said.step_ms, said.train_seconds) == (42, 6000, 99.9, pytest.approx(599.4))
+    assert said.total is not None
+    assert said.total.value == MODEL + 5000
+    assert [model.value for model in said.models] == [67224983, MODEL]
+    assert said.final is not None
+    assert said.final.bits_per_byte == 1.1184
+    assert [score.seconds for score in said.scores] == [None, None, 290.0, None]
+    assert said.settings["train_seq_len"] == "2048"
+
+
+# Sizes.
+
+
+@pytest.mark.parametrize(
+    ("change", "verdict", "says"),
+    [
+        ({"model": 15_999_900}, "violates", "under 16 MiB but not under 16 MB"),
+        ({"model": 17_000_000}, "violates", "17,0"),
+        ({"total": MODEL}, "violates", "the model alone"),
+        ({"claims": {"bytes_total": MODEL}}, "suspect", "less the code's"),
+        ({"claims": {"bytes_total": MODEL, "artifact_bytes": MODEL}}, "suspect", "are left out"),
+        ({"claims": {"bytes_total": 15_400_000}}, "suspect", "the logs give"),
+    ],
+)
+def test_a_size_that_is_no_sum_of_code_and_artifact(
+    change: dict[str, Any], verdict: str, says: str, tmp_path: Path
+) -> None:
+    finding = found(size_sum, record(tmp_path / "r", **change))
+    assert (finding.verdict, says in finding.evidence) == (verdict, True), finding.evidence
+
+
+def test_the_files_are_weighed_not_believed(tmp_path: Path) -> None:
+    folder = record(tmp_path / "r")
+    with (folder / "final_model.ptz").open("wb") as file:
+        file.truncate(15_999_990)  # sparse: it takes no space
+    finding = found(size_sum, folder)
+    assert finding.verdict == "violates"
+    assert "by stat()" in finding.evidence
+    assert finding.place is not None
+    assert finding.place.file == "submission.json"
+
+
+def test_code_counted_as_a_packed_wrapper_is_a_named_exemption(tmp_path: Path) -> None:
+    script = SCRIPT + "".join(f"# a remark that packs away, number {i}\n" for i in range(2000))
+    folder = record(tmp_path / "r", script, code=9000)
+    kept, strict = found(size_sum, folder), found(size_sum, folder, strict=True)
+    assert (kept.verdict, kept.exemption, strict.verdict) == ("clean", "packed-code-count", "violates")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("16_000_000", "16 * 1024 * 1024", "16 MiB"),
+        ("16_000_000", "16 << 20", "16 MiB"),
+        ("16_000_000", "int(os.environ.get('LIMIT', 16777216))", "16 MiB"),
+        ('len(blob) + len(code.encode("utf-8"))', "len(blob)", "no code is added"),
+    ],
+)
+def test_the_sum_in_the_script_itself(old: str, new: str, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "train.py"
+    path.write_text(SCRIPT.replace(old, new))
+    finding = found(size_sum, path)
+    assert finding.verdict == "violates"
+    assert says in finding.evidence
+    assert finding.place is not None
+    assert finding.place.line in (12, 13)
+
+
+@pytest.mark.parametrize(
+    "honest",
+    [
+        SCRIPT.replace("LIMIT = 16_000_000", "LIMIT = 16 * 10**6"),
+        SCRIPT.replace("assert total <= LIMIT", "assert len(blob) <= LIMIT - len(code)"),
+        SCRIPT + "\nBUFFER = 16 * 1024 * 1024\ndef copy(a, b):\n    while x := a.read(BUFFER):\n        b.write(x)\n",
+        "import os\ndef size(p): return os.path.getsize(p)\ndef judge(n): return n <= 16_000_000\n"
+        "def run(p, text):\n    n = size(p) + len(text)\n    print(judge(n))\nrun('m.bin', open(__file__).read())\n",
+    ],
+)
+def test_honest_sums_of_other_shapes_are_clean(honest: str, tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(honest)
+    finding = found(size_sum, tmp_path / "train.py")
+    assert finding.verdict == "clean", finding.evidence
+
+
+# Code outside.
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("import torch\nimport helper\nhelper.go()\n", 2),
+        ("from helper import go\ngo()\n", 1),
+        ("def main():\n    from helper import go\n    go()\nmain()\n", 2),
+        ('exec(open("helper.py").read())\n', 1),
+        (
+            "from pathlib import Path\nhere = Path(__file__).parent\nexec((here / 'helper.py').read_text())\n",
+            3,
+        ),
+        ("import runpy\nrunpy.run_path('helper.py', run_name='__main__')\n", 2),
+        ("import subprocess, sys\nsubprocess.run([sys.executable, 'helper.py'], check=True)\n", 2),
+        ("import importlib\nm = importlib.import_module('helper')\n", 2),
+    ],
+)
+def test_code_of_a_neighbour_is_counted_or_a_violation(text: str, line: int, tmp_path: Path) -> None:
+    folder = record(tmp_path / "r", text)
+    (folder / "helper.py").write_text("def go():\n    return 1\n")
+    finding = found(uncounted_code, folder)
+    assert finding.verdict == "violates"
+    assert "helper.py (23 bytes)" in finding.evidence
+    assert finding.place is not None
+    assert (finding.place.file, finding.place.line) == ("train_gpt.py", line)
+
+
+def test_a_neighbour_that_is_counted_is_clean(tmp_path: Path) -> None:
+    text = "import helper\n"
+    folder = record(tmp_path / "r", text, code=len(text) + 23)
+    (folder / "helper.py").write_text("def go():\n    return 1\n")
+    assert found(uncounted_code, folder).verdict == "clean"
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / "helper.py").write_text("def go():\n    return 1\n")
+    (alone / "train_gpt.py").write_text(
+        "import helper\nfrom pathlib import Path\n"
+        "code = sum(len(Path(p).read_bytes()) for p in (__file__, 'helper.py'))\nprint(code)\n"
+    )
+    assert found(uncounted_code, alone).verdict == "clean"
+
+
+def test_a_neighbour_whose_file_is_weighed_is_counted(tmp_path: Path) -> None:
+    (tmp_path / "helper.py").write_text("x = 1\n")
+    (tmp_path / "train.py").write_text("import os, helper\nprint(os.path.getsize(helper.__file__))\n")
+    assert found(uncounted_code, tmp_path / "train.py").verdict == "clean"
+
+
+def test_a_kernel_in_another_language_counts_as_code(tmp_path: Path) -> None:
+    text = "from torch.utils.cpp_extension import load\nk = load('k', sources=['kernels.cu'])\n"
+    folder = record(tmp_path / "r", text)
+    (folder / "kernels.cu").write_text("__global__ void f() {}\n")
+    finding = found(uncounted_code, folder)
+    assert finding.verdict == "violates"
+    assert "kernels.cu" in finding.evidence
+
+
+def test_code_packed_in_a_data_file_beside_the_script_is_code(tmp_path: Path) -> None:
+    text = "import zlib\nexec(zlib.decompress(open('weights.dat', 'rb').read()))\n"
+    folder = record(tmp_path / "r", text)
+    (folder / "weights.dat").write_bytes(zlib.compress(b"print('the real script')\n"))
+    finding = found(uncounted_code, folder)
+    assert finding.verdict == "violates"
+    assert "weights.dat" in finding.evidence
+
+
+def test_an_unused_neighbour_is_no_part_of_the_submission(tmp_path: Path) -> None:
+    folder = record(tmp_path / "r")
+    (folder / "plot.py").write_text("import matplotlib\n")
+    assert found(uncounted_code, folder).verdict == "clean"
+
+
+def test_a_module_that_was_not_handed_in_is_suspect(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("import torch\nimport ngram_decoder_ext\n")
+    assert found(uncounted_code, tmp_path / "a.py").verdict == "suspect"
+    (tmp_path / "b.py").write_text("try:\n    import ngram_decoder_ext\nexcept ImportError:\n    pass\n")
+    assert found(uncounted_code, tmp_path / "b.py").verdict == "clean"
+
+
+# Times.
+
+
+@pytest.mark.parametrize(
+    ("change", "verdict"),
+    [
+        ({"eval_ms": 601_000}, "violates"),
+        ({"eval_ms": 553_000, "tail": ["ngram_precompute: done in 165.2s (outside timer)"]}, "violates"),
+        ({"eval_ms": 410_000, "tail": ["ngram_precompute: done in 165.2s"]}, "clean"),
+        ({"eval_ms": 553_000, "tail": ["gptq: 66 matrices quantized in 120.0s"]}, "clean"),
+        ({"eval_ms": 553_000, "tail": ["ttt chunk 300/473 time:355.0s"]}, "clean"),
+        ({"tail": ["total_eval_time: 688.0s"]}, "violates"),
+    ],
+)
+def test_the_evaluation_has_600_seconds_with_what_lies_outside_its_timer(
+    change: dict[str, Any], verdict: str, tmp_path: Path
+) -> None:
+    finding = found(eval_over_time, record(tmp_path / "r", **change))
+    assert finding.verdict == verdict, finding.evidence
+
+
+def test_evaluations_whose_counting_is_unsettled_are_said_and_not_accused(tmp_path: Path) -> None:
+    tail = [f"DIAGNOSTIC quantized val_loss:{1.13 * NATS:.4f} val_bpb:1.1300 eval_time:82000ms"]
+    folder = record(tmp_path / "r", eval_ms=525_000, tail=tail)
+    finding = found(eval_over_time, folder)
+    assert finding.exemption == "diagnostics-beside-the-clock"
+    assert found(eval_over_time, folder, strict=True).verdict == "violates"
+    assert finding.verdict == "clean"
+    assert "unsettled" in finding.evidence
+
+
+@pytest.mark.parametrize(
+    ("change", "verdict"),
+    [
+        ({"steps": 6004, "step_ms": 99.95}, "clean"),  # 600.1 s: the step that crosses the line
+        ({"steps": 6500, "step_ms": 99.9}, "violates"),
+        ({"after": ["gptq: calibrated 256 batches of training data in 46.2s"]}, "violates"),
+        ({"after": ["gptq:calibration on train shards took 800ms, train+gptq 600.2s of 600s"]}, "clean"),
+        ({"after": ["gptq: self-generated calibration text in 197.0s"]}, "clean"),
+        ({"steps": 8000, "step_ms": 99.9, "claims": {"track": "non_record_unlimited_compute"}}, "clean"),
+    ],
+)
+def test_training_has_600_seconds_with_its_calibration(change: dict[str, Any], verdict: str, tmp_path: Path) -> None:
+    finding = found(training_over_time, record(tmp_path / "r", **change))
+    assert finding.verdict == verdict, finding.evidence
+
+
+# Logs of other code.
+
+
+def test_a_log_with_the_source_of_another_script(tmp_path: Path) -> None:
+    head = [*SCRIPT.split("\n"), "# padding", *["# more"] * 10, "=" * 100]
+    assert found(foreign_artifact_or_log, record(tmp_path / "same", head=head)).verdict == "clean"
+    other = [row.replace("16_000_000", "17_000_000") for row in head]
+    finding = found(foreign_artifact_or_log, record(tmp_path / "other", head=other))
+    assert finding.verdict == "violates"
+    assert "from line 5 on" in finding.evidence
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"code": len(SCRIPT) + 36}, "bytes of code"),
+        ({"head": [f"sha256 script {'ab' * 32}"]}, "sha256 abababababab"),
+    ],
+)
+def test_a_log_whose_code_size_or_hash_is_another(change: dict[str, Any], says: str, tmp_path: Path) -> None:
+    finding = found(foreign_artifact_or_log, record(tmp_path / "r", **change))
+    assert finding.verdict == "violates"
+    assert says in finding.evidence
+
+
+def test_a_seed_that_ran_with_another_configuration(tmp_path: Path) -> None:
+    folder = record(tmp_path / "r", SCRIPT + "\ntrain_seq_len = int(os.environ.get('TRAIN_SEQ_LEN', 2048))\n")
+    path = folder / "train_seed2025.log"
+    path.write_text(path.read_text().replace("train_seq_len:2048", "train_seq_len:4096"))
+    finding = found(foreign_artifact_or_log, folder)
+    assert finding.verdict == "violates"
+    assert "train_seq_len" in finding.evidence
+
+
+# Figures.
+
+
+@pytest.mark.parametrize(
+    ("change", "verdict", "says"),
+    [
+        ({"claims": {"val_bpb": 1.1160}}, "violates", "the logs end with"),
+        ({"claims": {"val_bpb_mean": 1.1176, "val_bpb": None}}, "violates", "as the mean"),
+        ({"claims": {"val_bpb_std": 0.0001}}, "violates", "a deviation of"),
+        ({"claims": {"val_bpb_std": 0.0004}}, "clean", "mean 1.11800, deviation 0.00040"),
+        ({"train_ms": 480_000}, "violates", "make 599.4 s, and the line says 480.0 s"),
+        ({"claims": {"seed_results": {"1337": {"val_bpb": 1.1180}, "42": {"val_bpb": 1.1100}}}}, "violates", "seed 42"),
+        ({"claims": {"sota_val_bpb": 1.1210, "p_value": 0.001}}, "violates", "p = 0."),
+        ({"claims": {"sota_val_bpb": 1.1300, "p_value": 0.001}}, "clean", "p = "),
+    ],
+)
+def test_figures_are_made_anew(change: dict[str, Any], verdict: str, says: str, tmp_path: Path) -> None:
+    finding = found(record_figures, record(tmp_path / "r", **change))
+    assert (finding.verdict, says in finding.evidence) == (verdict, True), finding.evidence
+
+
+def test_seeds_without_a_log_and_logs_without_a_claim_are_suspect(tmp_path: Path) -> None:
+    folder = record(tmp_path / "r")
+    (folder / "train_seed42.log").unlink()
+    assert "seeds 42 are claimed" in found(record_figures, folder).evidence
+    folder = record(tmp_path / "more")
+    (folder / "train_seed7.log").write_text(log(7, 1.1201, len(SCRIPT)))
+    finding = found(record_figures, folder)
+    assert finding.verdict == "suspect"
+    assert "seed 7 was run" in finding.evidence
+
+
+def test_a_score_whose_bytes_are_counted_otherwise_than_before_is_suspect(tmp_path: Path) -> None:
+    folder = record(tmp_path / "r", claims={"val_bpb": None, "seed_results": None})
+    for path in folder.glob("*.log"):
+        rows = path.read_text().split("\n")
+        path.write_text("\n".join([*rows[:-2], f"final_exact val_loss:{1.118 * NATS:.8f} val_bpb:0.95800000", ""]))
+    finding = found(record_figures, folder)
+    assert finding.verdict == "suspect"
+    assert "counted otherwise" in finding.evidence
+
+
+def test_claims_that_are_no_json_are_said(tmp_path: Path) -> None:
+    folder = record(tmp_path / "r")
+    (folder / "submission.json").write_text('{"val_bpb": 1.1,\n oops}')
+    finding = found(record_figures, folder)
+    assert finding.verdict == "suspect"
+    assert "submission.json:2" in finding.evidence
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 2.7, 3, 9.4, 40])
+@pytest.mark.parametrize("t", [-3.0, 0.0, 0.3, 2.0, 6.9, 80.0])
+def test_the_tail_of_student_agrees_with_scipy(t: float, freedom: float) -> None:
+    assert tail(t, freedom) == pytest.approx(float(scipy.stats.t.sf(t, freedom)), rel=1e-10, abs=1e-15)
+
+
+def test_both_tests_agree_with_scipy() -> None:
+    ours, before = [1.1180, 1.1184, 1.1176], [1.1199, 1.1204, 1.1193, 1.1200]
+    theirs = scipy.stats.ttest_1samp(ours, 1.119, alternative="less").pvalue
+    assert below(ours, 1.119) == pytest.approx(float(theirs), rel=1e-9)
+    shifted = [value - 0.001 for value in before]
+    theirs = scipy.stats.ttest_ind(ours, shifted, equal_var=False, alternative="less").pvalue
+    assert welch(ours, before, 0.001) == pytest.approx(float(theirs), rel=1e-9)
+
+
+def test_the_helpers_scores_are_what_the_claims_say(tmp_path: Path) -> None:
+    claims = json.loads((record(tmp_path / "r") / "submission.json").read_text())
+    assert claims["val_bpb"] == round(sum(SCORES.values()) / 3, 4)

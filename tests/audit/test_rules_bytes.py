@@ -1,0 +1,187 @@
+"""Bytes: each token's bytes are counted once and as they are, whichever way the script writes it."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.audit.small import COUNT, LOSS, TABLE, line_of, script, verdict
+
+RULES = ("byte_double_space", "byte_missing_mark", "byte_fallback_three", "byte_constant", "byte_transformed_text")
+
+COMPREHENSION = """
+def tables():
+    sp = spm.SentencePieceProcessor(model_file="tokenizer.model")
+    pieces = [sp.id_to_piece(i) for i in range(V)]
+    edge = np.array([sp.is_control(i) or sp.is_unknown(i) for i in range(V)])
+    lead = np.array([p[:1] == "▁" for p in pieces]) & ~edge
+    bare = [p.lstrip("▁") for p in pieces]
+    size = np.array([0 if edge[i] else 1 if sp.is_byte(i) else len(p.encode()) for i, p in enumerate(bare)])
+    return size, lead, edge
+"""
+
+METHOD = """
+class Ruler:
+    def __init__(self, processor):
+        self.processor = processor
+
+    def measure(self, number):
+        if self.processor.is_control(number):
+            return 0, False, True
+        if self.processor.is_byte(number):
+            return 1, False, False
+        text = self.processor.id_to_piece(number)
+        return len(text.removeprefix("▁").encode("utf-8")), text.startswith("▁"), False
+
+    def columns(self):
+        return [np.array(column) for column in zip(*[self.measure(i) for i in range(V)])]
+
+def tables():
+    size, lead, edge = Ruler(spm.SentencePieceProcessor(model_file="tokenizer.model")).columns()
+    return size, lead, edge
+"""
+
+
+@pytest.mark.parametrize("table", [TABLE, COMPREHENSION, METHOD], ids=["loop", "comprehension", "class"])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_canonical_count_is_clean_in_every_style(tmp_path: Path, rule: str, table: str) -> None:
+    assert verdict(tmp_path, rule, script(table=table)).verdict == "clean"
+
+
+# ---- the space twice
+
+
+@pytest.mark.parametrize(
+    ("table", "count", "place"),
+    [
+        (
+            TABLE.replace('len(piece.encode("utf-8"))', 'len(piece.encode("utf-8")) + int(lead[i])'),
+            COUNT,
+            "int(lead[i])",
+        ),
+        (TABLE.replace("piece = piece[1:]", 'piece = piece.replace("\\u2581", " ")'), COUNT, "(lead[y]"),
+        (TABLE.replace("return size, lead", "size = size + lead\n    return size, lead"), COUNT, "(lead[y]"),
+        (METHOD.replace('removeprefix("▁")', 'replace("▁", " ")'), COUNT, "(lead[y]"),
+        (COMPREHENSION.replace('lstrip("▁")', 'replace("▁", " ")'), COUNT, "(lead[y]"),
+    ],
+    ids=["in-the-store", "as-a-space", "vectorised", "in-a-method", "in-a-comprehension"],
+)
+def test_a_space_in_the_table_and_in_the_loop_is_counted_twice(
+    tmp_path: Path, table: str, count: str, place: str
+) -> None:
+    text = script(table=table, count=count)
+    finding = verdict(tmp_path, "byte_double_space", text)
+    assert finding.verdict == "violates"
+    assert finding.place is not None
+    assert finding.place.line in {line_of(text, place), line_of(text, "octets += ")}
+
+
+def test_a_space_that_the_table_counts_and_the_loop_takes_off_again_is_counted_once(tmp_path: Path) -> None:
+    table = TABLE.replace("piece = piece[1:]", 'piece = piece.replace("\\u2581", " ")')
+    text = script(table=table, count="size[y].sum() - (lead[y] & edge[x]).sum()")
+    assert verdict(tmp_path, "byte_double_space", text).verdict == "clean"
+
+
+# ---- the mark
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        TABLE.replace("            lead[i] = True\n            piece = piece[1:]\n", "            lead[i] = True\n"),
+        METHOD.replace('removeprefix("▁")', 'removeprefix("_")'),
+        COMPREHENSION.replace('lstrip("▁")', "strip()"),
+    ],
+    ids=["never-taken-off", "another-sign", "white-space-alone"],
+)
+def test_a_piece_measured_with_its_mark_has_two_bytes_too_many(tmp_path: Path, table: str) -> None:
+    finding = verdict(tmp_path, "byte_missing_mark", script(table=table))
+    assert finding.verdict == "violates"
+    assert finding.place is not None
+    assert finding.place.line == line_of(script(table=table), "encode(")
+
+
+def test_the_marks_bytes_may_be_taken_off_by_arithmetic(tmp_path: Path) -> None:
+    table = TABLE.replace("piece = piece[1:]", "size[i] = -3").replace("size[i] = len", "size[i] += len")
+    assert verdict(tmp_path, "byte_missing_mark", script(table=table)).verdict == "clean"
+
+
+# ---- byte pieces
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        TABLE.replace("        if sp.is_byte(i):\n            size[i] = 1\n            continue\n", ""),
+        TABLE.replace("size[i] = 1\n", "size[i] = 3\n"),
+        COMPREHENSION.replace("1 if sp.is_byte(i) else ", ""),
+        METHOD.replace("return 1, False", 'return len("\\ufffd".encode()), False'),
+    ],
+    ids=["no-branch", "three", "comprehension", "the-replacement-sign"],
+)
+def test_a_byte_piece_that_is_measured_as_a_text_counts_three(tmp_path: Path, table: str) -> None:
+    assert verdict(tmp_path, "byte_fallback_three", script(table=table)).verdict == "violates"
+
+
+def test_byte_pieces_may_be_told_by_their_shape(tmp_path: Path) -> None:
+    table = TABLE.replace("if sp.is_byte(i):", 'if sp.id_to_piece(i).startswith("<0x"):')
+    assert verdict(tmp_path, "byte_fallback_three", script(table=table)).verdict == "clean"
+
+
+# ---- constants
+
+
+@pytest.mark.parametrize(
+    "bpb",
+    [
+        "loss / math.log(2) / 4.3",
+        "nats / math.log(2) / (count * 2.44)",
+        "loss / math.log(2) * 0.41",
+        'nats / math.log(2) / (count * float(os.environ.get("RATIO", "4.3")))',
+    ],
+)
+def test_bytes_that_nobody_counted_are_a_constant(tmp_path: Path, bpb: str) -> None:
+    text = script(bpb=bpb)
+    finding = verdict(tmp_path, "byte_constant", text)
+    assert finding.verdict == "violates"
+    assert finding.place is not None
+    assert finding.place.line == line_of(text, "return loss, ")
+
+
+def test_a_constant_that_only_checks_the_count_is_no_denominator(tmp_path: Path) -> None:
+    loss = "        assert abs(count * 2.44 - octets) < 1e9\n" + LOSS
+    assert verdict(tmp_path, "byte_constant", script(loss=loss)).verdict == "clean"
+
+
+def test_the_known_total_of_the_split_is_no_guess(tmp_path: Path) -> None:
+    assert verdict(tmp_path, "byte_constant", script(bpb="nats / math.log(2) / 151_080_891")).verdict == "clean"
+    assert verdict(tmp_path, "byte_constant", script(bpb="nats / math.log(2) / 151_999_999")).verdict == "suspect"
+
+
+def test_only_the_reported_number_counts(tmp_path: Path) -> None:
+    text = script() + '    print(f"about {loss / math.log(2):.3f} bits per token")\n'
+    assert all(verdict(tmp_path, rule, text).verdict == "clean" for rule in RULES)
+
+
+# ---- transformed texts
+
+
+def test_pieces_of_a_case_transformed_text_are_no_bytes_of_the_original(tmp_path: Path) -> None:
+    finding = verdict(
+        tmp_path, "byte_transformed_text", script(), README__md="Tokens are CaseOps, U+E001 marks capitals."
+    )
+    assert finding.verdict == "violates"
+
+
+def test_a_sidecar_of_original_bytes_is_the_right_denominator(tmp_path: Path) -> None:
+    state = 'side = np.concatenate([shard(path) for path in sorted(glob.glob("data/fineweb_val_bytes_*.bin"))])'
+    text = script(state=state, count="side[at + 1 : at + 513].sum()")
+    readme = "Tokens are CaseOps, U+E001 marks capitals."
+    assert verdict(tmp_path, "byte_transformed_text", text, README__md=readme).verdict == "clean"
+
+
+def test_bytes_of_a_folded_text_are_not_those_of_the_original(tmp_path: Path) -> None:
+    state = 'texts = open("docs.txt").read().split("\\0")'
+    text = script(state=state, count="sum(len(one.lower().encode()) for one in texts)")
+    assert verdict(tmp_path, "byte_transformed_text", text).verdict == "violates"
+    text = script(state=state, count="sum(len(one.encode()) for one in texts)")
+    assert verdict(tmp_path, "byte_transformed_text", text).verdict == "clean"

@@ -1,0 +1,328 @@
+"""Data, artifact and machine: what is stored, fetched, folded, held back and claimed."""
+
+from pathlib import Path
+
+import pytest
+
+from fairway.audit.exemptions import DEPARTURES
+from tests.audit.small import line_of, script, verdict
+
+RULES = ("network_access", "paid_prefix", "lossy_text", "overlap_default", "adaptation_order_race", "boundary_leak")
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_plain_script_is_clean(tmp_path: Path, rule: str) -> None:
+    assert verdict(tmp_path, rule, script()).verdict == "clean"
+
+
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "overlap_default"])
+def test_code_that_nobody_can_read_is_never_clean(tmp_path: Path, rule: str) -> None:
+    text = "import marshal, os\nexec(marshal.loads(open(os.environ['CODE'], 'rb').read()))\n"
+    assert verdict(tmp_path, rule, text).verdict == "cannot tell"
+
+
+# ---- the network
+
+TRAINS = """
+def school(net):
+    rule = torch.optim.SGD(net.parameters(), lr=0.1)
+    ids = torch.from_numpy(shard("data/fineweb_train_000000.bin"))
+    F.cross_entropy(net(ids[:-1]), ids[1:]).backward()
+    rule.step()
+"""
+
+
+@pytest.mark.parametrize(
+    ("fetch", "place"),
+    [
+        ("import urllib.request\n    urllib.request.urlopen('https://example.org/p').read()", "urlopen"),
+        (
+            "import requests as web\n    with web.Session() as line:\n        line.get('https://example.org/p')",
+            "line.get",
+        ),
+        ("from huggingface_hub import hf_hub_download as fetch\n    fetch('some/where', 'weights')", "fetch('some"),
+        ("import subprocess\n    subprocess.run(['wget', 'https://example.org/p'])", "subprocess.run"),
+        ("os.system('curl -O https://example.org/p')", "os.system"),
+        ("import socket\n    line = socket.socket()\n    line.connect(('example.org', 80))", "line.connect"),
+    ],
+    ids=["urllib", "session", "hub", "wget", "curl", "socket"],
+)
+def test_a_call_of_the_network_after_training_is_found(tmp_path: Path, fetch: str, place: str) -> None:
+    text = script(extra=TRAINS, state=f"school(net)\n    {fetch}")
+    finding = verdict(tmp_path, "network_access", text)
+    assert finding.verdict == "violates"
+    assert finding.place is not None
+    assert finding.place.line == line_of(text, place)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        "import torch.distributed as dist\n    dist.init_process_group('nccl', init_method='tcp://127.0.0.1:29500')",
+        "import socket\n    name = socket.gethostname()",
+        "import subprocess\n    subprocess.run(['nvidia-smi'])",
+        "if os.environ.get('FETCH', '0') == '1':\n        import requests\n        requests.get('https://example.org/p')",
+    ],
+    ids=["process-group", "host-name", "other-programs", "switched-off"],
+)
+def test_what_is_no_network_or_never_reached_is_clean(tmp_path: Path, state: str) -> None:
+    assert (
+        verdict(tmp_path, "network_access", script(extra=TRAINS, state=f"school(net)\n    {state}")).verdict == "clean"
+    )
+
+
+def test_data_may_be_fetched_before_training(tmp_path: Path) -> None:
+    fetch = "import urllib.request\n    urllib.request.urlretrieve('https://example.org/s', 'data/fineweb_train_0.bin')"
+    assert (
+        verdict(tmp_path, "network_access", script(extra=TRAINS, state=f"{fetch}\n    school(net)")).verdict == "clean"
+    )
+
+
+# ---- stored tokens
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        'torch.save({"w": net.state_dict(), "notes": torch.from_numpy(tokens[:100_000])}, "model.pt")',
+        'import lzma\n    open("extra.xz", "wb").write(lzma.compress(tokens[:100_000].astype(np.uint16).tobytes()))',
+        'box = {}\n    box["q"] = tokens[:9]\n    np.savez("model.npz", **box)\n    np.save("model.npy", box["q"])',
+    ],
+    ids=["in-the-box", "beside-it", "under-another-name"],
+)
+def test_validation_tokens_in_what_is_written_are_a_paid_prefix(tmp_path: Path, state: str) -> None:
+    assert verdict(tmp_path, "paid_prefix", script(state=state)).verdict == "violates"
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        'torch.save({"w": net.state_dict(), "tokens": len(tokens)}, "model.pt")',
+        'notes = shard("data/fineweb_train_000000.bin")\n    np.save("val_like.npy", notes[:100_000])',
+    ],
+    ids=["their-number", "training-tokens"],
+)
+def test_numbers_and_training_tokens_are_none(tmp_path: Path, state: str) -> None:
+    assert verdict(tmp_path, "paid_prefix", script(state=state)).verdict == "clean"
+
+
+# ---- easier texts
+
+PREPARE = """
+import sys, unicodedata
+import numpy as np
+import sentencepiece
+
+HELD = 50_000
+model = sentencepiece.SentencePieceProcessor(model_file="tokenizer.model")
+documents = open(sys.argv[1], encoding="utf-8").read().split("\\0")
+
+def prepared(text):
+    return text
+
+def write(name, some):
+    ids = np.concatenate([np.array([1] + model.encode(prepared(one)), np.uint16) for one in some])
+    with open(name, "wb") as file:
+        file.write(ids.tobytes())
+
+write("fineweb_val_000000.bin", documents[:HELD])
+write("fineweb_train_000000.bin", documents[HELD:])
+"""
+
+
+@pytest.mark.parametrize(
+    "change", ["text.casefold()", 'unicodedata.normalize("NFKC", text)', "' '.join(text.lower().split())"]
+)
+def test_a_text_that_is_folded_before_the_tokenizer_is_another_text(tmp_path: Path, change: str) -> None:
+    prepare = PREPARE.replace("return text", f"return {change}")
+    finding = verdict(tmp_path, "lossy_text", script(), prepare__py=prepare)
+    assert finding.verdict == "violates"
+    assert finding.place is not None
+    assert (finding.place.file, finding.place.line) == ("prepare.py", line_of(prepare, f"return {change}"))
+
+
+def test_a_fold_that_writes_marks_can_be_undone(tmp_path: Path) -> None:
+    change = '"".join("\\ue001" + sign.lower() if sign.isupper() else sign for sign in text)'
+    prepare = PREPARE.replace("return text", f"return {change}")
+    assert verdict(tmp_path, "lossy_text", script(), prepare__py=prepare).verdict == "clean"
+    assert verdict(tmp_path, "lossy_text", script(), prepare__py=PREPARE).verdict == "clean"
+
+
+def test_token_ids_that_are_replaced_are_another_text(tmp_path: Path) -> None:
+    text = script(state="rare = np.isin(tokens, np.flatnonzero(np.bincount(tokens) < 5))\n    tokens[rare] = 3")
+    assert verdict(tmp_path, "lossy_text", text).verdict == "violates"
+
+
+def test_a_lower_cased_line_in_the_log_changes_nothing(tmp_path: Path) -> None:
+    state = 'print(spm.SentencePieceProcessor(model_file="t").decode(tokens[:64].tolist()).lower())'
+    assert verdict(tmp_path, "lossy_text", script(state=state)).verdict == "clean"
+
+
+# ---- documents held back
+
+BY_OPTION = """
+import argparse, json
+import numpy as np
+import sentencepiece
+
+options = argparse.ArgumentParser()
+options.add_argument("--docs")
+options.add_argument("--held-out", type=int, default={held})
+given = options.parse_args()
+model = sentencepiece.SentencePieceProcessor(model_file="tokenizer.model")
+first, rest = [], []
+for number, line in enumerate(open(given.docs)):
+    ids = [1] + model.encode(json.loads(line)["text"])
+    if number < given.held_out:
+        first.extend(ids)
+    else:
+        rest.extend(ids)
+np.asarray(first, np.uint16).tofile("fineweb_val_000000.bin")
+np.asarray(rest, np.uint16).tofile("fineweb_train_000000.bin")
+"""
+
+BY_PARAMETER = """
+import json
+import numpy as np
+import sentencepiece
+
+class Writer:
+    def __init__(self, name):
+        self.name, self.ids = name, []
+
+    def add(self, ids):
+        self.ids += ids
+        if len(self.ids) > 1 << 23:
+            np.asarray(self.ids, np.uint16).tofile(self.name)
+
+def build(path, n={held}):
+    model = sentencepiece.SentencePieceProcessor(model_file="tokenizer.model")
+    held, kept = Writer("fineweb_val_000000.bin"), Writer("fineweb_train_000000.bin")
+    seen = 0
+    for line in open(path):
+        (held if seen < n else kept).add([1] + model.encode(json.loads(line)["text"]))
+        seen += 1
+
+build("docs.jsonl")
+"""
+
+
+@pytest.mark.parametrize(
+    "form", [BY_OPTION, BY_PARAMETER, PREPARE.replace("50_000", "{held}")], ids=["option", "class", "slice"]
+)
+def test_fewer_documents_held_back_than_scored_are_trained_on(tmp_path: Path, form: str) -> None:
+    prepare = form.replace("{held}", "10_000")
+    finding = verdict(tmp_path, "overlap_default", script(), prepare__py=prepare)
+    assert finding.verdict == "violates"
+    assert finding.place is not None
+    assert (finding.place.file, finding.place.line) == ("prepare.py", line_of(prepare, "10_000"))
+    assert "40,000" in finding.evidence
+    full = form.replace("{held}", "50_000")
+    assert verdict(tmp_path, "overlap_default", script(), prepare__py=full).verdict == "clean"
+
+
+def test_the_command_decides_over_the_default(tmp_path: Path) -> None:
+    prepare = BY_OPTION.replace("{held}", "10_000")
+    readme = "    python prepare.py --docs docs.jsonl --held-out 50000\n"
+    assert verdict(tmp_path, "overlap_default", script(), prepare__py=prepare, README__md=readme).verdict == "clean"
+
+
+# ---- races
+
+CLAIMED = """
+import fcntl
+
+class Note(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.shift = torch.nn.Parameter(torch.zeros(V))
+
+def claim():
+    with open("/tmp/next", "r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        number = int(file.read() or 0)
+        file.seek(0)
+        file.write(str(number + 1))
+    return number
+"""
+
+ADAPTS = """
+        number = claim()
+        {fresh}
+        piece = tokens[number * 512 : number * 512 + 513]
+        x, y = piece[:-1], piece[1:]
+        nll = F.cross_entropy(net(torch.from_numpy(x)) + note.shift, torch.from_numpy(y), reduction="none")
+        rule.zero_grad()
+        nll.mean().backward()
+        rule.step()
+"""
+MAKE = "note = Note(); rule = torch.optim.SGD(note.parameters(), lr=0.1)"
+
+
+def test_a_state_carried_from_claim_to_claim_depends_on_the_race(tmp_path: Path) -> None:
+    text = script(extra=CLAIMED, state=MAKE, loss=ADAPTS.format(fresh="pass"))
+    finding = verdict(tmp_path, "adaptation_order_race", text)
+    assert finding.verdict == "violates"
+
+
+def test_a_state_of_its_own_for_each_claim_is_an_accepted_departure(tmp_path: Path) -> None:
+    text = script(extra=CLAIMED, loss=ADAPTS.format(fresh=MAKE))
+    finding = verdict(tmp_path, "adaptation_order_race", text)
+    assert (finding.verdict, finding.exemption) == ("clean", "documents-claimed-by-ranks")
+    assert verdict(tmp_path, "adaptation_order_race", text, strict=True).verdict == "violates"
+
+
+def test_a_lock_that_nothing_learns_under_is_no_race(tmp_path: Path) -> None:
+    text = script(extra=CLAIMED, state="claim()")
+    assert verdict(tmp_path, "adaptation_order_race", text, strict=True).verdict == "clean"
+
+
+# ---- boundaries
+
+SMEAR = """
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Embedding(V, 64)
+        self.gate = torch.nn.Parameter(torch.zeros(64))
+
+    def forward(self, ids):
+        e = self.table(ids)
+        {before}
+        e = e + torch.sigmoid(self.gate) * before
+        return F.linear(e, self.table.weight)
+"""
+BY_DOCUMENT = "starts = np.flatnonzero(tokens == 1)"
+SHIFTS = [
+    "before = torch.cat([torch.zeros_like(e[:1]), e[:-1]])",
+    "before = torch.zeros_like(e)\n        before[1:] = e[:-1]",
+]
+
+
+@pytest.mark.parametrize("before", SHIFTS, ids=["cat", "store"])
+def test_a_gate_open_at_a_documents_start_is_an_accepted_departure(tmp_path: Path, before: str) -> None:
+    text = script(extra=SMEAR.format(before=before), state=BY_DOCUMENT)
+    finding = verdict(tmp_path, "boundary_leak", text)
+    assert (finding.verdict, finding.exemption) == ("clean", "smear-across-documents")
+    assert verdict(tmp_path, "boundary_leak", text, strict=True).verdict == "violates"
+
+
+@pytest.mark.parametrize("before", SHIFTS, ids=["cat", "store"])
+def test_a_gate_that_is_shut_there_is_clean_even_when_strict(tmp_path: Path, before: str) -> None:
+    shut = f"{before}\n        before = before * (ids != 1)[..., None]"
+    text = script(extra=SMEAR.format(before=shut), state=BY_DOCUMENT)
+    assert verdict(tmp_path, "boundary_leak", text, strict=True).exemption == ""
+    assert verdict(tmp_path, "boundary_leak", text, strict=True).verdict == "clean"
+
+
+def test_a_text_scored_as_one_stream_has_no_boundaries(tmp_path: Path) -> None:
+    text = script(extra=SMEAR.format(before=SHIFTS[0]))
+    assert verdict(tmp_path, "boundary_leak", text, strict=True).verdict == "clean"
+
+
+def test_departures_have_names_of_their_own_and_say_their_precedent() -> None:
+    assert len(DEPARTURES) >= 7
+    for name, departure in DEPARTURES.items():
+        assert name == departure.name
+        assert departure.rule
+        assert "#" in departure.precedent

@@ -1,0 +1,321 @@
+"""Distributions: a loss reads its target as a place in a finished distribution, and in no other way."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.audit.small import TABLE, line_of, script, verdict
+
+RULES = ("oracle_gate", "gold_token_ngram", "false_normalisation", "target_gated_tilt", "byte_mixture")
+
+PLAIN = """
+        logits = net(torch.from_numpy(x))
+        nll = F.cross_entropy(logits.float(), torch.from_numpy(y), reduction="none")
+"""
+
+# ---- honest ways, which no rule may accuse
+
+CACHE = """
+class Rows:
+    def __init__(self):
+        self.counts = torch.ones(V, V)
+
+    def of(self, previous):
+        rows = self.counts[previous]
+        return rows / rows.sum(-1, keepdim=True)
+
+    def learn(self, previous, following):
+        self.counts.index_put_((previous, following), torch.ones(len(previous)), accumulate=True)
+"""
+
+BLEND = """
+        a, b = torch.from_numpy(x), torch.from_numpy(y)
+        p = 0.9 * torch.softmax(net(a).float(), -1) + 0.1 * rows.of(a)
+        nll = -p.gather(-1, b[:, None])[:, 0].log()
+        rows.learn(a, b)
+"""
+
+TILT = """
+        a, b = torch.from_numpy(x), torch.from_numpy(y)
+        log_p = torch.log_softmax(net(a).float(), -1)
+        keys = [tuple(x[max(0, j - 5) : j + 1].tolist()) for j in range(len(x))]
+        hint = torch.tensor([memory.get(key, -1) for key in keys])
+        beta = torch.where(hint >= 0, 2.0, 0.0)
+        p_hint = log_p.gather(-1, hint.clamp_min(0)[:, None])[:, 0].exp()
+        nll = -log_p.gather(-1, b[:, None])[:, 0] + torch.log1p(p_hint * (beta.exp() - 1)) - beta * (hint == b)
+        for key, token in zip(keys, y.tolist()):
+            memory[key] = token
+"""
+
+EXACT = """
+        for j in range(1, len(y)):
+            row = memory.setdefault((int(x[j - 1]), int(x[j])), {})
+            total = sum(row.values())
+            p = float(torch.softmax(net(torch.from_numpy(x[: j + 1]))[-1], -1)[int(y[j])])
+            weight = total / (total + 4.0)
+            mixed = (1 - weight) * p + (weight * row.get(int(y[j]), 0) / total if total else 0.0)
+            nll = torch.tensor([-math.log(mixed)])
+            row[int(y[j])] = row.get(int(y[j]), 0) + 1
+"""
+
+UNSURE = """
+        a, b = torch.from_numpy(x), torch.from_numpy(y)
+        p, q = torch.softmax(net(a).float(), -1), torch.softmax(net(a).float() / 2, -1)
+        doubt = -(p * p.log()).sum(-1, keepdim=True)
+        nll = -torch.where(doubt > 2.0, p, q).gather(-1, b[:, None])[:, 0].log()
+"""
+
+PADDED = """
+        a, b = torch.from_numpy(x), torch.from_numpy(y)
+        losses = F.cross_entropy(net(a).float(), b, reduction="none")
+        nll = torch.where(b != 0, losses, torch.zeros_like(losses)).clamp(max=80.0)
+"""
+
+HONEST = {
+    "plain": (PLAIN, "pass", ""),
+    "blended-rows": (BLEND, "rows = Rows()", CACHE),
+    "token-only-tilt": (TILT, "memory = {}", ""),
+    "exact-counts": (EXACT, "memory = {}", ""),
+    "gate-by-entropy": (UNSURE, "pass", ""),
+    "padding-left-out": (PADDED, "pass", ""),
+}
+
+
+@pytest.mark.parametrize("way", HONEST)
+@pytest.mark.parametrize("rule", RULES)
+def test_an_honest_way_is_clean(tmp_path: Path, rule: str, way: str) -> None:
+    loss, state, extra = HONEST[way]
+    finding = verdict(tmp_path, rule, script(loss=loss, state=state, extra=extra))
+    assert finding.verdict == "clean", finding.evidence
+
+
+# ---- oracle gates
+
+GATED = BLEND.replace(
+    "nll = -p", "own = F.cross_entropy(net(a).float(), b, reduction='none')\n        mixed = -p"
+).replace("        rows.learn", "        {choice}\n        rows.learn")
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        "nll = torch.where(mixed < own, mixed, own)",
+        "nll = torch.minimum(mixed, own)",
+        "nll = torch.stack([mixed, own]).min(0).values",
+        "nll = own if own.sum() < mixed.sum() else mixed",
+        "gain = own - mixed\n        nll = torch.where(gain > 0, mixed, own)",
+        "nll = honest_helper(own, mixed)",
+    ],
+    ids=["where", "minimum", "stacked", "by-sums", "by-a-difference", "helper"],
+)
+def test_the_better_of_two_predictions_is_an_oracle(tmp_path: Path, choice: str) -> None:
+    helper = (
+        CACHE
+        + "\n\ndef honest_helper(first, second):\n    keep = first.le(second)\n"
+        + "    return torch.where(keep, first, second)\n"
+    )
+    text = script(loss=GATED.format(choice=choice), state="rows = Rows()", extra=helper)
+    finding = verdict(tmp_path, "oracle_gate", text)
+    assert finding.verdict == "violates"
+    assert verdict(tmp_path, "target_gated_tilt", text).verdict == "clean", "one fault, one rule"
+
+
+def test_losses_cut_off_above_are_no_distributions(tmp_path: Path) -> None:
+    loss = PLAIN + "        nll = nll.clamp(max=9.0)\n"
+    text = script(loss=loss)
+    finding = verdict(tmp_path, "oracle_gate", text)
+    assert finding.verdict == "violates"
+    assert finding.place is not None
+    assert finding.place.line == line_of(text, "clamp(max=9.0)")
+
+
+# ---- hashed counts at the target
+
+VECTOR = """
+        from_net = F.cross_entropy(net(torch.from_numpy(x)), torch.from_numpy(y), reduction="none").numpy()
+        key = (x * 36313) & 0xFFFFF
+        full = (key * 27191 + y) & 0xFFFFF
+        ratio = np.minimum(pairs[full], alone[key]) / np.maximum(alone[key], 1)
+        nll = torch.from_numpy(-np.log(0.8 * np.exp(-from_net) + 0.2 * ratio))
+        np.add.at(alone, key, 1)
+        np.add.at(pairs, full, 1)
+"""
+
+BY_TOKEN = """
+        for j in range(len(y)):
+            past, token = int(x[j]), int(y[j])
+            p = float(torch.softmax(net(torch.from_numpy(x[: j + 1]))[-1], -1)[token])
+            nll = torch.tensor([-math.log(table.mixed(past, token, p))])
+            table.see(past, token)
+"""
+
+BUCKETS = """
+class Smooth:
+    def __init__(self):
+        self.upper, self.lower = [0] * 65_537, [0] * 65_537
+
+    def places(self, past, token):
+        return hash((past, token)) % 65_537, hash((past,)) % 65_537
+
+    def mixed(self, past, token, p):
+        above, below = self.places(past, token)
+        return (self.upper[above] + 2.0 * p) / (self.lower[below] + 2.0)
+
+    def see(self, past, token):
+        above, below = self.places(past, token)
+        self.upper[above] += 1
+        self.lower[below] += 1
+"""
+
+
+@pytest.mark.parametrize(
+    ("loss", "state", "extra"),
+    [
+        (VECTOR, "alone, pairs = np.zeros(1 << 20), np.zeros(1 << 20)", ""),
+        (BY_TOKEN, "table = Smooth()", BUCKETS),
+    ],
+    ids=["vectorised", "class"],
+)
+def test_hashed_counts_read_at_the_target_alone(tmp_path: Path, loss: str, state: str, extra: str) -> None:
+    text = script(loss=loss, state=state, extra=extra)
+    finding = verdict(tmp_path, "gold_token_ngram", text)
+    assert finding.verdict == "violates"
+    assert finding.place is not None
+    assert finding.place.line in {
+        number
+        for number, line in enumerate(text.split("\n"), 1)
+        if "ratio = " in line or "self.lower[below] + 2.0)" in line
+    }
+
+
+def test_what_a_switch_turns_off_is_not_accused(tmp_path: Path) -> None:
+    body = "\n".join("    " + line for line in VECTOR.strip("\n").split("\n"))
+    loss = f"{PLAIN}        if int(os.environ.get('NGRAM', '0')):\n{body}\n"
+    state = "alone, pairs = np.zeros(1 << 20), np.zeros(1 << 20)"
+    text = script(loss=loss, state=state)
+    assert verdict(tmp_path, "gold_token_ngram", text).verdict == "clean"
+    readme = "    NGRAM=1 python train_gpt.py\n"
+    assert verdict(tmp_path, "gold_token_ngram", text, README__md=readme).verdict == "violates"
+
+
+# ---- sums that are not sums
+
+WIDE = """
+        a, b = torch.from_numpy(x), torch.from_numpy(y)
+        every = joint[(a[:, None] * 40503 + torch.arange(V)[None] * 69069) % (1 << 18)]
+        q = every / {below}
+        nll = -(0.8 * torch.softmax(net(a).float(), -1) + 0.2 * q).gather(-1, b[:, None])[:, 0].log()
+        joint.index_add_(0, (a * 40503 + b * 69069) % (1 << 18), torch.ones(len(b)))
+        alone.index_add_(0, a % (1 << 18), torch.ones(len(b)))
+"""
+TABLES = "joint, alone = torch.full((1 << 18,), 0.1), torch.ones(1 << 18)"
+
+
+def test_hashed_rows_divided_by_their_contexts_count_do_not_sum_to_one(tmp_path: Path) -> None:
+    text = script(loss=WIDE.format(below="alone[a % (1 << 18)][:, None]"), state=TABLES)
+    finding = verdict(tmp_path, "false_normalisation", text)
+    assert finding.verdict == "violates"
+    assert finding.place is not None
+    assert finding.place.line == line_of(text, "q = every / ")
+
+
+def test_the_same_rows_divided_by_their_sum_do(tmp_path: Path) -> None:
+    text = script(loss=WIDE.format(below="every.sum(-1, keepdim=True)"), state=TABLES)
+    assert all(verdict(tmp_path, rule, text).verdict == "clean" for rule in RULES)
+
+
+def test_weights_of_a_mixture_sum_to_one(tmp_path: Path) -> None:
+    text = script(loss=BLEND.replace("0.1 *", "0.2 *"), state="rows = Rows()", extra=CACHE)
+    assert verdict(tmp_path, "false_normalisation", text).verdict == "violates"
+
+
+def test_a_bonus_for_a_right_hint_has_a_price(tmp_path: Path) -> None:
+    loss = TILT.replace(" + torch.log1p(p_hint * (beta.exp() - 1))", "").replace(
+        "        p_hint = log_p.gather(-1, hint.clamp_min(0)[:, None])[:, 0].exp()\n", ""
+    )
+    assert verdict(tmp_path, "false_normalisation", script(loss=loss, state="memory = {}")).verdict == "violates"
+
+
+# ---- weights, hints and switches that know the target
+
+
+@pytest.mark.parametrize(
+    ("loss", "state", "extra"),
+    [
+        (TILT.replace("torch.where(hint >= 0, 2.0, 0.0)", "2.0 * torch.from_numpy(lead)[b]"), "memory = {}", ""),
+        (TILT.replace("beta = torch.where(hint >= 0", "beta = torch.where(calm(b, lead)"), "memory = {}", "helper"),
+        (UNSURE.replace("doubt > 2.0", "torch.from_numpy(lead)[b][:, None]"), "pass", ""),
+        (
+            BLEND.replace("0.9 *", "share *")
+            .replace("0.1 *", "(1 - share) *")
+            .replace(
+                "p = share", "share = torch.where(rows.of(a).gather(-1, b[:, None]) > 0.5, 0.2, 0.9)\n        p = share"
+            ),
+            "rows = Rows()",
+            CACHE,
+        ),
+        (
+            TILT.replace("keys = [", "first = lead[y]\n        keys = [")
+            .replace("[key, -1) for key in keys]", "")
+            .replace(
+                "memory.get(key, -1) for key in keys",
+                "memory.get(key, -1) if first[j] else -1 for j, key in enumerate(keys)",
+            ),
+            "memory = {}",
+            "",
+        ),
+    ],
+    ids=["strength", "switch-in-a-helper", "expert", "by-the-answers-probability", "python-condition"],
+)
+def test_what_is_decided_by_the_target_is_a_gate(tmp_path: Path, loss: str, state: str, extra: str) -> None:
+    helper = "\n\ndef calm(token, flags):\n    return torch.from_numpy(flags)[token]\n" if extra == "helper" else extra
+    text = script(loss=loss, state=state, extra=helper)
+    assert verdict(tmp_path, "target_gated_tilt", text).verdict == "violates"
+
+
+def test_the_same_switches_may_read_the_token_before(tmp_path: Path) -> None:
+    loss = TILT.replace("torch.where(hint >= 0, 2.0, 0.0)", "2.0 * torch.from_numpy(lead)[a]")
+    text = script(loss=loss, state="memory = {}")
+    assert all(verdict(tmp_path, rule, text).verdict == "clean" for rule in RULES)
+
+
+# ---- bytes of a token's probability
+
+SPREAD = """
+        losses = F.cross_entropy(net(torch.from_numpy(x)), torch.from_numpy(y), reduction="none")
+        total = 0.0
+        for j in range(len(y)):
+            word = spell(int(y[j]))
+            for letter in word:
+                total -= math.log(0.5 * {share} + 0.5 * letters[letter] / sum(letters))
+                letters[letter] += 1
+        nll = torch.tensor([total])
+"""
+SPELL = """
+_processor = spm.SentencePieceProcessor(model_file="tokenizer.model")
+
+def spell(number):
+    return _processor.id_to_piece(number).replace("\\u2581", " ").encode("utf-8")
+"""
+
+
+@pytest.mark.parametrize(
+    "share", ["math.exp(-float(losses[j])) ** (1.0 / len(word))", "math.exp(-float(losses[j]) / len(word))"]
+)
+def test_a_tokens_probability_is_not_spread_over_its_bytes(tmp_path: Path, share: str) -> None:
+    text = script(loss=SPREAD.format(share=share), state="letters = [1] * 256", extra=SPELL)
+    finding = verdict(tmp_path, "byte_mixture", text)
+    assert finding.verdict == "violates"
+    assert finding.place is not None
+    assert finding.place.line == line_of(text, "0.5 * letters")
+
+
+def test_losses_for_each_byte_may_be_logged(tmp_path: Path) -> None:
+    loss = PLAIN + "        print((nll / torch.from_numpy(size)[torch.from_numpy(y)].clamp_min(1)).mean())\n"
+    text = script(table=TABLE, loss=loss)
+    assert verdict(tmp_path, "byte_mixture", text).verdict == "clean"
+
+
+def test_a_script_that_says_no_score_cannot_be_judged(tmp_path: Path) -> None:
+    text = "import torch\nprint('hello')\n"
+    assert all(verdict(tmp_path, rule, text).verdict == "cannot tell" for rule in RULES)

@@ -1,0 +1,298 @@
+"""The rules of order: what had a score seen? Each fault in several styles, and its honest look-alikes."""
+# ruff: noqa: E501 (examples are texts of scripts)
+
+import pytest
+
+from tests.audit.order import HEAD, HONEST, MAIN, broken, doubted, findings, line_of
+
+EVAL = "    final = eval_ttt(args, model, val)\n"
+TTT_TRAIN = "        if ci < n - 1:\n"
+SAY = '    print(f"final val_loss'
+
+SCORING = HONEST[HONEST.index("        model.eval()\n        with torch.inf") : HONEST.index(TTT_TRAIN)]  # of a chunk
+
+
+def with_main(body: str, head: str = HEAD) -> str:
+    """The base script with other steps between loading the validation tokens and reporting `final`."""
+    return head + MAIN.replace(EVAL, body)
+
+
+def test_score_first_adaptation_with_a_baseline_before_it_is_clean() -> None:
+    assert doubted(HONEST) == set()
+
+
+FAULTS = {
+    "a second pass with adapted weights": (
+        "rescoring-after-adaptation",
+        with_main("    eval_ttt(args, model, val)\n    final = eval_val(args, model, val)\n"),
+    ),
+    "a second pass through an alias, a partial and a wrapper": (
+        "rescoring-after-adaptation",
+        with_main(
+            "    again = functools.partial(eval_val, args)\n    net = torch.compile(model)\n"
+            "    eval_ttt(args, model, val)\n    final = (lambda m: again(m, val))(net)\n"
+        ),
+    ),
+    "weights carried over in a dict of clones": (
+        "rescoring-after-adaptation",
+        with_main(
+            "    eval_ttt(args, model, val)\n    kept = {k: v.clone() for k, v in model.state_dict().items()}\n"
+            "    other = GPT().cuda()\n    other.load_state_dict(kept)\n    final = eval_val(args, other, val)\n"
+        ),
+    ),
+    "training on validation, then scoring": (
+        "training-before-scoring",
+        with_main(
+            "    opt = torch.optim.SGD(model.parameters(), lr=0.1)\n"
+            "    for i in range(0, val.numel() - 1024, 1024):\n"
+            "        model(val[i : i + 1024][None], val[i + 1 : i + 1025][None]).backward()\n"
+            "        opt.step()\n        opt.zero_grad()\n    final = eval_val(args, model, val)\n"
+        ),
+    ),
+    "the same by hand, with writes in place": (
+        "training-before-scoring",
+        with_main(
+            "    for i in range(0, val.numel() - 1024, 1024):\n"
+            "        l = model(val[i : i + 1024][None], val[i + 1 : i + 1025][None])\n"
+            "        for p, g in zip(model.parameters(), torch.autograd.grad(l, list(model.parameters()))):\n"
+            "            p.data.add_(g, alpha=-0.1)\n    final = eval_val(args, model, val)\n"
+        ),
+    ),
+    "the two phases of a chunk change places": (
+        "training-before-scoring",
+        HONEST.replace(SCORING, "").replace(
+            "                    opt.step()\n    return (total", f"                    opt.step()\n{SCORING}    return (total"
+        ),
+    ),
+    "training starts one chunk ahead": (
+        "training-before-scoring",
+        HONEST.replace("for s in range(start, end, args.seq_len)", "for s in range(start + args.chunk, end + args.chunk, args.seq_len)"),
+    ),
+    "epochs around the whole, the last is reported": (
+        "multi-epoch-last",
+        HONEST.replace("    for ci in range(n):\n", "    for ci in [c for _ in range(4) for c in range(n)]:\n"),
+    ),
+    "epochs as an outer loop that resets the sums": (
+        "multi-epoch-last",
+        HONEST.replace(
+            HONEST[HONEST.index("    for ci in range(n):\n") : HONEST.index("    return (total / count).item()\n\ndef main")],
+            "    for epoch in range(3):\n        total.zero_()\n        count = 0\n"
+            + "".join(
+                "    " + line + "\n"
+                for line in HONEST[
+                    HONEST.index("    for ci in range(n):\n") : HONEST.index("    return (total / count).item()\n\ndef main")
+                ].splitlines()
+            ),
+        ),
+    ),
+    "the smaller of two passes": (
+        "min-over-passes",
+        with_main("    final = min(eval_ttt(args, model, val), eval_val(args, model, val))\n"),
+    ),
+    "the best of a loop, kept by an if": (
+        "min-over-passes",
+        with_main(
+            "    final = float('inf')\n    for lr in (0.1, 0.2, 0.3):\n        now = eval_ttt(args, model, val)\n"
+            "        if now < final:\n            final = now\n"
+        ),
+    ),
+    "a grid of temperatures": (
+        "temperature-from-validation",
+        with_main(
+            "    best, best_t = 1e9, 1.0\n    for t in (0.9, 0.95, 1.05):\n        model.temperature = t\n"
+            "        now = eval_val(args, model, val)\n        if now < best:\n            best, best_t = now, t\n"
+            "    model.temperature = best_t\n    final = eval_val(args, model, val)\n",
+            HEAD.replace("return self.head(self.hidden(x))", "return self.head(self.hidden(x)) / self.temperature"),
+        ),
+    ),
+    "a temperature fitted by gradient": (
+        "temperature-from-validation",
+        with_main(
+            "    tau = torch.ones(1, requires_grad=True)\n    opt = torch.optim.Adam([tau], lr=0.01)\n"
+            "    z = model.forward_logits(val[:-1][None]).detach()\n"
+            "    for _ in range(50):\n        loss = F.cross_entropy(z.view(-1, 1024) / tau, val[1:])\n"
+            "        opt.zero_grad()\n        loss.backward()\n        opt.step()\n"
+            "    final = F.cross_entropy(z.view(-1, 1024) / tau, val[1:]).item()\n"
+        ),
+    ),
+    "the better of two averages by validation": (
+        "choice-by-validation",
+        with_main(
+            "    a = {k: v.clone() for k, v in model.state_dict().items()}\n    train(args, model)\n"
+            "    b = {k: v.clone() for k, v in model.state_dict().items()}\n    model.load_state_dict(a)\n"
+            "    la = eval_val(args, model, val)\n    model.load_state_dict(b)\n    lb = eval_val(args, model, val)\n"
+            "    model.load_state_dict(a if la < lb else b)\n    final = eval_val(args, model, val)\n"
+        ),
+    ),
+    "a delta on the scored positions": (
+        "slot-on-scored",
+        with_main(
+            "    total, count = 0.0, 0\n    for i in range(0, val.numel() - 1024, 1024):\n"
+            "        x, y = val[i : i + 1024][None], val[i + 1 : i + 1025][None]\n"
+            "        h = model.hidden(x).detach()\n        delta = torch.zeros(1, 1, 64, requires_grad=True)\n"
+            "        opt = torch.optim.AdamW([delta], lr=0.01)\n        for _ in range(8):\n"
+            "            loss = F.cross_entropy(model.head(h + delta).view(-1, 1024), y.view(-1))\n"
+            "            opt.zero_grad()\n            loss.backward()\n            opt.step()\n"
+            "        total += F.cross_entropy(model.head(h + delta).view(-1, 1024), y.view(-1)).item()\n        count += 1\n"
+            "    final = total / count\n"
+        ),
+    ),
+    "a table filled by a first pass": (
+        "two-pass-cache",
+        with_main(
+            "    table = np.ones((1024, 1024))\n    np.add.at(table, (val[:-1], val[1:]), 1)\n    total, count = 0.0, 0\n"
+            "    for i in range(0, val.numel() - 1024, 1024):\n        p = table[val[i : i + 1024]]\n"
+            "        p = p / p.sum(1)\n        total -= np.log(p[np.arange(1024), val[i + 1 : i + 1025]]).sum()\n        count += 1024\n"
+            "    final = total / count\n"
+        ),
+    ),
+    "training reads validation shards": (
+        "validation-in-training",
+        HONEST.replace("loader = Loader(args.train_files)\n    ema", "loader = Loader(args.val_files)\n    ema"),
+    ),
+    "a pattern that fits both splits": ("validation-in-training", HONEST.replace("shards_train_*", "shards_*_*")),
+    "the first million tokens": ("subset-as-full", HONEST.replace("    val = load(args.val_files)\n", "    val = load(args.val_files)[:1_000_000]\n")),
+    "the loop ends by the clock": (
+        "subset-as-full",
+        HONEST.replace("        model.eval()\n", "        if time.perf_counter() - t0 > 500:\n            break\n        model.eval()\n", 1).replace(
+            "    total, count = torch.zeros((), dtype=torch.float64), 0\n", "    total, count = torch.zeros((), dtype=torch.float64), 0\n    t0 = time.perf_counter()\n"
+        ),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_the_fault_is_found_by_its_rule(name: str) -> None:
+    rule, text = FAULTS[name]
+    assert rule in broken(text)
+
+
+def calibrated(loader: str, head: str = HEAD) -> str:
+    """The base with weights rounded by second moments that hooks collect over `loader`."""
+    return with_main(
+        "    moments = {}\n    def hook(m, inputs, output):\n"
+        "        x = inputs[0].reshape(-1, 64)\n        moments['h'] = moments.get('h', 0) + x.T @ x\n"
+        "    handles = [m.register_forward_hook(hook) for m in model.modules() if isinstance(m, nn.Linear)]\n"
+        f"    source = {loader}\n    for _ in range(16):\n        x, y = source.next(65536)\n        model.forward_logits(x)\n"
+        "    for h in handles:\n        h.remove()\n"
+        "    packed = {k: torch.round(v / moments['h'].mean()) for k, v in model.state_dict().items()}\n"
+        "    torch.save(packed, 'model.pt')\n    fresh = GPT().cuda()\n    fresh.load_state_dict(torch.load('model.pt'))\n"
+        "    final = eval_val(args, fresh, val)\n",
+        head,
+    )
+
+
+def test_calibration_on_validation_is_followed_through_hooks_and_a_file() -> None:
+    assert "calibration-on-validation" in broken(calibrated("Loader(args.val_files)"))
+
+
+def test_calibration_on_training_data_within_the_reserve_is_clean() -> None:
+    assert doubted(calibrated("Loader(args.train_files)")) == set()
+
+
+def test_calibration_after_the_whole_cap_is_found_and_the_run_command_decides() -> None:
+    text = calibrated("Loader(args.train_files)")
+    assert broken(text, RESERVE="0") == {"calibration-after-cap"}
+    assert broken(text, RESERVE="8") == set()
+
+
+LOOK_ALIKES = {
+    "the weights of the file are loaded again before a second pass": with_main(
+        "    kept = copy.deepcopy(model.state_dict())\n    eval_ttt(args, model, val)\n    model.load_state_dict(kept)\n"
+        "    final = eval_val(args, model, val)\n"
+    ),
+    "adaptation of a copy": with_main("    eval_ttt(args, copy.deepcopy(model), val)\n    final = eval_val(args, model, val)\n"),
+    "the best of several losses is only logged": with_main(
+        "    final = eval_ttt(args, model, val)\n    seen = min(final, 9.0)\n"
+    ),
+    "dead code behind a flag that is off": with_main(
+        "    if args.flag:\n        eval_ttt(args, model, val)\n    final = eval_val(args, model, val)\n"
+    ),
+    "one pass of a loop over passes": HONEST.replace("    for ci in range(n):\n", "    for ci in [c for _ in range(1) for c in range(n)]:\n"),
+    "a fixed temperature": HONEST.replace("return self.head(self.hidden(x))", "return self.head(self.hidden(x)) / 0.98"),
+    "an online table, read before it is filled": with_main(
+        "    table, total, count = {}, 0.0, 0\n    ids = val.tolist()\n    for t in range(1, len(ids)):\n"
+        "        row = table.setdefault(ids[t - 1], {})\n        n = sum(row.values())\n"
+        "        p = (row.get(ids[t], 0) + 1) / (n + 1024)\n        total -= math.log(p)\n        count += 1\n"
+        "        row[ids[t]] = row.get(ids[t], 0) + 1\n    final = total / count\n"
+    ),
+    "a delta of its own window, on earlier positions alone": with_main(
+        "    total, count = 0.0, 0\n    for i in range(0, val.numel() - 1024, args.stride):\n"
+        "        x, y = val[i : i + 1024][None], val[i + 1 : i + 1025][None]\n        keep = 1024 - args.stride\n"
+        "        h = model.hidden(x).detach()\n        delta = torch.zeros(1, 1, 64, requires_grad=True)\n"
+        "        opt = torch.optim.AdamW([delta], lr=0.01)\n        for _ in range(8):\n"
+        "            nll = F.cross_entropy(model.head(h + delta).view(-1, 1024), y.view(-1), reduction='none')\n"
+        "            opt.zero_grad()\n            nll[:keep].mean().backward()\n            opt.step()\n"
+        "        nll = F.cross_entropy(model.head(h + delta).view(-1, 1024), y.view(-1), reduction='none')\n"
+        "        total += nll[keep:].sum().item()\n        count += args.stride\n    final = total / count\n"
+    ),
+    "documents in two parts, both scored": with_main(
+        "    starts = (val == 1).nonzero().flatten().tolist()\n    total, count = 0.0, 0\n"
+        "    for part in (starts[:2000], starts[2000:]):\n        for s in part:\n"
+        "            total += model(val[s : s + 512][None], val[s + 1 : s + 513][None]).item()\n            count += 1\n    final = total / count\n"
+    ),
+    "names that mislead": HONEST.replace("eval_ttt", "train_on_validation_then_rescore").replace("def train(", "def score_val(").replace("    train(args", "    score_val(args"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOOK_ALIKES)
+def test_the_look_alike_is_clean(name: str) -> None:
+    assert doubted(LOOK_ALIKES[name]) == set()
+
+
+def test_a_flag_that_the_run_command_sets_opens_its_branch() -> None:
+    text = LOOK_ALIKES["dead code behind a flag that is off"]
+    assert broken(text, FLAG="1") == {"rescoring-after-adaptation"}
+
+
+def test_a_second_pass_that_is_only_a_diagnosis_is_no_violation() -> None:
+    text = HONEST.replace(
+        "\nif __name__",
+        '    again = eval_val(args, model, val)\n    print(f"diagnostic only: adapted weights give {again:.4f}")\n\nif __name__',
+    )
+    assert broken(text) == set()
+
+
+def test_a_delta_shared_by_a_batch_of_windows_is_told_from_one_for_each() -> None:
+    text = with_main(
+        "    total, count = 0.0, 0\n    for i in range(0, val.numel() - 1024, 32 * args.stride):\n        n = 32\n"
+        "        x = torch.zeros(n, 1024, dtype=torch.int64)\n        y = torch.zeros(n, 1024, dtype=torch.int64)\n"
+        "        for j in range(n):\n            a = i + j * args.stride\n            x[j] = val[a : a + 1024]\n            y[j] = val[a + 1 : a + 1025]\n"
+        "        keep = 1024 - args.stride\n        h = model.hidden(x).detach()\n        delta = torch.zeros(ROWS, 1, 64, requires_grad=True)\n"
+        "        opt = torch.optim.AdamW([delta], lr=0.01)\n        for _ in range(8):\n"
+        "            nll = F.cross_entropy(model.head(h + delta).view(-1, 1024), y.view(-1), reduction='none').view(n, 1024)\n"
+        "            opt.zero_grad()\n            nll[:, :keep].mean().backward()\n            opt.step()\n"
+        "        nll = F.cross_entropy(model.head(h + delta).view(-1, 1024), y.view(-1), reduction='none').view(n, 1024)\n"
+        "        total += nll[:, keep:].sum().item()\n        count += n * args.stride\n    final = total / count\n"
+    )
+    assert broken(text.replace("ROWS", "1")) == {"slot-shared-delta"}
+    assert broken(text.replace("ROWS", "n")) == set()
+
+
+SLIDING = """
+    total, count = 0.0, 0
+    for w in range(0, val.numel() - 1024, 64):
+        nll = F.cross_entropy(model.forward_logits(val[w : w + 1024][None]).view(-1, 1024), val[w + 1 : w + 1024 + 1], reduction="none")
+        total += nll[FIRST:].sum().item()
+        count += 1024 - FIRST
+    final = total / count
+"""
+
+
+def test_overlapping_windows_may_count_their_last_targets_alone() -> None:
+    assert broken(with_main(SLIDING.replace("FIRST", "0")[1:])) == {"twice-counted-tokens"}
+    assert doubted(with_main(SLIDING.replace("FIRST", "960")[1:])) == set()
+
+
+def test_the_finding_names_the_second_call_and_the_way_from_the_number() -> None:
+    _, text = FAULTS["a second pass with adapted weights"]
+    finding = findings(text)["rescoring-after-adaptation"]
+    assert finding.place is not None
+    assert finding.place.line == line_of(text, "final = eval_val(args, model, val)")
+    assert finding.way[0].place.line == line_of(text, SAY.strip())
+    assert str(line_of(text, "                    opt.step()")) in finding.evidence
+
+
+def test_a_script_that_reports_nothing_is_not_called_clean() -> None:
+    text = HONEST.replace(SAY, '    str(f"final val_loss').replace('    print(f"plain', '    str(f"plain')
+    assert {finding.verdict for finding in findings(text).values()} == {"cannot tell"}
