@@ -64,13 +64,20 @@ def _printed(script: Script, node: ast.JoinedStr, sources: "_Sources") -> list[S
 
 def _limits(node: ast.expr, limit: int, sources: "_Sources") -> bool:
     """Whether an expression is this limit, or a name for it, or it with something taken off."""
-    for each in [node, *sources.of(node)]:
+    seen: set[int] = set()
+    waiting = [node]
+    while waiting:
+        each = waiting.pop()
+        if id(each) in seen:  # `x = x - y` names itself
+            continue
+        seen.add(id(each))
         if _folded(each) == limit:
-            return True
-        if isinstance(each, ast.BinOp) and isinstance(each.op, ast.Sub) and _limits(each.left, limit, sources):
             return True
         if isinstance(each, ast.Call) and any(_folded(value) == limit for value in _defaults(each)):
             return True
+        waiting += sources.of(each)
+        if isinstance(each, ast.BinOp) and isinstance(each.op, ast.Sub):
+            waiting.append(each.left)
     return False
 
 
