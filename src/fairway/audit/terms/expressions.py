@@ -290,7 +290,16 @@ def _under(tests: list[Term], parts: tuple[Term, ...]) -> tuple[Term, ...]:
 
 
 def element(m: "Machine", term: Term, file: str, line: int) -> Term:
-    """One of an iterable's elements."""
+    """One of an iterable's elements. Terms share their parts: without a memory, lists of lists took minutes."""
+    if term.op not in ("merge", "choice", "mutate"):
+        return _element(m, term, file, line)
+    key = (id(term), file, line)
+    if key not in m.elements:
+        m.elements[key] = (term, _element(m, term, file, line))
+    return m.elements[key][1]
+
+
+def _element(m: "Machine", term: Term, file: str, line: int) -> Term:
     if term.op in ("list", "tuple", "set") and term.parts:
         if len(term.parts) == 1:
             one = term.parts[0]

@@ -50,6 +50,7 @@ class Machine:
         self.layers = layers or {}
         self.executed: set[str] = set()
         self.items: dict[tuple[int, Any], tuple[Term, Term]] = {}
+        self.elements: dict[tuple[int, str, int], tuple[Term, Term]] = {}  # with its term, which keeps the id
         self.events: list[Event] = []
         self.options: dict[str, Term] = {}
         self.conditions: list[Term] = []
