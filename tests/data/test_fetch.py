@@ -146,6 +146,11 @@ def test_retry_after_is_obeyed(server, tmp_path):
     assert time.monotonic() - started >= 1.0
 
 
+def test_without_a_word_about_it_the_endpoint_is_the_hubs_own(monkeypatch):
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
+    assert Hub(Layout()).endpoint.startswith("https://")
+
+
 @pytest.mark.parametrize("what", ["info", "tree"])
 def test_the_listing_too_is_asked_for_again(server, tmp_path, what):
     server.faults[what] = ["429:0", "503"]

@@ -69,7 +69,7 @@ def fetch(
     run, patience, watch = run or Run(), patience or Patience(), Stopwatch().start()
     if jobs < 1:
         raise RecipeError(f"--jobs {jobs}: at least one file at a time is needed")
-    wanted = layout.choose(_listed(place, patience), tokenizer, shards)
+    wanted = layout.choose(_listed(place, patience, run.say), tokenizer, shards)
     free = _lock(folder)
     try:
         hashes = _present(wanted, folder, run)
@@ -88,7 +88,7 @@ def fetch(
     return Fetched(str(folder), place.describe(), len(wanted), shards, valid, total, new, seconds)
 
 
-def _listed(place: Place, patience: Patience) -> list[Published]:
+def _listed(place: Place, patience: Patience, say: Callable[[str], None]) -> list[Published]:
     for failures in range(1, patience.tries + 1):
         try:
             return place.listing()
@@ -99,6 +99,7 @@ def _listed(place: Place, patience: Patience) -> list[Published]:
                     f"{' '.join(place.describe().values()).strip()}: given up after {failures} tries: {passing}; "
                     "try again later, name a mirror with HF_ENDPOINT, or a local copy with --from"
                 ) from passing
+            say(f"fetch         {passing}; again in {pause:.0f} s ({failures} of {patience.tries} tries)")
             time.sleep(pause)
     raise AssertionError("patience has no end")
 

@@ -25,6 +25,7 @@ class Hub:
     def __init__(self, layout: Layout, endpoint: str = "") -> None:
         try:
             import huggingface_hub
+            import huggingface_hub.constants  # its attribute only once something has imported it
         except ModuleNotFoundError:
             raise RecipeError("data fetch: needs the package huggingface_hub: pip install 'fairway[hub]'") from None
         self._library: Any = huggingface_hub
