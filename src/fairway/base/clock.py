@@ -36,13 +36,11 @@ class Stopwatch:
 
 
 def hold(name: str, value: float, limit: float, unit: str, remedy: str, ranks: Ranks | None = None) -> None:
-    """Raises BudgetError on every rank unless every rank's value is below the limit (a limit of 0 means none). A value
-    that is not a number counts as infinite: it was not measured, and a maximum over ranks would depend on their order.
-    """
+    """Raises BudgetError on every rank when any rank's value is over the limit (a limit of 0 means none). A value that
+    is not a number counts as infinite: it was not measured, and a maximum over ranks would depend on their order."""
     worst = (ranks or Ranks()).max(math.inf if math.isnan(value) else value)
-    if limit and worst >= limit:
-        where = "over" if worst > limit else "at"
-        raise BudgetError(f"{name}: {_shown(worst)} {unit} is {where} the limit of {_shown(limit)}; {remedy}")
+    if limit and worst > limit:
+        raise BudgetError(f"{name}: {_shown(worst)} {unit} is over the limit of {_shown(limit)}; {remedy}")
 
 
 def _shown(value: float) -> str:

@@ -194,7 +194,7 @@ def pack(recipe: Recipe, tokenizer: Tokenizer, run: Run, code: Code) -> None:
         run.fact("artifact", bytes=path.stat().st_size, sha256=sealed.sha256, sections=sealed.sections)
     size, limit = path.stat().st_size, recipe.budget.artifact_bytes
     run.ranks.wait()
-    if limit and size + script >= limit:
+    if limit and size + script > limit:
         tidy(run, ARTIFACT)
     remedy = (
         f"{size:,} of them are the artifact, {script:,} the script; "
