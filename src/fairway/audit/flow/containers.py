@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, replace
 
 from fairway.audit.flow.classes import Classes
+from fairway.audit.flow.core import Frame
 from fairway.audit.flow.heap import Obj
 from fairway.audit.flow.tokens import START, Cut, Span, Tok, narrowed
 from fairway.audit.flow.values import (
@@ -213,6 +214,12 @@ class Containers(Classes):
         return self.ref(obj)
 
     def content_elem(self, obj: Obj) -> Value:
+        raise NotImplementedError
+
+    def advance(self, obj: Obj, sent: Value) -> Value:
+        raise NotImplementedError
+
+    def drained(self, obj: Obj) -> Value:
         raise NotImplementedError
 
     def setting(self, name: Value, default: Value) -> Value:
@@ -502,6 +509,8 @@ class Containers(Classes):
                     any_key = join(any_key, key)
                 return Elements(None, any_key)
             return self._exactly(tuple(keys), value)
+        if isinstance(obj.data, Frame) and "#elem" not in obj.slots:
+            return Elements(None, self.tagged(self.drained(obj), value.spans))
         if obj.kind in ("list", "generator"):
             exact = obj.slots.get("#items")
             if isinstance(exact, Value) and exact.items is not None and "#elem" not in obj.slots:

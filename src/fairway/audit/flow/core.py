@@ -51,6 +51,7 @@ class Frame:
     yields: list[Value] = field(default_factory=list)
     loops: list[Loop] = field(default_factory=list)
     line: int = 0
+    sent: Value | None = None  # what a coroutine that goes on was sent
 
 
 class Core:
@@ -69,6 +70,7 @@ class Core:
         self.caps: list[int] = []  # loops under way that a branch leaves when a counter or the clock says so
         self.quiet = False  # an element is read only to be written anew
         self.forwards = 0  # models whose forward is under way
+        self.stopped = NOTHING  # what the last generator to end returned
         self.said_unknown: set[tuple[str, int, str]] = set()
 
     # What the classes above do.

@@ -8,12 +8,12 @@ from typing import Any
 
 from fairway.audit.flow.containers import Elements, Part
 from fairway.audit.flow.core import Loop
-from fairway.audit.flow.expressions import Expressions
 from fairway.audit.flow.heap import Obj
+from fairway.audit.flow.patterns import Bound, Patterns
 from fairway.audit.flow.values import CAPPED, LENGTH, MISSING, NONE, NOTHING, Value, blend, join
 
 
-class Statements(Expressions):
+class Statements(Patterns):
     """block(body): False where nothing comes through."""
 
     def block(self, body: list[ast.stmt]) -> bool:
@@ -173,22 +173,37 @@ class Statements(Expressions):
 
     def _do_Match_(self, node: ast.Match) -> bool:
         subject = self.evaluate(node.subject)
+        tests = self.flat(subject)
+        test = Value(choices=tests.choices, env=tests.env)
+        branches: list[Callable[[], bool]] = []
         for case in node.cases:
-            pattern = case.pattern
-            if isinstance(pattern, ast.MatchValue) and subject.const is not MISSING:
-                if self.evaluate(pattern.value).const == subject.const:
+            bound: Bound = {}
+            held = self.matched(case.pattern, subject, bound)
+            if held is False:
+                continue
+            if held and not branches:  # nothing before it can have matched
+                self._bind_names(bound)
+                guard = self.evaluate(case.guard) if case.guard is not None else Value(const=True)
+                held = self.truth(guard)
+                if held:
                     return self.block(case.body)
-            elif isinstance(pattern, ast.MatchAs) and pattern.pattern is None and subject.const is not MISSING:
-                return self.block(case.body)
+                if held is False:
+                    continue
+                test = blend(test, self.flat(guard))
+            branches.append(lambda case=case, bound=bound: self._case(case, bound))  # type: ignore[misc]
+            if held and case.guard is None:
+                return self.branch(test, *branches, node)
+        return self.branch(test, *branches, lambda: True, node) if branches else True
 
-        def run(case: ast.match_case) -> bool:
-            for each in ast.walk(case.pattern):
-                if isinstance(each, (ast.MatchAs, ast.MatchStar)) and each.name:
-                    self.assign(ast.Name(each.name, ast.Store()), self.flat(subject).but(refs=subject.refs))
-            return self.block(case.body)
+    def _bind_names(self, bound: Bound) -> None:
+        for name, value in bound.items():
+            self.assign(ast.Name(name, ast.Store()), value)
 
-        branches: list[Callable[[], bool]] = [lambda case=case: run(case) for case in node.cases]  # type: ignore[misc]
-        return self.fork([*branches, lambda: True])
+    def _case(self, case: ast.match_case, bound: Bound) -> bool:
+        self._bind_names(bound)
+        if case.guard is not None:
+            self.evaluate(case.guard)
+        return self.block(case.body)
 
     def _do_Try_(self, node: ast.Try) -> bool:
         if node.handlers:
@@ -198,7 +213,7 @@ class Statements(Expressions):
 
             def handler(each: ast.ExceptHandler) -> bool:
                 if each.name:
-                    self.assign(ast.Name(each.name, ast.Store()), NOTHING)
+                    self.assign(ast.Name(each.name, ast.Store()), self._caught(each))
                 return self.block(each.body)
 
             handlers: list[Callable[[], bool]] = [lambda each=each: handler(each) for each in node.handlers]  # type: ignore[misc]
@@ -211,6 +226,14 @@ class Statements(Expressions):
         return alive
 
     _do_TryStar_ = _do_Try_
+
+    def _caught(self, handler: ast.ExceptHandler) -> Value:
+        """What is caught: a generator's end carries what it returned."""
+        if not (isinstance(handler.type, ast.Name) and handler.type.id == "StopIteration"):
+            return NOTHING
+        ended = self.new("thing", "stop", handler)
+        ended.slots["value"] = self.stopped
+        return self.ref(ended)
 
     def _do_With_(self, node: ast.With) -> bool:
         for item in node.items:
@@ -278,11 +301,12 @@ class Statements(Expressions):
             turns = turns[:1] if elements.exact is None else turns
         loop = self.loop_id(node)
         self.turns[loop] = elements.count if elements.count is not None else 2
+        shared = elements.exact is not None and _shared(elements.exact)
 
         def start(turn: int) -> None:
             element = turns[turn - 1]
             kept = self.turned(element, loop, turn)
-            if elements.exact is not None and element.const is not MISSING:
+            if elements.exact is not None and (element.const is not MISSING or shared):
                 kept = element
             if elements.counted:
                 kept = kept.but(const=elements.first if turn == 1 else elements.last)
@@ -316,7 +340,7 @@ class Statements(Expressions):
         frame.loops.append(record)
         before = len(self.trace.updates)
         alive = True
-        moving = _assigned(node)
+        moving = changed(node)
         for turn in range(1, turns + 1):
             self.nest.append((loop, turn))
             self._drift(moving, loop, turn)
@@ -449,6 +473,28 @@ class Statements(Expressions):
         raise NotImplementedError
 
 
+def _shared(elements: tuple[Value, ...]) -> bool:
+    """Whether two elements of a list hold the same tokens: `[("score", x, y), ("learn", x, y)]`."""
+    seen: set[int] = set()
+    for each in elements:
+        own = {id(value) for value in _held_tokens(each, 3)}
+        if own & seen:
+            return True
+        seen |= own
+    return False
+
+
+def _held_tokens(value: Value, deep: int) -> list[Value]:
+    found = [value] if value.toks and not value.losses else []
+    if deep:
+        for item in value.items or ():
+            found += _held_tokens(item, deep - 1)
+        for obj in value.refs:
+            for held in list(obj.slots.values())[:40] if obj.kind in ("instance", "list", "dict") else ():
+                found += _held_tokens(held, deep - 1) if isinstance(held, Value) else []
+    return found
+
+
 def _learns(node: Any) -> bool:
     """Whether a loop's body takes gradients or steps."""
     cached = getattr(node, "_fairway_learns", None)
@@ -459,7 +505,7 @@ def _learns(node: Any) -> bool:
     return bool(cached)
 
 
-def _assigned(node: Any) -> frozenset[str]:
+def changed(node: Any) -> frozenset[str]:
     """The names that a loop's body changes by themselves: `n += 1`, `n = n + 1`, `a, b = b, c`."""
     cached = getattr(node, "_fairway_assigned", None)
     if cached is None:
@@ -481,4 +527,4 @@ def _assigned(node: Any) -> frozenset[str]:
     return cached
 
 
-__all__ = ["NONE", "Statements", "join"]
+__all__ = ["NONE", "Statements", "changed", "join"]
