@@ -146,6 +146,14 @@ FAULTS = {
             "    final = total / count\n"
         ),
     ),
+    "a table filled through one-hot masks by a first pass": (
+        "two-pass-cache",
+        with_main(
+            "    table = torch.ones(1024)\n    for i in range(0, val.numel() - 1024, 1024):\n        table[torch.arange(1024)[None] == val[i : i + 1024, None]] += 1\n"
+            "    total, count = 0.0, 0\n    for i in range(0, val.numel() - 1024, 1024):\n        p = table / table.sum()\n"
+            "        total -= torch.log(p[val[i + 1 : i + 1025]]).sum().item()\n        count += 1024\n    final = total / count\n"
+        ),
+    ),
     "training reads validation shards": (
         "validation-in-training",
         HONEST.replace("loader = Loader(args.train_files)\n    ema", "loader = Loader(args.val_files)\n    ema"),
@@ -231,6 +239,11 @@ LOOK_ALIKES = {
         "    for part in (starts[:2000], starts[2000:]):\n        for s in part:\n"
         "            total += model(val[s : s + 512][None], val[s + 1 : s + 513][None]).item()\n            count += 1\n    final = total / count\n"
     ),
+    "places of a window that are blanked where a document starts": HONEST.replace(
+        "        h = self.emb(x)\n",
+        "        h = self.emb(x)\n        before = torch.zeros_like(h)\n        before[:, 1:] = h[:, :-1]\n        first = (x == 1) | (x == 2)\n"
+        "        before[first] = 0\n        h = h + before\n",
+    ),
     "names that mislead": HONEST.replace("eval_ttt", "train_on_validation_then_rescore").replace("def train(", "def score_val(").replace("    train(args", "    score_val(args"),
 }  # fmt: skip
 
@@ -282,6 +295,53 @@ SLIDING = """
 def test_overlapping_windows_may_count_their_last_targets_alone() -> None:
     assert broken(with_main(SLIDING.replace("FIRST", "0")[1:])) == {"twice-counted-tokens"}
     assert doubted(with_main(SLIDING.replace("FIRST", "960")[1:])) == set()
+
+
+CUT_TARGETS = """
+    total, count = 0.0, 0
+    for w in range(0, val.numel() - 1024, 64):
+        end = min(w + 1024, val.numel() - 1)
+        length = end - w
+        x, y = val[w:end], val[w + 1 : end + 1]
+        s = FIRST
+        logp = torch.log_softmax(model.forward_logits(x[None])[0].float(), -1)
+        BOOKED
+        count += length - s
+    final = total / count
+"""
+BY_SLICE = "total -= logp[s:length].gather(-1, y[s:length][:, None]).sum().item()"
+ONE_BY_ONE = "for j in range(s, length):\n            total -= logp[j][int(y[j])].item()"
+
+
+@pytest.mark.parametrize("booked", [BY_SLICE, ONE_BY_ONE])
+def test_the_targets_may_be_cut_instead_of_the_losses(booked: str) -> None:
+    text = CUT_TARGETS[1:].replace("BOOKED", booked)
+    assert broken(with_main(text.replace("FIRST", "0"))) == {"twice-counted-tokens"}
+    assert doubted(with_main(text.replace("FIRST", "0 if w == 0 else args.seq_len - args.stride"))) == set()
+
+
+HEDGE = """
+    weights, counts = torch.zeros(2, 1, 1), torch.ones(1024)
+    total, count = 0.0, 0
+    for w in range(0, val.numel() - 1024, 1024):
+        x, y = val[w : w + 1024], val[w + 1 : w + 1025]
+        BEFORE
+        experts = torch.stack((torch.log_softmax(model.forward_logits(x[None])[0], -1), (counts / counts.sum()).log().expand(1024, -1)))
+        mixed = torch.logsumexp(experts + torch.log_softmax(weights, 0), 0)
+        total -= mixed.gather(-1, y[:, None]).sum().item()
+        count += 1024
+        got = experts.gather(-1, y[None, :, None].expand(2, -1, 1))
+        weights += 0.3 * got.mean(1, keepdim=True)
+        AFTER
+    final = total / count
+"""
+ENTER = "counts.index_put_((y,), torch.ones(1024), accumulate=True)"
+
+
+def test_weights_of_experts_may_follow_what_was_booked_before() -> None:
+    assert doubted(with_main(HEDGE[1:].replace("BEFORE", "pass").replace("AFTER", ENTER))) == set()
+    early = with_main(HEDGE[1:].replace("BEFORE", ENTER).replace("AFTER", "pass"))
+    assert broken(early) == {"training-before-scoring"}
 
 
 def test_the_finding_names_the_second_call_and_the_way_from_the_number() -> None:

@@ -16,6 +16,7 @@ from fairway.audit.flow.values import (
     GRAD,
     INDEXED,
     LENGTH,
+    MASK,
     MISSING,
     NOTHING,
     ONE_HOT,
@@ -62,6 +63,8 @@ class Arithmetic(Containers):
                 return self.scored(logits, hot, node)
         result = blend(one, two)
         if one.toks or two.toks:
+            if not isinstance(op, (ast.BitAnd, ast.BitOr, ast.BitXor)):
+                result.flags &= ~MASK
             if result.flags & LENGTH:
                 result.flags &= ~LENGTH
             if isinstance(op, (ast.Div, ast.Mult)) and (self._scales(one, two) or self._scales(two, one)):
@@ -127,6 +130,8 @@ class Arithmetic(Containers):
         if one.losses and two.losses:
             return blend(one, two).but(knows=0)
         loss, other = (one, two) if one.losses else (two, one)
+        if other.active and self.past(loss.losses):  # weights that follow what was booked in earlier turns
+            return blend(one, two)
         result = loss.but(
             const=MISSING, choices=loss.choices | other.choices, words=blend(one, two).words, env=loss.env | other.env,
             sym="", spans=(),
@@ -218,6 +223,8 @@ class Arithmetic(Containers):
             result.cuts = result.cuts | self._positions(op, one, two, texts)
         if self._caps(op, one, two):
             result.flags |= CAPPED
+        if result.toks and not result.flags & POSITIONS:  # with positions it is a one-hot form
+            result.flags |= MASK
         result.losses = 0
         result.flags &= ~POSITIONS
         return result

@@ -13,6 +13,7 @@ from fairway.audit.flow.tokens import START, Cut, Span, Tok, narrowed
 from fairway.audit.flow.values import (
     INDEXED,
     LENGTH,
+    MASK,
     MISSING,
     NOTHING,
     ONE_ROW,
@@ -308,10 +309,7 @@ class Containers(Classes):
         keys = [self.flat(part.value) for part in parts if part.value is not None and part.value.const is MISSING]
         raw_keys = [key for key in keys if key.raw]
         if raw_keys and value.active and not self.quiet:  # logp[arange, y]
-            knows = value.knows
-            for each in self.trace.scored(value.losses):  # weights that follow earlier losses
-                knows |= each.knows
-            return self.scored(value.but(losses=0, knows=knows), raw_keys[0], node)
+            return self.scored(self.following(value), raw_keys[0], node)
         keyed = [key for key in keys if key.toks]
         if keyed and not value.toks:
             return blend(value, *keyed).but(limit=None)
@@ -336,6 +334,8 @@ class Containers(Classes):
     @staticmethod
     def _cuts_stream(value: Value, parts: list[Part]) -> bool:
         """Whether a slice moves along the stream with a loop, which its spans tell."""
+        if value.toks and all(tok.wide for tok in value.toks):  # a window of its own: the slice is a part of it
+            return False
         ends = [each for part in parts if part.slice for each in (part.low, part.high) if each is not None]
         return bool(value.flags & RAW) and any(each.spans or each.flags & LENGTH for each in ends)
 
@@ -397,11 +397,14 @@ class Containers(Classes):
 
     def _put_tensor(self, obj: Obj, parts: list[Part], value: Value, node: ast.AST | None) -> None:
         keys = self.token_keys([part.value for part in parts if part.value is not None])
+        flat = self.flat(value)
         if keys and "#leaf" not in obj.slots and obj.owner is None:
-            self.entered(obj, keys, value, node)
+            if not flat.raw and all(key.flags & MASK for key in keys):  # places, not entries of a table
+                self.write(obj, self.earlier_dropped(blend(flat, *keys)), node, part=True)
+            else:
+                self.entered(obj, keys, value, node)
             return
         cuts = self.cuts_of(parts)
-        flat = self.flat(value)
         old = self.content(obj)
         if cuts and isinstance(flat.const, (int, float, bool)):
             sides = cuts if flat.const is True or flat.const > 0 else frozenset(_other(cut) for cut in cuts)
@@ -541,7 +544,11 @@ class Containers(Classes):
         if limit is None and isinstance(stop.const, (int, float)) and not stop.flags & LENGTH:
             limit = float(stop.const)
         env = start.env | stop.env | step.env
-        any_of = Value(unit=sym_of(step), limit=limit, env=env, spans=start.spans, choices=stop.choices)
+        inside = bool(start.less and start.sym) and not (
+            start.spans or start.flags & LENGTH
+        )  # range(length - stride, n)
+        cuts: frozenset[Cut] = frozenset((("tail", start.sym, start.less),)) if inside else frozenset()
+        any_of = Value(unit=sym_of(step), limit=limit, env=env, spans=start.spans, choices=stop.choices, cuts=cuts)
         consts = (start.const, stop.const, step.const)
         if all(isinstance(each, int) for each in consts) and step.const:
             turns = range(*consts)

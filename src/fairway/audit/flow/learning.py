@@ -45,6 +45,20 @@ class Learning(Core):
             env=logits.env,
         )  # fmt: skip
 
+    def past(self, losses: int) -> bool:
+        """Whether losses were all made in earlier turns of the loops that cut their tokens."""
+        turns = dict(self.nest)
+        for score in self.trace.scored(losses):
+            cutting = {loop for tok in score.targets for loop, _, _ in tok.spans}
+            if not any(loop in cutting and turns.get(loop, turn) != turn for loop, turn in score.nest):
+                return False
+        return True
+
+    def following(self, logits: Value) -> Value:
+        """Logits that follow earlier losses: they know what those knew."""
+        knows = logits.knows | _united(each.knows for each in self.trace.scored(logits.losses))
+        return logits.but(losses=0, knows=knows)
+
     def rescored(self, loss: Value, other: Value, node: ast.AST | None) -> Value:
         """A loss into which another state's answer is mixed."""
         bit = len(self.trace.scores)

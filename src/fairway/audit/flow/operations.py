@@ -245,7 +245,7 @@ class Operations(Arithmetic):
     # Losses and choices.
     def _loss(self, name: str, flats: list[Value], node: ast.AST | None) -> Value | None:
         targets = next((each for each in flats if each.raw), None)
-        logits = next((each for each in flats if each.active and not each.losses), None)
+        logits = next((self.following(each) for each in flats if each.active and self.past(each.losses)), None)
         if targets is not None and logits is not None:
             return self.scored(logits, targets, node)
         if LOSSES.search(name) and "entropy" in name.lower() and logits is not None and len(flats) > 1:
