@@ -344,6 +344,71 @@ def test_weights_of_experts_may_follow_what_was_booked_before() -> None:
     assert broken(early) == {"training-before-scoring"}
 
 
+BY_ROW = """
+    table, total, count = {}, 0.0, 0
+    for lo in range(0, val.numel() - 1, 8192):
+        x, y = val[lo : lo + 8192].view(-1, 1024), val[lo + 1 : lo + 8193].view(-1, 1024)
+        nll = F.cross_entropy(model.forward_logits(x).view(-1, 1024), y.reshape(-1), reduction="none").view(-1, 1024)
+        FIRST
+        for i in range(8):
+            BEFORE
+            p = 0.9 * torch.exp(-nll[i]) + 0.1 * torch.tensor([table.get(a, 0.0) for a in x[i].tolist()])
+            total -= torch.log(p).sum().item()
+            count += 1024
+            AFTER
+    final = total / count
+"""
+FILL = "for a, b in zip(x[i].tolist(), y[i].tolist()): table[a] = b / 1024"
+
+
+def test_a_table_may_learn_from_the_rows_of_a_batch_that_are_booked() -> None:
+    parts = dict.fromkeys(("FIRST", "BEFORE", "AFTER"), "pass")
+
+    def script(where: str, what: str) -> str:
+        text = BY_ROW[1:]
+        for name, filler in {**parts, where: what}.items():
+            text = text.replace(name, filler)
+        return with_main(text)
+
+    assert doubted(script("AFTER", FILL)) == set()
+    assert broken(script("BEFORE", FILL)) & {"training-before-scoring", "two-pass-cache"}
+    assert broken(script("FIRST", f"for i in range(8):\n            {FILL}")) & {
+        "training-before-scoring",
+        "two-pass-cache",
+    }
+
+
+RUNNING = """
+    joint, context, past, total, count = np.ones(9973), np.ones(997), [1] * 3, 0.0, 0
+    for token in val.tolist():
+        BEFORE
+        total -= math.log(joint[past[-1] * 31 + token] / context[past[-1]])
+        count += 1
+        AFTER
+        past = past[1:] + [token]
+    final = total / count
+"""
+
+
+def test_the_context_of_a_count_is_not_what_is_scored() -> None:
+    enter = "joint[past[-1] * 31 + token] += 1"
+    assert doubted(with_main(RUNNING[1:].replace("BEFORE", "pass").replace("AFTER", enter))) == set()
+    assert broken(with_main(RUNNING[1:].replace("BEFORE", enter).replace("AFTER", "pass"))) == {
+        "training-before-scoring"
+    }
+
+
+def test_a_loop_over_passes_that_books_what_it_learns_from_reports_a_later_pass() -> None:
+    text = with_main(
+        "    opt = torch.optim.SGD(model.parameters(), lr=0.1)\n    for turn in range(3):\n        total, count = 0.0, 0\n"
+        "        for i in range(0, val.numel() - 1024, 1024):\n            logits = model.forward_logits(val[i : i + 1024][None])\n"
+        "            nll = F.cross_entropy(logits.view(-1, 1024), val[i + 1 : i + 1025])\n            total += nll.item()\n            count += 1\n"
+        "            opt.zero_grad()\n            nll.backward()\n            opt.step()\n    final = total / count\n"
+    )
+    assert broken(text) == {"multi-epoch-last"}
+    assert doubted(text.replace("range(3)", "range(1)")) == set()
+
+
 def test_the_finding_names_the_second_call_and_the_way_from_the_number() -> None:
     _, text = FAULTS["a second pass with adapted weights"]
     finding = findings(text)["rescoring-after-adaptation"]

@@ -325,6 +325,8 @@ class Containers(Classes):
         masks = [cut for key in keys for cut in key.cuts]
         masks += [cut for part in parts if part.low is not None and part.low.flags & INDEXED for cut in part.low.cuts]
         cuts = self.cuts_of(parts) if not self._cuts_stream(value, parts) else frozenset()
+        if result.losses:  # the losses of one row are of its tokens alone
+            result = result.but(toks=frozenset(narrowed(tok, spans) for tok in result.toks))
         result = self.cut(result, [*cuts, *masks], node)
         if result.toks and not result.losses:
             toks = frozenset(self._part(narrowed(tok, spans), parts) for tok in result.toks)

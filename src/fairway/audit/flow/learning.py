@@ -45,6 +45,11 @@ class Learning(Core):
             env=logits.env,
         )  # fmt: skip
 
+    def newest(self, toks: frozenset[Tok]) -> frozenset[Tok]:
+        """Those that come after all others, as far as loops tell: of a probability, the token, not its context."""
+        order = [loop for loop, _ in self.nest]
+        return frozenset(tok for tok in toks if not any(related(tok, other, order) == "earlier" for other in toks))
+
     def past(self, losses: int) -> bool:
         """Whether losses were all made in earlier turns of the loops that cut their tokens."""
         turns = dict(self.nest)

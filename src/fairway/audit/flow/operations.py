@@ -305,7 +305,7 @@ class Operations(Arithmetic):
     def _logarithm(self, value: Value, node: ast.AST | None) -> Value:
         tables = [state for state in value.states if "#module" not in state.slots and state.slots.get("#learned")]
         if value.active and not value.losses and tables:
-            return self.scored(value, Value(toks=value.toks, flags=RAW), node)
+            return self.scored(value, Value(toks=self.newest(value.toks), flags=RAW), node)
         return value.but(const=MISSING, refs=NO_OBJECTS)
 
     def _functional(self, args: list[Value], node: ast.AST | None) -> Value:
