@@ -378,6 +378,30 @@ def test_a_table_may_learn_from_the_rows_of_a_batch_that_are_booked() -> None:
     }
 
 
+KEPT = """
+    kept, total, count = {}, 0.0, 0
+    for i in range(0, val.numel() - 1024, 1024):
+        x, y = val[i : i + 1024], val[i + 1 : i + 1025]
+        key = KEY.numpy().tobytes()
+        if key not in kept:
+            kept[key] = ANSWER
+        total += F.cross_entropy(kept[key], y).item()
+        count += 1
+    final = total / count
+"""
+
+
+def test_an_answer_kept_under_all_that_it_was_computed_from_taught_nobody() -> None:
+    answer = "model.forward_logits(x[None])[0]"
+    assert doubted(with_main(KEPT[1:].replace("KEY", "x").replace("ANSWER", answer))) == set()
+    first = (
+        "    kept = {}\n    for i in range(0, val.numel() - 1024, 1024):\n"
+        f"        x = val[i : i + 1024]\n        kept[x[-4:].numpy().tobytes()] = {answer}\n"
+    )
+    later = KEPT[1:].replace("kept, total, count = {}, 0.0, 0", "total, count = 0.0, 0").replace("KEY", "x[-4:]")
+    assert broken(with_main(first + later.replace("ANSWER", answer))) & {"two-pass-cache", "training-before-scoring"}
+
+
 RUNNING = """
     joint, context, past, total, count = np.ones(9973), np.ones(997), [1] * 3, 0.0, 0
     for token in val.tolist():

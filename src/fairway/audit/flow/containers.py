@@ -11,6 +11,7 @@ from fairway.audit.flow.core import Frame
 from fairway.audit.flow.heap import Obj
 from fairway.audit.flow.tokens import START, Cut, Span, Tok, narrowed
 from fairway.audit.flow.values import (
+    DIGEST,
     INDEXED,
     LENGTH,
     MASK,
@@ -425,7 +426,7 @@ class Containers(Classes):
 
     def _put_container(self, obj: Obj, keys: list[Value], base: Value, value: Value, node: ast.AST | None) -> None:
         tokens = self.token_keys(keys)
-        if tokens:
+        if tokens and not self._kept(tokens, self.flat(value)):
             self.entered(obj, tokens, value, node)
         value = self.earlier_dropped(value)
         key = keys[0] if keys else NOTHING
@@ -443,6 +444,14 @@ class Containers(Classes):
         else:
             self.add_content(obj, value, "#elem")
             self.add_content(obj, key, "#keys")
+
+    @staticmethod
+    def _kept(keys: list[Value], value: Value) -> bool:
+        """Whether an answer is kept under all that it was computed from, to spare computing it again."""
+        if not value.active or value.losses or not all(key.flags & DIGEST for key in keys):
+            return False
+        whole = [(tok.data, set(tok.spans)) for key in keys for tok in key.toks if not tok.cuts]
+        return all(any(tok.data == data and spans <= set(tok.spans) for data, spans in whole) for tok in value.toks)
 
     def loosen(self, obj: Obj) -> None:
         """Forget which element stands where."""

@@ -11,6 +11,7 @@ from fairway.audit.flow.heap import Obj
 from fairway.audit.flow.tokens import Tok
 from fairway.audit.flow.values import (
     CLOCK,
+    DIGEST,
     GRAD,
     LENGTH,
     MISSING,
@@ -153,6 +154,8 @@ class Operations(Arithmetic):
             return Value(toks=frozenset((Tok("random"),)), flags=RAW) if name == "randint" else NOTHING
         if name in ("multinomial", "sample") and flats and flats[0].active:
             return Value(toks=frozenset((Tok("generated"),)), flags=RAW, knows=0)
+        if name == "tobytes" and flats:
+            return flats[0].but(flags=flats[0].flags | DIGEST, const=MISSING)
         if name == "one_hot" and flats:
             return flats[0].but(flags=flats[0].flags | ONE_HOT)
         if name in COUNTED and flats and flats[0].toks and flats[0].flags & RAW:
