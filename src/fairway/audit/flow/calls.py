@@ -127,7 +127,7 @@ class Calls(Foreign):
         for each in obj.slots.get("#hooks", NOTHING).refs:
             given = Value(items=tuple(args))
             self.call(self.ref(each), [self.ref(obj), given, result], {}, node)
-        if obj.owner is None:
+        if obj.owner is None or not self.forwards:
             toks = frozenset(tok for each in args for tok in self.flat(each).toks)
             if toks:
                 self.note(events.Forward, node, state=obj, toks=toks)

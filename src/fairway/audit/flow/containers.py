@@ -247,7 +247,10 @@ class Containers(Classes):
         if not spans and cuts:
             elem = self._indexed(self.cut(elem, cuts, node), cuts)
         limit = part.high.limit if part.high and part.high.limit is not None else high
-        if part.low is None and isinstance(limit, (int, float)) and limit > 1 and not spans:
+        named = bool(elem.words) and self.plain(elem)  # of several files, the first
+        if part.low is None and isinstance(limit, (int, float)) and (limit > 1 or (named and limit == 1)) and not spans:
+            if named:
+                self.trace.files.setdefault(f"{limit:.0f}", self.place(node))
             elem = self._limited(elem, float(limit))
         new.slots["#elem"] = elem
         return self.ref(new, spans=spans)
@@ -330,9 +333,18 @@ class Containers(Classes):
             result = result.but(toks=frozenset(narrowed(tok, spans) for tok in result.toks))
         result = self.cut(result, [*cuts, *masks], node)
         if result.toks and not result.losses:
+            self._gaps(parts, node)
             toks = frozenset(self._part(narrowed(tok, spans), parts) for tok in result.toks)
             result = result.but(toks=toks, spans=())
         return result.but(const=MISSING, unit="")
+
+    def _gaps(self, parts: list[Part], node: ast.AST | None) -> None:
+        """Windows [w : w + length] that a loop cuts in longer steps: what lies between them is never read."""
+        for part in parts:
+            if part.slice and part.low is not None and part.high is not None and _sparse(part.low, part.high):
+                for loop, _, _ in part.low.spans:
+                    if loop in self.strided:
+                        self.trace.gaps.setdefault(loop, self.place(node))
 
     @staticmethod
     def _cuts_stream(value: Value, parts: list[Part]) -> bool:
@@ -381,9 +393,14 @@ class Containers(Classes):
                 if method is not None:
                     self.call(method[0], [self.ref(obj), keys[0] if keys else NOTHING, value], {}, node)
                 elif "#module" in obj.slots:
-                    self.write(obj, value, node, part=True)
+                    self.write(obj, self._put_where(keys, value), node, part=True)
                 else:
                     self.add_content(obj, value)
+
+    def _put_where(self, keys: list[Value], value: Value) -> Value:
+        """What is written into weights, and the activations that say where: weight[:, ~used] = 0."""
+        seen = [flat for flat in map(self.flat, keys) if flat.toks and flat.states]
+        return blend(self.flat(value), *seen) if seen else value
 
     def token_keys(self, keys: list[Value]) -> list[Value]:
         """Keys that are made of token ids: what is entered under them is a table of the tokens."""
@@ -422,6 +439,8 @@ class Containers(Classes):
         if old.toks and not flat.losses:
             self.heap.set(obj, "#content", self.written_toks(old, spans))
         whole = all(part.slice and part.low is None and part.high is None for part in parts)
+        if obj.owner is not None or "#leaf" in obj.slots:
+            flat = self._put_where([part.value for part in parts if part.value is not None], flat)
         self.write(obj, self.earlier_dropped(flat), node, strong=whole, part=not whole)
 
     def _put_container(self, obj: Obj, keys: list[Value], base: Value, value: Value, node: ast.AST | None) -> None:
@@ -463,6 +482,7 @@ class Containers(Classes):
 
     def add(self, obj: Obj, value: Value, node: ast.AST | None) -> None:
         """list.append"""
+        self.book(value)
         if self.chosen:
             value = value.but(choices=value.choices | self.chosen)
         value = self.repeats(self.earlier_dropped(value), obj.born)
@@ -574,6 +594,16 @@ def _overlaps(low: Value, high: Value) -> bool:
     length = re.search(r"add\([^(),]*,(\d+)\)", high.sym)
     step = low.unit
     return bool(low.spans) and length is not None and step.isdigit() and int(length[1]) > 1.5 * int(step) > 1.5
+
+
+def _sparse(low: Value, high: Value) -> bool:
+    """Whether windows [w : w + length], w in steps of `unit`, are shorter than their step: both are constants."""
+    lengths = [int(each) for each in re.findall(r"add\([^(),]*,(\d+)\)", high.sym)]
+    if low.unit.isdigit() and lengths:
+        return int(low.unit) >= 2 * max(lengths) > 2
+    index = re.fullmatch(r"mult\((\w+|@),(\w+)\)", low.sym)  # ci * chunk : (ci + 1) * chunk, ci in steps of 4
+    above = index is not None and f"mult(add({index[1]},1),{index[2]})" in high.sym
+    return above and low.unit.isdigit() and int(low.unit) > 1
 
 
 def _other(cut: Cut) -> Cut:

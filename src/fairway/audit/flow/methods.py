@@ -383,8 +383,9 @@ class Methods(Operations):
                     found = join(found, each)
                 return found
         spans = path.spans if not live else self.here()
+        part = f"{path.limit:.0f}" if path.limit is not None and kind == "val" else ""
         kinds = ("train", "val") if kind.startswith("file:") and _takes_both(path) else (kind,)
-        return Value(toks=frozenset(Tok(each, spans) for each in kinds), flags=RAW, env=path.env)
+        return Value(toks=frozenset(Tok(each, spans, part=part) for each in kinds), flags=RAW, env=path.env)
 
     def write_to(self, path: Value, value: Value, node: ast.AST | None) -> None:
         """The script writes a file."""

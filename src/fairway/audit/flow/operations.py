@@ -338,6 +338,7 @@ class Operations(Arithmetic):
         if not cells and flats:
             target = getattr(getattr(node, "func", None), "value", None)
             if isinstance(target, (ast.Name, ast.Attribute, ast.Subscript)):
+                self.book(flats[0])
                 held = self.flat(base)
                 new = blend(*flats) if name in RESETS or name == "copy_" else blend(held, *flats)
                 self.assign(target, new.but(const=MISSING))

@@ -11,6 +11,7 @@ from fairway.audit.flow.core import Loop
 from fairway.audit.flow.heap import Obj
 from fairway.audit.flow.patterns import Bound, Patterns
 from fairway.audit.flow.values import CAPPED, LENGTH, MISSING, NONE, NOTHING, Value, blend, join
+from fairway.audit.verdict import Place
 
 
 class Statements(Patterns):
@@ -29,6 +30,8 @@ class Statements(Patterns):
     # Assignment.
     def assign(self, target: ast.expr, value: Value) -> None:
         if isinstance(target, ast.Name):
+            if self.caps and value.const is True:  # stop = True
+                value = value.but(flags=value.flags | CAPPED)
             if self.control and not isinstance(value.const, str):
                 value = self._chosen_from(value, self.chosen)
             self.heap.set(self.scope(target.id), target.id, value)
@@ -145,11 +148,39 @@ class Statements(Patterns):
 
     # Branches.
     def _do_If_(self, node: ast.If) -> bool:
+        outer, self.picks = self.picks, False
         test = self.evaluate(node.test)
+        picks, self.picks = self.picks or bool(test.flags & CAPPED) or _every_nth(node.test), outer
         held = self.truth(test)
         if held is not None:
             return self.block(node.body if held else node.orelse)
-        return self.branch(test, lambda: self.block(node.body), lambda: self.block(node.orelse), node)
+        if not picks or not self.frame.loops:
+            return self.branch(test, lambda: self.block(node.body), lambda: self.block(node.orelse), node)
+        return self._picking(test, node)
+
+    def _picking(self, test: Value, node: ast.If) -> bool:
+        """A condition that may leave some of what a loop goes through out of its sums."""
+        place, loop = self.place(node), self.frame.loops[-1]
+        lasting: list[list[int]] = []  # for each branch that goes on: the losses that only it booked
+
+        def run(body: list[ast.stmt]) -> bool:
+            before, left = len(self.booked), loop.left
+            alive = self.block(body)
+            mine = self.booked[before:]
+            if alive:
+                lasting.append(mine)
+            elif loop.left > left and not mine:
+                skipping.append(place)
+            return alive
+
+        skipping: list[Place] = []
+        alive = self.branch(test, lambda: run(node.body), lambda: run(node.orelse), node)
+        if len(lasting) == 2 and bool(lasting[0]) != bool(lasting[1]):
+            for bit in lasting[0] or lasting[1]:
+                self.trace.picked[bit] = self.trace.picked[bit] or place
+        if skipping and alive:
+            loop.skips = loop.skips or place
+        return alive
 
     def branch(self, test: Value, *branches_and_node: Any) -> bool:
         """Both branches of a condition that is not known."""
@@ -258,6 +289,10 @@ class Statements(Patterns):
         frame = self.frame
         if self.control:
             value = self._chosen_from(value, self.chosen)
+        own = [loop for loop, _ in self.nest[len(self.nest) - len(frame.loops) :]]
+        if any(loop in self.caps for loop in own):  # it leaves all loops of the function
+            for loop in own:
+                self.trace.broken.setdefault(loop, self.place())
         if frame.marks:
             frame.returns.append((value, self.heap.changes(frame.marks[0])))
         else:
@@ -272,6 +307,7 @@ class Statements(Patterns):
         if not frame.loops:
             return False
         loop = frame.loops[-1]
+        loop.left += 1 if kind == "continue" else 0
         if kind == "break":
             loop.chosen |= self.chosen
             if self.nest and self.nest[-1][0] in self.caps:
@@ -302,6 +338,8 @@ class Statements(Patterns):
         loop = self.loop_id(node)
         self.turns[loop] = elements.count if elements.count is not None else 2
         shared = elements.exact is not None and _shared(elements.exact)
+        if _strides(node.iter):
+            self.strided.add(loop)
 
         def start(turn: int) -> None:
             element = turns[turn - 1]
@@ -344,6 +382,7 @@ class Statements(Patterns):
         for turn in range(1, turns + 1):
             self.nest.append((loop, turn))
             self._drift(moving, loop, turn)
+            record.skips = None
             start(turn)
             if isinstance(node, ast.While) and turn == 1:
                 self.evaluate(node.test)
@@ -471,6 +510,24 @@ class Statements(Patterns):
 
     def imported(self, name: str, node: ast.AST) -> Value | None:
         raise NotImplementedError
+
+
+def _strides(source: ast.expr) -> bool:
+    """range(0, n, 4 * chunk): from 0, in steps with a number written out, so that it is no share of a rank."""
+    if not (isinstance(source, ast.Call) and len(source.args) == 3 and isinstance(source.args[0], ast.Constant)):
+        return False
+    step = source.args[2]
+    parts = [step.left, step.right] if isinstance(step, ast.BinOp) and isinstance(step.op, ast.Mult) else [step]
+    return any(isinstance(each, ast.Constant) and isinstance(each.value, int) and each.value > 1 for each in parts)
+
+
+def _every_nth(test: ast.expr) -> bool:
+    """`if i % 4:`, `if i % 4 != 0:`, where both numbers are written out."""
+    if isinstance(test, ast.Compare) and isinstance(test.comparators[0], ast.Constant):
+        test = test.left
+    if not (isinstance(test, ast.BinOp) and isinstance(test.op, ast.Mod)):
+        return False
+    return isinstance(test.right, ast.Constant) and not isinstance(test.right.value, str)
 
 
 def _shared(elements: tuple[Value, ...]) -> bool:

@@ -130,6 +130,8 @@ def join(one: Value, other: Value) -> Value:
                 joined = theirs
             elif theirs is None and other.const is None:
                 joined = items
+            elif items or theirs:
+                return join(_poured(one), _poured(other))
             items = joined
         else:
             items = tuple(join(a, b) for a, b in zip(items, theirs, strict=True))
@@ -156,6 +158,16 @@ def join(one: Value, other: Value) -> Value:
         one.env | other.env if one.env != other.env else one.env,
         one.cuts | other.cuts if one.cuts != other.cuts else one.cuts,
     )
+
+
+def _poured(value: Value) -> Value:
+    """A tuple as one value that has seen all that its items saw: what it is joined with is no such tuple."""
+    if value.items is None:
+        return value
+    result = value.but(items=None)
+    for item in value.items[:24]:
+        result = join(result, _poured(item)).but(const=MISSING)
+    return result
 
 
 def blend(*values: Value) -> Value:
