@@ -105,6 +105,15 @@ FAULTS = {
             HEAD.replace("return self.head(self.hidden(x))", "return self.head(self.hidden(x)) / self.temperature"),
         ),
     ),
+    "a temperature picked by its place in a vector of losses": (
+        "temperature-from-validation",
+        with_main(
+            "    def tempered(t, lo):\n        logits = model.forward_logits(val[lo : lo + 1024][None]).view(-1, 1024) / t\n"
+            "        return F.cross_entropy(logits, val[lo + 1 : lo + 1025])\n    grid = torch.linspace(0.9, 1.1, 9)\n"
+            "    t = grid[torch.argmin(torch.stack([tempered(each, 0) for each in grid]))]\n    total, count = 0.0, 0\n"
+            "    for lo in range(0, val.numel() - 1024, 1024):\n        total += tempered(t, lo).item()\n        count += 1\n    final = total / count\n"
+        ),
+    ),
     "a temperature fitted by gradient": (
         "temperature-from-validation",
         with_main(

@@ -269,6 +269,8 @@ class Operations(Arithmetic):
         stabiliser = len(args) == 1 and name.startswith(("max", "amax", "fmax", "nanmax")) and not args[0].refs
         if losing and not stabiliser and (len(losing) > 1 or len(args) == 1 or name not in _PAIRS):
             result.choices |= self.choose(name, args, node)
+            if "arg" in name:  # which one it is, not the loss
+                return Value(choices=result.choices, env=result.env)
         refs = [obj for each in args for obj in each.refs if obj.kind in ("list", "generator", "dict")]
         if refs and name in ("min", "max", "sorted", "nsmallest", "nlargest"):
             elem = self.element_of(refs[0]) if refs[0].kind != "dict" else Value(choices=0)
