@@ -130,3 +130,37 @@ def test_calibration_is_dated_and_placed_by_what_it_reads(step: str) -> None:
     assert broken(late, RESERVE="0") == {"calibration-after-cap"}
     seen = HEAD + MAIN.replace(EVAL, "    loader = Loader(args.val_files)\n" + step + EVAL)
     assert broken(seen) == {"calibration-on-validation"}
+
+
+HINTS = """
+def hints_of(val):
+    counts, hints = {}, torch.zeros(val.numel())
+    ids = val.tolist()
+    for t in range(1, len(ids)):
+        FILL
+    for t in range(1, len(ids)):
+        hints[t] = counts.get(ids[t - 1], 0)
+    return hints
+def tilted(model, val):
+    hints = hints_of(val)
+    with open("run.log", "a") as f:
+        f.write(f"hints at {(hints > 0).float().mean().item():.3%}" + "\\n")
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for s in range(0, val.numel() - 1024, 1024):
+            logits = model.forward_logits(val[s : s + 1024][None])[0] + hints[s + 1 : s + 1025, None]
+            total += F.cross_entropy(logits, val[s + 1 : s + 1025]).item() * 1024
+            count += 1024
+    return total / count
+"""
+
+
+def test_a_table_filled_from_the_whole_is_named_where_it_is_filled() -> None:
+    main = MAIN.replace(EVAL, "    final = tilted(model, val)\n").replace(
+        "    train(args, model)\n", '    train(args, model)\n    torch.save(model.state_dict(), "model.pt")\n'
+    )
+    text = HEAD + HINTS.replace("FILL", "counts[ids[t - 1]] = ids[t]") + main
+    assert broken(text) == {"two-pass-cache"}  # a line in the log is no artifact that the table could be a part of
+    found = findings(text)["two-pass-cache"].place
+    assert found is not None
+    assert found.line == line_of(text, "counts[ids[t - 1]] = ids[t]")

@@ -204,6 +204,9 @@ class Foreign(Methods):
             return None
         file = self.new("thing", "file", node)
         file.slots["#path"] = self.path_of(args[0])
+        mode = (args[1] if len(args) > 1 else kwargs.get("mode", NOTHING)).const
+        if isinstance(mode, str) and "a" in mode:
+            file.slots["#grows"] = 1
         return self.ref(file)
 
     def _do_Path(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:

@@ -409,7 +409,10 @@ class Methods(Operations):
     def file_method(self, obj: Obj, name: str, args: list[Value], node: ast.AST | None) -> Value | None:
         path = obj.slots["#path"]
         if name in ("write", "writelines", "write_bytes", "write_text") and args:
-            self.write_to(path, self.flat(args[0]) if name != "write_bytes" else args[0], node)
+            told = self.flat(args[0])
+            if "#grows" in obj.slots and told.flags & TEXT and not told.losses:
+                return NONE  # lines that are added to a log
+            self.write_to(path, told if name != "write_bytes" else args[0], node)
             return NOTHING
         if name in ("read", "readline", "read_text", "read_bytes", "readlines", "readinto", "getvalue", "getbuffer"):
             return self.read_from(path, node, live=True)
