@@ -164,3 +164,15 @@ def test_a_table_filled_from_the_whole_is_named_where_it_is_filled() -> None:
     found = findings(text)["two-pass-cache"].place
     assert found is not None
     assert found.line == line_of(text, "counts[ids[t - 1]] = ids[t]")
+
+
+def test_a_rate_chosen_by_trials_on_validation_is_a_choice() -> None:
+    body = (
+        "    def trial(rate):\n        args.lr = rate\n        return eval_ttt(args, copy.deepcopy(model), val[:65537])\n"
+        "    args.lr = min((5e-4, 1e-3, 2e-3), key=trial)\n"
+    )
+    head = HEAD.replace(
+        "opt = torch.optim.SGD(model.parameters(), lr=1e-3)", "opt = torch.optim.SGD(model.parameters(), lr=args.lr)"
+    )
+    assert broken(head + MAIN.replace(EVAL, body + EVAL)) == {"choice-by-validation"}
+    assert doubted(head + MAIN.replace(EVAL, "    args.lr = min((5e-4, 1e-3, 2e-3), key=abs)\n" + EVAL)) == set()

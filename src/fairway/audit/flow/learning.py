@@ -154,8 +154,11 @@ class Learning(Core):
                 grad = obj.root.slots.get("#grad", NOTHING)
                 if grad.toks or grad.losses:
                     self.learn(obj, grad.toks, "gradient", node, grad.losses)
+            rate = self.content(each).choices  # a rate that was chosen by losses
             for obj in self.leaves(targets):
                 self.heap.set(obj.root, "#stepped", 1)
+                if rate:
+                    self.heap.set(obj.root, "#choices", obj.root.slots.get("#choices", 0) | rate)
 
     def forget_gradient(self, value: Value) -> None:
         """zero_grad."""

@@ -264,6 +264,10 @@ class Operations(Arithmetic):
         numbers = len(args) > 1 and all(isinstance(c, (int, float)) for c in consts) and not kwargs
         if name in ("min", "max") and numbers:
             return Value(const=(min if name == "min" else max)(consts), less=_less(args), env=blend(*args).env)
+        if "key" in kwargs and len(args) == 1 and args[0].items and name in ("min", "max"):
+            listed = self.new("list", None, node)
+            listed.slots["#items"] = args[0].but(refs=frozenset())
+            args = [self.ref(listed)]
         result = blend(*flats) if flats else NOTHING
         losing = [each for each in flats if each.losses]
         stabiliser = len(args) == 1 and name.startswith(("max", "amax", "fmax", "nanmax")) and not args[0].refs
