@@ -105,6 +105,15 @@ FAULTS = {
             HEAD.replace("return self.head(self.hidden(x))", "return self.head(self.hidden(x)) / self.temperature"),
         ),
     ),
+    "a temperature picked by its place in a vector of losses": (
+        "temperature-from-validation",
+        with_main(
+            "    def tempered(t, lo):\n        logits = model.forward_logits(val[lo : lo + 1024][None]).view(-1, 1024) / t\n"
+            "        return F.cross_entropy(logits, val[lo + 1 : lo + 1025])\n    grid = torch.linspace(0.9, 1.1, 9)\n"
+            "    t = grid[torch.argmin(torch.stack([tempered(each, 0) for each in grid]))]\n    total, count = 0.0, 0\n"
+            "    for lo in range(0, val.numel() - 1024, 1024):\n        total += tempered(t, lo).item()\n        count += 1\n    final = total / count\n"
+        ),
+    ),
     "a temperature fitted by gradient": (
         "temperature-from-validation",
         with_main(
@@ -144,6 +153,14 @@ FAULTS = {
             "    for i in range(0, val.numel() - 1024, 1024):\n        p = table[val[i : i + 1024]]\n"
             "        p = p / p.sum(1)\n        total -= np.log(p[np.arange(1024), val[i + 1 : i + 1025]]).sum()\n        count += 1024\n"
             "    final = total / count\n"
+        ),
+    ),
+    "a table filled through one-hot masks by a first pass": (
+        "two-pass-cache",
+        with_main(
+            "    table = torch.ones(1024)\n    for i in range(0, val.numel() - 1024, 1024):\n        table[torch.arange(1024)[None] == val[i : i + 1024, None]] += 1\n"
+            "    total, count = 0.0, 0\n    for i in range(0, val.numel() - 1024, 1024):\n        p = table / table.sum()\n"
+            "        total -= torch.log(p[val[i + 1 : i + 1025]]).sum().item()\n        count += 1024\n    final = total / count\n"
         ),
     ),
     "training reads validation shards": (
@@ -231,6 +248,11 @@ LOOK_ALIKES = {
         "    for part in (starts[:2000], starts[2000:]):\n        for s in part:\n"
         "            total += model(val[s : s + 512][None], val[s + 1 : s + 513][None]).item()\n            count += 1\n    final = total / count\n"
     ),
+    "places of a window that are blanked where a document starts": HONEST.replace(
+        "        h = self.emb(x)\n",
+        "        h = self.emb(x)\n        before = torch.zeros_like(h)\n        before[:, 1:] = h[:, :-1]\n        first = (x == 1) | (x == 2)\n"
+        "        before[first] = 0\n        h = h + before\n",
+    ),
     "names that mislead": HONEST.replace("eval_ttt", "train_on_validation_then_rescore").replace("def train(", "def score_val(").replace("    train(args", "    score_val(args"),
 }  # fmt: skip
 
@@ -282,6 +304,142 @@ SLIDING = """
 def test_overlapping_windows_may_count_their_last_targets_alone() -> None:
     assert broken(with_main(SLIDING.replace("FIRST", "0")[1:])) == {"twice-counted-tokens"}
     assert doubted(with_main(SLIDING.replace("FIRST", "960")[1:])) == set()
+
+
+CUT_TARGETS = """
+    total, count = 0.0, 0
+    for w in range(0, val.numel() - 1024, 64):
+        end = min(w + 1024, val.numel() - 1)
+        length = end - w
+        x, y = val[w:end], val[w + 1 : end + 1]
+        s = FIRST
+        logp = torch.log_softmax(model.forward_logits(x[None])[0].float(), -1)
+        BOOKED
+        count += length - s
+    final = total / count
+"""
+BY_SLICE = "total -= logp[s:length].gather(-1, y[s:length][:, None]).sum().item()"
+ONE_BY_ONE = "for j in range(s, length):\n            total -= logp[j][int(y[j])].item()"
+
+
+@pytest.mark.parametrize("booked", [BY_SLICE, ONE_BY_ONE])
+def test_the_targets_may_be_cut_instead_of_the_losses(booked: str) -> None:
+    text = CUT_TARGETS[1:].replace("BOOKED", booked)
+    assert broken(with_main(text.replace("FIRST", "0"))) == {"twice-counted-tokens"}
+    assert doubted(with_main(text.replace("FIRST", "0 if w == 0 else args.seq_len - args.stride"))) == set()
+
+
+HEDGE = """
+    weights, counts = torch.zeros(2, 1, 1), torch.ones(1024)
+    total, count = 0.0, 0
+    for w in range(0, val.numel() - 1024, 1024):
+        x, y = val[w : w + 1024], val[w + 1 : w + 1025]
+        BEFORE
+        experts = torch.stack((torch.log_softmax(model.forward_logits(x[None])[0], -1), (counts / counts.sum()).log().expand(1024, -1)))
+        mixed = torch.logsumexp(experts + torch.log_softmax(weights, 0), 0)
+        total -= mixed.gather(-1, y[:, None]).sum().item()
+        count += 1024
+        got = experts.gather(-1, y[None, :, None].expand(2, -1, 1))
+        weights += 0.3 * got.mean(1, keepdim=True)
+        AFTER
+    final = total / count
+"""
+ENTER = "counts.index_put_((y,), torch.ones(1024), accumulate=True)"
+
+
+def test_weights_of_experts_may_follow_what_was_booked_before() -> None:
+    assert doubted(with_main(HEDGE[1:].replace("BEFORE", "pass").replace("AFTER", ENTER))) == set()
+    early = with_main(HEDGE[1:].replace("BEFORE", ENTER).replace("AFTER", "pass"))
+    assert broken(early) == {"training-before-scoring"}
+
+
+BY_ROW = """
+    table, total, count = {}, 0.0, 0
+    for lo in range(0, val.numel() - 1, 8192):
+        x, y = val[lo : lo + 8192].view(-1, 1024), val[lo + 1 : lo + 8193].view(-1, 1024)
+        nll = F.cross_entropy(model.forward_logits(x).view(-1, 1024), y.reshape(-1), reduction="none").view(-1, 1024)
+        FIRST
+        for i in range(8):
+            BEFORE
+            p = 0.9 * torch.exp(-nll[i]) + 0.1 * torch.tensor([table.get(a, 0.0) for a in x[i].tolist()])
+            total -= torch.log(p).sum().item()
+            count += 1024
+            AFTER
+    final = total / count
+"""
+FILL = "for a, b in zip(x[i].tolist(), y[i].tolist()): table[a] = b / 1024"
+
+
+def test_a_table_may_learn_from_the_rows_of_a_batch_that_are_booked() -> None:
+    parts = dict.fromkeys(("FIRST", "BEFORE", "AFTER"), "pass")
+
+    def script(where: str, what: str) -> str:
+        text = BY_ROW[1:]
+        for name, filler in {**parts, where: what}.items():
+            text = text.replace(name, filler)
+        return with_main(text)
+
+    assert doubted(script("AFTER", FILL)) == set()
+    assert broken(script("BEFORE", FILL)) & {"training-before-scoring", "two-pass-cache"}
+    assert broken(script("FIRST", f"for i in range(8):\n            {FILL}")) & {
+        "training-before-scoring",
+        "two-pass-cache",
+    }
+
+
+KEPT = """
+    kept, total, count = {}, 0.0, 0
+    for i in range(0, val.numel() - 1024, 1024):
+        x, y = val[i : i + 1024], val[i + 1 : i + 1025]
+        key = KEY.numpy().tobytes()
+        if key not in kept:
+            kept[key] = ANSWER
+        total += F.cross_entropy(kept[key], y).item()
+        count += 1
+    final = total / count
+"""
+
+
+def test_an_answer_kept_under_all_that_it_was_computed_from_taught_nobody() -> None:
+    answer = "model.forward_logits(x[None])[0]"
+    assert doubted(with_main(KEPT[1:].replace("KEY", "x").replace("ANSWER", answer))) == set()
+    first = (
+        "    kept = {}\n    for i in range(0, val.numel() - 1024, 1024):\n"
+        f"        x = val[i : i + 1024]\n        kept[x[-4:].numpy().tobytes()] = {answer}\n"
+    )
+    later = KEPT[1:].replace("kept, total, count = {}, 0.0, 0", "total, count = 0.0, 0").replace("KEY", "x[-4:]")
+    assert broken(with_main(first + later.replace("ANSWER", answer))) & {"two-pass-cache", "training-before-scoring"}
+
+
+RUNNING = """
+    joint, context, past, total, count = np.ones(9973), np.ones(997), [1] * 3, 0.0, 0
+    for token in val.tolist():
+        BEFORE
+        total -= math.log(joint[past[-1] * 31 + token] / context[past[-1]])
+        count += 1
+        AFTER
+        past = past[1:] + [token]
+    final = total / count
+"""
+
+
+def test_the_context_of_a_count_is_not_what_is_scored() -> None:
+    enter = "joint[past[-1] * 31 + token] += 1"
+    assert doubted(with_main(RUNNING[1:].replace("BEFORE", "pass").replace("AFTER", enter))) == set()
+    assert broken(with_main(RUNNING[1:].replace("BEFORE", enter).replace("AFTER", "pass"))) == {
+        "training-before-scoring"
+    }
+
+
+def test_a_loop_over_passes_that_books_what_it_learns_from_reports_a_later_pass() -> None:
+    text = with_main(
+        "    opt = torch.optim.SGD(model.parameters(), lr=0.1)\n    for turn in range(3):\n        total, count = 0.0, 0\n"
+        "        for i in range(0, val.numel() - 1024, 1024):\n            logits = model.forward_logits(val[i : i + 1024][None])\n"
+        "            nll = F.cross_entropy(logits.view(-1, 1024), val[i + 1 : i + 1025])\n            total += nll.item()\n            count += 1\n"
+        "            opt.zero_grad()\n            nll.backward()\n            opt.step()\n    final = total / count\n"
+    )
+    assert broken(text) == {"multi-epoch-last"}
+    assert doubted(text.replace("range(3)", "range(1)")) == set()
 
 
 def test_the_finding_names_the_second_call_and_the_way_from_the_number() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import operator
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from fairway.audit.flow.values import (
     GRAD,
     INDEXED,
     LENGTH,
+    MASK,
     MISSING,
     NOTHING,
     ONE_HOT,
@@ -62,6 +64,8 @@ class Arithmetic(Containers):
                 return self.scored(logits, hot, node)
         result = blend(one, two)
         if one.toks or two.toks:
+            if not isinstance(op, (ast.BitAnd, ast.BitOr, ast.BitXor)):
+                result.flags &= ~MASK
             if result.flags & LENGTH:
                 result.flags &= ~LENGTH
             if isinstance(op, (ast.Div, ast.Mult)) and (self._scales(one, two) or self._scales(two, one)):
@@ -124,9 +128,14 @@ class Arithmetic(Containers):
         return self.ref(new)
 
     def _of_losses(self, op: ast.operator, one: Value, two: Value, node: ast.AST | None) -> Value:
+        if isinstance(op, ast.Add):
+            self.book(one)
+            self.book(two)
         if one.losses and two.losses:
             return blend(one, two).but(knows=0)
         loss, other = (one, two) if one.losses else (two, one)
+        if other.active and self.past(loss.losses):  # weights that follow what was booked in earlier turns
+            return blend(one, two)
         result = loss.but(
             const=MISSING, choices=loss.choices | other.choices, words=blend(one, two).words, env=loss.env | other.env,
             sym="", spans=(),
@@ -216,8 +225,11 @@ class Arithmetic(Containers):
             if (one.flags ^ two.flags) & CLOCK:
                 self._watch(one, two, node)
             result.cuts = result.cuts | self._positions(op, one, two, texts)
+            self.picks = self.picks or _picks(one, two) or _picks(two, one)
         if self._caps(op, one, two):
             result.flags |= CAPPED
+        if result.toks and not result.flags & POSITIONS:  # with positions it is a one-hot form
+            result.flags |= MASK
         result.losses = 0
         result.flags &= ~POSITIONS
         return result
@@ -230,7 +242,8 @@ class Arithmetic(Containers):
         if one.flags & CLOCK and not two.flags & CLOCK:
             return True
         number = isinstance(two.const, (int, float)) and not isinstance(two.const, bool) and two.const >= 1000
-        return number and one.const is MISSING and not one.flags & LENGTH and not one.losses
+        counted = not one.flags & LENGTH or (bool(one.spans) and one.sym.startswith("add("))
+        return number and one.const is MISSING and counted and not one.losses
 
     def _known(self, op: ast.cmpop, left: Value, right: Value, texts: Any) -> bool | None:
         if isinstance(op, (ast.In, ast.NotIn)):
@@ -290,6 +303,17 @@ class Arithmetic(Containers):
         below = isinstance(op, (ast.Lt, ast.LtE)) is first
         name = sym_of(bound, text)
         return frozenset((("head" if below else "tail", name, bound.less),)) if name else frozenset()
+
+
+def _picks(value: Value, bound: Value) -> bool:
+    """nll.mean() > 6.0, end - start < 32: a loss, or a distance between places that the data set, and a constant."""
+    if not isinstance(bound.const, (int, float)) or isinstance(bound.const, bool) or bound.const <= 0:
+        return False
+    if value.losses:
+        return True
+    if value.flags & LENGTH:  # between two places that no loop computed; more than 256 is a window, whose last is short
+        return re.fullmatch(r"sub\((\w+|or\(,.*\)),\w+\)", value.sym) is not None and 3 <= bound.const <= 256
+    return bool(value.toks) and not value.states and bound.const >= 3
 
 
 def _stepped(value: Value, other: Value) -> Value:

@@ -61,6 +61,8 @@ class Calls(Foreign):
             function, valued = obj.data
             value = self.flat(self.call(function, args, kwargs, node))
             grads = self.gradient(value)
+            if valued == "last":
+                return Value(items=(grads, value))
             return Value(items=(value, grads)) if valued else grads
         if kind == "kernel":
             return self._launch(args, kwargs, node)
@@ -125,7 +127,7 @@ class Calls(Foreign):
         for each in obj.slots.get("#hooks", NOTHING).refs:
             given = Value(items=tuple(args))
             self.call(self.ref(each), [self.ref(obj), given, result], {}, node)
-        if obj.owner is None:
+        if obj.owner is None or not self.forwards:
             toks = frozenset(tok for each in args for tok in self.flat(each).toks)
             if toks:
                 self.note(events.Forward, node, state=obj, toks=toks)
@@ -197,6 +199,8 @@ class Calls(Foreign):
         if kind == "list":
             return self._listed(obj, base, name, args, kwargs, node)
         if kind == "generator":
+            if isinstance(obj.data, Frame) and name in ("send", "__next__"):
+                return self.advance(obj, args[0] if args else NONE)
             if name in ("send", "__next__"):
                 return self.tagged(self.element_of(obj), self.since(obj.born))
             return self.flat(base)
@@ -353,6 +357,8 @@ class Calls(Foreign):
         if node is not None and self.frames:
             self.frame.line = getattr(node, "lineno", self.frame.line)
         self._bind(obj, code.args, local, args, kwargs)
+        if _is_coroutine(code):
+            return self.ref(self.new("generator", frame, node))
         nest, frame.line = len(self.nest), code.lineno
         self.frames.append(frame)
         try:
@@ -380,6 +386,8 @@ class Calls(Foreign):
                 for each in frame.yields[1:]:
                     elem = join(elem, each)
                 made.slots["#elem"] = elem
+            for each in values:
+                self.add_content(made, each, "#result")
             return self.ref(made)
         if not values:
             return NOTHING
@@ -444,6 +452,18 @@ def _is_generator(code: Any) -> bool:
             elif not isinstance(each, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)):
                 waiting += ast.iter_child_nodes(each)
         code._fairway_yields = cached
+    return bool(cached)
+
+
+def _is_coroutine(code: Any) -> bool:
+    """Whether a function uses what is sent to it: a yield that is not a statement of its own."""
+    cached = getattr(code, "_fairway_coroutine", None)
+    if cached is None:
+        cached = False
+        if _is_generator(code) and isinstance(code, ast.FunctionDef):
+            alone = {id(each.value) for each in ast.walk(code) if isinstance(each, ast.Expr)}
+            cached = any(isinstance(each, ast.Yield) and id(each) not in alone for each in ast.walk(code))
+        code._fairway_coroutine = cached
     return bool(cached)
 
 

@@ -7,11 +7,14 @@ import re
 from dataclasses import dataclass, replace
 
 from fairway.audit.flow.classes import Classes
+from fairway.audit.flow.core import Frame
 from fairway.audit.flow.heap import Obj
 from fairway.audit.flow.tokens import START, Cut, Span, Tok, narrowed
 from fairway.audit.flow.values import (
+    DIGEST,
     INDEXED,
     LENGTH,
+    MASK,
     MISSING,
     NOTHING,
     ONE_ROW,
@@ -215,6 +218,12 @@ class Containers(Classes):
     def content_elem(self, obj: Obj) -> Value:
         raise NotImplementedError
 
+    def advance(self, obj: Obj, sent: Value) -> Value:
+        raise NotImplementedError
+
+    def drained(self, obj: Obj) -> Value:
+        raise NotImplementedError
+
     def setting(self, name: Value, default: Value) -> Value:
         raise NotImplementedError
 
@@ -238,7 +247,10 @@ class Containers(Classes):
         if not spans and cuts:
             elem = self._indexed(self.cut(elem, cuts, node), cuts)
         limit = part.high.limit if part.high and part.high.limit is not None else high
-        if part.low is None and isinstance(limit, (int, float)) and limit > 1 and not spans:
+        named = bool(elem.words) and self.plain(elem)  # of several files, the first
+        if part.low is None and isinstance(limit, (int, float)) and (limit > 1 or (named and limit == 1)) and not spans:
+            if named:
+                self.trace.files.setdefault(f"{limit:.0f}", self.place(node))
             elem = self._limited(elem, float(limit))
         new.slots["#elem"] = elem
         return self.ref(new, spans=spans)
@@ -301,10 +313,7 @@ class Containers(Classes):
         keys = [self.flat(part.value) for part in parts if part.value is not None and part.value.const is MISSING]
         raw_keys = [key for key in keys if key.raw]
         if raw_keys and value.active and not self.quiet:  # logp[arange, y]
-            knows = value.knows
-            for each in self.trace.scored(value.losses):  # weights that follow earlier losses
-                knows |= each.knows
-            return self.scored(value.but(losses=0, knows=knows), raw_keys[0], node)
+            return self.scored(self.following(value), raw_keys[0], node)
         keyed = [key for key in keys if key.toks]
         if keyed and not value.toks:
             return blend(value, *keyed).but(limit=None)
@@ -320,15 +329,28 @@ class Containers(Classes):
         masks = [cut for key in keys for cut in key.cuts]
         masks += [cut for part in parts if part.low is not None and part.low.flags & INDEXED for cut in part.low.cuts]
         cuts = self.cuts_of(parts) if not self._cuts_stream(value, parts) else frozenset()
+        if result.losses:  # the losses of one row are of its tokens alone
+            result = result.but(toks=frozenset(narrowed(tok, spans) for tok in result.toks))
         result = self.cut(result, [*cuts, *masks], node)
         if result.toks and not result.losses:
+            self._gaps(parts, node)
             toks = frozenset(self._part(narrowed(tok, spans), parts) for tok in result.toks)
             result = result.but(toks=toks, spans=())
         return result.but(const=MISSING, unit="")
 
+    def _gaps(self, parts: list[Part], node: ast.AST | None) -> None:
+        """Windows [w : w + length] that a loop cuts in longer steps: what lies between them is never read."""
+        for part in parts:
+            if part.slice and part.low is not None and part.high is not None and _sparse(part.low, part.high):
+                for loop, _, _ in part.low.spans:
+                    if loop in self.strided:
+                        self.trace.gaps.setdefault(loop, self.place(node))
+
     @staticmethod
     def _cuts_stream(value: Value, parts: list[Part]) -> bool:
         """Whether a slice moves along the stream with a loop, which its spans tell."""
+        if value.toks and all(tok.wide for tok in value.toks):  # a window of its own: the slice is a part of it
+            return False
         ends = [each for part in parts if part.slice for each in (part.low, part.high) if each is not None]
         return bool(value.flags & RAW) and any(each.spans or each.flags & LENGTH for each in ends)
 
@@ -371,9 +393,14 @@ class Containers(Classes):
                 if method is not None:
                     self.call(method[0], [self.ref(obj), keys[0] if keys else NOTHING, value], {}, node)
                 elif "#module" in obj.slots:
-                    self.write(obj, value, node, part=True)
+                    self.write(obj, self._put_where(keys, value), node, part=True)
                 else:
                     self.add_content(obj, value)
+
+    def _put_where(self, keys: list[Value], value: Value) -> Value:
+        """What is written into weights, and the activations that say where: weight[:, ~used] = 0."""
+        seen = [flat for flat in map(self.flat, keys) if flat.toks and flat.states]
+        return blend(self.flat(value), *seen) if seen else value
 
     def token_keys(self, keys: list[Value]) -> list[Value]:
         """Keys that are made of token ids: what is entered under them is a table of the tokens."""
@@ -390,11 +417,14 @@ class Containers(Classes):
 
     def _put_tensor(self, obj: Obj, parts: list[Part], value: Value, node: ast.AST | None) -> None:
         keys = self.token_keys([part.value for part in parts if part.value is not None])
+        flat = self.flat(value)
         if keys and "#leaf" not in obj.slots and obj.owner is None:
-            self.entered(obj, keys, value, node)
+            if not flat.raw and all(key.flags & MASK for key in keys):  # places, not entries of a table
+                self.write(obj, self.earlier_dropped(blend(flat, *keys)), node, part=True)
+            else:
+                self.entered(obj, keys, value, node)
             return
         cuts = self.cuts_of(parts)
-        flat = self.flat(value)
         old = self.content(obj)
         if cuts and isinstance(flat.const, (int, float, bool)):
             sides = cuts if flat.const is True or flat.const > 0 else frozenset(_other(cut) for cut in cuts)
@@ -409,11 +439,13 @@ class Containers(Classes):
         if old.toks and not flat.losses:
             self.heap.set(obj, "#content", self.written_toks(old, spans))
         whole = all(part.slice and part.low is None and part.high is None for part in parts)
+        if obj.owner is not None or "#leaf" in obj.slots:
+            flat = self._put_where([part.value for part in parts if part.value is not None], flat)
         self.write(obj, self.earlier_dropped(flat), node, strong=whole, part=not whole)
 
     def _put_container(self, obj: Obj, keys: list[Value], base: Value, value: Value, node: ast.AST | None) -> None:
         tokens = self.token_keys(keys)
-        if tokens:
+        if tokens and not self._kept(tokens, self.flat(value)):
             self.entered(obj, tokens, value, node)
         value = self.earlier_dropped(value)
         key = keys[0] if keys else NOTHING
@@ -432,6 +464,14 @@ class Containers(Classes):
             self.add_content(obj, value, "#elem")
             self.add_content(obj, key, "#keys")
 
+    @staticmethod
+    def _kept(keys: list[Value], value: Value) -> bool:
+        """Whether an answer is kept under all that it was computed from, to spare computing it again."""
+        if not value.active or value.losses or not all(key.flags & DIGEST for key in keys):
+            return False
+        whole = [(tok.data, set(tok.spans)) for key in keys for tok in key.toks if not tok.cuts]
+        return all(any(tok.data == data and spans <= set(tok.spans) for data, spans in whole) for tok in value.toks)
+
     def loosen(self, obj: Obj) -> None:
         """Forget which element stands where."""
         exact = obj.slots.get("#items")
@@ -442,6 +482,7 @@ class Containers(Classes):
 
     def add(self, obj: Obj, value: Value, node: ast.AST | None) -> None:
         """list.append"""
+        self.book(value)
         if self.chosen:
             value = value.but(choices=value.choices | self.chosen)
         value = self.repeats(self.earlier_dropped(value), obj.born)
@@ -502,6 +543,8 @@ class Containers(Classes):
                     any_key = join(any_key, key)
                 return Elements(None, any_key)
             return self._exactly(tuple(keys), value)
+        if isinstance(obj.data, Frame) and "#elem" not in obj.slots:
+            return Elements(None, self.tagged(self.drained(obj), value.spans))
         if obj.kind in ("list", "generator"):
             exact = obj.slots.get("#items")
             if isinstance(exact, Value) and exact.items is not None and "#elem" not in obj.slots:
@@ -532,7 +575,11 @@ class Containers(Classes):
         if limit is None and isinstance(stop.const, (int, float)) and not stop.flags & LENGTH:
             limit = float(stop.const)
         env = start.env | stop.env | step.env
-        any_of = Value(unit=sym_of(step), limit=limit, env=env, spans=start.spans, choices=stop.choices)
+        inside = bool(start.less and start.sym) and not (
+            start.spans or start.flags & LENGTH
+        )  # range(length - stride, n)
+        cuts: frozenset[Cut] = frozenset((("tail", start.sym, start.less),)) if inside else frozenset()
+        any_of = Value(unit=sym_of(step), limit=limit, env=env, spans=start.spans, choices=stop.choices, cuts=cuts)
         consts = (start.const, stop.const, step.const)
         if all(isinstance(each, int) for each in consts) and step.const:
             turns = range(*consts)
@@ -547,6 +594,16 @@ def _overlaps(low: Value, high: Value) -> bool:
     length = re.search(r"add\([^(),]*,(\d+)\)", high.sym)
     step = low.unit
     return bool(low.spans) and length is not None and step.isdigit() and int(length[1]) > 1.5 * int(step) > 1.5
+
+
+def _sparse(low: Value, high: Value) -> bool:
+    """Whether windows [w : w + length], w in steps of `unit`, are shorter than their step: both are constants."""
+    lengths = [int(each) for each in re.findall(r"add\([^(),]*,(\d+)\)", high.sym)]
+    if low.unit.isdigit() and lengths:
+        return int(low.unit) >= 2 * max(lengths) > 2
+    index = re.fullmatch(r"mult\((\w+|@),(\w+)\)", low.sym)  # ci * chunk : (ci + 1) * chunk, ci in steps of 4
+    above = index is not None and f"mult(add({index[1]},1),{index[2]})" in high.sym
+    return above and low.unit.isdigit() and int(low.unit) > 1
 
 
 def _other(cut: Cut) -> Cut:

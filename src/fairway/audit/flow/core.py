@@ -32,6 +32,8 @@ class Loop:
     continues: list[Change] = field(default_factory=list)
     broke: bool = False
     chosen: int = 0  # Choices that a break hangs on
+    left: int = 0  # continues so far
+    skips: Place | None = None  # where the rest of this turn is left out for some of what it goes through
 
 
 @dataclass
@@ -51,6 +53,7 @@ class Frame:
     yields: list[Value] = field(default_factory=list)
     loops: list[Loop] = field(default_factory=list)
     line: int = 0
+    sent: Value | None = None  # what a coroutine that goes on was sent
 
 
 class Core:
@@ -67,8 +70,12 @@ class Core:
         self.foreign: dict[str, Value] = {}
         self.turns: dict[int, int] = {}  # loop -> iterations walked
         self.caps: list[int] = []  # loops under way that a branch leaves when a counter or the clock says so
+        self.picks = False  # a length, a loss or the clock was held against a constant since the last condition
+        self.strided: set[int] = set()  # loops whose step has a number written out
+        self.booked: list[int] = []  # losses (bits) in the order in which they were first added to anything
         self.quiet = False  # an element is read only to be written anew
         self.forwards = 0  # models whose forward is under way
+        self.stopped = NOTHING  # what the last generator to end returned
         self.said_unknown: set[tuple[str, int, str]] = set()
 
     # What the classes above do.
@@ -118,6 +125,16 @@ class Core:
                 self.trace.complete = False
                 self.unknown(None, "the script has more steps than are followed")
             raise OutOfFuel
+
+    def book(self, value: Value) -> None:
+        """Losses are added to a sum or a list: for all of what a loop goes through, or with some left out."""
+        places = [loop.skips for frame in self.frames for loop in frame.loops if loop.skips is not None]
+        for bit in events.bits(value.losses):
+            if bit not in self.trace.picked:
+                self.trace.picked[bit] = places[0] if places else None
+                self.booked.append(bit)
+            elif not places and tuple(self.nest[: len(self.trace.scores[bit].nest)]) == self.trace.scores[bit].nest:
+                self.trace.picked[bit] = None  # the other sum of the same turn was the partial one
 
     # Branches.
     def fork(self, branches: Iterable[Callable[[], bool]]) -> bool:

@@ -132,6 +132,9 @@ class Trace:
     within: dict[int, int] = field(default_factory=dict)  # loop -> the function that it stands in
     depth: dict[int, int] = field(default_factory=dict)  # loop -> how many calls deep it stood when first seen
     broken: dict[int, Place] = field(default_factory=dict)  # loop -> where a counter or the clock ends it early
+    picked: dict[int, Place | None] = field(default_factory=dict)  # loss -> the condition that leaves others out
+    gaps: dict[int, Place] = field(default_factory=dict)  # loop -> the slice that is shorter than its step
+    files: dict[str, Place] = field(default_factory=dict)  # "1" -> where only the first of several files is taken
     saved: list[int] = field(default_factory=list)  # numbers of the events that follow a model's writing to a file
     steps: int = 0
     complete: bool = True

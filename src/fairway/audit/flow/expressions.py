@@ -91,13 +91,18 @@ class Expressions(Calls):
         return self.evaluate(node.value)
 
     def _on_Yield(self, node: ast.Yield) -> Value:
+        frame = self.frame
+        if frame.sent is not None:  # it goes on from here
+            return frame.sent
         value = self.evaluate(node.value) if node.value else NONE
-        self.frame.yields.append(value)
+        frame.yields.append(value)
         return NOTHING
 
     def _on_YieldFrom(self, node: ast.YieldFrom) -> Value:
-        self.frame.yields.append(self.elements(self.evaluate(node.value), node).any)
-        return NOTHING
+        inner = self.evaluate(node.value)
+        self.frame.yields.append(self.elements(inner, node).any)
+        found = [obj.slots["#result"] for obj in inner.refs if "#result" in obj.slots]
+        return found[0] if found else NOTHING
 
     def _on_Lambda(self, node: ast.Lambda) -> Value:
         return self.function(node)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fairway.audit.flow import events
+from fairway.audit.flow.core import Frame
 from fairway.audit.flow.heap import Obj
 from fairway.audit.flow.methods import Methods, data_kind
 from fairway.audit.flow.tokens import Tok
@@ -203,6 +204,9 @@ class Foreign(Methods):
             return None
         file = self.new("thing", "file", node)
         file.slots["#path"] = self.path_of(args[0])
+        mode = (args[1] if len(args) > 1 else kwargs.get("mode", NOTHING)).const
+        if isinstance(mode, str) and "a" in mode:
+            file.slots["#grows"] = 1
         return self.ref(file)
 
     def _do_Path(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:
@@ -371,6 +375,8 @@ class Foreign(Methods):
                 method = self.find(obj.data, "__next__")
                 if method is not None:
                     return self.call(method[0], [self.ref(obj)], {}, node)
+            if isinstance(obj.data, Frame):
+                return self.advance(obj, NONE)
         return self.tagged(self.elements(args[0], node).any, self.since(born))
 
     def _do_dict(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:
@@ -494,7 +500,13 @@ class Foreign(Methods):
     def _do_reduce(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
         if not args or not any(obj.kind in ("function", "bound") for obj in args[0].refs):
             return None
-        elem = self.elements(args[1], node).any if len(args) > 1 else NOTHING
+        elements = self.elements(args[1], node) if len(args) > 1 else None
+        if elements is not None and elements.exact:
+            state, *rest = [*args[2:3], *elements.exact]
+            for each in rest:
+                state = self.call(args[0], [state, each], {}, node)
+            return state
+        elem = elements.any if elements is not None else NOTHING
         state = args[2] if len(args) > 2 else elem
         loop = self.loop_id(node)
         self.turns[loop] = 2
@@ -511,6 +523,9 @@ class Foreign(Methods):
     def _do_grad(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
         called = args and any(obj.kind in ("function", "bound", "partial") for obj in args[0].refs)
         return self.ref(self.new("gradient", (args[0], False), node)) if called else None
+
+    def _do_grad_and_value(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        return self.ref(self.new("gradient", (args[0], "last"), node)) if args else None
 
     def _do_apply_updates(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
         """optax.apply_updates(weights, steps): new weights that have learned"""

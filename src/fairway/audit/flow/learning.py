@@ -45,6 +45,25 @@ class Learning(Core):
             env=logits.env,
         )  # fmt: skip
 
+    def newest(self, toks: frozenset[Tok]) -> frozenset[Tok]:
+        """Those that come after all others, as far as loops tell: of a probability, the token, not its context."""
+        order = [loop for loop, _ in self.nest]
+        return frozenset(tok for tok in toks if not any(related(tok, other, order) == "earlier" for other in toks))
+
+    def past(self, losses: int) -> bool:
+        """Whether losses were all made in earlier turns of the loops that cut their tokens."""
+        turns = dict(self.nest)
+        for score in self.trace.scored(losses):
+            cutting = {loop for tok in score.targets for loop, _, _ in tok.spans}
+            if not any(loop in cutting and turns.get(loop, turn) != turn for loop, turn in score.nest):
+                return False
+        return True
+
+    def following(self, logits: Value) -> Value:
+        """Logits that follow earlier losses: they know what those knew."""
+        knows = logits.knows | _united(each.knows for each in self.trace.scored(logits.losses))
+        return logits.but(losses=0, knows=knows)
+
     def rescored(self, loss: Value, other: Value, node: ast.AST | None) -> Value:
         """A loss into which another state's answer is mixed."""
         bit = len(self.trace.scores)
@@ -135,8 +154,11 @@ class Learning(Core):
                 grad = obj.root.slots.get("#grad", NOTHING)
                 if grad.toks or grad.losses:
                     self.learn(obj, grad.toks, "gradient", node, grad.losses)
+            rate = self.content(each).choices  # a rate that was chosen by losses
             for obj in self.leaves(targets):
                 self.heap.set(obj.root, "#stepped", 1)
+                if rate:
+                    self.heap.set(obj.root, "#choices", obj.root.slots.get("#choices", 0) | rate)
 
     def forget_gradient(self, value: Value) -> None:
         """zero_grad."""

@@ -7,8 +7,8 @@ import sys
 from typing import Any
 
 from fairway.audit.flow.core import FUEL, Frame, OutOfFuel
+from fairway.audit.flow.coroutines import Coroutines
 from fairway.audit.flow.events import Trace, Unknown
-from fairway.audit.flow.statements import Statements
 from fairway.audit.flow.values import NOTHING, Value
 from fairway.audit.reading.script import Layer, Script
 from fairway.audit.settings import Settings
@@ -17,7 +17,7 @@ from fairway.audit.verdict import Place
 _STACK = 12_000  # Python frames; a call of the script takes about ten
 
 
-class Machine(Statements):
+class Machine(Coroutines):
     """The interpreter, with the texts that a script executes and imports."""
 
     def __init__(self, script: Script, settings: Settings, fuel: int = FUEL) -> None:

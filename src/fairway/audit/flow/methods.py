@@ -383,8 +383,9 @@ class Methods(Operations):
                     found = join(found, each)
                 return found
         spans = path.spans if not live else self.here()
+        part = f"{path.limit:.0f}" if path.limit is not None and kind == "val" else ""
         kinds = ("train", "val") if kind.startswith("file:") and _takes_both(path) else (kind,)
-        return Value(toks=frozenset(Tok(each, spans) for each in kinds), flags=RAW, env=path.env)
+        return Value(toks=frozenset(Tok(each, spans, part=part) for each in kinds), flags=RAW, env=path.env)
 
     def write_to(self, path: Value, value: Value, node: ast.AST | None) -> None:
         """The script writes a file."""
@@ -408,7 +409,10 @@ class Methods(Operations):
     def file_method(self, obj: Obj, name: str, args: list[Value], node: ast.AST | None) -> Value | None:
         path = obj.slots["#path"]
         if name in ("write", "writelines", "write_bytes", "write_text") and args:
-            self.write_to(path, self.flat(args[0]) if name != "write_bytes" else args[0], node)
+            told = self.flat(args[0])
+            if "#grows" in obj.slots and told.flags & TEXT and not told.losses:
+                return NONE  # lines that are added to a log
+            self.write_to(path, told if name != "write_bytes" else args[0], node)
             return NOTHING
         if name in ("read", "readline", "read_text", "read_bytes", "readlines", "readinto", "getvalue", "getbuffer"):
             return self.read_from(path, node, live=True)

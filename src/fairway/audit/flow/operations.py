@@ -11,6 +11,7 @@ from fairway.audit.flow.heap import Obj
 from fairway.audit.flow.tokens import Tok
 from fairway.audit.flow.values import (
     CLOCK,
+    DIGEST,
     GRAD,
     LENGTH,
     MISSING,
@@ -153,6 +154,8 @@ class Operations(Arithmetic):
             return Value(toks=frozenset((Tok("random"),)), flags=RAW) if name == "randint" else NOTHING
         if name in ("multinomial", "sample") and flats and flats[0].active:
             return Value(toks=frozenset((Tok("generated"),)), flags=RAW, knows=0)
+        if name == "tobytes" and flats:
+            return flats[0].but(flags=flats[0].flags | DIGEST, const=MISSING)
         if name == "one_hot" and flats:
             return flats[0].but(flags=flats[0].flags | ONE_HOT)
         if name in COUNTED and flats and flats[0].toks and flats[0].flags & RAW:
@@ -245,7 +248,7 @@ class Operations(Arithmetic):
     # Losses and choices.
     def _loss(self, name: str, flats: list[Value], node: ast.AST | None) -> Value | None:
         targets = next((each for each in flats if each.raw), None)
-        logits = next((each for each in flats if each.active and not each.losses), None)
+        logits = next((self.following(each) for each in flats if each.active and self.past(each.losses)), None)
         if targets is not None and logits is not None:
             return self.scored(logits, targets, node)
         if LOSSES.search(name) and "entropy" in name.lower() and logits is not None and len(flats) > 1:
@@ -261,11 +264,17 @@ class Operations(Arithmetic):
         numbers = len(args) > 1 and all(isinstance(c, (int, float)) for c in consts) and not kwargs
         if name in ("min", "max") and numbers:
             return Value(const=(min if name == "min" else max)(consts), less=_less(args), env=blend(*args).env)
+        if "key" in kwargs and len(args) == 1 and args[0].items and name in ("min", "max"):
+            listed = self.new("list", None, node)
+            listed.slots["#items"] = args[0].but(refs=frozenset())
+            args = [self.ref(listed)]
         result = blend(*flats) if flats else NOTHING
         losing = [each for each in flats if each.losses]
         stabiliser = len(args) == 1 and name.startswith(("max", "amax", "fmax", "nanmax")) and not args[0].refs
         if losing and not stabiliser and (len(losing) > 1 or len(args) == 1 or name not in _PAIRS):
             result.choices |= self.choose(name, args, node)
+            if "arg" in name:  # which one it is, not the loss
+                return Value(choices=result.choices, env=result.env)
         refs = [obj for each in args for obj in each.refs if obj.kind in ("list", "generator", "dict")]
         if refs and name in ("min", "max", "sorted", "nsmallest", "nlargest"):
             elem = self.element_of(refs[0]) if refs[0].kind != "dict" else Value(choices=0)
@@ -305,7 +314,7 @@ class Operations(Arithmetic):
     def _logarithm(self, value: Value, node: ast.AST | None) -> Value:
         tables = [state for state in value.states if "#module" not in state.slots and state.slots.get("#learned")]
         if value.active and not value.losses and tables:
-            return self.scored(value, Value(toks=value.toks, flags=RAW), node)
+            return self.scored(value, Value(toks=self.newest(value.toks), flags=RAW), node)
         return value.but(const=MISSING, refs=NO_OBJECTS)
 
     def _functional(self, args: list[Value], node: ast.AST | None) -> Value:
@@ -335,6 +344,7 @@ class Operations(Arithmetic):
         if not cells and flats:
             target = getattr(getattr(node, "func", None), "value", None)
             if isinstance(target, (ast.Name, ast.Attribute, ast.Subscript)):
+                self.book(flats[0])
                 held = self.flat(base)
                 new = blend(*flats) if name in RESETS or name == "copy_" else blend(held, *flats)
                 self.assign(target, new.but(const=MISSING))

@@ -8,12 +8,13 @@ from typing import Any
 
 from fairway.audit.flow.containers import Elements, Part
 from fairway.audit.flow.core import Loop
-from fairway.audit.flow.expressions import Expressions
 from fairway.audit.flow.heap import Obj
+from fairway.audit.flow.patterns import Bound, Patterns
 from fairway.audit.flow.values import CAPPED, LENGTH, MISSING, NONE, NOTHING, Value, blend, join
+from fairway.audit.verdict import Place
 
 
-class Statements(Expressions):
+class Statements(Patterns):
     """block(body): False where nothing comes through."""
 
     def block(self, body: list[ast.stmt]) -> bool:
@@ -29,6 +30,8 @@ class Statements(Expressions):
     # Assignment.
     def assign(self, target: ast.expr, value: Value) -> None:
         if isinstance(target, ast.Name):
+            if self.caps and value.const is True:  # stop = True
+                value = value.but(flags=value.flags | CAPPED)
             if self.control and not isinstance(value.const, str):
                 value = self._chosen_from(value, self.chosen)
             self.heap.set(self.scope(target.id), target.id, value)
@@ -145,11 +148,39 @@ class Statements(Expressions):
 
     # Branches.
     def _do_If_(self, node: ast.If) -> bool:
+        outer, self.picks = self.picks, False
         test = self.evaluate(node.test)
+        picks, self.picks = self.picks or bool(test.flags & CAPPED) or _every_nth(node.test), outer
         held = self.truth(test)
         if held is not None:
             return self.block(node.body if held else node.orelse)
-        return self.branch(test, lambda: self.block(node.body), lambda: self.block(node.orelse), node)
+        if not picks or not self.frame.loops:
+            return self.branch(test, lambda: self.block(node.body), lambda: self.block(node.orelse), node)
+        return self._picking(test, node)
+
+    def _picking(self, test: Value, node: ast.If) -> bool:
+        """A condition that may leave some of what a loop goes through out of its sums."""
+        place, loop = self.place(node), self.frame.loops[-1]
+        lasting: list[list[int]] = []  # for each branch that goes on: the losses that only it booked
+
+        def run(body: list[ast.stmt]) -> bool:
+            before, left = len(self.booked), loop.left
+            alive = self.block(body)
+            mine = self.booked[before:]
+            if alive:
+                lasting.append(mine)
+            elif loop.left > left and not mine:
+                skipping.append(place)
+            return alive
+
+        skipping: list[Place] = []
+        alive = self.branch(test, lambda: run(node.body), lambda: run(node.orelse), node)
+        if len(lasting) == 2 and bool(lasting[0]) != bool(lasting[1]):
+            for bit in lasting[0] or lasting[1]:
+                self.trace.picked[bit] = self.trace.picked[bit] or place
+        if skipping and alive:
+            loop.skips = loop.skips or place
+        return alive
 
     def branch(self, test: Value, *branches_and_node: Any) -> bool:
         """Both branches of a condition that is not known."""
@@ -173,22 +204,37 @@ class Statements(Expressions):
 
     def _do_Match_(self, node: ast.Match) -> bool:
         subject = self.evaluate(node.subject)
+        tests = self.flat(subject)
+        test = Value(choices=tests.choices, env=tests.env)
+        branches: list[Callable[[], bool]] = []
         for case in node.cases:
-            pattern = case.pattern
-            if isinstance(pattern, ast.MatchValue) and subject.const is not MISSING:
-                if self.evaluate(pattern.value).const == subject.const:
+            bound: Bound = {}
+            held = self.matched(case.pattern, subject, bound)
+            if held is False:
+                continue
+            if held and not branches:  # nothing before it can have matched
+                self._bind_names(bound)
+                guard = self.evaluate(case.guard) if case.guard is not None else Value(const=True)
+                held = self.truth(guard)
+                if held:
                     return self.block(case.body)
-            elif isinstance(pattern, ast.MatchAs) and pattern.pattern is None and subject.const is not MISSING:
-                return self.block(case.body)
+                if held is False:
+                    continue
+                test = blend(test, self.flat(guard))
+            branches.append(lambda case=case, bound=bound: self._case(case, bound))  # type: ignore[misc]
+            if held and case.guard is None:
+                return self.branch(test, *branches, node)
+        return self.branch(test, *branches, lambda: True, node) if branches else True
 
-        def run(case: ast.match_case) -> bool:
-            for each in ast.walk(case.pattern):
-                if isinstance(each, (ast.MatchAs, ast.MatchStar)) and each.name:
-                    self.assign(ast.Name(each.name, ast.Store()), self.flat(subject).but(refs=subject.refs))
-            return self.block(case.body)
+    def _bind_names(self, bound: Bound) -> None:
+        for name, value in bound.items():
+            self.assign(ast.Name(name, ast.Store()), value)
 
-        branches: list[Callable[[], bool]] = [lambda case=case: run(case) for case in node.cases]  # type: ignore[misc]
-        return self.fork([*branches, lambda: True])
+    def _case(self, case: ast.match_case, bound: Bound) -> bool:
+        self._bind_names(bound)
+        if case.guard is not None:
+            self.evaluate(case.guard)
+        return self.block(case.body)
 
     def _do_Try_(self, node: ast.Try) -> bool:
         if node.handlers:
@@ -198,7 +244,7 @@ class Statements(Expressions):
 
             def handler(each: ast.ExceptHandler) -> bool:
                 if each.name:
-                    self.assign(ast.Name(each.name, ast.Store()), NOTHING)
+                    self.assign(ast.Name(each.name, ast.Store()), self._caught(each))
                 return self.block(each.body)
 
             handlers: list[Callable[[], bool]] = [lambda each=each: handler(each) for each in node.handlers]  # type: ignore[misc]
@@ -211,6 +257,14 @@ class Statements(Expressions):
         return alive
 
     _do_TryStar_ = _do_Try_
+
+    def _caught(self, handler: ast.ExceptHandler) -> Value:
+        """What is caught: a generator's end carries what it returned."""
+        if not (isinstance(handler.type, ast.Name) and handler.type.id == "StopIteration"):
+            return NOTHING
+        ended = self.new("thing", "stop", handler)
+        ended.slots["value"] = self.stopped
+        return self.ref(ended)
 
     def _do_With_(self, node: ast.With) -> bool:
         for item in node.items:
@@ -235,6 +289,10 @@ class Statements(Expressions):
         frame = self.frame
         if self.control:
             value = self._chosen_from(value, self.chosen)
+        own = [loop for loop, _ in self.nest[len(self.nest) - len(frame.loops) :]]
+        if any(loop in self.caps for loop in own):  # it leaves all loops of the function
+            for loop in own:
+                self.trace.broken.setdefault(loop, self.place())
         if frame.marks:
             frame.returns.append((value, self.heap.changes(frame.marks[0])))
         else:
@@ -249,6 +307,7 @@ class Statements(Expressions):
         if not frame.loops:
             return False
         loop = frame.loops[-1]
+        loop.left += 1 if kind == "continue" else 0
         if kind == "break":
             loop.chosen |= self.chosen
             if self.nest and self.nest[-1][0] in self.caps:
@@ -278,11 +337,14 @@ class Statements(Expressions):
             turns = turns[:1] if elements.exact is None else turns
         loop = self.loop_id(node)
         self.turns[loop] = elements.count if elements.count is not None else 2
+        shared = elements.exact is not None and _shared(elements.exact)
+        if _strides(node.iter):
+            self.strided.add(loop)
 
         def start(turn: int) -> None:
             element = turns[turn - 1]
             kept = self.turned(element, loop, turn)
-            if elements.exact is not None and element.const is not MISSING:
+            if elements.exact is not None and (element.const is not MISSING or shared):
                 kept = element
             if elements.counted:
                 kept = kept.but(const=elements.first if turn == 1 else elements.last)
@@ -316,10 +378,11 @@ class Statements(Expressions):
         frame.loops.append(record)
         before = len(self.trace.updates)
         alive = True
-        moving = _assigned(node)
+        moving = changed(node)
         for turn in range(1, turns + 1):
             self.nest.append((loop, turn))
             self._drift(moving, loop, turn)
+            record.skips = None
             start(turn)
             if isinstance(node, ast.While) and turn == 1:
                 self.evaluate(node.test)
@@ -449,6 +512,46 @@ class Statements(Expressions):
         raise NotImplementedError
 
 
+def _strides(source: ast.expr) -> bool:
+    """range(0, n, 4 * chunk): from 0, in steps with a number written out, so that it is no share of a rank."""
+    if not (isinstance(source, ast.Call) and len(source.args) == 3 and isinstance(source.args[0], ast.Constant)):
+        return False
+    step = source.args[2]
+    parts = [step.left, step.right] if isinstance(step, ast.BinOp) and isinstance(step.op, ast.Mult) else [step]
+    return any(isinstance(each, ast.Constant) and isinstance(each.value, int) and each.value > 1 for each in parts)
+
+
+def _every_nth(test: ast.expr) -> bool:
+    """`if i % 4:`, `if i % 4 != 0:`, where both numbers are written out."""
+    if isinstance(test, ast.Compare) and isinstance(test.comparators[0], ast.Constant):
+        test = test.left
+    if not (isinstance(test, ast.BinOp) and isinstance(test.op, ast.Mod)):
+        return False
+    return isinstance(test.right, ast.Constant) and not isinstance(test.right.value, str)
+
+
+def _shared(elements: tuple[Value, ...]) -> bool:
+    """Whether two elements of a list hold the same tokens: `[("score", x, y), ("learn", x, y)]`."""
+    seen: set[int] = set()
+    for each in elements:
+        own = {id(value) for value in _held_tokens(each, 3)}
+        if own & seen:
+            return True
+        seen |= own
+    return False
+
+
+def _held_tokens(value: Value, deep: int) -> list[Value]:
+    found = [value] if value.toks and not value.losses else []
+    if deep:
+        for item in value.items or ():
+            found += _held_tokens(item, deep - 1)
+        for obj in value.refs:
+            for held in list(obj.slots.values())[:40] if obj.kind in ("instance", "list", "dict") else ():
+                found += _held_tokens(held, deep - 1) if isinstance(held, Value) else []
+    return found
+
+
 def _learns(node: Any) -> bool:
     """Whether a loop's body takes gradients or steps."""
     cached = getattr(node, "_fairway_learns", None)
@@ -459,7 +562,7 @@ def _learns(node: Any) -> bool:
     return bool(cached)
 
 
-def _assigned(node: Any) -> frozenset[str]:
+def changed(node: Any) -> frozenset[str]:
     """The names that a loop's body changes by themselves: `n += 1`, `n = n + 1`, `a, b = b, c`."""
     cached = getattr(node, "_fairway_assigned", None)
     if cached is None:
@@ -481,4 +584,4 @@ def _assigned(node: Any) -> frozenset[str]:
     return cached
 
 
-__all__ = ["NONE", "Statements", "join"]
+__all__ = ["NONE", "Statements", "changed", "join"]

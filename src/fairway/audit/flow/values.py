@@ -18,14 +18,15 @@ class _Missing:
 MISSING: Final = _Missing()
 """No constant is known."""
 
-RAW, GRAD, ONE_HOT, LENGTH, SCALED, CLOCK, POSITIONS, ONE_ROW, WEIGHTS, TEXT, INDEXED, REPEATS, CAPPED = (
-    1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096,
+RAW, GRAD, ONE_HOT, LENGTH, SCALED, CLOCK, POSITIONS, ONE_ROW, WEIGHTS, TEXT, INDEXED, REPEATS, CAPPED, MASK, DIGEST = (
+    1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384,
 )  # fmt: skip
 """Flags. RAW: token ids, not passed through any state; GRAD: a gradient; ONE_HOT: a one-hot form of token ids;
 LENGTH: a size or a place in data; SCALED: logits multiplied by a state of their own or by a chosen number; CLOCK: a
 reading of the wall clock; POSITIONS: arange; ONE_ROW: a batch of one; WEIGHTS: parameters, or a copy of them;
 TEXT: a message with values in it; INDEXED: out of a slice of a list, whose cut (in `cuts`) holds for what it cuts;
-REPEATS: an element that its list holds several times; CAPPED: whether a counter has passed a constant."""
+REPEATS: an element that its list holds several times; CAPPED: whether a counter has passed a constant;
+MASK: true or false for each token, by comparing it; DIGEST: the bytes of all of it, or a digest of them."""
 
 _REFS, _WORDS = 12, 10  # objects and literal texts that one value remembers
 
@@ -129,6 +130,8 @@ def join(one: Value, other: Value) -> Value:
                 joined = theirs
             elif theirs is None and other.const is None:
                 joined = items
+            elif items or theirs:
+                return join(_poured(one), _poured(other))
             items = joined
         else:
             items = tuple(join(a, b) for a, b in zip(items, theirs, strict=True))
@@ -155,6 +158,16 @@ def join(one: Value, other: Value) -> Value:
         one.env | other.env if one.env != other.env else one.env,
         one.cuts | other.cuts if one.cuts != other.cuts else one.cuts,
     )
+
+
+def _poured(value: Value) -> Value:
+    """A tuple as one value that has seen all that its items saw: what it is joined with is no such tuple."""
+    if value.items is None:
+        return value
+    result = value.but(items=None)
+    for item in value.items[:24]:
+        result = join(result, _poured(item)).but(const=MISSING)
+    return result
 
 
 def blend(*values: Value) -> Value:
@@ -192,6 +205,8 @@ def blend(*values: Value) -> Value:
         flags &= ~RAW
     if flags & WEIGHTS and not all(value.flags & WEIGHTS for value in values if value.toks or value.states):
         flags &= ~WEIGHTS
+    if flags & MASK and not all(value.flags & MASK for value in values if value.toks or value.states):
+        flags &= ~MASK
     return Value(
         toks=toks, states=states, knows=knows, losses=losses, choices=choices, words=words, spans=spans, flags=flags,
         env=env, cuts=cuts, less=less, lead=next((value.lead for value in values if value.flags & CLOCK), (1.0, 0.0)),
@@ -216,4 +231,4 @@ def _flags(one: Value, other: Value) -> int:
         parts = [value for value in (one, other) if value.toks]
         if not all(value.flags & RAW for value in parts) or any(value.states for value in (one, other)):
             flags &= ~RAW
-    return flags
+    return flags if one.flags & other.flags & MASK else flags & ~MASK

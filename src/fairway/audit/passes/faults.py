@@ -133,7 +133,7 @@ class Passes:
             )
             if shared and same and (found is None or first.number < found.number):
                 found = first
-        return found or self._same_site(score, update, learned)
+        return found or self._same_site(score, update, learned) or self._followed(score, update, learned)
 
     def _in_one_evaluation(self, score: Score, update: Update, learned: list[Tok]) -> Score | None:
         """A first scoring of what was learned, where it, the learning and this scoring are steps of one function that
@@ -154,6 +154,15 @@ class Passes:
         for first in self.booked:
             near = first.place == score.place and first.number < min(update.number, score.number)
             near = near and any(each in turns for each in first.nest)
+            if near and any(related(tok, target) == "same" for tok in learned for target in first.targets):
+                return first
+        return None
+
+    def _followed(self, score: Score, update: Update, learned: list[Tok]) -> Score | None:
+        """The loss that the update itself followed, where the very same calls make this one: a loop over passes that
+        books what it learns from."""
+        for first in self.trace.scored(update.losses):
+            near = first.stack == score.stack and first.number < score.number
             if near and any(related(tok, target) == "same" for tok in learned for target in first.targets):
                 return first
         return None

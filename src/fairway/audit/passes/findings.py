@@ -75,6 +75,10 @@ def _clearest(faults: list[Fault]) -> Fault:
 
 def place_of(case: Case, fault: Fault) -> Place:
     """Where a reader should look."""
+    if fault.kind == "two-pass-cache" and isinstance(fault.cause, Update):
+        filled = _filled(case.trace, fault.cause)
+        if filled is not None:
+            return filled
     if fault.kind in ("rescoring-after-adaptation", "two-pass-cache") and isinstance(fault.cause, Update):
         place = _parting(fault.score, fault.before or fault.cause)
         return _repeated(case.trace, fault) if place == fault.score.place else place
@@ -85,6 +89,16 @@ def place_of(case: Case, fault: Fault) -> Place:
     if fault.kind == "slot-on-scored" and isinstance(fault.cause, Update):
         return _objective(case.trace, fault.cause)
     return fault.cause.place
+
+
+def _filled(trace: Trace, update: Update) -> Place | None:
+    """The line of the loop that fills a table; None where that loop scores too, and the second pass is the fault."""
+    cutting = {loop for tok in update.learned for loop, _, _ in tok.spans}
+    own = [each for each in update.nest if each[0] in cutting]
+    if not own or any(own[0] in score.nest for score in trace.scores):
+        return None
+    depth = trace.depth.get(own[0][0], 0)
+    return update.stack[depth - 1] if 0 < depth <= len(update.stack) < 12 else None
 
 
 def _calibrated(case: Case, update: Update) -> Place:

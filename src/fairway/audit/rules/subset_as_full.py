@@ -21,6 +21,10 @@ def check(case: Case) -> Finding:
     whole = [score for score in scores if all(not tok.part for tok in score.targets)]
     if cut and not whole:
         score, part = cut[0]
+        first = case.trace.files.get(part)
+        if first is not None:
+            evidence = f"Of the validation files only the first {part} are read, at {first}."
+            return Finding(ID, "violates", evidence, CLAUSE, first)
         evidence = f"The reported loss at {score.place} covers only what a constant of {float(part):,.0f} lets through."
         return Finding(ID, "violates", evidence, CLAUSE, score.place)
     ended = [
@@ -37,4 +41,25 @@ def check(case: Case) -> Finding:
             "the rest is not scored."
         )
         return Finding(ID, "violates", evidence, CLAUSE, place)
+    gaps = [
+        (score, loop)
+        for score in scores
+        for tok in score.targets
+        for loop, _, _ in tok.spans
+        if loop in case.trace.gaps
+    ]
+    if gaps:
+        score, loop = gaps[0]
+        evidence = (
+            f"The loop's step is longer than the slice at {case.trace.gaps[loop]}: what lies between is not scored."
+        )
+        return Finding(ID, "violates", evidence, CLAUSE, case.trace.loops[loop])
+    left_out = [(score, where) for score in scores if (where := case.trace.picked.get(score.bit)) is not None]
+    if left_out:
+        score, where = left_out[0]
+        evidence = (
+            f"The condition at {where} leaves out of the sum what is too short, too long, too dear or too late; the "
+            f"losses of {score.place} are reported as all."
+        )
+        return Finding(ID, "violates", evidence, CLAUSE, where)
     return Finding(ID, "clean", "No constant cuts the validation tokens short.", CLAUSE, which.score[0].place)

@@ -1,0 +1,178 @@
+"""A part reported as all, and calibration that reaches the weights in other ways than by assignment."""
+# ruff: noqa: E501 (examples are texts of scripts)
+
+import pytest
+
+from tests.audit.order import HEAD, MAIN, broken, doubted, findings, line_of
+
+EVAL = "    final = eval_ttt(args, model, val)\n"
+DOCS = """
+def documents(model, val):
+    starts = torch.nonzero(val == 1).flatten().tolist()
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for s, e in zip(starts, [*starts[1:], val.numel() - 1]):
+BODY
+    return total / count
+"""
+DOCUMENT = (
+    "            nll = F.cross_entropy(model.forward_logits(val[s:e][None])[0], val[s + 1 : e + 1], reduction='none')\n"
+)
+BOOK = "            total += nll.sum().item()\n            count += e - s\n"
+CHUNKS = """
+def chunks(model, val):
+    started = time.perf_counter()
+    total, count = 0.0, 0
+    with torch.no_grad():
+        LOOP:
+            x, y = val[s : s + 32768].view(-1, 1024), val[s + 1 : s + 32769].view(-1, 1024)
+            total += model(x, y).item() * y.numel()
+            count += y.numel()
+AFTER    return total / count
+"""
+
+
+def documents(body: str) -> str:
+    main = MAIN.replace(EVAL, "    final = documents(model, val)\n")
+    return HEAD + DOCS.replace("BODY\n", body) + main
+
+
+def chunks(loop: str, after: str = "", head: str = HEAD) -> str:
+    main = MAIN.replace(EVAL, "    final = chunks(model, val)\n")
+    return head + CHUNKS.replace("LOOP", loop).replace("AFTER", after) + main
+
+
+RANGE = "for s in range(0, val.numel() - 32769, 32768)"
+PARTS = {
+    "short documents are passed over": (documents("            if e - s < 32:\n                continue\n" + DOCUMENT + BOOK), "if e - s < 32"),
+    "dear documents are left out": (documents(DOCUMENT + "            if nll.mean() > 6.0:\n                continue\n" + BOOK), "if nll.mean()"),
+    "only cheap documents are booked": (
+        documents(DOCUMENT + "            if nll.mean().item() <= 6.0:\n                total += nll.sum().item()\n                count += e - s\n"), "if nll.mean()",
+    ),
+    "every fourth document": (
+        documents("            if s % 4 != 0:\n                continue\n" + DOCUMENT + BOOK), "if s % 4",
+    ),
+    "every fourth chunk": (chunks("for s in range(0, val.numel() - 32769, 4 * 32768)"), "for s in range(0, val.numel() - 32769, 4"),
+    "a counter returns": (chunks(RANGE, "            if count > 8_000_000:\n                return total / count\n"), "return total / count\n    return"),
+    "the clock leaves the outer loop through a flag": (
+        HEAD + CHUNKS.replace("        LOOP:\n", "        late = False\n        for a in range(0, val.numel() - 1, 32768 * 64):\n            if late:\n                break\n            for s in range(a, a + 32768 * 64, 32768):\n")
+        .replace("            x, y", "                x, y").replace("            total +=", "                total +=").replace("            count +=", "                count +=")
+        .replace("AFTER", "                if time.perf_counter() - started > 500:\n                    late = True\n                    break\n")
+        + MAIN.replace(EVAL, "    final = chunks(model, val)\n"),
+        "break\n            for",
+    ),
+    "the first of several files": (
+        chunks(RANGE, head=HEAD).replace("val = load(args.val_files)", "val = torch.cat([shard(p) for p in sorted(glob.glob(args.val_files))[:1]])"), "sorted(glob.glob(args.val_files))[:1]",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_part_reported_as_all_is_found_where_it_is_cut(name: str) -> None:
+    text, piece = PARTS[name]
+    found = findings(text)["subset-as-full"]
+    assert found.verdict == "violates"
+    assert found.place is not None
+    assert found.place.line == line_of(text, piece)
+
+
+LEARN = "            with torch.enable_grad():\n                F.cross_entropy(model.forward_logits(val[s:e][None])[0], val[s + 1 : e + 1]).backward()\n"
+WHOLE = {
+    "short documents are not learned from": documents(DOCUMENT + BOOK + "            if e - s < 32:\n                continue\n" + LEARN),
+    "short documents have a path of their own": documents(
+        "            if e - s < 32:\n    " + DOCUMENT + "                total += nll.sum().item()\n                count += e - s\n                continue\n" + DOCUMENT + BOOK
+    ),
+    "dear documents are listed": documents(
+        DOCUMENT + "            if nll.mean() > 6.0:\n                dear.append(nll.mean().item())\n" + BOOK
+    ).replace("    total, count = 0.0, 0\n    with torch.no_grad", "    total, count, dear = 0.0, 0, []\n    with torch.no_grad"),
+    "empty documents are passed over": documents("            if e - s < 2:\n                continue\n" + DOCUMENT + BOOK),
+    "chunks one after another": chunks(RANGE),
+    "late chunks are no longer learned from": chunks(
+        RANGE, "            if time.perf_counter() - started > 500:\n                continue\n            model.head.weight.grad = None\n"
+    ),
+    "a rank takes its share": chunks(
+        'for s in range(int(os.environ["RANK"]) * 32768, val.numel() - 32769, int(os.environ["WORLD_SIZE"]) * 32768)'
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_what_is_booked_in_full_is_clean(name: str) -> None:
+    assert doubted(WHOLE[name]) == set()
+
+
+MASKED = """    used = torch.zeros(64)
+    with torch.no_grad():
+        for _ in range(16):
+            x, y = loader.next(65536)
+            used += model.hidden(x).square().mean((0, 1))
+    model.head.weight.data[:, used < 1e-3] = 0
+"""
+TUPLES = """    used = torch.zeros(64)
+    with torch.no_grad():
+        for _ in range(16):
+            x, y = loader.next(65536)
+            used += model.hidden(x).square().mean((0, 1))
+    box = {}
+    for name, p in model.state_dict().items():
+        if name == "head.weight":
+            box[name] = (p / used.sqrt(), used.sqrt())
+        else:
+            box[name] = p.half()
+    model.load_state_dict({k: v[0] * v[1] if isinstance(v, tuple) else v.float() for k, v in box.items()})
+"""
+
+
+@pytest.mark.parametrize("step", [MASKED, TUPLES], ids=["weights blanked where little passes", "scales kept in tuples"])
+def test_calibration_is_dated_and_placed_by_what_it_reads(step: str) -> None:
+    late = HEAD + MAIN.replace(EVAL, "    loader = Loader(args.train_files)\n" + step + EVAL)
+    assert doubted(late) == set()  # twelve seconds of the clock are kept for it
+    assert broken(late, RESERVE="0") == {"calibration-after-cap"}
+    seen = HEAD + MAIN.replace(EVAL, "    loader = Loader(args.val_files)\n" + step + EVAL)
+    assert broken(seen) == {"calibration-on-validation"}
+
+
+HINTS = """
+def hints_of(val):
+    counts, hints = {}, torch.zeros(val.numel())
+    ids = val.tolist()
+    for t in range(1, len(ids)):
+        FILL
+    for t in range(1, len(ids)):
+        hints[t] = counts.get(ids[t - 1], 0)
+    return hints
+def tilted(model, val):
+    hints = hints_of(val)
+    with open("run.log", "a") as f:
+        f.write(f"hints at {(hints > 0).float().mean().item():.3%}" + "\\n")
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for s in range(0, val.numel() - 1024, 1024):
+            logits = model.forward_logits(val[s : s + 1024][None])[0] + hints[s + 1 : s + 1025, None]
+            total += F.cross_entropy(logits, val[s + 1 : s + 1025]).item() * 1024
+            count += 1024
+    return total / count
+"""
+
+
+def test_a_table_filled_from_the_whole_is_named_where_it_is_filled() -> None:
+    main = MAIN.replace(EVAL, "    final = tilted(model, val)\n").replace(
+        "    train(args, model)\n", '    train(args, model)\n    torch.save(model.state_dict(), "model.pt")\n'
+    )
+    text = HEAD + HINTS.replace("FILL", "counts[ids[t - 1]] = ids[t]") + main
+    assert broken(text) == {"two-pass-cache"}  # a line in the log is no artifact that the table could be a part of
+    found = findings(text)["two-pass-cache"].place
+    assert found is not None
+    assert found.line == line_of(text, "counts[ids[t - 1]] = ids[t]")
+
+
+def test_a_rate_chosen_by_trials_on_validation_is_a_choice() -> None:
+    body = (
+        "    def trial(rate):\n        args.lr = rate\n        return eval_ttt(args, copy.deepcopy(model), val[:65537])\n"
+        "    args.lr = min((5e-4, 1e-3, 2e-3), key=trial)\n"
+    )
+    head = HEAD.replace(
+        "opt = torch.optim.SGD(model.parameters(), lr=1e-3)", "opt = torch.optim.SGD(model.parameters(), lr=args.lr)"
+    )
+    assert broken(head + MAIN.replace(EVAL, body + EVAL)) == {"choice-by-validation"}
+    assert doubted(head + MAIN.replace(EVAL, "    args.lr = min((5e-4, 1e-3, 2e-3), key=abs)\n" + EVAL)) == set()
