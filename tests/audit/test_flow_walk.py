@@ -5,7 +5,7 @@ import time
 import pytest
 
 from fairway.audit.flow.events import Said, Score, Trace, Unknown, Update
-from tests.audit.order import HONEST, line_of, trace_of
+from tests.audit.order import HONEST, broken, doubted, line_of, trace_of
 
 START = """
 import functools, os, glob, numpy as np, torch, torch.nn as nn, torch.nn.functional as F
@@ -205,3 +205,37 @@ def test_a_script_with_a_line_missing_is_walked(cut: int) -> None:
     except SyntaxError:
         return
     assert trace_of(kept, fuel=20_000).steps
+
+
+def test_a_shard_that_is_read_inside_an_assertion_is_validation_text():
+    """`readinto` fills what it is given, and an assertion is walked for what its condition does."""
+    text = """
+import glob
+from pathlib import Path
+import torch
+import torch.nn.functional as F
+
+def load(file):
+    count = int(torch.from_file(str(file), False, 256, dtype=torch.int32)[2])
+    with file.open("rb", buffering=0) as opened:
+        tokens = torch.empty(count, dtype=torch.uint16)
+        opened.seek(1024)
+        assert opened.readinto(tokens.numpy()) == 2 * count
+    return tokens
+
+model = torch.nn.Linear(8, 8)
+val = torch.cat([load(Path(p)) for p in sorted(glob.glob("data/fineweb_val_*.bin"))])
+opt = torch.optim.SGD(model.parameters(), lr=0.1)
+total = 0.0
+for at in range(0, len(val) - 64, 64):
+    FIRST
+    SECOND
+print(f"val_loss:{total / len(val):.6f}")
+"""
+    score = "total += F.cross_entropy(model(val[at : at + 64]), val[at + 1 : at + 65]).item()"
+    learn = "F.cross_entropy(model(val[at : at + 64]), val[at + 1 : at + 65]).backward(); opt.step()"
+    honest, other = (text.replace("FIRST", a).replace("SECOND", b) for a, b in ((score, learn), (learn, score)))
+    assert not broken(honest)
+    assert not doubted(honest)
+    assert broken(other) <= {"training-before-scoring", "validation-in-training"}
+    assert broken(other)

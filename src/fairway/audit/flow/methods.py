@@ -414,7 +414,13 @@ class Methods(Operations):
                 return NONE  # lines that are added to a log
             self.write_to(path, told if name != "write_bytes" else args[0], node)
             return NOTHING
-        if name in ("read", "readline", "read_text", "read_bytes", "readlines", "readinto", "getvalue", "getbuffer"):
+        if name == "readinto" and args:
+            found = self.read_from(path, node, live=True)
+            for cell in args[0].refs:
+                if cell.kind == "tensor":
+                    self.write(cell, found, node, strong=True)
+            return Value(flags=LENGTH)
+        if name in ("read", "readline", "read_text", "read_bytes", "readlines", "getvalue", "getbuffer"):
             return self.read_from(path, node, live=True)
         if name in ("exists", "is_file", "is_dir"):
             return NOTHING

@@ -141,6 +141,10 @@ class Statements(Patterns):
     def _do_Expr_(self, node: ast.Expr) -> None:
         self.evaluate(node.value)
 
+    def _do_Assert_(self, node: ast.Assert) -> None:
+        """For what its condition does: shards are read by `assert f.readinto(tokens.numpy()) == 2 * n`."""
+        self.evaluate(node.test)
+
     def _do_Delete_(self, node: ast.Delete) -> None:
         for target in node.targets:
             if isinstance(target, ast.Name) and len(self.frame.marks) == 0:
