@@ -23,7 +23,7 @@ End = Literal["", "finest", "coarsest"]
 
 SLACK = 0.006  # a file may end so far below its budget, as a share of it
 AIM = 0.0025  # below the budget: coders put the second file from 0.3 % below this to 0.2 % above it
-CAUTION, LOWEST_AIM = 0.04, 0.0045  # share of the first file's miss by which the second is aimed lower, and its most
+USUAL, CAUTION, LOWEST_AIM = 0.03, 0.04, 0.0045  # the second is aimed lower by a share of the first's miss beyond usual
 NEAR = 0.001  # of the budget: solved codes so close to what is wanted are written
 NEAREST = 0.0002  # the same before the second writing
 SURPRISE = 0.15  # of the damage foretold: with more, tensors are weighed against each other again
@@ -231,7 +231,8 @@ class _Search(Generic[S]):
         foretold = self.law.foretell(solved)
         written, self.writings = self.write(solved), self.writings + 1
         self.law = _taught(self.law, written, solved)
-        self.wanted = (1 - min(AIM + CAUTION * abs(written.bytes / foretold - 1), LOWEST_AIM)) * self.budget
+        missed = max(abs(written.bytes / foretold - 1) - USUAL, 0.0)
+        self.wanted = (1 - min(AIM + CAUTION * missed, LOWEST_AIM)) * self.budget
         one = dict.fromkeys(self.curves, 1.0)
         most = self.law.rest + largest(replace(self.law, codes=one).tell(self.curves))
         self.say(f"fit           {written.bytes:,} bytes written, {written.bytes / self.budget:.2%} of the budget")
