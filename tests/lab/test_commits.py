@@ -87,13 +87,13 @@ def test_the_scripts_are_those_of_the_records_code(two_runs, tmp_path):
     """A package beside this one, with one number changed: its scripts hold that number, this package's do not."""
     other = shutil.copytree(HOUSE, tmp_path / "src" / "fairway", ignore=shutil.ignore_patterns("__pycache__"))
     clock = other / "base" / "clock.py"
-    clock.write_text(clock.read_text().replace('"over" if', '"far over" if'))
+    clock.write_text(clock.read_text().replace("is over the", "is far over the"))
     recipe, place = two_runs / "tiny-1" / "recipe.toml", tmp_path / "place"
     place.mkdir()
     made = _made(Code(other.parent, "commit"), recipe, place)
     assert list(place.iterdir()) == []
     assert made["train_gpt.py"] != (two_runs / "tiny-1" / "train_gpt.py").read_bytes()
-    clock.write_text(clock.read_text().replace('"far over" if', '"over" if'))
+    clock.write_text(clock.read_text().replace("is far over the", "is over the"))
     made = _made(Code(other.parent, "commit"), recipe, place)
     assert made == {name: (two_runs / "tiny-1" / name).read_bytes() for name in made}
 
