@@ -6,16 +6,18 @@ speed   the whole text is built by --workers processes; SentencePiece encodes ba
         processes, one thread each, in turns with it: a slice of the text by SentencePiece alone, then the build's
         next stretch while SentencePiece's processes are stopped, so that both meet the same neighbours
 memory  the most that all processes of the build hold together: proportional and resident set sizes, read every 50 ms
-same    the hashes of all shards of builds by 1 process, by --workers, and by --workers killed (SIGKILL, to the whole
-        process group) at random moments and called again until it ends
+same    the hashes of all files of builds by 1 process, by --workers, and of --kills builds that were killed (SIGKILL, to
+        the process group) at a random moment, each in a fresh folder, and called again
 
 Rates are megabytes (10^6 bytes) of unpacked text per second and core, by the clock and by processor time.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -151,27 +153,40 @@ def speed(arguments: argparse.Namespace, out: Path) -> dict[str, float]:
     }
 
 
-def killed(arguments: argparse.Namespace, out: Path, kills: int, longest: float, seed: int) -> int:
-    """Builds, is killed at random moments, builds on; returns how many kills met it at work."""
-    draw, met = random.Random(seed), 0
-    for _ in range(kills):
+def killed(arguments: argparse.Namespace, out: Path, longest: float, draw: random.Random) -> str:
+    """A build in a fresh folder, killed at a random moment before `longest` seconds and called again until it ends;
+    answers when and how much was whole, or "" where it had ended before it was killed."""
+    build, moment, met = Build(arguments, out, arguments.workers), draw.uniform(0.5, longest), ""
+    try:
+        build.running.wait(moment)
+    except subprocess.TimeoutExpired:
+        build.signal(signal.SIGKILL)
+        build.running.wait()
+        met = f"after {moment:.1f} s, {len(list(out.glob('fineweb_*.bin')))} shards whole"
         build = Build(arguments, out, arguments.workers)
-        try:
-            build.running.wait(draw.uniform(1.0, longest))
-        except subprocess.TimeoutExpired:
-            build.signal(signal.SIGKILL)
-            build.running.wait()
-            met += 1
-            print(f"killed; {len(list(out.glob('fineweb_*.bin')))} shards are whole", flush=True)
-        else:
-            break
-    last = Build(arguments, out, arguments.workers)
-    assert last.running.wait() == 0
+    assert build.running.wait() == 0
     return met
 
 
-def hashes(out: Path) -> str:
-    return (out / "manifest.json").read_text()
+def same_after_kills(arguments: argparse.Namespace, place: Path, expected: dict[str, str], longest: float) -> None:
+    """As many builds as kills are wanted, each killed once, each compared."""
+    draw, met = random.Random(arguments.seed), 0
+    while met < arguments.kills:
+        out = place / "kill"
+        when = killed(arguments, out, longest, draw)
+        met += bool(when)
+        verdict = "the same" if hashes(out) == expected else "DIFFERS"
+        print(f"killed {met} of {arguments.kills}: {when or 'not: it had ended'}: {verdict}", flush=True)
+        shutil.rmtree(out)
+
+
+def hashes(out: Path) -> dict[str, str]:
+    """Of every file that the build left, read from the disk."""
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(out.iterdir())
+        if path.is_file() and not path.name.startswith(".")
+    }
 
 
 def main() -> None:
@@ -190,15 +205,11 @@ def main() -> None:
             print(f"{name:32} {value:8.2f}", flush=True)
         for kind in ("clock", "processor time"):
             print(f"ratio by {kind}: {found[f'build, {kind}'] / found[f'sentencepiece, {kind}']:.2f}", flush=True)
-        one = Build(arguments, Path(place) / "one", 1)
+        one, expected = Build(arguments, Path(place) / "one", 1), hashes(Path(place) / "many")
         assert one.running.wait() == 0
-        print(
-            f"by 1 process: {'the same' if hashes(Path(place) / 'one') == hashes(Path(place) / 'many') else 'DIFFERS'}"
-        )
-        if arguments.kills:
-            met = killed(arguments, Path(place) / "kill", arguments.kills, found["build seconds"], arguments.seed)
-            same = hashes(Path(place) / "kill") == hashes(Path(place) / "many")
-            print(f"killed {met} time(s): {'the same' if same else 'DIFFERS'}")
+        same = hashes(Path(place) / "one") == expected
+        print(f"by 1 process: {'the same' if same else 'DIFFERS'} ({len(expected)} files)", flush=True)
+        same_after_kills(arguments, Path(place), expected, found["build seconds"])
 
 
 if __name__ == "__main__":
