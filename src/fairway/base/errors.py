@@ -6,9 +6,15 @@ from contextlib import contextmanager
 
 
 class FairwayError(Exception):
-    """Root of all errors that a person can act on; the command line prints them in one line."""
+    """Root of all errors that a person can act on; the command line prints them in one line.
+
+    What a message quotes (names of files, keys of a forged header) may hold line ends and worse: they are escaped.
+    """
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in super().__str__())
 
 
 class RecipeError(FairwayError):
