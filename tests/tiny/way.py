@@ -7,14 +7,18 @@ from fairway.base.devices import choose
 from fairway.base.journal import Run
 from fairway.lab.submit import checkout
 from fairway.outcome import Outcome
-from fairway.recipe import load
+from fairway.recipe import Recipe, load
 
 TINY = Path(__file__).with_name("tiny.toml")
 SAMPLE = Path(__file__).parents[1] / "golden" / "sample.txt"
 
 
+def tiny_recipe(*overrides: str) -> Recipe:
+    """The tiny recipe on the committed sample."""
+    return load(str(TINY), (f"data.path={SAMPLE}", *overrides))
+
+
 def run_tiny(folder: Path, *overrides: str) -> Outcome:
-    """The tiny recipe on the committed sample, text to score in about two seconds; a folder begun before goes on."""
-    chosen = load(str(TINY), (f"data.path={SAMPLE}", *overrides))
+    """The tiny recipe, text to score in about two seconds; a folder begun before goes on."""
     with Run(folder) as opened:
-        return pipeline.run(chosen, opened, choose("cpu"), checkout())
+        return pipeline.run(tiny_recipe(*overrides), opened, choose("cpu"), checkout())

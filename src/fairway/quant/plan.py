@@ -104,6 +104,8 @@ class QuantSpec:
         for name in ("calibration_sequences", "calibration_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: at least 1 is needed")
+        if self.prune.budget and self.fit.budget:
+            raise ValueError("prune.budget and fit.budget: two ways to meet one; leave one out")
         if self.table.scale.hessian_weight and not self.embedding_hessian:
             raise ValueError("table.scale.hessian_weight: tables have no Hessian; set embedding_hessian, or take 0")
 

@@ -34,8 +34,11 @@ class PruneSpec:
     when: Literal["never", "before", "after", "selective"] = "never"  # of rounding
     fraction: float = 0.0  # of each quantised tensor's weights; "selective": of the codes ±1 that are ranked
     by: Rank = "damage"  # the order of "selective"
+    budget: int = 0  # bytes of the artifact: from `fraction` on, more is pruned until it fits; 0: no more
 
     def __post_init__(self) -> None:
+        if self.budget < 0:
+            raise ValueError(f"budget = {self.budget}: a number of bytes is needed, or 0 for none")
         if not math.isfinite(self.fraction) or not 0 <= self.fraction < 1:
             raise ValueError(f"fraction = {self.fraction}: a share in [0, 1) is needed")
 

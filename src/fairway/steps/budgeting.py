@@ -13,7 +13,7 @@ import numpy as np
 from fairway.artifact import Sealed, open_artifact, seal
 from fairway.artifact.integers import write_integers
 from fairway.artifact.squeeze import squeeze
-from fairway.base.errors import BudgetError, FairwayError
+from fairway.base.errors import BudgetError
 from fairway.base.journal import Run
 from fairway.data import open_corpus, tokenize
 from fairway.model import GPT
@@ -21,6 +21,7 @@ from fairway.quant import Hessians, Tensors, dequantized
 from fairway.recipe import Recipe
 from fairway.score import Ledger
 from fairway.score.evaluate import score_model, stream_of
+from fairway.steps.first import by_the_first
 from fairway.steps.fitting import Fit, Point, Subject, fit_to
 from fairway.steps.products import ARTIFACT, INTEGERS, WEIGHTS, decoder_share, product
 
@@ -33,21 +34,15 @@ def wanted(recipe: Mapping[str, Any]) -> bool:
 def fit_run(recipe: Recipe, run: Run, model: GPT, hessians: Hessians, code: int) -> None:
     """The integers and the artifact of a run with `quant.fit`, by the first rank for all, beside so many bytes of
     code. Books `fit` and `quant`."""
-    error = ""
-    if run.ranks.first:
-        try:
-            fit = fit_in(run.path("."), recipe, run, Subject.of(model, recipe.quant, hessians, run), code)
-            write_integers(run.path(INTEGERS), fit.tensors)
-            run.fact("fit", **fit.plain(), artifact_sha256=fit.sealed.sha256)
-            size = sum(one.entropy_bytes for one in fit.found.solved.values())
-            run.fact("quant", seconds=round(fit.seconds, 3), entropy_bytes=round(size), damage=fit.found.damage)
-        except FairwayError as caught:
-            error = str(caught)
-            if run.ranks.world == 1:
-                raise
-    error = run.ranks.share_text(error)
-    if error:
-        raise BudgetError(error)
+
+    def work() -> None:
+        fit = fit_in(run.path("."), recipe, run, Subject.of(model, recipe.quant, hessians, run), code)
+        write_integers(run.path(INTEGERS), fit.tensors)
+        run.fact("fit", **fit.plain(), artifact_sha256=fit.sealed.sha256)
+        size = sum(one.entropy_bytes for one in fit.found.solved.values())
+        run.fact("quant", seconds=round(fit.seconds, 3), entropy_bytes=round(size), damage=fit.found.damage)
+
+    by_the_first(run, work)
 
 
 def fit_in(

@@ -172,6 +172,8 @@ def quantize(recipe: Recipe, run: Run, device: Device, code: Code) -> None:
     if fitting.budget:
         taken = export(recipe, run, code) if fitting.code else 0
         slots.optional("fairway.steps.budgeting").fit_run(recipe, run, model, hessians, taken)
+    elif recipe.quant.prune.budget:
+        slots.optional("fairway.steps.pruned").prune_run(recipe, run, model, hessians)
     else:
         integers = quantize_model(model, (), recipe.quant, run, hessians)
         if run.writes:
