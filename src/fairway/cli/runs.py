@@ -16,6 +16,7 @@ def run(
     set_: Set = None,
     seeds: Annotated[str, typer.Option(help="Several runs, one for each seed: 1337,42,2025.")] = "",
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
+    pocket: Annotated[bool, typer.Option("--pocket", help="What it changes, on pocket_b6 in the place of b6.")] = False,
     device: DeviceName = "auto",
     runs: Runs = Path("runs"),
     json: Json = False,
@@ -23,7 +24,7 @@ def run(
     """The whole way: text, tokenizer, training, quantising, one artifact, its score."""
     from fairway.verbs import running
 
-    running.run(recipe, tuple(set_ or ()), seeds, resume, device, runs, json)
+    running.run(recipe, tuple(set_ or ()), seeds, resume, pocket, device, runs, json)
 
 
 @app.command()
