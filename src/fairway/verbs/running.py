@@ -31,6 +31,7 @@ def run(
     device: str,
     runs: Path,
     as_json: bool,
+    log: str = "",
 ) -> None:
     """The whole way, for one recipe or one folder to resume, once for each seed."""
     if (name is None) == (resume is None):
@@ -46,7 +47,7 @@ def run(
     outcomes, code = [], checkout()
     with ranks_on(device) as (ranks, target):
         for one in chosen:
-            with run_of(one, runs, ranks, quiet=as_json, folder=resume) as opened:
+            with run_of(one, runs, ranks, as_json, resume, log) as opened:
                 outcomes.append(pipeline.run(one, opened, target, code))
                 if ranks.first and opened.folder is not None:
                     point_latest(opened.folder.resolve())
@@ -56,9 +57,9 @@ def run(
         _show_seeds(outcomes, as_json)
 
 
-def train(name: str, overrides: tuple[str, ...], device: str, runs: Path, as_json: bool) -> None:
+def train(name: str, overrides: tuple[str, ...], device: str, runs: Path, as_json: bool, log: str = "") -> None:
     chosen = recipe.load(name, overrides)
-    with ranks_on(device) as (ranks, target), run_of(chosen, runs, ranks, as_json) as opened:
+    with ranks_on(device) as (ranks, target), run_of(chosen, runs, ranks, as_json, log=log) as opened:
         steps.begin(chosen, opened, target, checkout())
         text = steps.prepare(chosen, opened, steps.refuse_overlap)
         steps.train(chosen, text, opened, target)
