@@ -32,12 +32,14 @@ SLOTS = (
     "artifact/coder",
     "score/adapt",
     "score/windows",
+    "lab/sweep/engines",
 )
 PEOPLES_SIDE = {  # package -> files that may import it; it must not travel in an exported script
     "pydantic": ("base/recipes.py",),
     "rich": ("verbs/", "lab/", "audit/"),
     "typer": ("cli/",),
     "matplotlib": ("lab/",),
+    "wandb": ("lab/logs/",),
 }
 TRAVELLING = ("model", "train", "quant", "artifact", "score", "data")
 TRAVELLING_MAY = {
@@ -53,6 +55,8 @@ TRAVELLING_MAY = {
 EXTRAS = {  # package of an extra -> the folder that may import it, which never travels: no recipe reaches it
     "huggingface_hub": "data/fetching/",
     "pyarrow": "data/building/",
+    "ray": "lab/sweep/engines/",
+    "submitit": "lab/sweep/engines/",
 }
 NETWORK = {"socket", "ssl", "http", "urllib", "ftplib", "smtplib", "xmlrpc", "socketserver"}
 DTYPE_WORDS = re.compile(r"^(float(8\w*|16|32|64)?|double|half|bfloat16|complex(32|64|128))$")

@@ -40,7 +40,8 @@ CORE = {  # distribution -> (module, what it is for)
 }
 EXTRAS = {  # distribution -> (module, what it is for)
     "matplotlib": ("matplotlib", "plots in reports"),
-    "tensorboard": ("tensorboard", "curves in TensorBoard"),
+    "tensorboard": ("tensorboard", "run --log tensorboard"),
+    "wandb": ("wandb", "run --log wandb"),
     "huggingface_hub": ("huggingface_hub", "fairway data fetch"),
     "pyarrow": ("pyarrow", "parquet as a source of text"),
     "ray": ("ray", "sweeps on a cluster"),

@@ -12,18 +12,19 @@ from fairway.base.journal import Run
 from fairway.outcome import Outcome
 from fairway.recipe import Recipe
 from fairway.score import StageScore
+from fairway.score.profile import Keeper
 from fairway.steps import Code, Text
 
 
 def run(recipe: Recipe, run: Run, device: Device, code: Code) -> Outcome:
     """Text to score. Raises what its steps raise: RecipeError, DataError, BudgetError, HonestyError."""
-    text, scores = make(recipe, run, device, code, steps.refuse_overlap)
+    text, scores = make(recipe, run, device, code, steps.refuse_overlap, Keeper(run))
     proof = steps.prove(recipe, text.held_out, run)  # a slice as a file, decoded by another process: or HonestyError
     return steps.close(recipe, text, scores, proof, run)  # -> score.json
 
 
 def make(
-    recipe: Recipe, run: Run, device: Device, code: Code, check: steps.Check | None = None
+    recipe: Recipe, run: Run, device: Device, code: Code, check: steps.Check | None = None, keep: Keeper | None = None
 ) -> tuple[Text, dict[str, StageScore]]:
     """Text to scored file: what an exported script does, too (without the check for shared documents)."""
     steps.begin(recipe, run, device, code)
@@ -32,4 +33,4 @@ def make(
     steps.calibrate(recipe, text, run, device)  # -> hessians.safetensors; training data is never read again
     steps.quantize(recipe, run, device, code)  # -> integers.safetensors
     steps.pack(recipe, text.tokenizer, run, code)  # -> artifact.fw, weighed with the code; over budget: BudgetError
-    return text, steps.score(recipe, text.held_out, run, device)  # from here on only the files speak
+    return text, steps.score(recipe, text.held_out, run, device, keep)  # from here on only the files speak

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fairway import pocket as pocket_form
 from fairway.artifact import PackSpec
 from fairway.base import recipes
 from fairway.base.errors import RecipeError
@@ -58,6 +59,9 @@ def recipes_folder() -> Path | None:
     return None
 
 
-def load(name: str, overrides: tuple[str, ...] = ()) -> Recipe:
-    """A recipe by name or path, `overrides` ("a.b=value") on top, checked."""
-    return recipes.load(Recipe, find(name), overrides)
+def load(name: str, overrides: tuple[str, ...] = (), pocket: bool = False) -> Recipe:
+    """A recipe by name or path, `overrides` ("a.b=value") on top, checked; `pocket`: its pocket form."""
+    path = find(name)
+    table = pocket_form.table(path) if pocket else recipes.read(path)
+    table.pop("pocket", None)
+    return recipes.finish(Recipe, table, path.stem, overrides)

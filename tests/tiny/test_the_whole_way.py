@@ -48,6 +48,7 @@ def test_the_whole_way_ends_in_a_score_within_a_minute(tmp_path):
         "curves.jsonl",
         ".lock",
         "prices.npy",
+        "profile.npz",
         "proof.fwc",
         "train_gpt.py",
         "score.py",

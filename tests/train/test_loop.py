@@ -1,5 +1,6 @@
 """The training loop: it learns, resumes bit for bit, accumulates exactly, stops on nonsense, and sees fake weights."""
 
+import json
 import os
 import signal
 from dataclasses import replace
@@ -177,9 +178,22 @@ def test_fake_quantisation_reaches_the_forward_when_the_rates_fall_and_is_taken_
     assert m.blocks[0].mlp.up.fake_quant is None
 
 
-def test_curves_of_loss_and_rate_are_written(tmp_path: Path) -> None:
+def test_curves_of_loss_rate_and_norm_are_written(tmp_path: Path) -> None:
     with Run(tmp_path) as run:
         pretrain(model(), Pattern(), SPEC, run, CPU, seed=0)
     lines = (tmp_path / "curves.jsonl").read_text().splitlines()
     assert len(lines) == 12
     assert '"scale": 0.25' in lines[-1]
+
+
+@pytest.mark.parametrize("clip", [0.3, 0.0])
+def test_the_norm_is_that_of_the_gradient_before_it_is_clipped(tmp_path: Path, clip: float) -> None:
+    with Run(tmp_path) as run:
+        pretrain(model(), Pattern(), replace(SPEC, clip=clip), run, CPU, seed=0)
+    first = json.loads((tmp_path / "curves.jsonl").read_text().splitlines()[0])
+    m, (inputs, targets) = model(), Pattern().batch(0, Ranks())
+    loss = torch.nn.functional.cross_entropy(m.logits(m(inputs)[0]).flatten(0, 1), targets.flatten())
+    gradients = torch.autograd.grad(loss, list(m.parameters()), allow_unused=True)
+    whole = torch.cat([gradient.flatten() for gradient in gradients if gradient is not None])
+    assert first["norm"] == pytest.approx(float(whole.norm()), rel=1e-5)
+    assert first["norm"] > 0.3

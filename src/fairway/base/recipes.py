@@ -14,7 +14,7 @@ from fairway.base.errors import RecipeError
 from fairway.base.specs import build, plain_leaf
 from fairway.base.tables import dump, sha256
 
-__all__ = ["check", "dump", "load", "merge", "read", "sha256"]
+__all__ = ["check", "dump", "finish", "lineage", "load", "merge", "read", "sha256"]
 
 R = TypeVar("R")
 
@@ -24,10 +24,14 @@ def load(cls: type[R], path: Path, overrides: Iterable[str] = ()) -> R:
 
     Raises RecipeError naming the key, its place and the nearest right one.
     """
-    table = read(path)
+    return finish(cls, read(path), path.stem, overrides)
+
+
+def finish(cls: type[R], table: dict[str, Any], name: str, overrides: Iterable[str] = ()) -> R:
+    """A recipe from its merged table, `overrides` on top; `name` where the table gives none."""
     for override in overrides:
         table = merge(table, _override(override))
-    table.setdefault("name", path.stem)
+    table.setdefault("name", name)
     return check(cls, table)
 
 
@@ -36,8 +40,17 @@ def check(cls: type[R], table: Mapping[str, Any]) -> R:
     return build(cls, table, leaf=_leaf)
 
 
-def read(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
     """The merged table of a recipe file and its ancestors."""
+    merged: dict[str, Any] = {}
+    for _, difference in lineage(path):
+        merged.pop("name", None)
+        merged = merge(merged, difference)
+    return merged
+
+
+def lineage(path: Path, _seen: tuple[Path, ...] = ()) -> list[tuple[Path, dict[str, Any]]]:
+    """A recipe file and its ancestors, the eldest first: each with its own difference from the one before."""
     path = path.resolve()
     if path in _seen:
         raise RecipeError(f"{path.name}: extends itself through {' -> '.join(p.name for p in _seen)}")
@@ -49,12 +62,10 @@ def read(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise RecipeError(f"recipe {path}: {error}") from error
     parent = table.pop("extends", None)
     if parent is None:
-        return table
+        return [(path, table)]
     if not isinstance(parent, str):
         raise RecipeError(f"{path.name}: extends = {parent!r}: one parent's file name is expected")
-    inherited = read(path.parent / parent, (*_seen, path))
-    inherited.pop("name", None)
-    return merge(inherited, table)
+    return [*lineage(path.parent / parent, (*_seen, path)), (path, table)]
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

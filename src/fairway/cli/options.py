@@ -9,6 +9,7 @@ Set = Annotated[list[str] | None, typer.Option("--set", help="Override one value
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document for programs, nothing else.")]
 DeviceName = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 Runs = Annotated[Path, typer.Option("--runs", help="Where run folders lie.")]
+Log = Annotated[str, typer.Option("--log", help="Book points and facts there, too: tensorboard or wandb (extras).")]
 RunFolder = Annotated[Path, typer.Argument(help="A run folder, such as runs/latest.")]
 ArtifactPath = Annotated[
     Path, typer.Option("-a", "--artifact", help="An artifact file, such as runs/latest/artifact.fw.")

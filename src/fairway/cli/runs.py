@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from fairway.cli.options import DeviceName, Json, Recipe, RunFolder, Runs, Set
+from fairway.cli.options import DeviceName, Json, Log, Recipe, RunFolder, Runs, Set
 
 app = typer.Typer()
 
@@ -16,24 +16,31 @@ def run(
     set_: Set = None,
     seeds: Annotated[str, typer.Option(help="Several runs, one for each seed: 1337,42,2025.")] = "",
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
+    pocket: Annotated[bool, typer.Option("--pocket", help="What it changes, on pocket_b6 in the place of b6.")] = False,
     device: DeviceName = "auto",
     runs: Runs = Path("runs"),
+    log: Log = "",
     json: Json = False,
 ) -> None:
     """The whole way: text, tokenizer, training, quantising, one artifact, its score."""
     from fairway.verbs import running
 
-    running.run(recipe, tuple(set_ or ()), seeds, resume, device, runs, json)
+    running.run(recipe, tuple(set_ or ()), seeds, resume, pocket, device, runs, json, log)
 
 
 @app.command()
 def train(
-    recipe: Recipe, set_: Set = None, device: DeviceName = "auto", runs: Runs = Path("runs"), json: Json = False
+    recipe: Recipe,
+    set_: Set = None,
+    device: DeviceName = "auto",
+    runs: Runs = Path("runs"),
+    log: Log = "",
+    json: Json = False,
 ) -> None:
     """Trains a recipe's model and gathers its Hessians, in a new run folder."""
     from fairway.verbs import running
 
-    running.train(recipe, tuple(set_ or ()), device, runs, json)
+    running.train(recipe, tuple(set_ or ()), device, runs, json, log)
 
 
 @app.command()

@@ -58,14 +58,16 @@ def evaluate(
     stage: Stage,
     device: Device | None = None,
     limit: float = 0.0,
+    keep: Any = None,
 ) -> StageScore:
     """Opens the file at `path` (the float weights for the stage `float`) and scores the text with it.
 
     Raises DataError (the text is empty, or not what the tokenizer of the file makes of it), HonestyError (the score
-    would be false), BudgetError on all ranks (the stage is, or will be, over `limit` seconds; 0: no limit).
+    would be false), BudgetError on all ranks (the stage is, or will be, over `limit` seconds; 0: no limit). keep: a
+    fairway.score.profile.Keeper, for what the stage paid.
     """
     watch = Stopwatch().start()
-    return score_opened(open_artifact(path), held_out, spec, run, stage, device, watch, limit)
+    return score_opened(open_artifact(path), held_out, spec, run, stage, device, watch, limit, keep)
 
 
 def score_opened(
@@ -77,6 +79,7 @@ def score_opened(
     device: Device | None = None,
     watch: Stopwatch | None = None,
     limit: float = 0.0,
+    keep: Any = None,
 ) -> StageScore:
     """`evaluate` for a file that is already open. The artifact itself is never changed."""
     watch = watch or Stopwatch().start()
@@ -86,8 +89,8 @@ def score_opened(
     ledger = Ledger(len(lengths))
     booking: Any = None  # fairway.score.booking.Booking
     if is_exact(spec, stage):
-        keep = optional("fairway.score.exact_teller").books
-        booking = keep(run, ledger, stream, spec, stage, device, held_out.text_sha256, artifact.sha256)
+        books = optional("fairway.score.exact_teller").books
+        booking = books(run, ledger, stream, spec, stage, device, held_out.text_sha256, artifact.sha256)
     with run.meter(stage, len(lengths), "tokens") as meter:
         pace: Callable[[Unit], None] | None = None
         if limit or not run.quiet:
@@ -99,6 +102,8 @@ def score_opened(
         booking.close()
     if stage == spec.result and run.folder is not None:
         optional("fairway.score.prices").write_prices(run, ledger)
+    if keep is not None:
+        keep(stage, ledger, held_out, lengths, artifact)
     compute = str(model.compute or next(model.parameters()).dtype).removeprefix("torch.")
     score = _stage_score(stage, ledger, held_out, seconds, artifact, compute, is_exact(spec, stage))
     run.fact(f"score_{stage}", **asdict(score), units=len(stream), windows=len(stream.windows))

@@ -13,8 +13,8 @@ from fairway.score.prices import PRICES
 from fairway.steps.products import ARTIFACT, WEIGHTS, product
 
 
-def score(recipe: Recipe, held_out: Tokens, run: Run, device: Device) -> dict[str, StageScore]:
-    """Every stage of the recipe, each from a file that it opens itself."""
+def score(recipe: Recipe, held_out: Tokens, run: Run, device: Device, keep: Any = None) -> dict[str, StageScore]:
+    """Every stage of the recipe, each from a file that it opens itself. keep: a fairway.score.profile.Keeper."""
     found: dict[str, StageScore] = {}
     for stage in recipe.score.stages:
         path = product(run, WEIGHTS if stage == "float" else ARTIFACT)
@@ -25,7 +25,7 @@ def score(recipe: Recipe, held_out: Tokens, run: Run, device: Device) -> dict[st
             found[stage] = booked_score(booked)
         else:
             limit = recipe.budget.eval_seconds if stage == recipe.score.result else 0.0
-            found[stage] = evaluate(path, held_out, recipe.score, run, stage, device, limit)
+            found[stage] = evaluate(path, held_out, recipe.score, run, stage, device, limit, keep)
         run.say(f"{stage:<13} {found[stage].bits_per_byte:.4f} bits per byte  ({found[stage].seconds:.1f} s)")
     return found
 

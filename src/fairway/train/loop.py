@@ -250,8 +250,7 @@ class _Trainer:
             loss.backward()
             total += loss.detach()
         self.run.ranks.sum_gradients(self.parameters)
-        if self.spec.clip:
-            torch.nn.utils.clip_grad_norm_(self.parameters, self.spec.clip)
+        self.norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.spec.clip or float("inf"))  # inf: times 1.0
         for name, optimizer in self.optimizers.items():
             for group in optimizer.param_groups:
                 group["lr"] = getattr(self.spec.optim, name).lr * scale
@@ -292,7 +291,7 @@ class _Trainer:
         self.recent_loss = value if self.recent_loss is None else 0.9 * self.recent_loss + 0.1 * value
         seconds = clock.seconds
         rate = self.step * self.spec.batch_tokens / max(seconds, 1e-9)
-        self.run.point("train", self.step, loss=value, scale=scale, seconds=seconds)
+        self.run.point("train", self.step, loss=value, scale=scale, norm=float(self.norm), seconds=seconds)
         schedule = self.spec.schedule
         whole = schedule.seconds if schedule.by == "clock" else schedule.steps
         meter.update(progress(schedule, self.step, seconds) * whole, loss=self.recent_loss, tokens_per_s=rate)

@@ -47,7 +47,7 @@ def list_recipes(as_json: bool) -> None:
         listed.append(
             {
                 "name": one.name,
-                "params": _params(one),
+                "params": parameters(one),
                 "budget_bytes": one.budget.artifact_bytes,
                 "summary": one.summary,
             }
@@ -66,7 +66,7 @@ def list_techniques(as_json: bool) -> None:
     table("slot", "", [(slot, "", ", ".join(names)) for slot, names in found.items()])
 
 
-def _params(one: Recipe) -> int:
+def parameters(one: Recipe) -> int:
     """The parameters of a recipe's model, counted without allocating it."""
     with torch.device("meta"):
         return parameter_count(GPT(one.model, one.data.tokenizer.vocab))

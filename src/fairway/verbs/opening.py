@@ -13,6 +13,7 @@ from fairway.base.errors import FairwayError, RecipeError
 from fairway.base.folders import new_folder
 from fairway.base.journal import Run
 from fairway.base.ranks import Ranks
+from fairway.lab import logs
 from fairway.recipe import Recipe
 from fairway.verbs.bar import bar
 
@@ -34,8 +35,13 @@ def ranks_on(device: str) -> Iterator[tuple[Ranks, Device]]:
         ranks.stop()
 
 
-def run_of(one: Recipe, root: Path, ranks: Ranks, quiet: bool = False, folder: Path | None = None) -> Run:
-    """The run of a folder, a new one where none is given; every rank has the same."""
+def run_of(
+    one: Recipe, root: Path, ranks: Ranks, quiet: bool = False, folder: Path | None = None, log: str = ""
+) -> Run:
+    """The run of a folder, a new one where none is given; every rank has the same. log: tensorboard or wandb, where
+    its points and facts go too."""
+    if log:
+        logs.check(log)
     if folder is None:
         made = ""
         if ranks.first:
@@ -47,4 +53,4 @@ def run_of(one: Recipe, root: Path, ranks: Ranks, quiet: bool = False, folder: P
         if made.startswith("error: "):
             raise RecipeError(made.removeprefix("error: "))
         folder = Path(made)
-    return Run(folder, ranks, quiet, bar)
+    return logs.LoggedRun(folder, ranks, quiet, bar, log) if log else Run(folder, ranks, quiet, bar)

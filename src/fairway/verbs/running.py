@@ -16,6 +16,7 @@ from fairway.base.ranks import Ranks
 from fairway.lab.submit import checkout
 from fairway.outcome import Outcome, rows
 from fairway.score import score_text
+from fairway.score.profile import Keeper
 from fairway.verbs.bar import bar
 from fairway.verbs.opening import ranks_on, recipe_of, run_of
 from fairway.verbs.printing import answer, table
@@ -26,24 +27,27 @@ def run(
     overrides: tuple[str, ...],
     seeds: str,
     resume: Path | None,
+    pocket: bool,
     device: str,
     runs: Path,
     as_json: bool,
+    log: str = "",
 ) -> None:
     """The whole way, for one recipe or one folder to resume, once for each seed."""
     if (name is None) == (resume is None):
         raise RecipeError("fairway run: name a recipe, or a run folder with --resume")
-    if resume is not None and seeds:
-        raise RecipeError("--seeds: a resumed run keeps its own seed; leave it out, or start new runs")
+    if resume is not None and (seeds or pocket):
+        what = "--seeds: a resumed run keeps its own seed" if seeds else "--pocket: a resumed run keeps its own recipe"
+        raise RecipeError(f"{what}; leave it out, or start new runs")
     if resume is not None:
         chosen = [recipe_of(resume, overrides)]
     else:
-        loaded = recipe.load(str(name), overrides)
-        chosen = [replace(loaded, seed=seed) for seed in _seeds(seeds)] or [loaded]
+        loaded = recipe.load(str(name), overrides, pocket)
+        chosen = [replace(loaded, seed=seed) for seed in seeds_of(seeds)] or [loaded]
     outcomes, code = [], checkout()
     with ranks_on(device) as (ranks, target):
         for one in chosen:
-            with run_of(one, runs, ranks, quiet=as_json, folder=resume) as opened:
+            with run_of(one, runs, ranks, as_json, resume, log) as opened:
                 outcomes.append(pipeline.run(one, opened, target, code))
                 if ranks.first and opened.folder is not None:
                     point_latest(opened.folder.resolve())
@@ -53,9 +57,9 @@ def run(
         _show_seeds(outcomes, as_json)
 
 
-def train(name: str, overrides: tuple[str, ...], device: str, runs: Path, as_json: bool) -> None:
+def train(name: str, overrides: tuple[str, ...], device: str, runs: Path, as_json: bool, log: str = "") -> None:
     chosen = recipe.load(name, overrides)
-    with ranks_on(device) as (ranks, target), run_of(chosen, runs, ranks, as_json) as opened:
+    with ranks_on(device) as (ranks, target), run_of(chosen, runs, ranks, as_json, log=log) as opened:
         steps.begin(chosen, opened, target, checkout())
         text = steps.prepare(chosen, opened, steps.refuse_overlap)
         steps.train(chosen, text, opened, target)
@@ -111,7 +115,7 @@ def _score_run(folder: Path, device: str, as_json: bool) -> None:
     chosen = recipe_of(folder)
     with ranks_on(device) as (ranks, target), run_of(chosen, folder.parent, ranks, as_json, folder) as opened:
         text = steps.prepare(chosen, opened)
-        scores = steps.score(chosen, text.held_out, opened, target)
+        scores = steps.score(chosen, text.held_out, opened, target, Keeper(opened))
         proof = steps.prove(chosen, text.held_out, opened)
         if "scripts" not in opened.facts:  # a run from before scripts were weighed
             steps.export(chosen, opened, checkout())
@@ -146,7 +150,8 @@ def _show_seeds(outcomes: list[Outcome], as_json: bool) -> None:
         print(f"{len(scores)} seeds: {statistics.mean(scores):.4f} ± {statistics.stdev(scores):.4f} bits per byte")
 
 
-def _seeds(text: str) -> list[int]:
+def seeds_of(text: str) -> list[int]:
+    """The seeds of --seeds, none where it is empty."""
     try:
         return [int(part) for part in text.split(",") if part.strip()]
     except ValueError:

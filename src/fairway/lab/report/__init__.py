@@ -1,0 +1,6 @@
+"""Pages for people: one file of HTML for a run, one for a sweep."""
+
+from fairway.lab.report.folder import Folder, open_folder
+from fairway.lab.report.run import run_page
+
+__all__ = ["Folder", "open_folder", "run_page"]

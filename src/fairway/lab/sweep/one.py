@@ -1,0 +1,174 @@
+"""One run of a sweep, in a process of its own: a crash, a full memory or a loss that is not finite costs one run.
+
+The process ends when its standard input closes, as on Ctrl-C: training first writes a checkpoint. So a sweep that was
+killed leaves none behind, on whichever machine its engine started it.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import fairway
+from fairway.base.errors import FairwayError, RecipeError
+from fairway.base.journal import Run
+
+LOG = "run.log"  # in the run folder: what `fairway run` would print
+HOUSE = Path(fairway.__file__).parents[1]
+GRACE = 600.0  # seconds that an interrupted run has for its checkpoint, before it ends without one
+WAIT = 60.0  # seconds for an earlier process of the same run to end and let the folder go
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run to be made: its folder holds the resolved recipe. threads: on a CPU."""
+
+    id: str
+    folder: Path
+    device: str
+    threads: int
+    place: Path  # the working directory: a recipe's paths count from it
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a run's process ended. error: one line, or "" where it finished."""
+
+    id: str
+    seconds: float
+    error: str = ""
+    interrupted: bool = False
+
+
+class Child:
+    """The process of a run, and what it says at its end."""
+
+    def __init__(self, job: Job, gpu: str | None = None) -> None:
+        self.job, self.begun = job, time.monotonic()
+        job.folder.mkdir(parents=True, exist_ok=True)
+        with (job.folder / LOG).open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "fairway.lab.sweep.one", str(job.folder), job.device],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                cwd=job.place,
+                env=_environment(job, gpu),
+                start_new_session=True,  # a terminal's Ctrl-C would come beside ours: a second one writes no checkpoint
+            )
+
+    def poll(self) -> Ended | None:
+        """How it ended, once it has."""
+        if self.process.poll() is None:
+            return None
+        self.stop()
+        assert self.process.stdout is not None
+        with self.process.stdout as pipe:
+            said = pipe.read().splitlines()
+        try:
+            answer = dict(json.loads(said[-1]))
+        except (IndexError, ValueError, TypeError):
+            code = self.process.returncode
+            how = f"signal {-code}" if code < 0 else f"exit code {code}"
+            answer = {"error": f"its process was ended by {how}, as where memory runs out; see {self.job.folder / LOG}"}
+        return Ended(self.job.id, round(time.monotonic() - self.begun, 1), **answer)
+
+    def stop(self) -> None:
+        """Asks it to end, with a checkpoint where it trains."""
+        if self.process.stdin is not None:
+            with suppress(OSError):
+                self.process.stdin.close()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def run_one(job: Job) -> Ended:
+    """Runs a job to its end, in a process of its own on this machine: what an engine maps over the unfinished runs."""
+    child = Child(job)
+    try:
+        child.process.wait()
+    except BaseException:  # the engine interrupts its worker
+        child.stop()
+        child.process.wait()
+        raise
+    ended = child.poll()
+    assert ended is not None
+    return ended
+
+
+def main(folder: str, device: str) -> None:
+    """The process itself. Its last line on standard output says how it ended."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    answer: dict[str, object] = {}
+    try:
+        _run(Path(folder), device)
+    except FairwayError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        answer = {"error": f"{type(error).__name__}: {error}"}
+    except KeyboardInterrupt:
+        answer = {"error": "interrupted", "interrupted": True}
+    except Exception as error:
+        traceback.print_exc()
+        first = str(error).strip().partition("\n")[0]
+        answer = {"error": f"{type(error).__name__}: {first}; see {Path(folder) / LOG}"}
+    print(json.dumps(answer), flush=True)
+
+
+def _run(folder: Path, device: str) -> None:
+    from fairway import pipeline
+    from fairway.base.devices import choose
+    from fairway.lab.submit import checkout
+    from fairway.verbs.opening import recipe_of
+
+    chosen = recipe_of(folder)
+    with _opened(folder) as opened:
+        pipeline.run(chosen, opened, choose(device), checkout())
+
+
+def _opened(folder: Path) -> Run:
+    """The run folder's; an earlier process of a sweep that was killed may need its time to end."""
+    until = time.monotonic() + WAIT
+    while True:
+        try:
+            return Run(folder, quiet=False)
+        except RecipeError:
+            if time.monotonic() > until or not os.access(folder, os.W_OK):
+                raise
+            time.sleep(0.2)
+
+
+def _end_with_parent() -> None:
+    while os.read(0, 1024):  # not sys.stdin: the interpreter's end would wait for its lock
+        pass
+    main_thread = threading.main_thread().ident
+    if hasattr(signal, "pthread_kill") and main_thread is not None:
+        signal.pthread_kill(main_thread, signal.SIGINT)  # to the main thread: a wait there ends, too
+    else:
+        signal.raise_signal(signal.SIGINT)
+    time.sleep(GRACE)
+    os._exit(130)
+
+
+def python_path() -> str:
+    """PYTHONPATH for a process that is to run this very code, wherever it starts."""
+    return os.pathsep.join(filter(None, (str(HOUSE), os.environ.get("PYTHONPATH"))))
+
+
+def _environment(job: Job, gpu: str | None) -> dict[str, str]:
+    environment = {**os.environ, "PYTHONPATH": python_path()}
+    environment.setdefault("OMP_NUM_THREADS", str(job.threads))
+    return environment if gpu is None else {**environment, "CUDA_VISIBLE_DEVICES": gpu}
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

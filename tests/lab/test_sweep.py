@@ -1,0 +1,344 @@
+"""A sweep: every recipe with every seed, each run once, however often the sweep is killed and called again."""
+
+import hashlib
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from fairway.base.errors import DataError, RecipeError
+from fairway.base.journal import Run
+from fairway.lab.sweep import Book, approaches, finished, folder_name, plan, read_plan
+from fairway.lab.sweep.engines import crew
+from fairway.lab.sweep.one import Ended
+from fairway.lab.sweep.showing import Progress
+from fairway.lab.sweep.state import State, state_of
+from fairway.recipe import find, load
+from fairway.train.schedule import ScheduleSpec
+from tests.tiny.way import SAMPLE, TINY, run_tiny
+
+SHORT = (
+    "train.schedule.steps=25",
+    "baselines=false",
+    "proof_bytes=0",
+    "score.result=quantized",
+    "score.adapt=none",
+)
+
+
+@pytest.fixture
+def recipes(tmp_path: Path) -> Path:
+    """A folder with two recipes: the tiny one, and the same with another clip."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    (folder / "plain.toml").write_text(f'extends = "{TINY}"\n[data]\npath = "{SAMPLE}"\n')
+    (folder / "wide.toml").write_text('extends = "plain.toml"\n[model]\nhidden = 96\n')
+    return folder
+
+
+def planned(*sources, seeds=(1, 2), known=(), **keys):
+    return plan(approaches([str(source) for source in sources], **keys), seeds, known)
+
+
+# The plan.
+
+
+def test_every_recipe_meets_every_seed_and_all_have_the_first_before_one_has_its_second(recipes):
+    assert [(one.recipe, one.seed) for one, _ in planned(recipes)] == [
+        *(("plain", 1), ("wide", 1)),
+        *(("plain", 2), ("wide", 2)),
+    ]
+
+
+def test_an_id_stays_and_says_all_that_differs(recipes):
+    ids = [one.id for one, _ in planned(recipes)]
+    assert ids == [one.id for one, _ in planned(recipes)]
+    assert len(set(ids)) == 4
+    assert not set(ids) & {one.id for one, _ in planned(recipes, overrides=("train.clip=0.9",))}
+    stated = planned(recipes, overrides=(f"train.clip={load(str(recipes / 'plain.toml')).train.clip}",))
+    assert ids == [one.id for one, _ in stated], "the same value, said once more"
+
+
+def test_what_is_resolved_is_the_recipe_with_that_seed(recipes):
+    one, resolved = planned(recipes, overrides=("train.clip=0.9",))[1]
+    assert resolved == load(str(recipes / "wide.toml"), ("train.clip=0.9", "seed=1"))
+    assert (one.parent, one.folder) == ("plain", f"wide-1-{one.id}")
+
+
+def test_the_proof_and_the_compressors_are_for_the_first_seed_alone(recipes):
+    found = {(one.recipe, one.seed): (r.proof_bytes, r.baselines) for one, r in planned(recipes)}
+    assert found["wide", 1] == found["plain", 1] == (8000, True)
+    assert found["wide", 2] == found["plain", 2] == (0, False)
+
+
+def test_more_seeds_and_recipes_extend_a_plan_whichever_is_named_first(recipes):
+    before = [one for one, _ in planned(recipes, seeds=(1,))]
+    after = planned(recipes, seeds=(7, 1), known=before)
+    assert {one.id for one in before} < {one.id for one, _ in after}
+    assert {r.proof_bytes for one, r in after if one.seed == 7} == {0}, "seed 1 was the first, and stays it"
+    (recipes / "new.toml").write_text('extends = "plain.toml"\n[model]\nhidden = 48\n')
+    new = [(one.seed, r.proof_bytes) for one, r in planned(recipes, seeds=(7, 1), known=before) if one.recipe == "new"]
+    assert new == [(7, 8000), (1, 0)]
+
+
+def test_without_seeds_each_recipe_has_its_own(recipes):
+    (recipes / "wide.toml").write_text('extends = "plain.toml"\nseed = 5\n')
+    assert [one.seed for one, _ in planned(recipes, seeds=())] == [1337, 5]
+
+
+def test_the_folder_approaches_takes_b_and_b6_along_as_baselines(tmp_path):
+    home = find("b6").parent
+    (tmp_path / "approaches").mkdir()
+    for name in ("b.toml", "b6.toml"):
+        (tmp_path / name).write_bytes((home / name).read_bytes())
+    (tmp_path / "approaches" / "a.toml").write_text('extends = "../b6.toml"\n[model]\nmlp = "swiglu"\n')
+    found = [(one.recipe, one.baseline, one.parent) for one, _ in planned(tmp_path / "approaches", seeds=(1,))]
+    assert found == [("b", True, None), ("b6", True, "b"), ("a", False, "b6")]
+
+
+def test_recipes_named_beside_a_folder_are_baselines_and_of_recipes_alone_the_first(recipes, tmp_path):
+    (tmp_path / "base.toml").write_text((recipes / "plain.toml").read_text())
+    assert [a.baseline for a in approaches([str(recipes), str(tmp_path / "base.toml")])] == [True, False, False]
+    files = [str(recipes / "wide.toml"), str(recipes / "plain.toml")]
+    assert [(a.recipe.name, a.baseline) for a in approaches(files)] == [("wide", True), ("plain", False)]
+    assert folder_name(files, pocket=False) == "sweep-wide-plain"
+    assert folder_name([str(recipes), str(tmp_path / "base.toml")], pocket=True) == "sweep-small-pocket"
+
+
+def test_two_recipes_of_one_name_are_refused(recipes, tmp_path):
+    (tmp_path / "plain.toml").write_text((recipes / "wide.toml").read_text().replace("plain", "small/plain"))
+    with pytest.raises(RecipeError, match=r"called 'plain', as .* is; give one another `name`"):
+        approaches([str(recipes), str(tmp_path / "plain.toml")])
+
+
+# Bad input: one line, exit code 2 (or 1 where files are wrong), and nothing made.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (("no-such-folder",), 2, "recipe 'no-such-folder': no such file and no such name"),
+        (("EMPTY",), 2, "no recipe (.toml) in this folder"),
+        (("RECIPES", "--engine", "cloud"), 2, "--engine = 'cloud': no such technique; choices: local, ray, slurm"),
+        (("RECIPES", "--jobs", "0"), 2, "--jobs 0: at least 1"),
+        (("RECIPES", "--jobs", "-3"), 2, "--jobs -3: at least 1"),
+        (("RECIPES", "--seeds", "1,x"), 2, "--seeds 1,x: whole numbers"),
+        (("RECIPES", "--pocket"), 2, "extends neither b6.toml nor b.toml"),
+        (("RECIPES", "--set", "train.clap=1"), 2, "train.clap: unknown key"),
+        (("RECIPES", "--device", "abacus"), 2, "--device abacus: choices"),
+    ],
+)
+def test_a_wrong_call_is_one_line_and_makes_nothing(fairway, recipes, tmp_path, arguments, code, says):
+    (tmp_path / "empty").mkdir()
+    places = {"RECIPES": recipes, "EMPTY": tmp_path / "empty"}
+    answer = fairway("sweep", *(places.get(word, word) for word in arguments), "--runs", tmp_path / "runs")
+    assert (answer.code, answer.err.count("\n"), answer.out) == (code, 1, "")
+    assert says in answer.err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("line", ['{"id": "ab', '{"name": "someone else\'s"}', "[1, 2]", '{"id": 3}'])
+def test_a_plan_that_is_torn_or_foreign_is_refused_with_its_line(fairway, recipes, tmp_path, line):
+    with Book(tmp_path / "sweep") as book:
+        book.extend([one for one, _ in planned(recipes)])
+    with (tmp_path / "sweep" / "plan.jsonl").open("a") as file:
+        file.write(line)
+    with pytest.raises(DataError, match="line 5 is no run of a plan; delete the file"):
+        read_plan(tmp_path / "sweep")
+    answer = fairway("sweep", recipes, "--out", tmp_path / "sweep")
+    assert (answer.code, answer.err.count("\n")) == (1, 1)
+    assert sorted(path.name for path in (tmp_path / "sweep").iterdir()) == [".lock", "plan.jsonl"]
+
+
+def test_two_sweeps_at_once_in_one_folder_are_refused(fairway, recipes, tmp_path):
+    with Book(tmp_path / "sweep"):
+        answer = fairway("sweep", recipes, "--out", tmp_path / "sweep")
+    assert answer.code == 2
+    assert "sweep folder" in answer.err
+    assert "in use by another process; wait for it, or name another folder with --out" in answer.err
+
+
+def test_more_runs_at_once_than_gpus_are_refused():
+    assert crew(None, ("0", "1")).width == 2
+    with pytest.raises(RecipeError, match="--jobs 3: 2 GPUs here"):
+        crew(3, ("0", "1"))
+
+
+def test_a_plan_is_shown_and_nothing_is_run(fairway, recipes, tmp_path):
+    answer = fairway("sweep", recipes, "--seeds", "1,2", "--plan", "--runs", tmp_path / "runs", "--json")
+    shown = json.loads(answer.out)
+    assert [(row["recipe"], row["seed"]) for row in shown["runs"]] == [
+        ("plain", 1),
+        ("wide", 1),
+        ("plain", 2),
+        ("wide", 2),
+    ]
+    assert {row["recipe"]: row["parameters"] for row in shown["runs"]}["plain"] == 38_730
+    assert shown["runs"][0]["expected_seconds"] is None
+    assert not (tmp_path / "runs").exists()
+    assert "4 runs, 4 of them to be made" in fairway("sweep", recipes, "--seeds", "1,2", "--plan").out
+
+
+def test_a_run_folder_that_holds_another_recipe_is_booked_as_failed_and_left_alone(fairway, recipes, tmp_path):
+    (tmp_path / "sweep").mkdir()
+    ((one, _),) = planned(recipes / "plain.toml", seeds=(1,))
+    (tmp_path / "sweep" / one.folder).mkdir()
+    (tmp_path / "sweep" / one.folder / "recipe.toml").write_text("seed = 1\n")
+    answer = fairway("sweep", recipes / "plain.toml", "--seeds", "1", "--out", tmp_path / "sweep")
+    assert answer.code == 1
+    assert "holds another recipe, or one from another version; remove the folder to start anew" in answer.err
+    assert sorted(path.name for path in (tmp_path / "sweep" / one.folder).iterdir()) == ["recipe.toml"]
+
+
+# What is shown.
+
+
+def test_a_run_on_its_way_says_its_stage_its_step_and_the_time_left(tmp_path):
+    schedule = ScheduleSpec(steps=40)
+    assert state_of(tmp_path / "run", schedule) == State("start")
+    with Run(tmp_path / "run") as run:
+        run.fact("run", recipe="x")
+        assert state_of(tmp_path / "run", schedule).stage == "text"
+        run.fact("prepare", seconds=1.0)
+        for step in range(1, 11):
+            run.point("train", step, loss=5.0 - step / 10, scale=1.0, seconds=step * 0.5)
+        with (tmp_path / "run" / "curves.jsonl").open("a") as torn:
+            torn.write('{"curve": "tr')
+        assert state_of(tmp_path / "run", schedule) == State("train", 0.25, 10, 4.0, 15.0)
+        run.fact("train", seconds=20.0)
+        run.fact("score_float", bits_per_byte=4.0)
+        assert state_of(tmp_path / "run", schedule) == State("scored float")
+
+
+def test_a_terminal_shows_each_run_and_the_time_left_for_all(recipes, tmp_path):
+    runs = planned(recipes)
+    progress = Progress(runs, tmp_path, {one.id: 100.0 for one, _ in runs}, width=2)
+    for one, _ in runs[:2]:
+        progress.started(one.id)
+    with Run(tmp_path / runs[0][0].folder) as run:
+        run.fact("prepare", seconds=1.0)
+        run.point("train", 30, loss=4.25, scale=1.0, seconds=3.0)
+    console = Console(record=True, width=100, file=io.StringIO())
+    console.print(progress.table())
+    shown = console.export_text()
+    assert "plain  seed 1  train  30/60  loss 4.250  100 s left" in " ".join(shown.split("\n")).replace("   ", "  ")
+    assert "0 of 4 runs ended, 3 min left" in shown
+    line = progress.end(Ended(runs[0][0].id, 40.0), 3.5)
+    assert line == "1/4     plain, seed 1: 3.5000 bits per byte (40 s; 2 min left)"
+
+
+# The runs themselves.
+
+
+def sweep_process(recipes, folder, *arguments):
+    """The sweep as a person starts it, two runs at a time."""
+    command = [sys.executable, "-m", "fairway", "sweep", recipes, "--out", folder, "--jobs", "2", "--device", "cpu"]
+    command += [word for override in SHORT for word in ("--set", override)]
+    return subprocess.Popen(
+        [*map(str, command), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def facts(path):
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def wait_for(condition, seconds=240.0):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.02)
+
+
+def contents(folder):
+    """{file: (when it was written, hash)} of a finished run, without its lock."""
+    listed = [path for path in folder.iterdir() if path.name != ".lock"]
+    return {path.name: (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).digest()) for path in listed}
+
+
+@pytest.mark.slow
+def test_a_sweep_killed_twice_loses_nothing_repeats_nothing_and_gives_the_same_bits(recipes, tmp_path, fairway):
+    folder, chance = tmp_path / "sweep", random.Random()
+
+    def training(count):
+        """Whether so many runs have taken a step."""
+        return lambda: len(list(folder.glob("*/curves.jsonl"))) >= count
+
+    first = sweep_process(recipes, folder, "--seeds", "1,2")
+    wait_for(training(1))
+    time.sleep(chance.uniform(0.0, 2.0))
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+
+    second = sweep_process(recipes, folder, "--seeds", "1,2")
+    wait_for(training(3))
+    time.sleep(chance.uniform(0.0, 2.0))
+    second.send_signal(signal.SIGKILL)
+    second.communicate()
+    done = {one.folder: contents(folder / one.folder) for one in read_plan(folder) if finished(folder, one)}
+
+    third = sweep_process(recipes, folder, "--seeds", "1,2")
+    said, _ = third.communicate(timeout=300)
+    assert third.returncode == 0, said
+
+    runs = read_plan(folder)
+    assert [(one.recipe, one.seed) for one in runs] == [("plain", 1), ("wide", 1), ("plain", 2), ("wide", 2)]
+    for one in runs:
+        journal = facts(folder / one.folder / "journal.jsonl")
+        assert [row["fact"] for row in journal].count("train") == 1, "trained once"
+        assert not (folder / one.folder / "checkpoint.pt").exists()
+    for name, before in done.items():
+        assert contents(folder / name) == before, "a finished run is not touched"
+    booked = [row["id"] for row in facts(folder / "sweep.jsonl") if row["fact"] == "finished"]
+    assert sorted(booked) == sorted(one.id for one in runs)
+    assert not (tmp_path / "latest").exists() | (folder / "latest").exists()
+
+    plain = replace(load(str(TINY)), name="plain")
+    outcome = run_tiny(tmp_path / "alone", *SHORT, "seed=2", f"name={plain.name}")
+    swept = json.loads((folder / runs[2].folder / "score.json").read_text())
+    assert swept["bits_per_byte"] == outcome.bits_per_byte, "the same number as `fairway run` gives, to the bit"
+    assert swept["artifact_sha256"] == outcome.artifact_sha256
+    assert swept["recipe_sha256"] == outcome.recipe_sha256 == runs[2].sha256
+
+    kept = {one.folder: contents(folder / one.folder) for one in runs}
+    settings = [word for override in SHORT for word in ("--set", override)]
+    again = fairway("sweep", recipes, "--out", folder, "--seeds", "2,1", *settings, "--json")
+    assert again.code == 0
+    assert {run["bits_per_byte"] for run in json.loads(again.out)["runs"]} == {
+        json.loads((folder / one.folder / "score.json").read_text())["bits_per_byte"] for one in runs
+    }
+    assert kept == {one.folder: contents(folder / one.folder) for one in runs}, "all are finished: nothing was run"
+
+
+def test_a_run_that_fails_is_booked_and_the_others_go_on(fairway, recipes, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    (recipes / "wide.toml").write_text('extends = "plain.toml"\n[train.optim.table]\nlr = 1e30\n')
+    settings = [word for override in SHORT for word in ("--set", override)]
+    answer = fairway("sweep", recipes, "--seeds", "1", "--runs", tmp_path / "runs", "--device", "cpu", *settings)
+    folder = tmp_path / "runs" / "sweep-small"
+    assert answer.code == 1
+    good, bad = ((one, finished(folder, one)) for one in read_plan(folder))
+    assert good[1] is not None
+    assert bad[1] is None
+    last = {row["id"]: row for row in facts(folder / "sweep.jsonl")}
+    assert last[good[0].id]["fact"] == "finished"
+    assert last[good[0].id]["bits_per_byte"] == good[1]["bits_per_byte"]
+    assert last[bad[0].id]["fact"] == "failed"
+    assert "the loss is not finite" in last[bad[0].id]["error"]
+    assert "1 of 2 runs failed: wide seed 1" in answer.err
+    assert "Traceback" not in answer.err
+    assert f"plain  {good[1]['bits_per_byte']:.4f}" in " ".join(answer.out.split()).replace(" ", "  ")
+    assert not (tmp_path / "runs" / "latest").exists()
