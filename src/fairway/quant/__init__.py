@@ -5,7 +5,16 @@ from fairway.quant.grid import LowRank, Quantized, Tensors, entropy, largest, ne
 from fairway.quant.observe import Hessians, gather, read_hessians, write_hessians
 from fairway.quant.plan import GridSpec, Override, QuantSpec, plan
 from fairway.quant.pruning import PruneSpec, ones, rankable, selective
-from fairway.quant.quantize import calibrate, dequantized, factored, objective, quantize, quantize_tensor
+from fairway.quant.quantize import (
+    calibrate,
+    dequantized,
+    factored,
+    objective,
+    observed,
+    observer,
+    quantize,
+    quantize_tensor,
+)
 from fairway.quant.repair import RepairSpec, repaired
 from fairway.quant.scales import ScaleSpec, row_scales
 
@@ -30,6 +39,8 @@ __all__ = [
     "largest",
     "nearest_codes",
     "objective",
+    "observed",
+    "observer",
     "ones",
     "plan",
     "quantize",
