@@ -5,16 +5,7 @@ from fairway.quant.grid import LowRank, Quantized, Tensors, entropy, largest, ne
 from fairway.quant.observe import Hessians, gather, read_hessians, write_hessians
 from fairway.quant.plan import GridSpec, Override, QuantSpec, plan
 from fairway.quant.pruning import PruneSpec, ones, rankable, selective
-from fairway.quant.quantize import (
-    calibrate,
-    dequantized,
-    factored,
-    objective,
-    observed,
-    observer,
-    quantize,
-    quantize_tensor,
-)
+from fairway.quant.quantize import dequantized, factored, objective, observed, quantize, quantize_tensor
 from fairway.quant.repair import RepairSpec, repaired
 from fairway.quant.scales import ScaleSpec, row_scales
 
@@ -31,7 +22,6 @@ __all__ = [
     "RepairSpec",
     "ScaleSpec",
     "Tensors",
-    "calibrate",
     "dequantized",
     "entropy",
     "factored",
@@ -40,7 +30,6 @@ __all__ = [
     "nearest_codes",
     "objective",
     "observed",
-    "observer",
     "ones",
     "plan",
     "quantize",

@@ -4,7 +4,6 @@ Every rank computes the same integers from the same averaged Hessians; the first
 """
 
 import math
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +29,7 @@ from fairway.quant.scales import row_scales
 def quantize(model: GPT, hessians: Hessians, spec: QuantSpec, run: Run) -> Tensors:
     """The model as integers and float16, by parameter name.
 
-    hessians: as `calibrate` gathers them. Books `quant.<name>` for each tensor and `quant` for the whole.
+    hessians: of all that is `observed`, from a source of the slot quant/calibration. Books `quant.<name>` for each tensor and `quant` for the whole.
     """
     planned = plan(model, spec)
     solved = _solved(model, planned, spec)
@@ -60,25 +59,6 @@ def quantize(model: GPT, hessians: Hessians, spec: QuantSpec, run: Run) -> Tenso
             run.fact(f"quant.{name}", **facts[name])
     run.fact("quant", seconds=round(watch.seconds, 3), **_summary(tensors, run))
     return tensors
-
-
-def calibrate(model: GPT, windows: Iterable[Tensor], spec: QuantSpec, run: Run, seed: int) -> Hessians:
-    """The Hessians of all that is observed, from the source that the plan names; none where it does without.
-
-    windows: (B, T) int64 batches of training text, this rank's share; read by the source `text` alone.
-    """
-    names = observed(model, spec)
-    found: Hessians = (
-        slots.module_of(spec.calibration).hessians(spec, model, names, windows, run, seed) if names else {}
-    )
-    return found
-
-
-def observer(model: GPT, spec: QuantSpec, run: Run) -> Any | None:
-    """What looks on while this model is trained, for Hessians gathered then; None where nothing is. RecipeError, before
-    training, for a plan or a source that does not fit the model."""
-    names = observed(model, spec)
-    return slots.module_of(spec.calibration).observer(spec, model, names, run) if names else None
 
 
 def observed(model: GPT, spec: QuantSpec) -> list[str]:

@@ -22,8 +22,7 @@ from fairway.base.specs import to_plain
 from fairway.data import Corpus, Tokenizer, Tokens, batches, build_tokenizer, open_corpus, tokenize
 from fairway.doctor import memory_bytes
 from fairway.model import GPT, build_model, parameter_count
-from fairway.quant import FakeQuant, observer
-from fairway.quant import calibrate as gather_hessians
+from fairway.quant import FakeQuant, observed
 from fairway.quant import quantize as quantize_model
 from fairway.quant.observe import read_hessians, write_hessians
 from fairway.recipe import Recipe
@@ -120,19 +119,20 @@ def train(recipe: Recipe, text: Text, run: Run, device: Device) -> None:
     _refuse_giants(recipe, text.tokenizer.size)
     model = build_model(recipe.model, text.tokenizer.size, recipe.seed).to(device.torch)
     model.compute = device.compute
-    watching = observer(model, recipe.quant, run)  # refuses what does not fit now, not when training is over
+    source = slots.module_of(recipe.quant.calibration)  # it and the plan refuse now, not when training is over
+    observer = source.observer(recipe.quant, model, observed(model, recipe.quant), run)
     run.fact("model", params=parameter_count(model), vocab=text.tokenizer.size)
     _announce(recipe, model, run)
     qat: FakeQuant | None = None
     if recipe.qat.kind != "off":
         qat = slots.optional("fairway.quant.fake").FakeQuant(model, recipe.quant, recipe.qat)
     with _training_batches(recipe, text, run, device) as made:
-        trained = pretrain(model, made, recipe.train, run, device, recipe.seed, qat, watching)
+        trained = pretrain(model, made, recipe.train, run, device, recipe.seed, qat, observer)
     with Stopwatch() as writing:  # on the clock: training data is read once more after it
         if run.writes:
             write_weights(run.path(WEIGHTS), model, text.tokenizer, decoder_share(recipe))
-        if watching is not None:
-            watching.finish()
+        if observer is not None:
+            observer.finish()
     run.fact("train", **trained.__dict__, writing_seconds=writing.seconds)
     hold(
         "training", trained.seconds, recipe.budget.train_seconds, "s", "take fewer steps or a shorter clock", run.ranks
@@ -150,15 +150,15 @@ def calibrate(recipe: Recipe, text: Text, run: Run, device: Device) -> None:
     """
     if done(run, HESSIANS, "calibration"):
         return
-    context = recipe.model.context
+    context, source = recipe.model.context, slots.module_of(recipe.quant.calibration)
     with Stopwatch(float(run.facts.get("calibration", {}).get("seconds", 0.0))) as watch:
         model = _float_model(run, device)
         count = min(recipe.quant.calibration_sequences, max((len(text.train) - 1) // context, 1))
         windows = _calibration(text.train, context, count, recipe, run)
-        hessians = gather_hessians(model, windows, recipe.quant, run, recipe.seed)
-    reads = slots.module_of(recipe.quant.calibration).READS_TEXT
-    seconds = watch.seconds * reads
-    run.fact("calibration", seconds=seconds, sequences=count * reads, matrices=len(hessians))
+        names = observed(model, recipe.quant)
+        hessians = source.hessians(recipe.quant, model, names, windows, run, recipe.seed)
+    seconds = watch.seconds * source.READS_TEXT
+    run.fact("calibration", seconds=seconds, sequences=count * source.READS_TEXT, matrices=len(hessians))
     spent = float(run.facts["train"]["seconds"]) + float(run.facts["train"]["writing_seconds"]) + seconds
     remedy = "shorten train.schedule.seconds or quant.calibration_sequences"
     hold("training + calibration", spent, recipe.budget.train_seconds, "s", remedy, run.ranks)

@@ -41,7 +41,7 @@ class Spec:
 
 def observer(quant: Any, model: GPT, names: Collection[str], run: Run) -> None:
     """Nothing is gathered while training. RecipeError for sequences beyond the context."""
-    if quant.calibration.tokens > model.spec.context:
+    if names and quant.calibration.tokens > model.spec.context:
         raise RecipeError(
             f"quant.calibration.tokens = {quant.calibration.tokens}: the model has learned no position beyond "
             f"model.context = {model.spec.context}; write at most as many"
@@ -52,6 +52,8 @@ def hessians(
     quant: Any, model: GPT, names: Collection[str], windows: Iterable[Tensor], run: Run, seed: int
 ) -> Hessians:
     """Books `generated`: the seconds of it all and of writing alone, and how much was written over all ranks."""
+    if not names:
+        return {}
     spec: Spec = quant.calibration
     with Stopwatch() as whole:
         with Stopwatch() as writing:

@@ -86,14 +86,16 @@ class Observer:
             write_hessians(self.run.path(OBSERVED), {name: total / told["weight"] for name, total in self.sums.items()})
 
 
-def observer(quant: Any, model: GPT, names: Collection[str], run: Run) -> Observer:
-    return Observer(quant, model, names, run)
+def observer(quant: Any, model: GPT, names: Collection[str], run: Run) -> Observer | None:
+    return Observer(quant, model, names, run) if names else None
 
 
 def hessians(
     quant: Any, model: GPT, names: Collection[str], windows: Iterable[Tensor], run: Run, seed: int
 ) -> Hessians:
     """What training left in the run folder."""
+    if not names:
+        return {}
     path = run.path(OBSERVED)
     if not path.exists():
         raise RecipeError(f"{path}: gathered while training, and gone; start a new run")

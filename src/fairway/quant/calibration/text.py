@@ -28,5 +28,4 @@ def observer(quant: Any, model: GPT, names: Collection[str], run: Run) -> None:
 def hessians(
     quant: Any, model: GPT, names: Collection[str], windows: Iterable[Tensor], run: Run, seed: int
 ) -> Hessians:
-    """windows: (B, T) int64 each, this rank's share."""
-    return gather(model, windows, names, run, quant.calibration_sequences)
+    return gather(model, windows, names, run, quant.calibration_sequences) if names else {}
