@@ -29,7 +29,8 @@ from fairway.quant.scales import row_scales
 def quantize(model: GPT, hessians: Hessians, spec: QuantSpec, run: Run) -> Tensors:
     """The model as integers and float16, by parameter name.
 
-    hessians: of all that is `observed`, from a source of the slot quant/calibration. Books `quant.<name>` for each tensor and `quant` for the whole.
+    hessians: of all that is `observed`, from a source of the slot quant/calibration. Books `quant.<name>` for each
+    tensor and `quant` for the whole.
     """
     planned = plan(model, spec)
     solved = _solved(model, planned, spec)

@@ -155,10 +155,9 @@ def calibrate(recipe: Recipe, text: Text, run: Run, device: Device) -> None:
         model = _float_model(run, device)
         count = min(recipe.quant.calibration_sequences, max((len(text.train) - 1) // context, 1))
         windows = _calibration(text.train, context, count, recipe, run)
-        names = observed(model, recipe.quant)
-        hessians = source.hessians(recipe.quant, model, names, windows, run, recipe.seed)
-    seconds = watch.seconds * source.READS_TEXT
-    run.fact("calibration", seconds=seconds, sequences=count * source.READS_TEXT, matrices=len(hessians))
+        hessians = source.hessians(recipe.quant, model, observed(model, recipe.quant), windows, run, recipe.seed)
+    seconds = watch.seconds * source.ON_CLOCK
+    run.fact("calibration", seconds=seconds, sequences=count * source.ON_CLOCK, matrices=len(hessians))
     spent = float(run.facts["train"]["seconds"]) + float(run.facts["train"]["writing_seconds"]) + seconds
     remedy = "shorten train.schedule.seconds or quant.calibration_sequences"
     hold("training + calibration", spent, recipe.budget.train_seconds, "s", remedy, run.ranks)

@@ -195,7 +195,7 @@ class _Trainer:
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
         self.average.load_state_dict(state["average"])
-        if self.observer is not None:
+        if self.observer:
             self.observer.load_state_dict(state["observer"])
         self.step, self._saved = state["step"], state["step"]
         self.run.fact("resumed", step=self.step, seconds=state["seconds"])
@@ -257,7 +257,7 @@ class _Trainer:
                 loss = self.take_step(inputs, targets, scale)
                 self.step += 1
                 self.average.update(self.step, scale)
-                if self.observer is not None:
+                if self.observer:
                     self.observer.after_step(self.step, scale, inputs)
                 self._look(loss, scale, clock, meter)
                 if spec.checkpoint_seconds and time.monotonic() - last_save > spec.checkpoint_seconds:

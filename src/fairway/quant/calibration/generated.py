@@ -22,7 +22,7 @@ from fairway.base.journal import Run
 from fairway.model import GPT
 from fairway.quant.observe import Hessians, gather
 
-READS_TEXT = False
+ON_CLOCK = False
 
 
 @dataclass(frozen=True)

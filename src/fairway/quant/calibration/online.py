@@ -19,7 +19,7 @@ from fairway.base.journal import Run
 from fairway.model import GPT
 from fairway.quant.observe import Hessians, gather, read_hessians, write_hessians
 
-READS_TEXT = False  # after training
+ON_CLOCK = False  # after training
 OBSERVED = "observed.safetensors"
 
 

@@ -13,7 +13,7 @@ from fairway.base.journal import Run
 from fairway.model import GPT
 from fairway.quant.observe import Hessians, gather
 
-READS_TEXT = True
+ON_CLOCK = True
 
 
 @dataclass(frozen=True)
