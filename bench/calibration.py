@@ -4,7 +4,8 @@
     python bench/calibration.py RUN --cost [--rounds 6]                  # a training step with and without online
 
 RUN: a finished run's folder, which is read only. The score is that of plain windows on the held-out text, under the
-run's own plan; nothing is chosen by it here. Seconds are of this machine, a rank alone.
+run's own plan; nothing is chosen by it here. Seconds are one thread's CPU time for --cost, which other work on the
+machine moves little, and wall clock otherwise.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import copy
 import json
 import math
 import statistics
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -99,26 +101,24 @@ def sources(bench: Bench, sequences: int, tokens: int) -> list[dict[str, object]
 
 def cost(bench: Bench, rounds: int) -> dict[str, object]:
     """Rounds of `every` steps with one gathering and without, in turns, from the same weights."""
-    one, seconds, gathered = bench.recipe, {False: list[float](), True: list[float]()}, list[float]()
+    one, seconds = bench.recipe, {False: list[float](), True: list[float]()}
     every = online.Spec().every
     schedule = ScheduleSpec(steps=every)
     spec = replace(one.train, schedule=schedule, warmup_steps=0, checkpoint_seconds=0.0)
     made = batches(bench.train, one.data.loader, one.train.batch_tokens, one.model.context, one.seed)
-    for _ in range(rounds + 1):
+    for _ in range(rounds):
         for looks in (False, True):
             model, run = build_model(one.model, bench.tokenizer.size, one.seed), Run()
             quant = replace(one.quant, calibration=online.Spec(start_scale=1.0))
             observer = online.observer(quant, model, bench.names, run) if looks else None
-            trained = pretrain(model, made, spec, run, choose("cpu"), one.seed, observer=observer)
-            seconds[looks].append(trained.seconds)
-            if observer is not None:
-                gathered.append(float(observer.told["seconds"]))
-    plain, watched = (1000 * statistics.median(seconds[looks][1:]) / every for looks in (False, True))  # first: warm-up
-    ratios = [b / a for a, b in zip(seconds[False][1:], seconds[True][1:], strict=True)]
+            began = time.process_time()
+            pretrain(model, made, spec, run, choose("cpu"), one.seed, observer=observer)
+            seconds[looks].append(time.process_time() - began)
+    plain, watched = (1000 * statistics.median(seconds[looks]) / every for looks in (False, True))
+    ratios = [b / a for a, b in zip(seconds[False], seconds[True], strict=True)]
     return {
         "step_milliseconds": round(plain, 2),
         "with_online_milliseconds": round(watched, 2),
-        "gathering_milliseconds": round(1000 * statistics.median(gathered[1:]), 1),
         "ratios": [round(ratio, 4) for ratio in ratios],
         "median_ratio": round(statistics.median(ratios), 4),
     }
