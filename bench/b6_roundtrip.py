@@ -77,7 +77,7 @@ def main() -> None:
         hessians = gather(model, text)
     seconds["calibration"], memory["calibration"] = watch.seconds, peak()
     with Stopwatch() as watch:
-        tensors = quantize(model, text, quant, run, hessians)
+        tensors = quantize(model, hessians, quant, run)
     seconds["quantize"], memory["quantize"] = watch.seconds, peak()
     with tempfile.TemporaryDirectory() as folder:
         path = given.out or Path(folder) / "b6.fw"

@@ -83,7 +83,7 @@ class Bench:
             percent = PERCENT[middle]
             prune = PruneSpec("before", percent / 100) if percent else PruneSpec()
             spec: QuantSpec = replace(self.recipe.quant, prune=prune)
-            tensors = quantize(self.model, (), spec, self.quiet, self.hessians)
+            tensors = quantize(self.model, self.hessians, spec, self.quiet)
             size = self.write(tensors).bytes
             if size <= budget:
                 best, high = (percent, size, tensors), middle

@@ -80,7 +80,7 @@ class Bench:
     def file(self, spec: QuantSpec) -> tuple[int, Run]:
         """Quantises and seals; the file's bytes and the facts."""
         run, tokenizer = Run(), self.weights.tokenizer
-        tensors = quantize(self.model, (), spec, run, self.hessians)
+        tensors = quantize(self.model, self.hessians, spec, run)
         return seal(self.path, tensors, self.recipe.model, tokenizer.size, tokenizer, {}, self.packing).bytes, run
 
     def _prices(self, path: Path) -> list[npt.NDArray[np.float64]]:

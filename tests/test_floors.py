@@ -28,6 +28,7 @@ SLOTS = (
     "model/embed",
     "train/optim",
     "train/objective",
+    "quant/calibration",
     "quant/rounding",
     "artifact/coder",
     "score/adapt",

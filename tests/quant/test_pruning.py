@@ -122,13 +122,13 @@ def test_no_more_go_than_there_are() -> None:
 def test_a_plan_prunes_its_share_of_the_ones_and_by_damage_costs_least(model: GPT, batches: Batches) -> None:
     hessians = gather(model, batches(8))
     table = {"matrix": {"bits": 3}, "table": {"bits": 4}, "embedding_hessian": True}
-    plain = quantize(model, [], build(QuantSpec, table), Run(), hessians)
+    plain = quantize(model, hessians, build(QuantSpec, table), Run())
     weights = dict(model.named_parameters())
     cost = {}
     for by in ("scale", "hessian", "damage"):
         run = Run()
         prune = {"when": "selective", "fraction": 0.1, "by": by}
-        found = quantize(model, [], build(QuantSpec, {**table, "prune": prune}), run, hessians)
+        found = quantize(model, hessians, build(QuantSpec, {**table, "prune": prune}), run)
         known = {} if by == "scale" else hessians
         before, after = (ones(rankable(x, by, known)) for x in (plain, found))  # type: ignore[arg-type]
         assert after == before - int(0.1 * before)
@@ -144,7 +144,7 @@ def test_pruning_before_rounding_is_measured_against_the_trained_weights(model: 
     hessians = gather(model, batches(8))
     run = Run()
     spec = build(QuantSpec, {"prune": {"when": "before", "fraction": 0.3}})
-    rounded = dequantized(quantize(model, [], spec, run, hessians))
+    rounded = dequantized(quantize(model, hessians, spec, run))
     name = "blocks.1.attention.o.weight"
     expected = objective(model.get_parameter(name).detach(), rounded[name], hessians[name])
     assert run.facts[f"quant.{name}"]["objective"] == pytest.approx(expected, rel=1e-6)

@@ -23,6 +23,7 @@ from fairway.quant import (
     dequantized,
     factored,
     gather,
+    observed,
     plan,
     quantize,
     quantize_tensor,
@@ -85,11 +86,11 @@ def test_kept_hessians_serve_again(model: GPT, batches: Batches, tmp_path: Path)
     kept = read_hessians(tmp_path / "hessians.safetensors")
     assert set(kept) == set(hessians)
     assert all(torch.equal(kept[name], hessian) for name, hessian in hessians.items())
-    direct = dequantized(quantize(model, batches(), QuantSpec(), Run()))
-    again = dequantized(quantize(model, [], QuantSpec(), Run(), kept))
+    direct = dequantized(quantize(model, gather(model, batches()), QuantSpec(), Run()))
+    again = dequantized(quantize(model, kept, QuantSpec(), Run()))
     assert all(torch.equal(direct[name], again[name]) for name in direct)
     with pytest.raises(ContractError, match=r"up\.weight: its Hessian is \(3, 3\)"):
-        quantize(model, [], QuantSpec(), Run(), {**kept, "blocks.0.mlp.up.weight": torch.eye(3)})
+        quantize(model, {**kept, "blocks.0.mlp.up.weight": torch.eye(3)}, QuantSpec(), Run())
     (tmp_path / "hessians.safetensors").write_bytes(b"something else")
     with pytest.raises(DataError, match="no Hessians"):
         read_hessians(tmp_path / "hessians.safetensors")
@@ -97,12 +98,14 @@ def test_kept_hessians_serve_again(model: GPT, batches: Batches, tmp_path: Path)
 
 def test_calibration_without_text_is_refused(model: GPT) -> None:
     with pytest.raises(ContractError, match="no input reached it"):
-        quantize(model, [], QuantSpec(), Run())
+        gather(model, [])
+    with pytest.raises(ContractError, match="was given no Hessian"):
+        quantize(model, {}, QuantSpec(), Run())
 
 
 def test_every_matrix_is_better_than_nearest_and_the_journal_says_so(model: GPT, batches: Batches) -> None:
     run = Run()
-    tensors = quantize(model, batches(8), QuantSpec(), run)
+    tensors = quantize(model, gather(model, batches(8)), QuantSpec(), run)
     matrices = [name for name, tag in tags(model).items() if tag.role == "matrix"]
     for name in matrices:
         fact = run.facts[f"quant.{name}"]
@@ -110,7 +113,7 @@ def test_every_matrix_is_better_than_nearest_and_the_journal_says_so(model: GPT,
         assert fact["rounding"] == "gptq"
         assert 0 < fact["entropy"] < 5
     known = [*matrices, "embedding.weight"]  # the head's Hessian is gathered too, for a later fit
-    assert run.facts["calibration"]["matrices"] == len(known)
+    assert sorted(observed(model, QuantSpec())) == sorted(known)
     total = run.facts["quant"]
     assert total["objective"] == pytest.approx(sum(run.facts[f"quant.{n}"]["objective"] for n in known))
     assert total["quantized"] + total["float16"] == sum(p.numel() for p in model.parameters())
@@ -118,7 +121,7 @@ def test_every_matrix_is_better_than_nearest_and_the_journal_says_so(model: GPT,
 
 
 def test_what_is_stored_is_what_the_grid_says(model: GPT, batches: Batches) -> None:
-    tensors = quantize(model, batches(), QuantSpec(), Run())
+    tensors = quantize(model, gather(model, batches()), QuantSpec(), Run())
     found = tags(model)
     for name, parameter in model.named_parameters():
         value = tensors[name]
@@ -133,15 +136,10 @@ def test_what_is_stored_is_what_the_grid_says(model: GPT, batches: Batches) -> N
             assert worst < (6 if value.bits == 5 else 1) * float(value.scales.max())
 
 
-def test_rounding_to_nearest_reads_no_text(model: GPT) -> None:
-    def never() -> list[Tensor]:
-        raise AssertionError("calibration was read")
-        yield
-
+def test_rounding_to_nearest_needs_no_hessian(model: GPT) -> None:
     spec = build(QuantSpec, {"rounding": "nearest"})
-    run = Run()
-    tensors = quantize(model, never(), spec, run)
-    assert run.facts["calibration"]["matrices"] == 0
+    assert observed(model, spec) == []
+    tensors = quantize(model, {}, spec, Run())
     for name, value in tensors.items():
         if isinstance(value, Quantized):
             weight = dict(model.named_parameters())[name].detach().numpy()
@@ -152,7 +150,7 @@ def test_rounding_to_nearest_reads_no_text(model: GPT) -> None:
 
 def test_the_tied_embedding_may_be_rounded_with_the_head_s_hessian(model: GPT, batches: Batches) -> None:
     run = Run()
-    quantize(model, batches(8), QuantSpec(embedding_hessian=True), run)
+    quantize(model, gather(model, batches(8)), QuantSpec(embedding_hessian=True), run)
     fact = run.facts["quant.embedding.weight"]
     assert fact["rounding"] == "gptq"
     assert fact["objective"] < fact["objective_nearest"]
@@ -178,7 +176,7 @@ def test_the_embedding_may_have_its_own_bits_and_clip(model: GPT, batches: Batch
     table = {"parts": ["embedding"], "bits": bits, "scale": {"rule": "sdclip", "k": k}}
     run = Run()
     spec = build(QuantSpec, {"embedding_hessian": True, "override": [table]})
-    value = quantize(model, batches(16), spec, run)["embedding.weight"]
+    value = quantize(model, gather(model, batches(16)), spec, run)["embedding.weight"]
     assert isinstance(value, Quantized)
     assert value.bits == bits
     weight = model.get_parameter("embedding.weight").detach()
@@ -194,10 +192,10 @@ def test_a_grid_may_have_its_own_dead_zone(model: GPT, batches: Batches, roundin
     """Solved matrices and tables alike; an override's is the one that counts."""
     table = {"rounding": rounding, "matrix": {"bits": 4}, "table": {"bits": 4}}
     hessians = gather(model, batches(8))
-    plain = quantize(model, [], build(QuantSpec, table), Run(), hessians)
+    plain = quantize(model, hessians, build(QuantSpec, table), Run())
     leaning = {"matrix": {"bits": 4, "dead_zone": 0.25}, "table": {"bits": 4, "dead_zone": 0.25}}
     spec = build(QuantSpec, {**table, **leaning, "override": [{"parts": ["v"], "dead_zone": 0.0}]})
-    found = quantize(model, [], spec, Run(), hessians)
+    found = quantize(model, hessians, spec, Run())
     for name, tag in tags(model).items():
         one, other = plain[name], found[name]
         if isinstance(one, Quantized) and isinstance(other, Quantized):
@@ -213,12 +211,12 @@ def test_a_grid_may_have_its_own_dead_zone(model: GPT, batches: Batches, roundin
 
 def test_the_order_of_solving_leaves_the_model_untouched(model: GPT, batches: Batches) -> None:
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    quantize(model, batches(), QuantSpec(prune=PruneSpec("before", 0.2)), Run())
+    quantize(model, gather(model, batches()), QuantSpec(prune=PruneSpec("before", 0.2)), Run())
     assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
 
 
 def test_quantising_twice_gives_the_same_integers(model: GPT, batches: Batches) -> None:
-    first, again = (quantize(model, batches(), QuantSpec(), Run()) for _ in range(2))
+    first, again = (quantize(model, gather(model, batches()), QuantSpec(), Run()) for _ in range(2))
     for name, value in dequantized(first).items():
         assert torch.equal(value, dequantized(again)[name])
 
@@ -226,7 +224,7 @@ def test_quantising_twice_gives_the_same_integers(model: GPT, batches: Batches) 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_pruning_zeroes_the_smallest_weights(model: GPT, batches: Batches, when: str) -> None:
     spec = build(QuantSpec, {"prune": {"when": when, "fraction": 0.3}, "rounding": "nearest"})
-    tensors = quantize(model, batches(), spec, Run())
+    tensors = quantize(model, gather(model, batches()), spec, Run())
     for name, parameter in model.named_parameters():
         value = tensors[name]
         if isinstance(value, Quantized):
@@ -343,7 +341,7 @@ def test_weights_that_are_not_finite_are_named(model: GPT, value: float) -> None
     with torch.no_grad():
         model.get_parameter("blocks.1.mlp.up.weight")[0, 0] = value
     with pytest.raises(FairwayError, match=r"blocks\.1\.mlp\.up\.weight: a weight is not finite"):
-        quantize(model, [], build(QuantSpec, {"rounding": "nearest"}), Run())
+        quantize(model, {}, build(QuantSpec, {"rounding": "nearest"}), Run())
 
 
 @pytest.mark.parametrize("name", ["blocks.0.attn_scale", "blocks.0.mlp.up.weight"])
@@ -351,12 +349,12 @@ def test_weights_beyond_float16_are_named(model: GPT, name: str) -> None:
     with torch.no_grad():
         model.get_parameter(name).fill_(2e6)
     with pytest.raises(FairwayError, match=f"{name}: .*2e\\+06"):
-        quantize(model, [], build(QuantSpec, {"rounding": "nearest"}), Run())
+        quantize(model, {}, build(QuantSpec, {"rounding": "nearest"}), Run())
 
 
 def test_integers_on_a_float64_model_are_those_of_the_float32_one(model: GPT, batches: Batches) -> None:
-    single = quantize(model, [], build(QuantSpec, {"rounding": "nearest"}), Run())
-    double = quantize(model.double(), [], build(QuantSpec, {"rounding": "nearest"}), Run())
+    single = quantize(model, {}, build(QuantSpec, {"rounding": "nearest"}), Run())
+    double = quantize(model.double(), {}, build(QuantSpec, {"rounding": "nearest"}), Run())
     for name, value in dequantized(single).items():
         assert torch.equal(value, dequantized(double)[name])
     assert gather(model, batches(1))["blocks.0.mlp.up.weight"].dtype == torch.float32

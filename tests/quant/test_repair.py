@@ -20,6 +20,7 @@ from fairway.quant import (
     dequantized,
     gather,
     objective,
+    observed,
     quantize,
     repaired,
 )
@@ -174,9 +175,9 @@ def test_a_repaired_model_is_nearer_and_its_journal_says_so(model: GPT, batches:
     hessians = gather(model, batches(16))
     table = {"matrix": {"bits": 3}, "embedding_hessian": True}
     plain, mended = Run(), Run()
-    before = quantize(model, [], build(QuantSpec, table), plain, hessians)
+    before = quantize(model, hessians, build(QuantSpec, table), plain)
     spec = build(QuantSpec, {**table, "repair": {"kind": "lqer", "rank": 2, "count": 4}})
-    after = quantize(model, [], spec, mended, hessians)
+    after = quantize(model, hessians, spec, mended)
     touched = [name for name, value in after.items() if isinstance(value, Quantized) and value.repair is not None]
     assert len(touched) == 4
     facts = {name: plain.facts[f"quant.{name}"] for name in hessians}
@@ -193,9 +194,8 @@ def test_a_repaired_model_is_nearer_and_its_journal_says_so(model: GPT, batches:
 
 def test_repair_by_hessians_calibrates_even_where_the_rounding_needs_none(model: GPT, batches: Batches) -> None:
     spec = build(QuantSpec, {"rounding": "nearest", "repair": {"kind": "lqer", "count": 1, "rank": 1}})
-    run = Run()
-    tensors = quantize(model, batches(8), spec, run)
-    assert run.facts["calibration"]["matrices"] == 1 + sum(tag.role == "matrix" for tag in tags(model).values())
+    tensors = quantize(model, gather(model, batches(8)), spec, Run())
+    assert len(observed(model, spec)) == 1 + sum(tag.role == "matrix" for tag in tags(model).values())
     assert sum(isinstance(v, Quantized) and v.repair is not None for v in tensors.values()) == 1
 
 

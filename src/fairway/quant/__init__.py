@@ -5,7 +5,7 @@ from fairway.quant.grid import LowRank, Quantized, Tensors, entropy, largest, ne
 from fairway.quant.observe import Hessians, gather, read_hessians, write_hessians
 from fairway.quant.plan import GridSpec, Override, QuantSpec, plan
 from fairway.quant.pruning import PruneSpec, ones, rankable, selective
-from fairway.quant.quantize import calibrate, dequantized, factored, objective, quantize, quantize_tensor
+from fairway.quant.quantize import dequantized, factored, objective, observed, quantize, quantize_tensor
 from fairway.quant.repair import RepairSpec, repaired
 from fairway.quant.scales import ScaleSpec, row_scales
 
@@ -22,7 +22,6 @@ __all__ = [
     "RepairSpec",
     "ScaleSpec",
     "Tensors",
-    "calibrate",
     "dequantized",
     "entropy",
     "factored",
@@ -30,6 +29,7 @@ __all__ = [
     "largest",
     "nearest_codes",
     "objective",
+    "observed",
     "ones",
     "plan",
     "quantize",

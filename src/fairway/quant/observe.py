@@ -63,14 +63,13 @@ def gather(
         names = [name for name, tag in tags(model).items() if tag.role == "matrix" or tag.part == "embedding"]
     products = _Products()
     plugs = {name: _Observer(_square(owners[name].weight), products) for name in names}
-    before = {name: owners[name].observe for name in names}
     try:
         for name, plug in plugs.items():
             owners[name].observe = plug
-        _forward(model, batches, any(tags(model)[name].part == "embedding" for name in names), run, sequences)
+        _forward(model, batches, run, sequences)
     finally:
-        for name, old in before.items():
-            owners[name].observe = old
+        for name in names:
+            owners[name].observe = None
     return {name: _mean(name, plug, run) for name, plug in plugs.items()}
 
 
@@ -100,13 +99,11 @@ def _square(weight: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _forward(model: GPT, batches: Iterable[Tensor], head: bool, run: Run, sequences: int) -> None:
+def _forward(model: GPT, batches: Iterable[Tensor], run: Run, sequences: int) -> None:
     device, done = next(model.parameters()).device, 0
     with run.meter("calibrate", max(sequences, 1), "sequences") as meter:
         for tokens in batches:
-            hidden, _ = model(tokens.to(device))
-            if head:
-                model.logits(hidden)
+            model.logits(model(tokens.to(device))[0])
             done += len(tokens) * run.ranks.world
             meter.update(done)
 

@@ -97,7 +97,8 @@ class QuantSpec:
     repair: RepairSpec = field(default_factory=RepairSpec)
     fit: FitSpec = field(default_factory=FitSpec)
     passthrough_elements: int = 0  # tensors of at most so many numbers stay float16; the reference: 65,536
-    calibration_sequences: int = 256  # of training text, over all ranks
+    calibration: Any = choice("fairway.quant.calibration", "text")  # where Hessians come from
+    calibration_sequences: int = 256  # of training text, over all ranks: what the source `text` reads
     calibration_batch: int = 8  # sequences in one forward
 
     def __post_init__(self) -> None:

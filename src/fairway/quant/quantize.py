@@ -4,7 +4,6 @@ Every rank computes the same integers from the same averaged Hessians; the first
 """
 
 import math
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +17,7 @@ from fairway.base.errors import ContractError, FairwayError
 from fairway.base.journal import Run
 from fairway.model import GPT, tags
 from fairway.quant.grid import Passthrough, Quantized, Tensors, entropy, nearest_codes
-from fairway.quant.observe import Hessians, gather
+from fairway.quant.observe import Hessians
 from fairway.quant.parallel import side_by_side
 from fairway.quant.plan import GridSpec, QuantSpec, needs_hessians, plan
 from fairway.quant.pruning import ones, rankable, selective, small
@@ -27,26 +26,18 @@ from fairway.quant.scales import row_scales
 
 
 @torch.no_grad()
-def quantize(
-    model: GPT, calibration: Iterable[Tensor], spec: QuantSpec, run: Run, hessians: Hessians | None = None
-) -> Tensors:
+def quantize(model: GPT, hessians: Hessians, spec: QuantSpec, run: Run) -> Tensors:
     """The model as integers and float16, by parameter name.
 
-    calibration: (B, T) int64 batches of training text, this rank's share; not read when the plan needs no Hessian or
-    `hessians` are given. Books `calibration` (seconds, belongs to the training clock), `quant.<name>` for each tensor
-    and `quant` for the whole.
+    hessians: of all that is `observed`, from a source of the slot quant/calibration. Books `quant.<name>` for each
+    tensor and `quant` for the whole.
     """
     planned = plan(model, spec)
     solved = _solved(model, planned, spec)
-    if hessians is None:
-        with Stopwatch() as watch:
-            hessians = calibrate(model, calibration, spec, run)
-        run.fact("calibration", seconds=round(watch.seconds, 3), matrices=len(hessians))
-    given = hessians
 
     def one(item: tuple[str, Tensor]) -> tuple[Quantized | Passthrough, dict[str, Any]]:
         name, weight = item[0], item[1].detach()
-        grid, hessian = planned[name], given.get(name)
+        grid, hessian = planned[name], hessians.get(name)
         if not bool(torch.isfinite(weight).all()):
             raise FairwayError(f"{name}: a weight is not finite; go back to a checkpoint before the divergence")
         if hessian is not None and hessian.shape != (weight.shape[1], weight.shape[1]):
@@ -71,13 +62,11 @@ def quantize(
     return tensors
 
 
-def calibrate(model: GPT, calibration: Iterable[Tensor], spec: QuantSpec, run: Run) -> Hessians:
-    """The Hessians of all that is on a grid and has inputs, none where the plan does without. calibration: (B, T) int64
-    batches of training text, this rank's share."""
-    if not needs_hessians(spec):
-        return {}
-    wanted = replace(spec, embedding_hessian=True)  # the head's too: a later fit, and repair, are better for it
-    return gather(model, calibration, _solved(model, plan(model, spec), wanted), run, spec.calibration_sequences)
+def observed(model: GPT, spec: QuantSpec) -> list[str]:
+    """What Hessians are gathered of: all that is on a grid and has inputs; nothing where the plan does without. The
+    head's too: a later fit, and repair, are better for it."""
+    found = _solved(model, plan(model, spec), replace(spec, embedding_hessian=True))
+    return found if needs_hessians(spec) else []
 
 
 def quantize_tensor(

@@ -126,6 +126,7 @@ class Subject:
             rounding=rounding,
             embedding_hessian=head,
             passthrough_elements=spec.passthrough_elements,
+            calibration=spec.calibration,
             calibration_sequences=spec.calibration_sequences,
             calibration_batch=spec.calibration_batch,
         )
@@ -174,7 +175,7 @@ class Subject:
     def solve(self, choices: Choices, price: float, run: Run) -> tuple[QuantSpec, Tensors, dict[str, Solution]]:
         """Rounds everything. price: nats per token for a byte; repair is added where it pays."""
         spec, quiet = self.plan(choices), Run(ranks=run.ranks, quiet=run.quiet)
-        tensors = quantize(self.model, (), spec, quiet, self.hessians)
+        tensors = quantize(self.model, self.hessians, spec, quiet)
         solved = self._solutions(tensors)
         weights = {name: p.detach() for name, p in self.model.named_parameters()}
         for count in range(1, min(MOST_REPAIRED, len(self.hessians.keys() & self.known.keys())) + 1):

@@ -22,8 +22,7 @@ from fairway.base.specs import to_plain
 from fairway.data import Corpus, Tokenizer, Tokens, batches, build_tokenizer, open_corpus, tokenize
 from fairway.doctor import memory_bytes
 from fairway.model import GPT, build_model, parameter_count
-from fairway.quant import FakeQuant, plan
-from fairway.quant import calibrate as gather_hessians
+from fairway.quant import FakeQuant, observed
 from fairway.quant import quantize as quantize_model
 from fairway.quant.observe import read_hessians, write_hessians
 from fairway.recipe import Recipe
@@ -120,17 +119,20 @@ def train(recipe: Recipe, text: Text, run: Run, device: Device) -> None:
     _refuse_giants(recipe, text.tokenizer.size)
     model = build_model(recipe.model, text.tokenizer.size, recipe.seed).to(device.torch)
     model.compute = device.compute
-    plan(model, recipe.quant)  # refuses an override that names nothing now, not when training is over
+    source = slots.module_of(recipe.quant.calibration)  # it and the plan refuse now, not when training is over
+    observer = source.observer(recipe.quant, model, observed(model, recipe.quant), run)
     run.fact("model", params=parameter_count(model), vocab=text.tokenizer.size)
     _announce(recipe, model, run)
     qat: FakeQuant | None = None
     if recipe.qat.kind != "off":
         qat = slots.optional("fairway.quant.fake").FakeQuant(model, recipe.quant, recipe.qat)
     with _training_batches(recipe, text, run, device) as made:
-        trained = pretrain(model, made, recipe.train, run, device, recipe.seed, qat)
+        trained = pretrain(model, made, recipe.train, run, device, recipe.seed, qat, observer)
     with Stopwatch() as writing:  # on the clock: training data is read once more after it
         if run.writes:
             write_weights(run.path(WEIGHTS), model, text.tokenizer, decoder_share(recipe))
+        if observer is not None:
+            observer.finish()
     run.fact("train", **trained.__dict__, writing_seconds=writing.seconds)
     hold(
         "training", trained.seconds, recipe.budget.train_seconds, "s", "take fewer steps or a shorter clock", run.ranks
@@ -140,20 +142,23 @@ def train(recipe: Recipe, text: Text, run: Run, device: Device) -> None:
 
 
 def calibrate(recipe: Recipe, text: Text, run: Run, device: Device) -> None:
-    """Gathers Hessians on training text: the last time that training data is read, inside the training clock.
+    """Gathers Hessians. On training text it is the last time that training data is read, inside the training clock;
+    other sources read none here: their seconds are facts of their own, and of `calibration` 0.
 
     The clock runs from the first training step to here, writing and opening the weights included; an attempt that was
     over budget counts when it is made again.
     """
     if done(run, HESSIANS, "calibration"):
         return
-    context = recipe.model.context
+    context, source = recipe.model.context, slots.module_of(recipe.quant.calibration)
     with Stopwatch(float(run.facts.get("calibration", {}).get("seconds", 0.0))) as watch:
         model = _float_model(run, device)
         count = min(recipe.quant.calibration_sequences, max((len(text.train) - 1) // context, 1))
-        hessians = gather_hessians(model, _calibration(text.train, context, count, recipe, run), recipe.quant, run)
-    run.fact("calibration", seconds=watch.seconds, sequences=count, matrices=len(hessians))
-    spent = float(run.facts["train"]["seconds"]) + float(run.facts["train"]["writing_seconds"]) + watch.seconds
+        windows = _calibration(text.train, context, count, recipe, run)
+        hessians = source.hessians(recipe.quant, model, observed(model, recipe.quant), windows, run, recipe.seed)
+    seconds = watch.seconds * source.ON_CLOCK
+    run.fact("calibration", seconds=seconds, sequences=count * source.ON_CLOCK, matrices=len(hessians))
+    spent = float(run.facts["train"]["seconds"]) + float(run.facts["train"]["writing_seconds"]) + seconds
     remedy = "shorten train.schedule.seconds or quant.calibration_sequences"
     hold("training + calibration", spent, recipe.budget.train_seconds, "s", remedy, run.ranks)
     if run.writes:
@@ -175,7 +180,7 @@ def quantize(recipe: Recipe, run: Run, device: Device, code: Code) -> None:
     elif recipe.quant.prune.budget:
         slots.optional("fairway.steps.pruned").prune_run(recipe, run, model, hessians)
     else:
-        integers = quantize_model(model, (), recipe.quant, run, hessians)
+        integers = quantize_model(model, hessians, recipe.quant, run)
         if run.writes:
             write_integers(run.path(INTEGERS), integers)
         tidy(run, ARTIFACT)

@@ -1,7 +1,7 @@
 """Checkpoints: everything that the next step depends on, written whole or not at all.
 
-Model, optimisers, average, random state, data position (the step: batches are a function of it) and the clock already
-spent. A run by step that is killed and resumed ends with the same bits as one never interrupted.
+Model, optimisers, average, what looks on, random state, data position (the step: batches are a function of it) and the
+clock already spent. A run by step that is killed and resumed ends with the same bits as one never interrupted.
 """
 
 from pathlib import Path

@@ -74,6 +74,20 @@ class FakeQuant(Protocol):
         ...
 
 
+class Observer(Protocol):
+    """What looks on, handed over by the pipeline: Hessians gathered while training. Its seconds are training's."""
+
+    def after_step(self, step: int, scale: float, inputs: Tensor) -> None:
+        """Told after every step how many were taken, the factor on its rates, and this rank's part of its batch."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint, which the first rank writes for all: it must be the same on every rank."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
 @dataclass(frozen=True)
 class Trained:
     """What training did."""
@@ -92,13 +106,14 @@ def pretrain(
     device: Device,
     seed: int,
     fake_quant: FakeQuant | None = None,
+    observer: Observer | None = None,
 ) -> Trained:
     """Trains `model` in place and leaves its averaged weights in it.
 
     Resumes from the run folder's checkpoint where there is one. A loss that is not finite raises FairwayError with the
     step and the last good checkpoint; Ctrl-C writes a checkpoint first.
     """
-    trainer = _Trainer(model, spec, run, device, fake_quant)
+    trainer = _Trainer(model, spec, run, device, fake_quant, observer)
     clock = Stopwatch(trainer.resume())
     if trainer.step == 0:
         trainer.warm_up(spec.warmup_steps, batches, seed)
@@ -144,7 +159,15 @@ def _interrupts_wait(trainer: "_Trainer") -> Iterator[None]:
 class _Trainer:
     """The state between two steps."""
 
-    def __init__(self, model: GPT, spec: TrainSpec, run: Run, device: Device, fake_quant: FakeQuant | None) -> None:
+    def __init__(
+        self,
+        model: GPT,
+        spec: TrainSpec,
+        run: Run,
+        device: Device,
+        fake_quant: FakeQuant | None,
+        observer: Observer | None,
+    ) -> None:
         context = model.spec.context
         if spec.batch_tokens % context:
             raise RecipeError(
@@ -152,7 +175,7 @@ class _Trainer:
                 f"try {max(spec.batch_tokens // context, 1) * context}"
             )
         self.model, self.spec, self.run, self.device = model, spec, run, device
-        self.fake_quant = fake_quant
+        self.fake_quant, self.observer = fake_quant, observer
         self.parameters = list(model.parameters())
         self.average = Average(spec.average, model)
         self.optimizers = self._build_optimizers()
@@ -172,6 +195,8 @@ class _Trainer:
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
         self.average.load_state_dict(state["average"])
+        if self.observer:
+            self.observer.load_state_dict(state["observer"])
         self.step, self._saved = state["step"], state["step"]
         self.run.fact("resumed", step=self.step, seconds=state["seconds"])
         self.run.say(f"resumed at step {self.step}, {state['seconds']:.1f} s of training already spent")
@@ -189,6 +214,7 @@ class _Trainer:
                 "model": self.model.state_dict(),
                 "optimizers": optimizers,
                 "average": self.average.state_dict(),
+                "observer": self.observer and self.observer.state_dict(),
                 "step": self.step,
                 "seconds": seconds,
             }
@@ -231,6 +257,8 @@ class _Trainer:
                 loss = self.take_step(inputs, targets, scale)
                 self.step += 1
                 self.average.update(self.step, scale)
+                if self.observer:
+                    self.observer.after_step(self.step, scale, inputs)
                 self._look(loss, scale, clock, meter)
                 if spec.checkpoint_seconds and time.monotonic() - last_save > spec.checkpoint_seconds:
                     self.save(clock.seconds)
