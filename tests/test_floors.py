@@ -31,6 +31,7 @@ SLOTS = (
     "quant/rounding",
     "artifact/coder",
     "score/adapt",
+    "score/reshape",
     "score/windows",
 )
 PEOPLES_SIDE = {  # package -> files that may import it; it must not travel in an exported script

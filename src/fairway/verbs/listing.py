@@ -25,6 +25,7 @@ SLOTS = (
     "artifact.coder",
     "score.windows",
     "score.adapt",
+    "score.reshape",
 )
 
 
