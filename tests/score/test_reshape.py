@@ -189,16 +189,15 @@ def exactly(**changes) -> ScoreSpec:
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "slice_bytes"),
     [
-        {},
-        {"result": "sliding"},
-        {"lanes": 2, "windows": plain.Spec()},
-        {"lanes": 4, "windows": rolling.Spec()},
+        ({}, 400),
+        ({"result": "sliding"}, 400),
+        ({"lanes": 2, "windows": plain.Spec()}, 0),
+        ({"lanes": 4, "windows": rolling.Spec()}, 400),
     ],
-    ids=["adapted", "sliding", "plain lanes", "rolling lanes"],
+    ids=["adapted", "sliding", "plain lanes, all of it", "rolling lanes"],
 )
-@pytest.mark.parametrize("slice_bytes", [500, 0])
 def test_what_is_proven_is_what_was_scored(files, held_out, given, tmp_path, changes, slice_bytes):
     spec = exactly(**changes)
     with Run(tmp_path) as run:
@@ -216,9 +215,9 @@ def test_a_chunk_is_proven_with_all_that_its_lane_has_shown(files, held_out, giv
     spec = replace(exactly(windows=plain.Spec()), lanes=lanes, snapshots=2)
     with Run(tmp_path) as run:
         score = evaluate(files[1], held_out, spec, run, "adapted")
-    proof = prove_chunks(files[1], held_out, spec, Run(), tmp_path, 4, "n", score.code_length_bits)
+    proof = prove_chunks(files[1], held_out, spec, Run(), tmp_path, 3, "n", score.code_length_bits)
     assert proof.decoded_equal
-    assert len(proof.chunks) == len(given) == 4
+    assert len(proof.chunks) == len(given) == 3
     for chunk, files_there in zip(proof.chunks, given, strict=True):
         before = np.frombuffer(files_there.files["before"], "<u2")
         assert len(before) == 128 * chunk
@@ -238,13 +237,13 @@ def tilted(files, tmp_path_factory):
 
 @pytest.mark.parametrize(("adapt", "lanes"), [(False, 1), (False, 3), (True, 1)])
 def test_text_comes_back_from_a_file_that_is_reshaped(tilted, adapt, lanes):
-    spec, text = settings_for(tilted, adapt, lanes), text_of(70_000, 900) + "Straße 漢字 🦊\n".encode() * 3
+    spec, text = settings_for(tilted, adapt, lanes), text_of(70_000, 400) + "Straße 漢字 🦊\n".encode() * 3
     assert spec.reshape == BOTH
     coded = compress(tilted, text, spec)
     assert decompress(tilted, coded.content) == text
     plainly = compress(tilted, text, replace(spec, reshape=()))
     assert decompress(tilted, plainly.content) == text, "what differs from the artifact stands in the header"
-    assert coded.coded_bits < plainly.coded_bits - 100
+    assert coded.coded_bits < plainly.coded_bits - 50
 
 
 def test_a_header_cannot_ask_for_any_number_of_techniques(tilted):
