@@ -1,5 +1,6 @@
 """The n-gram tilt against a plain count, the entropy temperature against its formula, and files that are made so."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -18,14 +19,15 @@ from fairway.base.slots import technique
 from fairway.base.specs import build, to_plain
 from fairway.data import Corpus, tokenize
 from fairway.lab.submit.export import score_script
-from fairway.recipe import Recipe
-from fairway.score import ScoreSpec, compress, decompress, evaluate, probe, prove, prove_chunks, settings_for
+from fairway.recipe import Recipe, load
+from fairway.score import ScoreSpec, compress, decompress, evaluate, probe, prove, prove_chunks, settings_for, spec_of
 from fairway.score.codec.format import pack, read_header, read_segments
 from fairway.score.prices import read_prices
 from fairway.score.reshape import entropy_temperature
 from fairway.score.reshape.ngram_tilt import Lane, Level, Spec, reshape
 from fairway.score.reshaping import NOTHING, Hints
 from fairway.score.windows import plain, rolling
+from tests.tiny.way import run_tiny
 
 from . import nearby
 from .conftest import ADAPT, text_of
@@ -272,3 +274,17 @@ def test_a_script_holds_what_its_recipe_names_alone():
         for name in ("reshaping", "reshape.ngram_tilt"):
             assert (f"fairway.score.{name}" in modules) == bool(named)
         assert "fairway.score.reshape.entropy_temperature" not in modules
+
+
+def test_a_whole_run_is_reshaped_scored_and_proven(tiny_run, tmp_path):
+    levels = "[{orders = [4, 3], confidence = 0.5, count = 1}, {orders = [2], confidence = 0.5, count = 2}]"
+    named = f'[{{kind = "ngram_tilt", levels = {levels}, beta = 1.0}}, "entropy_temperature"]'
+    run_tiny(tmp_path / "run", f"score.reshape={named}", "baselines=false", "proof_bytes=1000")
+    found, before = (json.loads((folder / "score.json").read_text()) for folder in (tmp_path / "run", tiny_run))
+    assert found["proof"]["decoded_equal"]
+    assert abs(found["proof"]["scored_gap_percent"]) < 0.5
+    for stage, same in {"float": True, "quantized": True, "sliding": False, "adapted": False}.items():
+        assert (found["stages"][stage] == before["stages"][stage]) == same
+    spec = spec_of(open_artifact(tmp_path / "run" / "artifact.fw"))
+    assert spec.reshape == load(str(tmp_path / "run" / "recipe.toml")).score.reshape
+    assert spec.reshape[0].levels[1] == Level((2,), 0.5, 2)
