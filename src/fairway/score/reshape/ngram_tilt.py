@@ -16,9 +16,9 @@ Source: #1514 (beta = 2 · confidence, the levels below) and #2135 (orders 16 al
 -0.0005 to -0.001 bits per byte at 8,192 tokens of vocabulary. The forms whose hint was switched by the token that is
 coded (within a word, at its start) were excluded: #1420, #1967, #2140. Here a hint cannot know it.
 
-Pocket's text, a language's reference, says much again, and short contexts find it: #1514's levels give sliding 1.7513 -> 1.7454 and adapted 1.7334
--> 1.7277; orders 8, 6, 5, 4, 3 from the first sight on and 2 from the second, beta = 4 · confidence (chosen on dev)
-1.6364 and 1.6223.
+Pocket's text, a language's reference, says much again, and short contexts find it: #1514's levels give sliding 1.7513
+-> 1.7454 and adapted 1.7334 -> 1.7277; orders 8, 6, 5, 4, 3 from the first sight on and 2 from the second, beta =
+4 · confidence (chosen on dev), 1.6364 and 1.6223.
 
 Contexts are compared token by token: no hash, no collision. Two generations bound the memory: once `most` / 2 contexts
 are young they become the old ones, and what was old is forgotten; an old context that is seen again is young again.
