@@ -32,6 +32,7 @@ SLOTS = (
     "quant/rounding",
     "artifact/coder",
     "score/adapt",
+    "score/reshape",
     "score/windows",
     "lab/sweep/engines",
 )

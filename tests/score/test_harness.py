@@ -183,8 +183,8 @@ def test_every_unit_is_paid_before_it_is_perceived():
     assert order == [0, 1, 2]
 
 
-def test_the_reserved_door_is_not_silently_ignored():
+def test_a_predictor_has_no_door_of_its_own_to_single_tokens():
     predictor = Scripted(uniform)
     predictor.perceive_token = lambda token: None
-    with pytest.raises(ContractError, match="perceive_token"):
+    with pytest.raises(ContractError, match="perceive_token is for score/reshape"):
         score(lambda tape: predictor, Stream(50, 8, plain.Spec()), text(50))

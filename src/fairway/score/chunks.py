@@ -32,6 +32,7 @@ from fairway.score.codec.part import Coding, Encoded, Reader, checksum, exactly
 from fairway.score.evaluate import adapter_of, byte_lengths, model_on, predictor_of, stream_of
 from fairway.score.predictor import Adapter, WindowPredictor
 from fairway.score.proof import decode_elsewhere
+from fairway.score.reshaping import learns
 from fairway.score.spec import ScoreSpec
 from fairway.score.state import tensors_hash
 from fairway.score.stream import Stream, Unit
@@ -113,7 +114,7 @@ def prove_chunks(
             expected = _text(artifact, held_out.tokens[1:], stream, unit)
             one = assemble(artifact, [Segment(len(expected), (encoded.part,))], [encoded], spec, "adapted", chunk)
             state = safetensors.torch.save(steps.state) if steps.state else b""
-            before = known_before(held_out.tokens, stream, unit).astype("<u2").tobytes()
+            before = known_before(held_out.tokens, stream, unit, spec).astype("<u2").tobytes()
             decoded = decode_elsewhere(path, one.content, run, "decode-chunk", state=state, before=before)
             if decoded != expected:
                 raise HonestyError(f"chunk {chunk}: decodes to other bytes than the text; this is no score")
@@ -189,7 +190,7 @@ def decode_chunk(artifact: Artifact, content: bytes, state: bytes, before: bytes
     except Exception as error:
         raise ArtifactError(f"{name}: the state before it is damaged ({error})") from error
     tape = BlankTape(artifact.tokenizer.bos, stream.edges)
-    spans = _before(stream, unit)
+    spans = _before(stream, unit, spec)
     if sum(high - low for low, high in spans) != len(known):
         raise ArtifactError(f"{name}: {len(known)} tokens before it, its windows look back on others")
     tape.given(spans, known)
@@ -202,9 +203,9 @@ def decode_chunk(artifact: Artifact, content: bytes, state: bytes, before: bytes
     return _text(artifact, tape.so_far, stream, unit)
 
 
-def known_before(tokens: npt.NDArray[Any], stream: Stream, unit: Unit) -> npt.NDArray[Any]:
+def known_before(tokens: npt.NDArray[Any], stream: Stream, unit: Unit, spec: ScoreSpec) -> npt.NDArray[Any]:
     """The tokens that a chunk's windows look back on, lane after lane."""
-    return np.concatenate([tokens[1 + low : 1 + high] for low, high in _before(stream, unit)])
+    return np.concatenate([tokens[1 + low : 1 + high] for low, high in _before(stream, unit, spec)])
 
 
 class _Steps:
@@ -267,14 +268,15 @@ def _predictor(
     return predictor
 
 
-def _before(stream: Stream, unit: Unit) -> list[tuple[int, int]]:
+def _before(stream: Stream, unit: Unit, spec: ScoreSpec) -> list[tuple[int, int]]:
     """Of every lane, the targets [low, high) that the unit's windows read and do not score: what input `start` tells is
-    target start-1."""
-    spans = []
+    target start-1. Where a technique of score/reshape is told every token, all of them: it is told them again."""
+    spans, told = [], learns(spec.reshape)
     for lane in range(stream.lanes):
         mine = unit.windows[unit.windows.lane == lane]
         if len(mine):
-            spans.append((max(int(mine.start.min()) - 1, int(stream.edges[lane])), int(mine.first.min())))
+            low = int(stream.edges[lane])
+            spans.append((low if told else max(int(mine.start.min()) - 1, low), int(mine.first.min())))
     return spans
 
 

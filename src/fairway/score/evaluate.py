@@ -1,8 +1,9 @@
 """A file and a text -> bits per byte. Only the opened file may speak.
 
 Stages: `float` (plain windows; the float weights, opened through the same reader), `quantized` (the same windows, the
-artifact), `sliding` (the recipe's windows) and `adapted` (these, learning from what is paid). Each opens its file
-itself and has a ledger and a clock of its own, from opening the file to its last payment.
+artifact), `sliding` (the recipe's windows, their logits changed by what `score.reshape` names) and `adapted` (these,
+learning from what is paid). Each opens its file itself and has a ledger and a clock of its own, from opening the file
+to its last payment.
 """
 
 from collections.abc import Callable
@@ -159,7 +160,10 @@ def predictor_of(
     """The predictor of a stage; for `adapted` it learns, so that `model` is changed by being scored."""
     adapter = adapter_of(model, stream, spec, stage, ranks)
     carried = stream if stream.carried else None
-    return WindowPredictor(model, tape, adapter, spec.block_tokens, carried, is_exact(spec, stage))
+    made = WindowPredictor(model, tape, adapter, spec.block_tokens, carried, is_exact(spec, stage))
+    if spec.reshape and stage in ("sliding", "adapted"):
+        made = optional("fairway.score.reshaping").Reshaped(made, spec.reshape)
+    return made
 
 
 def teller_of(spec: ScoreSpec, stage: Stage, listen: Listener | None = None) -> Teller:

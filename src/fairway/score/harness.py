@@ -36,7 +36,7 @@ def drive(
     """
     ranks, teller = ranks or Ranks(), teller or Softmax()
     if hasattr(predictor, "perceive_token"):
-        raise ContractError(f"{type(predictor).__name__}: perceive_token is reserved and not driven yet; use perceive")
+        raise ContractError(f"{type(predictor).__name__}: perceive_token is for score/reshape; use perceive")
     turn = np.zeros(stream.targets, np.bool_)
     for unit in stream:
         tape.open_to(unit.stop - 1)

@@ -2,9 +2,9 @@
 
 `predict(unit)` yields (positions, logits) in blocks of bounded size; the harness normalises and pays them all; only
 then `perceive(unit)` may learn. There is no other door. `steps(unit)` gives the same distributions one step at a time,
-for a decoder, which writes each step's tokens on the tape before it asks for the next. (`perceive_token` is reserved
-for techniques that learn token by token; the harness refuses a predictor that has it, until scorer, encoder and decoder
-all drive it.)
+for a decoder, which writes each step's tokens on the tape before it asks for the next. (What learns token by token is a
+technique of score/reshape: scorer, encoder and decoder drive its `perceive_token`, and the harness refuses a predictor
+that has one of its own.)
 """
 
 from collections.abc import Iterator, Mapping

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from fairway.artifact import Artifact
 from fairway.base.slots import kind_of
-from fairway.base.specs import build, choice
+from fairway.base.specs import build, choice, choices
 
 Stage = Literal["float", "quantized", "sliding", "adapted"]
 
@@ -18,6 +18,7 @@ class ScoreSpec:
     context: int = 0  # tokens of a window; 0: the model's training context
     windows: Any = choice("fairway.score.windows", "sliding")  # of the stages sliding and adapted
     adapt: Any = choice("fairway.score.adapt", "none")  # of the stage adapted
+    reshape: tuple[Any, ...] = choices("fairway.score.reshape")  # of both: changes logits, in order
     temperature: float = 1.0  # divides every logit, fixed beforehand; one fitted on this text would be no score
     lanes: int = 1  # parts of the text that are read side by side, each from a past of its own; decoded together
     exact: bool = False  # the result in float64 and integer distributions, one CPU: what a decoder computes again

@@ -26,6 +26,7 @@ SLOTS = (
     "artifact.coder",
     "score.windows",
     "score.adapt",
+    "score.reshape",
 )
 
 

@@ -29,7 +29,7 @@ BLOCK_BYTES = 32_000  # of text between two checks, about
 LANE_CONTEXTS = 16
 LANES, GROUPS = 32, 2
 BYTES_PER_TOKEN = 3  # about, to choose the number of lanes by
-_NEEDED = ("context", "windows", "adapt", "temperature")  # what a decoder must know of the score's settings
+_NEEDED = ("context", "windows", "adapt", "reshape", "temperature")  # what a decoder must know of the score's settings
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ def _groups(targets: int, lanes: int, groups: int) -> list[tuple[slice, int]]:
 
 def _differences(table: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
     """What a decoder needs of the settings and the artifact does not say; lanes stand with the parts."""
-    return {key: table[key] for key in ("context", "windows", "adapt", "temperature") if table[key] != base[key]}
+    return {key: table[key] for key in _NEEDED if table[key] != base[key]}
 
 
 def _merged(base: dict[str, Any], changed: dict[str, Any]) -> dict[str, Any]:
