@@ -37,12 +37,15 @@ from fairway.base import slots
 from fairway.base.errors import ArtifactError
 from fairway.base.specs import build
 from fairway.quant import Quantized
+from fairway.quant.books import lloyd_max
+from fairway.quant.forms import Form, Formed
 from fairway.quant.repair import RepairSpec, low_rank
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden" / "artifact-v1-plain.fw"
 FLOAT = "float weights"
+BOOK = lloyd_max(3)
 REPAIRED = 3  # matrices with an addend, where there is repair
-WITH_REPAIR = ("plain", "brotli")  # coders: the section is the same beside all of them, and context takes seconds
+WITH_MORE = ("plain", "brotli")  # coders: the section is the same beside all of them, and context takes seconds
 CODERS: tuple[Any, ...] = (*slots.kinds("fairway.artifact.coder"), {"kind": "brotli", "reorder": True})
 MOST_MEGABYTES = 200.0
 VALUES: tuple[Any, ...] = (
@@ -95,6 +98,8 @@ def digest(artifact: Artifact) -> str:
         found.update(f"{name} {value.shape}\n".encode())
         if isinstance(value, Quantized):
             found.update(bytes([value.bits]) + value.codes.tobytes() + value.scales.tobytes())
+            if isinstance(value, Formed):
+                found.update(f"{value.form}\n".encode())
             if (addend := value.repair) is not None:
                 found.update(f"{addend.left.shape} {addend.right.shape} {addend.group}\n".encode())
                 for part in (addend.left, addend.left_scale, addend.right, addend.right_scales):
@@ -106,7 +111,7 @@ def digest(artifact: Artifact) -> str:
 
 def originals(folder: Path) -> list[Original]:
     """The golden artifact's tensors by each coder, some tables made compressible so that every path is taken; the same
-    with low-rank addends; and its model's weights as floats."""
+    with low-rank addends, and with forms; and its model's weights as floats."""
     golden, made = open_artifact(GOLDEN), []
     tensors = dict(golden.tensors)
     for name, value in tensors.items():
@@ -118,8 +123,9 @@ def originals(folder: Path) -> list[Original]:
         path = folder / "original.fw"
         spec = build(PackSpec, {"coder": coder})
         kinds = {str(coder): tensors}
-        if coder in WITH_REPAIR:
+        if coder in WITH_MORE:
             kinds[f"{coder}, repair"] = repaired(tensors)
+            kinds[f"{coder}, forms"] = formed(tensors)
         for name, held in kinds.items():
             seal(path, held, golden.model_spec, golden.vocab, golden.tokenizer, golden.decoder, spec)
             made.append(Original(name, path.read_bytes(), digest(open_artifact(path))))
@@ -135,6 +141,16 @@ def repaired(tensors: dict[str, Any]) -> dict[str, Any]:
     for rank, (name, value) in enumerate(matrices, start=1):
         noise = 0.01 * torch.randn(value.shape, generator=generator)
         found[name] = replace(value, repair=low_rank(noise, None, RepairSpec("lqer", rank=rank, group=16 * rank)))
+    return found
+
+
+def formed(tensors: dict[str, Any]) -> dict[str, Any]:
+    """The tensors, the first few matrices with a book, a rotation, and both."""
+    found = dict(tensors)
+    matrices = [(name, value) for name, value in tensors.items() if isinstance(value, Quantized)]
+    for (name, value), form in zip(matrices, (Form(5, ()), Form(-1, BOOK), Form(1 << 31, BOOK)), strict=False):
+        codes = np.clip(value.codes, -len(BOOK), len(BOOK)) if form.levels else value.codes
+        found[name] = Formed(codes, value.scales, max(value.bits, 4), form=form)
     return found
 
 
@@ -320,6 +336,27 @@ def forged_repair(chance: random.Random, content: bytes) -> bytes:
         return content
 
 
+def forged_forms(chance: random.Random, content: bytes) -> bytes:
+    """What the header says of a form; the file as it is where it has none."""
+    table, blobs = parts(content)
+    if not (rows := table.get("forms")):
+        return content
+    row = chance.choice(rows)
+    place = chance.randrange(3)
+    if place == 2 and row[2] and chance.random() < 0.7:
+        level = chance.randrange(len(row[2]))
+        row[2][level] = chance.choice((*VALUES, *(row[2][level] * factor for factor in (0.5, 2.0, -1.0, 1.1))))
+    elif place == 2:
+        row[2] = chance.choice((row[2][:-1], row[2][::-1], row[2] * 2, list(BOOK), [*row[2], 2.5], []))
+    else:
+        others = [name for group in table["groups"] for name, *_ in group["tensors"]] if place == 0 else [0, 1, 2, 77]
+        row[place] = chance.choice((*VALUES, *others * 3))
+    try:
+        return whole(content, table, blobs)
+    except (ValueError, RecursionError):
+        return content
+
+
 def damaged_weights(chance: random.Random, content: bytes) -> bytes:
     """Float weights: a bit or more, half of them in the header."""
     if chance.random() < 0.5:
@@ -342,6 +379,7 @@ FORGERY: dict[str, Mutation] = {
     "codes, too": forged_codes,
     "another section": forged_other,
     "repair": forged_repair,
+    "forms": forged_forms,
     FLOAT: damaged_weights,
     "header": forged_header,
     "coder": forged_coder,

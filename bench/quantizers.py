@@ -34,6 +34,7 @@ from fairway.quant import GridSpec, Override, PruneSpec, QuantSpec, RepairSpec, 
 from fairway.quant.grid import largest
 from fairway.quant.observe import read_hessians
 from fairway.quant.parallel import side_by_side
+from fairway.quant.plan import Form
 from fairway.quant.rounding import ascending_plain, gptq, nearest
 from fairway.quant.scales import row_scales
 from fairway.recipe import Recipe
@@ -47,6 +48,7 @@ STUDY = QuantSpec(
     rounding=ascending_plain.Spec(),
     prune=PruneSpec("before", 0.10),
 )
+FORMS: tuple[Form, ...] = ("steps", "lloyd_max", "rotated", "turbo")
 WIDE = 7  # bits: at the steps of a few bits a weight no code comes near the clip of int7
 Way = Callable[[float], QuantSpec]
 
@@ -142,8 +144,9 @@ def wide(rule: Any = "absolute", solver: Any = gptq.Spec(), bits: int = WIDE, **
 
     def way(k: float) -> QuantSpec:
         weight = changes.get("hessian_weight", 0.0)
-        grid = GridSpec(bits, ScaleSpec(rule, k=k, hessian_weight=weight), changes.get("dead_zone", 0.0))
-        others = {name: value for name, value in changes.items() if name not in ("hessian_weight", "dead_zone")}
+        scale, zone = ScaleSpec(rule, k=k, hessian_weight=weight), changes.get("dead_zone", 0.0)
+        grid = GridSpec(bits, scale, zone, changes.get("form", "steps"))
+        others = {name: value for name, value in changes.items() if name not in ("hessian_weight", "dead_zone", "form")}
         return QuantSpec(matrix=grid, table=grid, rounding=solver, embedding_hessian=True, **others)
 
     return way
@@ -223,6 +226,19 @@ def _embedding(bits: int | None, own: float, solved: bool) -> Way:
     return lambda k: replace(wide()(k), override=part, embedding_hessian=solved)
 
 
+def forms(bench: Bench) -> None:
+    """Steps against Lloyd–Max levels, of rows as they are and rotated, all tensors at the same bits; then one step for
+    all of them, widened until the file weighs what that of rotated levels did."""
+    for bits in (4, 3, 5):
+        for form in FORMS:
+            grid = GridSpec(bits, form=form)
+            spec = QuantSpec(matrix=grid, table=grid, embedding_hessian=True)
+            size = bench.row(f"{bits} bits, {form}", spec, first=form == "steps")
+        for form in ("steps", "rotated"):
+            k, fitted = bench.fitted(wide(form=form), size)
+            bench.row(f"  {form} of {k / largest(WIDE):.2f} σ, one for all, at its bytes", fitted)
+
+
 def speed(bench: Bench) -> None:
     """GPTQ at B6's size: 66 random matrices, 31.7M weights, solved one after another with all threads on each, side by
     side with a thread each, and so with factors at hand. Reads nothing of the run."""
@@ -262,6 +278,7 @@ SECTIONS = {
     "pruning": pruning,
     "repairs": repairs,
     "embedding": embedding,
+    "forms": forms,
     "speed": speed,
 }
 

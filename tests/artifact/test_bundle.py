@@ -396,3 +396,29 @@ def test_what_cannot_be_told_beforehand_is_refused(house, source, error, says):
 def test_no_packed_modules_is_an_error_in_one_line():
     with pytest.raises(ArtifactError, match="no packed modules in it"):
         unpacked("print(1)")
+
+
+def test_a_word_of_a_literal_is_no_name(house, tmp_path):
+    """A choice may be called like a function of its module, which does not travel for that; a quoted type does."""
+    main = """
+        from dataclasses import dataclass, fields
+        from typing import Literal
+
+        class Kept: ...
+
+        def heavy(): ...
+
+        @dataclass
+        class Spec:
+            way: Literal["heavy", "light"] = "light"
+            kept: "Kept | None" = None
+
+        def build(cls, table):
+            return cls(**table)
+
+        def main(place, table, sources):
+            print(build(Spec, table).way, [field.name for field in fields(Spec)])
+    """
+    found = closure(house({"main": main}), "house.main:main").modules["house.main"]
+    assert "class Kept" in found
+    assert "def heavy" not in found

@@ -28,10 +28,13 @@ def test_no_mutation_does_harm(bench, tmp_path: Path) -> None:  # type: ignore[n
     assert sum(tally.other for tally in tallies.values()) > 0, "no forgery got through: they try nothing"
     assert tallies["repair", False].count > 10
     assert tallies["repair", False].other > 0, "no addend was forged"
+    assert tallies["forms", False].count > 10
+    assert tallies["forms", False].other > 0, "no form was forged"
 
 
 def test_other_addends_are_other_weights(bench, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """A digest of codes and scales alone would count a wrong addend as the same file."""
     digests = {one.coder: one.digest for one in bench.originals(tmp_path)}
     assert digests["plain"] != digests["plain, repair"]
+    assert digests["plain"] != digests["plain, forms"]
     assert bench.FLOAT in digests

@@ -1,7 +1,8 @@
 """The promise of the slot quant/rounding, run on every file in it: codes on the grid, the same for the same input, each
 row by itself, and where a Hessian is asked for an error of the outputs that is at most round-to-nearest's.
 
-A technique offers `Spec`, `NEEDS_HESSIAN` and `solve(weight, scales, bits, hessian, spec) -> Solution`.
+A technique offers `Spec`, `NEEDS_HESSIAN` and `solve(weight, scales, bits, hessian, spec) -> Solution`; with
+TAKES_BOOKS its codes may number the levels of a book.
 """
 
 import math
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from fairway.base.slots import kinds, technique
 from fairway.base.specs import build, to_plain
 from fairway.quant import QuantSpec, ScaleSpec, largest, nearest_codes, objective, row_scales
+from fairway.quant.books import Book, lloyd_max
 
 FOLDER = "fairway.quant.rounding"
 VARIANTS = {"gptq": [{"damping": 0.002, "block": 7}], "ascending_plain": [{"block": 7}]}
@@ -131,6 +133,26 @@ def test_the_error_of_the_outputs_is_at_most_nearests(kind, table, scale, bits):
         ours += objective(weight, solve(kind, table, weight, scales, bits, hessian).codes * step, hessian)
         nearest += objective(weight, nearest_codes(weight, scales, bits) * step, hessian)
     assert ours <= nearest
+
+
+@pytest.mark.parametrize("kind", [kind for kind in kinds(FOLDER) if hasattr(technique(FOLDER, kind), "TAKES_BOOKS")])
+@pytest.mark.parametrize("bits", [2, 4, 7])
+def test_one_that_takes_books_numbers_levels_and_is_better_than_their_nearest(kind, bits):
+    """Codes ±1 … ±2^(b−1), none 0; each row by itself; the error of the outputs summed over several matrices."""
+    module, book = technique(FOLDER, kind), Book(lloyd_max(bits), torch.device("cpu"))
+    ours = nearest = 0.0
+    for seed in range(4):
+        weight, hessian = problem(16, 32, seed)
+        scales = weight.square().mean(dim=1).sqrt().to(torch.float16)
+        step = scales.float()[:, None]
+        codes = module.solve(weight, scales, bits, hessian, module.Spec(), 0.0, book).codes
+        assert codes.dtype == torch.int8
+        assert 1 <= int(codes.abs().min()) <= int(codes.abs().max()) <= 2 ** (bits - 1)
+        alone = module.solve(weight[3:4], scales[3:4], bits, hessian, module.Spec(), 0.0, book).codes
+        assert torch.equal(alone, codes[3:4])
+        ours += objective(weight, book.values(codes.double()).float() * step, hessian)
+        nearest += objective(weight, book.values(book.nearest(weight.double() / step)).float() * step, hessian)
+    assert ours < nearest
 
 
 @every_technique

@@ -16,7 +16,7 @@ from fairway.lab.submit.export import needs, requirements, techniques
 from fairway.recipe import Recipe, load
 from fairway.script import training
 from fairway.script.environment import overridden
-from tests.tiny.way import SAMPLE, TINY
+from tests.tiny.way import SAMPLE, TINY, run_tiny
 
 ALONE = {name: os.environ[name] for name in ("PATH", "HOME", "SYSTEMROOT") if name in os.environ} | {
     "OMP_NUM_THREADS": "1"
@@ -86,6 +86,30 @@ def test_scripts_hold_what_their_coder_and_their_fit_need(tmp_path):
     scored = alone(score_script(recipe), tmp_path / "score", made / "artifact.fw", "--device", "cpu", "--json")
     assert scored.returncode == 0, scored.stderr
     assert f"final val_bpb:{json.loads(scored.stdout)['bits_per_byte']:.8f} (quantized)" in done.stdout
+
+
+def test_scripts_of_rotated_levels_go_the_whole_way(tmp_path):
+    """Text to file by one script, its score by the other; on from its weights by the package, to the same file."""
+    short = ("train.schedule.steps=2", "score.result=quantized", "score.adapt=none")
+    turbo = ("quant.matrix.form=turbo", "quant.matrix.bits=4", "quant.table.form=rotated", "quant.prune.when=never")
+    recipe = load(str(TINY), (f"data.path={SAMPLE}", *short, *turbo))
+    train, score = train_script(recipe), score_script(recipe)
+    held, decoder = unpacked(train.decode())[1], unpacked(score.decode())[1]
+    assert {"fairway.quant.books", "fairway.quant.forms"} <= held.keys()
+    assert "fairway.quant.forms" in decoder
+    assert "fairway.quant.books" not in decoder
+    done = alone(train, tmp_path / "train", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    (made,) = (tmp_path / "train" / "runs").iterdir()
+    scored = alone(score, tmp_path / "score", made / "artifact.fw", "--device", "cpu", "--json")
+    assert scored.returncode == 0, scored.stderr
+    assert f"final val_bpb:{json.loads(scored.stdout)['bits_per_byte']:.8f} (quantized)" in done.stdout
+    run_tiny(tmp_path / "package", *short, *turbo)
+    file = (tmp_path / "package" / "artifact.fw").read_bytes()
+    assert file == (made / "artifact.fw").read_bytes()
+    (tmp_path / "package" / "artifact.fw").unlink()  # as a run that was killed before it packed
+    run_tiny(tmp_path / "package", *short, *turbo)
+    assert (tmp_path / "package" / "artifact.fw").read_bytes() == file
 
 
 @pytest.mark.parametrize("coder", ["rans", "context"])
@@ -200,6 +224,8 @@ def test_the_scripts_of_b6_are_small_and_hold_its_techniques_alone(b6):
         "fairway.data.sources.text",
         "fairway.model.mlp.swiglu",
         "fairway.artifact.coder.lzma",
+        "fairway.quant.forms",
+        "fairway.quant.books",
         "fairway.cli",
     ):
         assert absent not in modules

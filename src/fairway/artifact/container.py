@@ -38,7 +38,7 @@ from fairway.base.errors import ArtifactError, ContractError, FairwayError, Reci
 from fairway.base.specs import choice
 from fairway.data.tokenizer import Tokenizer
 from fairway.model import GPT, ModelSpec
-from fairway.quant.grid import Passthrough, Quantized, Tensors
+from fairway.quant.grid import Passthrough, Quantized, Tensors, has
 
 MAGIC, VERSION = b"FAIRWAY", 1
 PRELUDE = len(MAGIC) + 1 + 4 + 4
@@ -86,9 +86,10 @@ def seal(
     sections["scales"] = squeeze(scales, pairs=True, neighbours=near)
     sections["float16"] = squeeze(numbers(list(plain.values())), pairs=True, neighbours=near)
     mended: tuple[tuple[str, int, int], ...] = ()
-    if any(isinstance(value, Quantized) and value.repair is not None for value in tensors.values()):
+    if has(tensors, "repair"):
         repair = slots.optional("fairway.artifact.repair")
         mended, sections["repair"] = repair.listed(tensors), repair.encode(tensors)
+    forms = slots.optional("fairway.quant.forms").listed(tensors) if has(tensors, "form") else ()
     sections["tokenizer"] = squeeze(tokenizer.model)
     header = Header(
         model=model,
@@ -100,6 +101,7 @@ def seal(
         float16=tuple((name, tuple(value.shape)) for name, value in plain.items()),
         sections=tuple((name, len(blob), zlib.crc32(blob)) for name, blob in sections.items()),
         repair=mended,
+        forms=forms,
     )
     return _written(path, squeeze(to_json(header)), sections)
 
@@ -126,6 +128,9 @@ def open_artifact(path: Path | str) -> Artifact:
         if any(known[name] != (group.part, layer) for name, _, _, layer in group.tensors):
             _fail(path, "header", f"group {group.part!r} holds tensors of other parts; the file is foreign or altered")
         tensors |= _decoded(path, header, group, blobs[group.section], scales)
+    if header.forms:
+        forms = _located(path, lambda: slots.optional("fairway.quant.forms"), section="header")
+        tensors |= _located(path, forms.applied, header.forms, tensors, section="header")
     if header.repair:
         repair = _located(path, lambda: slots.optional("fairway.artifact.repair"), section="repair")
         tensors |= _located(path, repair.decode, blobs["repair"], header.repair, tensors, section="repair")

@@ -4,7 +4,8 @@
  "groups": [{"part": "q", "bits": 5, "tensors": [["blocks.0.attention.q.weight", 512, 512, 0], ...]}, ...],
  "float16": [["skip", [5, 512]], ...],
  "sections": [["codes.q", 1234, 567890], ...],          name, stored bytes, crc32; in the file's order
- "repair": [["embedding.weight", 4, 64], ...]}          low-rank addends: tensor, rank, group; absent without any
+ "repair": [["embedding.weight", 4, 64], ...],          low-rank addends: tensor, rank, group; absent without any
+ "forms": [["blocks.0.mlp.up.weight", 0, [0.1284, ...]], ...]}  tensor, rotation, levels (quant/forms.py); likewise
 """
 
 import json
@@ -18,7 +19,7 @@ import torch
 from fairway.base import slots, specs
 from fairway.base.errors import ArtifactError, RecipeError
 from fairway.model import GPT, ModelSpec, tags
-from fairway.quant.grid import LEAST_BITS, MOST_BITS
+from fairway.quant.grid import LEAST_BITS, MOST_BITS, Said
 
 MOST_NUMBERS = 1 << 30  # a model of more parameters is refused: a file of a few bytes could claim any size
 MOST_HEADER = 1 << 22  # bytes of JSON
@@ -51,6 +52,7 @@ class Header:
     float16: tuple[tuple[str, tuple[int, ...]], ...]
     sections: tuple[tuple[str, int, int], ...]
     repair: tuple[tuple[str, int, int], ...] = ()
+    forms: tuple[Said, ...] = ()
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor by name."""
@@ -62,8 +64,9 @@ def to_json(header: Header) -> bytes:
     """Compact JSON; RecipeError for a decoder's table that JSON cannot hold."""
     try:
         table = specs.to_plain(header)
-        if not header.repair:
-            del table["repair"]  # files of the first fairway have none: the same tensors keep their bytes
+        for key in ("repair", "forms"):
+            if not table[key]:
+                del table[key]  # files of the first fairway have none: the same tensors keep their bytes
         if not header.model.apart:
             del table["model"]["apart"]  # nor has it that
         return json.dumps(table, separators=(",", ":"), allow_nan=False).encode()

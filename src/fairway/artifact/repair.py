@@ -4,7 +4,7 @@ Of each: A's codes + 2, four in a byte, the first in the lowest bits; B's codes 
 scales, float16, little-endian. All of it squeezed. Ranks and groups stand in the header.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,10 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fairway.artifact.squeeze import squeeze, unsqueeze
+from fairway.base.errors import ContractError
 from fairway.quant.grid import LEFT, MOST_GROUP, RIGHT, LowRank, Quantized, Tensors
 
 Listed = tuple[tuple[str, int, int], ...]
 """Tensor, rank, group."""
+ARRAYS = ("left", "left_scale", "right", "right_scales")
 
 
 def wanted(recipe: Mapping[str, Any]) -> bool:
@@ -59,6 +61,25 @@ def decode(blob: bytes, found: Listed, tensors: Tensors) -> Tensors:
         addend = _from_bytes(raw[start : start + size], codes[name].shape, rank, group)
         repaired[name], start = replace(codes[name], repair=addend), start + size
     return repaired
+
+
+def to_arrays(tensors: Tensors) -> tuple[dict[str, NDArray[Any]], dict[str, int]]:
+    """For a run's integers (integers.py): the addends' arrays by name, and their groups by tensor."""
+    found = _addends(tensors)
+    arrays = {f"{name}.repair.{part}": getattr(addend, part) for name, addend in found for part in ARRAYS}
+    return arrays, {name: addend.group for name, addend in found}
+
+
+def from_arrays(get: Callable[[str], NDArray[Any]], groups: Mapping[str, int], tensors: Tensors) -> Tensors:
+    """The tensors that have an addend, with it. get: an array by its name. ContractError where one is none of these."""
+    mended: Tensors = {}
+    for name, group in groups.items():
+        value = tensors[name]
+        if not isinstance(value, Quantized):
+            raise ContractError(f"repair: {name} has no codes")
+        addend = LowRank(**{part: get(f"{name}.repair.{part}") for part in ARRAYS}, group=group)
+        mended[name] = replace(value, repair=addend)
+    return mended
 
 
 def _addends(tensors: Tensors) -> Sequence[tuple[str, LowRank]]:

@@ -17,9 +17,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fairway.base.errors import RecipeError
 from fairway.model import GPT, Linear, projections
 from fairway.quant.grid import largest, nearest_codes
-from fairway.quant.plan import QuantSpec, plan
+from fairway.quant.plan import QuantSpec, plan, shaped
 from fairway.quant.scales import ScaleSpec, row_scales
 
 Plug = Callable[[Tensor], Tensor]
@@ -78,6 +79,10 @@ class FakeQuant:
     def __init__(self, model: GPT, quant: QuantSpec, spec: FakeSpec) -> None:
         self.spec, self.active = spec, False
         grids = {name: grid for name, grid in plan(model, quant).items() if grid is not None}
+        if any(map(shaped, grids.values())):
+            raise RecipeError(
+                f"qat.kind = {spec.kind!r}: training sees plain steps; take off, or quant's form = 'steps'"
+            )
         owners = {name: owner for name, owner in projections(model).items() if name in grids}
         self._owners = {n: o for n, o in owners.items() if spec.tables or isinstance(o, Linear)}
         self._bits = {name: grids[name].bits for name in self._owners}

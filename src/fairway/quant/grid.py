@@ -114,6 +114,14 @@ Passthrough = NDArray[np.float16] | NDArray[np.float32]
 Tensors = dict[str, Quantized | Passthrough]
 """A whole model, by parameter name: integers, or plain float16 (float32 in a file of float weights)."""
 
+Said = tuple[str, int, tuple[float, ...]]
+"""A tensor, and what its codes stand for instead of steps (forms.py): rotation, levels."""
+
+
+def has(tensors: Tensors, what: str) -> bool:
+    """Whether one of them has a "repair", or a "form" (forms.py)."""
+    return any(getattr(value, what, None) is not None for value in tensors.values())
+
 
 def entropy(codes: NDArray[np.int8]) -> float:
     """Bits per code of a coder that knows the codes' frequencies and nothing else (order-0 entropy)."""

@@ -7,11 +7,12 @@ scale = {rule = "percentile", floor = 0.0}
 parts = ["v", "o", "up", "down"]
 layers = [2, 8]                       # first and last
 bits = 4
+form = "turbo"                        # what codes stand for: FORMS
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from fairway.base import slots
 from fairway.base.errors import RecipeError
@@ -24,6 +25,9 @@ from fairway.quant.repair import RepairSpec
 from fairway.quant.scales import ScaleSpec
 
 FLOAT16 = 16  # bits: not quantised, stored as float16
+Form = Literal["steps", "lloyd_max", "rotated", "turbo"]
+"""steps: equal ones; lloyd_max: the 2^bits levels of the best quantiser of a normal, scaled by a row's root mean square
+and not as `scale` says; rotated: steps, of rows that are rotated at random; turbo: levels, of such rows (books.py)."""
 
 
 def _refuse_bits(bits: int) -> None:
@@ -38,6 +42,7 @@ class GridSpec:
     bits: int = 5  # 2 … 8; 16: float16, not quantised
     scale: ScaleSpec = field(default_factory=ScaleSpec)
     dead_zone: float = 0.0  # of a step, in [0, 0.5): how far every threshold of rounding moves away from zero
+    form: Form = "steps"  # what codes stand for
 
     def __post_init__(self) -> None:
         _refuse_bits(self.bits)
@@ -53,6 +58,7 @@ class Override:
     bits: int | None = None
     scale: ScaleSpec | None = None
     dead_zone: float | None = None
+    form: Form | None = None
 
     def __post_init__(self) -> None:
         if self.bits is not None:
@@ -68,7 +74,7 @@ class Override:
 
     def change(self, grid: GridSpec) -> GridSpec:
         dead_zone = grid.dead_zone if self.dead_zone is None else self.dead_zone
-        return GridSpec(self.bits or grid.bits, self.scale or grid.scale, dead_zone)
+        return GridSpec(self.bits or grid.bits, self.scale or grid.scale, dead_zone, self.form or grid.form)
 
 
 @dataclass(frozen=True)
@@ -109,6 +115,13 @@ class QuantSpec:
             raise ValueError("prune.budget and fit.budget: two ways to meet one; leave one out")
         if self.table.scale.hessian_weight and not self.embedding_hessian:
             raise ValueError("table.scale.hessian_weight: tables have no Hessian; set embedding_hessian, or take 0")
+        if shaped(self.matrix, self.table, *self.override):
+            slots.optional("fairway.quant.books").check_spec(self)
+
+
+def shaped(*grids: GridSpec | Override) -> bool:
+    """Whether the codes of one of them stand for something else than steps."""
+    return not {grid.form for grid in grids} <= {"steps", None}
 
 
 def needs_hessians(spec: QuantSpec) -> bool:
@@ -130,7 +143,9 @@ def plan(model: GPT, spec: QuantSpec) -> dict[str, GridSpec | None]:
     for name, parameter in model.named_parameters():
         grid = _grid(found[name], spec)
         small = parameter.numel() <= spec.passthrough_elements
-        planned[name] = None if grid is None or small or grid.bits == FLOAT16 else grid
+        planned[name] = grid = None if grid is None or small or grid.bits == FLOAT16 else grid
+        if grid and shaped(grid):
+            slots.optional("fairway.quant.books").check(name, grid, parameter.shape[1])
     return planned
 
 

@@ -19,7 +19,7 @@ from fairway.model import GPT, tags
 from fairway.quant.grid import Passthrough, Quantized, Tensors, entropy, nearest_codes
 from fairway.quant.observe import Hessians
 from fairway.quant.parallel import side_by_side
-from fairway.quant.plan import GridSpec, QuantSpec, needs_hessians, plan
+from fairway.quant.plan import GridSpec, QuantSpec, needs_hessians, plan, shaped
 from fairway.quant.pruning import ones, rankable, selective, small
 from fairway.quant.rounding import Solution, nearest
 from fairway.quant.scales import row_scales
@@ -83,6 +83,11 @@ def quantize_tensor(
     rounding: the Spec of a solver; None: round to nearest. factor: what `factored` made of this Hessian for this
     rounding, where several grids are tried.
     """
+    if shaped(grid):
+        found: tuple[Quantized, dict[str, Any]] = slots.optional("fairway.quant.books").shaped(
+            name, weight, grid, spec, rounding, hessian
+        )
+        return found
     watch = Stopwatch().start()
     trained = weight = weight.float()
     if spec.prune.when == "before":

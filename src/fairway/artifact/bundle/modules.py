@@ -256,6 +256,15 @@ def chain_of(node: ast.expr) -> Chain:
     return (*inner, node.attr) if inner and isinstance(node, ast.Attribute) else ()
 
 
+def _quoted(annotation: ast.AST) -> Iterator[str]:
+    """The types that an annotation names in quotes; words of Literal["..."] are none, whatever else has that name."""
+    if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
+        yield annotation.value
+    elif not (isinstance(annotation, ast.Subscript) and chain_of(annotation.value)[-1:] == ("Literal",)):
+        for inner in ast.iter_child_nodes(annotation):
+            yield from _quoted(inner)
+
+
 class _Reads(ast.NodeVisitor):
     """Names of the module read with their attributes, quoted annotations included; techniques named outright."""
 
@@ -346,12 +355,8 @@ class _Reads(ast.NodeVisitor):
         self.visit(node.target)
         kept, self.chains = self.chains, self.hints if self.fields else self.chains
         self.visit(node.annotation)
-        for inner in ast.walk(node.annotation):
-            if isinstance(inner, ast.Constant) and isinstance(inner.value, str):
-                try:
-                    self.visit(ast.parse(inner.value, mode="eval").body)
-                except SyntaxError:  # a word of Literal["..."]
-                    continue
+        for quoted in _quoted(node.annotation):
+            self.visit(ast.parse(quoted, mode="eval").body)
         self.chains = kept
 
     def visit_Call(self, node: ast.Call) -> None:

@@ -13,7 +13,9 @@ as one, stacked.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +26,9 @@ from fairway.quant.grid import largest
 from fairway.quant.rounding import Solution
 
 NEEDS_HESSIAN = True
+TAKES_BOOKS = True
+OnGrid = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Weights in units of their scales -> codes, and what these stand for in the same units."""
 RAISES = 8  # times damping may grow tenfold before the Hessian is refused
 
 
@@ -63,7 +68,13 @@ def factorise(hessian: Tensor, spec: Spec) -> Factor:
 
 
 def solve(
-    weight: Tensor, scales: Tensor, bits: int, hessian: Tensor | Factor | None, spec: Spec, dead_zone: float = 0.0
+    weight: Tensor,
+    scales: Tensor,
+    bits: int,
+    hessian: Tensor | Factor | None,
+    spec: Spec,
+    dead_zone: float = 0.0,
+    book: Any | None = None,
 ) -> Solution:
     """weight: (rows, cols); scales: (rows,) float16; hessian: (cols, cols), or a factor -> codes (rows, cols) int8."""
     if hessian is None:
@@ -73,7 +84,8 @@ def solve(
         raise ContractError(f"rounding = 'gptq': a factor of damping {factor.asked:g}, {spec.damping:g} is wanted")
     w = weight.double().masked_fill(factor.dead[None, :], 0.0)
     free = w[:, factor.order].T.contiguous()
-    columns = _solve_ordered(free, scales.double(), largest(bits), factor.upper, spec.block, dead_zone)
+    on_grid = _steps(largest(bits), dead_zone) if book is None else _levels(book)
+    columns = _solve_ordered(free, scales.double(), on_grid, factor.upper, spec.block)
     codes = torch.empty_like(columns)
     codes[factor.order] = columns
     facts = {
@@ -104,7 +116,23 @@ def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
     )
 
 
-def _solve_ordered(columns: Tensor, scales: Tensor, limit: int, upper: Tensor, block: int, dead_zone: float) -> Tensor:
+def _steps(limit: int, dead_zone: float) -> OnGrid:
+    def on_grid(y: Tensor) -> tuple[Tensor, Tensor]:
+        code = torch.clamp(towards_zero(y, dead_zone), -limit, limit)
+        return code, code
+
+    return on_grid
+
+
+def _levels(book: Any) -> OnGrid:
+    def on_grid(y: Tensor) -> tuple[Tensor, Tensor]:
+        code = book.nearest(y)
+        return code, book.values(code)
+
+    return on_grid
+
+
+def _solve_ordered(columns: Tensor, scales: Tensor, on_grid: OnGrid, upper: Tensor, block: int) -> Tensor:
     """columns: (cols, rows), consumed; scales: (rows,); upper: (cols, cols) -> codes (cols, rows)."""
     codes = torch.empty_like(columns)
     for start in range(0, len(columns), block):
@@ -112,9 +140,8 @@ def _solve_ordered(columns: Tensor, scales: Tensor, limit: int, upper: Tensor, b
         free, factor = columns[start:stop], upper[start:stop, start:stop]
         errors = torch.empty_like(free)
         for j in range(stop - start):
-            code = torch.clamp(towards_zero(free[j] / scales, dead_zone), -limit, limit)
-            errors[j] = (free[j] - code * scales) / factor[j, j]
+            codes[start + j], value = on_grid(free[j] / scales)
+            errors[j] = (free[j] - value * scales) / factor[j, j]
             free[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1.0)
-            codes[start + j] = code
         columns[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1.0)
     return codes
