@@ -19,17 +19,20 @@ FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-ne
 FLAGS += ("--disable-sync", "--no-first-run", "--disable-dev-shm-usage", "--allow-file-access-from-files")
 LIGHT, DARK = "--blink-settings=preferredColorScheme=1", "--blink-settings=preferredColorScheme=0"
 
-_LOOK = """onload = () => { const seen = Array.from(frames, f => ({
-  asked: f.innerWidth, width: f.document.documentElement.scrollWidth,
-  height: f.document.documentElement.scrollHeight,
-  loaded: f.performance.getEntriesByType('navigation')[0].domComplete,
-  fetched: f.performance.getEntriesByType('resource').map(e => e.name),
-  ids: [...f.document.querySelectorAll('[id]')].map(e => e.id),
-  lost: [...f.document.querySelectorAll('use')].map(e => e.getAttribute('xlink:href') || e.getAttribute('href'))
-    .filter(h => !f.document.getElementById(h.slice(1))),
-  nameless: [...f.document.querySelectorAll('svg')].filter(e => !e.getAttribute('aria-label')).length,
-  pictures: f.document.querySelectorAll('svg').length,
-  text: f.document.body.innerText })); said.textContent = JSON.stringify(seen) }"""
+# One frame after the other, each put in before the outer page's own `load`, which waits for it.
+_LOOK = """const seen = []; function next() { const width = widths.shift();
+  if (!width) { said.textContent = JSON.stringify(seen); return }
+  const frame = document.createElement('iframe'); frame.width = width; frame.height = 800;
+  frame.onload = () => { const w = frame.contentWindow, d = w.document; seen.push({
+    width: d.documentElement.clientWidth, needs: d.documentElement.scrollWidth,
+    ms: w.performance.getEntriesByType('navigation')[0].domComplete,
+    fetched: w.performance.getEntriesByType('resource').map(e => e.name),
+    ids: [...d.querySelectorAll('[id]')].map(e => e.id),
+    lost: [...d.querySelectorAll('use, a[href^="#"]')].map(e => e.getAttribute('xlink:href') || e.getAttribute('href'))
+      .filter(h => !d.getElementById(h.slice(1))),
+    nameless: [...d.querySelectorAll('svg')].filter(e => !e.getAttribute('aria-label')).length,
+    pictures: d.querySelectorAll('svg').length, text: d.body.innerText }); next() };
+  frame.src = page; document.body.append(frame) } next()"""
 
 
 @dataclass(frozen=True)
@@ -40,14 +43,12 @@ class Seen:
     console: list[str]
 
 
-def look(page: Path, widths: tuple[int, ...]) -> Seen:
-    """Opens a page in frames of these widths at once."""
-    frames = "".join(
-        f'<iframe src="{escape(page.as_uri())}" width="{width}" height="800"></iframe>' for width in widths
-    )
+def look(page: Path, widths: list[int]) -> Seen:
+    """Opens a page in frames of these widths, one after the other."""
     with tempfile.TemporaryDirectory() as place:
         outer = Path(place) / "outer.html"
-        outer.write_text(f"<!doctype html>{frames}<pre id=said></pre><script>{_LOOK}</script>")
+        told = f"const page = {json.dumps(page.as_uri())}, widths = {json.dumps(widths)};"
+        outer.write_text(f"<!doctype html><body><pre id=said></pre><script>{told}{_LOOK}</script>")
         done = _chromium(place, "--enable-logging=stderr", "--dump-dom", outer.as_uri())
     found = re.search(r'<pre id="said">(.*?)</pre>', done.stdout, re.DOTALL)
     assert found, done.stderr

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,29 @@ import numpy as np
 
 from fairway.base import tables
 from fairway.base.specs import to_plain
+from fairway.lab.sweep.book import PLAN
+from fairway.lab.sweep.plan import Planned
 from fairway.recipe import load
 from fairway.score.profile import PROFILE, Bits, Profile, packed
 from tests.tiny.way import SAMPLE, TINY
 
 PARTS = ("attention.q", "attention.k", "attention.v", "attention.o", "mlp.up", "mlp.down")
 STAGES = {"float": 2.0, "quantized": 2.02, "sliding": 1.98, "adapted": 1.95}
+
+SCORED = {"tokens": 40_000, "text_bytes": 100_000, "text_sha256": "text"}
+SCORED |= {"artifact_sha256": "file", "seconds": 3.0}
+
+
+def made_sweep(folder: Path, shifts: dict[str, float], seeds: tuple[int, ...] = (1, 2, 3)) -> Path:
+    """A sweep's folder whose first recipe is the baseline; another seed moves a score by 0.002 bits per byte."""
+    planned = []
+    for at, (name, shift) in enumerate(shifts.items()):
+        for seed in seeds:
+            one = Planned(f"{at}{seed}", name, seed, name, name, None, at == 0)
+            made_run(folder / one.folder, name, seed, shift + 0.002 * (seed + at % 2))
+            planned.append(asdict(one))
+    lines(folder / PLAN, planned)
+    return folder
 
 
 def made_run(folder: Path, name: str = "tiny", seed: int = 1, shift: float = 0.0, steps: int = 400) -> Path:
@@ -61,8 +79,16 @@ def facts(name: str, seed: int, stages: dict[str, float]) -> list[dict[str, Any]
         table,
         {"fact": "quant", "entropy_bytes": 50_000},
         {"fact": "scripts", "train_bytes": 50_000, "score_bytes": 30_000},
-        {"fact": "artifact", "bytes": 60_000, "sections": {"header": 1000, "codes": 58_968, "checksum": 32}},
-        *({"fact": f"score_{stage}", "bits_per_byte": value, "seconds": 3.0} for stage, value in stages.items()),
+        {
+            "fact": "artifact",
+            "bytes": 60_000,
+            "sha256": "file",
+            "sections": {"header": 1000, "codes": 58_968, "checksum": 32},
+        },
+        *(
+            {"fact": f"score_{stage}", "bits_per_byte": value, "code_length_bits": value * 100_000, **SCORED}
+            for stage, value in stages.items()
+        ),
         {"fact": "done", "bits_per_byte": stages["adapted"]},
     ]
     return [{"fact": row["fact"], "time": 1000.0 + at, **row} for at, row in enumerate(told)]

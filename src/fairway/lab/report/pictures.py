@@ -53,13 +53,20 @@ class Sheet:
         panels = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=list(heights))
         return figure, [row[0] for row in panels]
 
-    def picture(self, figure: Any, title: str, says: str) -> str:
-        """A figure as HTML. title: its heading; says: what it shows, for those who cannot see it."""
+    def places(self, most: int) -> Any:
+        """Where the marks of an axis stand: at round numbers, at most so many."""
+        from matplotlib.ticker import MaxNLocator
+
+        return MaxNLocator(most)
+
+    def picture(self, figure: Any, title: str, says: str, note: str = "") -> str:
+        """A figure as HTML. title: its heading; says: what it shows, for those who cannot see it; note: below it."""
         self.count += 1
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
         drawn = _inline(buffer.getvalue(), f"p{self.count}-", says)
-        return f"<figure><figcaption>{escape(title)}</figcaption>{drawn}</figure>"
+        below = f'<p class="quiet">{escape(note)}</p>' if note else ""
+        return f"<figure><figcaption>{escape(title)}</figcaption>{drawn}{below}</figure>"
 
 
 def named(axes: Any, says: str) -> None:
