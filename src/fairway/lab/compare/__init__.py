@@ -1,0 +1,20 @@
+"""Approaches held against a baseline: what several seeds and many documents allow to say of them."""
+
+from fairway.lab.compare.approaches import Approach, LeftOut, approaches, gather
+from fairway.lab.compare.comparison import Against, Compared, Comparison, Documents, Seeds, compare
+from fairway.lab.compare.tables import markdown, tables
+
+__all__ = [
+    "Against",
+    "Approach",
+    "Compared",
+    "Comparison",
+    "Documents",
+    "LeftOut",
+    "Seeds",
+    "approaches",
+    "compare",
+    "gather",
+    "markdown",
+    "tables",
+]
