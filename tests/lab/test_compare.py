@@ -89,7 +89,8 @@ def test_runs_from_before_profiles_are_compared_without_documents(tmp_path):
         made_run(tmp_path / f"less-{seed}", seed, 1.6, LESS, name="less", documents=None)
     one = against(compare([tmp_path]), "less")
     assert one.welch is not None
-    assert (one.by_document.difference, one.by_document.why[:21]) == (None, "no profile by documen")
+    assert (one.by_document.difference, one.by_document.why) == (None, "no profile")
+    assert "Not by document: less (no profile); `fairway score RUN` writes a profile." in compare([tmp_path]).notes
 
 
 def test_seeds_and_what_hangs_on_them_do_not_make_another_approach(tmp_path):

@@ -71,7 +71,7 @@ def paired_by_size(differences: npt.ArrayLike, sizes: npt.ArrayLike, level: floa
     delta method, each residual divided by what its part leaves to the others (as if the part were left out), and the
     freedom is that of the effective number of parts, sum(sizes)² / sum(sizes²): one long document counts as one,
     however many short ones stand beside it. The plain delta method with D - 1 called 3 % of null differences shown at
-    1 % where 34 documents differ in length as ours do, this one about 1 (bench/statistics.py).
+    1 % where 34 documents differ in length as ours do, this one about 1 (bench/chances.py).
     """
     bits, size = np.asarray(differences, dtype=np.float64), np.asarray(sizes, dtype=np.float64)
     whole = float(size.sum())

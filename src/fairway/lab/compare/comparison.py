@@ -7,15 +7,15 @@ approaches; the other two stand beside it and never take its place.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
 
 import numpy as np
 
 from fairway.base.errors import RecipeError
-from fairway.lab.compare.approaches import Approach, LeftOut, approaches, gather
+from fairway.lab.compare.approaches import Approach, approaches, gather
+from fairway.lab.compare.notes import notes_of
+from fairway.lab.compare.result import SURE, Against, Compared, Comparison, Documents, Seeds
 from fairway.lab.compare.same import RESULT, booked, refuse_unlike, stage_of, steps_of
 from fairway.lab.finished import Finished, whole
 from fairway.lab.statistics import (
@@ -32,80 +32,7 @@ from fairway.lab.statistics import (
 )
 from fairway.score.profile import Profile, read_profile
 
-SURE = 0.05  # the verdict's level, after Holm: of all that a table calls better, the chance that any is not
 NATURAL = ("b6", "pocket_b6")  # the baselines of sweeps, where no other is named
-
-
-@dataclass(frozen=True)
-class Seeds:
-    """The test over seeds, one by one. seeds: those that both have."""
-
-    difference: Difference | None  # in bits per byte; None where they have fewer than two in common
-    seeds: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class Documents:
-    """The test over documents. why: there is none; else how many, and over which seeds each was averaged."""
-
-    difference: Difference | None  # in bits per byte
-    documents: int = 0
-    seeds: tuple[int, ...] = ()
-    why: str = ""
-
-
-@dataclass(frozen=True)
-class Against:
-    """One approach against the baseline. Differences in bits per byte, below zero is better."""
-
-    bits_per_byte: float
-    nats_per_token: float
-    welch: Difference | None
-    holm: float | None  # Welch's chance of no gain, raised for all approaches of the table
-    holm_worse: float | None
-    by_seed: Seeds
-    by_document: Documents
-    verdict: str  # better, worse, no difference shown, not enough seeds
-    bar_chance: float | None  # p that it gains less than MARGIN nats per token
-    bar_met: bool
-    bar_seeds: int | None  # more of both that it would take, were they like these; None: 99 would not show it
-
-
-@dataclass(frozen=True)
-class Compared:
-    """An approach's row. Costs are means over its runs."""
-
-    label: str
-    seeds: tuple[int, ...]
-    runs: tuple[str, ...]
-    stage: str
-    scores: tuple[float, ...]
-    mean: float
-    spread: float | None  # standard deviation; None for one seed
-    low: float | None
-    high: float | None
-    nats_per_token: float
-    artifact_bytes: float
-    ms_per_step: float
-    train_seconds: float
-    score_seconds: float
-    steps: int
-    proof: str  # proven; proven on seed 1337; not proven
-    proofs: tuple[str, ...]  # of each run: proven; proven on another seed of the same recipe; not proven
-    against: Against | None  # None: the baseline itself
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The whole table. notes: what a reader must know of it."""
-
-    baseline: str
-    stage: str
-    text_sha256: str
-    text_bytes: int
-    rows: tuple[Compared, ...]
-    left_out: tuple[LeftOut, ...]
-    notes: tuple[str, ...]
 
 
 def compare(places: Sequence[Path], baseline: str = "", stage: str = RESULT, by: str = "steps") -> Comparison:
@@ -130,7 +57,7 @@ def compare(places: Sequence[Path], baseline: str = "", stage: str = RESULT, by:
         against = None if one is base else _against(one, base, stage, tests[one.label], raised.get(one.label))
         rows.append(_row(one, stage, against))
     first = booked(runs[0], stage)
-    notes = tuple(_notes(found, base, stage, rows))
+    notes = tuple(notes_of(found, base, stage, rows))
     left_out = (*left, *again)
     return Comparison(base.label, stage, first["text_sha256"], first["text_bytes"], tuple(rows), left_out, notes)
 
@@ -172,10 +99,10 @@ def _documents(one: Approach, base: Approach, common: tuple[int, ...], stage: st
         if a is not None and b is not None:
             kept.append((seed, a, b, ours, theirs))
     if not kept:
-        return Documents(None, why="no profile by document: `fairway score RUN` writes it")
+        return Documents(None, why="no profile")
     sizes = kept[0][1].documents[2]
     if any(not np.array_equal(each.documents[2], sizes) for _, a, b, _, _ in kept for each in (a, b)):
-        return Documents(None, why="their tokenizers cut the text into other documents")
+        return Documents(None, why="cut into other documents")
     if len(sizes) < 2:
         return Documents(None, len(sizes), why="one document")
     differences = np.mean(
@@ -269,27 +196,3 @@ def _proof(seeds: Sequence[int], proven: Sequence[bool]) -> str:
     if all(proven) or not any(proven):
         return "proven" if all(proven) else "not proven"
     return "proven on seed " + ", ".join(str(seed) for seed, each in zip(seeds, proven, strict=True) if each)
-
-
-def _notes(found: Sequence[Approach], base: Approach, stage: str, rows: Sequence[Compared]) -> list[str]:
-    notes = []
-    stages = {row.stage: [each.label for each in rows if each.stage == row.stage] for row in rows}
-    if len(stages) > 1:
-        told = "; ".join(f"{name}: {', '.join(labels)}" for name, labels in stages.items())
-        notes.append(f"Each approach's own result, of different stages ({told}); --stage compares one of all.")
-    tokens = {row.label: {booked(run, stage)["tokens"] for run in one.runs} for row, one in _with(found, rows)}
-    if len({count for counts in tokens.values() for count in counts}) > 1:
-        notes.append(f"Token counts differ: nats of differences are per token of {base.label}.")
-    for one in found:
-        codes = {str(run.facts.get("code", {}).get("sha256"))[:12] for run in one.runs}
-        if len(codes) > 1:
-            notes.append(f"{one.label}: its runs were made by {len(codes)} versions of the code.")
-    if any(len(one.runs) == 1 for one in found):
-        few = ", ".join(one.label for one in found if len(one.runs) == 1)
-        notes.append(f"One seed: {few}; no deviation, no test over seeds.")
-    return notes
-
-
-def _with(found: Sequence[Approach], rows: Sequence[Compared]) -> list[tuple[Compared, Approach]]:
-    by_label: dict[str, Any] = {one.label: one for one in found}
-    return [(row, by_label[row.label]) for row in rows]

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from fairway.lab.compare.comparison import SURE, Against, Compared, Comparison
+from fairway.lab.compare.result import SURE, Against, Compared, Comparison
 from fairway.lab.statistics import CHANCE, MARGIN, Difference
 
 
@@ -28,17 +28,8 @@ def tables(found: Comparison) -> list[Sheet]:
 
 def markdown(found: Comparison) -> str:
     """One table for a README or a log, and the lines that a reader must know."""
-    head = (
-        "approach",
-        "seeds",
-        "bits per byte",
-        "95 % interval",
-        "difference",
-        "nats per token",
-        "p (Holm)",
-        "verdict",
-    )
-    head += ("p by document", "bar", "bytes", "ms/step", "score s", "proof")
+    scores = ("approach", "seeds", "bits per byte", "95 % interval", "difference", "nats per token", "p (Holm)")
+    head = (*scores, "verdict", "p by document", "bar", "bytes", "ms/step", "score s", "proof")
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for row in found.rows:
         against = row.against
@@ -82,8 +73,8 @@ def bar(against: Against) -> str:
     if against.bar_met:
         return "met"
     if against.bar_seeds is None:
-        return "not met; no number of seeds"
-    return f"not met; {against.bar_seeds} more seed{'s' * (against.bar_seeds != 1)} of both"
+        return "not met by 99 seeds" if against.nats_per_token < -MARGIN else "not met: the mean is short of it"
+    return f"not met: {against.bar_seeds} more seed{'s' * (against.bar_seeds != 1)} of both"
 
 
 def chance(value: float | None) -> str:
