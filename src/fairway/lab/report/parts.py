@@ -18,7 +18,8 @@ nav a:hover { text-decoration: underline; }
 .tiles div:first-child b { color: var(--accent); }
 .tiles span { display: block; color: var(--quiet); font-size: .82rem; line-height: 1.35; }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: .75rem; }
-.stack td:nth-child(2) { min-width: 9.5rem; } .stack > h3 { margin-top: 1.1rem; } .stack > p:first-of-type { margin-top: .8rem; }
+.stack td:nth-child(2) { min-width: 9.5rem; }
+.stack > h3 { margin-top: 1.1rem; } .stack > p:first-of-type { margin-top: .8rem; }
 .grid > *, .wide { min-width: 0; }
 figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: .5rem;
   padding: .7rem .8rem; }

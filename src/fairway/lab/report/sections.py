@@ -150,7 +150,7 @@ def _cell(fact: dict[str, Any], over: str, key: str, shown: str) -> tuple[str, f
     if over and value is not None:
         whole = number(fact.get(over))
         value = value / whole if whole else None
-    return ("", None) if value is None else (format(value, shown), value)
+    return ("", None) if value is None else (format(value, shown).replace("%", " %"), value)
 
 
 _MEASURES = (
