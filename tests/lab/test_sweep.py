@@ -5,11 +5,9 @@ import io
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -240,9 +238,8 @@ def test_a_terminal_shows_each_run_and_the_time_left_for_all(recipes, tmp_path):
 
 
 def sweep_process(recipes, folder, *arguments):
-    """The sweep as a person starts it, two runs at a time."""
-    command = [sys.executable, "-m", "fairway", "sweep", recipes, "--out", folder, "--jobs", "2", "--device", "cpu"]
-    command += [word for override in SHORT for word in ("--set", override)]
+    """The sweep as a person starts it."""
+    command = [sys.executable, "-m", "fairway", "sweep", recipes, "--out", folder, "--device", "cpu", *settings()]
     return subprocess.Popen(
         [*map(str, command), *arguments],
         stdout=subprocess.PIPE,
@@ -250,6 +247,10 @@ def sweep_process(recipes, folder, *arguments):
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
+
+
+def settings():
+    return [word for override in SHORT for word in ("--set", override)]
 
 
 def facts(path):
@@ -271,74 +272,70 @@ def contents(folder):
 
 @pytest.mark.slow
 def test_a_sweep_killed_twice_loses_nothing_repeats_nothing_and_gives_the_same_bits(recipes, tmp_path, fairway):
-    folder, chance = tmp_path / "sweep", random.Random()
+    folder, chance, plain = tmp_path / "sweep", random.Random(), recipes / "plain.toml"
 
-    def training(count):
-        """Whether so many runs have taken a step."""
-        return lambda: len(list(folder.glob("*/curves.jsonl"))) >= count
+    def killed_in_training(count):
+        """A sweep, killed while its run number `count` trains or a little later: at a random moment."""
+        process = sweep_process(plain, folder, "--seeds", "1,2", "--jobs", "1")
+        wait_for(lambda: len(list(folder.glob("*/curves.jsonl"))) >= count)
+        time.sleep(chance.uniform(0.0, 2.0))
+        process.kill()
+        process.communicate()
 
-    first = sweep_process(recipes, folder, "--seeds", "1,2")
-    wait_for(training(1))
-    time.sleep(chance.uniform(0.0, 2.0))
-    first.send_signal(signal.SIGKILL)
-    first.communicate()
-
-    second = sweep_process(recipes, folder, "--seeds", "1,2")
-    wait_for(training(3))
-    time.sleep(chance.uniform(0.0, 2.0))
-    second.send_signal(signal.SIGKILL)
-    second.communicate()
+    killed_in_training(1)
+    killed_in_training(2)
     done = {one.folder: contents(folder / one.folder) for one in read_plan(folder) if finished(folder, one)}
-
-    third = sweep_process(recipes, folder, "--seeds", "1,2")
+    third = sweep_process(plain, folder, "--seeds", "1,2", "--jobs", "1")
     said, _ = third.communicate(timeout=300)
     assert third.returncode == 0, said
 
     runs = read_plan(folder)
-    assert [(one.recipe, one.seed) for one in runs] == [("plain", 1), ("wide", 1), ("plain", 2), ("wide", 2)]
+    assert [one.seed for one in runs] == [1, 2]
     for one in runs:
-        journal = facts(folder / one.folder / "journal.jsonl")
-        assert [row["fact"] for row in journal].count("train") == 1, "trained once"
+        journal = [row["fact"] for row in facts(folder / one.folder / "journal.jsonl")]
+        assert journal.count("train") == journal.count("done") == 1, "trained once, and ended once"
         assert not (folder / one.folder / "checkpoint.pt").exists()
+    assert done, "the first was finished when the second trained"
     for name, before in done.items():
         assert contents(folder / name) == before, "a finished run is not touched"
     booked = [row["id"] for row in facts(folder / "sweep.jsonl") if row["fact"] == "finished"]
     assert sorted(booked) == sorted(one.id for one in runs)
-    assert not (tmp_path / "latest").exists() | (folder / "latest").exists()
+    assert not (folder / "latest").exists()
 
-    plain = replace(load(str(TINY)), name="plain")
-    outcome = run_tiny(tmp_path / "alone", *SHORT, "seed=2", f"name={plain.name}")
-    swept = json.loads((folder / runs[2].folder / "score.json").read_text())
-    assert swept["bits_per_byte"] == outcome.bits_per_byte, "the same number as `fairway run` gives, to the bit"
-    assert swept["artifact_sha256"] == outcome.artifact_sha256
-    assert swept["recipe_sha256"] == outcome.recipe_sha256 == runs[2].sha256
+    for one in runs:
+        outcome = run_tiny(tmp_path / f"alone-{one.seed}", *SHORT, f"seed={one.seed}", "name=plain")
+        swept = finished(folder, one)
+        assert swept["bits_per_byte"] == outcome.bits_per_byte, "the number of `fairway run`, to the bit"
+        assert swept["artifact_sha256"] == outcome.artifact_sha256
+        assert swept["recipe_sha256"] == outcome.recipe_sha256 == one.sha256
 
     kept = {one.folder: contents(folder / one.folder) for one in runs}
-    settings = [word for override in SHORT for word in ("--set", override)]
-    again = fairway("sweep", recipes, "--out", folder, "--seeds", "2,1", *settings, "--json")
+    again = fairway("sweep", plain, "--out", folder, "--seeds", "2,1", *settings(), "--json")
     assert again.code == 0
-    assert {run["bits_per_byte"] for run in json.loads(again.out)["runs"]} == {
-        json.loads((folder / one.folder / "score.json").read_text())["bits_per_byte"] for one in runs
-    }
+    assert [run["bits_per_byte"] for run in json.loads(again.out)["runs"]] == [
+        finished(folder, one)["bits_per_byte"] for one in reversed(runs)
+    ]
     assert kept == {one.folder: contents(folder / one.folder) for one in runs}, "all are finished: nothing was run"
 
 
 def test_a_run_that_fails_is_booked_and_the_others_go_on(fairway, recipes, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    (recipes / "wide.toml").write_text('extends = "plain.toml"\n[train.optim.table]\nlr = 1e30\n')
-    settings = [word for override in SHORT for word in ("--set", override)]
-    answer = fairway("sweep", recipes, "--seeds", "1", "--runs", tmp_path / "runs", "--device", "cpu", *settings)
+    (recipes / "first.toml").write_text('extends = "plain.toml"\n[data]\npath = "nowhere.txt"\n')
+    (recipes / "wide.toml").unlink()
+    answer = fairway("sweep", recipes, "--seeds", "1", "--runs", tmp_path / "runs", "--device", "cpu", *settings())
     folder = tmp_path / "runs" / "sweep-small"
     assert answer.code == 1
-    good, bad = ((one, finished(folder, one)) for one in read_plan(folder))
-    assert good[1] is not None
-    assert bad[1] is None
+    bad, good = read_plan(folder)
+    score = finished(folder, good)
+    assert score is not None
+    assert finished(folder, bad) is None
     last = {row["id"]: row for row in facts(folder / "sweep.jsonl")}
-    assert last[good[0].id]["fact"] == "finished"
-    assert last[good[0].id]["bits_per_byte"] == good[1]["bits_per_byte"]
-    assert last[bad[0].id]["fact"] == "failed"
-    assert "the loss is not finite" in last[bad[0].id]["error"]
-    assert "1 of 2 runs failed: wide seed 1" in answer.err
+    assert last[good.id]["fact"] == "finished"
+    assert last[good.id]["bits_per_byte"] == score["bits_per_byte"]
+    assert last[bad.id]["fact"] == "failed"
+    assert last[bad.id]["error"].startswith("DataError: ")
+    assert "nowhere.txt" in last[bad.id]["error"]
+    assert "1 of 2 runs failed: first seed 1; why stands above" in answer.err
     assert "Traceback" not in answer.err
-    assert f"plain  {good[1]['bits_per_byte']:.4f}" in " ".join(answer.out.split()).replace(" ", "  ")
+    assert f"plain {score['bits_per_byte']:.4f} 1 of 1 seeds" in " ".join(answer.out.split())
     assert not (tmp_path / "runs" / "latest").exists()

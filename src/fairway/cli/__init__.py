@@ -7,7 +7,7 @@ from typing import Any
 import typer
 
 from fairway.base.errors import one_line_errors
-from fairway.cli import audit, data, listing, proofs, reports, runs, sweeps, texts
+from fairway.cli import audit, comparing, data, listing, proofs, reports, runs, sweeps, texts
 
 app = typer.Typer(
     help="Trains the best language model that fits a byte budget, and scores it as the size of a file that decodes.",
@@ -15,7 +15,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verbs in (runs, sweeps, reports, proofs, audit, data, texts, listing):
+for verbs in (runs, sweeps, comparing, reports, proofs, audit, data, texts, listing):
     app.add_typer(verbs.app)
 
 

@@ -4,8 +4,9 @@ from pathlib import Path
 
 from fairway.base.errors import RecipeError
 from fairway.base.files import write
-from fairway.lab.report import open_folder, run_page
-from fairway.verbs.printing import answer
+from fairway.lab.report import open_folder, run_page, sweep_page
+from fairway.lab.report.folder import is_run
+from fairway.verbs.printing import answer, printable
 
 PAGE = "report.html"
 
@@ -13,13 +14,16 @@ PAGE = "report.html"
 def report(folder: Path, out: Path | None, as_json: bool) -> None:
     """Writes the page, and says where it lies and what it weighs."""
     place = out or folder / PAGE
+    if not folder.is_dir():
+        raise RecipeError(f"{folder}: no such folder; name a run folder, such as runs/latest, or a sweep's")
     if place.is_dir():
         raise RecipeError(f"{place}: a folder; name the file that the page is written to")
-    opened = open_folder(folder)
-    drawn, missing = run_page(opened), opened.missing
+    if is_run(folder):
+        opened = open_folder(folder)
+        drawn, missing = run_page(opened), list(opened.missing)
+    else:
+        drawn, missing = sweep_page(folder)
     write(place, drawn)
-    facts = {"page": str(place), "bytes": len(drawn.encode()), "missing": list(missing)}
-    line = f"{place}: {facts['bytes']:,} bytes" + (
-        f"; {len(missing)} things are missing, named in it" if missing else ""
-    )
-    answer(facts, line, as_json)
+    facts = {"page": str(place), "bytes": len(drawn.encode()), "missing": missing}
+    told = f"; {len(missing)} missing: {missing[0]}" if missing else ""
+    answer(facts, printable(f"{place}: {facts['bytes']:,} bytes{told}"), as_json)

@@ -11,8 +11,9 @@ from typing import Any
 
 from fairway.base import files, slots, tables
 from fairway.base.devices import choose
-from fairway.base.errors import FairwayError
+from fairway.base.errors import DataError, FairwayError, RecipeError
 from fairway.base.specs import to_plain
+from fairway.lab.compare.same import RESULT
 from fairway.lab.sweep import Approach, Book, Planned, approaches, finished, folder_name, plan, read_plan
 from fairway.lab.sweep.book import expected_seconds, read_facts
 from fairway.lab.sweep.engines import Crew, crew, gpus_here
@@ -20,6 +21,7 @@ from fairway.lab.sweep.one import Ended, Job
 from fairway.lab.sweep.showing import Progress, Screen, shown
 from fairway.recipe import Recipe
 from fairway.steps import RECIPE
+from fairway.verbs.comparing import compare
 from fairway.verbs.listing import parameters
 from fairway.verbs.printing import table
 from fairway.verbs.running import seeds_of
@@ -61,7 +63,7 @@ def sweep(
 
 def _make(book: Book, planned: Runs, where: ModuleType, hands: Crew, target: str, quiet: bool) -> dict[str, str]:
     """Runs what is not finished; {id: why} of those that failed."""
-    booked = {fact["id"] for fact in book.facts if fact["fact"] == "finished"}
+    booked = {fact.get("id") for fact in book.facts if fact.get("fact") == "finished"}
     todo = [(one, recipe) for one, recipe in planned if finished(book.folder, one) is None]
     for one, _ in planned:
         score = finished(book.folder, one)
@@ -173,4 +175,12 @@ def _show_results(folder: Path, planned: Runs, failed: dict[str, str], as_json: 
         mean = f"{statistics.mean(values):.4f}{spread}" if values else "-"
         shown.append((name, mean, f"{len(values)} of {sum(one.recipe == name for one, _ in planned)} seeds"))
     table("recipe", "bits per byte", shown)
+    if sum(map(bool, scores.values())) > 1:
+        try:
+            compare([folder], "", RESULT, "steps", False, False)
+        except (
+            RecipeError,
+            DataError,
+        ) as error:  # runs of this sweep cannot be held against one another: its own line says why
+            print(f"compare: {error}")
     print(f"sweep folder {folder}")

@@ -8,7 +8,7 @@ from fairway.lab.report.curves import Curve, smoothed
 from fairway.lab.report.folder import Folder
 from fairway.lab.report.pictures import ACCENT, FAINT, QUIET, Sheet, named
 
-NAMES = {"float": "float", "quantized": "quantised", "sliding": "with context", "adapted": "adapted"}
+NAMES = {"float": "float", "quantized": "quantised", "sliding": "sliding", "adapted": "adapted"}
 _SMOOTH = 17  # drawn points that a trend is the mean of
 _GROUPS = 8  # of documents by length
 

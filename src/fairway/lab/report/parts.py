@@ -18,6 +18,8 @@ nav a:hover { text-decoration: underline; }
 .tiles div:first-child b { color: var(--accent); }
 .tiles span { display: block; color: var(--quiet); font-size: .82rem; line-height: 1.35; }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: .75rem; }
+.stack td:nth-child(2) { min-width: 9.5rem; }
+.stack > h3 { margin-top: 1.1rem; } .stack > p:first-of-type { margin-top: .8rem; }
 .grid > *, .wide { min-width: 0; }
 figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: .5rem;
   padding: .7rem .8rem; }
@@ -28,7 +30,8 @@ svg * { stroke-linejoin: round; stroke-linecap: butt; }
 .wide table { border: 0; background: none; } .wide td, .wide th { overflow-wrap: normal; }
 .wide tr:first-child > td { border-top: 1px solid var(--line); }
 tr.chosen td { font-weight: 600; } tr.chosen td:nth-child(2) { color: var(--accent); }
-td.bar { min-width: 7rem; width: 30%; vertical-align: middle; }
+td.bar { min-width: 5rem; width: 30%; vertical-align: middle; }
+.wide td:last-child:not(.bar):not(.number) { min-width: 12rem; }
 .bar i { display: block; height: .7rem; border-radius: .2rem; background: var(--faint); }
 .chosen .bar i { background: var(--accent); }
 .over .bar i { background: var(--violates); }
@@ -40,6 +43,8 @@ td.heat { background: color-mix(in srgb, var(--accent) var(--heat), transparent)
 .scale span { padding: .1rem .5rem; border-radius: .2rem; }
 .missing { border-left: 3px solid var(--suspect); padding: .1rem 0 .1rem .8rem; margin: 1rem 0; font-size: .92rem; }
 .missing ul { margin: .2rem 0; padding-left: 1.1rem; }
+@media (max-width: 30rem) { .wide th, .wide td { padding: .35rem .4rem; font-size: .85rem; } td.bar { min-width: 3rem; }
+  figure { padding: .6rem .5rem; } .tiles b { font-size: 1.25rem; } }
 .journal td { font-size: .85rem; } .journal code { font-size: .95em; }
 """
 

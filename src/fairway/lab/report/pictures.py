@@ -32,29 +32,41 @@ def plotting() -> Any:
 
 
 class Sheet:
-    """The pictures of one page."""
+    """The pictures of one page; they are drawn inside `with`, in the page's style."""
 
     def __init__(self) -> None:
-        self.matplotlib = plotting()
+        self.style = plotting().rc_context(_STYLE)
         self.count = 0
+
+    def __enter__(self) -> "Sheet":
+        self.style.__enter__()
+        return self
+
+    def __exit__(self, *about: Any) -> None:
+        self.style.__exit__(*about)
 
     def axes(self, height: float, heights: Sequence[float] = (1.0,)) -> tuple[Any, list[Any]]:
         """A figure of `height` inches, and its panels above one another, which share their x axis."""
         from matplotlib.figure import Figure
 
-        with self.matplotlib.rc_context(_STYLE):
-            figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-            panels = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=list(heights))
+        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+        panels = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=list(heights))
         return figure, [row[0] for row in panels]
 
-    def picture(self, figure: Any, title: str, says: str) -> str:
-        """A figure as HTML. title: its heading; says: what it shows, for those who cannot see it."""
+    def places(self, most: int) -> Any:
+        """Where the marks of an axis stand: at round numbers, at most so many."""
+        from matplotlib.ticker import MaxNLocator
+
+        return MaxNLocator(most)
+
+    def picture(self, figure: Any, title: str, says: str, note: str = "") -> str:
+        """A figure as HTML. title: its heading; says: what it shows, for those who cannot see it; note: below it."""
         self.count += 1
         buffer = io.StringIO()
-        with self.matplotlib.rc_context(_STYLE):
-            figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
         drawn = _inline(buffer.getvalue(), f"p{self.count}-", says)
-        return f"<figure><figcaption>{escape(title)}</figcaption>{drawn}</figure>"
+        below = f'<p class="quiet">{escape(note)}</p>' if note else ""
+        return f"<figure><figcaption>{escape(title)}</figcaption>{drawn}{below}</figure>"
 
 
 def named(axes: Any, says: str) -> None:

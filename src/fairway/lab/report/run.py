@@ -14,13 +14,16 @@ _TITLES = ("Stages", "Training", "The text", "Bytes", "Budgets", "Quantisation",
 
 def run_page(folder: Folder) -> str:
     """HTML: all that the run folder holds, and what is missing of it."""
-    sheet = Sheet()
-    text = [charts.along(folder, sheet), charts.by_length(folder, sheet), charts.gain(folder, sheet)]
+    with Sheet() as sheet:
+        training = charts.training(folder, sheet)
+        text = [charts.along(folder, sheet), charts.by_length(folder, sheet), charts.gain(folder, sheet)]
     made = [
         parts.section("Stages", sections.stages(folder)),
-        parts.section("Training", _grid(charts.training(folder, sheet))),
+        parts.section("Training", _grid(training)),
         parts.section("The text", _grid(text), says="Held out: no byte of it was trained on."),
-        parts.section("Bytes", sections.weights(folder), says="Every file by its size on disk; nothing is estimated."),
+        parts.section(
+            "Bytes", _grid(sections.weights(folder)), says="Every file by its size on disk; nothing is estimated."
+        ),
         parts.section("Budgets", sections.budgets(folder)),
         parts.section("Quantisation", *sections.quantisation(folder)),
         parts.section("A sample", sections.sample(folder)),
@@ -35,8 +38,8 @@ def run_page(folder: Folder) -> str:
     return pages.page(title, body, parts.STYLE)
 
 
-def _grid(pictures: list[str]) -> str:
-    drawn = "".join(pictures)
+def _grid(boxes: list[str]) -> str:
+    drawn = "".join(boxes)
     return f'<div class="grid">{drawn}</div>' if drawn else ""
 
 

@@ -44,37 +44,27 @@ def budgets(folder: Folder) -> str:
     train, calibration = (number(folder.get(fact, "seconds")) for fact in ("train", "calibration"))
     writing = number(folder.get("train", "writing_seconds")) or 0.0
     artifact, code = number(folder.get("artifact", "bytes")), number(folder.get("scripts", "train_bytes")) or 0.0
+    seconds, size = folder.figure("budget", "train_seconds"), folder.figure("budget", "artifact_bytes")
+    trained = None if train is None else train + writing
+    both = None if trained is None or calibration is None else trained + calibration
+    scored = number(folder.get(f"score_{folder.result}", "seconds"))
+    stage = NAMES.get(folder.result, folder.result)
     spent = [
-        ("training", None if train is None else train + writing, folder.figure("budget", "train_seconds"), "s"),
-        ("calibration", calibration, folder.figure("budget", "train_seconds"), "s"),
-        (
-            "training + calibration",
-            None if train is None or calibration is None else train + writing + calibration,
-            folder.figure("budget", "train_seconds"),
-            "s",
-        ),
-        (
-            f"scoring ({NAMES.get(folder.result, folder.result)})",
-            number(folder.get(f"score_{folder.result}", "seconds")),
-            folder.figure("budget", "eval_seconds"),
-            "s",
-        ),
-        (
-            "artifact + code",
-            None if artifact is None else artifact + code,
-            folder.figure("budget", "artifact_bytes"),
-            "bytes",
-        ),
+        ("training, s", trained, seconds, ",.1f"),
+        ("calibration, s", calibration, seconds, ",.1f"),
+        ("both, s", both, seconds, ",.1f"),
+        (f"scoring ({stage}), s", scored, folder.figure("budget", "eval_seconds"), ",.1f"),
+        ("artifact + code, bytes", None if artifact is None else artifact + code, size, ",.0f"),
     ]
     lines = [
         (
             name,
-            f"{value:,.0f} {unit}" if unit == "bytes" else f"{value:,.1f} {unit}",
-            f"{limit:,.0f} {unit}" if limit else "none",
+            format(value, shown),
+            f"{limit:,.0f}" if limit else "none",
             f"{100 * value / limit:.1f} %" if limit else "",
             parts.bar(value / limit if limit else 0.0),
         )
-        for name, value, limit, unit in spent
+        for name, value, limit, shown in spent
         if value is not None
     ]
     if not lines:
@@ -82,31 +72,27 @@ def budgets(folder: Folder) -> str:
     return parts.table(("budget", "spent", "limit", "share", ""), lines, ("spent", "limit", "share"))
 
 
-def weights(folder: Folder) -> str:
-    """Both sums that a run weighs, by stat(), and the artifact's sections."""
-    sizes = [folder.size(name) for name in (TRAIN, SCORE, ARTIFACT)]
+def weights(folder: Folder) -> list[str]:
+    """Both sums that a run weighs, by stat(), and the sections that the artifact is made of."""
+    train, score, artifact = (folder.size(name) for name in (TRAIN, SCORE, ARTIFACT))
     told = folder.get("artifact", "sections")
     known = {str(name): number(size) for name, size in told.items()} if isinstance(told, dict) else {}
     sections = {name: int(size) for name, size in known.items() if size is not None}
-    train, score, artifact = sizes
-    if artifact is None or not sections:
-        return ""
-    if train is None or score is None:
-        shown = [("artifact", f"{artifact:,}", ARTIFACT), *((f"  {n}", f"{s:,}", "") for n, s in sections.items())]
-    else:
+    if artifact is None:
+        return []
+    rows_ = [("artifact", f"{artifact:,}", ARTIFACT)]
+    if train is not None and score is not None:
         budget = int(folder.figure("budget", "artifact_bytes") or 0)
-        shown = Weight(str(folder.path), train, score, artifact, sections, budget, (), False).rows()
-    lines = []
-    for name, size, remark in shown:
-        share = float(size.replace(",", "")) / artifact
-        inside = name.startswith("  ")
-        lines.append(
-            (name.strip(), size, f"{100 * share:.1f} %" if inside else "", parts.bar(share if inside else 0), remark)
-        )
-    chosen = [at for at, line in enumerate(lines) if line[0] in ("challenge", "closed")]
-    return parts.table(
-        ("section", "bytes", "of the artifact", "", "what it is"), lines, ("bytes", "of the artifact"), chosen
-    )
+        rows_ = Weight(str(folder.path), train, score, artifact, {}, budget, (), False).rows()
+    chosen = [at for at, row in enumerate(rows_) if row[0] in ("challenge", "closed")]
+    most = max(sections.values(), default=0)
+    lines = [
+        (name, f"{size:,}", f"{100 * size / artifact:.1f} %", parts.bar(size / most if most else 0.0))
+        for name, size in sections.items()
+    ]
+    sums = parts.table(("file", "bytes", "what it is"), rows_, ("bytes",), chosen)
+    inside = parts.table(("section", "bytes", "share", ""), lines, ("bytes", "share")) if lines else ""
+    return [f"<div><h3>what is weighed</h3>{sums}</div>", f"<div><h3>inside the artifact</h3>{inside}</div>"]
 
 
 def quantisation(folder: Folder) -> list[str]:
@@ -164,18 +150,18 @@ def _cell(fact: dict[str, Any], over: str, key: str, shown: str) -> tuple[str, f
     if over and value is not None:
         whole = number(fact.get(over))
         value = value / whole if whole else None
-    return ("", None) if value is None else (format(value, shown), value)
+    return ("", None) if value is None else (format(value, shown).replace("%", " %"), value)
 
 
 _MEASURES = (
-    ("error left by rounding (objective)", "objective", "", ".3g"),
+    ("error left by rounding (objective)", "objective", "", "#.3g"),
     ("error, of rounding to nearest", "objective", "objective_nearest", ".0%"),
     ("entropy, bits a weight", "entropy", "", ".2f"),
     ("zeros", "zeros", "", ".1%"),
 )
 _COLUMNS = {
     "bits": ("bits", ".0f"),
-    "objective": ("objective", ".3g"),
+    "objective": ("objective", "#.3g"),
     "entropy, bits": ("entropy", ".2f"),
     "zeros": ("zeros", ".1%"),
 }

@@ -25,8 +25,9 @@ from fairway.base import files, folders
 from fairway.base.errors import ContractError, RecipeError
 from fairway.base.journal import JOURNAL
 from fairway.data import open_corpus
+from fairway.lab.finished import curve_of
 from fairway.lab.submit.commits import Code, code_of
-from fairway.lab.submit.entries import Entry, curve_of, entry
+from fairway.lab.submit.entries import Entry, entry
 from fairway.lab.submit.export import SCORE, TRAIN, checkout
 from fairway.lab.submit.record import REQUIREMENTS, load
 from fairway.steps.products import ARTIFACT, RECIPE

@@ -3,16 +3,17 @@
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fairway.artifact.bundle import unpacked
-from fairway.base import files, folders, recipes
-from fairway.base.errors import DataError, RecipeError
-from fairway.base.journal import CURVES, Run
+from fairway.base import files
+from fairway.base.errors import RecipeError
+from fairway.base.journal import Run
 from fairway.base.specs import build, to_plain
+from fairway.lab.finished import curve_of, differences, own_score, read_run, whole
 from fairway.lab.submit.export import SCORE, TRAIN
 from fairway.lab.submit.origin import Origin, origin
 from fairway.lab.submit.rules import Facts, rules
@@ -42,19 +43,15 @@ def entry(folder: Path) -> Entry:
         if not (folder / name).exists():
             remedy = "`fairway weigh RUN` writes it" if name in (TRAIN, SCORE) else "name a finished run"
             raise RecipeError(f"{folder}: {name} is missing; {remedy}")
-    recipe = recipes.load(Recipe, folder / RECIPE)
-    with Run(folder) as run:
-        facts = run.facts
-    try:
-        _own_files(folder, facts)
-        _own_score(folder, recipe, facts)
-        _own_recipe(folder, recipe)
-        row, curve = _row(folder, recipe, facts, origin(folder)), list(curve_of(folder))
-        json.dumps([row, facts], allow_nan=False)  # refused now, not when half of a record is written
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        told = f"no {error}" if isinstance(error, KeyError) else error
-        raise DataError(f"{folder}: not the journal of a finished run ({told}); name one that is whole") from error
-    return Entry(folder, recipe, to_plain(recipe), facts, row, curve)
+    with Run(folder):  # nobody is at work on it
+        one = read_run(folder)
+    with whole(folder):
+        _own_files(folder, one.facts)
+        own_score(one)
+        _own_recipe(folder, one.recipe)
+        row, curve = _row(folder, one.recipe, one.facts, origin(folder)), list(curve_of(folder))
+        json.dumps([row, one.facts], allow_nan=False)  # refused now, not when half of a record is written
+    return Entry(folder, one.recipe, one.table, one.facts, row, curve)
 
 
 def _own_files(folder: Path, facts: Facts) -> None:
@@ -67,25 +64,6 @@ def _own_files(folder: Path, facts: Facts) -> None:
     ):
         if files.sha256(folder / name) != digest:
             raise RecipeError(f"{folder / name}: not the {kind} that the run booked; {remedy}")
-
-
-def _own_score(folder: Path, recipe: Recipe, facts: Facts) -> None:
-    """score.json against the journal: an edited one, or one of another artifact, is not the run's."""
-    outcome, scored = json.loads(files.read(folder / OUTCOME)), facts[f"score_{recipe.score.result}"]
-    pairs = {key: (outcome[key], scored[key]) for key in _SCORED}
-    pairs["result"] = (outcome["result"], recipe.score.result)
-    pairs["artifact_sha256"] = (outcome["artifact_sha256"], facts["artifact"]["sha256"])
-    for stage, value in outcome["stages"].items():
-        if value is not None:
-            pairs[f"stages.{stage}"] = (value, facts[f"score_{stage}"]["bits_per_byte"])
-    for key, (told, booked) in pairs.items():
-        if told != booked:
-            raise RecipeError(
-                f"{folder / OUTCOME}: {key} = {told!r}, but {booked!r} in the journal; `fairway score` writes it again"
-            )
-
-
-_SCORED = ("bits_per_byte", "code_length_bits", "tokens", "text_bytes", "text_sha256")
 
 
 def _own_recipe(folder: Path, recipe: Recipe) -> None:
@@ -125,24 +103,6 @@ def same_data(name: str, row: Mapping[str, Any], other: str, before: Mapping[str
             raise RecipeError(
                 f"{name}: {key} {now[:12]}, but {then[:12]} in {other}; the runs of a record share code and data"
             )
-
-
-def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """{place: (before, after)} of two plain tables; None for what one of them lacks."""
-    old, new = dict(flat(before)), dict(flat(after))
-    return {key: (old.get(key), new.get(key)) for key in [*old, *new] if old.get(key) != new.get(key)}
-
-
-def flat(table: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:
-    """(place in dotted form, value) of all leaves; lists of tables are numbered."""
-    for key, value in table.items():
-        where = f"{place}.{key}" if place else str(key)
-        if isinstance(value, Mapping):
-            yield from flat(value, where)
-        elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
-            yield from flat({f"{number}": item for number, item in enumerate(value)}, where)
-        else:
-            yield where, value
 
 
 def _row(folder: Path, recipe: Recipe, facts: Facts, made: Origin) -> dict[str, Any]:
@@ -185,10 +145,3 @@ def _row(folder: Path, recipe: Recipe, facts: Facts, made: Origin) -> dict[str, 
         "rules": [line.plain() for line in rules(recipe, facts, made)],
         "superseded": False,
     }
-
-
-def curve_of(folder: Path) -> Iterator[tuple[int, float]]:
-    """(step, loss) of a run's training."""
-    for point in folders.rows(folder / CURVES):
-        if point.get("curve") == "train":
-            yield int(point["step"]), float(point["loss"])

@@ -6,11 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from fairway.base.errors import RecipeError
-from fairway.lab.statistics import chance_above, seeds_needed
-from fairway.lab.submit.entries import differences, flat
-
-MARGIN = 0.005  # nats per token that a record must win by
-CHANCE = 0.01  # p that it must be shown with
+from fairway.lab.finished import differences, flat
+from fairway.lab.statistics import CHANCE, MARGIN, chance_above, seeds_needed
 
 Row = dict[str, Any]
 BLOCKS = ("summary", "changes", "results", "standing", "rules", "architecture", "files")

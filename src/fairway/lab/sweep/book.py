@@ -96,13 +96,14 @@ def finished(folder: Path, planned: Planned) -> dict[str, Any] | None:
 def expected_seconds(planned: Sequence[Planned], facts: Sequence[dict[str, Any]]) -> dict[str, float]:
     """{id: seconds} that a run will take, from those that ended in one go: of its own recipe, else of all here."""
     approach = {one.id: one.approach for one in planned}
-    started: dict[str, int] = {}
+    started: dict[Any, int] = {}
     taken: dict[str, list[float]] = {}
     for fact in facts:
-        if fact.get("fact") == "started":
-            started[fact["id"]] = started.get(fact["id"], 0) + 1
-        elif fact.get("fact") == "finished" and started.get(fact["id"]) == 1 and fact.get("seconds"):
-            taken.setdefault(approach.get(fact["id"], ""), []).append(float(fact["seconds"]))
+        what, id_ = fact.get("fact"), fact.get("id")
+        if what == "started":
+            started[id_] = started.get(id_, 0) + 1
+        elif what == "finished" and id_ in approach and started.get(id_) == 1 and "seconds" in fact:
+            taken.setdefault(approach[id_], []).append(float(fact["seconds"]))
     every = [seconds for several in taken.values() for seconds in several]
     if not every:
         return {}

@@ -41,11 +41,16 @@ Event = Job | Ended | None
 
 
 def crew(jobs: int | None, gpus: Sequence[str]) -> Crew:
-    """The crew for this machine. jobs: None is one run for each GPU, or for each core: {measured}"""
+    """The crew for this machine. jobs: None is one run for each GPU, or for each core, which then has one thread.
+
+    RecipeError where there is none, or more than GPUs."""
     if jobs is not None and jobs < 1:
         raise RecipeError(f"--jobs {jobs}: at least 1 run at a time is needed")
     if gpus and jobs is not None and jobs > len(gpus):
         raise RecipeError(f"--jobs {jobs}: {len(gpus)} GPUs here, and each holds one run; ask for no more")
+    # A run of one thread on every core, rather than one run on all: runs do not wait for one another, threads do. A
+    # pocket step's forward and backward took 0.52 s of processor time on one thread and 3.8 s on two, where others used
+    # the two cores as well (load 17; 5.2 s and 27 s by the clock). On quiet cores it was not measured.
     width = jobs or len(gpus) or cores()
     return Crew(width, max(cores() // width, 1), tuple(gpus))
 
