@@ -81,7 +81,7 @@ class Trained:
     steps: int
     tokens: int
     seconds: float
-    loss: float | None  # nats per token, mean over the last steps; None where it was never looked at
+    loss: float | None  # the objective's nats per token, mean over the last steps; None: it was never looked at
 
 
 def pretrain(
