@@ -2,7 +2,7 @@
 
 Tokens that are nearly certain count for less. It is no code length: training alone minimises it, scoring and test-time
 training keep cross-entropy, and the training curve shows it as it is, below the nats per token of the same model. The
-study's run lost 0.028 bpb by it (#1233), where the same loss also drove test-time training and the choice of an average.
+study's run lost 0.028 bpb by it (#1233); there the same loss also drove test-time training and chose between averages.
 """
 
 from dataclasses import dataclass
