@@ -112,6 +112,7 @@ def pretrain(
         run.say(f"interrupted at step {trainer.step}; go on with: fairway run{place}")
         raise
     averaged = trainer.average.replace()
+    run.fact("average", kind=spec.average.kind, taken=trainer.average.count)
     if spec.average.kind != "none" and not averaged:
         run.fact("substitution", what="train.average", why="no snapshot was due; the last weights are used")
     if fake_quant is not None:
