@@ -6,8 +6,8 @@ speed   the whole text is built by --workers processes; SentencePiece encodes ba
         processes, one thread each, in turns with it: a slice of the text by SentencePiece alone, then the build's
         next stretch while SentencePiece's processes are stopped, so that both meet the same neighbours
 memory  the most that all processes of the build hold together: proportional and resident set sizes, read every 50 ms
-same    the hashes of all files of builds by 1 process, by --workers, and of --kills builds that were killed (SIGKILL, to
-        the process group) at a random moment, each in a fresh folder, and called again
+same    the hashes of all files of builds by 1 process, by --workers, and of --kills builds that were killed (SIGKILL
+        to the process group) at a random moment, each in a fresh folder, and called again
 
 Rates are megabytes (10^6 bytes) of unpacked text per second and core, by the clock and by processor time.
 """

@@ -33,7 +33,7 @@ def pruned(folder: Path, budget: int, fraction: float = 0.0):
         prune_run(recipe, run, model, hessians)
         fact = run.facts["pruned"]
     same = replace(recipe.quant, prune=PruneSpec("after" if fact["fraction"] else "never", fact["fraction"]))
-    expected = quantize(model, (), same, Run(quiet=True), hessians)
+    expected = quantize(model, hessians, same, Run(quiet=True))
     found = read_integers(folder / INTEGERS)
     for name, value in expected.items():
         if hasattr(value, "codes"):

@@ -1,5 +1,5 @@
-"""The promise of the slot train/objective, run on every file in it: `loss(spec, logits, targets)` gives nats per token,
-float32 or better, each token by itself."""
+"""The promise of the slot train/objective, run on every file in it: `loss(spec, logits, targets)` gives nats for each
+token by itself, weighted or not, float32 or better."""
 
 import math
 
@@ -19,7 +19,12 @@ def cross_entropy(logits, target):
     return math.log(math.fsum(math.exp(z - top) for z in logits)) + top - logits[target]
 
 
-FORMULAS = {"cross_entropy": cross_entropy}  # each technique's default Spec, written a second time
+def focal(logits, target, gamma=2.0):
+    ce = cross_entropy(logits, target)
+    return (1 - math.exp(-ce)) ** gamma * ce
+
+
+FORMULAS = {"cross_entropy": cross_entropy, "focal": focal}  # each technique's default Spec, written a second time
 every_technique = pytest.mark.parametrize("kind", kinds(FOLDER))
 
 

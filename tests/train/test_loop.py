@@ -178,6 +178,15 @@ def test_fake_quantisation_reaches_the_forward_when_the_rates_fall_and_is_taken_
     assert m.blocks[0].mlp.up.fake_quant is None
 
 
+@pytest.mark.parametrize(("every", "taken"), [(1, 2), (2, 1), (50, 0)])
+def test_the_journal_says_how_many_snapshots_were_averaged_and_that_there_was_none(every: int, taken: int) -> None:
+    """Below 0.6 are the factors of steps 11 and 12, 0.5 and 0.25; every 50 steps is never in a run of 12."""
+    run = Run()
+    pretrain(model(), Pattern(), replace(SPEC, average=AverageSpec("swa", every=every, below=0.6)), run, CPU, seed=0)
+    assert run.facts["average"] == {"kind": "swa", "taken": taken}
+    assert (run.facts.get("substitution", {}).get("what") == "train.average") == (taken == 0)
+
+
 def test_curves_of_loss_rate_and_norm_are_written(tmp_path: Path) -> None:
     with Run(tmp_path) as run:
         pretrain(model(), Pattern(), SPEC, run, CPU, seed=0)

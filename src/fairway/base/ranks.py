@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -77,6 +78,23 @@ class Ranks:
             for grad, piece in zip(grads, torch.split(flat, [grad.numel() for grad in grads]), strict=True):
                 grad.copy_(piece.view_as(grad))
 
+    def reduce_scatter(self, stack: torch.Tensor) -> "Pending":
+        """Starts to sum a tensor over the ranks, of which each keeps its part of the leading axis, a multiple of
+        `world`."""
+        if self.world == 1:
+            return Pending(stack)
+        part = stack.new_empty(len(stack) // self.world, *stack.shape[1:])
+        start = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # before torch 2.13
+        return Pending(part, start(part, stack, async_op=True))
+
+    def all_gather(self, part: torch.Tensor) -> "Pending":
+        """Starts to put the ranks' parts together again along the leading axis, in the order of the ranks."""
+        if self.world == 1:
+            return Pending(part)
+        stack = part.new_empty(len(part) * self.world, *part.shape[1:])
+        start = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # before torch 2.13
+        return Pending(stack, start(stack, part, async_op=True))
+
     def max(self, value: float) -> float:
         """The largest of one number over the ranks; all ranks get the same answer."""
         if self.world == 1:
@@ -101,6 +119,19 @@ class Ranks:
     def device(self) -> str:
         """Where tensors lie that are shared with other ranks."""
         return f"cuda:{self.local_rank}" if self.world > 1 and dist.get_backend() == "nccl" else "cpu"
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A tensor that other ranks are still adding to."""
+
+    tensor: torch.Tensor
+    work: Any = None  # None: it is there
+
+    def wait(self) -> torch.Tensor:
+        if self.work is not None:
+            self.work.wait()
+        return self.tensor
 
 
 class _Shared:

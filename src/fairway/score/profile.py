@@ -117,7 +117,7 @@ def outline(tokens: npt.NDArray[Any], lengths: Ints, artifact: Artifact, text_sh
 def _places(lengths: Ints) -> Ints:
     """(N,) the bucket of each target: the one that its first byte lies in. Fewer buckets where targets are few."""
     count = min(BUCKETS, len(lengths))
-    begins = np.cumsum(lengths) - lengths
+    begins: Ints = np.cumsum(lengths) - lengths
     return np.minimum(begins * count // max(int(lengths.sum()), 1), count - 1)
 
 
@@ -127,7 +127,7 @@ def _documents(bits: Floats, profile: Profile) -> Floats:
 
 
 def _buckets(bits: Floats, lengths: Ints, profile: Profile) -> Floats:
-    summed: Floats = np.bincount(_places(lengths), bits, profile.buckets.shape[1])
+    summed: npt.NDArray[Any] = np.bincount(_places(lengths), bits, profile.buckets.shape[1])
     return summed
 
 

@@ -128,6 +128,8 @@ def train(recipe: Recipe, text: Text, run: Run, device: Device) -> None:
         qat = slots.optional("fairway.quant.fake").FakeQuant(model, recipe.quant, recipe.qat)
     with _training_batches(recipe, text, run, device) as made:
         trained = pretrain(model, made, recipe.train, run, device, recipe.seed, qat, observer)
+    if hasattr(mlp := slots.module_of(recipe.model.mlp), "report"):
+        mlp.report(run.fact, device.torch)
     with Stopwatch() as writing:  # on the clock: training data is read once more after it
         if run.writes:
             write_weights(run.path(WEIGHTS), model, text.tokenizer, decoder_share(recipe))

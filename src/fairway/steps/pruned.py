@@ -108,7 +108,7 @@ class _Search:
         spec = replace(self.recipe.quant, prune=PruneSpec(when if fraction else "never", fraction, prune.by))
         quiet = Run(quiet=True)
         self.solves += 1
-        return _Try(fraction, quantize_model(self.model, (), spec, quiet, self.hessians), quiet.facts)
+        return _Try(fraction, quantize_model(self.model, self.hessians, spec, quiet), quiet.facts)
 
     def _written(self, tried: _Try) -> _Try:
         path, recipe = self.run.path("pruned.fw"), self.recipe

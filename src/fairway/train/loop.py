@@ -95,7 +95,7 @@ class Trained:
     steps: int
     tokens: int
     seconds: float
-    loss: float | None  # nats per token, mean over the last steps; None where it was never looked at
+    loss: float | None  # the objective's nats per token, mean over the last steps; None: it was never looked at
 
 
 def pretrain(
@@ -127,6 +127,7 @@ def pretrain(
         run.say(f"interrupted at step {trainer.step}; go on with: fairway run{place}")
         raise
     averaged = trainer.average.replace()
+    run.fact("average", kind=spec.average.kind, taken=trainer.average.count)
     if spec.average.kind != "none" and not averaged:
         run.fact("substitution", what="train.average", why="no snapshot was due; the last weights are used")
     if fake_quant is not None:
@@ -203,13 +204,14 @@ class _Trainer:
         return float(state["seconds"])
 
     def save(self, seconds: float) -> None:
-        """Writes a checkpoint; never one of weights that are not finite, and none over the last good one."""
-        if self.run.folder is None or self._saved == self.step or bool(self._bad):
+        """Writes a checkpoint; never one of weights that are not finite, and none over the last good one. All ranks
+        come here at the same step: a state may be gathered from all of them."""
+        if self.run.folder is None or self._saved == self.step or self.run.ranks.max(float(self._bad)) > 0:
             return
         if not all(bool(torch.isfinite(parameter).all()) for parameter in self.parameters):
             return
+        optimizers = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
         if self.run.writes:
-            optimizers = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
             state = {
                 "model": self.model.state_dict(),
                 "optimizers": optimizers,
@@ -244,10 +246,15 @@ class _Trainer:
         last_save = time.monotonic()
         with self.run.meter("train", total, unit) as meter:
             while True:
+                due = 0 < spec.checkpoint_seconds < time.monotonic() - last_save
+                wish = self.run.ranks.max(2.0 * self.stop + due)  # on all ranks at the same step
+                if wish == 1:
+                    self.save(clock.seconds)
+                    last_save = time.monotonic()
                 elapsed = self._shared_seconds(clock)
                 if done(schedule, self.step, elapsed):
                     break
-                if self.run.ranks.max(float(self.stop)) > 0:  # on all ranks at the same step
+                if wish > 1:
                     raise KeyboardInterrupt
                 scale = rate_scale(schedule, self.step, elapsed)
                 if self.fake_quant is not None and self.fake_quant.update(scale):
@@ -260,9 +267,6 @@ class _Trainer:
                 if self.observer:
                     self.observer.after_step(self.step, scale, inputs)
                 self._look(loss, scale, clock, meter)
-                if spec.checkpoint_seconds and time.monotonic() - last_save > spec.checkpoint_seconds:
-                    self.save(clock.seconds)
-                    last_save = time.monotonic()
         self._refuse_non_finite()
         self.save(clock.seconds)
 
@@ -277,8 +281,14 @@ class _Trainer:
             loss = loss / self.spec.batch_tokens
             loss.backward()
             total += loss.detach()
-        self.run.ranks.sum_gradients(self.parameters)
-        self.norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.spec.clip or float("inf"))  # inf: times 1.0
+        if any(hasattr(optimizer, "reduce") for optimizer in self.optimizers.values()):
+            owned = slots.optional("fairway.train.owned")
+            self.norm = owned.reduce(self.optimizers.values(), self.parameters, self.run.ranks, self.spec.clip)
+        else:
+            self.run.ranks.sum_gradients(self.parameters)
+            self.norm = torch.nn.utils.clip_grad_norm_(
+                self.parameters, self.spec.clip or float("inf")
+            )  # inf: times 1.0
         for name, optimizer in self.optimizers.items():
             for group in optimizer.param_groups:
                 group["lr"] = getattr(self.spec.optim, name).lr * scale

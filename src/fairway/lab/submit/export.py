@@ -134,9 +134,8 @@ def requirements(packages: frozenset[str]) -> list[str]:
 
 
 def _beyond(packages: frozenset[str]) -> frozenset[str]:
-    return (
-        packages - set(sys.stdlib_module_names) - {"compression", "fairway"}
-    )  # compression: zstd's place from 3.14 on
+    # compression: zstd's place from Python 3.14 on; triton comes with torch where there is CUDA, else nothing needs it
+    return packages - set(sys.stdlib_module_names) - {"compression", "fairway", "triton"}
 
 
 def _script(entry: str, kinds: set[str], share: dict[str, Any], table: dict[str, Any], name: str, title: str) -> bytes:

@@ -1,1 +1,5 @@
-"""Slot: what training minimises. Promise: `loss(spec, logits, targets)` gives nats per token, float32 or better."""
+"""Slot: what training minimises.
+
+Promise: `loss(spec, logits, targets)` gives for each token nats, weighted or not, in float32 or better. It is the
+curve's `loss`: a code length only where the technique is cross-entropy.
+"""
