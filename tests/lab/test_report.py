@@ -112,6 +112,7 @@ def test_a_sweep_tells_what_compare_tells(sweep: Path) -> None:
 
 def test_an_unfinished_sweep_names_its_runs_and_draws_the_rest(tmp_path: Path) -> None:
     folder = made_sweep(tmp_path / "sweep", {"base": 0.0, "other": -0.05}, (1, 2))
+    (folder / "base-1-01" / "report.html").write_text("its own page")
     (folder / "other-2-12" / "score.json").unlink()
     lines(folder / "sweep.jsonl", [{"fact": "failed", "id": "12", "error": "BudgetError: <too> large"}])
     page, missing = sweep_page(folder)
@@ -119,6 +120,7 @@ def test_an_unfinished_sweep_names_its_runs_and_draws_the_rest(tmp_path: Path) -
     assert len(missing) == 1
     assert "other-2-12" in missing[0]
     assert "not enough seeds" in page
+    assert set(re.findall(r'href="([^#"]+)"', page)) == {"base-1-01/report.html"}
 
 
 def test_a_sweep_of_which_nothing_is_finished_says_so(tmp_path: Path) -> None:

@@ -174,7 +174,7 @@ def test_the_interval_covers_and_the_test_errs_as_often_as_they_say():
 
 
 def test_documents_of_unequal_length_do_not_make_a_null_difference_sure():
-    """34 documents as long as ours are (log-normal, sigma 1.5), 3,000 texts: at 1 % no more than 1.7 % are called."""
+    """3,000 texts of 34 documents whose lengths vary as pocket's do (log-normal, sigma 1.5): at 1 % at most 1.7 %."""
     drawn, wrong, covered = np.random.default_rng(3), 0, 0
     for _ in range(3_000):
         sizes = drawn.lognormal(0, 1.5, 34)

@@ -257,7 +257,7 @@ def facts(path):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def wait_for(condition, seconds=240.0):
+def wait_for(condition, seconds=600.0):
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until, "waited in vain"
@@ -286,7 +286,7 @@ def test_a_sweep_killed_twice_loses_nothing_repeats_nothing_and_gives_the_same_b
     killed_in_training(2)
     done = {one.folder: contents(folder / one.folder) for one in read_plan(folder) if finished(folder, one)}
     third = sweep_process(plain, folder, "--seeds", "1,2", "--jobs", "1")
-    said, _ = third.communicate(timeout=300)
+    said, _ = third.communicate(timeout=600)
     assert third.returncode == 0, said
 
     runs = read_plan(folder)

@@ -1,14 +1,13 @@
 """Pages for people: one file of a run or of a sweep."""
 
+import importlib.util
 from pathlib import Path
 
 from fairway.base.errors import RecipeError
 from fairway.base.files import write
-from fairway.lab.report import open_folder, run_page, sweep_page
+from fairway.lab.report import PAGE, open_folder, run_page, sweep_page
 from fairway.lab.report.folder import is_run
 from fairway.verbs.printing import answer, printable
-
-PAGE = "report.html"
 
 
 def report(folder: Path, out: Path | None, as_json: bool) -> None:
@@ -27,3 +26,11 @@ def report(folder: Path, out: Path | None, as_json: bool) -> None:
     facts = {"page": str(place), "bytes": len(drawn.encode()), "missing": missing}
     told = f"; {len(missing)} missing: {missing[0]}" if missing else ""
     answer(facts, printable(f"{place}: {facts['bytes']:,} bytes{told}"), as_json)
+
+
+def page_of(folder: Path) -> Path | None:
+    """The page of a run that has just ended, in its folder; None where the extra is missing."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return None
+    write(folder / PAGE, run_page(open_folder(folder)))
+    return folder / PAGE

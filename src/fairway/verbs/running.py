@@ -20,6 +20,7 @@ from fairway.score.profile import Keeper
 from fairway.verbs.bar import bar
 from fairway.verbs.opening import ranks_on, recipe_of, run_of
 from fairway.verbs.printing import answer, table
+from fairway.verbs.reporting import page_of
 
 
 def run(
@@ -51,6 +52,8 @@ def run(
                 outcomes.append(pipeline.run(one, opened, target, code))
                 if ranks.first and opened.folder is not None:
                     point_latest(opened.folder.resolve())
+                    if (page := page_of(opened.folder)) is not None:
+                        opened.say(f"page          {page}")
                     if not as_json:
                         show(outcomes[-1], opened.folder)
     if ranks.first:

@@ -1,6 +1,6 @@
 """A comparison as tables: for a terminal, and as Markdown for a README or a log."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fairway.lab.compare.result import SURE, Against, Compared, Comparison
@@ -38,9 +38,9 @@ def markdown(found: Comparison) -> str:
             tests = (
                 f"{against.bits_per_byte:+.4f}",
                 f"{against.nats_per_token:+.4f}",
-                f"{chance(_towards(against, against.welch))} ({_raised(against)})",
+                f"{chance(_towards(against.welch))} ({_raised(against)})",
                 against.verdict,
-                chance(_towards(against, against.by_document.difference)),
+                chance(_towards(against.by_document.difference)),
                 bar(against),
             )
         cells = (
@@ -60,7 +60,7 @@ def remarks(found: Comparison) -> list[str]:
     """What stands below the tables."""
     lines = [
         f"{found.text_bytes:,} bytes of text (sha256 {found.text_sha256[:12]}); differences from "
-        f"{found.baseline}, below zero is better; p is one-sided, towards the difference's "
+        f"{found.baseline}, below zero is better; p is one-sided, towards each difference's "
         f"own side; verdict: Holm's p < {SURE:g}.",
         f"Bar: {MARGIN} nats per token better at p < {CHANCE:g} (Welch). Welch asks about other seeds on this text, "
         "documents about other text with these models.",
@@ -109,16 +109,15 @@ def _tests(found: Comparison, others: Sequence[Compared]) -> Sheet:
     for row in others:
         against = row.against
         assert against is not None
-        each = _each(against)
         by_document = against.by_document
-        told = each(by_document.difference) if by_document.difference is not None else (by_document.why, "-")
+        told = _each(by_document.difference) if by_document.difference is not None else (by_document.why, "-")
         rows.append(
             (
                 row.label,
                 bar(against),
-                *each(against.welch),
+                *_each(against.welch),
                 _raised(against),
-                *each(against.by_seed.difference),
+                *_each(against.by_seed.difference),
                 *told,
             )
         )
@@ -143,22 +142,16 @@ def _interval(low: float | None, high: float | None, sign: str = "") -> str:
     return "-" if low is None or high is None else f"{low:{sign}.4f} to {high:{sign}.4f}"
 
 
-def _each(against: Against) -> Callable[[Difference | None], tuple[str, str]]:
+def _each(test: Difference | None) -> tuple[str, str]:
     """(interval, chance) of a test."""
-
-    def told(test: Difference | None) -> tuple[str, str]:
-        if test is None:
-            return "-", "-"
-        return _interval(test.low, test.high, "+"), chance(_towards(against, test))
-
-    return told
+    return ("-", "-") if test is None else (_interval(test.low, test.high, "+"), chance(_towards(test)))
 
 
-def _towards(against: Against, test: Difference | None) -> float | None:
-    """The chance on the side that the means lie on."""
+def _towards(test: Difference | None) -> float | None:
+    """The chance on the test's own side: it may lie on another than the means do, where seeds are not all in common."""
     if test is None:
         return None
-    return test.below if against.bits_per_byte <= 0 else test.above
+    return test.below if test.mean <= 0 else test.above
 
 
 def _raised(against: Against) -> str:

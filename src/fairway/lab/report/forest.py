@@ -1,12 +1,15 @@
 """The pictures of a sweep: differences from the baseline with their error bars, and what they cost."""
 
 from collections.abc import Callable
+from typing import Any
 
 from fairway.lab.compare import Compared, Comparison
 from fairway.lab.report.pictures import ACCENT, FAINT, INK, QUIET, Sheet, named
 from fairway.lab.statistics import MARGIN
 
 _LONGEST = 26  # letters of a label in a picture
+_SMALL = 9.0  # points: its height
+_ACROSS = 110.0  # points that a label takes, most of them
 
 
 def forest(found: Comparison, sheet: Sheet) -> str:
@@ -60,20 +63,36 @@ def costs(found: Comparison, sheet: Sheet) -> list[str]:
 
 def _cost(found: Comparison, sheet: Sheet, title: str, label: str, cost: Callable[[Compared], float]) -> str:
     figure, (axes,) = sheet.axes(3.2)
-    for row in found.rows:
-        base = row.against is None
-        x, y = cost(row), -_difference(row)
-        axes.plot([x], [y], "o", color=INK if base else ACCENT, markersize=5)
-        axes.annotate(_short(row.label), (x, y), xytext=(5, 3), textcoords="offset points", fontsize=9, color=QUIET)
+    places = [(cost(row), -_difference(row)) for row in found.rows]
+    for row, place in zip(found.rows, places, strict=True):
+        axes.plot(*place, "o", color=INK if row.against is None else ACCENT, markersize=5)
     axes.axhline(0, color=QUIET, linewidth=1)
     axes.margins(x=0.18, y=0.15)
     axes.set_xlabel(label)
     axes.xaxis.set_major_locator(sheet.places(5))
     named(axes, "gain over the baseline, bits per byte")
+    for row, place, up in zip(found.rows, places, _raised(axes, places), strict=True):
+        about = {"xytext": (5, 2 + up), "textcoords": "offset points", "fontsize": _SMALL, "color": QUIET}
+        axes.annotate(_short(row.label), place, **about)
     says = f"Gain against {label}: " + "; ".join(
         f"{row.label} {-_difference(row):+.4f} at {cost(row):,.1f}" for row in found.rows
     )
     return sheet.picture(figure, title, says)
+
+
+def _raised(axes: Any, places: list[tuple[float, float]]) -> list[float]:
+    """How far each label stands above its dot, in points, so that none lies on another."""
+    inches = axes.transData.transform(places) / axes.figure.dpi
+    taken: list[tuple[float, float]] = []
+    found = [0.0] * len(places)
+    for at in sorted(range(len(places)), key=lambda at: float(inches[at][1])):
+        x, begun = (float(value) * 72 for value in inches[at])
+        y = begun
+        while near := [top for left, top in taken if abs(left - x) < _ACROSS and abs(top - y) < _SMALL]:
+            y = max(near) + _SMALL
+        taken.append((x, y))
+        found[at] = y - begun
+    return found
 
 
 _COSTS: tuple[tuple[str, str, Callable[[Compared], float]], ...] = (

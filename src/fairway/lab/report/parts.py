@@ -18,7 +18,7 @@ nav a:hover { text-decoration: underline; }
 .tiles div:first-child b { color: var(--accent); }
 .tiles span { display: block; color: var(--quiet); font-size: .82rem; line-height: 1.35; }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: .75rem; }
-.stack td:nth-child(2) { min-width: 9.5rem; }
+.stack td:nth-child(2) { min-width: 11rem; }
 .stack > h3 { margin-top: 1.1rem; } .stack > p:first-of-type { margin-top: .8rem; }
 .grid > *, .wide { min-width: 0; }
 figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: .5rem;
@@ -28,6 +28,7 @@ svg { display: block; width: 100%; max-width: 34rem; height: auto; margin: 0 aut
 svg * { stroke-linejoin: round; stroke-linecap: butt; }
 .wide { overflow-x: auto; border: 1px solid var(--line); border-radius: .5rem; background: var(--card); }
 .wide table { border: 0; background: none; } .wide td, .wide th { overflow-wrap: normal; }
+.wide td:first-child { min-width: 4.5rem; } .grid details { margin: 0; }
 .wide tr:first-child > td { border-top: 1px solid var(--line); }
 tr.chosen td { font-weight: 600; } tr.chosen td:nth-child(2) { color: var(--accent); }
 td.bar { min-width: 5rem; width: 30%; vertical-align: middle; }

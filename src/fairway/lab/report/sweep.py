@@ -2,8 +2,7 @@
 
 from collections.abc import Sequence
 from html import escape
-from pathlib import Path
-from urllib.parse import quote
+from pathlib import Path, PurePosixPath
 
 from fairway.base import pages
 from fairway.base.errors import FairwayError
@@ -15,6 +14,7 @@ from fairway.lab.report import forest, parts
 from fairway.lab.report.pictures import Sheet
 from fairway.lab.sweep.book import PLAN, finished, read_facts, read_plan
 
+PAGE = "report.html"
 _TITLES = ("Differences", "Tables", "Cost against gain", "Approaches", "Runs")
 _KEYS = 16  # of a recipe's differences from the baseline are shown
 
@@ -49,11 +49,12 @@ def _compared(found: Comparison, folder: Path) -> list[str]:
         for each in tables(found)
     ]
     told = "".join(f'<p class="quiet">{escape(line)}</p>' for line in remarks(found))
+    approaches = [_approach(row, found.rows[0], ids[row.label], folder) for row in found.rows]
     return [
         parts.section("Differences", drawn),
         parts.section("Tables", '<div class="stack">', *sheets, told, "</div>"),
         parts.section("Cost against gain", f'<div class="grid">{"".join(cost)}</div>' if cost else ""),
-        parts.section("Approaches", *(_approach(row, found.rows[0], ids[row.label], folder) for row in found.rows)),
+        parts.section("Approaches", f'<div class="grid">{"".join(approaches)}</div>'),
     ]
 
 
@@ -89,9 +90,10 @@ def _changes(ours: dict[str, object], theirs: dict[str, object]) -> str:
 
 def _link(run: Path, says: str, folder: Path) -> str:
     """A cell that leads to the run's own page, where it has one beside this page."""
-    if not (run / "report.html").exists() or run.parent.resolve() != folder.resolve():
+    if not (run / PAGE).exists() or run.parent.resolve() != folder.resolve():
         return f"<td>{escape(says)}</td>"
-    return f'<td><a href="{quote(run.name)}/report.html">{escape(says)}</a></td>'
+    place = PurePosixPath("/", run.name, PAGE).as_uri().removeprefix("file:///")
+    return f'<td><a href="{escape(place)}">{escape(says)}</a></td>'
 
 
 def _runs(folder: Path) -> str:
