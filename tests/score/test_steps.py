@@ -75,7 +75,7 @@ def stepped(spec: ScoreSpec, tokens: np.ndarray) -> tuple[torch.Tensor, list[int
 
 @pytest.mark.parametrize("windows", ["plain", "rolling"])
 def test_what_learns_from_a_window_s_context_is_refused_where_there_is_none(windows):
-    with pytest.raises(RecipeError, match="'slot' learns from a window's context"):
+    with pytest.raises(RecipeError, match="'slot' learns from the context of a window"):
         stream_of("adapted", TARGETS, spec_with(windows, 1, "slot"), CONTEXT)
 
 

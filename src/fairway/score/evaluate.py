@@ -140,7 +140,7 @@ def stream_of(stage: Stage, targets: int, spec: ScoreSpec, trained_context: int,
     chunk = int(spec.adapt.chunk) if stage == "adapted" else 0
     if stage == "adapted" and not chunk and kind_of(spec.windows) in ("rolling", "plain"):
         raise RecipeError(
-            f"score.adapt = {kind_of(spec.adapt)!r} learns from a window's context, and {kind_of(spec.windows)} "
+            f"score.adapt = {kind_of(spec.adapt)!r} learns from the context of a window, and {kind_of(spec.windows)} "
             'windows have none; take score.windows = "sliding"'
         )
     return Stream(targets, context, spec.windows, chunk, block, spec.lanes, whole)

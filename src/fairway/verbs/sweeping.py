@@ -19,6 +19,7 @@ from fairway.lab.sweep.book import expected_seconds, read_facts
 from fairway.lab.sweep.engines import Crew, crew, gpus_here
 from fairway.lab.sweep.one import Ended, Job
 from fairway.lab.sweep.showing import Progress, Screen, shown
+from fairway.lab.sweep.trained import order
 from fairway.recipe import Recipe
 from fairway.steps import RECIPE
 from fairway.verbs.comparing import compare
@@ -64,7 +65,8 @@ def sweep(
 def _make(book: Book, planned: Runs, where: ModuleType, hands: Crew, target: str, quiet: bool) -> dict[str, str]:
     """Runs what is not finished; {id: why} of those that failed."""
     booked = {fact.get("id") for fact in book.facts if fact.get("fact") == "finished"}
-    todo = [(one, recipe) for one, recipe in planned if finished(book.folder, one) is None]
+    turns = [planned[place] for place in order([recipe for _, recipe in planned])]
+    todo = [(one, recipe) for one, recipe in turns if finished(book.folder, one) is None]
     for one, _ in planned:
         score = finished(book.folder, one)
         if score is not None and one.id not in booked:  # it ended when nobody was left to book it

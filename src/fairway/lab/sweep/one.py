@@ -128,11 +128,16 @@ def _run(folder: Path, device: str) -> None:
     from fairway import pipeline
     from fairway.base.devices import choose
     from fairway.lab.submit import checkout
+    from fairway.lab.sweep.trained import take_weights
     from fairway.verbs.opening import recipe_of
 
-    chosen = recipe_of(folder)
+    chosen, target, code = recipe_of(folder), choose(device), checkout()
     with _opened(folder) as opened:
-        pipeline.run(chosen, opened, choose(device), checkout())
+        made = {"code": code.describe(), "device": {"ranks": opened.ranks.world, **target.describe()}}
+        taken = take_weights(chosen, opened, sorted(folder.parent.iterdir()), made)
+        if taken is not None:
+            opened.say(f"train         the weights of {taken.name}: an equal training")
+        pipeline.run(chosen, opened, target, code)
 
 
 def _opened(folder: Path) -> Run:

@@ -5,18 +5,20 @@ for one seed, one machine and one version of the code these are equal to the bit
 were trained. Hessians are gathered again, each run by its own recipe.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from fairway.artifact import open_artifact, write_weights
-from fairway.base import folders, tables
+from fairway.base import folders, recipes, tables
+from fairway.base.errors import FairwayError
 from fairway.base.journal import CURVES, JOURNAL, Run
 from fairway.base.specs import to_plain
 from fairway.recipe import Recipe
-from fairway.steps.products import WEIGHTS, decoder_share
+from fairway.steps.products import RECIPE, WEIGHTS, decoder_share
+from fairway.train.loop import CHECKPOINT
 
-KEPT = ("model", "train")  # facts of a training
+WITHOUT = ("taken_from",)  # no training fact: as good as taken
 
 
 def share(recipe: Recipe) -> str:
@@ -41,47 +43,40 @@ def order(recipes: Iterable[Recipe]) -> list[int]:
     return [place for _, _, place in sorted(turns, key=lambda one: (seeds.index(one[0]), one[1], one[2]))]
 
 
-def take_weights(recipe: Recipe, run: Run, others: Iterable[Path], code: Mapping[str, Any]) -> Path | None:
+def take_weights(recipe: Recipe, run: Run, others: Iterable[Path], made: Mapping[str, Any]) -> Path | None:
     """Puts the weights of an equal training into the run's folder, where one of `others` (run folders) has them.
 
-    code: what this run's journal will say of the code; weights of another code, or of another kind of device, are left
-    alone. None where there are none to take, or where this run has begun a training of its own.
+    made: what this run's journal will say of its `code` and `device`; weights made otherwise are left alone. None where
+    there are none to take, or where this run has begun a training of its own.
     """
-    assert run.folder is not None
-    if (run.folder / WEIGHTS).exists() or "train" in run.facts or any(run.folder.glob("checkpoint*")):
+    if run.path(WEIGHTS).exists() or "train" in run.facts or run.path(CHECKPOINT).exists():
         return None
     wanted = share(recipe)
     for folder in others:
         facts = _facts(folder)
-        if folder == run.folder or facts.get("code") != dict(code) or not all(name in facts for name in KEPT):
-            continue
-        if _share_of(folder) == wanted and (folder / WEIGHTS).exists() and "taken_from" not in facts["train"]:
+        trained = (folder / WEIGHTS).exists() and "model" in facts and "taken_from" not in facts.get("train", WITHOUT)
+        if trained and all(facts.get(name) == made[name] for name in made) and _share_of(folder) == wanted:
             opened = open_artifact(folder / WEIGHTS)
             write_weights(run.path(WEIGHTS), opened.model(), opened.tokenizer, decoder_share(recipe))
             for row in folders.rows(folder / CURVES):
                 folders.append(run.path(CURVES), row)
-            for name in KEPT:
-                taken = {"taken_from": folder.name} if name == "train" else {}
-                run.fact(name, **facts[name], **taken)
+            run.fact("model", **facts["model"])
+            run.fact("train", **facts["train"], taken_from=folder.name)
             return folder
     return None
 
 
 def _facts(folder: Path) -> dict[str, dict[str, Any]]:
-    return {row.pop("fact", ""): row for row in _rows(folder / JOURNAL)}
-
-
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    for row in folders.rows(path):
+    """The last fact of every name, without its time."""
+    found = {}
+    for row in folders.rows(folder / JOURNAL):
         row.pop("time", None)
-        yield row
+        found[row.pop("fact", "")] = row
+    return found
 
 
 def _share_of(folder: Path) -> str | None:
-    from fairway.base.errors import FairwayError
-    from fairway.verbs.opening import recipe_of
-
     try:
-        return share(recipe_of(folder))
+        return share(recipes.load(Recipe, folder / RECIPE))
     except FairwayError:  # a run of another version, whose keys are not ours
         return None
