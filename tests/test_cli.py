@@ -68,7 +68,7 @@ def test_list_techniques_shows_every_file_of_every_slot(fairway):
     listed = json.loads(fairway("list", "techniques", "--json").out)
     assert listed == {slot: slots.kinds(f"fairway.{slot}") for slot in listed}
     assert listed["model.attention"] == ["exclusive", "plain"]
-    assert len(listed) == 11
+    assert len(listed) == 13
     assert "exclusive, plain" in fairway("list", "techniques").out
 
 

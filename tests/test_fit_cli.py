@@ -151,7 +151,7 @@ def test_a_place_that_cannot_be_written_and_code_over_the_budget_are_one_line(fa
 
 def test_a_run_with_a_fit_ends_in_a_file_that_fits_and_is_scored(tmp_path) -> None:
     folder = tmp_path / "run"
-    outcome = run_tiny(folder, "quant.fit.budget=34000", "pack.coder=rans")
+    outcome = run_tiny(folder, "quant.fit.budget=34000", "pack.coder=rans", "proof_bytes=0")
     facts = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
     fit = next(fact for fact in facts if fact.get("fact") == "fit" or ("artifact_sha256" in fact and "choices" in fact))
     assert 0.994 * 34_000 < outcome.artifact_bytes <= 34_000
@@ -162,7 +162,9 @@ def test_a_run_with_a_fit_ends_in_a_file_that_fits_and_is_scored(tmp_path) -> No
 
 def test_with_the_code_the_script_fits_in_too(tiny_run, tmp_path) -> None:
     budget = (tiny_run / "train_gpt.py").stat().st_size + 44_000
-    outcome = run_tiny(tmp_path / "run", f"quant.fit.budget={budget}", "quant.fit.code=true", "pack.coder=rans")
+    outcome = run_tiny(
+        tmp_path / "run", f"quant.fit.budget={budget}", "quant.fit.code=true", "pack.coder=rans", "proof_bytes=0"
+    )
     script = (tmp_path / "run" / "train_gpt.py").stat().st_size
     assert 0.94 * (budget - script) < outcome.artifact_bytes <= budget - script, "so small a file may miss by 6 %"
     assert outcome.challenge_bytes == outcome.artifact_bytes + script <= budget

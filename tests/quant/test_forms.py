@@ -163,7 +163,7 @@ def test_a_form_that_is_none_is_refused(form: Form, says: str) -> None:
 def test_every_matrix_is_better_than_nearest_in_every_form(model: GPT, batches: Batches, form: str) -> None:
     run, spec = Run(), build(QuantSpec, {"matrix": {"bits": 3, "form": form}})
     hessians = gather(model, batches(8))
-    tensors = quantize(model, [], spec, run, hessians)
+    tensors = quantize(model, hessians, spec, run)
     weights = dequantized(tensors)
     for name, tag in tags(model).items():
         if tag.role == "matrix":
@@ -206,8 +206,8 @@ def test_weights_are_pruned_before_they_are_rotated(model: GPT, batches: Batches
         "prune": {"when": "before", "fraction": 0.3},
         "rounding": "nearest",
     }
-    pruned = quantize(model, [], build(QuantSpec, table), Run())
-    whole = quantize(model, [], build(QuantSpec, table | {"prune": {}}), Run())
+    pruned = quantize(model, {}, build(QuantSpec, table), Run())
+    whole = quantize(model, {}, build(QuantSpec, table | {"prune": {}}), Run())
     name = "blocks.0.mlp.up.weight"
     weight = model.get_parameter(name).detach()
     small = weight.abs() < weight.abs().flatten().kthvalue(int(0.3 * weight.numel()) + 1).values
@@ -237,7 +237,7 @@ def test_what_forms_do_not_do_is_refused_when_the_recipe_is_read(table: dict[str
 
 def test_a_rotation_alone_goes_with_every_rounding(model: GPT, batches: Batches) -> None:
     spec = build(QuantSpec, {"matrix": {"form": "rotated"}, "rounding": "ascending_plain"})
-    tensors = quantize(model, batches(4), spec, Run())
+    tensors = quantize(model, gather(model, batches(4)), spec, Run())
     assert isinstance(tensors["blocks.0.mlp.up.weight"], Formed)
     assert type(tensors["embedding.weight"]) is Quantized
 

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,8 @@ def run_jobs(artifact: Artifact, jobs: Sequence[Job], run: Run, label: str, proc
         others = set(multiprocessing.active_children())
         pool = futures.ProcessPoolExecutor(count, context, _start, (artifact.path, tally, stop))
         try:
-            waiting = [pool.submit(_do, number, job) for number, job in enumerate(jobs)]
+            with _deaf():
+                waiting = [pool.submit(_do, number, job) for number, job in enumerate(jobs)]
             for future in waiting:
                 while not future.done():
                     futures.wait([future], timeout=0.5)
@@ -60,6 +62,20 @@ def run_jobs(artifact: Artifact, jobs: Sequence[Job], run: Run, label: str, proc
             _end(set(multiprocessing.active_children()) - others)
             raise
         pool.shutdown()
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """What is started within never hears a terminal's Ctrl-C, which would meet it importing torch and print where; here
+    it waits until the start is over."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end(workers: set[Any]) -> None:
