@@ -9,14 +9,14 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 
 from fairway.base.errors import RecipeError
 from fairway.base.slots import kinds, technique
-from fairway.lab.sweep.engines import Crew, keep
+from fairway.lab.sweep.engines import Crew, crew_elsewhere, keep
 from fairway.lab.sweep.one import Ended, Job
 from tests.tiny.way import SAMPLE, TINY, run_tiny
 
@@ -73,6 +73,24 @@ def test_each_job_is_started_once_in_order_and_never_more_at_a_time_than_asked()
     assert sorted(ended) == started
     assert most == 2
     assert set(places) == {0, 1}
+
+
+def test_of_equal_trainings_one_begins_when_the_other_has_ended():
+    order = []
+    jobs = [replace(job(name), training=training) for name, training in zip("abcd", ("x", "x", "y", ""), strict=True)]
+    for event in keep(jobs, 3, lambda one, place: Fake(one, place, [], looks=3)):
+        if event is not None:
+            order.append(("begins " if isinstance(event, Job) else "ends ") + event.id)
+    assert order[:3] == ["begins a", "begins c", "begins d"], "b waits, whoever can begin does"
+    assert order.index("begins b") > order.index("ends a")
+    assert len(order) == 8
+
+
+def test_elsewhere_every_run_has_a_gpu_unless_it_is_to_run_on_a_cpu():
+    assert crew_elsewhere(None, 5, "auto") == Crew(5, 1, ("any",) * 5)
+    assert crew_elsewhere(2, 5, "cpu") == Crew(2, 1, ())
+    with pytest.raises(RecipeError, match="--jobs 0"):
+        crew_elsewhere(0, 5, "auto")
 
 
 def test_whoever_goes_early_waits_for_the_checkpoints_of_those_on_their_way():

@@ -1,21 +1,25 @@
 """Runs of a sweep that train the very same model do so once."""
 
 import json
+import shutil
 
 import pytest
 
+from fairway import steps
 from fairway.artifact import open_artifact
 from fairway.base.devices import choose
 from fairway.base.journal import Run
 from fairway.lab.submit import checkout
-from fairway.lab.sweep.trained import order, share, take_weights
+from fairway.lab.sweep.trained import equals, order, share, take_weights
 from tests.tiny.way import run_tiny, tiny_recipe
 
 BITS = "quant.matrix.bits=4"
 
 
-def made():
-    return {"code": checkout().describe(), "device": {"ranks": 1, **choose("cpu").describe()}}
+def prepared(recipe, run):
+    """A run as it is before its training."""
+    steps.begin(recipe, run, choose("cpu"), checkout())
+    steps.prepare(recipe, run)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +67,9 @@ def test_a_run_that_takes_weights_scores_as_if_it_had_trained_them(house):
     folder, alone = house / "two", house.parent / "alone"
     recipe = tiny_recipe(BITS, "proof_bytes=0", "baselines=false")
     with Run(folder) as run:
-        assert take_weights(recipe, run, [house / "one"], made()) == house / "one"
+        prepared(recipe, run)
+        assert equals(recipe, [house / "one"]) == [house / "one"]
+        assert take_weights(recipe, run, [house / "one"]) == house / "one"
     taken, trained = (run_tiny(where, BITS, "proof_bytes=0", "baselines=false") for where in (folder, alone))
     assert taken.stages == trained.stages
     assert taken.artifact_sha256 == trained.artifact_sha256
@@ -71,20 +77,54 @@ def test_a_run_that_takes_weights_scores_as_if_it_had_trained_them(house):
     assert [fact["taken_from"] for fact in facts if fact["fact"] == "train"] == ["one"]
     assert open_artifact(folder / "weights.safetensors").decoder == open_artifact(alone / "weights.safetensors").decoder
     with Run(house / "three") as run:
-        assert take_weights(recipe, run, [folder], made()) is None, "only whoever trained them is asked"
+        prepared(recipe, run)
+        assert take_weights(recipe, run, [folder]) is None, "only whoever trained them is asked"
 
 
 @pytest.mark.parametrize(
-    ("change", "otherwise"),
-    [("train.clip=0.5", {}), (BITS, {"code": {"commit": "another", "sha256": "another"}}), (BITS, {"device": {}})],
+    ("name", "value"),
+    [
+        ("code", {"commit": "another", "sha256": "another"}),
+        ("device", {}),
+        ("versions", {"fairway": "0.0.1"}),
+        ("train_text", {"sha256": "another"}),
+        ("held_out_text", {"sha256": "another"}),
+        ("tokenizer", {"sha256": "another"}),
+    ],
 )
-def test_weights_of_another_training_code_or_device_are_left_alone(house, tmp_path, change, otherwise):
+def test_weights_of_another_text_code_library_or_device_are_left_alone(house, tmp_path, name, value):
+    recipe = tiny_recipe(BITS)
     with Run(tmp_path) as run:
-        assert take_weights(tiny_recipe(change), run, [house / "one"], made() | otherwise) is None
+        prepared(recipe, run)
+        run.facts[name] = value
+        assert take_weights(recipe, run, [house / "one"]) is None
     assert not (tmp_path / "weights.safetensors").exists()
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("train.clip=0.5",),
+        ("quant.calibration={kind='online', every=5}",),
+        ("train.schedule={by='clock', seconds=9.0, warmdown=20}",),
+    ],
+)
+def test_another_training_and_one_that_is_nobody_elses_have_no_equals(house, tmp_path, change):
+    assert equals(tiny_recipe(*change), [house / "one"]) == []
+
+
 def test_a_training_that_has_begun_goes_on(house, tmp_path):
+    recipe = tiny_recipe(BITS)
     (tmp_path / "checkpoint.pt").touch()
     with Run(tmp_path) as run:
-        assert take_weights(tiny_recipe(BITS), run, [house / "one"], made()) is None
+        prepared(recipe, run)
+        assert take_weights(recipe, run, [house / "one"]) is None
+
+
+def test_damaged_weights_are_left_to_their_own_run(house, tmp_path):
+    shutil.copytree(house / "one", tmp_path / "damaged")
+    (tmp_path / "damaged" / "weights.safetensors").write_bytes(b"cut short")
+    recipe = tiny_recipe(BITS)
+    with Run(tmp_path / "run") as run:
+        prepared(recipe, run)
+        assert take_weights(recipe, run, [tmp_path / "damaged", house / "one"]) == house / "one"

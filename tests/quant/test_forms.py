@@ -200,9 +200,9 @@ def test_overrides_give_parts_of_some_layers_another_form(model: GPT) -> None:
             assert (grid.bits, grid.form) == ((4, "turbo") if formed else (5, "steps"))
 
 
-def test_weights_are_pruned_before_they_are_rotated(model: GPT, batches: Batches) -> None:
+def test_weights_are_pruned_before_they_get_their_levels(model: GPT, batches: Batches) -> None:
     table = {
-        "matrix": {"form": "turbo", "bits": 6},
+        "matrix": {"form": "lloyd_max", "bits": 6},
         "prune": {"when": "before", "fraction": 0.3},
         "rounding": "nearest",
     }
@@ -223,7 +223,12 @@ def test_weights_are_pruned_before_they_are_rotated(model: GPT, batches: Batches
             "prune.when = 'after': .* 'turbo'",
         ),
         ({"table": {"form": "rotated"}, "prune": {"when": "selective", "fraction": 0.1}}, "'selective': .* 'rotated'"),
-        ({"matrix": {"form": "rotated"}, "fit": {"budget": 9999}}, "fit.budget = 9999: .* form = 'steps'"),
+        (
+            {"matrix": {"form": "rotated"}, "prune": {"when": "before", "fraction": 0.1}},
+            "prune.when = 'before': .* a zero before a rotation is none after it; take never",
+        ),
+        ({"matrix": {"form": "rotated"}, "prune": {"budget": 9999}}, "prune.budget = 9999: .* form = 'steps'"),
+        ({"matrix": {"form": "rotated"}, "fit": {"budget": 9999}}, "fit.budget = 9999, .* form = 'steps'"),
         ({"matrix": {"form": "turbo"}, "rounding": "ascending_plain"}, "'ascending_plain': knows no levels; take gptq"),
         ({"override": [{"parts": ["v"], "form": "lloyd_max"}], "rounding": "ascending_plain"}, "knows no levels"),
         ({"matrix": {"form": "turbot"}}, "turbot"),

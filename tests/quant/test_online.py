@@ -14,6 +14,7 @@ from fairway.model import GPT, projections
 from fairway.quant import Hessians, QuantSpec, gather, observed, read_hessians
 from fairway.quant.calibration import online
 from fairway.train import ScheduleSpec, TrainSpec, pretrain
+from fairway.train.schedule import rate_scale
 from tests.quant.conftest import VOCAB, small_model
 
 STILL = {
@@ -121,11 +122,40 @@ def test_what_it_cost_is_booked_over_all_steps(tmp_path: Path) -> None:
     assert fact["seconds"] > 0
 
 
-@pytest.mark.parametrize("table", [{"every": 13, "start_scale": 1.0}, {"every": 1, "start_scale": 0.2}])
-def test_a_source_that_never_came_due_is_one_clear_error_and_no_file(tmp_path: Path, table: dict[str, object]) -> None:
+NEVER = [{"every": 13, "start_scale": 1.0}, {"every": 1, "start_scale": 0.2}]
+
+
+@pytest.mark.parametrize("table", NEVER)
+def test_a_source_that_will_never_be_due_is_refused_before_training(tmp_path: Path, table: dict[str, object]) -> None:
+    quant = build(QuantSpec, {"calibration": {"kind": "online", **table}})
+    model, schedule = small_model(), ScheduleSpec(steps=12, warmdown=4)
     says = rf"quant\.calibration: no Hessian in 12 steps: every = {table['every']}, and rates below start_scale = "
-    with pytest.raises(RecipeError, match=says):
-        trained(tmp_path, table)
+    with Run(tmp_path) as run:
+        observer = online.observer(quant, model, observed(model, quant), run)
+        assert observer is not None
+        with pytest.raises(RecipeError, match=says):
+            observer.foresee(rate_scale(schedule, step, 0.0) for step in range(12))
+
+
+@pytest.mark.parametrize("table", NEVER)
+def test_where_a_clock_ended_before_any_was_due_the_last_batch_is_taken_and_said(
+    tmp_path: Path, table: dict[str, object]
+) -> None:
+    model = trained(tmp_path, table, STILL)
+    expected = gather(model, [Text().batch(11, Ranks())[0]])
+    for name, hessian in kept(tmp_path).items():
+        torch.testing.assert_close(hessian, expected[name], rtol=1e-4, atol=1e-6)
+    journal = (tmp_path / "journal.jsonl").read_text()
+    assert "no step was due; the last batch was taken" in journal
+
+
+def test_without_any_batch_there_is_nothing_to_take(tmp_path: Path, model: GPT) -> None:
+    quant = QuantSpec(calibration=online.Spec())
+    with Run(tmp_path) as run:
+        observer = online.observer(quant, model, observed(model, quant), run)
+        assert observer is not None
+        with pytest.raises(RecipeError, match="no Hessian in 0 steps"):
+            observer.finish()
     assert not (tmp_path / online.OBSERVED).exists()
 
 

@@ -111,7 +111,7 @@ def plain_leaf(value: Any, annotation: Any, place: str) -> Any:
     if annotation is None or annotation is types.NoneType:
         if value is None:
             return None
-    elif annotation is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+    elif annotation is float and (type(value) is float or (type(value) is int and abs(value) < 1 << 1023)):
         return float(value)
     elif isinstance(annotation, type) and type(value) is annotation:
         return value

@@ -103,7 +103,7 @@ def seeds_needed(values: Sequence[float], bound: float, p: float = CHANCE, most:
     """How many more values like these bring `chance_above` below p: 0 where they do already, None where `most` in all
     would not. One value has no spread, and three are usual: two more."""
     if len(values) < 2:
-        return 3 - len(values)
+        return 3 - len(values) if values[0] < bound else None
     mean, variance = statistics.fmean(values), statistics.variance(values)
 
     def chance(more: int) -> float:
@@ -119,7 +119,8 @@ def seeds_needed_of_both(
     """How many more values like these on each side bring Welch's chance of a difference at or above `margin` below p;
     as `seeds_needed` else."""
     if min(len(ours), len(theirs)) < 2:
-        return 3 - min(len(ours), len(theirs))
+        possible = statistics.fmean(ours) - statistics.fmean(theirs) < margin
+        return 3 - min(len(ours), len(theirs)) if possible else None
     mean = statistics.fmean(ours) - statistics.fmean(theirs)
     variance, its = statistics.variance(ours), statistics.variance(theirs)
 

@@ -63,14 +63,15 @@ def check_spec(spec: QuantSpec) -> None:
     """ValueError where a plan asks a book or a rotation for what they do not do."""
     grids: tuple[GridSpec | Override, ...] = (spec.matrix, spec.table, *spec.override)
     form = next(grid.form for grid in grids if grid.form not in ("steps", None))
-    if spec.prune.when in ("after", "selective"):
+    rotated_ = any(grid.form in ROTATED for grid in grids)
+    if spec.prune.when in ("after", "selective") or (spec.prune.when == "before" and rotated_):
+        why = "a zero before a rotation is none after it" if rotated_ else "the size of codes is not that of weights"
+        remedy = "never" if rotated_ else "before or never"
+        raise ValueError(f"prune.when = {spec.prune.when!r}: with form = {form!r} {why}; take {remedy}")
+    if spec.fit.budget or spec.prune.budget:
         raise ValueError(
-            f"prune.when = {spec.prune.when!r}: goes by the size of codes, which with form = {form!r} is not that of "
-            "weights; take before or never"
-        )
-    if spec.fit.budget:
-        raise ValueError(
-            f"fit.budget = {spec.fit.budget}: a fit finds steps of its own; take form = 'steps', or no fit"
+            f"fit.budget = {spec.fit.budget}, prune.budget = {spec.prune.budget}: bytes are fitted by steps and zeros, "
+            f"which form = {form!r} has not; take form = 'steps', or no budget"
         )
     known = slots.kind_of(spec.rounding) == "nearest" or getattr(slots.module_of(spec.rounding), "TAKES_BOOKS", False)
     if not known and any(grid.form in BOOKS for grid in grids):
@@ -169,7 +170,7 @@ def lloyd_max(bits: int) -> tuple[float, ...]:
 def _solve(
     weight: Tensor, scales: Tensor, grid: GridSpec, hessian: Tensor | None, rounding: Any | None, book: Book | None
 ) -> Solution:
-    if rounding is None or (book is not None and slots.kind_of(rounding) == "nearest"):
+    if book is not None and (rounding is None or slots.kind_of(rounding) == "nearest"):
         return Solution(_nearest(weight, scales, grid.bits, book).to(torch.int8), {})
     more = () if book is None else (book,)
     solution: Solution = slots.module_of(rounding).solve(

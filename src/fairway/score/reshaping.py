@@ -65,6 +65,16 @@ def learns(specs: tuple[Any, ...]) -> bool:
     return any(module_of(spec).LEARNS for spec in specs)
 
 
+def check(specs: tuple[Any, ...], result: str = "") -> None:
+    """RecipeError for more techniques than a file may ask for, and for a result that none of them touches."""
+    if len(specs) > MOST:
+        raise RecipeError(f"score.reshape: {len(specs)} techniques; at most {MOST} can be decoded")
+    if specs and result == "quantized":
+        raise RecipeError(
+            'score.reshape: score.result = "quantized" is read in plain windows, unreshaped; take sliding or adapted'
+        )
+
+
 class Reshaped(WindowPredictor):
     """The same predictor, its logits changed by techniques of score/reshape, in order.
 
@@ -73,8 +83,7 @@ class Reshaped(WindowPredictor):
 
     def __init__(self, inner: WindowPredictor, specs: tuple[Any, ...]) -> None:
         super().__init__(inner.model, inner.tape, inner.adapter, inner.block_tokens, inner.carried, inner.exact)
-        if len(specs) > MOST:
-            raise RecipeError(f"score.reshape: {len(specs)} techniques; at most {MOST} can be decoded")
+        check(specs)
         self.techniques: list[tuple[ModuleType, Any, list[Lane]]] = []
         for spec in specs:
             module = module_of(spec)

@@ -43,6 +43,7 @@ from fairway.steps.products import (
     tidy,
 )
 from fairway.train import pretrain
+from fairway.train.schedule import rate_scale
 
 Check = Callable[[Recipe, Corpus, Corpus, Text, Run], None]
 
@@ -53,6 +54,8 @@ def begin(recipe: Recipe, run: Run, device: Device, code: Code) -> None:
     """Writes the resolved recipe, or refuses a run folder that holds another one; books where and with what it runs."""
     for stage in recipe.score.stages:  # a stride over the context is refused now, not when training is over
         stream_of(stage, 1, recipe.score, recipe.model.context)
+    if recipe.score.reshape:
+        slots.optional("fairway.score.reshaping").check(recipe.score.reshape, recipe.score.result)
     schedule, limit = recipe.train.schedule, recipe.budget.train_seconds
     if schedule.by == "clock" and limit and schedule.seconds >= limit:
         raise RecipeError(
@@ -121,6 +124,8 @@ def train(recipe: Recipe, text: Text, run: Run, device: Device) -> None:
     model.compute = device.compute
     source = slots.module_of(recipe.quant.calibration)  # it and the plan refuse now, not when training is over
     observer = source.observer(recipe.quant, model, observed(model, recipe.quant), run)
+    if observer is not None and recipe.train.schedule.by == "steps":
+        observer.foresee(rate_scale(recipe.train.schedule, step, 0.0) for step in range(recipe.train.schedule.steps))
     run.fact("model", params=parameter_count(model), vocab=text.tokenizer.size)
     _announce(recipe, model, run)
     qat: FakeQuant | None = None

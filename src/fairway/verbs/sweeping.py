@@ -5,21 +5,22 @@ import statistics
 import sys
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from fairway.base import files, slots, tables
+from fairway.base import files, recipes, slots, tables
 from fairway.base.devices import choose
 from fairway.base.errors import DataError, FairwayError, RecipeError
 from fairway.base.specs import to_plain
 from fairway.lab.compare.same import RESULT
 from fairway.lab.sweep import Approach, Book, Planned, approaches, finished, folder_name, plan, read_plan
 from fairway.lab.sweep.book import expected_seconds, read_facts
-from fairway.lab.sweep.engines import Crew, crew, gpus_here
+from fairway.lab.sweep.engines import Crew, crew, crew_elsewhere, gpus_here
 from fairway.lab.sweep.one import Ended, Job
 from fairway.lab.sweep.showing import Progress, Screen, shown
-from fairway.lab.sweep.trained import order
+from fairway.lab.sweep.trained import order, share
 from fairway.recipe import Recipe
 from fairway.steps import RECIPE
 from fairway.verbs.comparing import compare
@@ -45,9 +46,12 @@ def sweep(
 ) -> None:
     """Plans the runs of some recipes and seeds, and makes those that are not finished."""
     where = slots.technique("fairway.lab.sweep.engines", engine, "--engine")
-    target = choose(device).torch.type
-    hands = crew(jobs, gpus_here() if target == "cuda" else ())
     chosen, wanted = approaches(sources, overrides, pocket), seeds_of(seeds)
+    if where.elsewhere():
+        target, hands = device, crew_elsewhere(jobs, len(chosen) * max(len(wanted), 1), device)
+    else:
+        target = choose(device).torch.type
+        hands = crew(jobs, gpus_here() if target == "cuda" else ())
     folder = out or runs / folder_name(sources, pocket)
     if only_plan:
         _show_plan(folder, chosen, plan(chosen, wanted, read_plan(folder)), as_json)
@@ -103,7 +107,8 @@ def _run(
         if foreign := _prepared(place, recipe):
             end(Ended(one.id, 0.0, foreign))
         else:
-            jobs.append(Job(one.id, place, target, hands.threads, Path.cwd()))
+            training = share(recipe) if recipe.train.schedule.by == "steps" else ""
+            jobs.append(Job(one.id, place, target, hands.threads, Path.cwd(), training))
     with closing(where.run(jobs, hands)) as events:
         for event in events:
             if isinstance(event, Job):
@@ -120,11 +125,19 @@ def _prepared(folder: Path, recipe: Recipe) -> str:
     path, resolved = folder / RECIPE, tables.dump(to_plain(recipe))
     if not path.exists():
         files.write(path, resolved)
-    elif path.read_text(encoding="utf-8", errors="replace") != resolved:
+    elif not _says(path, recipe):
         return (
             f"RecipeError: {path}: holds another recipe, or one from another version; remove the folder to start anew"
         )
     return ""
+
+
+def _says(path: Path, recipe: Recipe) -> bool:
+    """Whether a run folder's recipe is this one, whatever its summary says."""
+    try:
+        return replace(recipes.load(Recipe, path), summary=recipe.summary) == recipe
+    except FairwayError:
+        return False
 
 
 def _show_plan(folder: Path, chosen: Sequence[Approach], planned: Runs, as_json: bool) -> None:
@@ -179,7 +192,7 @@ def _show_results(folder: Path, planned: Runs, failed: dict[str, str], as_json: 
     table("recipe", "bits per byte", shown)
     if sum(map(bool, scores.values())) > 1:
         try:
-            compare([folder], "", RESULT, "steps", False, False)
+            compare([folder], "", RESULT, "either", False, False)
         except (
             RecipeError,
             DataError,

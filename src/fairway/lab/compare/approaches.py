@@ -8,9 +8,8 @@ from typing import Any
 from fairway.base.errors import DataError, RecipeError
 from fairway.lab.finished import Finished, flat, is_finished, is_run, own_score, read_run, whole
 from fairway.lab.sweep.book import PLAN, read_plan
+from fairway.lab.sweep.plan import ONES_OWN
 from fairway.steps.products import SCORE
-
-SEEDS_OWN = ("seed", "proof_bytes", "baselines", "summary")  # what two runs of one approach may differ in
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ def approaches(runs: Iterable[Finished], baselines: Iterable[str] = ()) -> tuple
 
 def shared(run: Finished) -> dict[str, Any]:
     """What all seeds of a run's recipe share: {dotted place: value}."""
-    return {key: value for key, value in flat(run.table) if key not in SEEDS_OWN}
+    return {key: value for key, value in flat(run.table) if key not in ONES_OWN}
 
 
 def _runs_in(place: Path) -> tuple[list[Path], set[str]]:

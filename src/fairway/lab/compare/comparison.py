@@ -37,7 +37,8 @@ NATURAL = ("b6", "pocket_b6")  # the baselines of sweeps, where no other is name
 
 def compare(places: Sequence[Path], baseline: str = "", stage: str = RESULT, by: str = "steps") -> Comparison:
     """Runs, sweeps and folders of runs as a table. baseline: an approach's label or its recipe's name; stage: one of
-    the four, or `result`: each run's own; by: steps or clock, what the runs share.
+    the four, or `result`: each run's own; by: steps or clock, what the runs share, or either: the clock where all of
+    them were scheduled by it.
 
     Raises RecipeError (nothing to compare, no such baseline, a stage that was not scored, different step counts),
     DataError (different text, a damaged run).

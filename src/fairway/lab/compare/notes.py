@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from fairway.lab.compare.approaches import Approach
 from fairway.lab.compare.result import Compared
-from fairway.lab.compare.same import booked
+from fairway.lab.compare.same import booked, steps_of
 
 
 def notes_of(found: Sequence[Approach], base: Approach, stage: str, rows: Sequence[Compared]) -> list[str]:
@@ -16,10 +16,18 @@ def notes_of(found: Sequence[Approach], base: Approach, stage: str, rows: Sequen
         notes.append(f"Each approach's own result, of different stages ({told}); --stage compares one of all.")
     if len({booked(run, stage)["tokens"] for one in found for run in one.runs}) > 1:
         notes.append(f"Token counts differ: nats of differences are per token of {base.label}.")
-    for one in found:
-        codes = {str(run.facts.get("code", {}).get("sha256"))[:12] for run in one.runs}
-        if len(codes) > 1:
-            notes.append(f"{one.label}: its runs were made by {len(codes)} versions of the code.")
+    every = [run for one in found for run in one.runs]
+    for fact, keys, told in (
+        ("code", ("sha256",), "versions of the code"),
+        ("device", ("device", "processor", "torch", "threads", "ranks"), "kinds of device, library or threads"),
+    ):
+        made = {tuple(str(run.facts.get(fact, {}).get(key)) for key in keys) for run in every}
+        if len(made) > 1:
+            mixed = [one.label for one in found if len({str(run.facts.get(fact)) for run in one.runs}) > 1]
+            within = f" ({', '.join(mixed)}: within one approach)" if mixed else ""
+            notes.append(f"These runs were made by {len(made)} {told}{within}.")
+    if len({steps_of(run) for run in every}) > 1:
+        notes.append("Step counts differ: these runs share the clock.")
     notes += _notes_by_document([row for row in rows if row.against is not None])
     if any(len(one.runs) == 1 for one in found):
         few = ", ".join(one.label for one in found if len(one.runs) == 1)

@@ -21,7 +21,7 @@ def stage_of(run: Finished, stage: str) -> str:
 def refuse_unlike(runs: Sequence[Finished], stage: str, by: str) -> None:
     """DataError where two scores are of different text, RecipeError where their runs took different numbers of steps
     (unless compared by the clock). Both values stand in the one line."""
-    first = runs[0]
+    first, clocked = runs[0], by == "either" and all(run.recipe.train.schedule.by == "clock" for run in runs)
     for run in runs[1:]:
         for key, told in (("text_sha256", "scores of different text"), ("text_bytes", "different byte counts")):
             now, then = booked(run, stage)[key], booked(first, stage)[key]
@@ -31,7 +31,7 @@ def refuse_unlike(runs: Sequence[Finished], stage: str, by: str) -> None:
                     "are not compared; name runs of one held-out text"
                 )
         now, then = steps_of(run), steps_of(first)
-        if by == "steps" and now != then:
+        if by != "clock" and not clocked and now != then:
             raise RecipeError(
                 f"{run.folder}: trained {now:,} steps, but {then:,} in {first.folder}; compare runs of as many steps, "
                 "or say --by clock where the time was what they shared"

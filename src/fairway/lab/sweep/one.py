@@ -1,7 +1,8 @@
 """One run of a sweep, in a process of its own: a crash, a full memory or a loss that is not finite costs one run.
 
 The process ends when its standard input closes, as on Ctrl-C: training first writes a checkpoint. So a sweep that was
-killed leaves none behind, on whichever machine its engine started it.
+killed leaves none behind on its machine. (A batch job of Slurm holds its process itself and goes on: `scancel` it, or
+let it end, before the sweep is called again.)
 """
 
 import json
@@ -35,6 +36,7 @@ class Job:
     device: str
     threads: int
     place: Path  # the working directory: a recipe's paths count from it
+    training: str = ""  # a hash of its training: of equal ones, one begins when the other has ended
 
 
 @dataclass(frozen=True)
@@ -125,18 +127,21 @@ def main(folder: str, device: str) -> None:
 
 
 def _run(folder: Path, device: str) -> None:
-    from fairway import pipeline
+    from fairway import pipeline, steps
     from fairway.base.devices import choose
     from fairway.lab.submit import checkout
-    from fairway.lab.sweep.trained import take_weights
+    from fairway.lab.sweep.trained import equals, take_weights
     from fairway.verbs.opening import recipe_of
 
     chosen, target, code = recipe_of(folder), choose(device), checkout()
     with _opened(folder) as opened:
-        made = {"code": code.describe(), "device": {"ranks": opened.ranks.world, **target.describe()}}
-        taken = take_weights(chosen, opened, sorted(folder.parent.iterdir()), made)
-        if taken is not None:
-            opened.say(f"train         the weights of {taken.name}: an equal training")
+        alike = equals(chosen, sorted(set(folder.parent.iterdir()) - {folder}))
+        if alike:
+            steps.begin(chosen, opened, target, code)
+            steps.prepare(chosen, opened, steps.refuse_overlap)
+            taken = take_weights(chosen, opened, alike)
+            if taken is not None:
+                opened.say(f"train         the weights of {taken.name}: an equal training")
         pipeline.run(chosen, opened, target, code)
 
 

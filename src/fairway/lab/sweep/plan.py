@@ -1,9 +1,10 @@
 """The plan of a sweep: recipes and seeds -> fully resolved runs, each with an id that stays.
 
-An id is a hash of what the resolved recipe says beyond the defaults (its name, its seed and all else): a new key whose
-default changes nothing makes no finished run a stranger. Two things are asked of a recipe's first seed alone, since
-they cost about 25 s a run and say the same for every seed: the proof (`proof_bytes`) and the compressors beside the
-score (`baselines`). On the other seeds both are off; that stands in the resolved recipe, and hence in the id.
+An id is a hash of what the resolved recipe says beyond the defaults (its name, its seed, all else but the summary): a
+new key whose default changes nothing makes no finished run a stranger. Two things are asked of a recipe's first seed
+alone, since they cost about 25 s a run and say the same for every seed: the proof (`proof_bytes`) and the compressors
+beside the score (`baselines`). On the other seeds both are off; that stands in the resolved recipe, and hence in the
+id.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,9 +19,13 @@ from fairway.base.specs import to_plain
 from fairway.lab.submit.export import lean
 from fairway.recipe import Recipe
 
+ONES_OWN = ("seed", "proof_bytes", "baselines", "summary")  # what the runs of one approach may differ in
 ID_DIGITS = 10  # 40 bits: a clash among a thousand runs has a chance of one in two million
-APPROACHES = "approaches"  # the folder whose sweeps take these two along, from the folder above:
-GIANTS = ("b.toml", "b6.toml")
+BASELINES = {  # folders whose sweeps take these along, from the folder above
+    "approaches": ("b.toml", "b6.toml"),
+    "findings": ("b6.toml",),
+    "repairs": ("b6.toml",),
+}
 
 
 @dataclass(frozen=True)
@@ -53,13 +58,14 @@ class Planned:
 def approaches(sources: Sequence[str], overrides: tuple[str, ...] = (), pocket: bool = False) -> list[Approach]:
     """The recipes of a sweep, loaded and checked. sources: folders, of which every .toml is taken, files and names.
 
-    Baselines are the files named beside a folder, or the first where only files are named; with a folder `approaches`,
-    also b and b6 above it. RecipeError where a source holds no recipe, or two recipes have one name.
+    Baselines are the files named beside a folder, or the first where only files are named; with the folder
+    `approaches` also b and b6 above it, with `findings` and `repairs` b6. RecipeError where a source holds no recipe,
+    or two recipes have one name.
     """
     folders = [Path(source) for source in sources if Path(source).is_dir()]
     beside = [recipe_files.find(source) for source in sources if not Path(source).is_dir()]
-    homes = [folder.resolve().parent for folder in folders if folder.resolve().name == APPROACHES]
-    beside = [*filter(Path.exists, (home / name for home in homes for name in GIANTS)), *beside]
+    homes = [(folder.resolve().parent, BASELINES.get(folder.resolve().name, ())) for folder in folders]
+    beside = [*filter(Path.exists, (home / name for home, names in homes for name in names)), *beside]
     inside = [path for folder in folders for path in _recipes(folder)]
     baselines = {path.resolve() for path in (beside if folders else beside[:1])}
     found: dict[Path, Approach] = {}
@@ -96,7 +102,7 @@ def plan(
             if first.setdefault(shared, seed) != seed:
                 resolved = replace(resolved, proof_bytes=0, baselines=False)
             sha256 = tables.sha256(to_plain(resolved))
-            name = tables.sha256(lean(resolved))[:ID_DIGITS]
+            name = tables.sha256({k: v for k, v in lean(resolved).items() if k != "summary"})[:ID_DIGITS]
             one = Planned(name, resolved.name, seed, shared, sha256, approach.parent, approach.baseline)
             planned[name] = one, resolved
     return list(planned.values())
@@ -126,4 +132,4 @@ def _parent(path: Path, pocket: bool) -> str | None:
 
 def _shared(recipe: Recipe) -> str:
     """A hash of what all seeds of a recipe share."""
-    return tables.sha256({k: v for k, v in lean(recipe).items() if k not in ("seed", "proof_bytes", "baselines")})
+    return tables.sha256({k: v for k, v in lean(recipe).items() if k not in ONES_OWN})

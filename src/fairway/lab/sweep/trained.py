@@ -1,16 +1,18 @@
 """Equal trainings are made once: a run of a sweep takes the weights of another that trained the very same model.
 
 Approaches that differ only in what comes after training (grids, pruning, coders, adaptation) share their float weights:
-for one seed, one machine and one version of the code these are equal to the bit anyway. The journal says where they
-were trained. Hessians are gathered again, each run by its own recipe.
+for one seed, text, machine and version of the code these are equal to the bit anyway, where the schedule goes by steps.
+The journal says where they were trained, and with it stand the seconds that it took there. Hessians are gathered again,
+each run by its own recipe.
 """
 
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from fairway.artifact import open_artifact, write_weights
-from fairway.base import folders, recipes, tables
+from fairway.base import folders, recipes, slots, tables
 from fairway.base.errors import FairwayError
 from fairway.base.journal import CURVES, JOURNAL, Run
 from fairway.base.specs import to_plain
@@ -18,7 +20,7 @@ from fairway.recipe import Recipe
 from fairway.steps.products import RECIPE, WEIGHTS, decoder_share
 from fairway.train.loop import CHECKPOINT
 
-WITHOUT = ("taken_from",)  # no training fact: as good as taken
+MADE_OF = ("code", "versions", "device", "train_text", "held_out_text", "tokenizer")  # facts that must agree
 
 
 def share(recipe: Recipe) -> str:
@@ -26,8 +28,7 @@ def share(recipe: Recipe) -> str:
     where it does (fake grids, Hessians gathered on the way)."""
     table = to_plain(recipe)
     decides = {name: table[name] for name in ("seed", "data", "model", "train", "qat")}
-    calibration = table["quant"]["calibration"]
-    if recipe.qat.kind != "off" or calibration["kind"] == "online":
+    if recipe.qat.kind != "off" or slots.kind_of(recipe.quant.calibration) == "online":
         decides["quant"] = table["quant"]
     return tables.sha256(decides)
 
@@ -43,27 +44,46 @@ def order(recipes: Iterable[Recipe]) -> list[int]:
     return [place for _, _, place in sorted(turns, key=lambda one: (seeds.index(one[0]), one[1], one[2]))]
 
 
-def take_weights(recipe: Recipe, run: Run, others: Iterable[Path], made: Mapping[str, Any]) -> Path | None:
-    """Puts the weights of an equal training into the run's folder, where one of `others` (run folders) has them.
-
-    made: what this run's journal will say of its `code` and `device`; weights made otherwise are left alone. None where
-    there are none to take, or where this run has begun a training of its own.
-    """
-    if run.path(WEIGHTS).exists() or "train" in run.facts or run.path(CHECKPOINT).exists():
-        return None
+def equals(recipe: Recipe, others: Iterable[Path]) -> list[Path]:
+    """The run folders among some whose training is that of `recipe`; none where its weights are its own: a schedule by
+    clock ends where it ends, and Hessians that are gathered while training lie in nobody else's folder."""
+    if recipe.train.schedule.by == "clock" or slots.kind_of(recipe.quant.calibration) == "online":
+        return []
     wanted = share(recipe)
+    return [folder for folder in others if (folder / WEIGHTS).exists() and _share_of(folder) == wanted]
+
+
+def take_weights(recipe: Recipe, run: Run, others: Iterable[Path]) -> Path | None:
+    """Puts the weights of an equal training into the folder of a run that is prepared, where one of `others` has them.
+
+    Weights that were trained on another text or with another tokenizer, code, library or device are left alone, and so
+    is a run that has begun a training of its own: None.
+    """
+    if "train" in run.facts or run.path(CHECKPOINT).exists():
+        return None
     for folder in others:
         facts = _facts(folder)
-        trained = (folder / WEIGHTS).exists() and "model" in facts and "taken_from" not in facts.get("train", WITHOUT)
-        if trained and all(facts.get(name) == made[name] for name in made) and _share_of(folder) == wanted:
+        trained = facts.get("train", {})
+        equal = all(facts.get(name) == plain(run.facts[name]) for name in MADE_OF)
+        if not (equal and trained and "model" in facts and "taken_from" not in trained):
+            continue
+        try:
             opened = open_artifact(folder / WEIGHTS)
-            write_weights(run.path(WEIGHTS), opened.model(), opened.tokenizer, decoder_share(recipe))
-            for row in folders.rows(folder / CURVES):
-                folders.append(run.path(CURVES), row)
-            run.fact("model", **facts["model"])
-            run.fact("train", **facts["train"], taken_from=folder.name)
-            return folder
+        except FairwayError:  # damaged: that run will say so itself
+            continue
+        write_weights(run.path(WEIGHTS), opened.model(), opened.tokenizer, decoder_share(recipe))
+        run.path(CURVES).unlink(missing_ok=True)
+        for row in folders.rows(folder / CURVES):
+            folders.append(run.path(CURVES), row)
+        run.fact("model", **facts["model"])
+        run.fact("train", **trained, taken_from=folder.name)
+        return folder
     return None
+
+
+def plain(fact: Mapping[str, Any]) -> Any:
+    """A fact as a journal gives it back."""
+    return json.loads(json.dumps(fact, default=str))
 
 
 def _facts(folder: Path) -> dict[str, dict[str, Any]]:

@@ -2,7 +2,8 @@
 
 A source is a module with a frozen `Spec` and
 
-    observer(quant, model, names, run) -> what looks on while training (train.Observer, and `finish()`), or None
+    observer(quant, model, names, run) -> what looks on while training (train.Observer, and `finish()`;
+        `foresee(scales)` where the rates of all steps are known beforehand), or None
     hessians(quant, model, names, windows, run, seed) -> Hessians
     ON_CLOCK: whether `hessians` reads training text, and so belongs to the training clock
 

@@ -48,13 +48,25 @@ class Observer:
         self.spec: Spec = quant.calibration
         self.batch, self.model, self.names, self.run = quant.calibration_batch, model, names, run
         self.sums: Hessians = {}
+        self.last: Tensor | None = None  # inputs of the last step
         self.told = {"weight": 0.0, "gatherings": 0, "steps": 0, "seconds": 0.0}
+
+    def foresee(self, scales: Iterable[float]) -> None:
+        """scales: the factor on the rates of every step to come. RecipeError where none of them will be due."""
+        due = [self._due(step, scale) for step, scale in enumerate(scales, 1)]
+        if not any(due):
+            raise self._never(len(due))
 
     def after_step(self, step: int, scale: float, inputs: Tensor) -> None:
         """step: how many were taken; scale: the factor on the last one's rates; inputs: (n, T), this rank's part."""
-        self.told["steps"] = step
-        if step % self.spec.every or (scale >= self.spec.start_scale and self.spec.start_scale < 1):
-            return
+        self.told["steps"], self.last = step, inputs
+        if self._due(step, scale):
+            self._gather(inputs)
+
+    def _due(self, step: int, scale: float) -> bool:
+        return step % self.spec.every == 0 and (scale < self.spec.start_scale or self.spec.start_scale == 1)
+
+    def _gather(self, inputs: Tensor) -> None:
         if self.model.embedding.weight.is_cuda:
             torch.cuda.synchronize()  # what the step itself still computes is none of our seconds
         with Stopwatch() as watch:
@@ -65,6 +77,12 @@ class Observer:
         self.told["gatherings"] += 1
         self.told["seconds"] += watch.seconds
 
+    def _never(self, steps: float) -> RecipeError:
+        return RecipeError(
+            f"quant.calibration: no Hessian in {steps} steps: every = {self.spec.every}, and rates below start_scale = "
+            f"{self.spec.start_scale:g}, never meet; lower every, raise start_scale, or train longer"
+        )
+
     def state_dict(self) -> dict[str, Any]:
         return {"sums": self.sums, "told": self.told}
 
@@ -72,13 +90,14 @@ class Observer:
         self.sums, self.told = state["sums"], state["told"]
 
     def finish(self) -> None:
-        """Writes the mean for `hessians`, and books `online`. RecipeError where no step was due."""
-        told, spec = self.told, self.spec
+        """Writes the mean for `hessians`, and books `online`. A schedule by clock may have ended before any step was
+        due: the last batch is taken then, and the journal says so. RecipeError where there is none either."""
+        told = self.told
+        if not self.sums and self.last is not None:
+            self._gather(self.last)
+            self.run.fact("substitution", what="quant.calibration", why="no step was due; the last batch was taken")
         if not self.sums:
-            raise RecipeError(
-                f"quant.calibration: no Hessian in {told['steps']} steps: every = {spec.every}, and rates below "
-                f"start_scale = {spec.start_scale:g}, never met; lower every, raise start_scale, or train longer"
-            )
+            raise self._never(told["steps"])
         per_step = 1000 * told["seconds"] / told["steps"]
         facts = {"gatherings": told["gatherings"], "seconds": round(told["seconds"], 3)}
         self.run.fact("online", **facts, milliseconds_per_step=round(per_step, 3))

@@ -20,6 +20,9 @@ Pocket's text, a language's reference, says much again, and short contexts find 
 -> 1.7454 and adapted 1.7334 -> 1.7277; orders 8, 6, 5, 4, 3 from the first sight on and 2 from the second, beta =
 4 · confidence (chosen on dev), 1.6364 and 1.6223.
 
+About 45 µs a token and 400 bytes a context in this pure Python, on every rank: for texts of some millions of tokens,
+not for the challenge's 62 million within its 600 s; a proven chunk tells its whole lane again.
+
 Contexts are compared token by token: no hash, no collision. Two generations bound the memory: once `most` / 2 contexts
 are young they become the old ones, and what was old is forgotten; an old context that is seen again is young again.
 """

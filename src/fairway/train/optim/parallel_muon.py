@@ -122,7 +122,8 @@ class ParallelMuon(torch.optim.Optimizer):
             for parameter in bank.parameters:
                 saved = self.state.pop(parameter, {}).get("momentum")
                 if saved is not None and id(parameter) in mine:
-                    self.state[parameter]["momentum"] = saved.to(self._blank(parameter).dtype)
+                    # A copy: what was saved is a view of its whole bank, which would stay in memory.
+                    self.state[parameter]["momentum"] = saved.to(self._blank(parameter).dtype, copy=True)
 
     def _updates(self, bank: Bank) -> Tensor:
         """This rank's part of a bank's updates, (each, rows, columns); zeros after its own."""

@@ -1,5 +1,6 @@
 """Slot: where the runs of a sweep go. An engine starts a run somewhere and says when it has ended; nothing more.
 
+    elsewhere() -> whether runs go to other machines, whose devices are not known here
     run(jobs, crew) -> Iterator of a Job that was started, an `Ended`, or None: a moment to show progress
 
 Whoever closes the iterator early (Ctrl-C) waits until the runs that are on their way have written their checkpoints.
@@ -55,6 +56,15 @@ def crew(jobs: int | None, gpus: Sequence[str]) -> Crew:
     return Crew(width, max(cores() // width, 1), tuple(gpus))
 
 
+def crew_elsewhere(jobs: int | None, runs: int, device: str) -> Crew:
+    """The crew for machines that are not this one: as many runs at once as asked for, else all; a GPU for each, unless
+    `device` is cpu."""
+    if jobs is not None and jobs < 1:
+        raise RecipeError(f"--jobs {jobs}: at least 1 run at a time is needed")
+    width = jobs or max(runs, 1)
+    return Crew(width, 1, () if device == "cpu" else ("any",) * width)
+
+
 def gpus_here() -> tuple[str, ...]:
     """The names of the GPUs that this process may use."""
     import torch
@@ -68,11 +78,16 @@ def keep(jobs: Sequence[Job], width: int, start: Callable[[Job, int], Handle]) -
     """Keeps `width` runs on their way, in order, until all have ended. start(job, place): with place < width, no two
     runs in one place."""
     waiting, running = list(jobs), dict[int, Handle]()
+    training = dict[int, str]()  # what is being trained where: those that will take its weights wait for it
     try:
         while waiting or running:
             for place in range(width):
-                if place not in running and waiting:
-                    job = waiting.pop(0)
+                held = {training[other] for other in running}
+                free = [job for job in waiting if not job.training or job.training not in held]
+                if place not in running and free:
+                    job = free[0]
+                    waiting.remove(job)
+                    training[place] = job.training
                     running[place] = start(job, place)
                     yield job
             for place, handle in list(running.items()):

@@ -12,5 +12,10 @@ class Spec:
     """Nothing to choose."""
 
 
+def elsewhere() -> bool:
+    """Whether runs go to other machines than this one."""
+    return False
+
+
 def run(jobs: Sequence[Job], crew: Crew) -> Iterator[Event]:
     yield from keep(jobs, crew.width, lambda job, place: Child(job, crew.gpus[place] if crew.gpus else None))

@@ -18,6 +18,10 @@ class Spec:
     """Nothing to choose here: Ray's own variables say where it lies."""
 
 
+def elsewhere() -> bool:
+    return "RAY_ADDRESS" in os.environ
+
+
 def run(jobs: Sequence[Job], crew: Crew) -> Iterator[Event]:
     try:
         import ray

@@ -4,6 +4,7 @@ Partition, account and time limit are sbatch's own variables (SBATCH_PARTITION, 
 stand above what is asked for here. All machines must see the same files under the same paths.
 """
 
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,10 @@ MINUTES = 240  # for one run: the challenge's take 25, the rest is for slower ma
 @dataclass(frozen=True)
 class Spec:
     """Nothing to choose here: sbatch's own variables say where it runs."""
+
+
+def elsewhere() -> bool:
+    return shutil.which("sbatch") is not None
 
 
 def run(jobs: Sequence[Job], crew: Crew) -> Iterator[Event]:
