@@ -215,6 +215,16 @@ def test_weights_are_pruned_before_they_get_their_levels(model: GPT, batches: Ba
     assert first < 0.5 * second
 
 
+def test_a_rotated_table_has_its_dead_zone(model: GPT) -> None:
+    zeros = []
+    for zone in (0.0, 0.4):
+        spec = build(QuantSpec, {"table": {"form": "rotated", "dead_zone": zone}, "rounding": "nearest"})
+        value = quantize(model, {}, spec, Run())["embedding.weight"]
+        assert isinstance(value, Formed)
+        zeros.append(float((value.codes == 0).mean()))
+    assert zeros[1] > 1.2 * zeros[0]
+
+
 @pytest.mark.parametrize(
     ("table", "says"),
     [

@@ -27,7 +27,7 @@ from fairway.quant.grid import LEAST_SCALE, MOST_BITS, entropy, nearest_codes
 from fairway.quant.plan import GridSpec, Override, QuantSpec
 from fairway.quant.pruning import small
 from fairway.quant.quantize import objective
-from fairway.quant.rounding import Solution
+from fairway.quant.rounding import Solution, nearest
 from fairway.quant.scales import row_scales
 
 SEED = 0  # of every rotation; a file says its own
@@ -172,9 +172,9 @@ def _solve(
 ) -> Solution:
     if book is not None and (rounding is None or slots.kind_of(rounding) == "nearest"):
         return Solution(_nearest(weight, scales, grid.bits, book).to(torch.int8), {})
-    more = () if book is None else (book,)
-    solution: Solution = slots.module_of(rounding).solve(
-        weight, scales, grid.bits, hessian, rounding, grid.dead_zone, *more
+    solver, more = rounding or nearest.Spec(), () if book is None else (book,)
+    solution: Solution = slots.module_of(solver).solve(
+        weight, scales, grid.bits, hessian, solver, grid.dead_zone, *more
     )
     return solution
 
