@@ -17,7 +17,7 @@ from fairway.base.errors import DataError, RecipeError
 from fairway.base.journal import Run
 from fairway.lab.sweep import Book, approaches, finished, folder_name, plan, read_plan
 from fairway.lab.sweep.engines import crew
-from fairway.lab.sweep.one import Ended
+from fairway.lab.sweep.one import Ended, Job, run_one
 from fairway.lab.sweep.showing import Progress
 from fairway.lab.sweep.state import State, state_of
 from fairway.recipe import find, load
@@ -316,6 +316,11 @@ def test_a_sweep_killed_twice_loses_nothing_repeats_nothing_and_gives_the_same_b
         finished(folder, one)["bits_per_byte"] for one in reversed(runs)
     ]
     assert kept == {one.folder: contents(folder / one.folder) for one in runs}, "all are finished: nothing was run"
+
+    # The process of a sweep that was killed may end its run while the next sweep's process waits for the folder.
+    late = run_one(Job(runs[0].id, folder / runs[0].folder, "cpu", 1, tmp_path))
+    assert not late.error
+    assert kept == {one.folder: contents(folder / one.folder) for one in runs}, "it is not ended twice"
 
 
 def test_a_run_that_fails_is_booked_and_the_others_go_on(fairway, recipes, tmp_path, monkeypatch):

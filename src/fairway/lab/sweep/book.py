@@ -85,12 +85,16 @@ def read_facts(folder: Path) -> list[dict[str, Any]]:
 
 def finished(folder: Path, planned: Planned) -> dict[str, Any] | None:
     """The score.json of a run that has ended, else None. It is written last, and whole."""
+    return score_of(folder / planned.folder, planned.recipe, planned.seed)
+
+
+def score_of(folder: Path, recipe: str, seed: int) -> dict[str, Any] | None:
+    """The score.json in a run folder, where it is that recipe's and that seed's."""
     try:
-        score = json.loads((folder / planned.folder / SCORE).read_bytes())
+        score = json.loads((folder / SCORE).read_bytes())
     except (OSError, ValueError):
         return None
-    same = isinstance(score, dict) and (score.get("recipe"), score.get("seed")) == (planned.recipe, planned.seed)
-    return score if same else None
+    return score if isinstance(score, dict) and (score.get("recipe"), score.get("seed")) == (recipe, seed) else None
 
 
 def expected_seconds(planned: Sequence[Planned], facts: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -130,11 +130,14 @@ def _run(folder: Path, device: str) -> None:
     from fairway import pipeline, steps
     from fairway.base.devices import choose
     from fairway.lab.submit import checkout
+    from fairway.lab.sweep.book import score_of
     from fairway.lab.sweep.trained import equals, take_weights
     from fairway.verbs.opening import recipe_of
 
     chosen, target, code = recipe_of(folder), choose(device), checkout()
     with _opened(folder) as opened:
+        if score_of(folder, chosen.name, chosen.seed) is not None:
+            return  # the process of a sweep that was killed came to its end while this one waited for the folder
         alike = equals(chosen, sorted(set(folder.parent.iterdir()) - {folder}))
         if alike:
             steps.begin(chosen, opened, target, code)
