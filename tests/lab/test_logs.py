@@ -36,6 +36,17 @@ def test_tensorboard_holds_what_curves_and_journal_hold(tmp_path: Path) -> None:
     assert {row["step"]: row["loss"] for row in rows} == POINTS
 
 
+def test_the_runs_of_a_sweep_are_logged_each_in_its_folder(tmp_path: Path, monkeypatch, fairway) -> None:
+    pytest.importorskip("tensorboard", reason="the extra tensorboard is not installed")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    settings = ["--set", f"data.path={SAMPLE}", "--set", "train.schedule.steps=2"]
+    answer = fairway(
+        "sweep", TINY, *settings, "--seeds", "1,2", "--out", tmp_path, "--device", "cpu", "--log", "tensorboard"
+    )
+    assert answer.code == 0, answer.err
+    assert len(list(tmp_path.glob("*/tensorboard/events.*"))) == 2
+
+
 def test_wandb_stays_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb", reason="the extra wandb is not installed")
     monkeypatch.delenv("WANDB_MODE", raising=False)
@@ -51,7 +62,7 @@ def test_a_missing_extra_is_one_line_before_a_run_folder_is_made(
     for name in [name for name in sys.modules if name.split(".")[0] == kind or name == "torch.utils.tensorboard"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, kind, None)
-    for verb in ("run", "train"):
+    for verb in ("run", "train", "sweep"):
         answer = fairway(verb, TINY, "--set", f"data.path={SAMPLE}", "--runs", tmp_path / "runs", "--log", kind)
         assert (answer.code, answer.out, answer.err.count("\n")) == (2, "", 1), answer.err
         assert f"pip install 'fairway[{kind}]'" in answer.err

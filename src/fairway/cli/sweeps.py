@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from fairway.cli.options import DeviceName, Json, Runs, Set
+from fairway.cli.options import DeviceName, Json, Log, Runs, Set
 
 app = typer.Typer()
 
@@ -24,9 +24,10 @@ def sweep(
         Path | None, typer.Option("-o", "--out", help="The sweep's folder; default: RUNS/sweep-NAME.")
     ] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Show the runs, and run nothing.")] = False,
+    log: Log = "",
     json: Json = False,
 ) -> None:
     """Every recipe with every seed. Called again it goes on where it was, and repeats nothing that is finished."""
     from fairway.verbs import sweeping
 
-    sweeping.sweep(sources, seeds, pocket, tuple(set_ or ()), engine, jobs, device, runs, out, plan, json)
+    sweeping.sweep(sources, seeds, pocket, tuple(set_ or ()), engine, jobs, device, runs, out, plan, log, json)

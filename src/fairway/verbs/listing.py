@@ -44,11 +44,11 @@ def list_recipes(as_json: bool) -> None:
     if home is None:
         raise RecipeError("recipes: no folder of that name here; run from a checkout, or name a .toml file")
     listed = []
-    for path in sorted(home.glob("*.toml")):
+    for path in sorted(home.rglob("*.toml"), key=lambda path: (path.parent, path)):
         one = recipe.load(str(path))
         listed.append(
             {
-                "name": one.name,
+                "name": path.relative_to(home).with_suffix("").as_posix(),  # as every verb takes it
                 "params": parameters(one),
                 "budget_bytes": one.budget.artifact_bytes,
                 "summary": one.summary,

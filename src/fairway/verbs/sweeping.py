@@ -14,6 +14,7 @@ from fairway.base import files, recipes, slots, tables
 from fairway.base.devices import choose
 from fairway.base.errors import DataError, FairwayError, RecipeError
 from fairway.base.specs import to_plain
+from fairway.lab import logs
 from fairway.lab.compare.same import RESULT
 from fairway.lab.sweep import Approach, Book, Planned, approaches, finished, folder_name, plan, read_plan
 from fairway.lab.sweep.book import expected_seconds, read_facts
@@ -42,10 +43,13 @@ def sweep(
     runs: Path,
     out: Path | None,
     only_plan: bool,
+    log: str,
     as_json: bool,
 ) -> None:
     """Plans the runs of some recipes and seeds, and makes those that are not finished."""
     where = slots.technique("fairway.lab.sweep.engines", engine, "--engine")
+    if log:
+        logs.check(log)
     chosen, wanted = approaches(sources, overrides, pocket), seeds_of(seeds)
     if where.elsewhere():
         target, hands = device, crew_elsewhere(jobs, len(chosen) * max(len(wanted), 1), device)
@@ -59,14 +63,16 @@ def sweep(
     with Book(folder) as book:
         planned = plan(chosen, wanted, book.planned)
         book.extend([one for one, _ in planned])
-        failed = _make(book, planned, where, hands, target, as_json)
+        failed = _make(book, planned, where, hands, target, log, as_json)
         _show_results(folder, planned, failed, as_json)
     if failed:
         names = ", ".join(f"{one.recipe} seed {one.seed}" for one, _ in planned if one.id in failed)
         raise FairwayError(f"sweep {folder}: {len(failed)} of {len(planned)} runs failed: {names}; why stands above")
 
 
-def _make(book: Book, planned: Runs, where: ModuleType, hands: Crew, target: str, quiet: bool) -> dict[str, str]:
+def _make(
+    book: Book, planned: Runs, where: ModuleType, hands: Crew, target: str, log: str, quiet: bool
+) -> dict[str, str]:
     """Runs what is not finished; {id: why} of those that failed."""
     booked = {fact.get("id") for fact in book.facts if fact.get("fact") == "finished"}
     turns = [planned[place] for place in order([recipe for _, recipe in planned])]
@@ -80,7 +86,7 @@ def _make(book: Book, planned: Runs, where: ModuleType, hands: Crew, target: str
         if done := len(planned) - len(todo):
             screen.line(f"{done} of {len(planned)} runs are finished already")
         try:
-            return _run(book, todo, where, hands, target, progress, screen)
+            return _run(book, todo, where, hands, target, log, progress, screen)
         except KeyboardInterrupt:
             if not quiet:
                 rest = len(todo) - len(progress.ended)
@@ -89,7 +95,7 @@ def _make(book: Book, planned: Runs, where: ModuleType, hands: Crew, target: str
 
 
 def _run(
-    book: Book, todo: Runs, where: ModuleType, hands: Crew, target: str, progress: Progress, screen: Screen
+    book: Book, todo: Runs, where: ModuleType, hands: Crew, target: str, log: str, progress: Progress, screen: Screen
 ) -> dict[str, str]:
     failed, jobs = dict[str, str](), list[Job]()
 
@@ -108,7 +114,7 @@ def _run(
             end(Ended(one.id, 0.0, foreign))
         else:
             training = share(recipe) if recipe.train.schedule.by == "steps" else ""
-            jobs.append(Job(one.id, place, target, hands.threads, Path.cwd(), training))
+            jobs.append(Job(one.id, place, target, hands.threads, Path.cwd(), training, log))
     with closing(where.run(jobs, hands)) as events:
         for event in events:
             if isinstance(event, Job):

@@ -20,6 +20,7 @@ from pathlib import Path
 import fairway
 from fairway.base.errors import FairwayError, RecipeError
 from fairway.base.journal import Run
+from fairway.base.ranks import Ranks
 
 LOG = "run.log"  # in the run folder: what `fairway run` would print
 HOUSE = Path(fairway.__file__).parents[1]
@@ -37,6 +38,7 @@ class Job:
     threads: int
     place: Path  # the working directory: a recipe's paths count from it
     training: str = ""  # a hash of its training: of equal ones, one begins when the other has ended
+    log: str = ""  # tensorboard or wandb: where its points and facts go, too
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Child:
         job.folder.mkdir(parents=True, exist_ok=True)
         with (job.folder / LOG).open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "fairway.lab.sweep.one", str(job.folder), job.device],
+                [sys.executable, "-m", "fairway.lab.sweep.one", str(job.folder), job.device, job.log],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -107,13 +109,13 @@ def run_one(job: Job) -> Ended:
     return ended
 
 
-def main(folder: str, device: str) -> None:
+def main(folder: str, device: str, log: str) -> None:
     """The process itself. Its last line on standard output says how it ended."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     answer: dict[str, object] = {}
     try:
-        _run(Path(folder), device)
+        _run(Path(folder), device, log)
     except FairwayError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         answer = {"error": f"{type(error).__name__}: {error}"}
@@ -126,7 +128,7 @@ def main(folder: str, device: str) -> None:
     print(json.dumps(answer), flush=True)
 
 
-def _run(folder: Path, device: str) -> None:
+def _run(folder: Path, device: str, log: str) -> None:
     from fairway import pipeline, steps
     from fairway.base.devices import choose
     from fairway.lab.submit import checkout
@@ -135,7 +137,7 @@ def _run(folder: Path, device: str) -> None:
     from fairway.verbs.opening import recipe_of
 
     chosen, target, code = recipe_of(folder), choose(device), checkout()
-    with _opened(folder) as opened:
+    with _opened(folder, log) as opened:
         if score_of(folder, chosen.name, chosen.seed) is not None:
             return  # the process of a sweep that was killed came to its end while this one waited for the folder
         alike = equals(chosen, sorted(set(folder.parent.iterdir()) - {folder}))
@@ -148,12 +150,14 @@ def _run(folder: Path, device: str) -> None:
         pipeline.run(chosen, opened, target, code)
 
 
-def _opened(folder: Path) -> Run:
+def _opened(folder: Path, log: str) -> Run:
     """The run folder's; an earlier process of a sweep that was killed may need its time to end."""
+    from fairway.lab.logs import LoggedRun
+
     until = time.monotonic() + WAIT
     while True:
         try:
-            return Run(folder, quiet=False)
+            return LoggedRun(folder, Ranks(), False, None, log) if log else Run(folder, quiet=False)
         except RecipeError:
             if time.monotonic() > until or not os.access(folder, os.W_OK):
                 raise
