@@ -7,12 +7,11 @@ import pytest
 
 from fairway.artifact.bundle import unpacked
 from fairway.base.errors import RecipeError
-from fairway.data.batches import Batches
 from fairway.lab.submit import score_script, train_script
 from fairway.recipe import load
 from fairway.steps import making
 from tests.lab.test_scripts import alone
-from tests.tiny.way import SAMPLE, TINY, run_tiny
+from tests.tiny.way import SAMPLE, TINY, interrupt_tiny, run_tiny
 
 SHORT = ("baselines=false", "proof_bytes=0", "score.result=quantized", "score.adapt=none")
 ONLINE = 'quant.calibration={kind="online", every=4, start_scale=0.9}'
@@ -46,7 +45,7 @@ def test_text_of_its_own_is_written_outside_the_training_clock(tmp_path, monkeyp
     assert outcome.bits_per_byte == pytest.approx(outcome.stages["float"], abs=0.1)
 
 
-def test_hessians_gathered_while_training_outlive_a_kill_to_the_last_bit(tmp_path, monkeypatch):
+def test_hessians_gathered_while_training_outlive_a_kill_to_the_last_bit(tmp_path):
     """Killed after step 23 of 32, two gatherings behind it and three to come; what it left is needed as long as there
     are no Hessians."""
     chosen = (*SHORT, ONLINE, "train.schedule.steps=32")
@@ -55,17 +54,7 @@ def test_hessians_gathered_while_training_outlive_a_kill_to_the_last_bit(tmp_pat
     assert facts["online"]["gatherings"] == 4
     assert 0 < facts["online"]["seconds"] < facts["train"]["seconds"]
     assert facts["calibration"]["seconds"] == 0
-    batch = Batches.batch
-
-    def interrupted(self, step, ranks=None):
-        if step == 23:
-            raise KeyboardInterrupt
-        return batch(self, step, ranks)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Batches, "batch", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            run_tiny(tmp_path / "run", *chosen)
+    interrupt_tiny(tmp_path / "run", 23, *chosen)
     run_tiny(tmp_path / "run", *chosen)
     for product in ("weights.safetensors", "observed.safetensors", "hessians.safetensors", "artifact.fw"):
         assert digest(tmp_path / "run" / product) == digest(tmp_path / "whole" / product), product

@@ -2,9 +2,12 @@
 
 from pathlib import Path
 
+import pytest
+
 from fairway import pipeline
 from fairway.base.devices import choose
 from fairway.base.journal import Run
+from fairway.data import Batches
 from fairway.lab.submit import checkout
 from fairway.outcome import Outcome
 from fairway.recipe import Recipe, load
@@ -22,3 +25,18 @@ def run_tiny(folder: Path, *overrides: str) -> Outcome:
     """The tiny recipe, text to score in about two seconds; a folder begun before goes on."""
     with Run(folder) as opened:
         return pipeline.run(tiny_recipe(*overrides), opened, choose("cpu"), checkout())
+
+
+def interrupt_tiny(folder: Path, step: int, *overrides: str) -> None:
+    """Ctrl-C as training asks for the batch of this step."""
+    batch = Batches.batch
+
+    def interrupted(self, asked, ranks=None):
+        if asked == step:
+            raise KeyboardInterrupt
+        return batch(self, asked, ranks)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Batches, "batch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_tiny(folder, *overrides)

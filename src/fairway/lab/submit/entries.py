@@ -13,7 +13,7 @@ from fairway.base import files
 from fairway.base.errors import RecipeError
 from fairway.base.journal import Run
 from fairway.base.specs import build, to_plain
-from fairway.lab.finished import curve_of, differences, own_score, read_run, whole
+from fairway.lab.finished import Finished, curve_of, differences, own_score, read_run, whole
 from fairway.lab.submit.export import SCORE, TRAIN
 from fairway.lab.submit.origin import Origin, origin
 from fairway.lab.submit.rules import Facts, rules
@@ -25,13 +25,9 @@ SHARED = ("script", "score_script", "train_text", "held_out_text", "tokenizer") 
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A finished run. table: its resolved recipe; row: what the record says of it; curve: (step, loss) of training."""
+class Entry(Finished):
+    """A run that a record may hold. row: what the record says of it; curve: (step, loss) of training."""
 
-    folder: Path
-    recipe: Recipe
-    table: dict[str, Any]
-    facts: dict[str, dict[str, Any]]
     row: dict[str, Any]
     curve: list[tuple[int, float]]
 
@@ -51,7 +47,7 @@ def entry(folder: Path) -> Entry:
         _own_recipe(folder, one.recipe)
         row, curve = _row(folder, one.recipe, one.facts, origin(folder)), list(curve_of(folder))
         json.dumps([row, one.facts], allow_nan=False)  # refused now, not when half of a record is written
-    return Entry(folder, one.recipe, one.table, one.facts, row, curve)
+    return Entry(**vars(one), row=row, curve=curve)
 
 
 def _own_files(folder: Path, facts: Facts) -> None:
