@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from fairway.base.memory import keep_freed
 from fairway.cli import main
 from tests.tiny.way import run_tiny
 
 torch.set_num_threads(1)
+keep_freed()
 
 
 @pytest.fixture(scope="session")

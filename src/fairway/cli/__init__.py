@@ -7,6 +7,7 @@ from typing import Any
 import typer
 
 from fairway.base.errors import one_line_errors
+from fairway.base.memory import keep_freed
 from fairway.cli import audit, comparing, data, listing, proofs, reports, runs, sweeps, texts
 
 app = typer.Typer(
@@ -23,5 +24,6 @@ def main(arguments: list[str] | None = None) -> Any:
     """The command line. Exit codes: 0 done, 2 wrong usage or RecipeError, 1 other errors."""
     call: Callable[..., Any] = app
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's end is a Ctrl-C: it writes a checkpoint
+    keep_freed()
     with one_line_errors():
         return call(arguments)

@@ -242,9 +242,11 @@ class _Trainer:
 
     def train(self, batches: Batches, clock: Stopwatch) -> None:
         spec, schedule = self.spec, self.spec.schedule
-        unit, total = ("s", schedule.seconds) if schedule.by == "clock" else ("steps", float(schedule.steps))
+        by_clock = schedule.by == "clock"
+        unit, total = ("s", schedule.seconds) if by_clock else ("steps", schedule.steps)
+        begun = clock.seconds if by_clock else self.step
         last_save = time.monotonic()
-        with self.run.meter("train", total, unit) as meter:
+        with self.run.meter("train", total, unit, begun) as meter:
             while True:
                 due = 0 < spec.checkpoint_seconds < time.monotonic() - last_save
                 wish = self.run.ranks.max(2.0 * self.stop + due)  # on all ranks at the same step

@@ -20,6 +20,7 @@ from pathlib import Path
 import fairway
 from fairway.base.errors import FairwayError, RecipeError
 from fairway.base.journal import Run
+from fairway.base.memory import keep_freed
 from fairway.base.ranks import Ranks
 
 LOG = "run.log"  # in the run folder: what `fairway run` would print
@@ -113,6 +114,7 @@ def main(folder: str, device: str, log: str) -> None:
     """The process itself. Its last line on standard output says how it ended."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    keep_freed()
     answer: dict[str, object] = {}
     try:
         _run(Path(folder), device, log)
