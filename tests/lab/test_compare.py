@@ -139,6 +139,8 @@ def test_an_unfinished_run_is_left_out_and_said(pair, fairway):
     found = compare([pair])
     assert [(left.run, left.why) for left in found.left_out] == [(str(pair / "less-4"), "not finished (no score.json)")]
     assert f"Left out: {pair / 'less-4'}: not finished" in fairway("compare", pair).out
+    shutil.copytree(pair / "less-4", pair / "less-5")
+    assert "Left out: 2 runs, not finished (no score.json): less-4, less-5." in fairway("compare", pair).out
 
 
 def test_of_a_seed_that_ran_twice_the_newer_run_counts(pair):

@@ -1,6 +1,7 @@
 """What a comparison says: a row for each approach, the baseline's first."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from fairway.lab.compare.approaches import LeftOut
 from fairway.lab.statistics import Difference
@@ -78,3 +79,15 @@ class Comparison:
     rows: tuple[Compared, ...]
     left_out: tuple[LeftOut, ...]
     notes: tuple[str, ...]
+
+    def gaps(self) -> list[str]:
+        """What is left out, a line for each reason."""
+        reasons = dict[str, list[str]]()
+        for left in self.left_out:
+            reasons.setdefault(left.why, []).append(left.run)
+        return [
+            f"{runs[0]}: {why}"
+            if len(runs) == 1
+            else f"{len(runs)} runs, {why}: {', '.join(Path(r).name for r in runs)}"
+            for why, runs in reasons.items()
+        ]

@@ -65,7 +65,7 @@ def remarks(found: Comparison) -> list[str]:
         f"Bar: {MARGIN} nats per token better at p < {CHANCE:g} (Welch). Welch asks about other seeds on this text, "
         "documents about other text with these models.",
     ]
-    return [*lines, *found.notes, *(f"Left out: {left.run}: {left.why}." for left in found.left_out)]
+    return [*lines, *found.notes, *(f"Left out: {gap}." for gap in found.gaps())]
 
 
 def bar(against: Against) -> str:

@@ -29,7 +29,7 @@ def sweep_page(folder: Path) -> tuple[str, list[str]]:
         if not planned:
             raise
         gaps.append(f"No comparison: {error}")
-    gaps += [f"{left.run}: {left.why}" for left in found.left_out] if found is not None else []
+    gaps += found.gaps() if found is not None else []
     made = [*(_compared(found, folder) if found is not None else []), parts.section("Runs", _runs(folder))]
     links = parts.contents(made, _TITLES)
     body = (
