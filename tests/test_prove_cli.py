@@ -7,14 +7,12 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
 
 from fairway.base.errors import HonestyError
-from fairway.score import WindowPredictor
 from fairway.score.codec import files as codec_files
 from fairway.score.codec import part as codec_part
 from tests.score import nearby
+from tests.score.cheats import LearnsBeforeItScores, Peeks
 from tests.tiny.way import run_tiny
 
 KEYS = {
@@ -85,24 +83,6 @@ def test_the_file_of_a_run_decodes_to_the_text_held_out(tiny_run, fairway, tmp_p
     answer = fairway("decompress", tiny_run / "proof.fwc", "-a", tiny_run / "artifact.fw", "-o", tmp_path / "text")
     assert answer.code == 0
     assert hashlib.sha256((tmp_path / "text").read_bytes()).hexdigest() == score_of(tiny_run)["text_sha256"]
-
-
-class Peeks(WindowPredictor):
-    def predict(self, unit):
-        for positions, logits in super().predict(unit):
-            target = torch.from_numpy(self.tape._targets[positions].astype(np.int64))
-            yield positions, logits + 0.05 * F.one_hot(target, logits.shape[1])
-
-
-class LearnsBeforeItScores(WindowPredictor):
-    def predict(self, unit):
-        self.tape.open_to(unit.stop)
-        with torch.enable_grad():
-            self.adapter.learn(unit, self.tape)
-        yield from super().predict(unit)
-
-    def perceive(self, unit):
-        return
 
 
 @pytest.mark.parametrize("cheat", [Peeks, LearnsBeforeItScores])

@@ -16,13 +16,14 @@ from fairway.base.errors import ArtifactError, DataError, HonestyError, RecipeEr
 from fairway.base.journal import Run
 from fairway.base.specs import build, to_plain
 from fairway.data import Corpus, tokenize
-from fairway.score import ScoreSpec, WindowPredictor, chunks, decompress, evaluate, prove_chunks
+from fairway.score import ScoreSpec, chunks, decompress, evaluate, prove_chunks
 from fairway.score.adapt import ttt
 from fairway.score.booking import BOOKED, Booked, read_booked, read_state, snapshot_path, write_state
 from fairway.score.chunks import ChunkProof, decode_chunk, draw
 from fairway.score.windows import plain, rolling, sliding
 
 from . import nearby
+from .cheats import LearnsBeforeItScores, Peeks
 from .conftest import ADAPT, text_of
 
 CHUNKS = 6
@@ -300,13 +301,6 @@ def test_another_text_is_refused_and_so_is_one_that_takes_its_name(files, text, 
         proven(files, other, folder)
 
 
-class Peeks(WindowPredictor):
-    def predict(self, unit):
-        for positions, logits in super().predict(unit):
-            target = torch.from_numpy(self.tape._targets[positions].astype(np.int64))
-            yield positions, logits + 0.05 * torch.nn.functional.one_hot(target, logits.shape[1])
-
-
 def test_a_score_that_peeked_is_caught_by_its_prices(files, text, tmp_path, given, monkeypatch):
     with monkeypatch.context() as patched, Run(tmp_path) as run:
         patched.setattr(EVALUATE, "WindowPredictor", Peeks)
@@ -316,18 +310,8 @@ def test_a_score_that_peeked_is_caught_by_its_prices(files, text, tmp_path, give
 
 
 def test_a_score_that_learned_before_it_scored_is_caught(files, text, tmp_path, given, monkeypatch):
-    class Early(WindowPredictor):
-        def predict(self, unit):
-            self.tape.open_to(unit.stop)
-            with torch.enable_grad():
-                self.adapter.learn(unit, self.tape)
-            yield from super().predict(unit)
-
-        def perceive(self, unit):
-            return
-
     with monkeypatch.context() as patched, Run(tmp_path) as run:
-        patched.setattr(EVALUATE, "WindowPredictor", Early)
+        patched.setattr(EVALUATE, "WindowPredictor", LearnsBeforeItScores)
         evaluate(files[1], text, SPEC, run, "adapted")
     with pytest.raises(HonestyError, match=r"chunk 0: costs .* were booked"):
         proven(files, text, tmp_path)

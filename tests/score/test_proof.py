@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-import torch.nn.functional as F
 
 from fairway.artifact import PackSpec, open_artifact, seal
 from fairway.base.errors import ArtifactError, DataError, HonestyError, RecipeError
@@ -27,6 +26,7 @@ from fairway.score.proof import PROOF, slice_of
 from fairway.score.windows import plain, rolling
 
 from . import nearby
+from .cheats import LearnsBeforeItScores, Peeks
 from .conftest import ADAPT, text_of
 
 ISSUE_KEYS = {
@@ -209,29 +209,7 @@ def test_lanes_may_be_joined_where_a_tokenizer_drops_a_space(tmp_path, given):
         assert prove(tmp_path / "a.fw", held_out, chosen, Run(), size).decoded_equal
 
 
-# Cheats: done by the encoder alone. The process that decodes is honest, since it has nothing to look at.
-
-
-class Peeks(WindowPredictor):
-    """Knows the target a little beforehand."""
-
-    def predict(self, unit):
-        for positions, logits in super().predict(unit):
-            target = torch.from_numpy(self.tape._targets[positions].astype(np.int64))
-            yield positions, logits + 0.05 * F.one_hot(target, logits.shape[1])
-
-
-class LearnsBeforeItScores(WindowPredictor):
-    """The unit's own targets are learned from, then scored."""
-
-    def predict(self, unit):
-        self.tape.open_to(unit.stop)
-        with torch.enable_grad():
-            self.adapter.learn(unit, self.tape)
-        yield from super().predict(unit)
-
-    def perceive(self, unit):
-        return
+# More cheats, as those of tests/score/cheats.py.
 
 
 class SeesItsWindow(WindowPredictor):
