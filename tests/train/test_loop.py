@@ -74,10 +74,17 @@ def test_a_run_killed_and_resumed_ends_with_the_bits_of_one_never_interrupted(tm
     pretrain(whole, Pattern(), SPEC, Run(), CPU, seed=0)
     with Run(tmp_path) as run, pytest.raises(KeyboardInterrupt):
         pretrain(model(), Pattern(stop_at=7), SPEC, run, CPU, seed=0)
-    resumed, data = model(seed=5), Pattern()
-    with Run(tmp_path) as run:
+    resumed, data, counted_from = model(seed=5), Pattern(), []
+
+    class Shown(Run):
+        def meter(self, label: str, total: float, unit: str, begun: float = 0.0):
+            counted_from.append(begun)
+            return super().meter(label, total, unit, begun)
+
+    with Shown(tmp_path) as run:
         trained = pretrain(resumed, data, SPEC, run, CPU, seed=0)
     assert data.asked == [7, 8, 9, 10, 11]
+    assert counted_from == [7], "the rate, and the time left, count what is done here"
     assert torch.equal(weights(whole), weights(resumed))
     assert trained.seconds > run.facts["resumed"]["seconds"] > 0
 
