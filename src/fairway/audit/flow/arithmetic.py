@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 from fairway.audit.flow import events
-from fairway.audit.flow.containers import Containers, sym_of
+from fairway.audit.flow.containers import sym_of
+from fairway.audit.flow.iteration import Iteration
 from fairway.audit.flow.tokens import Cut, merged_spans
 from fairway.audit.flow.values import (
     CAPPED,
@@ -41,7 +42,7 @@ _ORDER: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
 _LONGEST = 20_000  # characters of a constant text
 
 
-class Arithmetic(Containers):
+class Arithmetic(Iteration):
     """Binary operators and comparisons."""
 
     def binop(self, op: ast.operator, left: Value, right: Value, node: ast.AST | None) -> Value:

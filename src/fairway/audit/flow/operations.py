@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import re
-from typing import Any
 
 from fairway.audit.flow.arithmetic import Arithmetic
 from fairway.audit.flow.heap import Obj
@@ -12,7 +11,6 @@ from fairway.audit.flow.tokens import Tok
 from fairway.audit.flow.values import (
     CLOCK,
     DIGEST,
-    GRAD,
     LENGTH,
     MISSING,
     NO_OBJECTS,
@@ -24,7 +22,6 @@ from fairway.audit.flow.values import (
     WEIGHTS,
     Value,
     blend,
-    join,
 )
 
 LOSSES = re.compile(
@@ -380,6 +377,3 @@ def _less(args: list[Value]) -> frozenset[str]:
     for each in args:
         found |= each.less
     return found
-
-
-__all__ = ["GRAD", "Any", "Operations", "join"]
