@@ -18,7 +18,7 @@ class Calls(Dispatch):
         """function(*args, **kwargs)"""
         self.burn()
         result: Value | None = None
-        for obj in sorted(function.refs, key=lambda each: each.number)[:4]:
+        for obj in sorted(function.refs, key=lambda each: each.number)[:8]:
             found = self._call(obj, args, kwargs, node)
             result = found if result is None else join(result, found)
         if result is None:

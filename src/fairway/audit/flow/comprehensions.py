@@ -87,8 +87,9 @@ class Comprehensions(Calls):
                 break
         return alone
 
-    def narrow(self, test: ast.expr) -> None:
-        """`name.startswith("fineweb_val_")`: what the test lets through is named so."""
+    def narrow(self, test: ast.expr) -> dict[str, Value]:
+        """`name.startswith("fineweb_val_")`: what the test lets through is named so. The names' values before."""
+        before: dict[str, Value] = {}
         for each in ast.walk(test):
             name, text = None, None
             if isinstance(each, ast.Call) and isinstance(each.func, ast.Attribute) and each.args:
@@ -102,8 +103,10 @@ class Comprehensions(Calls):
                 name, text = getattr(where, "id", None), self.evaluate(each.left).const
             if name is not None and isinstance(text, str) and name in self.frame.obj.slots:
                 old = self.name(name)
-                if old.const is MISSING:
+                if old.const is MISSING and self.plain(old):
+                    before.setdefault(name, old)
                     self.assign(ast.Name(name, ast.Store()), old.but(words=(*old.words, text)[-10:]))
+        return before
 
     @staticmethod
     def _small_range(elements: Elements) -> Elements:

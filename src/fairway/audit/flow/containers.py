@@ -10,6 +10,7 @@ from fairway.audit.flow.classes import Classes
 from fairway.audit.flow.heap import Obj
 from fairway.audit.flow.tokens import START, Cut, Span, Tok, narrowed
 from fairway.audit.flow.values import (
+    GRAD,
     INDEXED,
     LENGTH,
     MISSING,
@@ -20,6 +21,7 @@ from fairway.audit.flow.values import (
     Value,
     blend,
     join,
+    same,
 )
 
 
@@ -285,6 +287,12 @@ class Containers(Classes):
             found = blend(held, state, *flats).but(refs=found.refs)
         return self.tagged(found, spans) if spans else found
 
+    @staticmethod
+    def listed(obj: Obj) -> tuple[Value, ...] | None:
+        """The elements of a list, where all are known one by one."""
+        exact = obj.slots.get("#items")
+        return exact.items if isinstance(exact, Value) and "#elem" not in obj.slots else None
+
     def element_of(self, obj: Obj) -> Value:
         """One value for all that a container may hold."""
         if obj.kind == "range":
@@ -307,7 +315,7 @@ class Containers(Classes):
         """tensor[parts]: tokens by the loops that the index depends on, windows by their cuts."""
         keys = [self.flat(part.value) for part in parts if part.value is not None and part.value.const is MISSING]
         raw_keys = [key for key in keys if key.raw]
-        if raw_keys and value.active and not self.quiet:  # logp[arange, y]
+        if raw_keys and value.active and not value.flags & GRAD and not self.quiet:  # logp[arange, y]
             return self.scored(self.following(value), raw_keys[0], node)
         keyed = [key for key in keys if key.toks]
         if keyed and not value.toks:
@@ -371,6 +379,13 @@ class Containers(Classes):
                 if limit is not None and (limit > 10_000 or bound.flags & INDEXED):
                     tok = replace(tok, part=f"{limit:.0f}")
         return tok
+
+
+def is_same(one: Value, other: Value) -> bool:
+    """Whether two values are one object, or equal constants."""
+    if one.const is not MISSING and other.const is not MISSING:
+        return bool(same(one.const, other.const))
+    return one.const is other.const and len(one.refs) == 1 and one.refs == other.refs
 
 
 def _overlaps(low: Value, high: Value) -> bool:

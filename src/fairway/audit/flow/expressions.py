@@ -271,6 +271,9 @@ class Expressions(Comprehensions):
             )
         one, two = self.evaluate(node.body), self.evaluate(node.orelse)
         result = join(one, two)
+        asked = self.flat(test)
+        if asked.raw and result.active and not result.losses:  # p if bit else 1 - p: the probability of that bit
+            result = result.but(toks=blend(result, asked).toks)
         if test.choices:
             result = self._chosen_from(result, test.choices)
         if self.plain(result) and not result.sym and result.const is MISSING:

@@ -19,6 +19,7 @@ from fairway.audit.flow.values import (
 from fairway.audit.flow.writing import Writing
 
 UNROLLED = 6  # elements of a literal list that a loop takes one by one
+STAGES = 24  # the same, where they are functions: what they do, and in which order, is the script itself
 
 
 class Iteration(Writing):
@@ -57,7 +58,8 @@ class Iteration(Writing):
         for each in items[1:]:
             any_of = join(any_of, each)
         any_of = self.tagged(any_of, value.spans)
-        exact = tuple(self.tagged(item, value.spans) for item in items) if len(items) <= UNROLLED else None
+        few = len(items) <= (STAGES if any(map(_runs, items)) else UNROLLED)
+        exact = tuple(self.tagged(item, value.spans) for item in items) if few else None
         return Elements(exact, any_of, len(items))
 
     def _elements_of(self, obj: Obj, value: Value, node: ast.AST | None) -> Elements:
@@ -116,3 +118,10 @@ class Iteration(Writing):
                 return Elements(None, any_of, 0)
             return Elements(None, any_of, len(turns), len(turns) <= 32, turns[0], turns[-1])
         return Elements(None, any_of)
+
+
+def _runs(value: Value) -> bool:
+    """Whether an element is a function, or a pair with one: a stage that is called in its turn."""
+    if any(obj.kind in ("function", "bound", "partial") for obj in value.refs):
+        return True
+    return any(obj.kind in ("function", "bound", "partial") for item in value.items or () for obj in item.refs)

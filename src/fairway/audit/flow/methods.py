@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 
 from fairway.audit.flow.classes import _is_layer
+from fairway.audit.flow.containers import is_same
 from fairway.audit.flow.files import Files
 from fairway.audit.flow.heap import Obj
 from fairway.audit.flow.values import (
@@ -60,7 +61,10 @@ class Methods(Files):
     def list_method(self, obj: Obj, base: Value, name: str, args: list[Value], node: ast.AST | None) -> Value:
         """obj.name(*args) of a list, set, deque or queue"""
         if name in _GROW:
-            self.add(obj, args[-1] if args else NOTHING, node)
+            where = args[0].const if name == "insert" and len(args) == 2 else None
+            if where is MISSING:
+                self.loosen(obj)
+            self.add(obj, args[-1] if args else NOTHING, node, where if isinstance(where, int) else None)
             if name == "add" and self.token_keys(args):
                 self.entered(obj, self.token_keys(args), NOTHING, node)
             return NONE
@@ -82,11 +86,32 @@ class Methods(Files):
             return NONE
         if name == "copy":
             return self._shallow(base)
-        if name in ("index", "count", "qsize"):
+        if name == "index" and args:
+            return self._place_in(obj, args[0])
+        if name in ("count", "qsize"):
             return NOTHING
+        if name == "sort":
+            self._sort(obj, node)
         if name in ("sort", "reverse", "remove", "discard"):
+            self.loosen(obj)
             return NONE
         return self.flat(base)
+
+    def _place_in(self, obj: Obj, value: Value) -> Value:
+        """list.index of an object or a constant, where all elements are known."""
+        exact = self.listed(obj)
+        for n, each in enumerate(exact or ()):
+            if is_same(each, value):
+                return Value(const=n)
+        return NOTHING
+
+    def _sort(self, obj: Obj, node: ast.AST | None) -> None:
+        """Elements with losses in them now stand by these: which comes first is a choice."""
+        elem = self.element_of(obj)
+        if self.flat(elem).losses:
+            mask = self.choose("sort", [elem], node)
+            self.loosen(obj)
+            self.heap.set(obj, "#elem", self._chosen_from(elem, mask))
 
     def dict_method(
         self, obj: Obj, base: Value, name: str, args: list[Value], kwargs: dict[str, Value], node: ast.AST | None

@@ -11,8 +11,10 @@ from fairway.audit.flow.tokens import Tok
 from fairway.audit.flow.values import (
     CLOCK,
     DIGEST,
+    GRAD,
     LENGTH,
     MISSING,
+    MOVED,
     NO_OBJECTS,
     NOTHING,
     ONE_HOT,
@@ -311,7 +313,8 @@ class Operations(Arithmetic):
     def _logarithm(self, value: Value, node: ast.AST | None) -> Value:
         tables = [state for state in value.states if "#module" not in state.slots and state.slots.get("#learned")]
         if value.active and not value.losses and tables:
-            return self.scored(value, Value(toks=self.newest(value.toks), flags=RAW), node)
+            toks = value.toks.union(*self.asked)
+            return self.scored(value, Value(toks=self.newest(toks), flags=RAW), node)
         return value.but(const=MISSING, refs=NO_OBJECTS)
 
     def _functional(self, args: list[Value], node: ast.AST | None) -> Value:
@@ -367,7 +370,9 @@ class Operations(Arithmetic):
             step = ast.Sub() if name == "sub_" else ast.Add()
             mixed = blend(*flats)
             new = self.binop(step, old, mixed, None) if old.losses or mixed.losses else blend(old, mixed)
-            self.heap.set(obj, "#content", new.but(const=MISSING, choices=new.choices | self.chosen))
+            moved = MOVED if new.flags & GRAD and name in ("add_", "sub_") else 0
+            kept = new.but(const=MISSING, choices=new.choices | self.chosen, flags=new.flags | moved)
+            self.heap.set(obj, "#content", kept)
         elif flats:
             self.write(obj, blend(*flats), node)
 

@@ -10,7 +10,7 @@ from fairway.audit.flow.containers import Part
 from fairway.audit.flow.heap import Obj
 from fairway.audit.flow.loops import Loops
 from fairway.audit.flow.patterns import Bound
-from fairway.audit.flow.values import CAPPED, MISSING, NOTHING, Value, blend
+from fairway.audit.flow.values import CAPPED, GRAD, MISSING, NO_TOKENS, NOTHING, Value, blend
 from fairway.audit.verdict import Place
 
 
@@ -136,7 +136,17 @@ class Statements(Loops):
             if isinstance(node.target, ast.Subscript) and isinstance(node.target.value, (ast.Name, ast.Attribute)):
                 self.assign(node.target.value, self.binop(node.op, base, value, node))
             return
-        self.put_item(base, parts, self.binop(node.op, self.flat(old), value, None), node)
+        given = self.flat(value)
+        follows = given.flags & GRAD and given.toks  # the entry moves by a gradient: it is no use of it
+        result = given if follows else self.binop(node.op, self.flat(old), value, None)
+        self.put_item(base, parts, self._counted(base, result) if self.nest else result, node)
+
+    def _counted(self, base: Value, value: Value) -> Value:
+        """A number in a list or dict that each turn of a loop adds to: another one each time."""
+        if not self.plain(value) or value.choices or isinstance(value.const, (str, bool)) or value.const is None:
+            return value
+        born = min((obj.born for obj in base.refs), key=len, default=())
+        return self.tagged(value, self.since(born)).but(const=MISSING)
 
     def _do_Expr_(self, node: ast.Expr) -> None:
         self.evaluate(node.value)
@@ -158,9 +168,22 @@ class Statements(Loops):
         held = self.truth(test)
         if held is not None:
             return self.block(node.body if held else node.orelse)
-        if not picks or not self.frame.loops:
-            return self.branch(test, lambda: self.block(node.body), lambda: self.block(node.orelse), node)
-        return self._picking(test, node)
+        if picks and self.frame.loops:
+            return self._picking(test, node)
+        alive = self.branch(test, lambda: self._through(node), lambda: self.block(node.orelse), node)
+        if alive and isinstance(node.test, ast.UnaryOp) and isinstance(node.body[-1], (ast.Continue, ast.Return)):
+            self.narrow(node.test.operand)  # if not name.startswith("fineweb_val_"): continue
+        return alive
+
+    def _through(self, node: ast.If) -> bool:
+        """The branch that a test lets through; what the test says of a file's name holds in it alone."""
+        before = self.narrow(node.test) if not isinstance(node.test, ast.UnaryOp) else {}
+        narrowed = {name: self.name(name) for name in before}
+        alive = self.block(node.body)
+        for name, old in before.items():
+            if alive and self.name(name) is narrowed[name]:
+                self.assign(ast.Name(name, ast.Store()), old)
+        return alive
 
     def _picking(self, test: Value, node: ast.If) -> bool:
         """A condition that may leave some of what a loop goes through out of its sums."""
@@ -196,9 +219,12 @@ class Statements(Loops):
             self.control.append(test.choices)
         if test.env:
             self.guards.append(self.place(node))
+        asked = self.flat(test)
+        self.asked.append(asked.toks if asked.raw else NO_TOKENS)
         try:
             return self.fork(branches)
         finally:
+            self.asked.pop()
             if capped:
                 self.caps.pop()
             if test.choices:

@@ -9,6 +9,7 @@ from fairway.audit.flow.heap import Obj
 from fairway.audit.flow.tokens import Cut, Span
 from fairway.audit.flow.values import (
     DIGEST,
+    GRAD,
     LENGTH,
     MASK,
     MISSING,
@@ -55,7 +56,7 @@ class Writing(Containers):
         """A table learns the tokens of its keys, and of what is entered if that is tokens."""
         toks = frozenset(tok for key in keys for tok in key.toks)
         held = self.flat(value)
-        if held.raw:
+        if held.raw or (held.active and not held.losses):
             toks |= held.toks
         self.learn(obj, toks, "table", node)
 
@@ -67,6 +68,9 @@ class Writing(Containers):
                 self.write(obj, self.earlier_dropped(blend(flat, *keys)), node, part=True)
             else:
                 self.entered(obj, keys, value, node)
+            return
+        if flat.flags & GRAD and flat.toks and "#leaf" not in obj.slots and not any(part.slice for part in parts):
+            self.learn(obj, flat.toks, "table", node, flat.losses)  # one entry moves by its own error
             return
         cuts = self.cuts_of(parts)
         old = self.content(obj)
@@ -124,8 +128,8 @@ class Writing(Containers):
             for item in exact.items or ():
                 self.add_content(obj, item, "#elem")
 
-    def add(self, obj: Obj, value: Value, node: ast.AST | None) -> None:
-        """list.append"""
+    def add(self, obj: Obj, value: Value, node: ast.AST | None, at: int | None = None) -> None:
+        """list.append, or list.insert at a place that is known"""
         self.book(value)
         if self.chosen:
             value = value.but(choices=value.choices | self.chosen)
@@ -133,7 +137,8 @@ class Writing(Containers):
         exact = obj.slots.get("#items")
         if isinstance(exact, Value) and exact.items is not None:
             if len(self.nest) == len(obj.born) and len(exact.items) < 24:
-                self.heap.set(obj, "#items", Value(items=(*exact.items, value)))
+                end = len(exact.items) if at is None else at
+                self.heap.set(obj, "#items", Value(items=(*exact.items[:end], value, *exact.items[end:])))
                 return
             self.loosen(obj)
         self.add_content(obj, value, "#elem")

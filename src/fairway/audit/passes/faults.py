@@ -114,7 +114,8 @@ class Passes:
         if self._in_artifact(score, update):
             return "validation-in-training"
         cut = {loop for tok in learned for loop, _, _ in tok.spans}
-        inner = [each for each in update.nest if each[0] in cut]
+        both = cut & {loop for tok in score.targets for loop, _, _ in tok.spans}
+        inner = [each for each in update.nest if each[0] in (both or cut)]
         return "training-before-scoring" if inner and inner[-1] in score.nest else "two-pass-cache"
 
     def _companion(self, score: Score, update: Update, learned: list[Tok]) -> Score | None:
