@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Callable, Sequence
 
 from fairway.audit.flow.arithmetic import Arithmetic
 from fairway.audit.flow.heap import Obj
-from fairway.audit.flow.tokens import Tok
+from fairway.audit.flow.tokens import Span, Tok
 from fairway.audit.flow.values import (
     CLOCK,
     DIGEST,
@@ -179,7 +180,7 @@ class Operations(Arithmetic):
             on = args[1].const if len(args) > 1 else True
             for obj in base.refs:
                 if obj.kind == "tensor" and on is not False:
-                    self.heap.set(obj, "#leaf", 1)
+                    self.grow(obj)
             return base
         first = args[1].const if len(args) > 1 else MISSING
         row = (name in MAKES_ROW and first == 0) or (name in ("reshape", "view") and first == 1)
@@ -296,6 +297,8 @@ class Operations(Arithmetic):
         moving = [each for each in args if each.spans]
         if len(moving) == 1:
             result.spans, result.unit, result.sym = moving[0].spans, moving[0].unit, moving[0].sym
+        elif len(moving) == 2 and name in ("min", "max"):  # min(at + step, end of the chunk)
+            result.spans = _clamped(min if name == "min" else max, moving[0].spans, moving[1].spans)
         if result.toks and not result.flags & LENGTH and result.flags & RAW and name == "max":
             result = result.but(toks=frozenset(), flags=0)
         return result
@@ -375,6 +378,15 @@ class Operations(Arithmetic):
             self.heap.set(obj, "#content", kept)
         elif flats:
             self.write(obj, blend(*flats), node)
+
+
+def _clamped(least: Callable[..., int], one: Sequence[Span], other: Sequence[Span]) -> tuple[Span, ...]:
+    """The iterations of the least (or greatest) of two places: of a loop that both depend on, the least of the two."""
+    table = {loop: (low, high) for loop, low, high in one}
+    for loop, low, high in other:
+        both = (low, high) if loop not in table else (least(low, table[loop][0]), least(high, table[loop][1]))
+        table[loop] = both
+    return tuple(sorted((loop, low, high) for loop, (low, high) in table.items()))
 
 
 def _less(args: list[Value]) -> frozenset[str]:

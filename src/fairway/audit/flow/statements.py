@@ -45,7 +45,8 @@ class Statements(Loops):
             if base.refs:
                 self.put_item(base, parts, value, target)
             elif isinstance(target.value, (ast.Name, ast.Attribute)) and base is not NOTHING:
-                self.assign(target.value, blend(self.flat(base), self.flat(value)).but(const=MISSING))
+                entry = self.earlier_dropped(self.flat(value))
+                self.assign(target.value, blend(self.flat(base), entry).but(const=MISSING))
         elif isinstance(target, ast.Starred):
             self.assign(target.value, value)
 

@@ -118,7 +118,7 @@ class Torches(Builtins):
             tensors = [cell]
         for obj in tensors:
             if grows is None or grows.const is not False:
-                self.heap.set(obj, "#leaf", 1)
+                self.grow(obj)
         return Value(refs=frozenset(tensors), flags=content.flags)
 
     _do_Buffer = _do_Parameter

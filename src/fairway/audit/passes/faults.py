@@ -182,10 +182,12 @@ class Passes:
 
     def _is_delta(self, score: Score, update: Update, alone: bool) -> bool:
         """Whether the state is made for the windows that are scored with it: a delta, not the model."""
+        state = update.state
+        if state is None or "#copy" in state.slots:
+            return False
         if alone:
             return True
-        state = update.state
-        if state is None or not update.fresh:
+        if not update.fresh:
             return False
         turns = list(score.nest)
         inside = list(update.fresh) == turns[: len(update.fresh)]
