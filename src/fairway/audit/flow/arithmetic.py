@@ -25,6 +25,7 @@ from fairway.audit.flow.values import (
     NOTHING,
     ONE_HOT,
     POSITIONS,
+    REPEATS,
     SCALED,
     WEIGHTS,
     Value,
@@ -156,6 +157,10 @@ class Arithmetic(Iteration):
             elem = join(elem, each)
         new.slots["#elem"] = elem
         if isinstance(op, ast.Mult):  # [0.0] * n: an array
+            again = elem.unit and self.plain(elem) and left.const != 1 and right.const != 1
+            if again and node is not None:  # list(range(0, n, chunk)) * 3: each place comes several times
+                elem = self.place_of_many(elem, node)
+                elem = elem.but(flags=elem.flags | REPEATS)
             new.slots["#elem"] = elem.but(const=MISSING)
         return self.ref(new)
 
@@ -176,7 +181,7 @@ class Arithmetic(Iteration):
             result = self.cut(result, other.cuts, node)
         apart = other.states - loss.states
         if apart and not other.flags & (WEIGHTS | GRAD):
-            result = self.rescored(result, other, node)
+            result = self.rescored(result, self.earlier_dropped(other), node)
         return result
 
     def _moved(self, weights: Value, grad: Value, node: ast.AST | None) -> Value:
@@ -202,6 +207,8 @@ class Arithmetic(Iteration):
             result.less = one.less | ({syms[1]} if syms[1] else frozenset())
         elif isinstance(op, ast.Add):
             result.less = one.less | two.less
+            if result.less and isinstance(two.const, int) and two.const > 1:
+                result.less |= {f"+{two.const}"}
         result.spans, result.unit = self._affine(op, one, two, syms)
         if result.flags & CLOCK:
             result.lead = self._clock(op, one, two)

@@ -22,9 +22,6 @@ class Builtins(Opening):
     def run_text(self, args: list[Value], node: ast.AST | None) -> Value:
         raise NotImplementedError
 
-    def loop_id(self, node: ast.AST) -> int:
-        raise NotImplementedError
-
     def turned(self, element: Value, loop: int, turn: int) -> Value:
         raise NotImplementedError
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from fairway.audit.flow.classes import Classes
 from fairway.audit.flow.heap import Obj
-from fairway.audit.flow.tokens import START, Cut, Span, Tok, narrowed
+from fairway.audit.flow.tokens import START, Cut, Span, Tok, narrowed, part_of
 from fairway.audit.flow.values import (
     GRAD,
     INDEXED,
@@ -35,6 +35,7 @@ class Part:
     low_text: str = ""
     high_text: str = ""
     slice: bool = False
+    step: int = 1  # written out: [::2]
 
 
 @dataclass(frozen=True)
@@ -74,11 +75,12 @@ class Containers(Classes):
             if isinstance(each, ast.Slice):
                 low = self.evaluate(each.lower) if each.lower else None
                 high = self.evaluate(each.upper) if each.upper else None
+                step = each.step.value if isinstance(each.step, ast.Constant) else 1
                 if each.step:
                     self.evaluate(each.step)
                 low_text = sym_of(low, each.lower) if low else ""
                 high_text = sym_of(high, each.upper) if high else ""
-                found.append(Part(None, low, high, low_text, high_text, True))
+                found.append(Part(None, low, high, low_text, high_text, True, step if isinstance(step, int) else 1))
             elif isinstance(each, ast.Starred):
                 found.append(Part(self.evaluate(each.value)))
             else:
@@ -237,7 +239,7 @@ class Containers(Classes):
         new = self.new("list", None, node)
         constant = all(each is None or isinstance(each, int) for each in (low, high))
         if isinstance(exact, Value) and exact.items is not None and not spans and constant:
-            new.slots["#items"] = Value(items=exact.items[low:high])
+            new.slots["#items"] = Value(items=exact.items[low : high : part.step or 1])
             return self.ref(new)
         elem = self.tagged(self.element_of(obj), spans)
         cuts = self.cuts_of(parts)
@@ -247,8 +249,12 @@ class Containers(Classes):
         named = bool(elem.words) and self.plain(elem)  # of several files, the first
         if part.low is None and isinstance(limit, (int, float)) and (limit > 1 or (named and limit == 1)) and not spans:
             if named:
-                self.trace.files.setdefault(f"{limit:.0f}", self.place(node))
+                self.trace.files.setdefault(part_of(limit), self.place(node))
             elem = self._limited(elem, float(limit))
+        elif part.step > 1:
+            if named:
+                self.trace.files.setdefault(part_of(1 / part.step), self.place(node))
+            elem = self._limited(elem, 1 / part.step)
         new.slots["#elem"] = elem
         return self.ref(new, spans=spans)
 
@@ -363,7 +369,7 @@ class Containers(Classes):
         for part in parts:
             if not part.slice:
                 if part.value is not None and part.value.limit is not None and not tok.part:
-                    tok = replace(tok, part=f"{part.value.limit:.0f}")
+                    tok = replace(tok, part=part_of(part.value.limit))
                 continue
             if part.low is not None and part.high is not None and _overlaps(part.low, part.high):
                 tok = replace(tok, wide=True)
@@ -377,7 +383,7 @@ class Containers(Classes):
                 if limit is None and isinstance(bound.const, int) and bound is part.high and len(bounds) == 1:
                     limit = bound.const
                 if limit is not None and (limit > 10_000 or bound.flags & INDEXED):
-                    tok = replace(tok, part=f"{limit:.0f}")
+                    tok = replace(tok, part=part_of(limit))
         return tok
 
 

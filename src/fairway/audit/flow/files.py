@@ -8,7 +8,7 @@ import fnmatch
 from fairway.audit.flow import events
 from fairway.audit.flow.heap import Obj
 from fairway.audit.flow.operations import Operations
-from fairway.audit.flow.tokens import Tok
+from fairway.audit.flow.tokens import Tok, part_of
 from fairway.audit.flow.values import (
     LENGTH,
     MISSING,
@@ -53,7 +53,7 @@ class Files(Operations):
                     found = join(found, each)
                 return found
         spans = path.spans if not live else self.here()
-        part = f"{path.limit:.0f}" if path.limit is not None and kind == "val" else ""
+        part = part_of(path.limit) if path.limit is not None and kind == "val" else ""
         kinds = ("train", "val") if kind.startswith("file:") and _takes_both(path) else (kind,)
         return Value(toks=frozenset(Tok(each, spans, part=part) for each in kinds), flags=RAW, env=path.env)
 

@@ -76,7 +76,10 @@ class Methods(Files):
                         self.add(obj, item, node)
                 else:
                     self.loosen(obj)
-                    self.add_content(obj, self.repeats(self.earlier_dropped(elements.any), obj.born), "#elem")
+                    elem = self.earlier_dropped(elements.any)
+                    if node is not None and len(self.nest) > len(obj.born):  # for sweep in ...: order.extend(range(n))
+                        elem = self.place_of_many(elem, node)
+                    self.add_content(obj, self.repeats(elem, obj.born), "#elem")
             return NONE
         if name in _SHRINK or name == "get":
             return self.tagged(self.element_of(obj), (*base.spans, *self.since(obj.born)))
@@ -149,6 +152,8 @@ class Methods(Files):
         if name == "pop" and key.const is MISSING:
             found = self.tagged(found, self.since(obj.born))
         if known:
+            if name == "pop" and len(base.refs) == 1:
+                self.heap.drop(obj, ("k", key.const))
             return found
         learned = bool(obj.slots.get("#learned"))
         if empty and not learned:

@@ -110,6 +110,18 @@ class Opening(Methods):
     def _do_dump(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
         return self._do_save("dump", args, kwargs, node)
 
+    def _do_dumps(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        """pickle.dumps and what packs its bytes: still the same dicts and tensors"""
+        packs = bool(args and args[0].refs) and not name.startswith(("json", "yaml", "toml"))
+        return self._saved(args[0]) if packs else None
+
+    def _do_loads(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        """pickle.loads, zlib.decompress: what was packed"""
+        packed = args and any(obj.kind in ("dict", "list", "instance", "tensor") for obj in args[0].refs)
+        return args[0] if packed and not name.startswith(("json", "yaml", "toml")) else None
+
+    _do_compress = _do_decompress = _do_loads
+
     def _do_save_file(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
         return self._do_save("save", args, kwargs, node)
 

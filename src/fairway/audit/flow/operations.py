@@ -277,8 +277,10 @@ class Operations(Arithmetic):
                 return Value(choices=result.choices, env=result.env)
         refs = [obj for each in args for obj in each.refs if obj.kind in ("list", "generator", "dict")]
         if refs and name in ("min", "max", "sorted", "nsmallest", "nlargest"):
-            elem = self.element_of(refs[0]) if refs[0].kind != "dict" else Value(choices=0)
+            elem = self.element_of(refs[0]) if refs[0].kind != "dict" else self.elements(self.ref(refs[0]), node).any
             key = kwargs.get("key")
+            if refs[0].kind == "dict" and key is None and self.flat(elem).losses and not result.choices:
+                result.choices |= self.choose(name, [elem], node)
             if key is not None and not result.choices:
                 keyed = self.flat(self.call(key, [elem], {}, node))
                 if keyed.losses:

@@ -38,6 +38,11 @@ class Tok:
     wide: bool = False
 
 
+def part_of(limit: float) -> str:
+    """How much a constant lets through, as a Tok's part: so many, or a share below 1."""
+    return f"{limit:.0f}" if limit >= 1 else f"{limit:g}"
+
+
 def narrowed(tok: Tok, spans: Iterable[Span]) -> Tok:
     """The slice that also depends on these iterations."""
     return replace(tok, spans=merged_spans(tok.spans, spans, keep_new=True))
@@ -59,9 +64,30 @@ def cut_apart(one: Iterable[Cut], other: Iterable[Cut]) -> bool:
     """Whether one is before and the other after the same place: `[:-s]` and `[-s:]`, `[:n-s]` and `[n-s:]`."""
     for side, end, less in one:
         for side_b, end_b, less_b in other:
-            if side != side_b and (end == end_b or (less and less == less_b)):
+            if side != side_b and (_ends_before(end, less, end_b, less_b, side == "head")):
                 return True
     return False
+
+
+def _ends_before(end: str, less: frozenset[str], end_b: str, less_b: frozenset[str], first: bool) -> bool:
+    """Whether the head ends where the tail begins, or before. first: the former is the head."""
+    if end == end_b:
+        return True
+    head, tail = ((end, less), (end_b, less_b)) if first else ((end_b, less_b), (end, less))
+    if all(each[0].lstrip("-").isdigit() for each in (head, tail)):
+        ends = int(head[0]), int(tail[0])
+        return ends[0] <= ends[1] and (ends[0] < 0) is (ends[1] < 0)
+    (named, moved), (named_b, moved_b) = _apart_from_numbers(head[1]), _apart_from_numbers(tail[1])
+    if not (named or named_b):
+        return bool(less) and less == less_b
+    return named == named_b and moved <= moved_b
+
+
+def _apart_from_numbers(less: frozenset[str]) -> tuple[frozenset[str], int]:
+    """What is subtracted by name, and by how much numbers move the end: "32" is subtracted, "+32" is added."""
+    named = frozenset(each for each in less if not each.lstrip("+").isdigit())
+    numbers = [each for each in less if each not in named]
+    return named, sum(int(each) if each.startswith("+") else -int(each) for each in numbers)
 
 
 def related(learned: Tok, scored: Tok, order: Sequence[int] = ()) -> Literal["apart", "earlier", "later", "same"]:

@@ -128,6 +128,13 @@ class Writing(Containers):
             for item in exact.items or ():
                 self.add_content(obj, item, "#elem")
 
+    def place_of_many(self, elem: Value, node: ast.AST) -> Value:
+        """An element of a range that lies in a list: a place that was made once, whoever goes through the list."""
+        return elem.but(spans=((self.loop_id(node), 1, 2),)) if elem.unit and not elem.spans else elem
+
+    def loop_id(self, node: ast.AST) -> int:
+        raise NotImplementedError
+
     def add(self, obj: Obj, value: Value, node: ast.AST | None, at: int | None = None) -> None:
         """list.append, or list.insert at a place that is known"""
         self.book(value)

@@ -23,9 +23,12 @@ def check(case: Case) -> Finding:
         score, part = cut[0]
         first = case.trace.files.get(part)
         if first is not None:
-            evidence = f"Of the validation files only the first {part} are read, at {first}."
+            share = float(part)
+            which_files = f"the first {part} are" if share >= 1 else f"one in {1 / share:.0f} is"
+            evidence = f"Of the validation files only {which_files} read, at {first}."
             return Finding(ID, "violates", evidence, CLAUSE, first)
-        evidence = f"The reported loss at {score.place} covers only what a constant of {float(part):,.0f} lets through."
+        let = f"what a constant of {float(part):,.0f} lets through" if float(part) >= 1 else f"{float(part):.0%}"
+        evidence = f"The reported loss at {score.place} covers only {let}."
         return Finding(ID, "violates", evidence, CLAUSE, score.place)
     ended = [
         (score, case.trace.broken[loop])
