@@ -181,7 +181,9 @@ class Arithmetic(Iteration):
             result = self.cut(result, other.cuts, node)
         apart = other.states - loss.states
         if apart and not other.flags & (WEIGHTS | GRAD):
-            result = self.rescored(result, self.earlier_dropped(other), node)
+            inner = self.nest[-1][0] if self.nest else 0
+            by_position = not any(span[0] == inner for tok in loss.toks for span in tok.spans)
+            result = self.rescored(result, self.earlier_dropped(other) if by_position else other, node)
         return result
 
     def _moved(self, weights: Value, grad: Value, node: ast.AST | None) -> Value:

@@ -16,6 +16,7 @@ from fairway.audit.flow.values import (
     MISSING,
     NOTHING,
     ONE_ROW,
+    RANKED,
     RAW,
     WEIGHTS,
     Value,
@@ -245,6 +246,8 @@ class Containers(Classes):
         cuts = self.cuts_of(parts)
         if not spans and cuts:
             elem = self._indexed(self.cut(elem, cuts, node), cuts)
+        if any(RANKED & each.env for each in (part.low, part.high) if each is not None):
+            elem = self._of_rank(elem)
         limit = part.high.limit if part.high and part.high.limit is not None else high
         named = bool(elem.words) and self.plain(elem)  # of several files, the first
         if part.low is None and isinstance(limit, (int, float)) and (limit > 1 or (named and limit == 1)) and not spans:
@@ -257,6 +260,12 @@ class Containers(Classes):
             elem = self._limited(elem, 1 / part.step)
         new.slots["#elem"] = elem
         return self.ref(new, spans=spans)
+
+    def _of_rank(self, value: Value) -> Value:
+        """One process's share of a list."""
+        items = tuple(self._of_rank(item) for item in value.items) if value.items is not None else None
+        toks = frozenset(replace(tok, ranked=True) for tok in value.toks) if value.raw else value.toks
+        return value.but(items=items, toks=toks, env=value.env | RANKED)
 
     def _limited(self, value: Value, limit: float) -> Value:
         """A place in the data of which a constant lets only so many through."""
@@ -367,12 +376,15 @@ class Containers(Classes):
     def _part(tok: Tok, parts: list[Part]) -> Tok:
         """What constants say of a slice: the shift by one, the first N alone."""
         for part in parts:
+            ends = [each for each in (part.low, part.high, part.value) if each is not None]
+            if any(RANKED & each.env for each in ends):
+                tok = replace(tok, ranked=True)
             if not part.slice:
                 if part.value is not None and part.value.limit is not None and not tok.part:
                     tok = replace(tok, part=part_of(part.value.limit))
                 continue
             if part.low is not None and part.high is not None and _overlaps(part.low, part.high):
-                tok = replace(tok, wide=True)
+                tok = replace(tok, wide=True, step=int(part.low.unit))
             if part.low is not None and part.low.const == 1:
                 tok = replace(tok, shift=tok.shift + 1)
             bounds = [part.high] if part.low is None or part.low.const == 0 else [part.low, part.high]

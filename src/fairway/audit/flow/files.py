@@ -7,6 +7,7 @@ import fnmatch
 
 from fairway.audit.flow import events
 from fairway.audit.flow.heap import Obj
+from fairway.audit.flow.names import sides_of
 from fairway.audit.flow.operations import Operations
 from fairway.audit.flow.tokens import Tok, part_of
 from fairway.audit.flow.values import (
@@ -32,10 +33,13 @@ class Files(Operations):
 
     def path_of(self, value: Value) -> Value:
         """The path that a file, a Path or a text stands for."""
-        for obj in value.refs:
+        found: Value | None = None
+        for obj in sorted(value.refs, key=lambda each: each.number):
             held = obj.slots.get("#path")
             if isinstance(held, Value):
-                return held
+                found = held if found is None else join(found, _as_words(held))
+        if found is not None:
+            return found
         return value if value.const is not MISSING else self.flat(value)
 
     def read_from(self, path: Value, node: ast.AST | None, live: bool = False) -> Value:
@@ -44,8 +48,8 @@ class Files(Operations):
         written = self.files.slots.get(text)
         if isinstance(written, Value):
             return written
-        kind = data_kind(path)
-        if kind.startswith("file:"):
+        kinds = data_kinds(path)
+        if kinds[0].startswith("file:"):
             others = [value for value in self.files.slots.values() if isinstance(value, Value)]
             if others and not text:
                 found = others[0]
@@ -53,8 +57,7 @@ class Files(Operations):
                     found = join(found, each)
                 return found
         spans = path.spans if not live else self.here()
-        part = part_of(path.limit) if path.limit is not None and kind == "val" else ""
-        kinds = ("train", "val") if kind.startswith("file:") and _takes_both(path) else (kind,)
+        part = part_of(path.limit) if path.limit is not None and kinds == ("val",) else ""
         return Value(toks=frozenset(Tok(each, spans, part=part) for each in kinds), flags=RAW, env=path.env)
 
     def write_to(self, path: Value, value: Value, node: ast.AST | None) -> None:
@@ -115,22 +118,14 @@ def _as_words(value: Value) -> Value:
     return Value(words=(value.const,)) if isinstance(value.const, str) else value
 
 
-def data_kind(path: Value) -> str:
-    """What a path names: the last literal text that says training or validation."""
-    texts = [path.const] if isinstance(path.const, str) else list(path.words)
-    for text in reversed(texts):
-        if not isinstance(text, str):
-            continue
-        for piece in reversed(text.replace("\\", "/").lower().split("/")):
-            words = {word for word in _letters(piece)}
-            val = bool(words & {"val", "valid", "validation", "heldout", "eval"})
-            train = bool(words & {"train", "training"})
-            if val and not train:
-                return "val"
-            if train and not val:
-                return "train"
-    text = "~".join(str(each) for each in texts)
-    return f"file:{text[:80]}"
+def data_kinds(path: Value) -> tuple[str, ...]:
+    """The data sets that a path names: by the last literal text that says training or validation."""
+    texts = [path.const] if isinstance(path.const, str) else [str(word) for word in path.words]
+    found = sides_of(texts)
+    if found:
+        return tuple(found)
+    text = "~".join(texts)
+    return ("train", "val") if _takes_both(path) else (f"file:{text[:80]}",)
 
 
 def _takes_both(path: Value) -> bool:
@@ -148,10 +143,3 @@ def _takes_both(path: Value) -> bool:
             fits = [fnmatch.fnmatchcase(shard, piece) for shard in shards]
             return any(fits[:4]) and any(fits[4:])
     return False
-
-
-def _letters(text: str) -> list[str]:
-    return "".join(char if char.isalpha() else " " for char in text).split()
-
-
-__all__ = ["Files", "data_kind"]

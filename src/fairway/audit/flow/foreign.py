@@ -15,6 +15,7 @@ from fairway.audit.flow.values import (
     NO_OBJECTS,
     NONE,
     NOTHING,
+    RANKED,
     Value,
     blend,
 )
@@ -47,6 +48,8 @@ class Foreign(Torches):
     def outside_call(self, name: str, args: list[Value], kwargs: dict[str, Value], node: ast.AST | None) -> Value:
         """name(*args, **kwargs)"""
         last = name.rsplit(".", 1)[-1]
+        if "reduce" in last or "gather" in last:
+            self.together(args)
         handler = getattr(self, f"_do_{last}", None)
         if handler is not None:
             found = handler(name, args, kwargs, node)
@@ -116,6 +119,8 @@ class Foreign(Torches):
             except Exception:
                 return NOTHING
             return Value(const=const, less=value.less, env=value.env, choices=value.choices)
+        if last == "str" and any("#path" in obj.slots for obj in value.refs):
+            return self.path_of(value)
         flat = self.flat(value)
         if last in ("str", "repr") and not flat.words and flat.const is not MISSING:
             return Value(words=(str(flat.const)[:200],))
@@ -128,7 +133,7 @@ class Foreign(Torches):
             return default.but(const=MISSING) if default.const is not MISSING else default
         env = frozenset((name.const,))
         if name.const in RANKS:
-            return Value(const=RANKS[name.const])
+            return Value(const=RANKS[name.const], env=RANKED if RANKS[name.const] == "0" else frozenset())
         said = self.settings.environ(name.const, None)
         if said is UNKNOWN:
             return Value(env=env)

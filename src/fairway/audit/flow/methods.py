@@ -41,6 +41,9 @@ class Methods(Files):
             return None
         if name == "join" and args:
             return self._joined(base, args[0])
+        if name == "replace" and base.words and len(args) == 2 and all(isinstance(each, str) for each in consts):
+            old, new = str(consts[0]), str(consts[1])
+            return base.but(words=tuple(word.replace(old, new) for word in base.words))
         if not isinstance(base.const, (str, bytes)) or name not in _TEXT:
             return None
         if name == "format":

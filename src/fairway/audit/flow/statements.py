@@ -10,7 +10,7 @@ from fairway.audit.flow.containers import Part
 from fairway.audit.flow.heap import Obj
 from fairway.audit.flow.loops import Loops
 from fairway.audit.flow.patterns import Bound
-from fairway.audit.flow.values import CAPPED, GRAD, MISSING, NO_TOKENS, NOTHING, Value, blend
+from fairway.audit.flow.values import CAPPED, GRAD, MISSING, NO_TOKENS, NOTHING, RANKED, Value, blend
 from fairway.audit.verdict import Place
 
 
@@ -218,7 +218,8 @@ class Statements(Loops):
             self.caps.append(self.nest[-1][0])
         if test.choices:
             self.control.append(test.choices)
-        if test.env:
+        guarded = bool(test.env - RANKED)
+        if guarded:
             self.guards.append(self.place(node))
         asked = self.flat(test)
         self.asked.append(asked.toks if asked.raw else NO_TOKENS)
@@ -230,7 +231,7 @@ class Statements(Loops):
                 self.caps.pop()
             if test.choices:
                 self.control.pop()
-            if test.env:
+            if guarded:
                 self.guards.pop()
 
     def _do_Match_(self, node: ast.Match) -> bool:

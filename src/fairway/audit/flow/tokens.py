@@ -27,7 +27,8 @@ class Tok:
     spans: the loop iterations that it depends on, sorted by loop
     cuts: parts within a window; part: how a constant cut it short ("" for all of it)
     shift: 1 for `[1:]`, which is what follows the tokens of shift 0
-    wide: windows longer than the step from one to the next: they overlap
+    wide: windows longer than the step from one to the next: they overlap; step: that step, where it is a number
+    ranked: the share of one process among several
     """
 
     data: str
@@ -36,6 +37,8 @@ class Tok:
     part: str = ""
     shift: int = 0
     wide: bool = False
+    step: int = 0
+    ranked: bool = False
 
 
 def part_of(limit: float) -> str:
@@ -130,7 +133,8 @@ def _hull(group: list[Tok]) -> Tok:
         spans = tuple(span for span in merged_spans(spans, tok.spans) if span[0] in known and _has(spans, span[0]))
     cuts = frozenset.intersection(*(tok.cuts for tok in group))
     part = first.part if all(tok.part for tok in group) else ""
-    return Tok(first.data, spans, cuts, part, first.shift, all(tok.wide for tok in group))
+    wide, ranked = all(tok.wide for tok in group), all(tok.ranked for tok in group)
+    return Tok(first.data, spans, cuts, part, first.shift, wide, max(tok.step for tok in group), ranked)
 
 
 def _has(spans: Sequence[Span], loop: int) -> bool:

@@ -7,9 +7,12 @@ from typing import Any
 from fairway.audit.flow.builtin import Builtins
 from fairway.audit.flow.values import (
     CLOCK,
+    GRAD,
     MISSING,
     NONE,
     NOTHING,
+    RANKED,
+    WEIGHTS,
     Value,
 )
 
@@ -84,6 +87,21 @@ class Torches(Builtins):
         return NONE
 
     # Ranks.
+    def together(self, args: list[Value]) -> None:
+        """A sum over all ranks, or what they gather: of losses, counts and what else is no weight."""
+        flats = [self.flat(each) for each in args]
+        if flats and not any(each.flags & (GRAD | WEIGHTS) for each in flats):
+            mask = 0
+            for each in flats:
+                mask |= each.losses
+            self.trace.gathered.append((len(self.trace.events), mask))
+
+    def _do_get_rank(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:
+        return Value(const=0, env=RANKED)
+
+    def _do_get_world_size(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:
+        return Value(const=8)
+
     def _do_all_gather_object(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
         if len(args) < 2:
             return None
@@ -98,7 +116,8 @@ class Torches(Builtins):
     _do_all_gather = _do_all_gather_into_tensor = _do_all_gather_object
 
     def _do_all_reduce(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
-        return NONE
+        in_place = "functional" not in name and ".nn" not in name and ("dist" in name or not args)
+        return NONE if in_place or not self.flat(args[0]).losses else args[0]
 
     _do_broadcast = _do_barrier = _do_broadcast_object_list = _do_all_reduce
 

@@ -1,8 +1,9 @@
 """A part of the validation tokens is scored and reported as all of them."""
 
 from fairway.audit.case import Case
+from fairway.audit.flow.events import Score
 from fairway.audit.passes.findings import passes_of, unseen
-from fairway.audit.passes.reported import scores_of
+from fairway.audit.passes.reported import Reported, scores_of
 from fairway.audit.verdict import Finding
 
 ID = "subset-as-full"
@@ -57,6 +58,14 @@ def check(case: Case) -> Finding:
             f"The loop's step is longer than the slice at {case.trace.gaps[loop]}: what lies between is not scored."
         )
         return Finding(ID, "violates", evidence, CLAUSE, case.trace.loops[loop])
+    alone = [score for score in scores if _of_one_rank(case, which, score)]
+    if alone and len(alone) == len(scores):
+        score = alone[0]
+        evidence = (
+            f"The loss at {score.place} is that of one process's share of the windows; nothing sums it over the others "
+            "before it is reported."
+        )
+        return Finding(ID, "violates", evidence, CLAUSE, score.place)
     left_out = [(score, where) for score in scores if (where := case.trace.picked.get(score.bit)) is not None]
     if left_out:
         score, where = left_out[0]
@@ -66,3 +75,14 @@ def check(case: Case) -> Finding:
         )
         return Finding(ID, "violates", evidence, CLAUSE, where)
     return Finding(ID, "clean", "No constant cuts the validation tokens short.", CLAUSE, which.score[0].place)
+
+
+def _of_one_rank(case: Case, which: Reported, score: Score) -> bool:
+    """Whether only a rank's share of the targets is scored, and no collective comes between the loss and its report."""
+    shares = [tok.ranked for tok in score.targets if tok.data in which.data]
+    last = which.score[-1].number
+    summed = any(
+        score.number < number <= last and (not mask or mask >> score.bit & 1 or score.whole & mask)
+        for number, mask in case.trace.gathered
+    )
+    return bool(shares) and all(shares) and not summed
