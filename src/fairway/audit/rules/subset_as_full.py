@@ -4,7 +4,7 @@ from fairway.audit.case import Case
 from fairway.audit.flow.events import Score
 from fairway.audit.passes.findings import passes_of, unseen
 from fairway.audit.passes.reported import Reported, scores_of
-from fairway.audit.verdict import Finding
+from fairway.audit.verdict import Finding, Place
 
 ID = "subset-as-full"
 CHARGE = "a part of the validation tokens is reported as all"
@@ -61,11 +61,12 @@ def check(case: Case) -> Finding:
     alone = [score for score in scores if _of_one_rank(case, which, score)]
     if alone and len(alone) == len(scores):
         score = alone[0]
+        place = _in_its_loop(case, score)
         evidence = (
-            f"The loss at {score.place} is that of one process's share of the windows; nothing sums it over the others "
+            f"The loss at {place} is that of one process's share of the windows; nothing sums it over the others "
             "before it is reported."
         )
-        return Finding(ID, "violates", evidence, CLAUSE, score.place)
+        return Finding(ID, "violates", evidence, CLAUSE, place)
     left_out = [(score, where) for score in scores if (where := case.trace.picked.get(score.bit)) is not None]
     if left_out:
         score, where = left_out[0]
@@ -86,3 +87,11 @@ def _of_one_rank(case: Case, which: Reported, score: Score) -> bool:
         for number, mask in case.trace.gathered
     )
     return bool(shares) and all(shares) and not summed
+
+
+def _in_its_loop(case: Case, score: Score) -> Place:
+    """The line of the loop over the windows in which a loss is computed, not that of the model's own forward."""
+    cutting = {loop for tok in score.targets for loop, _, _ in tok.spans}
+    loops = [loop for loop, _ in score.nest if loop in cutting]
+    depth = case.trace.depth.get(loops[-1], 0) if loops else 0
+    return score.stack[depth - 1] if 0 < depth <= len(score.stack) < 12 else score.place
