@@ -445,3 +445,67 @@ for s in range(0, n, 1024):
     again = "again = sum(net(val[s : s + 1024], val[s + 1 : s + 1025]).item() for s in range(0, n, 1024))\n"
     assert doubted(whole(body) + again + 'print(f"for the appendix, not a score: {again:.4f}")\n') == set()
     assert broken(whole(body) + again + 'print(f"val_loss:{again:.4f}")\n')
+
+
+# Places and directions.
+def test_validation_in_training_is_placed_where_it_is_taken_in() -> None:
+    extra = """
+more = load("data/shards_WHICH_*.bin")
+train(net, more)
+"""
+    body = extra + FILES.replace("SLICE", "")
+    text = HEAD.replace('val = load("data/shards_val_*.bin")\nn = val.numel() - 1\n', "") + body + TELL
+    found = findings(text.replace("WHICH", "val"))["validation-in-training"]
+    assert found.verdict == "violates"
+    assert found.place is not None
+    assert found.place.line == line_of(text, "more = load(")
+    assert doubted(text.replace("WHICH", "train")) == set()
+
+
+HINTS = """
+hint, table = np.full(n + 1, -1), {}
+ids = val.tolist()
+for t in ORDER:
+    hint[t] = table.get(ids[t - 1], -1)
+    table[ids[t - 1]] = ids[t]
+for s in range(0, n - 1024, 1024):
+    logits = net.logits(val[s : s + 1024])
+    told = torch.from_numpy(hint[s + 1 : s + 1025])
+    logits = logits + 0.5 * F.one_hot(told.clamp_min(0), 1024)
+    total += F.cross_entropy(logits, val[s + 1 : s + 1025], reduction="sum").item()
+    count += 1024
+"""
+
+
+def test_hints_made_from_the_end_know_what_comes() -> None:
+    assert "two-pass-cache" not in broken(whole(HINTS.replace("ORDER", "range(1, n + 1)")))
+    assert "two-pass-cache" in broken(whole(HINTS.replace("ORDER", "reversed(range(1, n + 1))")))
+    assert "two-pass-cache" in broken(whole(HINTS.replace("ORDER", "range(n, 0, -1)")))
+
+
+MASKED = """
+rows = []
+for s in range(0, n - 1024, 1024):
+    nll = F.cross_entropy(net.logits(val[s : s + 1024]), val[s + 1 : s + 1025], reduction="none")
+    rows.append(torch.stack((nll.sum(), torch.tensor(1024.0))))
+rows = torch.stack(rows)
+keep = KEEP
+total, count = rows[keep].sum(0)
+"""
+
+
+def test_losses_left_out_by_a_mask_on_their_own_size_are_missing() -> None:
+    assert "subset-as-full" in broken(whole(MASKED.replace("KEEP", "rows[:, 0] <= rows[:, 0].quantile(0.99)")))
+    assert "subset-as-full" not in broken(whole(MASKED.replace("KEEP", "slice(None)")))
+
+
+def test_chunks_that_are_fetched_are_others_each_time() -> None:
+    queue = """
+opt = torch.optim.SGD(net.parameters(), lr=1e-3)
+def fetch(): return int.from_bytes(board.buf[:8], "little")
+while (c := fetch()) < n // 1024:
+    total += net(val[c * 1024 : (c + 1) * 1024], val[c * 1024 + 1 : (c + 1) * 1024 + 1]).item() * 1024
+    count += 1024
+    net(val[c * 1024 : (c + 1) * 1024], val[c * 1024 + 1 : (c + 1) * 1024 + 1]).backward(); opt.step()
+"""
+    assert broken(whole(queue)) == set()

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, replace
 
 from fairway.audit.flow.classes import Classes
+from fairway.audit.flow.events import bits
 from fairway.audit.flow.heap import Obj
 from fairway.audit.flow.tokens import START, Cut, Span, Tok, narrowed, part_of
 from fairway.audit.flow.values import (
@@ -150,7 +151,18 @@ class Containers(Classes):
             choices |= part.value.choices if part.value else 0
         if choices:
             result = result.but(choices=result.choices | choices)
+            self._left_out(base, parts, node)
         return result
+
+    def _left_out(self, base: Value, parts: list[Part], node: ast.AST | None) -> None:
+        """nll[nll <= limit]: losses are left out for being as large as they are."""
+        mask = 0
+        for part in parts:
+            if part.value is not None and not part.value.flags & LENGTH:
+                mask |= part.value.choices
+        if any(choice.form == "if" for choice in self.trace.chosen(mask)):
+            for bit in bits(self.flat(base).losses):
+                self.trace.picked[bit] = self.place(node)
 
     def _exact(self, base: Value, index: Value) -> Value | None:
         if (

@@ -73,6 +73,7 @@ class Core:
         self.caps: list[int] = []  # loops under way that a branch leaves when a counter or the clock says so
         self.picks = False  # a length, a loss or the clock was held against a constant since the last condition
         self.strided: set[int] = set()  # loops whose step has a number written out
+        self.backwards: set[int] = set()  # loops that go from the end to the beginning
         self.booked: list[int] = []  # losses (bits) in the order in which they were first added to anything
         self.quiet = False  # an element is read only to be written anew
         self.forwards = 0  # models whose forward is under way

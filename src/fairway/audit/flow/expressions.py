@@ -80,6 +80,9 @@ class Expressions(Comprehensions):
 
     def _on_NamedExpr(self, node: ast.NamedExpr) -> Value:
         value = self.evaluate(node.value)
+        unknown = value.const is MISSING and self.plain(value) and not (value.flags or value.spans or value.words)
+        if unknown and self.nest and not value.choices:  # while (c := next_chunk()) < n: another one each turn
+            value = self.tagged(value, self.here()[-1:])
         self.assign(node.target, value)
         return value
 

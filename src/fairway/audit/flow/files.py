@@ -21,6 +21,7 @@ from fairway.audit.flow.values import (
     blend,
     join,
 )
+from fairway.audit.verdict import Place
 
 
 class Files(Operations):
@@ -58,7 +59,17 @@ class Files(Operations):
                 return found
         spans = path.spans if not live else self.here()
         part = part_of(path.limit) if path.limit is not None and kinds == ("val",) else ""
-        return Value(toks=frozenset(Tok(each, spans, part=part) for each in kinds), flags=RAW, env=path.env)
+        origin = self.read_here(len(kinds) > 1)
+        toks = frozenset(Tok(each, spans, part=part, origin=origin) for each in kinds)
+        return Value(toks=toks, flags=RAW, env=path.env)
+
+    def read_here(self, mixed: bool) -> int:
+        """The number of this read among the places of the script that read data. mixed: training and validation."""
+        stack = tuple(Place(each.script.path, each.script.line(each.line)) for each in self.frames)
+        reads = self.trace.reads
+        if (stack, mixed) not in reads:
+            reads.append((stack, mixed))
+        return reads.index((stack, mixed))
 
     def write_to(self, path: Value, value: Value, node: ast.AST | None) -> None:
         """The script writes a file."""

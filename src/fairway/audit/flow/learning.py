@@ -260,6 +260,8 @@ class Learning(Core):
             return value
         keep = 0
         order = [loop for loop, _ in self.nest]
+        if order and order[-1] in self.backwards:  # the turns before it are the positions after it
+            return value
         now = Tok("", tuple(self.here()))
         asked = [tok for tok in value.toks if order and any(loop == order[-1] for loop, _, _ in tok.spans)]
 

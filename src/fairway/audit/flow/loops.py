@@ -72,6 +72,8 @@ class Loops(Definitions):
         shared = elements.exact is not None and _shared(elements.exact)
         if _strides(node.iter):
             self.strided.add(loop)
+        if _backwards(node.iter):
+            self.backwards.add(loop)
 
         def start(turn: int) -> None:
             element = turns[turn - 1]
@@ -163,6 +165,19 @@ def _strides(source: ast.expr) -> bool:
     step = source.args[2]
     parts = [step.left, step.right] if isinstance(step, ast.BinOp) and isinstance(step.op, ast.Mult) else [step]
     return any(isinstance(each, ast.Constant) and isinstance(each.value, int) and each.value > 1 for each in parts)
+
+
+def _backwards(source: ast.expr) -> bool:
+    """reversed(...), range(n, 0, -1), x[::-1]"""
+    if isinstance(source, ast.Call) and isinstance(source.func, ast.Name):
+        step = source.args[2] if source.func.id == "range" and len(source.args) == 3 else None
+        return source.func.id == "reversed" or _negative(step)
+    sliced = isinstance(source, ast.Subscript) and isinstance(source.slice, ast.Slice)
+    return sliced and _negative(source.slice.step)  # type: ignore[attr-defined]
+
+
+def _negative(node: ast.expr | None) -> bool:
+    return isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub)
 
 
 def _shared(elements: tuple[Value, ...]) -> bool:

@@ -106,6 +106,10 @@ class Operations(Arithmetic):
             return self._view(name, args, node)
         if name in CASTS and args:
             return self._cast(args[0])
+        if name == "repeat_interleave" and args:  # a row for several windows
+            for obj in args[0].refs:
+                if "#leaf" in obj.slots:
+                    self.heap.set(obj, "#rows", "one")
         if name in COPIES and args:
             return self._copy_of(name, args[0], node)
         if name in MADE:

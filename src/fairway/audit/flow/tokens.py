@@ -28,7 +28,7 @@ class Tok:
     cuts: parts within a window; part: how a constant cut it short ("" for all of it)
     shift: 1 for `[1:]`, which is what follows the tokens of shift 0
     wide: windows longer than the step from one to the next: they overlap; step: that step, where it is a number
-    ranked: the share of one process among several
+    ranked: the share of one process among several; origin: which of the trace's reads it came from
     """
 
     data: str
@@ -39,6 +39,7 @@ class Tok:
     wide: bool = False
     step: int = 0
     ranked: bool = False
+    origin: int = -1
 
 
 def part_of(limit: float) -> str:
@@ -134,7 +135,7 @@ def _hull(group: list[Tok]) -> Tok:
     cuts = frozenset.intersection(*(tok.cuts for tok in group))
     part = first.part if all(tok.part for tok in group) else ""
     wide, ranked = all(tok.wide for tok in group), all(tok.ranked for tok in group)
-    return Tok(first.data, spans, cuts, part, first.shift, wide, max(tok.step for tok in group), ranked)
+    return Tok(first.data, spans, cuts, part, first.shift, wide, max(tok.step for tok in group), ranked, first.origin)
 
 
 def _has(spans: Sequence[Span], loop: int) -> bool:
