@@ -449,12 +449,8 @@ for s in range(0, n, 1024):
 
 # Places and directions.
 def test_validation_in_training_is_placed_where_it_is_taken_in() -> None:
-    extra = """
-more = load("data/shards_WHICH_*.bin")
-train(net, more)
-"""
-    body = extra + FILES.replace("SLICE", "")
-    text = HEAD.replace('val = load("data/shards_val_*.bin")\nn = val.numel() - 1\n', "") + body + TELL
+    mixed = 'more = load("data/shards_WHICH_*.bin")\ntrain(net, torch.cat([load("data/shards_train_*.bin"), more]))'
+    text = HEAD.replace('train(net, load("data/shards_train_*.bin"))', mixed) + FILES.replace("SLICE", "") + TELL
     found = findings(text.replace("WHICH", "val"))["validation-in-training"]
     assert found.verdict == "violates"
     assert found.place is not None
