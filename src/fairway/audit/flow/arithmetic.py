@@ -9,8 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 from fairway.audit.flow import events
-from fairway.audit.flow.containers import Containers, sym_of
-from fairway.audit.flow.tokens import Cut, merged_spans
+from fairway.audit.flow.containers import is_same, sym_of
+from fairway.audit.flow.heap import Obj
+from fairway.audit.flow.iteration import Iteration
+from fairway.audit.flow.tokens import Cut, Span, merged_spans
 from fairway.audit.flow.values import (
     CAPPED,
     CLOCK,
@@ -19,9 +21,11 @@ from fairway.audit.flow.values import (
     LENGTH,
     MASK,
     MISSING,
+    MOVED,
     NOTHING,
     ONE_HOT,
     POSITIONS,
+    REPEATS,
     SCALED,
     WEIGHTS,
     Value,
@@ -38,10 +42,11 @@ _ORDER: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge, ast.Eq: operator.eq,
     ast.NotEq: operator.ne, ast.Is: lambda a, b: a is b or a == b, ast.IsNot: lambda a, b: not (a is b or a == b),
 }  # fmt: skip
+_DIGITS = (ast.RShift, ast.BitAnd, ast.FloorDiv)
 _LONGEST = 20_000  # characters of a constant text
 
 
-class Arithmetic(Containers):
+class Arithmetic(Iteration):
     """Binary operators and comparisons."""
 
     def binop(self, op: ast.operator, left: Value, right: Value, node: ast.AST | None) -> Value:
@@ -55,7 +60,9 @@ class Arithmetic(Containers):
         one, two = self.flat(left), self.flat(right)
         if isinstance(op, (ast.Add, ast.Sub)) and one.flags & WEIGHTS and two.flags & GRAD and two.toks:
             return self._moved(one, two, node)
-        one, two = _stepped(one, two), _stepped(two, one)
+        one, two = self._followed(op, left, one, two, node), self._followed(op, right, two, one, node)
+        if isinstance(op, ast.Sub) and (error := self._error(one, two)) is not None:
+            return error
         if one.losses or two.losses:
             return self._of_losses(op, one, two, node)
         if (two.flags & ONE_HOT and one.active) or (one.flags & ONE_HOT and two.active):
@@ -63,6 +70,10 @@ class Arithmetic(Containers):
             if hot.raw:
                 return self.scored(logits, hot, node)
         result = blend(one, two)
+        if isinstance(op, (ast.Add, ast.Sub)) and (one.flags ^ two.flags) & GRAD:
+            result.flags |= MOVED
+        if isinstance(op, _DIGITS) and one.raw and two.spans and not two.toks:  # token >> i & 1: another bit each turn
+            result = self.tagged(result, two.spans)
         if one.toks or two.toks:
             if not isinstance(op, (ast.BitAnd, ast.BitOr, ast.BitXor)):
                 result.flags &= ~MASK
@@ -77,6 +88,28 @@ class Arithmetic(Containers):
                 return self.cut(result, two.cuts if one.toks else one.cuts, node)
             return result
         return self._number(op, one, two, result, node)
+
+    def _followed(self, op: ast.operator, value: Value, flat: Value, other: Value, node: ast.AST | None) -> Value:
+        """What gradients were added to by hand, where it meets activations: a state that has learned, no loss."""
+        if not flat.flags & GRAD or other.flags & GRAD or other.losses or not other.active:
+            return flat
+        if not flat.flags & MOVED and not isinstance(op, (ast.Add, ast.Sub)):
+            return flat  # error · activation: the gradient of a weight
+        cells = [obj for obj in value.refs if obj.kind == "tensor"]
+        obj = cells[0] if len(cells) == 1 else self.new("tensor", None, node)
+        rest = flat.but(losses=0, toks=frozenset(), flags=flat.flags & ~(GRAD | MOVED))
+        if flat.toks and flat.states:
+            self.learn(obj, flat.toks, "gradient", node, flat.losses)
+            self.heap.set(obj, "#content", rest.but(states=frozenset(), knows=0))
+        return rest.but(states=rest.states | {obj.root}, knows=rest.knows | self.knows(obj))
+
+    def _error(self, one: Value, two: Value) -> Value | None:
+        """softmax - one_hot, bit - p: the gradient of a loss, written out."""
+        for goal, made in ((one, two), (two, one)):
+            known = goal.raw and not goal.flags & LENGTH and made.states
+            if known and not made.losses and not made.flags & (WEIGHTS | GRAD):
+                return Value(toks=goal.toks, states=made.states, flags=GRAD, choices=goal.choices | made.choices)
+        return None
 
     @staticmethod
     def _scales(logits: Value, other: Value) -> bool:
@@ -124,6 +157,10 @@ class Arithmetic(Containers):
             elem = join(elem, each)
         new.slots["#elem"] = elem
         if isinstance(op, ast.Mult):  # [0.0] * n: an array
+            again = elem.unit and self.plain(elem) and left.const != 1 and right.const != 1
+            if again and node is not None:  # list(range(0, n, chunk)) * 3: each place comes several times
+                elem = self.place_of_many(elem, node)
+                elem = elem.but(flags=elem.flags | REPEATS)
             new.slots["#elem"] = elem.but(const=MISSING)
         return self.ref(new)
 
@@ -144,7 +181,9 @@ class Arithmetic(Containers):
             result = self.cut(result, other.cuts, node)
         apart = other.states - loss.states
         if apart and not other.flags & (WEIGHTS | GRAD):
-            result = self.rescored(result, other, node)
+            inner = self.nest[-1][0] if self.nest else 0
+            by_position = not any(span[0] == inner for tok in loss.toks for span in tok.spans)
+            result = self.rescored(result, self.earlier_dropped(other) if by_position else other, node)
         return result
 
     def _moved(self, weights: Value, grad: Value, node: ast.AST | None) -> Value:
@@ -170,20 +209,21 @@ class Arithmetic(Containers):
             result.less = one.less | ({syms[1]} if syms[1] else frozenset())
         elif isinstance(op, ast.Add):
             result.less = one.less | two.less
+            if result.less and isinstance(two.const, int) and two.const > 1:
+                result.less |= {f"+{two.const}"}
         result.spans, result.unit = self._affine(op, one, two, syms)
         if result.flags & CLOCK:
             result.lead = self._clock(op, one, two)
         result.limit = _limit(op, one, two)
         return result
 
-    @staticmethod
-    def _affine(op: ast.operator, one: Value, two: Value, syms: tuple[str, str]) -> tuple[Any, str]:
+    def _affine(self, op: ast.operator, one: Value, two: Value, syms: tuple[str, str]) -> tuple[Any, str]:
         if isinstance(op, (ast.Add, ast.Sub)):
             turn = 1 if isinstance(op, ast.Add) else -1
             for number, other, text in ((one, two, syms[1]), (two, one, syms[0])):
                 if number.spans and not other.spans and number.unit:
                     if text == number.unit and (number is one or turn == 1):
-                        return tuple((loop, a + turn, b + turn) for loop, a, b in number.spans), number.unit
+                        return self._next(number.spans, turn), number.unit
                     return number.spans, number.unit
         if isinstance(op, ast.Mult):
             for number, other, text in ((one, two, syms[1]), (two, one, syms[0])):
@@ -194,6 +234,12 @@ class Arithmetic(Containers):
             rest = [span for span in (*one.spans, *two.spans) if span[0] not in both]
             return tuple(sorted(rest)), ""
         return merged_spans(one.spans, two.spans), ""
+
+    def _next(self, spans: tuple[Span, ...], turn: int) -> tuple[Span, ...]:
+        """The spans of a number that one step is added to: it is the innermost loop that counts in such steps."""
+        own = {loop for loop, _, _ in spans}
+        inner = next((loop for loop, _ in reversed(self.nest) if loop in own), None)
+        return tuple((loop, a + turn, b + turn) if inner in (loop, None) else (loop, a, b) for loop, a, b in spans)
 
     @staticmethod
     def _clock(op: ast.operator, one: Value, two: Value) -> tuple[float, float]:
@@ -272,6 +318,8 @@ class Arithmetic(Containers):
             if key.const is not MISSING:
                 return any(item.const == key.const for item in table.items)
             return None
+        if len(table.refs) == 1 and (known := self._in_list(key, *table.refs)) is not None:
+            return known
         for obj in table.refs:
             if obj.kind == "foreign" and obj.data == "os.environ":
                 held = self.setting(key, Value(const=None))
@@ -283,6 +331,14 @@ class Arithmetic(Containers):
                 if held.flags & WEIGHTS or self.flat(held).flags & WEIGHTS:
                     return True
         return None
+
+    def _in_list(self, key: Value, obj: Obj) -> bool | None:
+        """Whether an object or a constant is in a list whose elements are known one by one."""
+        exact = self.listed(obj) if obj.kind == "list" else None
+        plain = key.const is not MISSING or len(key.refs) == 1
+        if exact is None or not plain or not all(each.const is not MISSING or len(each.refs) == 1 for each in exact):
+            return None
+        return any(is_same(each, key) for each in exact)
 
     def _watch(self, one: Value, two: Value, node: ast.AST | None) -> None:
         clock, other = (one, two) if one.flags & CLOCK else (two, one)
@@ -314,13 +370,6 @@ def _picks(value: Value, bound: Value) -> bool:
     if value.flags & LENGTH:  # between two places that no loop computed; more than 256 is a window, whose last is short
         return re.fullmatch(r"sub\((\w+|or\(,.*\)),\w+\)", value.sym) is not None and 3 <= bound.const <= 256
     return bool(value.toks) and not value.states and bound.const >= 3
-
-
-def _stepped(value: Value, other: Value) -> Value:
-    """A number that follows a gradient, where it meets logits: no loss itself."""
-    if value.flags & GRAD and other.active and not other.flags & GRAD and not other.losses:
-        return value.but(losses=0, toks=frozenset(), flags=value.flags & ~GRAD)
-    return value
 
 
 def _numbers(*values: Any) -> bool:

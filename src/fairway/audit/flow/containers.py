@@ -7,25 +7,24 @@ import re
 from dataclasses import dataclass, replace
 
 from fairway.audit.flow.classes import Classes
-from fairway.audit.flow.core import Frame
+from fairway.audit.flow.events import bits
 from fairway.audit.flow.heap import Obj
-from fairway.audit.flow.tokens import START, Cut, Span, Tok, narrowed
+from fairway.audit.flow.tokens import START, Cut, Span, Tok, narrowed, part_of
 from fairway.audit.flow.values import (
-    DIGEST,
+    GRAD,
     INDEXED,
     LENGTH,
-    MASK,
     MISSING,
     NOTHING,
     ONE_ROW,
+    RANKED,
     RAW,
     WEIGHTS,
     Value,
     blend,
     join,
+    same,
 )
-
-UNROLLED = 6  # elements of a literal list that a loop takes one by one
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,7 @@ class Part:
     low_text: str = ""
     high_text: str = ""
     slice: bool = False
+    step: int = 1  # written out: [::2]
 
 
 @dataclass(frozen=True)
@@ -77,11 +77,12 @@ class Containers(Classes):
             if isinstance(each, ast.Slice):
                 low = self.evaluate(each.lower) if each.lower else None
                 high = self.evaluate(each.upper) if each.upper else None
+                step = each.step.value if isinstance(each.step, ast.Constant) else 1
                 if each.step:
                     self.evaluate(each.step)
                 low_text = sym_of(low, each.lower) if low else ""
                 high_text = sym_of(high, each.upper) if high else ""
-                found.append(Part(None, low, high, low_text, high_text, True))
+                found.append(Part(None, low, high, low_text, high_text, True, step if isinstance(step, int) else 1))
             elif isinstance(each, ast.Starred):
                 found.append(Part(self.evaluate(each.value)))
             else:
@@ -150,7 +151,18 @@ class Containers(Classes):
             choices |= part.value.choices if part.value else 0
         if choices:
             result = result.but(choices=result.choices | choices)
+            self._left_out(base, parts, node)
         return result
+
+    def _left_out(self, base: Value, parts: list[Part], node: ast.AST | None) -> None:
+        """nll[nll <= limit]: losses are left out for being as large as they are."""
+        mask = 0
+        for part in parts:
+            if part.value is not None and not part.value.flags & LENGTH:
+                mask |= part.value.choices
+        if any(choice.form == "if" for choice in self.trace.chosen(mask)):
+            for bit in bits(self.flat(base).losses):
+                self.trace.picked[bit] = self.place(node)
 
     def _exact(self, base: Value, index: Value) -> Value | None:
         if (
@@ -240,20 +252,32 @@ class Containers(Classes):
         new = self.new("list", None, node)
         constant = all(each is None or isinstance(each, int) for each in (low, high))
         if isinstance(exact, Value) and exact.items is not None and not spans and constant:
-            new.slots["#items"] = Value(items=exact.items[low:high])
+            new.slots["#items"] = Value(items=exact.items[low : high : part.step or 1])
             return self.ref(new)
         elem = self.tagged(self.element_of(obj), spans)
         cuts = self.cuts_of(parts)
         if not spans and cuts:
             elem = self._indexed(self.cut(elem, cuts, node), cuts)
+        if any(RANKED & each.env for each in (part.low, part.high) if each is not None):
+            elem = self._of_rank(elem)
         limit = part.high.limit if part.high and part.high.limit is not None else high
         named = bool(elem.words) and self.plain(elem)  # of several files, the first
         if part.low is None and isinstance(limit, (int, float)) and (limit > 1 or (named and limit == 1)) and not spans:
             if named:
-                self.trace.files.setdefault(f"{limit:.0f}", self.place(node))
+                self.trace.files.setdefault(part_of(limit), self.place(node))
             elem = self._limited(elem, float(limit))
+        elif part.step > 1:
+            if named:
+                self.trace.files.setdefault(part_of(1 / part.step), self.place(node))
+            elem = self._limited(elem, 1 / part.step)
         new.slots["#elem"] = elem
         return self.ref(new, spans=spans)
+
+    def _of_rank(self, value: Value) -> Value:
+        """One process's share of a list."""
+        items = tuple(self._of_rank(item) for item in value.items) if value.items is not None else None
+        toks = frozenset(replace(tok, ranked=True) for tok in value.toks) if value.raw else value.toks
+        return value.but(items=items, toks=toks, env=value.env | RANKED)
 
     def _limited(self, value: Value, limit: float) -> Value:
         """A place in the data of which a constant lets only so many through."""
@@ -290,6 +314,12 @@ class Containers(Classes):
             found = blend(held, state, *flats).but(refs=found.refs)
         return self.tagged(found, spans) if spans else found
 
+    @staticmethod
+    def listed(obj: Obj) -> tuple[Value, ...] | None:
+        """The elements of a list, where all are known one by one."""
+        exact = obj.slots.get("#items")
+        return exact.items if isinstance(exact, Value) and "#elem" not in obj.slots else None
+
     def element_of(self, obj: Obj) -> Value:
         """One value for all that a container may hold."""
         if obj.kind == "range":
@@ -312,7 +342,7 @@ class Containers(Classes):
         """tensor[parts]: tokens by the loops that the index depends on, windows by their cuts."""
         keys = [self.flat(part.value) for part in parts if part.value is not None and part.value.const is MISSING]
         raw_keys = [key for key in keys if key.raw]
-        if raw_keys and value.active and not self.quiet:  # logp[arange, y]
+        if raw_keys and value.active and not value.flags & GRAD and not self.quiet:  # logp[arange, y]
             return self.scored(self.following(value), raw_keys[0], node)
         keyed = [key for key in keys if key.toks]
         if keyed and not value.toks:
@@ -358,12 +388,15 @@ class Containers(Classes):
     def _part(tok: Tok, parts: list[Part]) -> Tok:
         """What constants say of a slice: the shift by one, the first N alone."""
         for part in parts:
+            ends = [each for each in (part.low, part.high, part.value) if each is not None]
+            if any(RANKED & each.env for each in ends):
+                tok = replace(tok, ranked=True)
             if not part.slice:
                 if part.value is not None and part.value.limit is not None and not tok.part:
-                    tok = replace(tok, part=f"{part.value.limit:.0f}")
+                    tok = replace(tok, part=part_of(part.value.limit))
                 continue
             if part.low is not None and part.high is not None and _overlaps(part.low, part.high):
-                tok = replace(tok, wide=True)
+                tok = replace(tok, wide=True, step=int(part.low.unit))
             if part.low is not None and part.low.const == 1:
                 tok = replace(tok, shift=tok.shift + 1)
             bounds = [part.high] if part.low is None or part.low.const == 0 else [part.low, part.high]
@@ -374,219 +407,15 @@ class Containers(Classes):
                 if limit is None and isinstance(bound.const, int) and bound is part.high and len(bounds) == 1:
                     limit = bound.const
                 if limit is not None and (limit > 10_000 or bound.flags & INDEXED):
-                    tok = replace(tok, part=f"{limit:.0f}")
+                    tok = replace(tok, part=part_of(limit))
         return tok
 
-    # Writing.
-    def put_item(self, base: Value, parts: list[Part], value: Value, node: ast.AST | None) -> None:
-        """base[parts] = value"""
-        if self.chosen:
-            value = value.but(choices=value.choices | self.chosen)
-        keys = [part.value for part in parts if part.value is not None]
-        for obj in sorted(base.refs, key=lambda each: each.number)[:6]:
-            if obj.kind == "tensor":
-                self._put_tensor(obj, parts, value, node)
-            elif obj.kind in ("list", "dict"):
-                self._put_container(obj, keys, base, value, node)
-            elif obj.kind in ("instance", "thing"):
-                method = self.find(obj.data, "__setitem__") if obj.kind == "instance" else None
-                if method is not None:
-                    self.call(method[0], [self.ref(obj), keys[0] if keys else NOTHING, value], {}, node)
-                elif "#module" in obj.slots:
-                    self.write(obj, self._put_where(keys, value), node, part=True)
-                else:
-                    self.add_content(obj, value)
 
-    def _put_where(self, keys: list[Value], value: Value) -> Value:
-        """What is written into weights, and the activations that say where: weight[:, ~used] = 0."""
-        seen = [flat for flat in map(self.flat, keys) if flat.toks and flat.states]
-        return blend(self.flat(value), *seen) if seen else value
-
-    def token_keys(self, keys: list[Value]) -> list[Value]:
-        """Keys that are made of token ids: what is entered under them is a table of the tokens."""
-        flats = [self.flat(key) for key in keys]
-        return [key for key in flats if key.toks and not key.states and not key.losses and not key.flags & LENGTH]
-
-    def entered(self, obj: Obj, keys: list[Value], value: Value, node: ast.AST | None) -> None:
-        """A table learns the tokens of its keys, and of what is entered if that is tokens."""
-        toks = frozenset(tok for key in keys for tok in key.toks)
-        held = self.flat(value)
-        if held.raw:
-            toks |= held.toks
-        self.learn(obj, toks, "table", node)
-
-    def _put_tensor(self, obj: Obj, parts: list[Part], value: Value, node: ast.AST | None) -> None:
-        keys = self.token_keys([part.value for part in parts if part.value is not None])
-        flat = self.flat(value)
-        if keys and "#leaf" not in obj.slots and obj.owner is None:
-            if not flat.raw and all(key.flags & MASK for key in keys):  # places, not entries of a table
-                self.write(obj, self.earlier_dropped(blend(flat, *keys)), node, part=True)
-            else:
-                self.entered(obj, keys, value, node)
-            return
-        cuts = self.cuts_of(parts)
-        old = self.content(obj)
-        if cuts and isinstance(flat.const, (int, float, bool)):
-            sides = cuts if flat.const is True or flat.const > 0 else frozenset(_other(cut) for cut in cuts)
-            if old.toks and not flat.const > 0:  # targets blanked out
-                self.heap.set(obj, "#content", self.cut(old, sides, node))
-            else:
-                self.heap.set(obj, "#content", old.but(cuts=old.cuts | sides, const=MISSING))
-            return
-        spans: tuple[Span, ...] = ()
-        for part in parts:
-            spans = self._with(spans, self.slice_spans(part) if part.slice else part.value.spans if part.value else ())
-        if old.toks and not flat.losses:
-            self.heap.set(obj, "#content", self.written_toks(old, spans))
-        whole = all(part.slice and part.low is None and part.high is None for part in parts)
-        if obj.owner is not None or "#leaf" in obj.slots:
-            flat = self._put_where([part.value for part in parts if part.value is not None], flat)
-        self.write(obj, self.earlier_dropped(flat), node, strong=whole, part=not whole)
-
-    def _put_container(self, obj: Obj, keys: list[Value], base: Value, value: Value, node: ast.AST | None) -> None:
-        tokens = self.token_keys(keys)
-        if tokens and not self._kept(tokens, self.flat(value)):
-            self.entered(obj, tokens, value, node)
-        value = self.earlier_dropped(value)
-        key = keys[0] if keys else NOTHING
-        exact = obj.slots.get("#items")
-        if isinstance(exact, Value) and exact.items is not None:
-            if isinstance(key.const, int) and 0 <= key.const < len(exact.items) and len(base.refs) == 1:
-                items = (*exact.items[: key.const], value, *exact.items[key.const + 1 :])
-                self.heap.set(obj, "#items", Value(items=items))
-                return
-            self.loosen(obj)
-        if key.const is not MISSING and _hashable(key.const):
-            old = obj.slots.get(("k", key.const))
-            both = join(old, value) if isinstance(old, Value) and len(base.refs) > 1 else value
-            self.heap.set(obj, ("k", key.const), both)
-        else:
-            self.add_content(obj, value, "#elem")
-            self.add_content(obj, key, "#keys")
-
-    @staticmethod
-    def _kept(keys: list[Value], value: Value) -> bool:
-        """Whether an answer is kept under all that it was computed from, to spare computing it again."""
-        if not value.active or value.losses or not all(key.flags & DIGEST for key in keys):
-            return False
-        whole = [(tok.data, set(tok.spans)) for key in keys for tok in key.toks if not tok.cuts]
-        return all(any(tok.data == data and spans <= set(tok.spans) for data, spans in whole) for tok in value.toks)
-
-    def loosen(self, obj: Obj) -> None:
-        """Forget which element stands where."""
-        exact = obj.slots.get("#items")
-        if isinstance(exact, Value):
-            self.heap.drop(obj, "#items")
-            for item in exact.items or ():
-                self.add_content(obj, item, "#elem")
-
-    def add(self, obj: Obj, value: Value, node: ast.AST | None) -> None:
-        """list.append"""
-        self.book(value)
-        if self.chosen:
-            value = value.but(choices=value.choices | self.chosen)
-        value = self.repeats(self.earlier_dropped(value), obj.born)
-        exact = obj.slots.get("#items")
-        if isinstance(exact, Value) and exact.items is not None:
-            if len(self.nest) == len(obj.born) and len(exact.items) < 24:
-                self.heap.set(obj, "#items", Value(items=(*exact.items, value)))
-                return
-            self.loosen(obj)
-        self.add_content(obj, value, "#elem")
-
-    # Iteration.
-    def elements(self, value: Value, node: ast.AST | None) -> Elements:
-        """What `for x in value` goes through."""
-        found = self._elements(value, node)
-        if not value.choices:
-            return found
-        exact = (
-            tuple(self._chosen_from(each, value.choices) for each in found.exact) if found.exact is not None else None
-        )
-        return replace(found, exact=exact, any=self._chosen_from(found.any, value.choices))
-
-    def _elements(self, value: Value, node: ast.AST | None) -> Elements:
-        if value.items is not None and not value.refs:
-            return self._exactly(value.items, value)
-        if isinstance(value.const, (str, bytes, tuple, list, dict, set, frozenset)) and not value.refs:
-            held = list(value.const)
-            return self._exactly(tuple(Value(const=each) for each in held[:64]), value)
-        found: list[Elements] = []
-        for obj in sorted(value.refs, key=lambda each: each.number)[:6]:
-            found.append(self._elements_of(obj, value, node))
-        if not found:
-            return Elements(None, value.but(const=MISSING, items=None, limit=None))
-        if len(found) == 1:
-            return found[0]
-        any_of = found[0].any
-        for each in found[1:]:
-            any_of = join(any_of, each.any)
-        return Elements(None, any_of)
-
-    def _exactly(self, items: tuple[Value, ...], value: Value) -> Elements:
-        any_of = NOTHING if not items else items[0]
-        for each in items[1:]:
-            any_of = join(any_of, each)
-        any_of = self.tagged(any_of, value.spans)
-        exact = tuple(self.tagged(item, value.spans) for item in items) if len(items) <= UNROLLED else None
-        return Elements(exact, any_of, len(items))
-
-    def _elements_of(self, obj: Obj, value: Value, node: ast.AST | None) -> Elements:
-        if obj.kind == "range":
-            return self._range(obj)
-        if obj.kind == "dict":
-            keys = [Value(const=key[1]) for key in obj.slots if isinstance(key, tuple)]
-            more = obj.slots.get("#keys")
-            if isinstance(more, Value) or "#elem" in obj.slots or not keys:
-                any_key = more if isinstance(more, Value) else NOTHING
-                for key in keys:
-                    any_key = join(any_key, key)
-                return Elements(None, any_key)
-            return self._exactly(tuple(keys), value)
-        if isinstance(obj.data, Frame) and "#elem" not in obj.slots:
-            return Elements(None, self.tagged(self.drained(obj), value.spans))
-        if obj.kind in ("list", "generator"):
-            exact = obj.slots.get("#items")
-            if isinstance(exact, Value) and exact.items is not None and "#elem" not in obj.slots:
-                return self._exactly(exact.items, value)
-            return Elements(None, self.tagged(self.element_of(obj), value.spans))
-        if obj.kind == "instance":
-            for name in ("__iter__", "__next__", "__getitem__"):
-                method = self.find(obj.data, name)
-                if method is not None:
-                    args = [self.ref(obj)] + ([NOTHING] if name == "__getitem__" else [])
-                    made = self.call(method[0], args, {}, node)
-                    if name == "__iter__" and obj not in made.refs:
-                        return self.elements(made, node)
-                    if name == "__iter__":
-                        step = self.find(obj.data, "__next__")
-                        made = self.call(step[0], [self.ref(obj)], {}, node) if step else made
-                    return Elements(None, made)
-        if obj.kind == "tensor":
-            return Elements(None, self.flat(self.ref(obj)).but(const=MISSING))
-        if "#module" in obj.slots:
-            return Elements(None, self.content_elem(obj))
-        content = obj.slots.get("#content", NOTHING)
-        return Elements(None, self.tagged(content, value.spans))
-
-    def _range(self, obj: Obj) -> Elements:
-        start, stop, step = obj.data
-        limit = stop.limit
-        if limit is None and isinstance(stop.const, (int, float)) and not stop.flags & LENGTH:
-            limit = float(stop.const)
-        env = start.env | stop.env | step.env
-        inside = bool(start.less and start.sym) and not (
-            start.spans or start.flags & LENGTH
-        )  # range(length - stride, n)
-        cuts: frozenset[Cut] = frozenset((("tail", start.sym, start.less),)) if inside else frozenset()
-        any_of = Value(unit=sym_of(step), limit=limit, env=env, spans=start.spans, choices=stop.choices, cuts=cuts)
-        consts = (start.const, stop.const, step.const)
-        if all(isinstance(each, int) for each in consts) and step.const:
-            turns = range(*consts)
-            if not turns:
-                return Elements(None, any_of, 0)
-            return Elements(None, any_of, len(turns), len(turns) <= 32, turns[0], turns[-1])
-        return Elements(None, any_of)
+def is_same(one: Value, other: Value) -> bool:
+    """Whether two values are one object, or equal constants."""
+    if one.const is not MISSING and other.const is not MISSING:
+        return bool(same(one.const, other.const))
+    return one.const is other.const and len(one.refs) == 1 and one.refs == other.refs
 
 
 def _overlaps(low: Value, high: Value) -> bool:
@@ -604,11 +433,6 @@ def _sparse(low: Value, high: Value) -> bool:
     index = re.fullmatch(r"mult\((\w+|@),(\w+)\)", low.sym)  # ci * chunk : (ci + 1) * chunk, ci in steps of 4
     above = index is not None and f"mult(add({index[1]},1),{index[2]})" in high.sym
     return above and low.unit.isdigit() and int(low.unit) > 1
-
-
-def _other(cut: Cut) -> Cut:
-    side, end, less = cut
-    return ("head" if side == "tail" else "tail", end, less)
 
 
 def _hashable(const: object) -> bool:

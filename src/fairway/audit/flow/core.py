@@ -9,7 +9,7 @@ from typing import Any
 
 from fairway.audit.flow import events
 from fairway.audit.flow.heap import Change, Heap, Obj, joined_slot
-from fairway.audit.flow.tokens import Span, merged_spans, narrowed
+from fairway.audit.flow.tokens import Span, Tok, merged_spans, narrowed
 from fairway.audit.flow.values import MISSING, NO_OBJECTS, NO_TOKENS, NOTHING, REPEATS, WEIGHTS, Value, blend, join
 from fairway.audit.reading.script import Script
 from fairway.audit.settings import Settings
@@ -66,12 +66,14 @@ class Core:
         self.nest: list[tuple[int, int]] = []
         self.control: list[int] = []
         self.guards: list[Place] = []
+        self.asked: list[frozenset[Tok]] = []  # tokens that the branches under way hang on
         self.files = self.heap.new("dict", "files")
         self.foreign: dict[str, Value] = {}
         self.turns: dict[int, int] = {}  # loop -> iterations walked
         self.caps: list[int] = []  # loops under way that a branch leaves when a counter or the clock says so
         self.picks = False  # a length, a loss or the clock was held against a constant since the last condition
         self.strided: set[int] = set()  # loops whose step has a number written out
+        self.backwards: set[int] = set()  # loops that go from the end to the beginning
         self.booked: list[int] = []  # losses (bits) in the order in which they were first added to anything
         self.quiet = False  # an element is read only to be written anew
         self.forwards = 0  # models whose forward is under way
@@ -231,12 +233,18 @@ class Core:
             choices = slots.get("#choices", 0) | root.slots.get("#choices", 0)
             parts.append(Value(states=frozenset((root,)), knows=mask, choices=choices, flags=flags))
         if obj.kind == "tensor":
-            parts.append(slots.get("#content", NOTHING))
+            parts.append(self._content_of(obj))
         elif obj.kind in ("list", "dict", "generator") and deep:
             parts += [self.flat(held, deep - 1) for held in self.held(obj)]
         elif obj.kind == "thing":
             parts.append(self.flat(slots.get("#content", NOTHING), deep - 1) if deep else NOTHING)
         return parts
+
+    def _content_of(self, obj: Obj) -> Value:
+        """What lies in a tensor; of a table: whose tokens it was filled from, its Updates say."""
+        held = self.content(obj)
+        table = obj.slots.get("#learned") and "#leaf" not in obj.slots and obj.owner is None
+        return held.but(toks=NO_TOKENS) if table and held.toks and not held.losses else held
 
     def held(self, obj: Obj) -> list[Value]:
         """All that a list or dict may hold."""

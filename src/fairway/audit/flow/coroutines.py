@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from fairway.audit.flow.core import Loop
 from fairway.audit.flow.heap import Obj
-from fairway.audit.flow.statements import Statements, changed
+from fairway.audit.flow.loops import changed
+from fairway.audit.flow.statements import Statements
 from fairway.audit.flow.values import NONE, NOTHING, Value, join
 
 

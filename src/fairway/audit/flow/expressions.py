@@ -7,17 +7,13 @@ import builtins
 from collections.abc import Callable
 from typing import Any
 
-from fairway.audit.flow.calls import Calls
-from fairway.audit.flow.containers import Elements
-from fairway.audit.flow.heap import Obj
+from fairway.audit.flow.comprehensions import Comprehensions
 from fairway.audit.flow.values import (
     GRAD,
-    LENGTH,
     MISSING,
     NO_OBJECTS,
     NONE,
     NOTHING,
-    REPEATS,
     TEXT,
     Value,
     blend,
@@ -28,7 +24,7 @@ _BUILTINS = frozenset(dir(builtins))
 _TRUE, _FALSE = Value(const=True), Value(const=False)
 
 
-class Expressions(Calls):
+class Expressions(Comprehensions):
     """evaluate(node)"""
 
     def evaluate(self, node: ast.expr) -> Value:
@@ -84,6 +80,9 @@ class Expressions(Calls):
 
     def _on_NamedExpr(self, node: ast.NamedExpr) -> Value:
         value = self.evaluate(node.value)
+        unknown = value.const is MISSING and self.plain(value) and not (value.flags or value.spans or value.words)
+        if unknown and self.nest and not value.choices:  # while (c := next_chunk()) < n: another one each turn
+            value = self.tagged(value, self.here()[-1:])
         self.assign(node.target, value)
         return value
 
@@ -275,6 +274,9 @@ class Expressions(Calls):
             )
         one, two = self.evaluate(node.body), self.evaluate(node.orelse)
         result = join(one, two)
+        asked = self.flat(test)
+        if asked.raw and result.active and not result.losses:  # p if bit else 1 - p: the probability of that bit
+            result = result.but(toks=blend(result, asked).toks)
         if test.choices:
             result = self._chosen_from(result, test.choices)
         if self.plain(result) and not result.sym and result.const is MISSING:
@@ -355,115 +357,6 @@ class Expressions(Calls):
         number = (flat.losses or flat.toks) and not flat.flags & TEXT
         return flat.but(const=MISSING, words=() if number else flat.words)
 
-    # Comprehensions.
-    def _on_ListComp(self, node: ast.ListComp) -> Value:
-        return self._comprehended(node, [node.elt])
-
-    _on_SetComp = _on_GeneratorExp = _on_ListComp
-
-    def _on_DictComp(self, node: ast.DictComp) -> Value:
-        return self._comprehended(node, [node.key, node.value])
-
-    def _comprehended(self, node: Any, results: list[ast.expr]) -> Value:
-        mapping = len(results) == 2
-        new = self.heap.new("dict" if mapping else "list", None, tuple(self.nest), self.place(node))
-        found: list[list[Value]] = []
-        exact = self._clauses(node.generators, 0, results, found)
-        limit = None
-        if exact and not mapping and len(found) <= 24:
-            new.slots["#items"] = Value(items=tuple(each[0] for each in found))
-            return self.ref(new)
-        for each in found:
-            if mapping and each[0].const is not MISSING and _hashable(each[0].const) and exact:
-                new.slots[("k", each[0].const)] = each[1]
-            else:
-                self.add_content(new, each[-1], "#elem")
-                if mapping:
-                    self.add_content(new, each[0], "#keys")
-                limit = each[-1].limit
-        if limit is not None and "#elem" in new.slots:
-            new.slots["#elem"] = new.slots["#elem"].but(limit=limit)
-        return self.ref(new)
-
-    def _clauses(
-        self, clauses: list[ast.comprehension], n: int, results: list[ast.expr], found: list[list[Value]]
-    ) -> bool:
-        """Walk the loops of a comprehension; True where each element stands alone."""
-        if n == len(clauses):
-            born = tuple(self.nest[: len(self.nest) - n])
-            found.append([self.repeats(self.evaluate(each), born) for each in results])
-            return True
-        clause = clauses[n]
-        elements = self.elements(self.evaluate(clause.iter), clause.iter)
-        elements = self._small_range(elements)
-        alone = elements.exact is not None
-        turns = (
-            list(elements.exact) if elements.exact is not None else [elements.any] * (2 if elements.count != 1 else 1)
-        )
-        if elements.count == 0:
-            return True
-        loop = self.loop_id(clause)
-        self.turns[loop] = elements.count if elements.count is not None else 2
-        for turn, element in enumerate(turns, start=1):
-            self.nest.append((loop, turn))
-            self.assign(clause.target, element if alone else self.turned(element, loop, turn))
-            kept = True
-            for test in clause.ifs:
-                self.narrow(test)
-                held = self.truth(self.evaluate(test))
-                alone = alone and held is not None
-                kept = kept and held is not False
-            if kept:
-                alone = self._clauses(clauses, n + 1, results, found) and alone
-            self.nest.pop()
-            if not alone and found and any("#module" in obj.slots for value in found[-1] for obj in value.refs):
-                break
-        return alone
-
-    def narrow(self, test: ast.expr) -> None:
-        """`name.startswith("fineweb_val_")`: what the test lets through is named so."""
-        for each in ast.walk(test):
-            name, text = None, None
-            if isinstance(each, ast.Call) and isinstance(each.func, ast.Attribute) and each.args:
-                if each.func.attr in ("startswith", "endswith", "match", "fnmatch") and isinstance(
-                    each.func.value, ast.Name
-                ):
-                    name, text = each.func.value.id, self.evaluate(each.args[0]).const
-                    text = f"{text}*" if each.func.attr == "startswith" and isinstance(text, str) else text
-            elif isinstance(each, ast.Compare) and isinstance(each.ops[0], ast.In):
-                where = each.comparators[0]
-                name, text = getattr(where, "id", None), self.evaluate(each.left).const
-            if name is not None and isinstance(text, str) and name in self.frame.obj.slots:
-                old = self.name(name)
-                if old.const is MISSING:
-                    self.assign(ast.Name(name, ast.Store()), old.but(words=(*old.words, text)[-10:]))
-
-    @staticmethod
-    def _small_range(elements: Elements) -> Elements:
-        """A short range, number by number."""
-        count, first, last = elements.count, elements.first, elements.last
-        if elements.exact is not None or not elements.counted or count is None or not 1 <= count <= 6:
-            return elements
-        step = (last - first) // (count - 1) if count > 1 and first is not None and last is not None else 1
-        return Elements(tuple(Value(const=(first or 0) + n * step) for n in range(count)), elements.any, count)
-
-    def turned(self, element: Value, loop: int, turn: int) -> Value:
-        """The element that an iteration of a loop takes; what a list holds several times is the same each time."""
-        if element.items is not None and not element.refs:
-            return element.but(items=tuple(self.turned(item, loop, turn) for item in element.items))
-        return element if element.flags & REPEATS else self.tagged(element, ((loop, turn, turn),))
-
-    def loop_id(self, node: ast.AST) -> int:
-        """The loop's number."""
-        found = getattr(node, "_fairway_loop", None)
-        if found is None:
-            found = len(self.trace.loops) + 1
-            node._fairway_loop = found  # type: ignore[attr-defined]
-        self.trace.loops.setdefault(found, self.place(getattr(node, "iter", node)))
-        self.trace.within.setdefault(found, id(self.frame.node))
-        self.trace.depth.setdefault(found, len(self.frames))
-        return int(found)
-
 
 def _canonical(node: ast.expr) -> str:
     text = ast.unparse(node)
@@ -476,6 +369,3 @@ def _hashable(const: object) -> bool:
     except TypeError:
         return False
     return True
-
-
-__all__ = ["LENGTH", "Expressions", "Obj"]

@@ -168,6 +168,12 @@ class Learning(Core):
                 if "#grad" in obj.root.slots:
                     self.heap.set(obj.root, "#grad", NOTHING)
 
+    def grow(self, obj: Obj) -> None:
+        """A tensor that takes gradients from now on: a vector of its own, or a copy of a model's weights."""
+        self.heap.set(obj, "#leaf", 1)
+        if any("#module" in state.slots for state in self.content(obj).states):
+            self.heap.set(obj, "#copy", 1)
+
     def leaves(self, value: Value, deep: int = 5) -> list[Obj]:
         """The models and tensors in a nest of lists and dicts."""
         found: dict[Obj, None] = {}
@@ -254,10 +260,18 @@ class Learning(Core):
             return value
         keep = 0
         order = [loop for loop, _ in self.nest]
+        if order and order[-1] in self.backwards:  # the turns before it are the positions after it
+            return value
         now = Tok("", tuple(self.here()))
+        asked = [tok for tok in value.toks if order and any(loop == order[-1] for loop, _, _ in tok.spans)]
+
+        def before(tok: Tok) -> bool:
+            """Whether it comes before this position, or is in the context that the value was looked up by."""
+            earlier = related(replace(tok, data=""), now, order) == "earlier"
+            return earlier or any(_not_after(tok, each, order[-1]) for each in asked)
+
         for update in self.trace.learned(value.knows):
-            learned = [replace(tok, data="") for tok in update.learned]
-            if not learned or any(related(tok, now, order) != "earlier" for tok in learned):
+            if not update.learned or not all(before(tok) for tok in update.learned):
                 keep |= 1 << update.bit
         return value.but(knows=keep)
 
@@ -269,6 +283,13 @@ class Learning(Core):
             tok for tok in old.toks if not any(loop in turns and high < turns[loop] for loop, _, high in tok.spans)
         )
         return old if kept == old.toks else old.but(toks=kept or NO_TOKENS)
+
+
+def _not_after(tok: Tok, other: Tok, inner: int) -> bool:
+    """Whether a slice ends where another of the same tokens begins, or before, as the inner loop goes."""
+    ends = [high for loop, _, high in tok.spans if loop == inner]
+    begins = [low for loop, low, _ in other.spans if loop == inner]
+    return tok.data == other.data and bool(ends and begins) and ends[0] <= begins[0] and related(tok, other) != "later"
 
 
 def _united(masks: Iterable[int]) -> int:

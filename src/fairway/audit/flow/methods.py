@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import ast
-import fnmatch
-from collections.abc import Callable
 
-from fairway.audit.flow import events
 from fairway.audit.flow.classes import _is_layer
-from fairway.audit.flow.containers import Part
+from fairway.audit.flow.containers import is_same
+from fairway.audit.flow.files import Files
 from fairway.audit.flow.heap import Obj
-from fairway.audit.flow.operations import Operations
-from fairway.audit.flow.tokens import Tok
 from fairway.audit.flow.values import (
     GRAD,
-    LENGTH,
     MISSING,
     NO_OBJECTS,
     NONE,
     NOTHING,
-    RAW,
     TEXT,
     WEIGHTS,
     Value,
@@ -36,7 +30,7 @@ _GROW = frozenset(("append", "appendleft", "add", "put", "put_nowait", "push", "
 _SHRINK = frozenset(("pop", "popleft", "get_nowait", "popitem"))
 
 
-class Methods(Operations):
+class Methods(Files):
     """What is called on an object of the interpreter's own."""
 
     # Texts.
@@ -47,6 +41,9 @@ class Methods(Operations):
             return None
         if name == "join" and args:
             return self._joined(base, args[0])
+        if name == "replace" and base.words and len(args) == 2 and all(isinstance(each, str) for each in consts):
+            old, new = str(consts[0]), str(consts[1])
+            return base.but(words=tuple(word.replace(old, new) for word in base.words))
         if not isinstance(base.const, (str, bytes)) or name not in _TEXT:
             return None
         if name == "format":
@@ -67,7 +64,10 @@ class Methods(Operations):
     def list_method(self, obj: Obj, base: Value, name: str, args: list[Value], node: ast.AST | None) -> Value:
         """obj.name(*args) of a list, set, deque or queue"""
         if name in _GROW:
-            self.add(obj, args[-1] if args else NOTHING, node)
+            where = args[0].const if name == "insert" and len(args) == 2 else None
+            if where is MISSING:
+                self.loosen(obj)
+            self.add(obj, args[-1] if args else NOTHING, node, where if isinstance(where, int) else None)
             if name == "add" and self.token_keys(args):
                 self.entered(obj, self.token_keys(args), NOTHING, node)
             return NONE
@@ -79,7 +79,10 @@ class Methods(Operations):
                         self.add(obj, item, node)
                 else:
                     self.loosen(obj)
-                    self.add_content(obj, self.repeats(self.earlier_dropped(elements.any), obj.born), "#elem")
+                    elem = self.earlier_dropped(elements.any)
+                    if node is not None and len(self.nest) > len(obj.born):  # for sweep in ...: order.extend(range(n))
+                        elem = self.place_of_many(elem, node)
+                    self.add_content(obj, self.repeats(elem, obj.born), "#elem")
             return NONE
         if name in _SHRINK or name == "get":
             return self.tagged(self.element_of(obj), (*base.spans, *self.since(obj.born)))
@@ -89,11 +92,32 @@ class Methods(Operations):
             return NONE
         if name == "copy":
             return self._shallow(base)
-        if name in ("index", "count", "qsize"):
+        if name == "index" and args:
+            return self._place_in(obj, args[0])
+        if name in ("count", "qsize"):
             return NOTHING
+        if name == "sort":
+            self._sort(obj, node)
         if name in ("sort", "reverse", "remove", "discard"):
+            self.loosen(obj)
             return NONE
         return self.flat(base)
+
+    def _place_in(self, obj: Obj, value: Value) -> Value:
+        """list.index of an object or a constant, where all elements are known."""
+        exact = self.listed(obj)
+        for n, each in enumerate(exact or ()):
+            if is_same(each, value):
+                return Value(const=n)
+        return NOTHING
+
+    def _sort(self, obj: Obj, node: ast.AST | None) -> None:
+        """Elements with losses in them now stand by these: which comes first is a choice."""
+        elem = self.element_of(obj)
+        if self.flat(elem).losses:
+            mask = self.choose("sort", [elem], node)
+            self.loosen(obj)
+            self.heap.set(obj, "#elem", self._chosen_from(elem, mask))
 
     def dict_method(
         self, obj: Obj, base: Value, name: str, args: list[Value], kwargs: dict[str, Value], node: ast.AST | None
@@ -131,6 +155,8 @@ class Methods(Operations):
         if name == "pop" and key.const is MISSING:
             found = self.tagged(found, self.since(obj.born))
         if known:
+            if name == "pop" and len(base.refs) == 1:
+                self.heap.drop(obj, ("k", key.const))
             return found
         learned = bool(obj.slots.get("#learned"))
         if empty and not learned:
@@ -248,11 +274,6 @@ class Methods(Operations):
             found = join(found, item)
         return found
 
-    def _list_of(self, elem: Value, node: ast.AST | None) -> Value:
-        listed = self.new("list", None, node)
-        listed.slots["#elem"] = elem
-        return self.ref(listed)
-
     # Things of other libraries.
     def thing(
         self, name: str, args: list[Value], kwargs: dict[str, Value], node: ast.AST | None, files: Value | None = None
@@ -359,130 +380,6 @@ class Methods(Operations):
             return NOTHING
         return None
 
-    # Files.
-    def path_of(self, value: Value) -> Value:
-        """The path that a file, a Path or a text stands for."""
-        for obj in value.refs:
-            held = obj.slots.get("#path")
-            if isinstance(held, Value):
-                return held
-        return value if value.const is not MISSING else self.flat(value)
-
-    def read_from(self, path: Value, node: ast.AST | None, live: bool = False) -> Value:
-        """What lies in a file: what the script wrote there, or a data set."""
-        text = self.text_of(path)
-        written = self.files.slots.get(text)
-        if isinstance(written, Value):
-            return written
-        kind = data_kind(path)
-        if kind.startswith("file:"):
-            others = [value for value in self.files.slots.values() if isinstance(value, Value)]
-            if others and not text:
-                found = others[0]
-                for each in others[1:]:
-                    found = join(found, each)
-                return found
-        spans = path.spans if not live else self.here()
-        part = f"{path.limit:.0f}" if path.limit is not None and kind == "val" else ""
-        kinds = ("train", "val") if kind.startswith("file:") and _takes_both(path) else (kind,)
-        return Value(toks=frozenset(Tok(each, spans, part=part) for each in kinds), flags=RAW, env=path.env)
-
-    def write_to(self, path: Value, value: Value, node: ast.AST | None) -> None:
-        """The script writes a file."""
-        flat = self.flat(value)
-        if flat.losses:
-            self.said(flat, path, node, "written")
-        if flat.losses or isinstance(value.const, str) or (flat.flags & TEXT and not flat.states and not flat.knows):
-            return  # a log, a table of results: not what a model is read from
-        if flat.states or flat.knows:
-            self.trace.saved.append(len(self.trace.events))
-        text = self.text_of(path)
-        old = self.files.slots.get(text)
-        self.heap.set(self.files, text, join(old, value) if isinstance(old, Value) and self.nest else value)
-
-    def said(self, value: Value, where: Value, node: ast.AST | None, how: str) -> None:
-        """A number is reported."""
-        texts = [*value.words, *where.words, *([where.const] if isinstance(where.const, str) else [])]
-        event = self.note(events.Said, node, value=value, text=" ".join(texts)[:400], how=how)
-        self.trace.said.append(event)
-
-    def file_method(self, obj: Obj, name: str, args: list[Value], node: ast.AST | None) -> Value | None:
-        path = obj.slots["#path"]
-        if name in ("write", "writelines", "write_bytes", "write_text") and args:
-            told = self.flat(args[0])
-            if "#grows" in obj.slots and told.flags & TEXT and not told.losses:
-                return NONE  # lines that are added to a log
-            self.write_to(path, told if name != "write_bytes" else args[0], node)
-            return NOTHING
-        if name == "readinto" and args:
-            found = self.read_from(path, node, live=True)
-            for cell in args[0].refs:
-                if cell.kind == "tensor":
-                    self.write(cell, found, node, strong=True)
-            return Value(flags=LENGTH)
-        if name in ("read", "readline", "read_text", "read_bytes", "readlines", "getvalue", "getbuffer"):
-            return self.read_from(path, node, live=True)
-        if name in ("exists", "is_file", "is_dir"):
-            return NOTHING
-        if name in ("stat", "tell", "fileno", "seek"):
-            return Value(flags=LENGTH)
-        if name in ("glob", "rglob", "iterdir"):
-            inner = self.new("thing", "path", node)
-            inner.slots["#path"] = self.flat(blend(_as_words(path), *map(_as_words, args)))
-            return self._list_of(self.ref(inner), node)
-        if name in ("open", "resolve", "absolute", "expanduser", "as_posix", "__enter__"):
-            return self.ref(obj)
-        if name in ("with_suffix", "joinpath", "with_name"):
-            inner = self.new("thing", "path", node)
-            inner.slots["#path"] = blend(_as_words(path), *map(_as_words, args))
-            return self.ref(inner)
-        if name in ("flush", "close", "mkdir", "unlink", "__exit__", "touch"):
-            return NONE
-        return None
-
-
-def _as_words(value: Value) -> Value:
-    return Value(words=(value.const,)) if isinstance(value.const, str) else value
-
-
-def data_kind(path: Value) -> str:
-    """What a path names: the last literal text that says training or validation."""
-    texts = [path.const] if isinstance(path.const, str) else list(path.words)
-    for text in reversed(texts):
-        if not isinstance(text, str):
-            continue
-        for piece in reversed(text.replace("\\", "/").lower().split("/")):
-            words = {word for word in _letters(piece)}
-            val = bool(words & {"val", "valid", "validation", "heldout", "eval"})
-            train = bool(words & {"train", "training"})
-            if val and not train:
-                return "val"
-            if train and not val:
-                return "train"
-    text = "~".join(str(each) for each in texts)
-    return f"file:{text[:80]}"
-
-
-def _takes_both(path: Value) -> bool:
-    """Whether a pattern fits training and validation shards alike: `fineweb_*_*.bin`."""
-    texts = [path.const] if isinstance(path.const, str) else [str(word) for word in path.words]
-    for text in reversed(texts):
-        piece = str(text).rsplit("/", 1)[-1].lower()
-        if "*" in piece and piece != "*":
-            stem = piece.split("*", 1)[0]
-            shards = [
-                f"{stem}{word}_000000{suffix}"
-                for word in ("val", "train")
-                for suffix in (".bin", ".npy", ".pt", ".bin.zst")
-            ]
-            fits = [fnmatch.fnmatchcase(shard, piece) for shard in shards]
-            return any(fits[:4]) and any(fits[4:])
-    return False
-
-
-def _letters(text: str) -> list[str]:
-    return "".join(char if char.isalpha() else " " for char in text).split()
-
 
 def _hashable(const: object) -> bool:
     try:
@@ -490,6 +387,3 @@ def _hashable(const: object) -> bool:
     except TypeError:
         return False
     return True
-
-
-__all__ = ["Callable", "Methods", "Part", "data_kind"]

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import ast
 import re
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from fairway.audit.flow.arithmetic import Arithmetic
 from fairway.audit.flow.heap import Obj
-from fairway.audit.flow.tokens import Tok
+from fairway.audit.flow.tokens import Span, Tok
 from fairway.audit.flow.values import (
     CLOCK,
     DIGEST,
     GRAD,
     LENGTH,
     MISSING,
+    MOVED,
     NO_OBJECTS,
     NOTHING,
     ONE_HOT,
@@ -24,7 +25,6 @@ from fairway.audit.flow.values import (
     WEIGHTS,
     Value,
     blend,
-    join,
 )
 
 LOSSES = re.compile(
@@ -106,6 +106,10 @@ class Operations(Arithmetic):
             return self._view(name, args, node)
         if name in CASTS and args:
             return self._cast(args[0])
+        if name == "repeat_interleave" and args:  # a row for several windows
+            for obj in args[0].refs:
+                if "#leaf" in obj.slots:
+                    self.heap.set(obj, "#rows", "one")
         if name in COPIES and args:
             return self._copy_of(name, args[0], node)
         if name in MADE:
@@ -180,7 +184,7 @@ class Operations(Arithmetic):
             on = args[1].const if len(args) > 1 else True
             for obj in base.refs:
                 if obj.kind == "tensor" and on is not False:
-                    self.heap.set(obj, "#leaf", 1)
+                    self.grow(obj)
             return base
         first = args[1].const if len(args) > 1 else MISSING
         row = (name in MAKES_ROW and first == 0) or (name in ("reshape", "view") and first == 1)
@@ -277,8 +281,10 @@ class Operations(Arithmetic):
                 return Value(choices=result.choices, env=result.env)
         refs = [obj for each in args for obj in each.refs if obj.kind in ("list", "generator", "dict")]
         if refs and name in ("min", "max", "sorted", "nsmallest", "nlargest"):
-            elem = self.element_of(refs[0]) if refs[0].kind != "dict" else Value(choices=0)
+            elem = self.element_of(refs[0]) if refs[0].kind != "dict" else self.elements(self.ref(refs[0]), node).any
             key = kwargs.get("key")
+            if refs[0].kind == "dict" and key is None and self.flat(elem).losses and not result.choices:
+                result.choices |= self.choose(name, [elem], node)
             if key is not None and not result.choices:
                 keyed = self.flat(self.call(key, [elem], {}, node))
                 if keyed.losses:
@@ -297,6 +303,8 @@ class Operations(Arithmetic):
         moving = [each for each in args if each.spans]
         if len(moving) == 1:
             result.spans, result.unit, result.sym = moving[0].spans, moving[0].unit, moving[0].sym
+        elif len(moving) == 2 and name in ("min", "max"):  # min(at + step, end of the chunk)
+            result.spans = _clamped(min if name == "min" else max, moving[0].spans, moving[1].spans)
         if result.toks and not result.flags & LENGTH and result.flags & RAW and name == "max":
             result = result.but(toks=frozenset(), flags=0)
         return result
@@ -314,7 +322,8 @@ class Operations(Arithmetic):
     def _logarithm(self, value: Value, node: ast.AST | None) -> Value:
         tables = [state for state in value.states if "#module" not in state.slots and state.slots.get("#learned")]
         if value.active and not value.losses and tables:
-            return self.scored(value, Value(toks=self.newest(value.toks), flags=RAW), node)
+            toks = value.toks.union(*self.asked)
+            return self.scored(value, Value(toks=self.newest(toks), flags=RAW), node)
         return value.but(const=MISSING, refs=NO_OBJECTS)
 
     def _functional(self, args: list[Value], node: ast.AST | None) -> Value:
@@ -370,9 +379,20 @@ class Operations(Arithmetic):
             step = ast.Sub() if name == "sub_" else ast.Add()
             mixed = blend(*flats)
             new = self.binop(step, old, mixed, None) if old.losses or mixed.losses else blend(old, mixed)
-            self.heap.set(obj, "#content", new.but(const=MISSING, choices=new.choices | self.chosen))
+            moved = MOVED if new.flags & GRAD and name in ("add_", "sub_") else 0
+            kept = new.but(const=MISSING, choices=new.choices | self.chosen, flags=new.flags | moved)
+            self.heap.set(obj, "#content", kept)
         elif flats:
             self.write(obj, blend(*flats), node)
+
+
+def _clamped(least: Callable[..., int], one: Sequence[Span], other: Sequence[Span]) -> tuple[Span, ...]:
+    """The iterations of the least (or greatest) of two places: of a loop that both depend on, the least of the two."""
+    table = {loop: (low, high) for loop, low, high in one}
+    for loop, low, high in other:
+        both = (low, high) if loop not in table else (least(low, table[loop][0]), least(high, table[loop][1]))
+        table[loop] = both
+    return tuple(sorted((loop, low, high) for loop, (low, high) in table.items()))
 
 
 def _less(args: list[Value]) -> frozenset[str]:
@@ -380,6 +400,3 @@ def _less(args: list[Value]) -> frozenset[str]:
     for each in args:
         found |= each.less
     return found
-
-
-__all__ = ["GRAD", "Any", "Operations", "join"]

@@ -6,15 +6,15 @@ import ast
 from collections.abc import Callable
 from typing import Any
 
-from fairway.audit.flow.containers import Elements, Part
-from fairway.audit.flow.core import Loop
+from fairway.audit.flow.containers import Part
 from fairway.audit.flow.heap import Obj
-from fairway.audit.flow.patterns import Bound, Patterns
-from fairway.audit.flow.values import CAPPED, LENGTH, MISSING, NONE, NOTHING, Value, blend, join
+from fairway.audit.flow.loops import Loops
+from fairway.audit.flow.patterns import Bound
+from fairway.audit.flow.values import CAPPED, GRAD, MISSING, NO_TOKENS, NOTHING, RANKED, Value, blend
 from fairway.audit.verdict import Place
 
 
-class Statements(Patterns):
+class Statements(Loops):
     """block(body): False where nothing comes through."""
 
     def block(self, body: list[ast.stmt]) -> bool:
@@ -45,7 +45,8 @@ class Statements(Patterns):
             if base.refs:
                 self.put_item(base, parts, value, target)
             elif isinstance(target.value, (ast.Name, ast.Attribute)) and base is not NOTHING:
-                self.assign(target.value, blend(self.flat(base), self.flat(value)).but(const=MISSING))
+                entry = self.earlier_dropped(self.flat(value))
+                self.assign(target.value, blend(self.flat(base), entry).but(const=MISSING))
         elif isinstance(target, ast.Starred):
             self.assign(target.value, value)
 
@@ -136,7 +137,17 @@ class Statements(Patterns):
             if isinstance(node.target, ast.Subscript) and isinstance(node.target.value, (ast.Name, ast.Attribute)):
                 self.assign(node.target.value, self.binop(node.op, base, value, node))
             return
-        self.put_item(base, parts, self.binop(node.op, self.flat(old), value, None), node)
+        given = self.flat(value)
+        follows = given.flags & GRAD and given.toks  # the entry moves by a gradient: it is no use of it
+        result = given if follows else self.binop(node.op, self.flat(old), value, None)
+        self.put_item(base, parts, self._counted(base, result) if self.nest else result, node)
+
+    def _counted(self, base: Value, value: Value) -> Value:
+        """A number in a list or dict that each turn of a loop adds to: another one each time."""
+        if not self.plain(value) or value.choices or isinstance(value.const, (str, bool)) or value.const is None:
+            return value
+        born = min((obj.born for obj in base.refs), key=len, default=())
+        return self.tagged(value, self.since(born)).but(const=MISSING)
 
     def _do_Expr_(self, node: ast.Expr) -> None:
         self.evaluate(node.value)
@@ -158,9 +169,22 @@ class Statements(Patterns):
         held = self.truth(test)
         if held is not None:
             return self.block(node.body if held else node.orelse)
-        if not picks or not self.frame.loops:
-            return self.branch(test, lambda: self.block(node.body), lambda: self.block(node.orelse), node)
-        return self._picking(test, node)
+        if picks and self.frame.loops:
+            return self._picking(test, node)
+        alive = self.branch(test, lambda: self._through(node), lambda: self.block(node.orelse), node)
+        if alive and isinstance(node.test, ast.UnaryOp) and isinstance(node.body[-1], (ast.Continue, ast.Return)):
+            self.narrow(node.test.operand)  # if not name.startswith("fineweb_val_"): continue
+        return alive
+
+    def _through(self, node: ast.If) -> bool:
+        """The branch that a test lets through; what the test says of a file's name holds in it alone."""
+        before = self.narrow(node.test) if not isinstance(node.test, ast.UnaryOp) else {}
+        narrowed = {name: self.name(name) for name in before}
+        alive = self.block(node.body)
+        for name, old in before.items():
+            if alive and self.name(name) is narrowed[name]:
+                self.assign(ast.Name(name, ast.Store()), old)
+        return alive
 
     def _picking(self, test: Value, node: ast.If) -> bool:
         """A condition that may leave some of what a loop goes through out of its sums."""
@@ -194,16 +218,20 @@ class Statements(Patterns):
             self.caps.append(self.nest[-1][0])
         if test.choices:
             self.control.append(test.choices)
-        if test.env:
+        guarded = bool(test.env - RANKED)
+        if guarded:
             self.guards.append(self.place(node))
+        asked = self.flat(test)
+        self.asked.append(asked.toks if asked.raw else NO_TOKENS)
         try:
             return self.fork(branches)
         finally:
+            self.asked.pop()
             if capped:
                 self.caps.pop()
             if test.choices:
                 self.control.pop()
-            if test.env:
+            if guarded:
                 self.guards.pop()
 
     def _do_Match_(self, node: ast.Match) -> bool:
@@ -287,243 +315,6 @@ class Statements(Patterns):
 
     _do_AsyncWith_ = _do_With_
 
-    # Ways out.
-    def _do_Return_(self, node: ast.Return) -> bool:
-        value = self.evaluate(node.value) if node.value else NONE
-        frame = self.frame
-        if self.control:
-            value = self._chosen_from(value, self.chosen)
-        own = [loop for loop, _ in self.nest[len(self.nest) - len(frame.loops) :]]
-        if any(loop in self.caps for loop in own):  # it leaves all loops of the function
-            for loop in own:
-                self.trace.broken.setdefault(loop, self.place())
-        if frame.marks:
-            frame.returns.append((value, self.heap.changes(frame.marks[0])))
-        else:
-            frame.value = value
-        return False
-
-    def _do_Raise_(self, node: ast.Raise) -> bool:
-        return False
-
-    def _leave(self, kind: str) -> bool:
-        frame = self.frame
-        if not frame.loops:
-            return False
-        loop = frame.loops[-1]
-        loop.left += 1 if kind == "continue" else 0
-        if kind == "break":
-            loop.chosen |= self.chosen
-            if self.nest and self.nest[-1][0] in self.caps:
-                self.trace.broken.setdefault(self.nest[-1][0], self.place())
-        if len(frame.marks) > loop.forks:
-            changes = self.heap.changes(frame.marks[loop.forks])
-            (loop.breaks if kind == "break" else loop.continues).append(changes)
-        elif kind == "break":
-            loop.broke = True
-        else:
-            loop.continues.append({})
-        return False
-
-    def _do_Break_(self, node: ast.Break) -> bool:
-        return self._leave("break")
-
-    def _do_Continue_(self, node: ast.Continue) -> bool:
-        return self._leave("continue")
-
-    # Loops.
-    def _do_For_(self, node: ast.For) -> bool:
-        elements = self.elements(self.evaluate(node.iter), node)
-        if elements.count == 0:
-            return self.block(node.orelse)
-        turns = self._turns(elements)
-        if self.forwards and len(turns) > 1 and not _learns(node):  # layers: one stands for all
-            turns = turns[:1] if elements.exact is None else turns
-        loop = self.loop_id(node)
-        self.turns[loop] = elements.count if elements.count is not None else 2
-        shared = elements.exact is not None and _shared(elements.exact)
-        if _strides(node.iter):
-            self.strided.add(loop)
-
-        def start(turn: int) -> None:
-            element = turns[turn - 1]
-            kept = self.turned(element, loop, turn)
-            if elements.exact is not None and (element.const is not MISSING or shared):
-                kept = element
-            if elements.counted:
-                kept = kept.but(const=elements.first if turn == 1 else elements.last)
-            self.assign(node.target, kept)
-
-        return self._walk(node, loop, len(turns), start)
-
-    _do_AsyncFor_ = _do_For_
-
-    @staticmethod
-    def _turns(elements: Elements) -> list[Value]:
-        if elements.exact is not None:
-            return list(elements.exact)
-        return [elements.any] * (1 if elements.count == 1 else 2)
-
-    def _do_While_(self, node: ast.While) -> bool:
-        loop = self.loop_id(node)
-        if self.truth(self.evaluate(node.test)) is False:
-            return self.block(node.orelse)
-
-        def start(turn: int) -> None:
-            if turn > 1:
-                self.evaluate(node.test)
-
-        return self._walk(node, loop, 2, start)
-
-    def _walk(self, node: Any, loop: int, turns: int, start: Callable[[int], None]) -> bool:
-        """The first iteration and a later one."""
-        frame = self.frame
-        record = Loop(len(frame.marks))
-        frame.loops.append(record)
-        before = len(self.trace.updates)
-        alive = True
-        moving = changed(node)
-        for turn in range(1, turns + 1):
-            self.nest.append((loop, turn))
-            self._drift(moving, loop, turn)
-            record.skips = None
-            start(turn)
-            if isinstance(node, ast.While) and turn == 1:
-                self.evaluate(node.test)
-            alive = self.block(node.body)
-            if record.continues:
-                self.settle([each for each in record.continues if each], alive or {} in record.continues)
-                record.continues.clear()
-                alive = True
-            self.nest.pop()
-            if not alive:
-                break
-        frame.loops.pop()
-        came = alive or record.broke or bool(record.breaks)
-        if record.breaks:
-            self.settle(record.breaks, alive or record.broke)
-        if record.chosen:
-            for update in self.trace.updates[before:]:
-                if update.state is not None:
-                    root = update.state.root
-                    self.heap.set(root, "#choices", root.slots.get("#choices", 0) | record.chosen)
-        if came and alive and node.orelse and not record.broke:
-            return self.block(node.orelse)
-        return came
-
-    def _drift(self, names: frozenset[str], loop: int, turn: int) -> None:
-        """Numbers that the loop's body changes differ from one iteration to the next."""
-        slots = self.frame.obj.slots
-        for name in names:
-            value = slots.get(name)
-            if not isinstance(value, Value) or not self.plain(value) or value.choices:
-                continue
-            number = isinstance(value.const, (int, float)) and not isinstance(value.const, bool)
-            if number or (value.const is MISSING and value.spans):
-                spans = tuple((each, a, b) for each, a, b in value.spans if each != loop)
-                spans = tuple(sorted((*spans, (loop, turn, turn))))
-                drifted = value.but(
-                    spans=spans, const=MISSING, unit=value.unit, limit=None, flags=value.flags & ~LENGTH
-                )
-                self.heap.set(self.frame.obj, name, drifted)
-
-    # Definitions.
-    def _do_FunctionDef_(self, node: Any) -> None:
-        value = self.function(node)
-        for obj in value.refs:
-            for each in node.decorator_list:
-                name = ast.unparse(each) if len(ast.dump(each)) < 2000 else ""
-                last = name.split("(")[0].rsplit(".", 1)[-1]
-                if last in ("staticmethod", "classmethod", "property", "cached_property"):
-                    obj.slots["#kind"] = {"staticmethod": "static", "classmethod": "class"}.get(last, "property")
-                if last in ("setter", "getter", "deleter"):
-                    return
-        for each in reversed(node.decorator_list):
-            decorator = self.evaluate(each)
-            if any(obj.kind in ("function", "bound", "class", "partial", "instance") for obj in decorator.refs):
-                made = self.call(decorator, [value], {}, each)
-                value = made if made.refs else value
-        self.assign(ast.Name(node.name, ast.Store()), value)
-
-    _do_AsyncFunctionDef_ = _do_FunctionDef_
-
-    def _do_ClassDef_(self, node: ast.ClassDef) -> None:
-        cls = self.new("class", node, node)
-        bases = tuple(self.evaluate(each) for each in node.bases)
-        cls.slots["#bases"] = Value(items=bases)
-        cls.slots["#fields"] = tuple(
-            each.target.id
-            for each in node.body
-            if isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name)
-        )
-        frame = self.frame
-        from fairway.audit.flow.core import Frame
-
-        closure = (frame.obj, *frame.closure) if frame.obj is not frame.globals else frame.closure
-        inner = Frame(cls, frame.script, frame.globals, closure, None, cls, line=node.lineno)
-        self.frames.append(inner)
-        try:
-            self._class_body(node, cls, frame)
-        finally:
-            self.frames.pop()
-        value = self.ref(cls)
-        for each in reversed(node.decorator_list):
-            decorator = self.evaluate(each)
-            if any(obj.kind in ("function", "bound") for obj in decorator.refs):
-                made = self.call(decorator, [value], {}, each)
-                value = made if made.refs else value
-        self.assign(ast.Name(node.name, ast.Store()), value)
-
-    def _class_body(self, node: ast.ClassDef, cls: Obj, outer: Any) -> None:
-        for each in node.body:
-            if isinstance(each, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                self.frame.line = each.lineno
-                self._do_FunctionDef_(each)
-                for obj in cls.slots.get(each.name, NOTHING).refs:  # a method does not see its class's names
-                    if obj.kind == "function" and obj.data[0] is each:
-                        code, script, scope, closure, _ = obj.data
-                        obj.data = (code, script, scope, tuple(s for s in closure if s is not cls), cls)
-            else:
-                self.statement(each)
-
-    # Imports.
-    def _do_Import_(self, node: ast.Import) -> None:
-        for alias in node.names:
-            module = self.imported(alias.name, node)
-            if alias.asname:
-                self.assign(ast.Name(alias.asname, ast.Store()), module if module else self.outside(alias.name))
-            else:
-                top = alias.name.split(".")[0]
-                own = self.imported(top, node)
-                self.assign(ast.Name(top, ast.Store()), own if own else self.outside(top))
-
-    def _do_ImportFrom_(self, node: ast.ImportFrom) -> None:
-        module = self.imported(node.module or "", node)
-        for alias in node.names:
-            name = alias.asname or alias.name
-            if module is None:
-                self.assign(ast.Name(name, ast.Store()), self.outside(f"{node.module or ''}.{alias.name}"))
-                continue
-            for obj in module.refs:
-                if alias.name == "*":
-                    for key, value in list(obj.slots.items()):
-                        if isinstance(value, Value) and not str(key).startswith("_"):
-                            self.heap.set(self.frame.obj, key, value)
-                else:
-                    self.assign(ast.Name(name, ast.Store()), self.get(module, alias.name, node))
-
-    def imported(self, name: str, node: ast.AST) -> Value | None:
-        raise NotImplementedError
-
-
-def _strides(source: ast.expr) -> bool:
-    """range(0, n, 4 * chunk): from 0, in steps with a number written out, so that it is no share of a rank."""
-    if not (isinstance(source, ast.Call) and len(source.args) == 3 and isinstance(source.args[0], ast.Constant)):
-        return False
-    step = source.args[2]
-    parts = [step.left, step.right] if isinstance(step, ast.BinOp) and isinstance(step.op, ast.Mult) else [step]
-    return any(isinstance(each, ast.Constant) and isinstance(each.value, int) and each.value > 1 for each in parts)
-
 
 def _every_nth(test: ast.expr) -> bool:
     """`if i % 4:`, `if i % 4 != 0:`, where both numbers are written out."""
@@ -532,60 +323,3 @@ def _every_nth(test: ast.expr) -> bool:
     if not (isinstance(test, ast.BinOp) and isinstance(test.op, ast.Mod)):
         return False
     return isinstance(test.right, ast.Constant) and not isinstance(test.right.value, str)
-
-
-def _shared(elements: tuple[Value, ...]) -> bool:
-    """Whether two elements of a list hold the same tokens: `[("score", x, y), ("learn", x, y)]`."""
-    seen: set[int] = set()
-    for each in elements:
-        own = {id(value) for value in _held_tokens(each, 3)}
-        if own & seen:
-            return True
-        seen |= own
-    return False
-
-
-def _held_tokens(value: Value, deep: int) -> list[Value]:
-    found = [value] if value.toks and not value.losses else []
-    if deep:
-        for item in value.items or ():
-            found += _held_tokens(item, deep - 1)
-        for obj in value.refs:
-            for held in list(obj.slots.values())[:40] if obj.kind in ("instance", "list", "dict") else ():
-                found += _held_tokens(held, deep - 1) if isinstance(held, Value) else []
-    return found
-
-
-def _learns(node: Any) -> bool:
-    """Whether a loop's body takes gradients or steps."""
-    cached = getattr(node, "_fairway_learns", None)
-    if cached is None:
-        names = {each.attr for each in ast.walk(node) if isinstance(each, ast.Attribute)}
-        cached = bool(names & {"backward", "step", "grad"})
-        node._fairway_learns = cached
-    return bool(cached)
-
-
-def changed(node: Any) -> frozenset[str]:
-    """The names that a loop's body changes by themselves: `n += 1`, `n = n + 1`, `a, b = b, c`."""
-    cached = getattr(node, "_fairway_assigned", None)
-    if cached is None:
-        names: set[str] = set()
-        waiting: list[ast.AST] = list(node.body)
-        while waiting:
-            each = waiting.pop()
-            if isinstance(each, ast.AugAssign) and isinstance(each.target, ast.Name):
-                names.add(each.target.id)
-            elif isinstance(each, ast.Assign):
-                for target in each.targets:
-                    names.update(part.id for part in ast.walk(target) if isinstance(part, ast.Name))
-            if not isinstance(each, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)):
-                waiting += ast.iter_child_nodes(each)
-        if isinstance(node, ast.For):
-            names -= {part.id for part in ast.walk(node.target) if isinstance(part, ast.Name)}
-        cached = frozenset(names)
-        node._fairway_assigned = cached
-    return cached
-
-
-__all__ = ["NONE", "Statements", "changed", "join"]

@@ -27,7 +27,8 @@ class Tok:
     spans: the loop iterations that it depends on, sorted by loop
     cuts: parts within a window; part: how a constant cut it short ("" for all of it)
     shift: 1 for `[1:]`, which is what follows the tokens of shift 0
-    wide: windows longer than the step from one to the next: they overlap
+    wide: windows longer than the step from one to the next: they overlap; step: that step, where it is a number
+    ranked: the share of one process among several; origin: which of the trace's reads it came from
     """
 
     data: str
@@ -36,6 +37,14 @@ class Tok:
     part: str = ""
     shift: int = 0
     wide: bool = False
+    step: int = 0
+    ranked: bool = False
+    origin: int = -1
+
+
+def part_of(limit: float) -> str:
+    """How much a constant lets through, as a Tok's part: so many, or a share below 1."""
+    return f"{limit:.0f}" if limit >= 1 else f"{limit:g}"
 
 
 def narrowed(tok: Tok, spans: Iterable[Span]) -> Tok:
@@ -59,9 +68,30 @@ def cut_apart(one: Iterable[Cut], other: Iterable[Cut]) -> bool:
     """Whether one is before and the other after the same place: `[:-s]` and `[-s:]`, `[:n-s]` and `[n-s:]`."""
     for side, end, less in one:
         for side_b, end_b, less_b in other:
-            if side != side_b and (end == end_b or (less and less == less_b)):
+            if side != side_b and (_ends_before(end, less, end_b, less_b, side == "head")):
                 return True
     return False
+
+
+def _ends_before(end: str, less: frozenset[str], end_b: str, less_b: frozenset[str], first: bool) -> bool:
+    """Whether the head ends where the tail begins, or before. first: the former is the head."""
+    if end == end_b:
+        return True
+    head, tail = ((end, less), (end_b, less_b)) if first else ((end_b, less_b), (end, less))
+    if all(each[0].lstrip("-").isdigit() for each in (head, tail)):
+        ends = int(head[0]), int(tail[0])
+        return ends[0] <= ends[1] and (ends[0] < 0) is (ends[1] < 0)
+    (named, moved), (named_b, moved_b) = _apart_from_numbers(head[1]), _apart_from_numbers(tail[1])
+    if not (named or named_b):
+        return bool(less) and less == less_b
+    return named == named_b and moved <= moved_b
+
+
+def _apart_from_numbers(less: frozenset[str]) -> tuple[frozenset[str], int]:
+    """What is subtracted by name, and by how much numbers move the end: "32" is subtracted, "+32" is added."""
+    named = frozenset(each for each in less if not each.lstrip("+").isdigit())
+    numbers = [each for each in less if each not in named]
+    return named, sum(int(each) if each.startswith("+") else -int(each) for each in numbers)
 
 
 def related(learned: Tok, scored: Tok, order: Sequence[int] = ()) -> Literal["apart", "earlier", "later", "same"]:
@@ -104,7 +134,8 @@ def _hull(group: list[Tok]) -> Tok:
         spans = tuple(span for span in merged_spans(spans, tok.spans) if span[0] in known and _has(spans, span[0]))
     cuts = frozenset.intersection(*(tok.cuts for tok in group))
     part = first.part if all(tok.part for tok in group) else ""
-    return Tok(first.data, spans, cuts, part, first.shift, all(tok.wide for tok in group))
+    wide, ranked = all(tok.wide for tok in group), all(tok.ranked for tok in group)
+    return Tok(first.data, spans, cuts, part, first.shift, wide, max(tok.step for tok in group), ranked, first.origin)
 
 
 def _has(spans: Sequence[Span], loop: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
+from fairway.audit.flow.names import either
 from fairway.audit.flow.tokens import Cut, Span, Tok, merged, merged_spans
 
 if TYPE_CHECKING:
@@ -18,15 +19,20 @@ class _Missing:
 MISSING: Final = _Missing()
 """No constant is known."""
 
-RAW, GRAD, ONE_HOT, LENGTH, SCALED, CLOCK, POSITIONS, ONE_ROW, WEIGHTS, TEXT, INDEXED, REPEATS, CAPPED, MASK, DIGEST = (
-    1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384,
+RAW, GRAD, ONE_HOT, LENGTH, SCALED, CLOCK, POSITIONS, ONE_ROW = (1, 2, 4, 8, 16, 32, 64, 128)
+WEIGHTS, TEXT, INDEXED, REPEATS, CAPPED, MASK, DIGEST, MOVED = (
+    256, 512, 1024, 2048, 4096, 8192, 16384, 32768,
 )  # fmt: skip
 """Flags. RAW: token ids, not passed through any state; GRAD: a gradient; ONE_HOT: a one-hot form of token ids;
 LENGTH: a size or a place in data; SCALED: logits multiplied by a state of their own or by a chosen number; CLOCK: a
 reading of the wall clock; POSITIONS: arange; ONE_ROW: a batch of one; WEIGHTS: parameters, or a copy of them;
 TEXT: a message with values in it; INDEXED: out of a slice of a list, whose cut (in `cuts`) holds for what it cuts;
 REPEATS: an element that its list holds several times; CAPPED: whether a counter has passed a constant;
-MASK: true or false for each token, by comparing it; DIGEST: the bytes of all of it, or a digest of them."""
+MASK: true or false for each token, by comparing it; DIGEST: the bytes of all of it, or a digest of them;
+MOVED: a number or a vector that a gradient was added to."""
+
+RANKED = frozenset(("RANK",))
+"""In `env`: it depends on which of several processes this is."""
 
 _REFS, _WORDS = 12, 10  # objects and literal texts that one value remembers
 
@@ -147,7 +153,7 @@ def join(one: Value, other: Value) -> Value:
         one.knows | other.knows,
         one.losses | other.losses,
         one.choices | other.choices,
-        _words(one.words, other.words),
+        one.words if one.words == other.words or not other.words else either(one.words, other.words, _WORDS),
         merged_spans(one.spans, other.spans),
         one.unit if one.unit == other.unit or not other.unit else other.unit if not one.unit else "",
         one.sym if one.sym == other.sym else f"or({one.sym},{other.sym})"[:120],

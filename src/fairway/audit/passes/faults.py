@@ -114,8 +114,10 @@ class Passes:
         if self._in_artifact(score, update):
             return "validation-in-training"
         cut = {loop for tok in learned for loop, _, _ in tok.spans}
-        inner = [each for each in update.nest if each[0] in cut]
-        return "training-before-scoring" if inner and inner[-1] in score.nest else "two-pass-cache"
+        both = cut & {loop for tok in score.targets for loop, _, _ in tok.spans}
+        inner = [each for each in update.nest if each[0] in (both or cut)]
+        same = bool(inner) and set(inner) <= set(score.nest)
+        return "training-before-scoring" if same else "two-pass-cache"
 
     def _companion(self, score: Score, update: Update, learned: list[Tok]) -> Score | None:
         """The first scoring of the tokens that the update learned from, in the same turn of the loop that cuts them."""
@@ -124,6 +126,8 @@ class Passes:
         found = None
         for first in self.booked:
             if first.number >= update.number or first.number == score.number or (update.losses >> first.bit) & 1:
+                continue
+            if not any(related(mine, other) != "apart" for mine in score.targets for other in first.targets):
                 continue
             shared = [loop for loop, turn in first.nest if (loop, turn) in turns and loop in cutting]
             same = any(
@@ -181,10 +185,12 @@ class Passes:
 
     def _is_delta(self, score: Score, update: Update, alone: bool) -> bool:
         """Whether the state is made for the windows that are scored with it: a delta, not the model."""
+        state = update.state
+        if state is None or "#copy" in state.slots:
+            return False
         if alone:
             return True
-        state = update.state
-        if state is None or not update.fresh:
+        if not update.fresh:
             return False
         turns = list(score.nest)
         inside = list(update.fresh) == turns[: len(update.fresh)]

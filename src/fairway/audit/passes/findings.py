@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 
 from fairway.audit.case import Case
-from fairway.audit.flow.events import Event, Forward, Said, Trace, Update, bits
+from fairway.audit.flow.events import Event, Forward, Said, Score, Trace, Update, bits
 from fairway.audit.passes.faults import Fault, Passes
 from fairway.audit.passes.reported import Reported, is_diagnosis, reported
 from fairway.audit.verdict import Finding, Place, Step, Verdict
@@ -88,7 +88,23 @@ def place_of(case: Case, fault: Fault) -> Place:
         return _calibrated(case, fault.cause)
     if fault.kind == "slot-on-scored" and isinstance(fault.cause, Update):
         return _objective(case.trace, fault.cause)
+    if fault.kind == "validation-in-training" and isinstance(fault.cause, Update):
+        return _taken_in(case, fault.cause, fault.score) or fault.cause.place
     return fault.cause.place
+
+
+def _taken_in(case: Case, update: Update, score: Score) -> Place | None:
+    """Where the training's own validation tokens come in; None where they are those that the evaluation has read."""
+    kinds, reads = passes_of(case)[0].data, case.trace.reads
+    scored = {tok.origin for tok in score.targets}
+    own = sorted({tok.origin for tok in update.learned if tok.data in kinds and tok.origin >= 0} - scored)
+    if not own:
+        return None
+    stack, mixed = reads[own[0]]
+    if mixed:  # one read of both: where its file is asked for
+        return stack[-2] if len(stack) > 1 else stack[-1]
+    others = {place for n, (places, _) in enumerate(reads) if n not in own for place in places}
+    return next((place for place in stack if place not in others), None)
 
 
 def _filled(trace: Trace, update: Update) -> Place | None:

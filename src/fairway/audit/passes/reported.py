@@ -9,7 +9,8 @@ from fairway.audit.flow.events import Said, Score, Trace
 from fairway.audit.submission import Submission
 
 _DIAGNOSIS = re.compile(
-    r"diag|debug|sanity|ablation|for comparison|not (?:the )?(?:score|reported|submitted)|illegal|upper bound|oracle",
+    r"diag|debug|sanity|ablation|for comparison|not (?:the |an? |our |counted )?(?:\w+ )?(?:score|reported|submitted)"
+    r"|illegal|upper bound|oracle|appendix|curiosity",
     re.I,
 )
 _SELF = ("train", "random", "generated")

@@ -1,9 +1,10 @@
 """A part of the validation tokens is scored and reported as all of them."""
 
 from fairway.audit.case import Case
+from fairway.audit.flow.events import Score
 from fairway.audit.passes.findings import passes_of, unseen
-from fairway.audit.passes.reported import scores_of
-from fairway.audit.verdict import Finding
+from fairway.audit.passes.reported import Reported, scores_of
+from fairway.audit.verdict import Finding, Place
 
 ID = "subset-as-full"
 CHARGE = "a part of the validation tokens is reported as all"
@@ -23,9 +24,12 @@ def check(case: Case) -> Finding:
         score, part = cut[0]
         first = case.trace.files.get(part)
         if first is not None:
-            evidence = f"Of the validation files only the first {part} are read, at {first}."
+            share = float(part)
+            which_files = f"the first {part} are" if share >= 1 else f"one in {1 / share:.0f} is"
+            evidence = f"Of the validation files only {which_files} read, at {first}."
             return Finding(ID, "violates", evidence, CLAUSE, first)
-        evidence = f"The reported loss at {score.place} covers only what a constant of {float(part):,.0f} lets through."
+        let = f"what a constant of {float(part):,.0f} lets through" if float(part) >= 1 else f"{float(part):.0%}"
+        evidence = f"The reported loss at {score.place} covers only {let}."
         return Finding(ID, "violates", evidence, CLAUSE, score.place)
     ended = [
         (score, case.trace.broken[loop])
@@ -54,6 +58,15 @@ def check(case: Case) -> Finding:
             f"The loop's step is longer than the slice at {case.trace.gaps[loop]}: what lies between is not scored."
         )
         return Finding(ID, "violates", evidence, CLAUSE, case.trace.loops[loop])
+    alone = [score for score in scores if _of_one_rank(case, which, score)]
+    if alone and len(alone) == len(scores):
+        score = alone[0]
+        place = _in_its_loop(case, score)
+        evidence = (
+            f"The loss at {place} is that of one process's share of the windows; nothing sums it over the others "
+            "before it is reported."
+        )
+        return Finding(ID, "violates", evidence, CLAUSE, place)
     left_out = [(score, where) for score in scores if (where := case.trace.picked.get(score.bit)) is not None]
     if left_out:
         score, where = left_out[0]
@@ -63,3 +76,22 @@ def check(case: Case) -> Finding:
         )
         return Finding(ID, "violates", evidence, CLAUSE, where)
     return Finding(ID, "clean", "No constant cuts the validation tokens short.", CLAUSE, which.score[0].place)
+
+
+def _of_one_rank(case: Case, which: Reported, score: Score) -> bool:
+    """Whether only a rank's share of the targets is scored, and no collective comes between the loss and its report."""
+    shares = [tok.ranked for tok in score.targets if tok.data in which.data]
+    last = which.score[-1].number
+    summed = any(
+        score.number < number <= last and (not mask or mask >> score.bit & 1 or score.whole & mask)
+        for number, mask in case.trace.gathered
+    )
+    return bool(shares) and all(shares) and not summed
+
+
+def _in_its_loop(case: Case, score: Score) -> Place:
+    """The line of the loop over the windows in which a loss is computed, not that of the model's own forward."""
+    cutting = {loop for tok in score.targets for loop, _, _ in tok.spans}
+    loops = [loop for loop, _ in score.nest if loop in cutting]
+    depth = case.trace.depth.get(loops[-1], 0) if loops else 0
+    return score.stack[depth - 1] if 0 < depth <= len(score.stack) < 12 else score.place

@@ -21,6 +21,12 @@ def check(case: Case) -> Finding:
     for bit in bits(booked):
         score = case.trace.scores[bit]
         whole = [tok for tok in score.targets if tok.data in which.data]
+        if whole and all(tok.step and _tail_of(tok) > tok.step for tok in whole):
+            evidence = (
+                f"Windows move on by {whole[0].step} tokens, and the loss at {score.place} counts the last "
+                f"{_tail_of(whole[0])} of each: tokens are counted several times."
+            )
+            return Finding(ID, "violates", evidence, CLAUSE, score.place)
         if whole and all(tok.wide and not _tail(tok) for tok in whole):
             evidence = (
                 f"Windows overlap, and the loss at {score.place} counts all their targets: "
@@ -33,3 +39,10 @@ def check(case: Case) -> Finding:
 def _tail(tok: Tok) -> bool:
     """Whether only the last targets of a window are counted: a cut at a constant, or at `length - stride`."""
     return any(side == "tail" and (less or end.lstrip("-").isdigit()) for side, end, less in tok.cuts)
+
+
+def _tail_of(tok: Tok) -> int:
+    """How many targets of a window are counted, where a number says so: `[-64:]`, `[length - 64:]`; else 0."""
+    tails = [less for side, _, less in tok.cuts if side == "tail" and len(less) == 1]
+    numbers = [int(each) for less in tails for each in less if each.isdigit()]
+    return min(numbers) if numbers and len(numbers) == len([cut for cut in tok.cuts if cut[0] == "tail"]) else 0

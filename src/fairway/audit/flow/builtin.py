@@ -1,0 +1,303 @@
+"""Builtins, itertools and functools."""
+
+from __future__ import annotations
+
+import ast
+from typing import Any
+
+from fairway.audit.flow.core import Frame
+from fairway.audit.flow.opening import Opening
+from fairway.audit.flow.values import (
+    MISSING,
+    NONE,
+    NOTHING,
+    Value,
+    join,
+)
+
+
+class Builtins(Opening):
+    """Functions of the language itself and of its nearest libraries."""
+
+    def run_text(self, args: list[Value], node: ast.AST | None) -> Value:
+        raise NotImplementedError
+
+    def turned(self, element: Value, loop: int, turn: int) -> Value:
+        raise NotImplementedError
+
+    def _do_range(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:
+        bounds = [Value(const=0), *args] if len(args) == 1 else list(args)
+        bounds += [Value(const=1)] * (3 - len(bounds))
+        return self.ref(self.new("range", tuple(bounds[:3]), node))
+
+    _do_trange = _do_range
+    _do_prange = _do_range
+
+    def _do_enumerate(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:
+        elements = self.elements(args[0] if args else NOTHING, node)
+        new = self.new("list", "enumerate", node)
+        if elements.exact is not None:
+            pairs = tuple(Value(items=(Value(const=n), each)) for n, each in enumerate(elements.exact))
+            new.slots["#items"] = Value(items=pairs)
+        else:
+            new.slots["#elem"] = Value(items=(Value(unit="1", sym="@"), elements.any))
+        return self.ref(new)
+
+    def _do_zip(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:
+        parts = [self.elements(each, node) for each in args]
+        exact = [each.exact for each in parts]
+        new = self.new("list", None, node)
+        if parts and all(each is not None for each in exact):
+            rows = zip(*(each or () for each in exact), strict=False)
+            new.slots["#items"] = Value(items=tuple(Value(items=row) for row in rows))
+        else:
+            new.slots["#elem"] = Value(items=tuple(each.any for each in parts))
+        return self.ref(new)
+
+    def _do_list(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:
+        new = self.new("list", None, node)
+        if not args:
+            new.slots["#items"] = Value(items=())
+            return self.ref(new)
+        elements = self.elements(args[0], node)
+        if elements.exact is not None:
+            new.slots["#items"] = Value(items=elements.exact)
+        else:
+            new.slots["#elem"] = elements.any
+            if elements.any.limit is not None:
+                new.slots["#elem"] = elements.any.but(limit=elements.any.limit)
+        return self.ref(new, spans=args[0].spans)
+
+    def _do_tuple(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:
+        if args and args[0].items is not None:
+            return args[0]
+        return self._do_list(name, args, kwargs, node)
+
+    _do_set = _do_frozenset = _do_deque = _do_reversed = _do_Queue = _do_SimpleQueue = _do_list
+
+    def _do_iter(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        if not args:
+            return None
+        new = self.new("list", "iterator", node)
+        new.slots["#elem"] = self.elements(args[0], node).any
+        return self.ref(new)
+
+    _do_cycle = _do_iter
+
+    def _do_next(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        if not args:
+            return None
+        born = min((obj.born for obj in args[0].refs), key=len, default=())
+        for obj in args[0].refs:
+            if obj.kind == "instance":
+                method = self.find(obj.data, "__next__")
+                if method is not None:
+                    return self.call(method[0], [self.ref(obj)], {}, node)
+            if isinstance(obj.data, Frame):
+                return self.advance(obj, NONE)
+        return self.tagged(self.elements(args[0], node).any, self.since(born))
+
+    def _do_dict(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:
+        new = self.new("dict", None, node)
+        for each in args:
+            self._update(new, each, node)
+        for key, value in kwargs.items():
+            new.slots[("k", key)] = value
+        return self.ref(new)
+
+    _do_OrderedDict = _do_dict
+
+    def _do_Counter(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:
+        new = self._do_dict(name, [], {}, node)
+        for each in args:
+            flat = self.flat(each)
+            if flat.raw:
+                for obj in new.refs:
+                    self.learn(obj, flat.toks, "table", node)
+        return new
+
+    def _do_defaultdict(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:
+        new = self.new("dict", None, node)
+        if args:
+            new.slots["#factory"] = args[0]
+        return self.ref(new)
+
+    def _do_fields(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        """dataclasses.fields(cls)"""
+        if "dataclasses" not in name or not args:
+            return None
+        found = []
+        for obj in args[0].refs:
+            cls = obj.data if obj.kind == "instance" else obj
+            if cls.kind != "class":
+                continue
+            for field in dict.fromkeys(
+                f for each in reversed(self.line_of(cls)) for f in each.slots.get("#fields", ())
+            ):
+                made = self.new("thing", "field", node)
+                made.slots["name"] = Value(const=field)
+                found.append(self.ref(made))
+        listed = self.new("list", None, node)
+        listed.slots["#items"] = Value(items=tuple(found))
+        return self.ref(listed)
+
+    def _do_replace(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        if "dataclasses" not in name or not args:
+            return None
+        made = self._shallow_instance(args[0])
+        for obj in made.refs:
+            obj.slots.update(kwargs)
+        return made
+
+    def _shallow_instance(self, value: Value) -> Value:
+        refs = set()
+        for obj in value.refs:
+            new = self.new(obj.kind, obj.data)
+            new.slots.update(obj.slots)
+            refs.add(new)
+        return value.but(refs=frozenset(refs))
+
+    def _do_groupby(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        """itertools.groupby: (key, group) pairs; each group is a run of the elements"""
+        if not args:
+            return None
+        group = self._list_of(self.elements(args[0], node).any, node)
+        return self._list_of(Value(items=(Value(unit="1", sym="@"), group)), node)
+
+    def _do_islice(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        """The next elements: others in each iteration of the loops since the iterator was made."""
+        if not args:
+            return None
+        born = min((obj.born for obj in args[0].refs), key=len, default=())
+        spans = self.since(born)
+        elem = self.tagged(self.elements(args[0], node).any, (*args[0].spans, *spans))
+        stop = args[1].const if len(args) == 2 else MISSING
+        if stop == 1:
+            alone = self.new("list", None, node)
+            alone.slots["#items"] = Value(items=(elem,))
+            return self.ref(alone)
+        if isinstance(stop, int) and not spans:
+            elem = self.parted(elem, f"{stop}")
+        return self._list_of(elem, node)
+
+    _do_batched = _do_islice
+
+    def _do_slice(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:
+        bounds = [NONE, *args] if len(args) == 1 else list(args)
+        texts = [getattr(each, "id", "") or ast.unparse(each)[:60] for each in getattr(node, "args", [])]
+        texts = ["", *texts] if len(args) == 1 else texts
+        return self.ref(self.new("slice", (tuple(bounds[:2]), tuple(texts[:2])), node))
+
+    def _do_fromkeys(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:
+        return self._do_dict(name, [], {}, node)
+
+    def _do_map(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        if len(args) < 2:
+            return None
+        elements = [self.elements(each, node) for each in args[1:]]
+        if len(elements) == 1 and elements[0].exact is not None:
+            new = self.new("list", None, node)
+            new.slots["#items"] = Value(items=tuple(self.call(args[0], [each], {}, node) for each in elements[0].exact))
+            return self.ref(new)
+        return self._list_of(self.call(args[0], [each.any for each in elements], {}, node), node)
+
+    def _do_filter(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        return self._list_of(self.elements(args[1], node).any, node) if len(args) > 1 else None
+
+    def _do_chain(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:
+        found = NOTHING
+        for each in args:
+            found = join(found, self.elements(each, node).any)
+        return self._list_of(found, node)
+
+    def _do_from_iterable(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        if not args:
+            return None
+        return self._list_of(self.elements(self.elements(args[0], node).any, node).any, node)
+
+    def _do_reduce(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        if not args or not any(obj.kind in ("function", "bound") for obj in args[0].refs):
+            return None
+        elements = self.elements(args[1], node) if len(args) > 1 else None
+        if elements is not None and elements.exact:
+            state, *rest = [*args[2:3], *elements.exact]
+            for each in rest:
+                state = self.call(args[0], [state, each], {}, node)
+            return state
+        elem = elements.any if elements is not None else NOTHING
+        state = args[2] if len(args) > 2 else elem
+        loop = self.loop_id(node)
+        self.turns[loop] = 2
+        for turn in (1, 2):
+            self.nest.append((loop, turn))
+            state = self.call(args[0], [state, self.turned(elem, loop, turn)], {}, node)
+            self.nest.pop()
+        return state
+
+    def _do_partial(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        return self.ref(self.new("partial", (args[0], tuple(args[1:]), dict(kwargs)), node)) if args else None
+
+    def _do_getattr(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        if len(args) < 2:
+            return None
+        if isinstance(args[1].const, str):
+            found = self.get(args[0], args[1].const, node)
+            fallback = len(args) > 2 and found is NOTHING
+            return args[2] if fallback else found
+        found = NOTHING
+        for obj in args[0].refs:
+            for held in self.held(obj)[:40] if obj.kind in ("instance", "thing", "module", "class") else []:
+                found = join(found, held)
+        if any("#module" not in obj.slots for obj in args[0].refs):
+            self.unknown(node, "getattr with a name that is computed")
+        return found
+
+    def _do_setattr(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:
+        if len(args) == 3 and isinstance(args[1].const, str):
+            self.put(args[0], args[1].const, args[2], node)
+        elif len(args) == 3:
+            for obj in args[0].refs:
+                if "#module" in obj.slots:
+                    self.write(obj, args[2], node)
+        return NONE
+
+    def _do_hasattr(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        if len(args) == 2 and isinstance(args[1].const, str) and self._has(args[0], args[1].const):
+            return Value(const=True)
+        return NOTHING
+
+    def _do_isinstance(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:
+        if len(args) == 2:
+            kinds = [obj for obj in args[1].refs if obj.kind == "class"]
+            for obj in args[0].refs:
+                if obj.kind == "instance" and len(args[0].refs) == 1 and len(kinds) == 1 and not args[1].items:
+                    return Value(const=kinds[0] in self.line_of(obj.data))
+        return NOTHING
+
+    def _do_type(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        classes = frozenset(obj.data for obj in args[0].refs if obj.kind == "instance") if args else frozenset()
+        return Value(refs=classes) if classes and len(args) == 1 else None
+
+    def _do_exec(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        return self.run_text(args, node) if name in ("builtins.exec", "builtins.eval", "exec", "eval") else None
+
+    _do_eval = _do_exec
+
+    def _do_any(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        if name.startswith("builtins") and args:
+            return self.flat(args[0]).but(const=MISSING)
+        return None
+
+    _do_all = _do_any
+
+    def _do_namedtuple(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        cls = self.new("class", ast.ClassDef("namedtuple", [], [], [], []), node)
+        fields = args[1] if len(args) > 1 else NOTHING
+        names: tuple[str, ...] = ()
+        if isinstance(fields.const, str):
+            names = tuple(fields.const.replace(",", " ").split())
+        elif fields.refs or fields.items:
+            exact = self.elements(fields, node).exact or ()
+            names = tuple(str(each.const) for each in exact)
+        cls.slots["#fields"] = names
+        return self.ref(cls)

@@ -1,0 +1,156 @@
+"""What lies in files: data sets told by their names, and what the script itself wrote."""
+
+from __future__ import annotations
+
+import ast
+import fnmatch
+
+from fairway.audit.flow import events
+from fairway.audit.flow.heap import Obj
+from fairway.audit.flow.names import sides_of
+from fairway.audit.flow.operations import Operations
+from fairway.audit.flow.tokens import Tok, part_of
+from fairway.audit.flow.values import (
+    LENGTH,
+    MISSING,
+    NONE,
+    NOTHING,
+    RAW,
+    TEXT,
+    Value,
+    blend,
+    join,
+)
+from fairway.audit.verdict import Place
+
+
+class Files(Operations):
+    """Reading, writing and saying."""
+
+    def _list_of(self, elem: Value, node: ast.AST | None) -> Value:
+        listed = self.new("list", None, node)
+        listed.slots["#elem"] = elem
+        return self.ref(listed)
+
+    def path_of(self, value: Value) -> Value:
+        """The path that a file, a Path or a text stands for."""
+        found: Value | None = None
+        for obj in sorted(value.refs, key=lambda each: each.number):
+            held = obj.slots.get("#path")
+            if isinstance(held, Value):
+                found = held if found is None else join(found, _as_words(held))
+        if found is not None:
+            return found
+        return value if value.const is not MISSING else self.flat(value)
+
+    def read_from(self, path: Value, node: ast.AST | None, live: bool = False) -> Value:
+        """What lies in a file: what the script wrote there, or a data set."""
+        text = self.text_of(path)
+        written = self.files.slots.get(text)
+        if isinstance(written, Value):
+            return written
+        kinds = data_kinds(path)
+        if kinds[0].startswith("file:"):
+            others = [value for value in self.files.slots.values() if isinstance(value, Value)]
+            if others and not text:
+                found = others[0]
+                for each in others[1:]:
+                    found = join(found, each)
+                return found
+        spans = path.spans if not live else self.here()
+        part = part_of(path.limit) if path.limit is not None and kinds == ("val",) else ""
+        origin = self.read_here(len(kinds) > 1)
+        toks = frozenset(Tok(each, spans, part=part, origin=origin) for each in kinds)
+        return Value(toks=toks, flags=RAW, env=path.env)
+
+    def read_here(self, mixed: bool) -> int:
+        """The number of this read among the places of the script that read data. mixed: training and validation."""
+        stack = tuple(Place(each.script.path, each.script.line(each.line)) for each in self.frames)
+        reads = self.trace.reads
+        if (stack, mixed) not in reads:
+            reads.append((stack, mixed))
+        return reads.index((stack, mixed))
+
+    def write_to(self, path: Value, value: Value, node: ast.AST | None) -> None:
+        """The script writes a file."""
+        flat = self.flat(value)
+        if flat.losses:
+            self.said(flat, path, node, "written")
+        if flat.losses or isinstance(value.const, str) or (flat.flags & TEXT and not flat.states and not flat.knows):
+            return  # a log, a table of results: not what a model is read from
+        if flat.states or flat.knows:
+            self.trace.saved.append(len(self.trace.events))
+        text = self.text_of(path)
+        old = self.files.slots.get(text)
+        self.heap.set(self.files, text, join(old, value) if isinstance(old, Value) and self.nest else value)
+
+    def said(self, value: Value, where: Value, node: ast.AST | None, how: str) -> None:
+        """A number is reported."""
+        texts = [*value.words, *where.words, *([where.const] if isinstance(where.const, str) else [])]
+        event = self.note(events.Said, node, value=value, text=" ".join(texts)[:400], how=how)
+        self.trace.said.append(event)
+
+    def file_method(self, obj: Obj, name: str, args: list[Value], node: ast.AST | None) -> Value | None:
+        path = obj.slots["#path"]
+        if name in ("write", "writelines", "write_bytes", "write_text") and args:
+            told = self.flat(args[0])
+            if "#grows" in obj.slots and told.flags & TEXT and not told.losses:
+                return NONE  # lines that are added to a log
+            self.write_to(path, told if name != "write_bytes" else args[0], node)
+            return NOTHING
+        if name == "readinto" and args:
+            found = self.read_from(path, node, live=True)
+            for cell in args[0].refs:
+                if cell.kind == "tensor":
+                    self.write(cell, found, node, strong=True)
+            return Value(flags=LENGTH)
+        if name in ("read", "readline", "read_text", "read_bytes", "readlines", "getvalue", "getbuffer"):
+            return self.read_from(path, node, live=True)
+        if name in ("exists", "is_file", "is_dir"):
+            return NOTHING
+        if name in ("stat", "tell", "fileno", "seek"):
+            return Value(flags=LENGTH)
+        if name in ("glob", "rglob", "iterdir"):
+            inner = self.new("thing", "path", node)
+            inner.slots["#path"] = self.flat(blend(_as_words(path), *map(_as_words, args)))
+            return self._list_of(self.ref(inner), node)
+        if name in ("open", "resolve", "absolute", "expanduser", "as_posix", "__enter__"):
+            return self.ref(obj)
+        if name in ("with_suffix", "joinpath", "with_name"):
+            inner = self.new("thing", "path", node)
+            inner.slots["#path"] = blend(_as_words(path), *map(_as_words, args))
+            return self.ref(inner)
+        if name in ("flush", "close", "mkdir", "unlink", "__exit__", "touch"):
+            return NONE
+        return None
+
+
+def _as_words(value: Value) -> Value:
+    return Value(words=(value.const,)) if isinstance(value.const, str) else value
+
+
+def data_kinds(path: Value) -> tuple[str, ...]:
+    """The data sets that a path names: by the last literal text that says training or validation."""
+    texts = [path.const] if isinstance(path.const, str) else [str(word) for word in path.words]
+    found = sides_of(texts)
+    if found:
+        return tuple(found)
+    text = "~".join(texts)
+    return ("train", "val") if _takes_both(path) else (f"file:{text[:80]}",)
+
+
+def _takes_both(path: Value) -> bool:
+    """Whether a pattern fits training and validation shards alike: `fineweb_*_*.bin`."""
+    texts = [path.const] if isinstance(path.const, str) else [str(word) for word in path.words]
+    for text in reversed(texts):
+        piece = str(text).rsplit("/", 1)[-1].lower()
+        if "*" in piece and piece != "*":
+            stem = piece.split("*", 1)[0]
+            shards = [
+                f"{stem}{word}_000000{suffix}"
+                for word in ("val", "train")
+                for suffix in (".bin", ".npy", ".pt", ".bin.zst")
+            ]
+            fits = [fnmatch.fnmatchcase(shard, piece) for shard in shards]
+            return any(fits[:4]) and any(fits[4:])
+    return False

@@ -1,0 +1,146 @@
+"""The script's own functions, walked through with the values they are given."""
+
+from __future__ import annotations
+
+import ast
+from typing import Any
+
+from fairway.audit.flow.core import DEPTH, Frame
+from fairway.audit.flow.foreign import Foreign
+from fairway.audit.flow.heap import Obj
+from fairway.audit.flow.values import MISSING, NONE, NOTHING, Value, blend, join
+
+_RECURSION = 2  # times a function may stand within itself
+
+
+class Functions(Foreign):
+    """inline(function, args)"""
+
+    def block(self, body: list[ast.stmt]) -> bool:
+        raise NotImplementedError
+
+    def inline(self, obj: Obj, args: list[Value], kwargs: dict[str, Value], node: ast.AST | None) -> Value:
+        """Walk through a function with the values it is given."""
+        code, script, scope, closure, owner = obj.data
+        depth = sum(1 for each in self.frames if each.node is code)
+        if len(self.frames) >= DEPTH or depth >= _RECURSION:
+            flats = [self.flat(each) for each in (*args, *kwargs.values())]
+            if len(self.frames) >= DEPTH:
+                self.unknown(node, "calls nested too deeply")
+            return blend(*flats).but(const=MISSING) if flats else NOTHING
+        local = self.heap.new("frame", getattr(code, "name", "lambda"))
+        frame = Frame(local, script, scope, closure, code, owner, _outside(code))
+        if node is not None and self.frames:
+            self.frame.line = getattr(node, "lineno", self.frame.line)
+        self._bind(obj, code.args, local, args, kwargs)
+        if _is_coroutine(code):
+            return self.ref(self.new("generator", frame, node))
+        nest, frame.line = len(self.nest), code.lineno
+        self.frames.append(frame)
+        try:
+            if isinstance(code, ast.Lambda):
+                return self.evaluate(code.body)
+            alive = self.block(code.body)
+            return self._returned(frame, alive, code)
+        finally:
+            self.frames.pop()
+            del self.nest[nest:]
+
+    def _returned(self, frame: Frame, alive: bool, code: Any) -> Value:
+        definite = frame.value
+        values = [value for value, _ in frame.returns]
+        pending = [change for _, change in frame.returns]
+        self.settle(pending, alive or definite is not None)
+        if definite is not None:
+            values.append(definite)
+        elif (alive and not values) or (alive and not all(value.items is not None or value.refs for value in values)):
+            values.append(NONE)
+        if frame.yields or _is_generator(code):
+            made = self.new("generator", code.name, code)
+            if frame.yields:
+                elem = frame.yields[0]
+                for each in frame.yields[1:]:
+                    elem = join(elem, each)
+                made.slots["#elem"] = elem
+            for each in values:
+                self.add_content(made, each, "#result")
+            return self.ref(made)
+        if not values:
+            return NOTHING
+        result = values[0]
+        for each in values[1:]:
+            result = join(result, each)
+        return result
+
+    def _bind(self, obj: Obj, spec: ast.arguments, local: Obj, args: list[Value], kwargs: dict[str, Value]) -> None:
+        names = [each.arg for each in (*spec.posonlyargs, *spec.args)]
+        slots, defaults = local.slots, obj.slots.get("#defaults", {})
+        for name, value in zip(names, args, strict=False):
+            slots[name] = value
+        rest = args[len(names) :]
+        if spec.vararg:
+            slots[spec.vararg.arg] = Value(items=tuple(rest))
+        known = {*names, *(each.arg for each in spec.kwonlyargs)}
+        extra = self.heap.new("dict", None)
+        for name, value in kwargs.items():
+            if name in known:
+                slots[name] = value
+            elif name == "**":
+                for each in known:
+                    if each not in slots:
+                        slots[each] = join(value, defaults[each]) if each in defaults else value
+            else:
+                extra.slots[("k", name)] = value
+        if spec.kwarg:
+            slots[spec.kwarg.arg] = self.ref(extra)
+        for name in known:
+            if name not in slots:
+                slots[name] = defaults.get(name, NOTHING)
+
+
+def _outside(code: Any) -> frozenset[str]:
+    """The names that a function declares global or nonlocal."""
+    cached = getattr(code, "_fairway_outside", None)
+    if cached is None:
+        names: set[str] = set()
+        waiting: list[ast.AST] = list(code.body) if isinstance(code.body, list) else []
+        while waiting:
+            each = waiting.pop()
+            if isinstance(each, (ast.Global, ast.Nonlocal)):
+                names.update(each.names)
+            if not isinstance(each, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)):
+                waiting += ast.iter_child_nodes(each)
+        cached = frozenset(names)
+        code._fairway_outside = cached
+    return cached
+
+
+def _is_generator(code: Any) -> bool:
+    """Whether a function yields."""
+    cached = getattr(code, "_fairway_yields", None)
+    if cached is None:
+        cached = False
+        waiting: list[ast.AST] = list(code.body) if isinstance(code.body, list) else []
+        while waiting and not cached:
+            each = waiting.pop()
+            if isinstance(each, (ast.Yield, ast.YieldFrom)):
+                cached = True
+            elif not isinstance(each, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)):
+                waiting += ast.iter_child_nodes(each)
+        code._fairway_yields = cached
+    return bool(cached)
+
+
+def _is_coroutine(code: Any) -> bool:
+    """Whether a function uses what is sent to it: a yield that is not a statement of its own."""
+    cached = getattr(code, "_fairway_coroutine", None)
+    if cached is None:
+        cached = False
+        if _is_generator(code) and isinstance(code, ast.FunctionDef):
+            alone = {id(each.value) for each in ast.walk(code) if isinstance(each, ast.Expr)}
+            cached = any(isinstance(each, ast.Yield) and id(each) not in alone for each in ast.walk(code))
+        code._fairway_coroutine = cached
+    return bool(cached)
+
+
+__all__ = ["Functions"]

@@ -1,0 +1,127 @@
+"""What a loop goes through."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import replace
+
+from fairway.audit.flow.containers import Elements, sym_of
+from fairway.audit.flow.core import Frame
+from fairway.audit.flow.heap import Obj
+from fairway.audit.flow.tokens import Cut
+from fairway.audit.flow.values import (
+    LENGTH,
+    MISSING,
+    NOTHING,
+    Value,
+    join,
+)
+from fairway.audit.flow.writing import Writing
+
+UNROLLED = 6  # elements of a literal list that a loop takes one by one
+STAGES = 24  # the same, where they are functions: what they do, and in which order, is the script itself
+
+
+class Iteration(Writing):
+    """elements(value)"""
+
+    def elements(self, value: Value, node: ast.AST | None) -> Elements:
+        """What `for x in value` goes through."""
+        found = self._elements(value, node)
+        if not value.choices:
+            return found
+        exact = (
+            tuple(self._chosen_from(each, value.choices) for each in found.exact) if found.exact is not None else None
+        )
+        return replace(found, exact=exact, any=self._chosen_from(found.any, value.choices))
+
+    def _elements(self, value: Value, node: ast.AST | None) -> Elements:
+        if value.items is not None and not value.refs:
+            return self._exactly(value.items, value)
+        if isinstance(value.const, (str, bytes, tuple, list, dict, set, frozenset)) and not value.refs:
+            held = list(value.const)
+            return self._exactly(tuple(Value(const=each) for each in held[:64]), value)
+        found: list[Elements] = []
+        for obj in sorted(value.refs, key=lambda each: each.number)[:6]:
+            found.append(self._elements_of(obj, value, node))
+        if not found:
+            return Elements(None, value.but(const=MISSING, items=None, limit=None))
+        if len(found) == 1:
+            return found[0]
+        any_of = found[0].any
+        for each in found[1:]:
+            any_of = join(any_of, each.any)
+        return Elements(None, any_of)
+
+    def _exactly(self, items: tuple[Value, ...], value: Value) -> Elements:
+        any_of = NOTHING if not items else items[0]
+        for each in items[1:]:
+            any_of = join(any_of, each)
+        any_of = self.tagged(any_of, value.spans)
+        few = len(items) <= (STAGES if any(map(_runs, items)) else UNROLLED)
+        exact = tuple(self.tagged(item, value.spans) for item in items) if few else None
+        return Elements(exact, any_of, len(items))
+
+    def _elements_of(self, obj: Obj, value: Value, node: ast.AST | None) -> Elements:
+        if obj.kind == "range":
+            return self._range(obj)
+        if obj.kind == "dict":
+            keys = [Value(const=key[1]) for key in obj.slots if isinstance(key, tuple)]
+            more = obj.slots.get("#keys")
+            if isinstance(more, Value) or "#elem" in obj.slots or not keys:
+                any_key = more if isinstance(more, Value) else NOTHING
+                for key in keys:
+                    any_key = join(any_key, key)
+                return Elements(None, any_key)
+            return self._exactly(tuple(keys), value)
+        if isinstance(obj.data, Frame) and "#elem" not in obj.slots:
+            return Elements(None, self.tagged(self.drained(obj), value.spans))
+        if obj.kind in ("list", "generator"):
+            exact = obj.slots.get("#items")
+            if isinstance(exact, Value) and exact.items is not None and "#elem" not in obj.slots:
+                return self._exactly(exact.items, value)
+            return Elements(None, self.tagged(self.element_of(obj), value.spans))
+        if obj.kind == "instance":
+            for name in ("__iter__", "__next__", "__getitem__"):
+                method = self.find(obj.data, name)
+                if method is not None:
+                    args = [self.ref(obj)] + ([NOTHING] if name == "__getitem__" else [])
+                    made = self.call(method[0], args, {}, node)
+                    if name == "__iter__" and obj not in made.refs:
+                        return self.elements(made, node)
+                    if name == "__iter__":
+                        step = self.find(obj.data, "__next__")
+                        made = self.call(step[0], [self.ref(obj)], {}, node) if step else made
+                    return Elements(None, made)
+        if obj.kind == "tensor":
+            return Elements(None, self.flat(self.ref(obj)).but(const=MISSING))
+        if "#module" in obj.slots:
+            return Elements(None, self.content_elem(obj))
+        content = obj.slots.get("#content", NOTHING)
+        return Elements(None, self.tagged(content, value.spans))
+
+    def _range(self, obj: Obj) -> Elements:
+        start, stop, step = obj.data
+        limit = stop.limit
+        if limit is None and isinstance(stop.const, (int, float)) and not stop.flags & LENGTH:
+            limit = float(stop.const)
+        env = start.env | stop.env | step.env
+        inside = bool(start.less and start.sym) and not (
+            start.spans or start.flags & LENGTH
+        )  # range(length - stride, n)
+        cuts: frozenset[Cut] = frozenset((("tail", start.sym, start.less),)) if inside else frozenset()
+        any_of = Value(unit=sym_of(step), limit=limit, env=env, spans=start.spans, choices=stop.choices, cuts=cuts)
+        consts = (start.const, stop.const, step.const)
+        if all(isinstance(each, int) for each in consts) and step.const:
+            turns = range(*consts)
+            if not turns:
+                return Elements(None, any_of, 0)
+            return Elements(None, any_of, len(turns), len(turns) <= 32, turns[0], turns[-1])
+        return Elements(None, any_of)
+
+
+def _runs(value: Value) -> bool:
+    """Whether an element is a function, or a pair with one: a stage that is called in its turn."""
+    if any(obj.kind in ("function", "bound", "partial") for obj in value.refs):
+        return True
+    return any(obj.kind in ("function", "bound", "partial") for item in value.items or () for obj in item.refs)

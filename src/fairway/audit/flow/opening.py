@@ -1,0 +1,137 @@
+"""Files and paths as the standard library, numpy and torch open, read and write them."""
+
+from __future__ import annotations
+
+import ast
+from typing import Any
+
+from fairway.audit.flow.methods import Methods
+from fairway.audit.flow.values import (
+    NONE,
+    NOTHING,
+    Value,
+    blend,
+)
+
+
+class Opening(Methods):
+    """What opens, loads and saves."""
+
+    def _do_open(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        if not args:
+            return None
+        file = self.new("thing", "file", node)
+        file.slots["#path"] = self.path_of(args[0])
+        mode = (args[1] if len(args) > 1 else kwargs.get("mode", NOTHING)).const
+        if isinstance(mode, str) and "a" in mode:
+            file.slots["#grows"] = 1
+        return self.ref(file)
+
+    def _do_Path(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:
+        return self._path(args, node)
+
+    _do_PurePath = _do_Path
+
+    def _path(self, args: list[Value], node: Any) -> Value:
+        path = self.new("thing", "path", node)
+        consts = [each.const for each in map(self.path_of, args)]
+        if args and all(isinstance(each, str) for each in consts):
+            path.slots["#path"] = Value(
+                const="/".join(str(each) for each in consts), env=blend(*map(self.flat, args)).env
+            )
+        else:
+            paths = [self.path_of(each) for each in args]
+            words = tuple(str(p.const) for p in paths if isinstance(p.const, str))
+            path.slots["#path"] = blend(*paths, Value(words=words)) if paths else NOTHING
+        return self.ref(path)
+
+    def _do_join(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        if "path" not in name:
+            return None
+        paths = [self.path_of(each) for each in args]
+        if all(isinstance(each.const, str) for each in paths):
+            return Value(const="/".join(str(each.const) for each in paths), env=blend(*map(self.flat, paths)).env)
+        return blend(*(Value(words=(each.const,)) if isinstance(each.const, str) else each for each in paths))
+
+    def _do_glob(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        if not args:
+            return None
+        path = self.path_of(args[0])
+        words = (path.const,) if isinstance(path.const, str) else path.words
+        return self._list_of(Value(words=words, env=path.env), node)
+
+    _do_iglob = _do_glob
+
+    def _load(self, last: str, args: list[Value], node: ast.AST | None) -> Value:
+        if last == "load_dataset":
+            words = [str(each.const) for each in args if isinstance(each.const, str)]
+            return self.read_from(Value(words=tuple(words)), node)
+        return self.read_from(self.path_of(args[0]), node)
+
+    def _do_load(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        if name.startswith(("json", "pickle", "yaml", "toml", "marshal")) and args:
+            return self.read_from(self.path_of(args[0]), node)
+        if args and self._buffer(args[0]) is not None:
+            return self._buffer(args[0])
+        return None
+
+    def _buffer(self, value: Value) -> Value | None:
+        """What was put into a BytesIO."""
+        for obj in value.refs:
+            if obj.kind == "thing" and obj.data == "buffer":
+                content = obj.slots.get("#content", NOTHING)
+                return content if isinstance(content, Value) else None
+        return None
+
+    def _do_BytesIO(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:
+        buffer = self.new("thing", "buffer", node)
+        if args:
+            buffer.slots["#content"] = args[0]
+        return self.ref(buffer)
+
+    _do_StringIO = _do_BytesIO
+
+    def _do_save(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        if len(args) < 2:
+            return None
+        value, where = (args[1], args[0]) if name.startswith(("np", "numpy")) else (args[0], args[1])
+        kept = self._saved(value)
+        for obj in where.refs:
+            if obj.kind == "thing" and obj.data == "buffer":
+                self.heap.set(obj, "#content", kept)
+                return NONE
+        self.write_to(self.path_of(where), kept, node)
+        return NONE
+
+    def _saved(self, value: Value) -> Value:
+        """What goes into a file: a copy of the values as they are now, in the same dicts."""
+        return self.copied(value)
+
+    def _do_dump(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        return self._do_save("dump", args, kwargs, node)
+
+    def _do_dumps(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        """pickle.dumps and what packs its bytes: still the same dicts and tensors"""
+        packs = bool(args and args[0].refs) and not name.startswith(("json", "yaml", "toml"))
+        return self._saved(args[0]) if packs else None
+
+    def _do_loads(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        """pickle.loads, zlib.decompress: what was packed"""
+        packed = args and any(obj.kind in ("dict", "list", "instance", "tensor") for obj in args[0].refs)
+        return args[0] if packed and not name.startswith(("json", "yaml", "toml")) else None
+
+    _do_compress = _do_decompress = _do_loads
+
+    def _do_save_file(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        return self._do_save("save", args, kwargs, node)
+
+    def _do_savez(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        if args:
+            given = [self.flat(each) for each in (*args[1:], *kwargs.values())]
+            self.write_to(self.path_of(args[0]), blend(*given) if given else NOTHING, node)
+        return NONE
+
+    _do_savez_compressed = _do_savez
+
+    def _do_write_bytes(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        return None

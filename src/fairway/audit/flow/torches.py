@@ -1,0 +1,162 @@
+"""torch, jax and the running of functions elsewhere: gradients of functions, threads, ranks, parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fairway.audit.flow.builtin import Builtins
+from fairway.audit.flow.values import (
+    CLOCK,
+    GRAD,
+    MISSING,
+    NONE,
+    NOTHING,
+    RANKED,
+    WEIGHTS,
+    Value,
+)
+
+
+class Torches(Builtins):
+    """What these libraries do with functions, gradients and ranks."""
+
+    # Functional gradients.
+    def _do_value_and_grad(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        return self.ref(self.new("gradient", (args[0], True), node)) if args else None
+
+    def _do_grad(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        called = args and any(obj.kind in ("function", "bound", "partial") for obj in args[0].refs)
+        return self.ref(self.new("gradient", (args[0], False), node)) if called else None
+
+    def _do_grad_and_value(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        return self.ref(self.new("gradient", (args[0], "last"), node)) if args else None
+
+    def _do_apply_updates(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        """optax.apply_updates(weights, steps): new weights that have learned"""
+        if len(args) < 2:
+            return None
+        steps = self.flat(args[1])
+        if args[0].refs:
+            made = self.copied(args[0])
+        else:
+            tree = self.new("dict", "weights", node)
+            tree.slots["#elem"] = self.flat(args[0]).but(const=MISSING)
+            made = self.ref(tree)
+        for obj in made.refs:
+            old = self.flat(args[0]).knows
+            obj.slots["#fresh"] = min((o.slots.get("#fresh", o.born) for o in args[0].refs), key=len, default=())
+            self.learn(obj, steps.toks, "gradient", node, steps.losses)
+            self.heap.set(obj, "#learned", obj.slots.get("#learned", 0) | old)
+        return made
+
+    def _do_tree_map(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        if len(args) < 2:
+            return None
+        result = self.call(args[0], [self.flat(each) for each in args[1:]], {}, node)
+        return self.flat(result)
+
+    # Running functions elsewhere.
+    def _do_Thread(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:
+        thing = self.new("thing", name, node)
+        target = kwargs.get("target", args[1] if len(args) > 1 else NOTHING)
+        given = kwargs.get("args", NOTHING)
+        thing.slots["#target"] = target
+        thing.slots["#args"] = given
+        return self.ref(thing)
+
+    _do_Process = _do_Thread
+
+    def _do_spawn(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        if not args:
+            return None
+        given = kwargs.get("args", args[1] if len(args) > 1 else NOTHING)
+        self.call(args[0], [Value(const=0), *(given.items or ())], {}, node)
+        return NONE
+
+    def _do_checkpoint(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        called = args and any(obj.kind in ("function", "bound", "instance", "partial") for obj in args[0].refs)
+        return self.call(args[0], args[1:], {}, node) if called else None
+
+    def _do_vmap(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        return args[0] if args else None
+
+    def _do_backward(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        for each in args[:1]:
+            for part in self.elements(each, node).exact or (each,):
+                self.backward(part, node)
+        return NONE
+
+    # Ranks.
+    def together(self, args: list[Value]) -> None:
+        """A sum over all ranks, or what they gather: of losses, counts and what else is no weight."""
+        flats = [self.flat(each) for each in args]
+        if flats and not any(each.flags & (GRAD | WEIGHTS) for each in flats):
+            mask = 0
+            for each in flats:
+                mask |= each.losses
+            self.trace.gathered.append((len(self.trace.events), mask))
+
+    def _do_get_rank(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:
+        return Value(const=0, env=RANKED)
+
+    def _do_get_world_size(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:
+        return Value(const=8)
+
+    def _do_all_gather_object(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        if len(args) < 2:
+            return None
+        for obj in args[0].refs:
+            if obj.kind == "list":
+                self.loosen(obj)
+                self.heap.set(obj, "#elem", args[1])
+            elif obj.kind == "tensor":
+                self.write(obj, args[1], node)
+        return NONE
+
+    _do_all_gather = _do_all_gather_into_tensor = _do_all_gather_object
+
+    def _do_all_reduce(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        in_place = "functional" not in name and ".nn" not in name and ("dist" in name or not args)
+        return NONE if in_place or not self.flat(args[0]).losses else args[0]
+
+    _do_broadcast = _do_barrier = _do_broadcast_object_list = _do_all_reduce
+
+    def _do_synchronize(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:
+        return NONE
+
+    def _do_Parameter(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:
+        content = args[0] if args else kwargs.get("data", NOTHING)
+        tensors = [obj for obj in content.refs if obj.kind == "tensor"]
+        grows = kwargs.get("requires_grad")
+        if not tensors:
+            cell = self.new("tensor", None, node)
+            flat = self.flat(content)
+            cell.slots["#content"] = Value(choices=flat.choices)
+            if flat.knows:
+                cell.slots["#learned"] = flat.knows
+            tensors = [cell]
+        for obj in tensors:
+            if grows is None or grows.const is not False:
+                self.grow(obj)
+        return Value(refs=frozenset(tensors), flags=content.flags)
+
+    _do_Buffer = _do_Parameter
+
+    def _do_at(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        """np.add.at(table, keys, value)"""
+        if len(args) < 2:
+            return None
+        keys = list(args[1].items) if args[1].items is not None else [args[1]]
+        for obj in args[0].refs:
+            tokens = self.token_keys(keys)
+            if tokens and obj.kind == "tensor":
+                self.entered(obj, tokens, NOTHING, node)
+            elif obj.kind == "tensor":
+                self.write(obj, args[-1], node)
+        return NONE
+
+    def _do_Event(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:
+        return Value(flags=CLOCK) if "cuda" in name else self.ref(self.new("thing", name, node))
+
+    def _do_SentencePieceProcessor(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:
+        return self.ref(self.new("thing", name, node))
