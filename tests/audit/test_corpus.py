@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 
 CORPUS = Path(__file__).parent / "corpus"
-PARTS = [part for part in (CORPUS / "tuning", CORPUS / "held") if part.is_dir()]
+PARTS = [part for part in (CORPUS / "tuning", CORPUS / "held", CORPUS / "unseen") if part.is_dir()]
 
 
 @pytest.fixture(scope="module")
