@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fairway.audit.settings import Settings
-from fairway.audit.terms import expressions, foreign
+from fairway.audit.terms import assigning, attributes, elements, expressions, foreign
 from fairway.audit.terms.term import Key, Term
 from fairway.audit.terms.things import Bound, Class, Frame, Function, Instance, constant
 
@@ -25,14 +25,14 @@ def call(m: "Machine", node: ast.Call, frame: Frame) -> Term:
     if isinstance(node.func, ast.Name) and node.func.id == "zip" and len(node.args) == 1:
         rows = node.args[0]
         if isinstance(rows, ast.Starred):
-            columns = expressions.transposed(m, expressions.value(m, rows.value, frame), frame.file, node.lineno)
+            columns = elements.transposed(m, expressions.value(m, rows.value, frame), frame.file, node.lineno)
             if columns is not None:
                 return columns
     base: Term | None = None
     statement = m.statement is node
     if isinstance(node.func, ast.Attribute):
         base = expressions.value(m, node.func.value, frame)
-        function = expressions.attribute(m, base, node.func.attr, frame.file, node.lineno)
+        function = attributes.attribute(m, base, node.func.attr, frame.file, node.lineno)
     else:
         function = expressions.value(m, node.func, frame)
     positional = _positional(m, node, frame)
@@ -70,8 +70,7 @@ def _positional(m: "Machine", node: ast.Call, frame: Frame) -> list[Term]:
             terms.extend(term.parts)
         else:  # unknown in number: up to three more, each one of its items
             terms.extend(
-                expressions.item(m, term, constant(i, frame.file, node.lineno), frame.file, node.lineno)
-                for i in range(3)
+                elements.item(m, term, constant(i, frame.file, node.lineno), frame.file, node.lineno) for i in range(3)
             )
     return terms
 
@@ -192,7 +191,7 @@ def _copy_out(m: "Machine", function: Function, here: Here, changed: dict[str, T
     arguments += [(keyword.arg, keyword.value) for keyword in here.node.keywords if keyword.arg]
     for name, argument in arguments:
         if name in changed and isinstance(argument, (ast.Name, ast.Attribute, ast.Subscript)):
-            m.write_back(argument, changed[name], here.frame)
+            assigning.write_back(m, argument, changed[name], here.frame)
 
 
 def enter(

@@ -1,0 +1,228 @@
+"""What a container holds: one of its elements, the item at a place."""
+
+from typing import TYPE_CHECKING, Any
+
+from fairway.audit.settings import UNKNOWN, attempt
+from fairway.audit.terms import calls
+from fairway.audit.terms.term import Term
+from fairway.audit.terms.things import constant
+
+if TYPE_CHECKING:
+    from fairway.audit.terms.machine import Machine
+
+
+def element(m: "Machine", term: Term, file: str, line: int) -> Term:
+    """One of an iterable's elements. Terms share their parts: without a memory, lists of lists took minutes."""
+    if term.op not in ("merge", "choice", "mutate"):
+        return _element(m, term, file, line)
+    key = (id(term), file, line)
+    if key not in m.elements:
+        m.elements[key] = (term, _element(m, term, file, line))
+    return m.elements[key][1]
+
+
+def _element(m: "Machine", term: Term, file: str, line: int) -> Term:
+    if term.op in ("list", "tuple", "set") and term.parts:
+        if len(term.parts) == 1:
+            one = term.parts[0]
+            return one.parts[1] if one.op == "choice" and one.value == "filter" else one
+        return Term("merge", term.parts[:64], None, file, line)
+    if term.op == "dict" and term.parts:
+        return Term("merge", term.parts[::2][:64], None, file, line)
+    if term.op == "const" and isinstance(term.value, (tuple, list, frozenset)) and 0 < len(term.value) <= 64:
+        return Term("merge", tuple(constant(one, file, line) for one in term.value), None, file, line)
+    if term.op == "mutate" and term.value in (".append", ".add", ".appendleft", ".extend", ".insert"):
+        added = term.parts[-1]
+        if term.value == ".extend":
+            added = element(m, added, file, line)
+        empty = term.parts[0].op in ("list", "set") and not term.parts[0].parts
+        return added if empty else Term("merge", (element(m, term.parts[0], file, line), added), None, file, line)
+    if term.op in ("merge", "choice"):
+        options = [p for p in (term.parts[1:] if term.op == "choice" else term.parts) if not _empty(p)]
+        found = [element(m, option, file, line) for option in options[:8]]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            return Term("merge", tuple(found), None, file, line)
+    if term.op == "call" and term.called in (
+        "tqdm",
+        "reversed",
+        "list",
+        "tuple",
+        "iter",
+        "trange",
+        "deque",
+        "ModuleList",
+        "meter",
+    ):
+        below = term.argument(0)
+        if below is not None and term.called != "trange":
+            return element(m, below, file, line)
+    if term.op == "object":
+        found_call = calls.method(m, term, "__iter__", [], file, line)
+        if found_call is not None:
+            return element(m, found_call, file, line)
+        found_call = calls.method(m, term, "__getitem__", [Term("free", (), "index", file, line)], file, line)
+        if found_call is not None:
+            return found_call
+    return Term("each", (term,), None, file, line)
+
+
+def fresh(term: Term, number: int) -> Term:
+    """A loop's element as that of one round: what an earlier round's element left behind is not the same value."""
+    if term.op == "tuple":
+        return Term("tuple", tuple(fresh(part, number) for part in term.parts), None, term.file, term.line)
+    if term.op == "each":
+        return Term("each", term.parts, number, term.file, term.line)
+    if term.op in _SOLID or (term.op in ("choice", "merge") and any(part.op in _SOLID for part in term.parts)):
+        return term
+    return Term("round", (term,), number, term.file, term.line)
+
+
+_SOLID = frozenset(
+    ("const", "object", "function", "class", "bound", "namespace", "name", "super", "list", "dict", "text")
+)
+
+
+def spelt_items(term: Term) -> tuple[Term, ...] | None:
+    """The elements of a short tuple, list or table that is written out; None for anything else."""
+    for _ in range(40):
+        if term.op in ("store", "merge") and term.parts and term.value is None:
+            term = term.parts[0]
+    if term.op in ("tuple", "list") and term.value != "comp" and 0 < len(term.parts) <= _SHORT:
+        return term.parts
+    if term.op == "dict" and term.value != "comp" and 0 < len(term.parts) <= 2 * _SHORT:
+        keys = term.parts[::2]
+        return keys if all(key.op == "const" for key in keys) else None
+    return None
+
+
+_SHORT = 6
+
+
+def _empty(term: Term) -> bool:
+    return term.op in ("list", "tuple", "set", "dict") and not term.parts
+
+
+_HOLDERS = frozenset(
+    (
+        "tensor",
+        "stack",
+        "array",
+        "as_tensor",
+        "asarray",
+        "tolist",
+        "cpu",
+        "double",
+        "to",
+        "numpy",
+        "float",
+        "tuple",
+        "list",
+    )
+)
+
+
+def item(m: "Machine", base: Term, index: Term, file: str, line: int) -> Term:
+    """base[index], looked up where it is known."""
+    if index.op != "const" or not isinstance(index.value, (int, str)) or base.op not in _SEEN_THROUGH:
+        return _item(m, base, index, file, line)
+    key = (id(base), index.value)
+    if key not in m.items:
+        m.items[key] = (base, _item(m, base, index, file, line))  # the base is kept, so that its id stays its own
+    return m.items[key][1]
+
+
+_SEEN_THROUGH = frozenset(("choice", "merge", "store", "call", "round"))
+
+
+def _item(m: "Machine", base: Term, index: Term, file: str, line: int) -> Term:
+    key = index.value if index.op == "const" else UNKNOWN
+    if base.op == "list" and base.value == "comp" and isinstance(key, int):
+        return element(m, base, file, line)
+    listed = base.parts if base.op in ("tuple", "list") and base.value != "comp" else ()
+    if isinstance(key, int) and -len(listed) <= key < len(listed):
+        return listed[key]
+    if base.op == "dict" and base.value != "comp" and key is not UNKNOWN:
+        for at in range(0, len(base.parts), 2):
+            if base.parts[at].op == "const" and base.parts[at].value == key:
+                return base.parts[at + 1]
+    if base.op == "const" and key is not UNKNOWN:
+        folded = attempt(lambda: base.value[key])
+        if folded is not UNKNOWN:
+            return Term("const", (base,), folded, file, line)
+    if base.op == "store" and isinstance(key, str) and base.parts[1].op == "const":
+        return base.parts[2] if base.parts[1].value == key else item(m, base.parts[0], index, file, line)
+    if base.op == "store" and isinstance(key, int) and base.value is None:
+        where = base.parts[1].value if base.parts[1].op == "const" else UNKNOWN
+        if isinstance(where, int):
+            return base.parts[2] if where == key else item(m, base.parts[0], index, file, line)
+    if base.op == "store" and index.op != "const" and base.parts[2].op == "object":
+        one = base.parts[2]
+        other = item(m, base.parts[0], index, file, line) if base.parts[0].op == "store" else one
+        return one if other is one else Term("merge", (other, one), None, file, line)
+    if base.op == "call" and isinstance(key, int) and base.called in _HOLDERS:
+        held = base.operand("data", "a", "tensors")
+        if held is not None and (held.op != "call" or held.called in _HOLDERS):
+            return item(m, held, index, file, line)
+    if base.op == "call" and base.value in ("reversed", "sorted") and isinstance(key, int) and base.parts:
+        return element(m, base.parts[0], file, line)
+    if base.op == "call" and base.value in ("min", "max") and index.op == "const" and base.parts:
+        one = element(m, base.parts[0], file, line)
+        if one.op != "each":
+            return Term(
+                "call", (item(m, one, index, file, line), *base.parts[1:]), base.value, base.file, base.line, base.keys
+            )
+    if base.op == "round" and index.op == "const":
+        inner = item(m, base.parts[0], index, file, line)
+        return fresh(inner, base.value) if inner.op != "item" else Term("item", (base, index), None, file, line)
+    if base.op == "choice" and index.op == "const":
+        first, second = (item(m, part, index, file, line) for part in base.parts[1:])
+        return first if first is second else Term("choice", (base.parts[0], first, second), base.value, file, line)
+    if base.op == "merge" and index.op == "const" and len(base.parts) <= 8:
+        return Term("merge", tuple(item(m, part, index, file, line) for part in base.parts), None, file, line)
+    if base.op == "each" and base.parts[0].op == "call" and index.op == "const":
+        paired = _paired(m, base.parts[0], index.value, file, line)
+        if paired is not None:
+            return paired
+    if base.op == "name" and base.value == "os.environ":
+        return m.environ(index, Term("free", (), "no default", file, line), file, line)
+    if base.op == "object":
+        looked = calls.method(m, base, "__getitem__", [index], file, line)
+        if looked is not None:
+            return looked
+    return Term("item", (base, index), None, file, line)
+
+
+def _paired(m: "Machine", term: Term, index: Any, file: str, line: int) -> Term | None:
+    """Component of an element of enumerate, zip or a table's items."""
+    if term.value == "enumerate" and index == 1 and term.parts:
+        return element(m, term.parts[0], file, line)
+    if term.value == "zip" and len(term.parts) == 1 and isinstance(index, int):
+        column = item(m, element(m, term.parts[0], file, line), constant(index, file, line), file, line)
+        return Term("list", (column,), "comp", file, line)
+    if term.value == "zip" and isinstance(index, int) and index in term.keys[index : index + 1]:
+        return element(m, term.parts[index], file, line)
+    if term.value == ".items" and index in (0, 1):
+        base = term.parts[0]
+        if base.op == "dict" and base.parts:
+            return Term("merge", base.parts[index::2][:64], None, file, line)
+    return None
+
+
+def transposed(m: "Machine", rows: Term, file: str, line: int) -> Term | None:
+    """zip(*rows) of rows that are tuples: their columns."""
+    one = element(m, rows, file, line)
+    width = _width(one)
+    if width == 0:
+        return None
+    columns = (item(m, one, constant(i, file, line), file, line) for i in range(width))
+    return Term("list", tuple(Term("list", (column,), "comp", file, line) for column in columns), None, file, line)
+
+
+def _width(term: Term) -> int:
+    if term.op == "tuple":
+        return len(term.parts)
+    if term.op in ("choice", "merge"):
+        return max((_width(part) for part in term.parts[-4:]), default=0)
+    return 0
