@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 
-from fairway.audit.terms.gates import Gates, is_hashed, spans_vocabulary
+from fairway.audit.terms.gates import Gates
+from fairway.audit.terms.keys import is_hashed, spans_vocabulary
 from fairway.audit.terms.term import Term, any_below, peel, same
 
 
