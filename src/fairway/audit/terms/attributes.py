@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from fairway.audit.terms import calls
 from fairway.audit.terms.elements import element
-from fairway.audit.terms.term import Term
+from fairway.audit.terms.term import Term, alternatives
 from fairway.audit.terms.things import Bound, Function
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def attribute(m: "Machine", base: Term, word: str, file: str, line: int) -> Term
         )
     if base.op in ("choice", "merge") and word not in ("shape", "device", "dtype"):
         options = [p for p in (base.parts[1:] if base.op == "choice" else base.parts) if not nothing(p)]
-        if any(p.op in ("object", "class") for p in options):
+        if any(p.op in ("object", "class") for p in alternatives(base, 24)):
             found_terms = [attribute(m, p, word, file, line) for p in options[:6]]
             if all(t is found_terms[0] for t in found_terms):
                 return found_terms[0]

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from fairway.audit.settings import Settings
 from fairway.audit.terms import assigning, attributes, elements, expressions, foreign
-from fairway.audit.terms.term import Key, Term
-from fairway.audit.terms.things import Bound, Class, Frame, Function, Instance, constant
+from fairway.audit.terms.term import Key, Term, alternatives
+from fairway.audit.terms.things import Bound, Class, Coroutine, Frame, Function, Instance, constant
 
 if TYPE_CHECKING:
     from fairway.audit.terms.machine import Machine
@@ -201,14 +201,15 @@ def enter(
     named: dict[str, Term],
     closed: Term,
     changed: dict[str, Term] | None = None,
+    sent: Term | None = None,
 ) -> Term:
     """The value of a function's body for these arguments; `closed`, the call itself, where it is not entered.
-    changed: receives the parameters whose container was filled in place."""
+    changed: receives the parameters whose container was filled in place; sent: what a coroutine's `yield` answers."""
     if not m.may_enter(function):
         m.record(closed)
         return closed
     node = function.node
-    frame = Frame(function.frame.file, outer=function.frame, depth=len(m.conditions))
+    frame = Frame(function.frame.file, outer=function.frame, depth=len(m.conditions), sent=sent)
     given = _parameters(m, function, positional, named, frame)
     frame.vars.update(given)
     if function.owner is not None and positional:
@@ -238,8 +239,24 @@ def enter(
             if len(frame.yields) == 1
             else Term("merge", tuple(frame.yields), None, frame.file, node.lineno)
         )
-        return Term("list", (merged,), "comp", frame.file, node.lineno)
+        yielded = Term("list", (merged,), "comp", frame.file, node.lineno)
+        m.coroutines[id(yielded)] = (yielded, Coroutine(function, tuple(positional), tuple(named.items())))
+        return yielded
     return _returned(frame, ended, node.lineno)
+
+
+def send(m: "Machine", routine: Term, sent: Term, file: str, line: int) -> Term | None:
+    """What a coroutine answers to what it is sent: its body is read once more with that in place of `yield`."""
+    answers: list[Term] = []
+    for one in alternatives(routine, 6):
+        _, known = m.coroutines.get(id(one), (None, None))
+        if known is not None:
+            closed = Term("call", (one, sent), ".send", file, line, ("self", 0))
+            yielded = enter(m, known.function, list(known.positional), dict(known.named), closed, sent=sent)
+            answers.append(closed if yielded is closed else elements.element(m, yielded, file, line))
+    if not answers:
+        return None
+    return answers[0] if len(answers) == 1 else Term("merge", tuple(answers), None, file, line)
 
 
 def _parameters(

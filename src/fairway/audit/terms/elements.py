@@ -37,6 +37,10 @@ def _element(m: "Machine", term: Term, file: str, line: int) -> Term:
             added = element(m, added, file, line)
         empty = term.parts[0].op in ("list", "set") and not term.parts[0].parts
         return added if empty else Term("merge", (element(m, term.parts[0], file, line), added), None, file, line)
+    grown = _grown(term) if term.op == "choice" else None
+    if grown is not None:  # rows.append(x) or rows.append(y): which of them, the condition tells
+        base, added = grown
+        return added if _empty(base) else Term("merge", (element(m, base, file, line), added), None, file, line)
     if term.op in ("merge", "choice"):
         options = [p for p in (term.parts[1:] if term.op == "choice" else term.parts) if not _empty(p)]
         found = [element(m, option, file, line) for option in options[:8]]
@@ -66,6 +70,18 @@ def _element(m: "Machine", term: Term, file: str, line: int) -> Term:
         if found_call is not None:
             return found_call
     return Term("each", (term,), None, file, line)
+
+
+def _grown(term: Term, depth: int = 12) -> tuple[Term, Term] | None:
+    """(list before, what was added to it) of a list that was added to in each arm of a choice."""
+    if term.op == "mutate" and term.value in (".append", ".add") and len(term.parts) == 2:
+        return term.parts[0], term.parts[1]
+    if term.op != "choice" or not depth:
+        return None
+    first, second = _grown(term.parts[1], depth - 1), _grown(term.parts[2], depth - 1)
+    if first is None or second is None or first[0] is not second[0]:
+        return None
+    return first[0], Term("choice", (term.parts[0], first[1], second[1]), None, term.file, term.line)
 
 
 def fresh(term: Term, number: int) -> Term:

@@ -320,7 +320,7 @@ def _yield(m: "Machine", node: Any, frame: Frame) -> Term:
     if isinstance(node, ast.YieldFrom):
         term = element(m, term, frame.file, node.lineno)
     frame.yields.append(term)
-    return Term("free", (), "sent", frame.file, node.lineno)
+    return frame.sent or Term("free", (), "sent", frame.file, node.lineno)
 
 
 _HANDLERS: dict[type[ast.expr], Any] = {

@@ -90,6 +90,28 @@ def _call_target(m: "Machine", key: str, positional: list[Term], named: dict[str
     calls.dispatch(m, target, arguments, {}, special.inner(here))
 
 
+def _beneath(node: ast.expr) -> ast.expr:
+    """The name that a view is made of: tokens of tokens.numpy(), memoryview(tokens), tokens[:n]."""
+    while True:
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _VIEWS:
+            node = node.func.value
+        elif isinstance(node, ast.Call) and node.args and _word(node.func) in _VIEWS:
+            node = node.args[0]
+        elif isinstance(node, ast.Subscript) or (isinstance(node, ast.Attribute) and node.attr in ("data", "array")):
+            node = node.value
+        else:
+            return node
+
+
+_VIEWS = frozenset(
+    ("numpy", "memoryview", "cast", "view", "asarray", "untyped_storage", "detach", "cpu", "from_buffer")
+)
+
+
+def _word(node: ast.expr) -> str:
+    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+
+
 def _added(table: Term, index: Term, amount: Term, here: "Here") -> Term:
     before = Term("item", (table, index), None, here.file, here.line)
     total = Term("op", (before, amount), "+", here.file, here.line)
@@ -126,6 +148,12 @@ def method(m: "Machine", base: Term, word: str, positional: list[Term], named: d
         named = {**named, "key": calls.dispatch(m, named["key"], [one], {}, special.inner(here))}
     term = calls.opaque(m, "." + word, [base, *positional], named, here, receiver=True)
     node = here.node
+    if word in ("readinto", "readinto1", "recv_into") and positional and node is not None and node.args:
+        read = Term("call", (base,), "." + word, here.file, here.line, ("self",))
+        place = Term("const", (), ..., here.file, here.line)
+        filled = Term("store", (positional[0], place, read), None, here.file, here.line)
+        assigning.write_back(m, _beneath(node.args[0]), filled, here.frame)
+        return term
     if node is None or not isinstance(node.func, ast.Attribute) or base.op in ("object", "name"):
         return term
     if word in _ADDING and len(positional) + len(named) >= 3:

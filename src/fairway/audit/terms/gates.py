@@ -46,12 +46,24 @@ class Gates:
                 test, yes, no = fork
                 if self._scored(yes) and self._scored(no) and any(self._compared(test)) and not carried(term):
                     yield term
+            elif is_product(term) and len(term.parts) >= 2:
+                yield from self._masked(term)
             elif term.op == "call" and term.called in _SMALLEST:
                 among = options(term)
                 scored = [part for part in among if self._scored(part)]
                 several = len(scored) >= 2 and not any(carried(part, term) for part in scored)
                 if several or (len(among) == len(scored) == 1 and chooses(scored[0])):
                     yield term
+
+    def _masked(self, term: Term) -> Iterator[Term]:
+        """loss * (loss < other): a mask that is nothing but a comparison of two losses."""
+        for mask, other in (term.parts[:2], term.parts[1::-1]):
+            below = peel(mask)
+            while below.op == "op" and below.value in ("~", "not", "-") and below.parts:  # ~better, 1 - better
+                below = peel(below.parts[-1])
+            is_test = below.op == "compare" or (below.op == "call" and below.called in _SIZES)
+            if is_test and any(self._compared(below)) and self._scored(other):
+                yield term
 
     def clipped(self) -> Iterator[Term]:
         """Losses that are cut off above, probabilities lifted to a floor: by more than a guard against nought."""

@@ -12,9 +12,9 @@ from typing import Any
 
 from fairway.audit.reading.script import Layer
 from fairway.audit.settings import UNKNOWN, Settings, truth
-from fairway.audit.terms import assigning, calls, elements, expressions, paths
+from fairway.audit.terms import assigning, calls, elements, expressions, paths, patterns
 from fairway.audit.terms.term import Term
-from fairway.audit.terms.things import Class, Event, Frame, Function, constant
+from fairway.audit.terms.things import Class, Coroutine, Event, Frame, Function, constant
 
 STEPS = 400_000  # expressions read in all: about 2 s
 OWN_STEPS = 30_000  # expressions of any one function: a model's forward is read often enough by then
@@ -45,6 +45,7 @@ class Machine:
         self.settings = settings
         self.layers = layers or {}
         self.executed: set[str] = set()
+        self.coroutines: dict[int, tuple[Term, Coroutine]] = {}  # by the list that stands for what they yield
         self.items: dict[tuple[int, Any], tuple[Term, Term]] = {}
         self.elements: dict[tuple[int, str, int], tuple[Term, Term]] = {}  # with its term, which keeps the id
         self.events: list[Event] = []
@@ -263,15 +264,7 @@ class Machine:
         return paths.loop(self, node.body, node.orelse, frame, lambda: self.value(node.test, frame))
 
     def on_Match(self, node: ast.Match, frame: Frame) -> bool:
-        subject = self.value(node.subject, frame)
-        ended = False
-        for case in node.cases:
-            test = Term("compare", (subject,), "match", frame.file, case.pattern.lineno)
-            for name in (n.name for n in ast.walk(case.pattern) if isinstance(n, (ast.MatchAs, ast.MatchStar))):
-                if name:
-                    frame.vars[name] = Term("item", (subject, test), None, frame.file, case.pattern.lineno)
-            ended = paths.fork(self, test, lambda body=case.body: self.block(body, frame), lambda: False, frame)  # type: ignore[misc]
-        return ended
+        return patterns.match(self, self.value(node.subject, frame), node.cases, frame)
 
     def on_Delete(self, node: ast.Delete, frame: Frame) -> None:
         for target in node.targets:
@@ -305,11 +298,12 @@ class Machine:
         return next((i for i in range(len(self.marks), 0, -1) if self.marks[i - 1] < self.loops), 0)
 
     def may_enter(self, function: Function) -> bool:
-        """Whether a call is followed: not too deep, no recursion, effort left for this function and in all."""
+        """Whether a call is followed: not too deep, within itself once, effort left for this function and in all."""
         node = function.node
-        if len(self.active) >= DEPTH or node in self.active or self.steps > STEPS:
+        within = self.active.count(node)
+        if len(self.active) >= DEPTH or within > 1 or self.steps > STEPS:
             return False
-        if self.own_steps.get(id(node), 0) > OWN_STEPS:
+        if self.own_steps.get(id(node), 0) > (OWN_STEPS // 8 if within else OWN_STEPS):
             self.cut.append(function.name)
             return False
         return True

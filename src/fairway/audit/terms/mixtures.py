@@ -49,8 +49,9 @@ def _is_summed(term: Term) -> bool:
 def unbalanced(gates: Gates) -> Iterator[Term]:
     """a P + b Q inside a logarithm with numbers a and b that do not sum to one; and counts added to a row that was
     already whole."""
+    divided = {id(below) for term in gates.nodes for below in _made_whole(term)}
     for term in gates.nodes:
-        if id(term) not in gates.inside:
+        if id(term) not in gates.inside or id(term) in divided:
             continue
         if term.op == "op" and term.value == "+":
             weights = [_weight(part, gates) for part in term.parts]
@@ -58,6 +59,25 @@ def unbalanced(gates: Gates) -> Iterator[Term]:
                 yield term
         elif term.op == "store":
             yield from _whole_before(term)
+
+
+def _made_whole(term: Term) -> Iterator[Term]:
+    """What is added up in a row that is divided by its own sum: row / row.sum(), also where the row is a place in a
+    table that was stored before."""
+    if term.op != "op" or term.value != "/" or not _is_summed(term.parts[1]):
+        return
+    row = peel(term.parts[0])
+    if not any_below(term.parts[1], lambda t: t is row or same(t, row, 6)):
+        return
+    waiting, steps = [row], 0
+    while waiting and steps < 60:
+        one = peel(waiting.pop())
+        steps += 1
+        yield one
+        if one.op in ("store", "item", "merge", "choice"):
+            if one.op == "store":
+                waiting.append(one.parts[2])
+            waiting.extend(one.parts[1:] if one.op == "choice" else one.parts if one.op == "merge" else one.parts[:1])
 
 
 def unpaid_bonus(gates: Gates) -> Iterator[Term]:

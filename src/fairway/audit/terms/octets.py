@@ -82,7 +82,9 @@ def counts_bytes(term: Term) -> bool:
     return any(is_byte_source(one) for one in values(term))
 
 
-_FILE_DATA = frozenset("fromfile memmap frombuffer load open_memmap read_bytes getsize stat unpack open".split())  # noqa: SIM905
+_FILE_DATA = frozenset(
+    """fromfile memmap frombuffer load open_memmap read_bytes getsize stat unpack open readinto""".split()  # noqa: SIM905
+)
 
 
 def is_byte_source(term: Term) -> bool:

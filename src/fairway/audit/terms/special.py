@@ -152,6 +152,28 @@ def _field(m: "Machine", name: str, positional: list[Term], named: dict[str, Ter
     return None
 
 
+def _functional(m: "Machine", name: str, positional: list[Term], named: dict[str, Term], here: "Here") -> Term | None:
+    """functional_call(module, parameters, arguments): the module's call."""
+    given = [*positional, *(named[word] for word in ("args", "kwargs") if word in named)]
+    if len(given) < 3 or given[0].op not in ("object", "choice", "merge", "function", "bound"):
+        return None
+    arguments = list(given[2].parts) if given[2].op in ("tuple", "list") and given[2].value != "comp" else [given[2]]
+    return calls.dispatch(m, given[0], arguments, _texts(given[3]) if len(given) > 3 else {}, inner(here))
+
+
+def _checkpoint(m: "Machine", name: str, positional: list[Term], named: dict[str, Term], here: "Here") -> Term | None:
+    """checkpoint(function, arguments...): its call."""
+    if len(positional) < 2 or positional[0].op not in ("object", "function", "bound"):
+        return None
+    return calls.dispatch(m, positional[0], positional[1:], {}, inner(here))
+
+
+def _texts(table: Term) -> dict[str, Term]:
+    """A table with texts for keys, as keyword arguments."""
+    pairs = zip(table.parts[::2], table.parts[1::2], strict=False) if table.op == "dict" else ()
+    return {str(key.value): term for key, term in pairs if key.op == "const"}
+
+
 def _replace(m: "Machine", name: str, positional: list[Term], named: dict[str, Term], here: "Here") -> Term | None:
     if not positional or positional[0].op != "object":
         return None
@@ -213,6 +235,10 @@ def _get(m: "Machine", base: Term, positional: list[Term], named: dict[str, Term
     return None
 
 
+def _send(m: "Machine", base: Term, positional: list[Term], named: dict[str, Term], here: "Here") -> Term | None:
+    return calls.send(m, base, positional[0], here.file, here.line) if positional else None
+
+
 FUNCTIONS: dict[str, Any] = {
     "os.environ.get": _environ_get,
     "os.getenv": _environ_get,
@@ -237,10 +263,14 @@ LAST_WORDS: dict[str, Any] = {
     "namedtuple": _namedtuple,
     "field": _field,
     "replace": _replace,
+    "functional_call": _functional,
+    "checkpoint": _checkpoint,
 }
 METHODS: dict[str, Any] = {
     "add_argument": _add_argument,
     "register_buffer": _register,
     "register_parameter": _register,
     "get": _get,
+    "send": _send,
+    "asend": _send,
 }

@@ -12,7 +12,7 @@ cross entropy, the index of a gather), or compared with a hint. `Target.kinds` s
 from collections.abc import Iterator
 
 from fairway.audit.terms.octets import looked_up
-from fairway.audit.terms.streams import Streams, reads, reads_of_memory, token_terms
+from fairway.audit.terms.streams import Streams, compared, reads, reads_of_memory, token_terms
 from fairway.audit.terms.term import Term, any_below, peel, same
 
 _CROSS = frozenset(("cross_entropy", "nll_loss", "softmax_cross_entropy_with_integer_labels"))
@@ -143,8 +143,10 @@ class Contribution:
         if place is not None and any(self.is_target(one) for one in _members(place)):
             rest = [part for part in term.parts if part is not place]
             return frozenset(("score",)).union(*(self.kinds(part) for part in rest))
-        if term.op == "compare" and term.value in ("==", "!=", "in", "not in", "is", "is not"):
+        if term.op == "compare" and term.value in ("==", "!="):
             return self._matched(term.parts)
+        if term.op == "compare" and term.value in ("in", "not in", "is", "is not"):
+            return self._matched(compared(term, self.streams))
         if term.op == "call" and term.called in ("eq", "ne", "isin", "in1d", "equal") and len(term.parts) >= 2:
             return self._matched(term.parts)
         key = self._key(term)
@@ -154,8 +156,8 @@ class Contribution:
         return frozenset().union(*(self.kinds(part) for part in reads(term, self.streams)))
 
     def _matched(self, parts: tuple[Term, ...]) -> frozenset[str]:
-        kinds = [self.kinds(part) for part in parts[:2]]
-        if sum("read" in one for one in kinds) == 1:
+        kinds = [self.kinds(part) for part in parts]
+        if parts and sum("read" in one for one in kinds) == 1:
             return frozenset(("match",)).union(*(one - {"read"} for one in kinds))
         return frozenset().union(*kinds)
 

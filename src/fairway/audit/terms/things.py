@@ -21,6 +21,7 @@ class Frame:
     yields: list[Term] = field(default_factory=list)
     loops: list["Loop"] = field(default_factory=list)
     elsewhere: dict[str, "Frame"] = field(default_factory=dict)  # global and nonlocal names
+    sent: Term | None = None  # what `yield` answers: of a coroutine that is sent something
 
     @property
     def module(self) -> "Frame":
@@ -85,6 +86,15 @@ class Instance:
 class Bound:
     function: Function
     owner: Term
+
+
+@dataclass(frozen=True, eq=False)
+class Coroutine:
+    """A generator that was begun: its function and what it was called with."""
+
+    function: Function
+    positional: tuple[Term, ...]
+    named: tuple[tuple[str, Term], ...]
 
 
 @dataclass(frozen=True, eq=False)
