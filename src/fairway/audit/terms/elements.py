@@ -105,15 +105,36 @@ def spelt_items(term: Term) -> tuple[Term, ...] | None:
     for _ in range(40):
         if term.op in ("store", "merge") and term.parts and term.value is None:
             term = term.parts[0]
-    if term.op in ("tuple", "list") and term.value != "comp" and 0 < len(term.parts) <= _SHORT:
-        return term.parts
     if term.op == "dict" and term.value != "comp" and 0 < len(term.parts) <= 2 * _SHORT:
         keys = term.parts[::2]
         return keys if all(key.op == "const" for key in keys) else None
-    return None
+    listed = listing(term)
+    if listed is None or not listed:
+        return None
+    called = all(part.op in ("function", "bound", "class") for part in listed)
+    return listed if len(listed) <= (_CALLED if called else _SHORT) else None
 
 
 _SHORT = 6
+_CALLED = 24  # stages, hooks, rules: what a list of functions does is done in turn
+
+
+def listing(term: Term, depth: int = 64) -> tuple[Term, ...] | None:
+    """The elements of a list that is written out, or was filled step by step in the open; None for anything else."""
+    if term.op in ("tuple", "list") and term.value != "comp":
+        return term.parts
+    if term.op != "mutate" or not depth or term.value not in (".append", ".insert", ".extend"):
+        return None
+    before = listing(term.parts[0], depth - 1)
+    if before is None:
+        return None
+    if term.value == ".append" and len(term.parts) == 2:
+        return (*before, term.parts[1])
+    if term.value == ".extend" and len(term.parts) == 2:
+        more = listing(term.parts[1], depth - 1)
+        return None if more is None else (*before, *more)
+    where = term.parts[1].constant() if len(term.parts) == 3 else None
+    return (*before[:where], term.parts[2], *before[where:]) if isinstance(where, int) else None
 
 
 def _empty(term: Term) -> bool:

@@ -46,6 +46,7 @@ class Machine:
         self.layers = layers or {}
         self.executed: set[str] = set()
         self.coroutines: dict[int, tuple[Term, Coroutine]] = {}  # by the list that stands for what they yield
+        self.defined: dict[int, tuple[ast.AST, Function]] = {}  # by the node that defines them
         self.items: dict[tuple[int, Any], tuple[Term, Term]] = {}
         self.elements: dict[tuple[int, str, int], tuple[Term, Term]] = {}  # with its term, which keeps the id
         self.events: list[Event] = []
@@ -189,7 +190,21 @@ class Machine:
         return self.load(module, stem) if module is not None and name in (stem, module.name) else None
 
     def on_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef, frame: Frame) -> None:
-        frame.vars[node.name] = expressions.function(self, node, frame)
+        term = expressions.function(self, node, frame)
+        self.defined[id(node)] = (node, term.value)
+        if any(isinstance(one, ast.Attribute) and one.attr in ("setter", "deleter") for one in node.decorator_list):
+            return  # the name stays that of the property
+        frame.vars[node.name] = self.decorated(node, term, frame)
+
+    def decorated(self, node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef, term: Term, frame: Frame) -> Term:
+        """A function or class as its decorators leave it; those that are not the script's own leave it as it is."""
+        for one in reversed(node.decorator_list):
+            decorator = self.value(one, frame)
+            if decorator.op in ("function", "bound", "class", "object"):
+                here = calls.Here(None, frame, None, False, node.lineno)
+                made = calls.dispatch(self, decorator, [term], {}, here)
+                term = made if made.op in ("function", "bound", "class", "object") else term
+        return term
 
     on_AsyncFunctionDef = on_FunctionDef
 
@@ -203,10 +218,15 @@ class Machine:
         own = tuple(base.value for base in bases if base.op == "class")
         outside = tuple(str(base.value) for base in bases if base.op == "name")
         made = Class(node.name, inside.vars, own, outside, fields)
-        for term in inside.vars.values():
+        for statement in ast.walk(ast.Module(node.body, [])):
+            _, function = self.defined.get(id(statement), (None, None))
+            if function is not None and function.frame is inside:
+                function.owner, function.frame = made, frame
+        for term in inside.vars.values():  # lambdas, and functions that were made elsewhere
             if term.op == "function" and term.value.owner is None:
-                term.value.owner, term.value.frame = made, frame
-        frame.vars[node.name] = Term("class", (), made, frame.file, node.lineno)
+                term.value.owner = made
+                term.value.frame = frame if term.value.frame is inside else term.value.frame
+        frame.vars[node.name] = self.decorated(node, Term("class", (), made, frame.file, node.lineno), frame)
 
     def on_With(self, node: ast.With | ast.AsyncWith, frame: Frame) -> bool:
         for item in node.items:

@@ -235,6 +235,20 @@ def _get(m: "Machine", base: Term, positional: list[Term], named: dict[str, Term
     return None
 
 
+def _index(m: "Machine", base: Term, positional: list[Term], named: dict[str, Term], here: "Here") -> Term | None:
+    """Where something stands in a list that is written out."""
+    listed = elements.listing(base)
+    if listed is None or len(positional) != 1:
+        return None
+    wanted = positional[0]
+    for at, one in enumerate(listed):
+        if one is wanted or (one.op == wanted.op == "const" and one.value == wanted.value):
+            return constant(at, here.file, here.line)
+        if one.op == wanted.op == "function" and one.value is wanted.value:
+            return constant(at, here.file, here.line)
+    return None
+
+
 def _send(m: "Machine", base: Term, positional: list[Term], named: dict[str, Term], here: "Here") -> Term | None:
     return calls.send(m, base, positional[0], here.file, here.line) if positional else None
 
@@ -272,5 +286,6 @@ METHODS: dict[str, Any] = {
     "register_parameter": _register,
     "get": _get,
     "send": _send,
+    "index": _index,
     "asend": _send,
 }
