@@ -99,7 +99,9 @@ def set_attribute(m: "Machine", base: Term, name: str, term: Term, target: ast.A
                 one.value.attrs[name] = (
                     term if before is None else Term("merge", (term, before), None, term.file, term.line)
                 )
-    elif base.op in ("function", "bound", "const"):
+    elif base.op == "function":
+        base.value.attrs[name] = weakly(m, 0, term, base.value.attrs.get(name))
+    elif base.op in ("bound", "const"):
         return
     else:
         where = constant("." + name, frame.file, target.lineno)

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from fairway.audit.terms import calls
+from fairway.audit.terms import calls, objects
 from fairway.audit.terms.elements import element
 from fairway.audit.terms.term import Term, alternatives
 from fairway.audit.terms.things import Bound, Function
@@ -17,13 +17,16 @@ def attribute(m: "Machine", base: Term, word: str, file: str, line: int) -> Term
             return base.value.attrs[word]
         found = base.value.kind.find(word)
         if found is None:
-            return Term("attr", (base,), word, file, line)
+            held = objects.table(base, file, line) if word == "__dict__" else None
+            return held or Term("attr", (base,), word, file, line)
         return _bound(m, found, base, base, file, line)
     if base.op == "class":
         found = base.value.find(word)
         return (
             _bound(m, found, None, base, file, line) if found is not None else Term("attr", (base,), word, file, line)
         )
+    if base.op == "function" and word in base.value.attrs:
+        return base.value.attrs[word]
     if base.op == "namespace":
         return base.value.vars.get(word, Term("name", (), word, file, line))
     if base.op == "name":

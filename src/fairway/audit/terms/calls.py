@@ -90,6 +90,10 @@ def _named(m: "Machine", node: ast.Call, frame: Frame) -> dict[str, Term]:
     return terms
 
 
+_TRANSFORMED = frozenset(("grad_and_value", "value_and_grad"))
+_OWN = frozenset(("function", "bound", "object"))
+
+
 def dispatch(m: "Machine", function: Term, positional: list[Term], named: dict[str, Term], here: Here) -> Term:
     """Calls whatever `function` stands for."""
     if function.op == "function":
@@ -120,6 +124,15 @@ def dispatch(m: "Machine", function: Term, positional: list[Term], named: dict[s
             if function.op == "choice" and len(results) == 2:
                 return Term("choice", (function.parts[0], *results), None, here.file, here.line)
             return Term("merge", results, None, here.file, here.line)
+    if function.op == "call" and id(function) in m.commands:
+        for command in m.commands[id(function)][1]:
+            dispatch(m, command, [], {}, here)
+    if function.op == "call" and function.called in _TRANSFORMED and function.parts and function.parts[0].op in _OWN:
+        inner = dispatch(m, function.parts[0], positional, named, here)
+        gradient = Term(
+            "call", (function, *positional), "grad", here.file, here.line, ("self", *range(len(positional)))
+        )
+        return Term("tuple", (gradient, inner) if function.called == "grad_and_value" else (inner, gradient))
     if function.op == "name":
         return foreign.function(m, function.value, positional, named, here)
     if here.base is not None and here.node is not None and isinstance(here.node.func, ast.Attribute):

@@ -28,7 +28,7 @@ def carried(term: Term, at: Term | None = None) -> bool:
         while waiting and steps < 60:
             one = peel(waiting.pop())
             steps += 1
-            if at is not None and one is not at and (one.file, one.line) == line and one.op in ("call", "choice"):
+            if at is not None and one is not at and (one.file, one.line) == line and one.called == at.called:
                 return True
             if one.op in ("merge", "store", "mutate"):
                 waiting.extend(one.parts)

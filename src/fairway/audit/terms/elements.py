@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from fairway.audit.settings import UNKNOWN, attempt
-from fairway.audit.terms import calls
+from fairway.audit.terms import calls, objects
 from fairway.audit.terms.term import Term
 from fairway.audit.terms.things import constant
 
@@ -48,28 +48,33 @@ def _element(m: "Machine", term: Term, file: str, line: int) -> Term:
             return found[0]
         if found:
             return Term("merge", tuple(found), None, file, line)
-    if term.op == "call" and term.called in (
-        "tqdm",
-        "reversed",
-        "list",
-        "tuple",
-        "iter",
-        "trange",
-        "deque",
-        "ModuleList",
-        "meter",
-    ):
-        below = term.argument(0)
-        if below is not None and term.called != "trange":
+    if term.op == "call" and term.called in _PASSING:
+        below = term.argument(0, "dataset", "iterable")
+        if below is not None:
             return element(m, below, file, line)
+    if term.op == "call" and term.called == "filter" and len(term.parts) == 2:
+        return element(m, term.parts[1], file, line)
+    if term.op == "call" and term.called == "chain" and term.parts and term.receiver is None:
+        found = [element(m, part, file, line) for part in term.parts[:8]]
+        return found[0] if len(found) == 1 else Term("merge", tuple(found), None, file, line)
     if term.op == "object":
         found_call = calls.method(m, term, "__iter__", [], file, line)
-        if found_call is not None:
+        if found_call is not None and found_call is not term:
             return element(m, found_call, file, line)
+        following = objects.following(m, term, file, line)
+        if following is not None:
+            return following
         found_call = calls.method(m, term, "__getitem__", [Term("free", (), "index", file, line)], file, line)
         if found_call is not None:
             return found_call
     return Term("each", (term,), None, file, line)
+
+
+# What gives the elements of what it was given, one by one.
+_PASSING = frozenset(
+    """tqdm reversed sorted list tuple iter deque ModuleList meter track as_completed islice cycle DataLoader
+    from_iterable sample shuffle""".split()  # noqa: SIM905
+)
 
 
 def _grown(term: Term, depth: int = 12) -> tuple[Term, Term] | None:
@@ -108,7 +113,7 @@ def spelt_items(term: Term) -> tuple[Term, ...] | None:
     if term.op == "dict" and term.value != "comp" and 0 < len(term.parts) <= 2 * _SHORT:
         keys = term.parts[::2]
         return keys if all(key.op == "const" for key in keys) else None
-    listed = listing(term)
+    listed = _table_items(term) or listing(term)
     if listed is None or not listed:
         return None
     called = all(part.op in ("function", "bound", "class") for part in listed)
@@ -117,6 +122,20 @@ def spelt_items(term: Term) -> tuple[Term, ...] | None:
 
 _SHORT = 6
 _CALLED = 24  # stages, hooks, rules: what a list of functions does is done in turn
+
+
+def _table_items(term: Term) -> tuple[Term, ...] | None:
+    """The pairs, keys or values of a table that is written out."""
+    if term.op != "call" or term.value not in (".items", ".keys", ".values") or term.receiver is None:
+        return None
+    table = term.receiver
+    if table.op != "dict" or table.value == "comp" or not all(key.op == "const" for key in table.parts[::2]):
+        return None
+    keys, values = table.parts[::2], table.parts[1::2]
+    if term.value == ".items":
+        pairs = zip(keys, values, strict=False)
+        return tuple(Term("tuple", pair, None, term.file, term.line) for pair in pairs)
+    return keys if term.value == ".keys" else values
 
 
 def listing(term: Term, depth: int = 64) -> tuple[Term, ...] | None:
@@ -170,7 +189,7 @@ def item(m: "Machine", base: Term, index: Term, file: str, line: int) -> Term:
     return m.items[key][1]
 
 
-_SEEN_THROUGH = frozenset(("choice", "merge", "store", "call", "round"))
+_SEEN_THROUGH = frozenset(("choice", "merge", "store", "mutate", "call", "round"))
 
 
 def _item(m: "Machine", base: Term, index: Term, file: str, line: int) -> Term:
@@ -190,13 +209,22 @@ def _item(m: "Machine", base: Term, index: Term, file: str, line: int) -> Term:
             return Term("const", (base,), folded, file, line)
     if base.op == "store" and isinstance(key, str) and base.parts[1].op == "const":
         return base.parts[2] if base.parts[1].value == key else item(m, base.parts[0], index, file, line)
+    if base.op == "mutate" and base.value == ".update" and isinstance(key, str):
+        return _updated(m, base, index, file, line)
     if base.op == "store" and isinstance(key, int) and base.value is None:
         where = base.parts[1].value if base.parts[1].op == "const" else UNKNOWN
         if isinstance(where, int):
             return base.parts[2] if where == key else item(m, base.parts[0], index, file, line)
-    if base.op == "store" and index.op != "const" and base.parts[2].op == "object":
+    if base.op == "dict" and base.value != "comp" and index.op != "const":
+        values = base.parts[1::2]
+        if values and all(part.op in _THINGS for part in values):  # one of the things in a register
+            return values[0] if len(values) == 1 else Term("merge", values[:24], None, file, line)
+    if base.op == "store" and index.op != "const" and base.parts[2].op in _THINGS:
         one = base.parts[2]
-        other = item(m, base.parts[0], index, file, line) if base.parts[0].op == "store" else one
+        below = base.parts[0]
+        other = (
+            item(m, below, index, file, line) if below.op == "store" or (below.op == "dict" and below.parts) else one
+        )
         return one if other is one else Term("merge", (other, one), None, file, line)
     if base.op == "call" and isinstance(key, int) and base.called in _HOLDERS:
         held = base.operand("data", "a", "tensors")
@@ -222,6 +250,15 @@ def _item(m: "Machine", base: Term, index: Term, file: str, line: int) -> Term:
         paired = _paired(m, base.parts[0], index.value, file, line)
         if paired is not None:
             return paired
+    if base.op == "op" and base.value == "+" and isinstance(key, int) and any(_is_packed(p) for p in base.parts):
+        sides = tuple(item(m, part, index, file, line) for part in base.parts)
+        return Term("op", sides, "+", base.file, base.line)
+    if base.op == "call" and base.called == "sum" and isinstance(key, int):  # of a stack of packed sums, over the rows
+        held = base.operand()
+        if held is not None and held.called in ("stack", "vstack") and held.parts:
+            row = element(m, held.parts[0], file, line)
+            column = item(m, row, index, file, line)
+            return Term("call", (column,), base.value, base.file, base.line, ("self",))
     if base.op == "name" and base.value == "os.environ":
         return m.environ(index, Term("free", (), "no default", file, line), file, line)
     if base.op == "object":
@@ -229,6 +266,50 @@ def _item(m: "Machine", base: Term, index: Term, file: str, line: int) -> Term:
         if looked is not None:
             return looked
     return Term("item", (base, index), None, file, line)
+
+
+def _is_packed(term: Term) -> bool:
+    """A few numbers in one tensor: tensor([nats, octets]), or a total of such."""
+    if term.op == "call" and term.called in ("tensor", "array", "stack", "as_tensor"):
+        held = term.operand("data", "a", "tensors", "object")
+        return held is not None and held.op in ("list", "tuple") and held.value != "comp"
+    if term.op == "op" and term.value == "+":
+        return any(_is_packed(part) for part in term.parts)
+    return term.op == "merge" and any(_is_packed(part) for part in term.parts)
+
+
+def _updated(m: "Machine", base: Term, index: Term, file: str, line: int) -> Term:
+    """table.update(name=value)[name]; a Counter's update adds."""
+    said = base.argument(str(index.value))
+    given = base.argument(0)
+    if said is None and given is not None and given.op in ("dict", "store", "merge", "choice"):
+        found = item(m, given, index, file, line)
+        said = found if found.op != "item" else None
+    before = item(m, base.parts[0], index, file, line)
+    if said is None:
+        return before
+    counts = any(one.called == "Counter" for one in layers(base))
+    return Term("op", (before, said), "+", base.file, base.line) if counts else said
+
+
+def layers(term: Term) -> list[Term]:
+    """A container and what it was before each thing that was done to it."""
+    found: list[Term] = []
+    waiting, seen = [term], set[int]()
+    while waiting and len(seen) < 60:
+        one = waiting.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        found.append(one)
+        if one.op in ("store", "mutate"):
+            waiting.append(one.parts[0])
+        elif one.op in ("merge", "choice"):
+            waiting.extend(one.parts[1:] if one.op == "choice" else one.parts)
+    return found
+
+
+_THINGS = frozenset(("object", "function", "class", "bound"))
 
 
 def _paired(m: "Machine", term: Term, index: Any, file: str, line: int) -> Term | None:

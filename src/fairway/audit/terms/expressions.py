@@ -4,9 +4,9 @@ import ast
 from typing import TYPE_CHECKING, Any
 
 from fairway.audit.settings import BINARY, COMPARE, UNKNOWN, attempt, small
-from fairway.audit.terms import assigning, calls
+from fairway.audit.terms import assigning, calls, objects
 from fairway.audit.terms.attributes import attribute, nothing
-from fairway.audit.terms.elements import element, item
+from fairway.audit.terms.elements import element, item, spelt_items
 from fairway.audit.terms.term import Term
 from fairway.audit.terms.things import Frame, Function, FunctionNode, constant
 
@@ -91,11 +91,16 @@ def function(m: "Machine", node: FunctionNode, frame: Frame) -> Term:
 _SOMETHING = frozenset(("object", "function", "class", "bound", "list", "tuple", "dict", "set", "text", "op"))
 
 
-def operation(m: "Machine", op: ast.operator, left: Term, right: Term, file: str, line: int) -> Term:
+def operation(
+    m: "Machine", op: ast.operator, left: Term, right: Term, file: str, line: int, in_place: bool = False
+) -> Term:
     if left.op == "const" and right.op == "const" and type(op) in BINARY and small(op, left.value, right.value):
         folded = attempt(BINARY[type(op)], left.value, right.value)
         if folded is not UNKNOWN:
             return Term("const", (left, right), folded, file, line)
+    own = objects.operated(m, op, left, right, file, line, in_place)
+    if own is not None:
+        return own
     if (
         isinstance(op, ast.Add)
         and left.op == right.op
@@ -254,16 +259,20 @@ def _comprehension(m: "Machine", node: Any, frame: Frame) -> Term:
 
 def _spelt_out(m: "Machine", node: Any, frame: Frame, inside: Frame) -> Term | None:
     """A comprehension over a few things that are written out: each of its elements by itself."""
-    if len(node.generators) != 1 or node.generators[0].ifs or isinstance(node, ast.DictComp):
+    if len(node.generators) != 1 or node.generators[0].ifs:
         return None
     source = value(m, node.generators[0].iter, inside)
-    if source.op not in ("list", "tuple") or source.value == "comp" or not 1 < len(source.parts) <= 12:
+    listed = source.parts if source.op in ("list", "tuple") and source.value != "comp" else spelt_items(source)
+    if listed is None or not 1 < len(listed) <= 12:
         return None
     parts = []
-    for part in source.parts:
+    for part in listed:
         assigning.assign(m, node.generators[0].target, part, inside)
-        parts.append(value(m, node.elt, inside))
-    return Term("set" if isinstance(node, ast.SetComp) else "list", tuple(parts), None, frame.file, node.lineno)
+        if isinstance(node, ast.DictComp):
+            parts.append(value(m, node.key, inside))
+        parts.append(value(m, node.value if isinstance(node, ast.DictComp) else node.elt, inside))
+    op = {ast.SetComp: "set", ast.DictComp: "dict"}.get(type(node), "list")
+    return Term(op, tuple(parts), None, frame.file, node.lineno)
 
 
 def _under(tests: list[Term], parts: tuple[Term, ...]) -> tuple[Term, ...]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from fairway.audit.reading.script import Layer
 from fairway.audit.settings import UNKNOWN, Settings, truth
-from fairway.audit.terms import assigning, calls, elements, expressions, paths, patterns
+from fairway.audit.terms import assigning, calls, elements, expressions, objects, paths, patterns
 from fairway.audit.terms.term import Term
 from fairway.audit.terms.things import Class, Coroutine, Event, Frame, Function, constant
 
@@ -47,6 +47,7 @@ class Machine:
         self.executed: set[str] = set()
         self.coroutines: dict[int, tuple[Term, Coroutine]] = {}  # by the list that stands for what they yield
         self.defined: dict[int, tuple[ast.AST, Function]] = {}  # by the node that defines them
+        self.commands: dict[int, tuple[Term, list[Term]]] = {}  # of command lines, by the application
         self.items: dict[tuple[int, Any], tuple[Term, Term]] = {}
         self.elements: dict[tuple[int, str, int], tuple[Term, Term]] = {}  # with its term, which keeps the id
         self.events: list[Event] = []
@@ -123,7 +124,8 @@ class Machine:
 
     def on_AugAssign(self, node: ast.AugAssign, frame: Frame) -> None:
         before = self.value(node.target, frame)
-        term = expressions.operation(self, node.op, before, self.value(node.value, frame), frame.file, node.lineno)
+        added = self.value(node.value, frame)
+        term = expressions.operation(self, node.op, before, added, frame.file, node.lineno, in_place=True)
         assigning.assign(self, node.target, term, frame)
 
     def on_Return(self, node: ast.Return, frame: Frame) -> bool:
@@ -204,6 +206,12 @@ class Machine:
                 here = calls.Here(None, frame, None, False, node.lineno)
                 made = calls.dispatch(self, decorator, [term], {}, here)
                 term = made if made.op in ("function", "bound", "class", "object") else term
+            elif (
+                decorator.op == "call"
+                and decorator.called in ("command", "callback")
+                and decorator.receiver is not None
+            ):
+                self.commands.setdefault(id(decorator.receiver), (decorator.receiver, []))[1].append(term)
         return term
 
     on_AsyncFunctionDef = on_FunctionDef
@@ -229,13 +237,19 @@ class Machine:
         frame.vars[node.name] = self.decorated(node, Term("class", (), made, frame.file, node.lineno), frame)
 
     def on_With(self, node: ast.With | ast.AsyncWith, frame: Frame) -> bool:
+        held: list[Term] = []
         for item in node.items:
             term = self.value(item.context_expr, frame)
+            held.append(term)
+            bound = objects.entered(self, term, frame.file, node.lineno)
             if term.op == "list" and term.value == "comp":  # a generator that serves as a context
-                term = elements.element(self, term, frame.file, node.lineno)
+                bound = elements.element(self, term, frame.file, node.lineno)
             if item.optional_vars is not None:
-                assigning.assign(self, item.optional_vars, term, frame)
-        return self.block(node.body, frame)
+                assigning.assign(self, item.optional_vars, bound, frame)
+        ended = self.block(node.body, frame)
+        for term in held[::-1]:
+            objects.left(self, term, frame.file, node.lineno)
+        return ended
 
     on_AsyncWith = on_With
 

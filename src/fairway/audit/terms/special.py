@@ -3,11 +3,12 @@
 Each is (machine, name, positional, named, here) -> term, or None to go on; a method has its base in the name's place.
 """
 
+import ast
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fairway.audit.settings import PURE, UNKNOWN, attempt
-from fairway.audit.terms import assigning, attributes, calls, elements
+from fairway.audit.terms import assigning, attributes, calls, elements, objects
 from fairway.audit.terms.term import Term
 from fairway.audit.terms.things import Class, Instance, constant
 
@@ -175,10 +176,41 @@ def _texts(table: Term) -> dict[str, Term]:
 
 
 def _replace(m: "Machine", name: str, positional: list[Term], named: dict[str, Term], here: "Here") -> Term | None:
-    if not positional or positional[0].op != "object":
+    return objects.changed(m, positional[0], named, here.file, here.line) if len(positional) == 1 else None
+
+
+def _replaced(m: "Machine", base: Term, positional: list[Term], named: dict[str, Term], here: "Here") -> Term | None:
+    return objects.changed(m, base, named, here.file, here.line)
+
+
+def _vars(m: "Machine", name: str, positional: list[Term], named: dict[str, Term], here: "Here") -> Term | None:
+    return objects.table(positional[0], here.file, here.line) if positional else None
+
+
+def _sum(m: "Machine", name: str, positional: list[Term], named: dict[str, Term], here: "Here") -> Term | None:
+    """sum of the script's own objects: they are added by their own method, two rounds as of a loop."""
+    one = elements.element(m, positional[0], here.file, here.line) if positional else None
+    if one is None or not objects.owned(one):
         return None
-    old: Instance = positional[0].value
-    return Term("object", (), Instance(old.kind, {**old.attrs, **named}, len(m.conditions)), here.file, here.line)
+    total = positional[1] if len(positional) > 1 else named.get("start", constant(0, here.file, here.line))
+    for _ in range(2):
+        added = objects.operated(m, ast.Add(), total, one, here.file, here.line)
+        if added is None:
+            return None
+        total = added
+    return total
+
+
+def _gathered(m: "Machine", name: str, positional: list[Term], named: dict[str, Term], here: "Here") -> Term | None:
+    """all_gather(list, tensor): the list holds what every rank had."""
+    if len(positional) < 2 or here.node is None or not here.node.args:
+        return None
+    target, given = (1, 0) if name.endswith("gather_object") and not name.endswith("all_gather_object") else (0, 1)
+    if name.endswith(".gather"):
+        return None
+    filled = Term("list", (positional[given],), "comp", here.file, here.line)
+    assigning.write_back(m, here.node.args[target], filled, here.frame)
+    return None
 
 
 def _same(m: "Machine", name: str, positional: list[Term], named: dict[str, Term], here: "Here") -> Term | None:
@@ -227,12 +259,31 @@ def _register(m: "Machine", base: Term, positional: list[Term], named: dict[str,
 
 
 def _get(m: "Machine", base: Term, positional: list[Term], named: dict[str, Term], here: "Here") -> Term | None:
-    """table.get(key, default) of a table that is written out."""
+    """table.get(key, default) of a table that is written out; queue.get() of what was put."""
     if base.op == "dict" and base.value != "comp" and positional and positional[0].op == "const":
         found = elements.item(m, base, positional[0], here.file, here.line)
         if found.op != "item":
             return found
+    if not positional:
+        put = [one for one in elements.layers(base) if one.op == "mutate" and one.value in (".put", ".put_nowait")]
+        if put:
+            held = tuple(one.parts[1] for one in put if len(one.parts) > 1)
+            return held[0] if len(held) == 1 else Term("merge", held, None, here.file, here.line)
     return None
+
+
+def _setdefault(m: "Machine", base: Term, positional: list[Term], named: dict[str, Term], here: "Here") -> Term | None:
+    """table.setdefault(name, value) of a table with named entries: what it holds afterwards."""
+    if len(positional) != 2 or positional[0].op != "const" or here.node is None or base.op not in ("dict", "store"):
+        return None
+    if base.value == "comp" or not isinstance(here.node.func, ast.Attribute):
+        return None
+    found = elements.item(m, base, positional[0], here.file, here.line)
+    if found.op != "item":
+        return found
+    filled = Term("store", (base, *positional), None, here.file, here.line)
+    assigning.write_back(m, here.node.func.value, filled, here.frame)
+    return positional[1]
 
 
 def _index(m: "Machine", base: Term, positional: list[Term], named: dict[str, Term], here: "Here") -> Term | None:
@@ -267,6 +318,9 @@ FUNCTIONS: dict[str, Any] = {
     "next": _next,
     "iter": _same,
     "map": _map,
+    "sum": _sum,
+    "vars": _vars,
+    "asyncio.run": _same,
     "typing.cast": lambda m, name, positional, named, here: positional[1] if len(positional) == 2 else None,
 }
 LAST_WORDS: dict[str, Any] = {
@@ -279,6 +333,9 @@ LAST_WORDS: dict[str, Any] = {
     "replace": _replace,
     "functional_call": _functional,
     "checkpoint": _checkpoint,
+    "all_gather": _gathered,
+    "all_gather_object": _gathered,
+    "gather_object": _gathered,
 }
 METHODS: dict[str, Any] = {
     "add_argument": _add_argument,
@@ -287,5 +344,8 @@ METHODS: dict[str, Any] = {
     "get": _get,
     "send": _send,
     "index": _index,
+    "_replace": _replaced,
+    "setdefault": _setdefault,
+    "run_until_complete": lambda m, base, positional, named, here: positional[0] if positional else None,
     "asend": _send,
 }

@@ -50,6 +50,7 @@ class Function:
     bound_class: bool = False
     computed: bool = False  # a property
     given: tuple[tuple[Term, ...], tuple[tuple[str, Term], ...]] = ((), ())  # functools.partial
+    attrs: dict[str, Term] = field(default_factory=dict)  # names that were set on it
 
     @property
     def name(self) -> str:
