@@ -84,6 +84,7 @@ def _added_to_sidecar(factor: Term) -> Term | None:
             continue
         sides = [peel(part) for part in term.parts]
         read = [side for side in sides if streams.is_stream(side)]
+        sides = [factor for side in sides for factor in _product(side)]
         tested = [
             side
             for side in sides
@@ -93,6 +94,13 @@ def _added_to_sidecar(factor: Term) -> Term | None:
         if read and tested:
             return tested[0]
     return None
+
+
+def _product(term: Term) -> list[Term]:
+    """What a product is made of, as far as it is not a number; the term itself where it is none."""
+    if term.op != "op" or term.value not in ("*", "<<"):
+        return [term]
+    return [factor for part in term.parts if part.op != "const" for factor in _product(peel(part))]
 
 
 def _frees_marks(table: Term) -> bool:

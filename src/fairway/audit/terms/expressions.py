@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from fairway.audit.settings import BINARY, COMPARE, UNKNOWN, attempt, small
 from fairway.audit.terms import assigning, calls, objects
 from fairway.audit.terms.attributes import attribute, nothing
-from fairway.audit.terms.elements import element, item, spelt_items
+from fairway.audit.terms.elements import element, item, listing, spelt_items
 from fairway.audit.terms.term import Term
 from fairway.audit.terms.things import Frame, Function, FunctionNode, constant
 
@@ -185,7 +185,33 @@ def compared(m: "Machine", op: ast.cmpop, left: Term, right: Term, file: str, li
         told = m.settings.environ(left.value, None)
         if told is not UNKNOWN:
             return Term("const", (left, right), (told is not None) == isinstance(op, ast.In), file, line)
-    return Term("compare", (left, right), _TESTS[type(op)], file, line)
+    if isinstance(op, (ast.In, ast.NotIn)):
+        inside = _is_registered(left, right)
+        if inside is not None:
+            return Term("const", (left, right), inside == isinstance(op, ast.In), file, line)
+    term = Term("compare", (left, right), _TESTS[type(op)], file, line)
+    if isinstance(op, (ast.Lt, ast.LtE, ast.Gt, ast.GtE)) and (_is_timed(left) or _is_timed(right)):
+        m.clock(term)
+    return term
+
+
+def _is_registered(left: Term, right: Term) -> bool | None:
+    """Whether a function stands in a list of functions that is written out; None where that cannot be told."""
+    listed = listing(right)
+    if not listed or not all(part.op == "function" for part in listed) or left.op not in ("function", "const"):
+        return None
+    return left.op == "function" and any(part.value is left.value for part in listed)
+
+
+def _is_timed(term: Term, depth: int = 8) -> bool:
+    """Whether a difference of times is in a sum or a product."""
+    if term.op == "call" and term.called in _CLOCKS:
+        return True
+    open_ = term.op in ("op", "merge") or (term.op == "call" and term.called in ("float", "max", "min"))
+    return open_ and depth > 0 and any(_is_timed(part, depth - 1) for part in term.parts[:2])
+
+
+_CLOCKS = frozenset(("time", "perf_counter", "monotonic", "perf_counter_ns", "monotonic_ns"))
 
 
 def _choice(m: "Machine", node: Any, frame: Frame) -> Term:

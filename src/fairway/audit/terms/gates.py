@@ -44,7 +44,8 @@ class Gates:
             fork = forked(term)
             if fork is not None:
                 test, yes, no = fork
-                if self._scored(yes) and self._scored(no) and any(self._compared(test)) and not carried(term):
+                losses = (self._scored(yes) and self._scored(no)) or id(term) in self.inside
+                if losses and any(self._compared(test)) and not carried(term):
                     yield term
             elif is_product(term) and len(term.parts) >= 2:
                 yield from self._masked(term)
@@ -219,7 +220,7 @@ class Gates:
             key = self._key_of(term)
             if key is not None:
                 found.append((term, key))
-            elif term.op == "op" and term.value in ("+", "-", "*"):
+            elif term.op == "op" and term.value in ("+", "-", "*", "or"):
                 waiting.extend(term.parts)
             elif term.op in ("choice", "merge", "list", "tuple"):
                 waiting.extend(term.parts[1:] if term.op == "choice" else term.parts)

@@ -51,6 +51,7 @@ class Machine:
         self.items: dict[tuple[int, Any], tuple[Term, Term]] = {}
         self.elements: dict[tuple[int, str, int], tuple[Term, Term]] = {}  # with its term, which keeps the id
         self.events: list[Event] = []
+        self.clocks: list[Event] = []
         self.options: dict[str, Term] = {}
         self.conditions: list[Term] = []
         self.path: list[str] = []
@@ -326,6 +327,11 @@ class Machine:
     def record(self, term: Term) -> None:
         here = (tuple(self.conditions), tuple(self.path), self.loops, len(self.events), self.within())
         self.events.append(Event(term, *here))
+
+    def clock(self, term: Term) -> None:
+        """A comparison with the time that has gone by."""
+        here = (tuple(self.conditions), tuple(self.path), self.loops, len(self.events), self.within())
+        self.clocks.append(Event(term, *here))
 
     def within(self) -> int:
         """How far down the calls the innermost loop stands."""

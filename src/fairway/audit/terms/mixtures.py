@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from fairway.audit.terms.gates import Gates
 from fairway.audit.terms.keys import is_hashed, spans_vocabulary
-from fairway.audit.terms.term import Term, any_below, peel, same
+from fairway.audit.terms.term import Term, alternatives, any_below, peel, same
 
 
 def gold_ratios(gates: Gates) -> Iterator[Term]:
@@ -78,6 +78,36 @@ def _made_whole(term: Term) -> Iterator[Term]:
             if one.op == "store":
                 waiting.append(one.parts[2])
             waiting.extend(one.parts[1:] if one.op == "choice" else one.parts if one.op == "merge" else one.parts[:1])
+
+
+def undivided(gates: Gates) -> Iterator[Term]:
+    """A row of a memory that is mixed in divided by its largest entry, its length and the like instead of its sum, or
+    counts that nothing divides."""
+    whole = {id(below) for term in gates.nodes for below in _made_whole(term)}
+    whole |= {id(b) for t in gates.nodes if t.called in _SOFTENING for b in gates.of.below(*t.parts)}
+    for term in gates.nodes:
+        if id(term) not in gates.inside or id(term) in whole or term.op != "op" or term.value != "+":
+            continue
+        for part in term.parts:
+            below = peel(part)
+            weighted = below.parts if below.op == "op" and below.value == "*" else ()
+            for row in (one for other in weighted for one in alternatives(other, 8)):
+                if id(row) not in whole and row.op == "op" and row.value == "/" and _by_another_size(gates, row):
+                    yield row
+
+
+_SOFTENING = frozenset(("softmax", "log_softmax", "normalize", "logsumexp"))
+_OTHER_SIZES = frozenset(("max", "amax", "mean", "median", "std", "norm", "numel", "count_nonzero", "len"))
+
+
+def _by_another_size(gates: Gates, row: Term) -> bool:
+    """r / r.max() of a row of a memory, over all tokens."""
+    over, under = peel(row.parts[0]), peel(row.parts[1])
+    operand = under.operand() if under.op == "call" and under.called in _OTHER_SIZES else None
+    if under.op == "item" and peel(under.parts[0]).called in ("max", "median"):  # r.max(-1, keepdim=True)[0]
+        operand = peel(under.parts[0]).operand()
+    wide = gates.of.streams.is_memory(over) and gates.of.is_distribution(over)
+    return wide and operand is not None and same(peel(operand), over, 8)
 
 
 def unpaid_bonus(gates: Gates) -> Iterator[Term]:

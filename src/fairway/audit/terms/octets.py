@@ -126,7 +126,38 @@ def encoded_text(term: Term) -> Term | None:
     options = alternatives(below, 6)
     if len(options) > 1 and all(one.called == "encode" for one in options):
         return below
-    return below.operand() if below.called in ("encode", "bytes") else None
+    if below.called in ("encode", "bytes"):
+        return below.operand()
+    return _held_text(below)
+
+
+def _held_text(lookup: Term) -> Term | None:
+    """len(spelt[token]) of a table of encoded texts: the texts in it."""
+    table = lookup.receiver if lookup.called == "get" else lookup.parts[0] if lookup.op == "item" else None
+    if table is None:
+        return None
+    texts: list[Term] = []
+    waiting, seen = [table], set[int]()
+    while waiting and len(seen) < 200:
+        term = waiting.pop()
+        if id(term) in seen:
+            continue
+        seen.add(id(term))
+        if term.op == "store" and term.value is None:
+            waiting.extend((term.parts[0], term.parts[2]))
+        elif term.op in ("list", "merge", "mutate"):
+            waiting.extend(term.parts)
+        elif term.op == "dict":
+            waiting.extend(term.parts[1::2])
+        elif term.op == "choice":
+            waiting.extend(term.parts[1:])
+        elif term.op == "call" and term.called in ("list", "tuple"):
+            waiting.extend(term.parts)
+        elif term.op == "call" and term.called == "encode":
+            texts.append(term)
+        elif not (term.op == "const" and isinstance(term.value, (bytes, type(None)))):
+            return None
+    return Term("merge", tuple(texts), None, lookup.file, lookup.line) if texts else None
 
 
 def piece_of(text: Term) -> Term | None:
@@ -238,6 +269,9 @@ class SpaceCount:
         if sign in ("+", ".add_", "add", "plus"):
             return self.of(parts[0], marked, table, depth) | self.of(parts[1], marked, table, depth)
         if sign in ("-", ".sub_", "sub", "subtract"):
+            kept = self._kept_of_mark(parts[0], parts[1])
+            if kept is not None:
+                return self._one(term, table) if kept == 1 else NONE
             first, second = (self.of(part, marked, table, depth) for part in parts[:2])
             return Spaces(first.added, {**first.taken, **second.added})
         if sign in ("&", "and", "|", "or", "logical_and", "bitwise_and", "^"):
@@ -245,6 +279,18 @@ class SpaceCount:
         if sign in ("~", "not", "//", "%", "<<", ">>"):
             return NONE
         return self._most(parts, marked, table, depth)
+
+    def _kept_of_mark(self, length: Term, taken: Term) -> int | None:
+        """How many of the mark's three bytes len(piece) - 2 * piece.startswith(mark) leaves; None for anything else."""
+        text = encoded_text(peel(length))
+        if text is None or any_below(text, is_mark) or not named(text):
+            return None
+        factors = _factors_of(taken)
+        numbers = [factor.value for factor in factors if factor.op == "const" and type(factor.value) is int]
+        tests = [factor for factor in factors if factor.op != "const"]
+        if len(tests) != 1 or not self.has_mark(tests[0]) or len(numbers) > 1:
+            return None
+        return len(MARK.encode()) - (numbers[0] if numbers else 1)
 
     def _call(self, term: Term, marked: bool, table: int, depth: int) -> Spaces:
         word = term.called
@@ -260,6 +306,19 @@ class SpaceCount:
         if word in _SUMS:
             return self._most(term.parts, marked, table, depth)
         return NONE
+
+
+def _factors_of(term: Term) -> list[Term]:
+    term = peel(term)
+    if term.op == "op" and term.value == "*":
+        return [factor for part in term.parts for factor in _factors_of(part)]
+    return [term]
+
+
+def named(text: Term) -> bool:
+    """Whether a text is a piece by its name in the vocabulary; decoded text has no mark."""
+    piece = piece_of(text)
+    return piece is not None and not (piece.op == "call" and "ecode" in piece.called)
 
 
 def _negated(test: Term) -> bool:
@@ -307,16 +366,67 @@ def has_byte_test(table: Term) -> bool:
 def three_for_a_byte(table: Term) -> Term | None:
     """The constant above 1 that a byte piece counts as."""
     for term in values(table):
-        if term.op != "choice" or not any_below(term.parts[0], is_byte_test) or _negated(term.parts[0]):
+        if term.op != "choice" or not _says_byte(term.parts[0]):
             continue
         for below in _stored(term.parts[1]):
             value = below.constant()
+            if isinstance(value, (str, bytes)):
+                value = len(value.encode() if isinstance(value, str) else value)
             if isinstance(value, int) and not isinstance(value, bool) and value in (2, 3, 6):
                 return below
     return None
+
+
+def text_for_a_byte(table: Term) -> Term | None:
+    """The length of a text that a byte piece counts as: of the sign that it is decoded to, of its name."""
+    for term in values(table):
+        if term.op != "choice" or not _says_byte(term.parts[0]):
+            continue
+        for below in _stored(term.parts[1]):
+            for part in below.parts if below.op == "tuple" else (below,):
+                text = encoded_text(peel(part))
+                if text is not None and text.op != "list" and piece_of(text) is not None:
+                    return part
+    return None
+
+
+def _says_byte(test: Term) -> bool:
+    """Whether a condition says that a piece is a byte piece; not where it says that it is none."""
+    if test.op == "op" and test.value == "not":
+        return False
+    if test.op == "compare" and test.value in ("!=", "not in"):
+        return False
+    if test.op == "op" and test.value in ("and", "or", "&", "|"):
+        return any(_says_byte(part) for part in test.parts)
+    return any_below(test, is_byte_test)
 
 
 def _stored(arm: Term) -> list[Term]:
     """The value that an arm stands for: itself, or what it stores last."""
     arm = peel(arm)
     return [peel(arm.parts[2])] if arm.op == "store" else [arm]
+
+
+def marked(table: Term, length: Term) -> bool:
+    """Whether a length reaches its table with the mark on: nothing takes it off the text, no condition on the way asks
+    for it, and nothing that asks for it is taken off the number."""
+    waiting, seen = [table], set[int]()
+    while waiting and len(seen) < 4000:
+        term = waiting.pop()
+        if id(term) in seen:
+            continue
+        seen.add(id(term))
+        if term is length:
+            return not any_below(length, is_mark)
+        parts = parts_of(term)
+        if term.op == "store":
+            parts = () if has_mark(term.parts[1]) else parts  # size[lead] -= 3
+        elif term.op == "choice" and has_mark(term.parts[0]):
+            parts = ()
+        elif term.op not in _HOLDING and not (term.op == "op" and term.value == "+"):
+            parts = tuple(p for p in parts if not any(has_mark(other) for other in term.parts if other is not p))
+        waiting.extend(parts)
+    return False
+
+
+_HOLDING = frozenset(("list", "tuple", "dict", "merge", "choice", "set", "each", "round", "item"))

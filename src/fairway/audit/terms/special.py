@@ -286,6 +286,14 @@ def _setdefault(m: "Machine", base: Term, positional: list[Term], named: dict[st
     return positional[1]
 
 
+def _len(m: "Machine", name: str, positional: list[Term], named: dict[str, Term], here: "Here") -> Term | None:
+    """How many functions are in a list of functions that is written out."""
+    listed = elements.listing(positional[0]) if len(positional) == 1 else None
+    if not listed or not all(part.op == "function" for part in listed):
+        return None
+    return constant(len(listed), here.file, here.line)
+
+
 def _index(m: "Machine", base: Term, positional: list[Term], named: dict[str, Term], here: "Here") -> Term | None:
     """Where something stands in a list that is written out."""
     listed = elements.listing(base)
@@ -319,6 +327,7 @@ FUNCTIONS: dict[str, Any] = {
     "iter": _same,
     "map": _map,
     "sum": _sum,
+    "len": _len,
     "vars": _vars,
     "asyncio.run": _same,
     "typing.cast": lambda m, name, positional, named, here: positional[1] if len(positional) == 2 else None,

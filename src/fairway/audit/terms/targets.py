@@ -10,8 +10,10 @@ cross entropy, the index of a gather), or compared with a hint. `Target.kinds` s
 """
 
 from collections.abc import Iterator
+from functools import cached_property
 
 from fairway.audit.terms.octets import looked_up
+from fairway.audit.terms.positions import Place, place_of_tokens, runs
 from fairway.audit.terms.streams import Streams, compared, reads, reads_of_memory, token_terms
 from fairway.audit.terms.term import Term, any_below, peel, same
 
@@ -122,7 +124,21 @@ class Contribution:
     def is_target(self, term: Term) -> bool:
         if id(term) in self.own:
             return True
-        return self.streams.is_stream(term) and any(same(term, target, 10) for target in self.targets)
+        if not self.streams.is_stream(term):
+            return False
+        return any(same(term, target, 10) for target in self.targets) or self._beside(term)
+
+    def _beside(self, term: Term) -> bool:
+        """tokens[t + 1] in a loop that begins where the targets tokens[a + 1 : b + 1] begin."""
+        if not runs(term):
+            return False
+        here = place_of_tokens(term)
+        return here is not None and any(here.meets(place) for place in self.places)
+
+    @cached_property
+    def places(self) -> list[Place]:
+        """Where the targets begin in their streams."""
+        return [place for target in self.targets if (place := place_of_tokens(target)) is not None]
 
     # ---- how a term reads it
 
