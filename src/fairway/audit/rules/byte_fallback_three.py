@@ -1,14 +1,8 @@
 """A byte piece (<0xE2>) is one byte; measured as a text it is three (U+FFFD) or six."""
 
 from fairway.audit.case import Case
-from fairway.audit.terms.octets import (
-    encoded_text,
-    has_byte_test,
-    piece_of,
-    tables_of,
-    text_for_a_byte,
-    three_for_a_byte,
-)
+from fairway.audit.terms.octets import encoded_text, piece_of
+from fairway.audit.terms.tables import has_byte_test, tables_of, text_for_a_byte, three_for_a_byte
 from fairway.audit.terms.term import Term, any_below
 from fairway.audit.terms.verdicts import byte_factors, clean, counted_otherwise
 from fairway.audit.verdict import Finding

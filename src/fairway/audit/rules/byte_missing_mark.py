@@ -1,7 +1,8 @@
 """A piece is measured with its mark on, which is three bytes of UTF-8 for one space: the denominator grows by 20 %."""
 
 from fairway.audit.case import Case
-from fairway.audit.terms.octets import encoded_text, marked, named, tables_of
+from fairway.audit.terms.octets import encoded_text, named
+from fairway.audit.terms.tables import marked, tables_of
 from fairway.audit.terms.verdicts import byte_factors, clean, counted_otherwise
 from fairway.audit.verdict import Finding
 

@@ -4,8 +4,9 @@ import re
 
 from fairway.audit.case import Case
 from fairway.audit.terms.data import words
-from fairway.audit.terms.octets import encoded_text, is_decoder, parts_of, tables_of, values
+from fairway.audit.terms.octets import encoded_text, is_decoder, parts_of, values
 from fairway.audit.terms.streams import Streams
+from fairway.audit.terms.tables import tables_of
 from fairway.audit.terms.term import Term, any_below, peel, walk
 from fairway.audit.terms.verdicts import byte_factors, clean, counted_otherwise
 from fairway.audit.verdict import Finding

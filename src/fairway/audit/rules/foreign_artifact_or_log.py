@@ -110,7 +110,7 @@ def _unknown(record: Record, path: str, text: str) -> Finding | None:
     for number, row in enumerate(text.splitlines()[:_HEAD], 1):
         if len(row) > _LONGEST or "environ" in row or "import " in row:
             continue
-        names = [name.lower() for name in _NAMED.findall(row)]
+        names = [name for name in _NAMED.findall(row) if name == name.lower()]  # not the environment of a command
         if len(set(names)) < _SETTINGS:
             continue
         known = {name for name in names if name in code}

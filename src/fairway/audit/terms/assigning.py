@@ -4,7 +4,7 @@ import ast
 from typing import TYPE_CHECKING
 
 from fairway.audit.terms import calls, expressions
-from fairway.audit.terms.elements import item
+from fairway.audit.terms.items import item
 from fairway.audit.terms.term import Term
 from fairway.audit.terms.things import Frame, Instance, constant
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fairway.audit.settings import Settings
-from fairway.audit.terms import assigning, attributes, elements, expressions, foreign
+from fairway.audit.terms import assigning, attributes, elements, expressions, foreign, items
 from fairway.audit.terms.term import Key, Term, alternatives
 from fairway.audit.terms.things import Bound, Class, Coroutine, Frame, Function, Instance, constant
 
@@ -25,7 +25,7 @@ def call(m: "Machine", node: ast.Call, frame: Frame) -> Term:
     if isinstance(node.func, ast.Name) and node.func.id == "zip" and len(node.args) == 1:
         rows = node.args[0]
         if isinstance(rows, ast.Starred):
-            columns = elements.transposed(m, expressions.value(m, rows.value, frame), frame.file, node.lineno)
+            columns = items.transposed(m, expressions.value(m, rows.value, frame), frame.file, node.lineno)
             if columns is not None:
                 return columns
     base: Term | None = None
@@ -70,7 +70,7 @@ def _positional(m: "Machine", node: ast.Call, frame: Frame) -> list[Term]:
             terms.extend(term.parts)
         else:  # unknown in number: up to three more, each one of its items
             terms.extend(
-                elements.item(m, term, constant(i, frame.file, node.lineno), frame.file, node.lineno) for i in range(3)
+                items.item(m, term, constant(i, frame.file, node.lineno), frame.file, node.lineno) for i in range(3)
             )
     return terms
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 from fairway.audit.settings import BINARY, COMPARE, UNKNOWN, attempt, small
 from fairway.audit.terms import assigning, calls, objects
 from fairway.audit.terms.attributes import attribute, nothing
-from fairway.audit.terms.elements import element, item, listing, spelt_items
+from fairway.audit.terms.elements import element, listing, spelt_items
+from fairway.audit.terms.items import item
 from fairway.audit.terms.term import Term
 from fairway.audit.terms.things import Frame, Function, FunctionNode, constant
 

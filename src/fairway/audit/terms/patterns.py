@@ -3,7 +3,7 @@
 import ast
 from typing import TYPE_CHECKING
 
-from fairway.audit.terms import assigning, attributes, elements, expressions, paths
+from fairway.audit.terms import assigning, attributes, expressions, items, paths
 from fairway.audit.terms.term import Term, alternatives
 from fairway.audit.terms.things import Class, Frame, constant
 
@@ -56,7 +56,7 @@ def bound(m: "Machine", pattern: ast.pattern, subject: Term, frame: Frame) -> li
         for key, inner in zip(pattern.keys, pattern.patterns, strict=True):
             place = expressions.value(m, key, frame)
             tests.append(expressions.compared(m, ast.In(), place, subject, file, line))
-            tests.extend(bound(m, inner, elements.item(m, subject, place, file, line), frame))
+            tests.extend(bound(m, inner, items.item(m, subject, place, file, line), frame))
         if pattern.rest is not None:
             assigning.bind(m, pattern.rest, subject, frame)
         return tests
@@ -82,10 +82,10 @@ def _sequence(m: "Machine", pattern: ast.MatchSequence, subject: Term, frame: Fr
         if isinstance(one, ast.MatchStar):
             if one.name is not None:
                 cut = Term("slice", tuple(constant(None, file, line) for _ in range(3)), None, file, line)
-                assigning.bind(m, one.name, elements.item(m, subject, cut, file, line), frame)
+                assigning.bind(m, one.name, items.item(m, subject, cut, file, line), frame)
             continue
         place = at if starred is None or at < starred else at - count
-        tests.extend(bound(m, one, elements.item(m, subject, constant(place, file, line), file, line), frame))
+        tests.extend(bound(m, one, items.item(m, subject, constant(place, file, line), file, line), frame))
     return tests
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fairway.audit.settings import PURE, UNKNOWN, attempt
-from fairway.audit.terms import assigning, attributes, calls, elements, objects
+from fairway.audit.terms import assigning, attributes, calls, elements, items, objects
 from fairway.audit.terms.term import Term
 from fairway.audit.terms.things import Class, Instance, constant
 
@@ -261,11 +261,11 @@ def _register(m: "Machine", base: Term, positional: list[Term], named: dict[str,
 def _get(m: "Machine", base: Term, positional: list[Term], named: dict[str, Term], here: "Here") -> Term | None:
     """table.get(key, default) of a table that is written out; queue.get() of what was put."""
     if base.op == "dict" and base.value != "comp" and positional and positional[0].op == "const":
-        found = elements.item(m, base, positional[0], here.file, here.line)
+        found = items.item(m, base, positional[0], here.file, here.line)
         if found.op != "item":
             return found
     if not positional:
-        put = [one for one in elements.layers(base) if one.op == "mutate" and one.value in (".put", ".put_nowait")]
+        put = [one for one in items.layers(base) if one.op == "mutate" and one.value in (".put", ".put_nowait")]
         if put:
             held = tuple(one.parts[1] for one in put if len(one.parts) > 1)
             return held[0] if len(held) == 1 else Term("merge", held, None, here.file, here.line)
@@ -278,7 +278,7 @@ def _setdefault(m: "Machine", base: Term, positional: list[Term], named: dict[st
         return None
     if base.value == "comp" or not isinstance(here.node.func, ast.Attribute):
         return None
-    found = elements.item(m, base, positional[0], here.file, here.line)
+    found = items.item(m, base, positional[0], here.file, here.line)
     if found.op != "item":
         return found
     filled = Term("store", (base, *positional), None, here.file, here.line)
