@@ -81,33 +81,42 @@ def _made_whole(term: Term) -> Iterator[Term]:
 
 
 def undivided(gates: Gates) -> Iterator[Term]:
-    """A row of a memory that is mixed in divided by its largest entry, its length and the like instead of its sum, or
-    counts that nothing divides."""
+    """A row of a memory that is mixed in divided by its largest entry, its length and the like instead of its sum."""
     whole = {id(below) for term in gates.nodes for below in _made_whole(term)}
     whole |= {id(b) for t in gates.nodes if t.called in _SOFTENING for b in gates.of.below(*t.parts)}
     for term in gates.nodes:
-        if id(term) not in gates.inside or id(term) in whole or term.op != "op" or term.value != "+":
-            continue
-        for part in term.parts:
-            below = peel(part)
-            weighted = below.parts if below.op == "op" and below.value == "*" else ()
-            for row in (one for other in weighted for one in alternatives(other, 8)):
-                if id(row) not in whole and row.op == "op" and row.value == "/" and _by_another_size(gates, row):
-                    yield row
+        if id(term) in gates.inside and id(term) not in whole and term.op == "op" and term.value == "+":
+            for row, under, where in (found for part in term.parts for found in _divided(part)):
+                if id(row) not in whole and _is_another_size(gates, row, under):
+                    yield where
 
 
 _SOFTENING = frozenset(("softmax", "log_softmax", "normalize", "logsumexp"))
 _OTHER_SIZES = frozenset(("max", "amax", "mean", "median", "std", "norm", "numel", "count_nonzero", "len"))
 
 
-def _by_another_size(gates: Gates, row: Term) -> bool:
-    """r / r.max() of a row of a memory, over all tokens."""
-    over, under = peel(row.parts[0]), peel(row.parts[1])
-    operand = under.operand() if under.op == "call" and under.called in _OTHER_SIZES else None
+def _divided(
+    term: Term, under: tuple[tuple[Term, Term], ...] = (), depth: int = 6
+) -> Iterator[tuple[Term, Term, Term]]:
+    """(factor, divisor, division) for each factor of a product and each thing that it is divided by."""
+    for one in alternatives(term, 8):
+        if one.op == "op" and one.value == "*" and depth:
+            for part in one.parts:
+                yield from _divided(part, under, depth - 1)
+        elif one.op == "op" and one.value == "/" and depth:
+            yield from _divided(one.parts[0], (*under, (one.parts[1], one)), depth - 1)
+        else:
+            yield from ((one, divisor, division) for divisor, division in under)
+
+
+def _is_another_size(gates: Gates, row: Term, divisor: Term) -> bool:
+    """r.max() for a row r of a memory, over all tokens."""
+    under = peel(divisor)
     if under.op == "item" and peel(under.parts[0]).called in ("max", "median"):  # r.max(-1, keepdim=True)[0]
-        operand = peel(under.parts[0]).operand()
-    wide = gates.of.streams.is_memory(over) and gates.of.is_distribution(over)
-    return wide and operand is not None and same(peel(operand), over, 8)
+        under = peel(under.parts[0])
+    operand = under.operand() if under.op == "call" and under.called in _OTHER_SIZES else None
+    wide = gates.of.streams.is_memory(row) and gates.of.is_distribution(row)
+    return wide and operand is not None and same(peel(operand), row, 8)
 
 
 def unpaid_bonus(gates: Gates) -> Iterator[Term]:
