@@ -28,3 +28,12 @@ def test_what_is_honest_is_clean_and_what_is_not_is_found(tmp_path: Path, way: s
     assert verdicts(tmp_path, way, fault=BETTER) == {**clean, "oracle_gate": "violates"}
     spaces = verdicts(tmp_path, way, count=COUNT + " + lead[y].sum()")
     assert spaces == {**clean, "byte_double_space": "violates"}
+
+
+def test_a_wrapper_that_takes_a_functions_name_does_not_call_it_with_itself(tmp_path: Path) -> None:
+    helpers = HELPERS.replace("{fault}", "pass").replace("{count}", COUNT)
+    (tmp_path / "train_gpt.py").write_text(HEAD + TABLE + helpers + WAYS["own-decorator"], encoding="utf-8")
+    reading = Case(opened(tmp_path)).reading
+    called = [event for event in reading.entry.called("cross_entropy") if event.path[-1:] == ("price",)]
+    assert called
+    assert all(event.path[:2] == ("inner", "evaluate") for event in called)

@@ -202,6 +202,8 @@ class Machine:
     def decorated(self, node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef, term: Term, frame: Frame) -> Term:
         """A function or class as its decorators leave it; those that are not the script's own leave it as it is."""
         for one in reversed(node.decorator_list):
+            if isinstance(one, ast.Call) and ast.unparse(one.func).endswith("wraps"):
+                continue  # it gives the wrapper a name
             decorator = self.value(one, frame)
             if decorator.op in ("function", "bound", "class", "object"):
                 here = calls.Here(None, frame, None, False, node.lineno)
