@@ -206,7 +206,7 @@ def _gathered(m: "Machine", name: str, positional: list[Term], named: dict[str, 
     if len(positional) < 2 or here.node is None or not here.node.args:
         return None
     target, given = (1, 0) if name.endswith("gather_object") and not name.endswith("all_gather_object") else (0, 1)
-    if name.endswith(".gather"):
+    if len(here.node.args) <= target:
         return None
     filled = Term("list", (positional[given],), "comp", here.file, here.line)
     assigning.write_back(m, here.node.args[target], filled, here.frame)
