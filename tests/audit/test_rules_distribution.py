@@ -408,3 +408,26 @@ def test_the_number_of_a_round_is_no_token(tmp_path: Path) -> None:
 """
     )
     assert verdict(tmp_path, "target_gated_tilt", script(loss=loss)).verdict == "clean"
+
+
+WALKED = """
+        a, b = torch.from_numpy(x), torch.from_numpy(y)
+        log_p = torch.log_softmax(net(a).float(), -1)
+        hints = np.full(len(y), -1)
+        for j, token in enumerate(y.tolist()):
+            key = (int(x[max(0, j - 1)]), int(x[j]))
+            hints[j] = best.get(key, -1)
+            times = seen.get((key, token), 0) + 1
+            seen[(key, token)] = times
+            if times >= most.get(key, 0):
+                best[key], most[key] = token, times
+        hint = torch.from_numpy(hints)
+        p_hint = log_p.gather(-1, hint.clamp_min(0)[:, None])[:, 0].exp()
+        change = torch.log1p(p_hint * (math.e - 1)) - 1.0 * (hint == b)
+        nll = -log_p.gather(-1, b[:, None])[:, 0] + torch.where(hint >= 0, change, torch.zeros_like(change))
+"""
+
+
+def test_what_followed_most_often_may_be_kept_by_comparing_counts(tmp_path: Path) -> None:
+    text = script(loss=WALKED, state="best, most, seen = {}, {}, {}")
+    assert {rule: verdict(tmp_path, rule, text).verdict for rule in RULES} == dict.fromkeys(RULES, "clean")

@@ -44,8 +44,8 @@ class Gates:
             fork = forked(term)
             if fork is not None:
                 test, yes, no = fork
-                losses = (self._scored(yes) and self._scored(no)) or id(term) in self.inside
-                if losses and any(self._compared(test)) and not carried(term):
+                losses = self._scored(yes) and self._scored(no) and any(self._compared(test))
+                if (losses or self._by_the_answer(term, test)) and not carried(term):
                     yield term
             elif is_product(term) and len(term.parts) >= 2:
                 yield from self._masked(term)
@@ -55,6 +55,15 @@ class Gates:
                 several = len(scored) >= 2 and not any(carried(part, term) for part in scored)
                 if several or (len(among) == len(scored) == 1 and chooses(scored[0])):
                     yield term
+
+    def _by_the_answer(self, term: Term, test: Term) -> bool:
+        """A choice between distributions by which of two gives the target more."""
+        sizes = (one for one in self.of.below(test) if one.op == "compare" and one.value in ("<", "<=", ">", ">="))
+        return id(term) in self.inside and any(all(map(self._read_at_target, one.parts)) for one in sizes)
+
+    def _read_at_target(self, term: Term) -> bool:
+        place = self.of.scored_place(peel(term))
+        return place is not None and "read" in self.kinds(place)
 
     def _masked(self, term: Term) -> Iterator[Term]:
         """loss * (loss < other): a mask that is nothing but a comparison of two losses."""
