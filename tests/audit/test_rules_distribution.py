@@ -416,7 +416,10 @@ WALKED = """
         hints = np.full(len(y), -1)
         for j, token in enumerate(y.tolist()):
             key = (int(x[max(0, j - 1)]), int(x[j]))
-            hints[j] = best.get(key, -1)
+            sure = [(most[k] / 9, -i, best[k]) for i, k in enumerate((key, key[1:])) if most.get(k, 0) > 2]
+            sure = [one for one in sure if one[0] >= 0.5]
+            if sure:
+                hints[j] = max(sure)[2]
             times = seen.get((key, token), 0) + 1
             seen[(key, token)] = times
             if times >= most.get(key, 0):

@@ -86,9 +86,10 @@ def _item(m: "Machine", base: Term, index: Term, file: str, line: int) -> Term:
     if base.op == "call" and base.value in ("min", "max") and index.op == "const" and base.parts:
         one = element(m, base.parts[0], file, line)
         if one.op != "each":
-            return Term(
-                "call", (item(m, one, index, file, line), *base.parts[1:]), base.value, base.file, base.line, base.keys
-            )
+            held = item(m, one, index, file, line)
+            if index.value != 0 and "key" not in base.keys:  # tuples are compared by their first part: this comes along
+                return held
+            return Term("call", (held, *base.parts[1:]), base.value, base.file, base.line, base.keys)
     if base.op == "round" and index.op == "const":
         inner = item(m, base.parts[0], index, file, line)
         return fresh(inner, base.value) if inner.op != "item" else Term("item", (base, index), None, file, line)
