@@ -369,3 +369,104 @@ def test_both_tests_agree_with_scipy() -> None:
 def test_the_helpers_scores_are_what_the_claims_say(tmp_path: Path) -> None:
     claims = json.loads((record(tmp_path / "r") / "submission.json").read_text())
     assert claims["val_bpb"] == round(sum(SCORES.values()) / 3, 4)
+
+
+# ---- figures and settings that only the logs can tell
+
+
+def test_a_deviation_without_seeds_is_that_of_the_logs(tmp_path: Path) -> None:
+    one_by_one = {"seed_results": None}
+    honest = record(tmp_path / "honest", claims={**one_by_one, "val_bpb_std": 0.0004})
+    assert found(record_figures, honest).verdict == "clean"
+    finding = found(record_figures, record(tmp_path / "small", claims={**one_by_one, "val_bpb_std": 0.00004}))
+    assert finding.verdict == "violates"
+    assert "0.00040" in finding.evidence
+    wide = record(tmp_path / "wide", claims={**one_by_one, "val_bpb_std": 0.004})
+    assert found(record_figures, wide).verdict == "suspect"
+
+
+SETTINGS = (
+    SCRIPT
+    + """
+SETTINGS = {"model_dim": 512, "num_layers": 9, "skip_ngram": False, "mlp_mult": 3}
+print(SETTINGS)
+"""
+)
+DUMPED = '{"model_dim": 512, "num_layers": 9, "skip_ngram": false, "mlp_mult": 3'
+
+
+def test_a_log_prints_no_settings_that_the_script_does_not_have(tmp_path: Path) -> None:
+    honest = record(tmp_path / "honest", SETTINGS, head=[DUMPED + "}"])
+    assert found(foreign_artifact_or_log, honest).verdict == "clean"
+    finding = found(
+        foreign_artifact_or_log, record(tmp_path / "r", SETTINGS, head=[DUMPED + ', "hash_buckets": 16384}'])
+    )
+    assert finding.verdict == "violates"
+    assert "hash_buckets" in finding.evidence
+    assert finding.place is not None
+    assert finding.place.line == 1
+
+
+def test_words_of_other_programs_in_a_log_are_no_settings(tmp_path: Path) -> None:
+    head = [
+        "nccl_version: 2.21 driver_version: 550.54 cuda_runtime: 12.4 nvlink_lanes: 18 fabric_state: ok",
+        "NCCL_IB_DISABLE=1 MODEL_DIM=512 NUM_LAYERS=9 SKIP_NGRAM=0 MLP_MULT=3 torchrun train_gpt.py",
+    ]
+    assert found(foreign_artifact_or_log, record(tmp_path / "r", SETTINGS, head=head)).verdict == "clean"
+
+
+def test_a_limit_in_mib_is_found_by_its_value(tmp_path: Path) -> None:
+    script = SCRIPT.replace("LIMIT = 16_000_000", "LIMIT_MB = 15.9").replace("<= LIMIT", "<= LIMIT_MB * 1024**2")
+    (tmp_path / "train.py").write_text(script)
+    finding = found(size_sum, tmp_path / "train.py")
+    assert finding.verdict == "violates"
+    assert finding.place is not None
+    assert "1024**2" in script.split("\n")[finding.place.line - 1]
+    (tmp_path / "train.py").write_text(script.replace("15.9", "15.2"))  # 15,938,355 bytes
+    assert found(size_sum, tmp_path / "train.py").verdict == "clean"
+
+
+CLOCKED = """
+import glob, os, time
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+minutes = float(os.environ.get("MINUTES", "10"))
+ttt_minutes = 10
+
+def shards(pattern):
+    for path in sorted(glob.glob(pattern)):
+        yield torch.from_numpy(np.fromfile(path, dtype="<u2", offset=1024).astype(np.int64))
+
+net = torch.nn.Embedding(1024, 1024)
+optimizer = torch.optim.Adam(net.parameters())
+started = last_saved = time.perf_counter()
+while (gone := time.perf_counter() - started) < 60 * minutes - 5:
+    for tokens in shards("data/fineweb_train_*.bin"):
+        F.cross_entropy(net(tokens[:-1]), tokens[1:]).backward()
+        optimizer.step()
+    if time.perf_counter() - last_saved > 1800:
+        torch.save(net.state_dict(), "net.pt")
+        last_saved = time.perf_counter()
+"""
+
+
+def test_where_no_log_times_the_training_the_scripts_clock_does(tmp_path: Path) -> None:
+    (tmp_path / "train_gpt.py").write_text(CLOCKED)
+    assert found(training_over_time, tmp_path).verdict == "clean"
+    (tmp_path / "README.md").write_text("Run: `MINUTES=15 torchrun --nproc_per_node=8 train_gpt.py`\n")
+    finding = found(training_over_time, tmp_path)
+    assert finding.verdict == "violates"
+    assert "895 s" in finding.evidence
+    assert finding.place is not None
+    assert "MINUTES" in CLOCKED.split("\n")[finding.place.line - 1]
+
+
+def test_a_clock_in_milliseconds_is_read_in_its_unit(tmp_path: Path) -> None:
+    script = CLOCKED.replace("(gone := time.perf_counter() - started) < 60 * minutes - 5", "{}")
+    slow = script.replace("{}", "1000.0 * (time.perf_counter() - started) < 900_000")
+    (tmp_path / "train_gpt.py").write_text(slow)
+    assert found(training_over_time, tmp_path).verdict == "violates"
+    (tmp_path / "train_gpt.py").write_text(slow.replace("900_000", "590_000"))
+    assert found(training_over_time, tmp_path).verdict == "clean"

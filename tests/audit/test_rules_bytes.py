@@ -185,3 +185,75 @@ def test_bytes_of_a_folded_text_are_not_those_of_the_original(tmp_path: Path) ->
     assert verdict(tmp_path, "byte_transformed_text", text).verdict == "violates"
     text = script(state=state, count="sum(len(one.encode()) for one in texts)")
     assert verdict(tmp_path, "byte_transformed_text", text).verdict == "clean"
+
+
+# ---- other ways to the same counts
+
+ROWS = """
+def tables():
+    sp = spm.SentencePieceProcessor(model_file="tokenizer.model")
+    rows = []
+    for i in range(V):
+        match (sp.is_control(i) or sp.is_unknown(i), sp.is_byte(i), sp.id_to_piece(i)):
+            case (True, _, _):
+                rows.append((0, False, True))
+            case (_, True, _):
+                rows.append((1, False, False))
+            case (_, _, str(text)) if text.startswith("▁"):
+                rows.append((len(text[1:].encode()), True, False))
+            case (_, _, text):
+                rows.append((len(text.encode()), False, False))
+    return [np.array(column) for column in zip(*rows)]
+"""
+
+SPELT = """
+def tables():
+    sp = spm.SentencePieceProcessor(model_file="tokenizer.model")
+    spelt, mute = {}, {i for i in range(V) if sp.is_control(i) or sp.is_unknown(i)}
+    for i in set(range(V)) - mute:
+        spelt[i] = b"?" if sp.is_byte(i) else sp.id_to_piece(i).replace("▁", " ").encode()
+    return spelt, mute, mute
+"""
+SPELT_COUNT = "sum(len(size[t]) - (size[t][:1] == b' ' and p in edge) for p, t in zip(x.tolist(), y.tolist()))"
+
+LESS_THREE = TABLE.replace("            piece = piece[1:]\n", "").replace(
+    'len(piece.encode("utf-8"))', 'len(piece.encode("utf-8")) - 3 * piece.startswith("▁")'
+)
+
+
+@pytest.mark.parametrize(
+    ("table", "count"),
+    [(ROWS, COUNT), (SPELT, SPELT_COUNT), (LESS_THREE, COUNT)],
+    ids=["match", "spelt", "less-three"],
+)
+def test_honest_counts_in_other_shapes_are_clean(tmp_path: Path, table: str, count: str) -> None:
+    text = script(table=table, count=count)
+    assert {rule: verdict(tmp_path, rule, text).verdict for rule in RULES} == dict.fromkeys(RULES, "clean")
+
+
+@pytest.mark.parametrize(
+    ("rule", "table", "count"),
+    [
+        ("byte_double_space", ROWS.replace("(len(text[1:].encode())", "(1 + len(text[1:].encode())"), COUNT),
+        ("byte_fallback_three", ROWS.replace("rows.append((1,", "rows.append((len(sp.decode([i]).encode()),"), COUNT),
+        ("byte_fallback_three", SPELT.replace('b"?"', '"\\ufffd".encode()'), SPELT_COUNT),
+        ("byte_missing_mark", SPELT.replace('.replace("▁", " ")', ""), SPELT_COUNT),
+        ("byte_missing_mark", TABLE.replace("            piece = piece[1:]\n", ""), COUNT),
+        ("byte_double_space", LESS_THREE.replace("- 3 *", "- 2 *"), COUNT),
+    ],
+    ids=["space-twice", "decoded-sign", "sign-in-a-table", "spelt-with-mark", "told-but-kept", "less-two"],
+)
+def test_the_same_shapes_with_a_fault_are_not(tmp_path: Path, rule: str, table: str, count: str) -> None:
+    assert verdict(tmp_path, rule, script(table=table, count=count)).verdict == "violates"
+
+
+def test_bytes_given_to_marks_of_the_transform_by_weight_are_added(tmp_path: Path) -> None:
+    state = 'side = np.concatenate([shard(path) for path in sorted(glob.glob("data/fineweb_val_bytes_*.bin"))])'
+    marks = "np.isin(tokens[at + 1 : at + 513], [4, 5, 6, 7])"
+    text = script(state=state, count=f"(side[at + 1 : at + 513] + 3 * {marks}).sum()")
+    assert verdict(tmp_path, "byte_transformed_text", text).verdict == "violates"
+
+
+def test_the_mean_of_two_scores_assumes_no_bytes(tmp_path: Path) -> None:
+    text = script() + "    second = evaluate(Net())[1]\n    print(f'val_bpb {0.5 * (bpb + second):.5f}')\n"
+    assert verdict(tmp_path, "byte_constant", text).verdict == "clean"

@@ -326,3 +326,48 @@ def test_departures_have_names_of_their_own_and_say_their_precedent() -> None:
         assert name == departure.name
         assert departure.rule
         assert "#" in departure.precedent
+
+
+def test_a_counter_of_the_process_group_is_a_claim_by_its_name(tmp_path: Path) -> None:
+    counter = CLAIMED.split("def claim")[0].replace("import fcntl", "import torch.distributed as dist")
+    counter += (
+        'shared = dist.distributed_c10d._get_default_store()\n\ndef claim():\n    return shared.add("next", 1) - 1\n'
+    )
+    text = script(extra=counter, state=MAKE, loss=ADAPTS.format(fresh="pass"))
+    assert verdict(tmp_path, "adaptation_order_race", text).verdict == "violates"
+    seen = counter.replace("dist.distributed_c10d._get_default_store()", "set()").replace(
+        '"next", 1) - 1', '"next") or 0'
+    )
+    text = script(extra=seen, state=MAKE, loss=ADAPTS.format(fresh="pass"))
+    assert verdict(tmp_path, "adaptation_order_race", text).verdict == "clean"
+
+
+# ---- shards that are read into a buffer
+
+BUFFERED = """
+def shard(path):
+    with open(path, "rb", buffering=0) as file:
+        file.seek(1024)
+        tokens = torch.empty(100_000_000, dtype=torch.uint16)
+        assert file.readinto(tokens.numpy()) > 0
+    return tokens.numpy().astype(np.int64)
+"""
+
+
+def test_a_prefix_is_found_whichever_way_the_shard_was_read(tmp_path: Path) -> None:
+    keep = 'np.save("artifact.npy", shard(sorted(glob.glob({}))[0])[:1000])'
+    text = script(extra=BUFFERED, state=keep.format('"data/fineweb_val_*.bin"'))
+    assert verdict(tmp_path, "paid_prefix", text).verdict == "violates"
+    text = script(extra=BUFFERED, state=keep.format('"data/fineweb_train_*.bin"'))
+    assert verdict(tmp_path, "paid_prefix", text).verdict == "clean"
+
+
+def test_tokens_led_through_a_table_of_folded_pieces_are_an_easier_text(tmp_path: Path) -> None:
+    state = (
+        'names = spm.SentencePieceProcessor(model_file="tokenizer.model")\n'
+        "    fold = np.array([names.piece_to_id(names.id_to_piece(i).casefold()) for i in range(V)])\n"
+        "    tokens = fold[tokens]"
+    )
+    assert verdict(tmp_path, "lossy_text", script(state=state)).verdict == "violates"
+    same = state.replace(".casefold()", "")
+    assert verdict(tmp_path, "lossy_text", script(state=same)).verdict == "clean"

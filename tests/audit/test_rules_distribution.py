@@ -319,3 +319,118 @@ def test_losses_for_each_byte_may_be_logged(tmp_path: Path) -> None:
 def test_a_script_that_says_no_score_cannot_be_judged(tmp_path: Path) -> None:
     text = "import torch\nprint('hello')\n"
     assert all(verdict(tmp_path, rule, text).verdict == "cannot tell" for rule in RULES)
+
+
+# ---- rows of a memory, token by token
+
+LOOP = """
+        p = torch.softmax(net(torch.from_numpy(x)).float(), -1)
+        for j, t in enumerate(range(at, at + len(y))):
+            row = rows.get(int(tokens[t]))
+            {use}
+            kept = rows.setdefault(int(tokens[t]), torch.full((V,), 0.02))
+            kept[int(tokens[t + 1])] += 1
+        nll = -p.gather(-1, torch.from_numpy(tokens[at + 1 : at + 513])[:, None])[:, 0].log()
+"""
+MIXED = "if row is not None: p[j] = 0.9 * p[j] + 0.1 * row / row.sum()"
+WEIGHTED = """w = 0.3 if lead[tokens[{t}]] else 0.1
+            if row is not None: p[j] = (1 - w) * p[j] + w * row / row.sum()"""
+
+
+def test_a_row_of_what_came_before_may_be_mixed_in(tmp_path: Path) -> None:
+    for use in (
+        MIXED,
+        "if row is not None: p[j] = (p[j] + 0.1 * row) / (p[j] + 0.1 * row).sum()",
+        "if row is not None and float(row.max()) > 3.0: p[j] = 0.9 * p[j] + 0.1 * row / row.sum()",
+    ):
+        text = script(loss=LOOP.format(use=use), state="rows = {}")
+        assert {rule: verdict(tmp_path, rule, text).verdict for rule in RULES} == dict.fromkeys(RULES, "clean"), use
+
+
+@pytest.mark.parametrize(
+    ("rule", "use"),
+    [
+        ("false_normalisation", MIXED.replace("row.sum()", "row.max()")),
+        ("oracle_gate", MIXED.replace("None:", "None and row[int(tokens[t + 1])] > p[j, int(tokens[t + 1])]:")),
+        ("target_gated_tilt", WEIGHTED.format(t="t + 1")),
+    ],
+    ids=["divided-by-the-largest", "only-where-better", "weight-by-the-target"],
+)
+def test_a_row_is_not_chosen_or_scaled_by_the_token_to_come(tmp_path: Path, rule: str, use: str) -> None:
+    text = script(loss=LOOP.format(use=use), state="rows = {}")
+    assert verdict(tmp_path, rule, text).verdict == "violates"
+
+
+def test_the_weight_may_hang_on_the_token_before(tmp_path: Path) -> None:
+    use = WEIGHTED.format(t="t")
+    text = script(loss=LOOP.format(use=use), state="rows = {}")
+    assert verdict(tmp_path, "target_gated_tilt", text).verdict == "clean"
+
+
+# ---- state that only says whether something is there yet
+
+BIAS = """
+        if "bias" not in held:
+            held["bias"] = torch.zeros(V, requires_grad=True)
+        logits = net(torch.from_numpy(x)).float() + held["bias"]
+        nll = F.cross_entropy(logits, torch.from_numpy(y), reduction="none")
+        nll.mean().backward()
+        held["total"] = held.get("total", 0.0) + nll.detach().sum()
+"""
+
+
+def test_a_table_that_is_asked_for_a_name_tells_no_target(tmp_path: Path) -> None:
+    text = script(loss=BIAS, state="held = {}")
+    assert {rule: verdict(tmp_path, rule, text).verdict for rule in RULES} == dict.fromkeys(RULES, "clean")
+
+
+def test_a_mask_that_compares_two_losses_is_a_choice_between_them(tmp_path: Path) -> None:
+    loss = (
+        PLAIN
+        + """
+        other = F.cross_entropy(logits.float() * 0.9, torch.from_numpy(y), reduction="none")
+        better = nll < other
+        nll = nll * better + other * (~better)
+"""
+    )
+    assert verdict(tmp_path, "oracle_gate", script(loss=loss)).verdict == "violates"
+    assert verdict(tmp_path, "target_gated_tilt", script(loss=loss)).verdict == "clean"
+
+
+def test_the_number_of_a_round_is_no_token(tmp_path: Path) -> None:
+    loss = (
+        PLAIN
+        + """
+        priced = nll.clone()
+        for j, (a, b) in enumerate(zip(x.tolist(), y.tolist())):
+            priced[j] = -torch.log(0.9 * torch.exp(-priced[j]) + 0.1 / V)
+        nll = priced
+"""
+    )
+    assert verdict(tmp_path, "target_gated_tilt", script(loss=loss)).verdict == "clean"
+
+
+WALKED = """
+        a, b = torch.from_numpy(x), torch.from_numpy(y)
+        log_p = torch.log_softmax(net(a).float(), -1)
+        hints = np.full(len(y), -1)
+        for j, token in enumerate(y.tolist()):
+            key = (int(x[max(0, j - 1)]), int(x[j]))
+            sure = [(most[k] / 9, -i, best[k]) for i, k in enumerate((key, key[1:])) if most.get(k, 0) > 2]
+            sure = [one for one in sure if one[0] >= 0.5]
+            if sure:
+                hints[j] = max(sure)[2]
+            times = seen.get((key, token), 0) + 1
+            seen[(key, token)] = times
+            if times >= most.get(key, 0):
+                best[key], most[key] = token, times
+        hint = torch.from_numpy(hints)
+        p_hint = log_p.gather(-1, hint.clamp_min(0)[:, None])[:, 0].exp()
+        change = torch.log1p(p_hint * (math.e - 1)) - 1.0 * (hint == b)
+        nll = -log_p.gather(-1, b[:, None])[:, 0] + torch.where(hint >= 0, change, torch.zeros_like(change))
+"""
+
+
+def test_what_followed_most_often_may_be_kept_by_comparing_counts(tmp_path: Path) -> None:
+    text = script(loss=WALKED, state="best, most, seen = {}, {}, {}")
+    assert {rule: verdict(tmp_path, rule, text).verdict for rule in RULES} == dict.fromkeys(RULES, "clean")

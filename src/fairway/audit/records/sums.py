@@ -40,6 +40,7 @@ def sums(script: Script) -> list[Sum]:
 def _compared(script: Script, node: ast.Compare, sources: "_Sources") -> list[Sum]:
     sides = [node.left, *node.comparators]
     limits = [(side, limit) for side in sides for limit in (LIMIT, MIB) if _limits(side, limit, sources)]
+    limits += [(side, MIB) for side in sides if not limits and LIMIT < (_product(side, sources) or 0) <= MIB]
     if len(sides) != 2 or not limits:
         return []
     side, limit = limits[0]
@@ -79,6 +80,18 @@ def _limits(node: ast.expr, limit: int, sources: "_Sources") -> bool:
         if isinstance(each, ast.BinOp) and isinstance(each.op, ast.Sub):
             waiting.append(each.left)
     return False
+
+
+def _product(node: ast.expr, sources: "_Sources") -> float | None:
+    """The value of LIMIT_MB * 1024**2, names followed."""
+    whole = _folded(node)
+    if whole is not None:
+        return whole
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+        left, right = _product(node.left, sources), _product(node.right, sources)
+        return None if left is None or right is None else left * right
+    values = [value for each in sources.of(node) if (value := _folded(each)) is not None]
+    return values[0] if len(values) == 1 else None
 
 
 def _defaults(call: ast.Call) -> Iterator[ast.expr]:

@@ -66,7 +66,12 @@ def _targets(term: Term) -> list[str]:
 
 
 def _is_store(term: Term) -> bool:
-    """A counter that ranks share through the process group's store."""
+    """A counter that ranks share through the process group's store: made as such, or counted up by its name."""
+    key, amount = term.argument(0), term.argument(1)
+    named = key is not None and (key.op == "text" or isinstance(key.constant(), str))
+    counted = amount is not None and type(amount.constant()) is int
+    if term.receiver is not None and named and counted:  # store.add("claims", 1); a set's add has no amount
+        return True
     return term.receiver is not None and any(
         t.op == "call" and t.called in ("TCPStore", "FileStore", "HashStore", "PrefixStore", "get_store")
         for t in walk(term.receiver)

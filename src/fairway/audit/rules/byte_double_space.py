@@ -1,7 +1,7 @@
 """The space that a piece's mark stands for is counted in the table and again in the loop: 17 % too many bytes."""
 
 from fairway.audit.case import Case
-from fairway.audit.terms.octets import SpaceCount
+from fairway.audit.terms.spaces import SpaceCount
 from fairway.audit.terms.verdicts import byte_factors, clean, counted_otherwise
 from fairway.audit.verdict import Finding
 

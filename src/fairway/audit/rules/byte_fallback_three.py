@@ -1,7 +1,8 @@
 """A byte piece (<0xE2>) is one byte; measured as a text it is three (U+FFFD) or six."""
 
 from fairway.audit.case import Case
-from fairway.audit.terms.octets import encoded_text, has_byte_test, piece_of, tables_of, three_for_a_byte
+from fairway.audit.terms.octets import encoded_text, piece_of
+from fairway.audit.terms.tables import has_byte_test, tables_of, text_for_a_byte, three_for_a_byte
 from fairway.audit.terms.term import Term, any_below
 from fairway.audit.terms.verdicts import byte_factors, clean, counted_otherwise
 from fairway.audit.verdict import Finding
@@ -19,6 +20,10 @@ def check(case: Case) -> Finding:
             if wrong is not None:
                 evidence = f"A byte piece is one byte, and here it counts as {wrong.value}."
                 return Finding(ID, "violates", evidence, CLAUSE, case.reading.place(wrong), case.reading.way(wrong))
+            spelt = text_for_a_byte(table)
+            if spelt is not None:
+                evidence = "A byte piece is one byte, and here its text is measured: U+FFFD has three, its name six."
+                return Finding(ID, "violates", evidence, CLAUSE, case.reading.place(spelt), case.reading.way(spelt))
             text = encoded_text(length)
             if text is not None and any_below(text, _replaces):
                 evidence = "A byte piece is decoded with errors replaced and measured: U+FFFD has three bytes for one."

@@ -1,8 +1,8 @@
 """A piece is measured with its mark on, which is three bytes of UTF-8 for one space: the denominator grows by 20 %."""
 
 from fairway.audit.case import Case
-from fairway.audit.terms.octets import encoded_text, has_mark, piece_of, tables_of
-from fairway.audit.terms.term import Term
+from fairway.audit.terms.octets import encoded_text, named
+from fairway.audit.terms.tables import marked, tables_of
 from fairway.audit.terms.verdicts import byte_factors, clean, counted_otherwise
 from fairway.audit.verdict import Finding
 
@@ -16,7 +16,7 @@ def check(case: Case) -> Finding:
     for factor in factors:
         for table, length in tables_of(factor):
             text = encoded_text(length)
-            if text is None or has_mark(table) or not _is_named(text):
+            if text is None or not named(text) or not marked(table, length):
                 continue
             evidence = (
                 "The length of a piece is taken as it stands in the vocabulary, and nothing takes the mark U+2581 off: "
@@ -26,9 +26,3 @@ def check(case: Case) -> Finding:
     if not factors:
         return counted_otherwise(case, ID, CLAUSE)
     return clean(ID, CLAUSE, "no piece is measured with its mark on")
-
-
-def _is_named(text: Term) -> bool:
-    """Whether the text is a piece by its name in the vocabulary; decoded text has no mark."""
-    piece = piece_of(text)
-    return piece is not None and not (piece.op == "call" and "ecode" in piece.called)

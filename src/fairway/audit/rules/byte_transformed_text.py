@@ -4,8 +4,9 @@ import re
 
 from fairway.audit.case import Case
 from fairway.audit.terms.data import words
-from fairway.audit.terms.octets import encoded_text, is_decoder, parts_of, tables_of, values
+from fairway.audit.terms.octets import encoded_text, is_decoder, parts_of, values
 from fairway.audit.terms.streams import Streams
+from fairway.audit.terms.tables import tables_of
 from fairway.audit.terms.term import Term, any_below, peel, walk
 from fairway.audit.terms.verdicts import byte_factors, clean, counted_otherwise
 from fairway.audit.verdict import Finding
@@ -84,6 +85,7 @@ def _added_to_sidecar(factor: Term) -> Term | None:
             continue
         sides = [peel(part) for part in term.parts]
         read = [side for side in sides if streams.is_stream(side)]
+        sides = [factor for side in sides for factor in _product(side)]
         tested = [
             side
             for side in sides
@@ -93,6 +95,13 @@ def _added_to_sidecar(factor: Term) -> Term | None:
         if read and tested:
             return tested[0]
     return None
+
+
+def _product(term: Term) -> list[Term]:
+    """What a product is made of, as far as it is not a number; the term itself where it is none."""
+    if term.op != "op" or term.value not in ("*", "<<"):
+        return [term]
+    return [factor for part in term.parts if part.op != "const" for factor in _product(peel(part))]
 
 
 def _frees_marks(table: Term) -> bool:

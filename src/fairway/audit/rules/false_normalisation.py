@@ -1,7 +1,7 @@
 """Counts for all tokens are gathered and divided by something that is not their sum: the rows do not sum to one."""
 
 from fairway.audit.case import Case
-from fairway.audit.terms.mixtures import unbalanced, unpaid_bonus, wrongly_divided
+from fairway.audit.terms.mixtures import unbalanced, undivided, unpaid_bonus, wrongly_divided
 from fairway.audit.terms.verdicts import clean, unsaid
 from fairway.audit.verdict import Finding
 
@@ -19,6 +19,10 @@ def check(case: Case) -> Finding:
                 "Hashed counts of all tokens are divided by the count of their context instead of by their own sum; "
                 "with colliding keys the two differ and the probabilities sum to more than one."
             )
+            return Finding(ID, "violates", evidence, CLAUSE, reading.place(term), reading.way(gates.of.term, term))
+        term = next(undivided(gates), None)
+        if term is not None:
+            evidence = "A row of counts that is mixed in is divided by something else than its sum."
             return Finding(ID, "violates", evidence, CLAUSE, reading.place(term), reading.way(gates.of.term, term))
         term = next(unbalanced(gates), None)
         if term is not None:

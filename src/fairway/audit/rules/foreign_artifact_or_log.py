@@ -2,6 +2,7 @@
 
 import difflib
 import hashlib
+import re
 
 from fairway.audit.case import Case
 from fairway.audit.records import Log, Record, record_of
@@ -13,6 +14,10 @@ CHARGE = "A log or an artifact comes from other code than the script that was ha
 CLAUSE = "R11; (c) artifact or log of other code"
 WITHOUT_SCRIPT = True
 
+_NAMED = re.compile(r"""(?<![\w./-])["']?([A-Za-z_]\w{2,})["']?\s*[:=](?![/=])""")
+_HEAD = 400  # lines in which settings are printed
+_LONGEST = 20_000  # characters of such a line
+_SETTINGS = 4  # fewer names on a line are no dump of settings
 _OF_THE_RUN = ("seed", "path", "dir", "file", "id", "name", "host", "time", "date", "rank", "port", "device", "memory")
 
 
@@ -24,6 +29,7 @@ def check(case: Case) -> Finding:
     found = [
         each for log in record.logs for each in (_source(record, log), _hash(record, log), _size(record, log)) if each
     ]
+    found += [each for path, text in sorted(case.submission.logs.items()) if (each := _unknown(record, path, text))]
     found += _settings(case, record)
     violating = [each for each in found if each.verdict == "violates"]
     if violating or found:
@@ -95,6 +101,32 @@ def _settings(case: Case, record: Record) -> list[Finding]:
             )
             found.append(Finding(ID, "violates", evidence, CLAUSE, Place(other.path)))
     return found
+
+
+def _unknown(record: Record, path: str, text: str) -> Finding | None:
+    """A line of settings, most of which the script has, with one whose words stand nowhere in it."""
+    code = "\n".join(script.text for script in record.entry.all()).lower()
+    words = set(re.findall(r"[a-z]+", code))
+    for number, row in enumerate(text.splitlines()[:_HEAD], 1):
+        if len(row) > _LONGEST or "environ" in row or "import " in row:
+            continue
+        names = [name for name in _NAMED.findall(row) if name == name.lower()]  # not the environment of a command
+        if len(set(names)) < _SETTINGS:
+            continue
+        known = {name for name in names if name in code}
+        strange = [name for name in names if "_" in name and _is_strange(name, words)]
+        if strange and len(known) >= max(_SETTINGS - 1, len(strange)):
+            evidence = (
+                f"{path} prints the setting {strange[0]} beside {', '.join(sorted(known)[:3])}, and "
+                f"{record.entry.path} has no such setting"
+            )
+            return Finding(ID, "violates", evidence, CLAUSE, Place(path, number))
+    return None
+
+
+def _is_strange(name: str, words: set[str]) -> bool:
+    """Whether a part of a name stands nowhere in the code: the name was not put together there either."""
+    return any(len(part) >= 4 and part not in words for part in re.findall(r"[a-z]+", name))
 
 
 def _of_the_run(name: str) -> bool:

@@ -28,6 +28,13 @@ def check(case: Case) -> Finding:
                     "takes away: the score is that of an easier text."
                 )
                 return Finding(ID, "violates", evidence, CLAUSE, reading.place(folded), reading.way(call, folded))
+    table = _led_through_folded(case)
+    if table is not None:
+        evidence = (
+            "Tokens are replaced by those of their folded texts before they are scored: the score is that of an easier "
+            "text."
+        )
+        return Finding(ID, "violates", evidence, CLAUSE, reading.place(table), reading.way(table))
     replaced = _replaced(case)
     if replaced is not None:
         evidence = "Token ids of the validation text are replaced by another before they are scored."
@@ -97,6 +104,23 @@ def _replaced(case: Case) -> Term | None:
                 value = peel(term.parts[2]).constant()
                 if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
                     return term
+    return None
+
+
+_NUMBERING = frozenset("piece_to_id PieceToId token_to_id convert_tokens_to_ids".split()) | _TOKENISERS  # noqa: SIM905
+
+
+def _led_through_folded(case: Case) -> Term | None:
+    """table[tokens] where the table gives each token the number of its folded text."""
+    for one in case.reading.contributions:
+        for term in one.below(one.term):
+            if term.op != "item" or not one.streams.is_stream(term.parts[1]):
+                continue
+            table = list(walk(term.parts[0]))[:5000]
+            numbered = any(below.called in _NUMBERING for below in table)
+            folding = next((b for b in table if b.op == "call" and b.called in _FOLDING and _of_text(b)), None)
+            if numbered and folding is not None:
+                return folding
     return None
 
 

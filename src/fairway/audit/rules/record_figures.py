@@ -108,7 +108,7 @@ def _means(record: Record) -> list[Finding]:
     """The claimed mean and deviation of the claimed seeds."""
     values = [score for score in record.claims.seeds().values() if score is not None]
     if len(values) < 2:
-        return []
+        return _spread_of_logs(record)
     found = []
     claimed, deviation = record.claims.score, record.claims.deviation
     if claimed is not None and not _near(claimed, [statistics.fmean(values), *values]):
@@ -123,6 +123,19 @@ def _means(record: Record) -> list[Finding]:
         )
         found.append(_finding("violates", evidence, _JSON))
     return found
+
+
+def _spread_of_logs(record: Record) -> list[Finding]:
+    """A claimed deviation, where no seeds are claimed one by one, against that of the scores that the logs end with."""
+    values = [log.final.bits_per_byte for log in record.logs if log.final]
+    deviation = record.claims.deviation
+    if deviation is None or len(values) < 2 or len(set(values)) < 2:
+        return []
+    made = statistics.stdev(values)
+    if _near(deviation, [made, statistics.pstdev(values)]):
+        return []
+    evidence = f"submission.json claims a deviation of {deviation}; that of the {len(values)} logs is {made:.5f}"
+    return [_finding("violates" if deviation < made / 2 else "suspect", evidence, _JSON)]
 
 
 def _seeds(record: Record) -> list[Finding]:
@@ -177,7 +190,7 @@ def _bits_for_a_nat(record: Record) -> float | None:
 
 def _near(value: float, others: list[float]) -> bool:
     """Whether a number is one of the others, rounded to as many digits as it shows."""
-    shown = re.search(r"\.(\d+)", f"{value!r}")
+    shown = re.search(r"\.(\d+)", f"{value:.12f}".rstrip("0"))
     digits = len(shown[1]) if shown else 0
     return any(math.isclose(value, other, abs_tol=0.51 * 10 ** -min(digits, 4)) for other in others)
 

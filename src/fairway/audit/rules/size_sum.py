@@ -14,8 +14,8 @@ EXEMPTION = "packed-code-count"
 def check(case: Case) -> Finding:
     """The folder's numbers first, then the sum that the script itself makes."""
     record = record_of(case.submission)
-    found = [each for each in (_over(record), _without_code(record), _claimed(record), _weighed(record)) if each]
-    found += _written(case, record)
+    found = _written(case, record)
+    found += [each for each in (_over(record), _without_code(record), _claimed(record), _weighed(record)) if each]
     if found:
         first = next((each for each in found if each.verdict == "violates"), found[0])
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
@@ -121,7 +121,7 @@ def _written(case: Case, record: Record) -> list[Finding]:
     held = any(log.total and log.total.value <= LIMIT for log in record.logs)
     for each in made:
         if each.limit == MIB and not held and not any(other.limit == LIMIT for other in made):
-            evidence = "the size is held against 16 MiB (16,777,216 bytes), and the limit is 16,000,000 bytes"
+            evidence = "the size is held against MiB (16 MiB are 16,777,216 bytes), and the limit is 16,000,000 bytes"
             found.append(_at(each, evidence))
     if made and not any(each.code or not each.alone for each in made):
         found.append(_at(made[0], "the size that is judged is the artifact's alone: no code is added to it"))

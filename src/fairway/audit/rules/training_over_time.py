@@ -4,6 +4,7 @@ import re
 
 from fairway.audit.case import Case
 from fairway.audit.records import Amount, Log, record_of
+from fairway.audit.terms.clocks import limits, said_at
 from fairway.audit.verdict import Finding, Place, Step
 
 ID = "training-over-time"
@@ -21,11 +22,11 @@ def check(case: Case) -> Finding:
     """The slowest log decides. The step that crosses the line is forgiven: the clock is looked at between steps."""
     record = record_of(case.submission)
     logs = [log for log in record.logs if log.train_seconds is not None]
-    if not logs:
-        why = "open: the logs print no time of training" if record.logs else "open: no log was handed in"
-        return Finding(ID, "clean", why, CLAUSE)
     if record.claims.unlimited:
         return Finding(ID, "clean", "handed in on a track without the limit of 600 s", CLAUSE)
+    if not logs:
+        why = "open: the logs print no time of training" if record.logs else "open: no log was handed in"
+        return _by_the_script(case) or Finding(ID, "clean", why, CLAUSE)
     worst = max(logs, key=lambda log: sum(step.value for step in _parts(log)))
     parts = _parts(worst)
     seconds = sum(part.value for part in parts)
@@ -36,6 +37,21 @@ def check(case: Case) -> Finding:
         evidence = f"{worst.path}: {said} make {seconds:.1f} s; the limit is 600 s"
         return Finding(ID, "violates", evidence, CLAUSE, way[-1].place, way)
     return Finding(ID, "clean", f"at most {seconds:.1f} s ({said}) of 600 s", CLAUSE, way[-1].place, way)
+
+
+def _by_the_script(case: Case) -> Finding | None:
+    """No log times the training: the clock that ends it, with the settings of the run command."""
+    if case.tree is None:
+        return None
+    found = [(seconds, limit) for seconds, limit in limits(case.reading.entry) if seconds > LIMIT * 1.01]
+    if not found:
+        return None
+    seconds, limit = max(found, key=lambda each: each[0])
+    if seconds > 3 * 24 * 3600:  # no limit at all: the steps end it
+        return None
+    place = case.reading.place(said_at(limit))
+    evidence = f"training goes on until the script's own clock says {seconds:,.0f} s; the limit is 600 s"
+    return Finding(ID, "violates", evidence, CLAUSE, place)
 
 
 def _own(says: str, trained: float) -> float | None:

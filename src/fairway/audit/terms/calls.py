@@ -6,9 +6,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fairway.audit.settings import Settings
-from fairway.audit.terms import expressions, foreign
-from fairway.audit.terms.term import Key, Term
-from fairway.audit.terms.things import Bound, Class, Frame, Function, Instance, constant
+from fairway.audit.terms import assigning, attributes, elements, expressions, foreign, items
+from fairway.audit.terms.term import Key, Term, alternatives
+from fairway.audit.terms.things import Bound, Class, Coroutine, Frame, Function, Instance, constant
 
 if TYPE_CHECKING:
     from fairway.audit.terms.machine import Machine
@@ -25,14 +25,14 @@ def call(m: "Machine", node: ast.Call, frame: Frame) -> Term:
     if isinstance(node.func, ast.Name) and node.func.id == "zip" and len(node.args) == 1:
         rows = node.args[0]
         if isinstance(rows, ast.Starred):
-            columns = expressions.transposed(m, expressions.value(m, rows.value, frame), frame.file, node.lineno)
+            columns = items.transposed(m, expressions.value(m, rows.value, frame), frame.file, node.lineno)
             if columns is not None:
                 return columns
     base: Term | None = None
     statement = m.statement is node
     if isinstance(node.func, ast.Attribute):
         base = expressions.value(m, node.func.value, frame)
-        function = expressions.attribute(m, base, node.func.attr, frame.file, node.lineno)
+        function = attributes.attribute(m, base, node.func.attr, frame.file, node.lineno)
     else:
         function = expressions.value(m, node.func, frame)
     positional = _positional(m, node, frame)
@@ -70,8 +70,7 @@ def _positional(m: "Machine", node: ast.Call, frame: Frame) -> list[Term]:
             terms.extend(term.parts)
         else:  # unknown in number: up to three more, each one of its items
             terms.extend(
-                expressions.item(m, term, constant(i, frame.file, node.lineno), frame.file, node.lineno)
-                for i in range(3)
+                items.item(m, term, constant(i, frame.file, node.lineno), frame.file, node.lineno) for i in range(3)
             )
     return terms
 
@@ -89,6 +88,10 @@ def _named(m: "Machine", node: ast.Call, frame: Frame) -> dict[str, Term]:
                 if term.parts[i].op == "const"
             )
     return terms
+
+
+_TRANSFORMED = frozenset(("grad_and_value", "value_and_grad"))
+_OWN = frozenset(("function", "bound", "object"))
 
 
 def dispatch(m: "Machine", function: Term, positional: list[Term], named: dict[str, Term], here: Here) -> Term:
@@ -121,6 +124,15 @@ def dispatch(m: "Machine", function: Term, positional: list[Term], named: dict[s
             if function.op == "choice" and len(results) == 2:
                 return Term("choice", (function.parts[0], *results), None, here.file, here.line)
             return Term("merge", results, None, here.file, here.line)
+    if function.op == "call" and id(function) in m.commands:
+        for command in m.commands[id(function)][1]:
+            dispatch(m, command, [], {}, here)
+    if function.op == "call" and function.called in _TRANSFORMED and function.parts and function.parts[0].op in _OWN:
+        inner = dispatch(m, function.parts[0], positional, named, here)
+        gradient = Term(
+            "call", (function, *positional), "grad", here.file, here.line, ("self", *range(len(positional)))
+        )
+        return Term("tuple", (gradient, inner) if function.called == "grad_and_value" else (inner, gradient))
     if function.op == "name":
         return foreign.function(m, function.value, positional, named, here)
     if here.base is not None and here.node is not None and isinstance(here.node.func, ast.Attribute):
@@ -192,7 +204,7 @@ def _copy_out(m: "Machine", function: Function, here: Here, changed: dict[str, T
     arguments += [(keyword.arg, keyword.value) for keyword in here.node.keywords if keyword.arg]
     for name, argument in arguments:
         if name in changed and isinstance(argument, (ast.Name, ast.Attribute, ast.Subscript)):
-            m.write_back(argument, changed[name], here.frame)
+            assigning.write_back(m, argument, changed[name], here.frame)
 
 
 def enter(
@@ -202,14 +214,15 @@ def enter(
     named: dict[str, Term],
     closed: Term,
     changed: dict[str, Term] | None = None,
+    sent: Term | None = None,
 ) -> Term:
     """The value of a function's body for these arguments; `closed`, the call itself, where it is not entered.
-    changed: receives the parameters whose container was filled in place."""
+    changed: receives the parameters whose container was filled in place; sent: what a coroutine's `yield` answers."""
     if not m.may_enter(function):
         m.record(closed)
         return closed
     node = function.node
-    frame = Frame(function.frame.file, outer=function.frame, depth=len(m.conditions))
+    frame = Frame(function.frame.file, outer=function.frame, depth=len(m.conditions), sent=sent)
     given = _parameters(m, function, positional, named, frame)
     frame.vars.update(given)
     if function.owner is not None and positional:
@@ -239,8 +252,24 @@ def enter(
             if len(frame.yields) == 1
             else Term("merge", tuple(frame.yields), None, frame.file, node.lineno)
         )
-        return Term("list", (merged,), "comp", frame.file, node.lineno)
+        yielded = Term("list", (merged,), "comp", frame.file, node.lineno)
+        m.coroutines[id(yielded)] = (yielded, Coroutine(function, tuple(positional), tuple(named.items())))
+        return yielded
     return _returned(frame, ended, node.lineno)
+
+
+def send(m: "Machine", routine: Term, sent: Term, file: str, line: int) -> Term | None:
+    """What a coroutine answers to what it is sent: its body is read once more with that in place of `yield`."""
+    answers: list[Term] = []
+    for one in alternatives(routine, 6):
+        _, known = m.coroutines.get(id(one), (None, None))
+        if known is not None:
+            closed = Term("call", (one, sent), ".send", file, line, ("self", 0))
+            yielded = enter(m, known.function, list(known.positional), dict(known.named), closed, sent=sent)
+            answers.append(closed if yielded is closed else elements.element(m, yielded, file, line))
+    if not answers:
+        return None
+    return answers[0] if len(answers) == 1 else Term("merge", tuple(answers), None, file, line)
 
 
 def _parameters(

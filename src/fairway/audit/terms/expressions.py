@@ -4,9 +4,12 @@ import ast
 from typing import TYPE_CHECKING, Any
 
 from fairway.audit.settings import BINARY, COMPARE, UNKNOWN, attempt, small
-from fairway.audit.terms import calls
+from fairway.audit.terms import assigning, calls, objects
+from fairway.audit.terms.attributes import attribute, nothing
+from fairway.audit.terms.elements import element, listing, spelt_items
+from fairway.audit.terms.items import item
 from fairway.audit.terms.term import Term
-from fairway.audit.terms.things import Bound, Frame, Function, FunctionNode, constant
+from fairway.audit.terms.things import Frame, Function, FunctionNode, constant
 
 if TYPE_CHECKING:
     from fairway.audit.terms.machine import Machine
@@ -89,11 +92,16 @@ def function(m: "Machine", node: FunctionNode, frame: Frame) -> Term:
 _SOMETHING = frozenset(("object", "function", "class", "bound", "list", "tuple", "dict", "set", "text", "op"))
 
 
-def operation(m: "Machine", op: ast.operator, left: Term, right: Term, file: str, line: int) -> Term:
+def operation(
+    m: "Machine", op: ast.operator, left: Term, right: Term, file: str, line: int, in_place: bool = False
+) -> Term:
     if left.op == "const" and right.op == "const" and type(op) in BINARY and small(op, left.value, right.value):
         folded = attempt(BINARY[type(op)], left.value, right.value)
         if folded is not UNKNOWN:
             return Term("const", (left, right), folded, file, line)
+    own = objects.operated(m, op, left, right, file, line, in_place)
+    if own is not None:
+        return own
     if (
         isinstance(op, ast.Add)
         and left.op == right.op
@@ -167,7 +175,7 @@ def compared(m: "Machine", op: ast.cmpop, left: Term, right: Term, file: str, li
         folded = attempt(COMPARE[type(op)], left.value, right.value)
         if folded is not UNKNOWN:
             return Term("const", (left, right), bool(folded), file, line)
-    if isinstance(op, (ast.Is, ast.IsNot)) and _nothing(right) and left.op in _SOMETHING:
+    if isinstance(op, (ast.Is, ast.IsNot)) and nothing(right) and left.op in _SOMETHING:
         return Term("const", (left, right), isinstance(op, ast.IsNot), file, line)
     if (
         isinstance(op, (ast.In, ast.NotIn))
@@ -178,7 +186,33 @@ def compared(m: "Machine", op: ast.cmpop, left: Term, right: Term, file: str, li
         told = m.settings.environ(left.value, None)
         if told is not UNKNOWN:
             return Term("const", (left, right), (told is not None) == isinstance(op, ast.In), file, line)
-    return Term("compare", (left, right), _TESTS[type(op)], file, line)
+    if isinstance(op, (ast.In, ast.NotIn)):
+        inside = _is_registered(left, right)
+        if inside is not None:
+            return Term("const", (left, right), inside == isinstance(op, ast.In), file, line)
+    term = Term("compare", (left, right), _TESTS[type(op)], file, line)
+    if isinstance(op, (ast.Lt, ast.LtE, ast.Gt, ast.GtE)) and (_is_timed(left) or _is_timed(right)):
+        m.clock(term)
+    return term
+
+
+def _is_registered(left: Term, right: Term) -> bool | None:
+    """Whether a function stands in a list of functions that is written out; None where that cannot be told."""
+    listed = listing(right)
+    if not listed or not all(part.op == "function" for part in listed) or left.op not in ("function", "const"):
+        return None
+    return left.op == "function" and any(part.value is left.value for part in listed)
+
+
+def _is_timed(term: Term, depth: int = 8) -> bool:
+    """Whether a difference of times is in a sum or a product."""
+    if term.op == "call" and term.called in _CLOCKS:
+        return True
+    open_ = term.op in ("op", "merge") or (term.op == "call" and term.called in ("float", "max", "min"))
+    return open_ and depth > 0 and any(_is_timed(part, depth - 1) for part in term.parts[:2])
+
+
+_CLOCKS = frozenset(("time", "perf_counter", "monotonic", "perf_counter_ns", "monotonic_ns"))
 
 
 def _choice(m: "Machine", node: Any, frame: Frame) -> Term:
@@ -239,7 +273,7 @@ def _comprehension(m: "Machine", node: Any, frame: Frame) -> Term:
     tests: list[Term] = []
     for generator in node.generators:
         source = value(m, generator.iter, inside)
-        m.assign(generator.target, element(m, source, frame.file, node.lineno), inside)
+        assigning.assign(m, generator.target, element(m, source, frame.file, node.lineno), inside)
         tests.extend(value(m, test, inside) for test in generator.ifs)
     open_tests = [test for test in tests if m.holds(test) is None]
     if isinstance(node, ast.DictComp):
@@ -252,34 +286,20 @@ def _comprehension(m: "Machine", node: Any, frame: Frame) -> Term:
 
 def _spelt_out(m: "Machine", node: Any, frame: Frame, inside: Frame) -> Term | None:
     """A comprehension over a few things that are written out: each of its elements by itself."""
-    if len(node.generators) != 1 or node.generators[0].ifs or isinstance(node, ast.DictComp):
+    if len(node.generators) != 1 or node.generators[0].ifs:
         return None
     source = value(m, node.generators[0].iter, inside)
-    if source.op not in ("list", "tuple") or source.value == "comp" or not 1 < len(source.parts) <= 12:
+    listed = source.parts if source.op in ("list", "tuple") and source.value != "comp" else spelt_items(source)
+    if listed is None or not 1 < len(listed) <= 12:
         return None
     parts = []
-    for part in source.parts:
-        m.assign(node.generators[0].target, part, inside)
-        parts.append(value(m, node.elt, inside))
-    return Term("set" if isinstance(node, ast.SetComp) else "list", tuple(parts), None, frame.file, node.lineno)
-
-
-def transposed(m: "Machine", rows: Term, file: str, line: int) -> Term | None:
-    """zip(*rows) of rows that are tuples: their columns."""
-    one = element(m, rows, file, line)
-    width = _width(one)
-    if width == 0:
-        return None
-    columns = (item(m, one, constant(i, file, line), file, line) for i in range(width))
-    return Term("list", tuple(Term("list", (column,), "comp", file, line) for column in columns), None, file, line)
-
-
-def _width(term: Term) -> int:
-    if term.op == "tuple":
-        return len(term.parts)
-    if term.op in ("choice", "merge"):
-        return max((_width(part) for part in term.parts[-4:]), default=0)
-    return 0
+    for part in listed:
+        assigning.assign(m, node.generators[0].target, part, inside)
+        if isinstance(node, ast.DictComp):
+            parts.append(value(m, node.key, inside))
+        parts.append(value(m, node.value if isinstance(node, ast.DictComp) else node.elt, inside))
+    op = {ast.SetComp: "set", ast.DictComp: "dict"}.get(type(node), "list")
+    return Term(op, tuple(parts), None, frame.file, node.lineno)
 
 
 def _under(tests: list[Term], parts: tuple[Term, ...]) -> tuple[Term, ...]:
@@ -287,205 +307,6 @@ def _under(tests: list[Term], parts: tuple[Term, ...]) -> tuple[Term, ...]:
     for test in tests:
         parts = (*parts[:-1], Term("choice", (test, parts[-1], constant(None)), "filter", test.file, test.line))
     return parts
-
-
-def element(m: "Machine", term: Term, file: str, line: int) -> Term:
-    """One of an iterable's elements. Terms share their parts: without a memory, lists of lists took minutes."""
-    if term.op not in ("merge", "choice", "mutate"):
-        return _element(m, term, file, line)
-    key = (id(term), file, line)
-    if key not in m.elements:
-        m.elements[key] = (term, _element(m, term, file, line))
-    return m.elements[key][1]
-
-
-def _element(m: "Machine", term: Term, file: str, line: int) -> Term:
-    if term.op in ("list", "tuple", "set") and term.parts:
-        if len(term.parts) == 1:
-            one = term.parts[0]
-            return one.parts[1] if one.op == "choice" and one.value == "filter" else one
-        return Term("merge", term.parts[:64], None, file, line)
-    if term.op == "dict" and term.parts:
-        return Term("merge", term.parts[::2][:64], None, file, line)
-    if term.op == "const" and isinstance(term.value, (tuple, list, frozenset)) and 0 < len(term.value) <= 64:
-        return Term("merge", tuple(constant(one, file, line) for one in term.value), None, file, line)
-    if term.op == "mutate" and term.value in (".append", ".add", ".appendleft", ".extend", ".insert"):
-        added = term.parts[-1]
-        if term.value == ".extend":
-            added = element(m, added, file, line)
-        empty = term.parts[0].op in ("list", "set") and not term.parts[0].parts
-        return added if empty else Term("merge", (element(m, term.parts[0], file, line), added), None, file, line)
-    if term.op in ("merge", "choice"):
-        options = [p for p in (term.parts[1:] if term.op == "choice" else term.parts) if not _empty(p)]
-        found = [element(m, option, file, line) for option in options[:8]]
-        if len(found) == 1:
-            return found[0]
-        if found:
-            return Term("merge", tuple(found), None, file, line)
-    if term.op == "call" and term.called in (
-        "tqdm",
-        "reversed",
-        "list",
-        "tuple",
-        "iter",
-        "trange",
-        "deque",
-        "ModuleList",
-        "meter",
-    ):
-        below = term.argument(0)
-        if below is not None and term.called != "trange":
-            return element(m, below, file, line)
-    if term.op == "object":
-        found_call = calls.method(m, term, "__iter__", [], file, line)
-        if found_call is not None:
-            return element(m, found_call, file, line)
-        found_call = calls.method(m, term, "__getitem__", [Term("free", (), "index", file, line)], file, line)
-        if found_call is not None:
-            return found_call
-    return Term("each", (term,), None, file, line)
-
-
-def fresh(term: Term, number: int) -> Term:
-    """A loop's element as that of one round: what an earlier round's element left behind is not the same value."""
-    if term.op == "tuple":
-        return Term("tuple", tuple(fresh(part, number) for part in term.parts), None, term.file, term.line)
-    if term.op == "each":
-        return Term("each", term.parts, number, term.file, term.line)
-    if term.op in _SOLID or (term.op in ("choice", "merge") and any(part.op in _SOLID for part in term.parts)):
-        return term
-    return Term("round", (term,), number, term.file, term.line)
-
-
-_SOLID = frozenset(
-    ("const", "object", "function", "class", "bound", "namespace", "name", "super", "list", "dict", "text")
-)
-
-
-def spelt_items(term: Term) -> tuple[Term, ...] | None:
-    """The elements of a short tuple, list or table that is written out; None for anything else."""
-    for _ in range(40):
-        if term.op in ("store", "merge") and term.parts and term.value is None:
-            term = term.parts[0]
-    if term.op in ("tuple", "list") and term.value != "comp" and 0 < len(term.parts) <= _SHORT:
-        return term.parts
-    if term.op == "dict" and term.value != "comp" and 0 < len(term.parts) <= 2 * _SHORT:
-        keys = term.parts[::2]
-        return keys if all(key.op == "const" for key in keys) else None
-    return None
-
-
-_SHORT = 6
-
-
-def _empty(term: Term) -> bool:
-    return term.op in ("list", "tuple", "set", "dict") and not term.parts
-
-
-_HOLDERS = frozenset(
-    (
-        "tensor",
-        "stack",
-        "array",
-        "as_tensor",
-        "asarray",
-        "tolist",
-        "cpu",
-        "double",
-        "to",
-        "numpy",
-        "float",
-        "tuple",
-        "list",
-    )
-)
-
-
-def item(m: "Machine", base: Term, index: Term, file: str, line: int) -> Term:
-    """base[index], looked up where it is known."""
-    if index.op != "const" or not isinstance(index.value, (int, str)) or base.op not in _SEEN_THROUGH:
-        return _item(m, base, index, file, line)
-    key = (id(base), index.value)
-    if key not in m.items:
-        m.items[key] = (base, _item(m, base, index, file, line))  # the base is kept, so that its id stays its own
-    return m.items[key][1]
-
-
-_SEEN_THROUGH = frozenset(("choice", "merge", "store", "call", "round"))
-
-
-def _item(m: "Machine", base: Term, index: Term, file: str, line: int) -> Term:
-    key = index.value if index.op == "const" else UNKNOWN
-    if base.op == "list" and base.value == "comp" and isinstance(key, int):
-        return element(m, base, file, line)
-    listed = base.parts if base.op in ("tuple", "list") and base.value != "comp" else ()
-    if isinstance(key, int) and -len(listed) <= key < len(listed):
-        return listed[key]
-    if base.op == "dict" and base.value != "comp" and key is not UNKNOWN:
-        for at in range(0, len(base.parts), 2):
-            if base.parts[at].op == "const" and base.parts[at].value == key:
-                return base.parts[at + 1]
-    if base.op == "const" and key is not UNKNOWN:
-        folded = attempt(lambda: base.value[key])
-        if folded is not UNKNOWN:
-            return Term("const", (base,), folded, file, line)
-    if base.op == "store" and isinstance(key, str) and base.parts[1].op == "const":
-        return base.parts[2] if base.parts[1].value == key else item(m, base.parts[0], index, file, line)
-    if base.op == "store" and isinstance(key, int) and base.value is None:
-        where = base.parts[1].value if base.parts[1].op == "const" else UNKNOWN
-        if isinstance(where, int):
-            return base.parts[2] if where == key else item(m, base.parts[0], index, file, line)
-    if base.op == "store" and index.op != "const" and base.parts[2].op == "object":
-        one = base.parts[2]
-        other = item(m, base.parts[0], index, file, line) if base.parts[0].op == "store" else one
-        return one if other is one else Term("merge", (other, one), None, file, line)
-    if base.op == "call" and isinstance(key, int) and base.called in _HOLDERS:
-        held = base.operand("data", "a", "tensors")
-        if held is not None and (held.op != "call" or held.called in _HOLDERS):
-            return item(m, held, index, file, line)
-    if base.op == "call" and base.value in ("reversed", "sorted") and isinstance(key, int) and base.parts:
-        return element(m, base.parts[0], file, line)
-    if base.op == "call" and base.value in ("min", "max") and index.op == "const" and base.parts:
-        one = element(m, base.parts[0], file, line)
-        if one.op != "each":
-            return Term(
-                "call", (item(m, one, index, file, line), *base.parts[1:]), base.value, base.file, base.line, base.keys
-            )
-    if base.op == "round" and index.op == "const":
-        inner = item(m, base.parts[0], index, file, line)
-        return fresh(inner, base.value) if inner.op != "item" else Term("item", (base, index), None, file, line)
-    if base.op == "choice" and index.op == "const":
-        first, second = (item(m, part, index, file, line) for part in base.parts[1:])
-        return first if first is second else Term("choice", (base.parts[0], first, second), base.value, file, line)
-    if base.op == "merge" and index.op == "const" and len(base.parts) <= 8:
-        return Term("merge", tuple(item(m, part, index, file, line) for part in base.parts), None, file, line)
-    if base.op == "each" and base.parts[0].op == "call" and index.op == "const":
-        paired = _paired(m, base.parts[0], index.value, file, line)
-        if paired is not None:
-            return paired
-    if base.op == "name" and base.value == "os.environ":
-        return m.environ(index, Term("free", (), "no default", file, line), file, line)
-    if base.op == "object":
-        looked = calls.method(m, base, "__getitem__", [index], file, line)
-        if looked is not None:
-            return looked
-    return Term("item", (base, index), None, file, line)
-
-
-def _paired(m: "Machine", term: Term, index: Any, file: str, line: int) -> Term | None:
-    """Component of an element of enumerate, zip or a table's items."""
-    if term.value == "enumerate" and index == 1 and term.parts:
-        return element(m, term.parts[0], file, line)
-    if term.value == "zip" and len(term.parts) == 1 and isinstance(index, int):
-        column = item(m, element(m, term.parts[0], file, line), constant(index, file, line), file, line)
-        return Term("list", (column,), "comp", file, line)
-    if term.value == "zip" and isinstance(index, int) and index in term.keys[index : index + 1]:
-        return element(m, term.parts[index], file, line)
-    if term.value == ".items" and index in (0, 1):
-        base = term.parts[0]
-        if base.op == "dict" and base.parts:
-            return Term("merge", base.parts[index::2][:64], None, file, line)
-    return None
 
 
 def _subscript(m: "Machine", node: Any, frame: Frame) -> Term:
@@ -508,74 +329,8 @@ def _joined(m: "Machine", node: Any, frame: Frame) -> Term:
     return Term("text", parts, None, frame.file, node.lineno)
 
 
-# ---- names with a dot
-
-
 def _attribute(m: "Machine", node: Any, frame: Frame) -> Term:
     return attribute(m, value(m, node.value, frame), node.attr, frame.file, node.lineno)
-
-
-def attribute(m: "Machine", base: Term, word: str, file: str, line: int) -> Term:
-    if base.op == "object":
-        if word in base.value.attrs:
-            return base.value.attrs[word]
-        found = base.value.kind.find(word)
-        if found is None:
-            return Term("attr", (base,), word, file, line)
-        return _bound(m, found, base, base, file, line)
-    if base.op == "class":
-        found = base.value.find(word)
-        return (
-            _bound(m, found, None, base, file, line) if found is not None else Term("attr", (base,), word, file, line)
-        )
-    if base.op == "namespace":
-        return base.value.vars.get(word, Term("name", (), word, file, line))
-    if base.op == "name":
-        return Term("name", (), f"{base.value}.{word}", file, line)
-    if base.op == "super":
-        kind, owner = base.value
-        found = next((f for b in kind.bases if (f := b.find(word)) is not None), None)
-        return (
-            _bound(m, found, owner, owner, file, line) if found is not None else Term("attr", (base,), word, file, line)
-        )
-    if base.op in ("choice", "merge") and word not in ("shape", "device", "dtype"):
-        options = [p for p in (base.parts[1:] if base.op == "choice" else base.parts) if not _nothing(p)]
-        if any(p.op in ("object", "class") for p in options):
-            found_terms = [attribute(m, p, word, file, line) for p in options[:6]]
-            if all(t is found_terms[0] for t in found_terms):
-                return found_terms[0]
-            return (
-                Term(base.op, (*base.parts[: len(base.parts) - len(options)][:1], *found_terms), None, file, line)
-                if (base.op == "choice" and len(options) == 2)
-                else Term("merge", tuple(found_terms), None, file, line)
-            )
-    if base.op == "store" and base.value == "attr" and base.parts[1].value == "." + word:
-        return base.parts[2]
-    if base.op == "call" and base.value in ("min", "max") and base.parts:
-        one = element(m, base.parts[0], file, line)
-        if one.op in ("object", "merge", "choice"):
-            return attribute(m, one, word, file, line)
-    if base.op == "call" and base.called == "parse_args" and word in m.options:
-        return m.options[word]
-    return Term("attr", (base,), word, file, line)
-
-
-def _nothing(term: Term) -> bool:
-    return term.op == "const" and term.value is None
-
-
-def _bound(m: "Machine", found: Term, owner: Term | None, base: Term, file: str, line: int) -> Term:
-    """A class's name as its object sees it: a method knows its owner, a property is computed."""
-    if found.op != "function":
-        return found
-    made: Function = found.value
-    if made.computed and owner is not None:
-        return calls.enter(m, made, [owner], {}, Term("attr", (base,), made.name, file, line))
-    if made.static or (owner is None and not made.bound_class):
-        return found
-    if made.bound_class and base.op == "object":
-        return Term("bound", (), Bound(made, Term("class", (), base.value.kind, file, line)), file, line)
-    return Term("bound", (), Bound(made, owner or base), file, line)
 
 
 def _call(m: "Machine", node: Any, frame: Frame) -> Term:
@@ -588,7 +343,7 @@ def _lambda(m: "Machine", node: Any, frame: Frame) -> Term:
 
 def _named(m: "Machine", node: Any, frame: Frame) -> Term:
     term = value(m, node.value, frame)
-    m.assign(node.target, term, frame)
+    assigning.assign(m, node.target, term, frame)
     return term
 
 
@@ -601,7 +356,7 @@ def _yield(m: "Machine", node: Any, frame: Frame) -> Term:
     if isinstance(node, ast.YieldFrom):
         term = element(m, term, frame.file, node.lineno)
     frame.yields.append(term)
-    return Term("free", (), "sent", frame.file, node.lineno)
+    return frame.sent or Term("free", (), "sent", frame.file, node.lineno)
 
 
 _HANDLERS: dict[type[ast.expr], Any] = {

@@ -3,13 +3,13 @@
 from collections.abc import Iterator
 from functools import cached_property
 
+from fairway.audit.terms.choices import carried, chooses, forked, is_nothing, is_product, is_update, options
 from fairway.audit.terms.octets import looked_up
-from fairway.audit.terms.streams import Streams, is_mask, reads, token_terms
-from fairway.audit.terms.targets import Contribution, is_running
-from fairway.audit.terms.term import Term, alternatives, any_below, peel, same
+from fairway.audit.terms.streams import is_mask, reads, token_terms
+from fairway.audit.terms.targets import Contribution
+from fairway.audit.terms.term import Term, any_below, peel, same
 
 _LOGS = frozenset(("log", "log2", "log1p", "logaddexp", "logsumexp", "log_", "logaddexp2"))
-_PRODUCTS = frozenset(("mul", "multiply", "dot", "matmul", "einsum", "lerp", "mm", "bmm", "average"))
 _CHECKS = frozenset(("isfinite", "isnan", "isinf", "is_tensor"))
 _SIZES = frozenset(("lt", "le", "gt", "ge", "less", "less_equal", "greater", "greater_equal"))
 _SMALLEST = frozenset(("minimum", "maximum", "fmin", "fmax", "min", "max", "amin", "amax", "nanmin", "nanmax"))
@@ -44,14 +44,36 @@ class Gates:
             fork = forked(term)
             if fork is not None:
                 test, yes, no = fork
-                if self._scored(yes) and self._scored(no) and any(self._compared(test)) and not carried(term):
+                losses = self._scored(yes) and self._scored(no) and any(self._compared(test))
+                if (losses or self._by_the_answer(term, test)) and not carried(term):
                     yield term
+            elif is_product(term) and len(term.parts) >= 2:
+                yield from self._masked(term)
             elif term.op == "call" and term.called in _SMALLEST:
-                options = _options(term)
-                scored = [part for part in options if self._scored(part)]
+                among = options(term)
+                scored = [part for part in among if self._scored(part)]
                 several = len(scored) >= 2 and not any(carried(part, term) for part in scored)
-                if several or (len(options) == len(scored) == 1 and _chooses(scored[0])):
+                if several or (len(among) == len(scored) == 1 and chooses(scored[0])):
                     yield term
+
+    def _by_the_answer(self, term: Term, test: Term) -> bool:
+        """A choice between distributions by which of two gives the target more."""
+        sizes = (one for one in self.of.below(test) if one.op == "compare" and one.value in ("<", "<=", ">", ">="))
+        return id(term) in self.inside and any(all(map(self._read_at_target, one.parts)) for one in sizes)
+
+    def _read_at_target(self, term: Term) -> bool:
+        place = self.of.scored_place(peel(term))
+        return place is not None and "read" in self.kinds(place)
+
+    def _masked(self, term: Term) -> Iterator[Term]:
+        """loss * (loss < other): a mask that is nothing but a comparison of two losses."""
+        for mask, other in (term.parts[:2], term.parts[1::-1]):
+            below = peel(mask)
+            while below.op == "op" and below.value in ("~", "not", "-") and below.parts:  # ~better, 1 - better
+                below = peel(below.parts[-1])
+            is_test = below.op == "compare" or (below.op == "call" and below.called in _SIZES)
+            if is_test and any(self._compared(below)) and self._scored(other):
+                yield term
 
     def clipped(self) -> Iterator[Term]:
         """Losses that are cut off above, probabilities lifted to a floor: by more than a guard against nought."""
@@ -93,7 +115,7 @@ class Gates:
             fork = forked(term)
             if fork is not None:
                 yield from self._switch(term, *fork)
-            elif _is_product(term):
+            elif is_product(term):
                 yield from self._weight(term)
         for term in self.nodes:
             if id(term) in self.inside and self._looks_up_target(term):
@@ -110,7 +132,7 @@ class Gates:
         waiting, seen = [distribution], set[int]()
         while waiting and len(seen) < 20_000:
             term = waiting.pop()
-            if id(term) in seen or _is_update(term):  # a state that has learned already is another rule's matter
+            if id(term) in seen or is_update(term):  # a state that has learned already is another rule's matter
                 continue
             seen.add(id(term))
             if self._looks_up_target(term) or (self.of.scored_place(term) is not None and self.kinds(term)):
@@ -131,7 +153,7 @@ class Gates:
         if any_below(test, lambda t: t.op == "call" and t.called in _CHECKS) or same(yes, no):
             return
         known = "read" in kinds or ("score" in kinds and not any(self._compared(test)))
-        if known and not (_is_nothing(yes) or _is_nothing(no)):
+        if known and not (is_nothing(yes) or is_nothing(no)):
             yield term
         if kinds == {"match"} and not any(self._is_plain(arm) for arm in (yes, no)):
             yield term  # a hint that is kept or dropped by whether it is right
@@ -141,7 +163,7 @@ class Gates:
 
     def _is_plain(self, arm: Term) -> bool:
         """A loss, a token, a constant: what a mask or the accepted tilt chooses between."""
-        return self._scored(arm) or bool(self.kinds(arm)) or _is_nothing(arm) or peel(arm).op == "const"
+        return self._scored(arm) or bool(self.kinds(arm)) or is_nothing(arm) or peel(arm).op == "const"
 
     def has_other_place(self, term: Term) -> bool:
         """Whether a distribution is read at another token than the target: the hint, for the normaliser."""
@@ -207,7 +229,7 @@ class Gates:
             key = self._key_of(term)
             if key is not None:
                 found.append((term, key))
-            elif term.op == "op" and term.value in ("+", "-", "*"):
+            elif term.op == "op" and term.value in ("+", "-", "*", "or"):
                 waiting.extend(term.parts)
             elif term.op in ("choice", "merge", "list", "tuple"):
                 waiting.extend(term.parts[1:] if term.op == "choice" else term.parts)
@@ -263,134 +285,3 @@ _LIMITS = frozenset(
     """minimum maximum min max clip clamp clamp_min clamp_max where log log2 log1p float int nan_to_num sum
     array stack cat""".split()  # noqa: SIM905
 )
-
-
-def forked(term: Term) -> tuple[Term, Term, Term] | None:
-    """(condition, if true, if false) of a choice: if, where, select, masked_fill."""
-    if term.op == "choice" and len(term.parts) == 3:
-        return term.parts[0], term.parts[1], term.parts[2]
-    if term.op == "call" and term.called in ("where", "select", "cond") and len(term.parts) >= 3:
-        if term.receiver is not None:  # x.where(condition, other)
-            return term.parts[1], term.parts[0], term.parts[2]
-        return term.parts[0], term.parts[1], term.parts[2]
-    return None
-
-
-def carried(term: Term, at: Term | None = None) -> bool:
-    """Whether one of the options is what an earlier pass left: the best so far. That is a choice among passes."""
-    options = [term] if at is not None else [*alternatives(term)]
-    line = (at or term).file, (at or term).line
-    for option in options:
-        waiting, steps = [option], 0
-        while waiting and steps < 60:
-            one = peel(waiting.pop())
-            steps += 1
-            if at is not None and one is not at and (one.file, one.line) == line and one.op in ("call", "choice"):
-                return True
-            if one.op in ("merge", "store", "mutate"):
-                waiting.extend(one.parts)
-            elif one.op in ("choice", "item"):
-                waiting.extend(one.parts[1:] if one.op == "choice" else one.parts[:1])
-    if at is None and term.op == "choice":
-        return any(
-            one.op == "choice" and one is not term and (one.file, one.line) == line
-            for part in term.parts[1:]
-            for one in _merged(part)
-        )
-    return False
-
-
-def _merged(term: Term) -> Iterator[Term]:
-    waiting, steps = [term], 0
-    while waiting and steps < 60:
-        one = peel(waiting.pop())
-        steps += 1
-        yield one
-        if one.op == "merge":
-            waiting.extend(one.parts)
-
-
-def _options(term: Term) -> list[Term]:
-    """What a minimum or maximum is taken of: its arguments, but for the dimension of x.min(0) and torch.min(x, 0)."""
-    along = term.receiver is not None or "." in str(term.value)
-    return [
-        part
-        for part, key in zip(term.parts, term.keys, strict=True)
-        if key not in ("dim", "axis", "key", "keepdim", "keepdims") and not (along and type(part.constant()) is int)
-    ]
-
-
-def _chooses(operand: Term) -> bool:
-    """min or max over a few experts: of a stack of named things, or of a row of probabilities read at the target; not
-    over a list that a loop of passes has filled."""
-    below = peel(operand)
-    if below.op == "call" and below.called in ("stack", "cat", "vstack", "concatenate", "array"):
-        listed = below.operand("tensors", "arrays")
-        return listed is not None and listed.op in ("list", "tuple") and listed.value != "comp"
-    if below.op in ("list", "tuple"):
-        return below.value != "comp"
-    return below.op == "item"
-
-
-def _is_update(term: Term) -> bool:
-    """decay * state + what is learned: the next value of something that began as nought and is carried along."""
-    if term.op != "op" or term.value not in ("+", "-"):
-        return False
-    left = peel(term.parts[0])
-    scaled = left.op == "op" and left.value == "*" and any(part.op == "const" for part in left.parts)
-    return is_running(left.parts[1] if scaled and left.parts[0].op == "const" else left.parts[0] if scaled else left)
-
-
-def _is_product(term: Term) -> bool:
-    if term.op == "op" and term.value in ("*", "@"):
-        return True
-    return term.op == "call" and term.called in _PRODUCTS
-
-
-def _is_nothing(term: Term) -> bool:
-    """Nought, or nothing at all: a mask leaves out, it does not choose."""
-    below = peel(term)
-    if below.op == "const":
-        return below.value in (None, 0, 0.0, False) or below.value == ""
-    if below.op == "call" and below.called in ("zeros", "zeros_like", "new_zeros"):
-        return True
-    return below.op == "attr" and below.value == "new_zeros"
-
-
-_MIXERS = frozenset(("%", "&", "^", ">>"))
-
-
-def is_hashed(key: Term) -> bool:
-    """Whether a key is folded into a number of buckets, so that different contexts meet."""
-    return any_below(
-        key,
-        lambda t: (
-            (t.op == "op" and t.value in _MIXERS)
-            or (t.op == "call" and ("hash" in t.called.lower() or t.called in _HASHERS))
-        ),
-    )
-
-
-_HASHERS = frozenset(
-    ("remainder", "fmod", "mod", "bitwise_and", "bitwise_xor", "crc32", "adler32", "md5", "sha256", "blake2b", "xxh64")
-)
-
-
-def spans_vocabulary(key: Term, streams: Streams) -> bool:
-    """Whether a key runs over all tokens: arange, or the numbers of a long range; not where tokens are cut out."""
-    waiting, seen = [key], set[int]()
-    while waiting and len(seen) < 400:
-        term = peel(waiting.pop())
-        if id(term) in seen or streams.is_stream(term):
-            continue
-        seen.add(id(term))
-        if term.op == "call" and term.called in ("arange", "range", "linspace"):
-            length = term.parts[-1].constant() if len(term.parts) == 1 else None
-            if not isinstance(length, int) or length > _FEW:
-                return True
-            continue
-        waiting.extend(term.parts[:1] if term.op == "item" else term.parts)
-    return False
-
-
-_FEW = 64  # a loop over orders or heads; a vocabulary has at least 256 tokens

@@ -12,17 +12,13 @@ from typing import Any
 
 from fairway.audit.reading.script import Layer
 from fairway.audit.settings import UNKNOWN, Settings, truth
-from fairway.audit.terms import calls, expressions
+from fairway.audit.terms import assigning, calls, elements, expressions, objects, paths, patterns
 from fairway.audit.terms.term import Term
-from fairway.audit.terms.things import Class, Event, Frame, Function, Instance, Loop, constant
+from fairway.audit.terms.things import Class, Coroutine, Event, Frame, Function, constant
 
 STEPS = 400_000  # expressions read in all: about 2 s
 OWN_STEPS = 30_000  # expressions of any one function: a model's forward is read often enough by then
 DEPTH = 14  # calls within calls
-ROUNDS_DEPTH = 4  # loops nested deeper than this are read once
-
-
-_INNER = frozenset(("setdefault", "get", "view", "reshape", "flatten", "detach", "view_as", "T", "narrow", "select"))
 
 
 @dataclass(frozen=True)
@@ -49,9 +45,13 @@ class Machine:
         self.settings = settings
         self.layers = layers or {}
         self.executed: set[str] = set()
+        self.coroutines: dict[int, tuple[Term, Coroutine]] = {}  # by the list that stands for what they yield
+        self.defined: dict[int, tuple[ast.AST, Function]] = {}  # by the node that defines them
+        self.commands: dict[int, tuple[Term, list[Term]]] = {}  # of command lines, by the application
         self.items: dict[tuple[int, Any], tuple[Term, Term]] = {}
         self.elements: dict[tuple[int, str, int], tuple[Term, Term]] = {}  # with its term, which keeps the id
         self.events: list[Event] = []
+        self.clocks: list[Event] = []
         self.options: dict[str, Term] = {}
         self.conditions: list[Term] = []
         self.path: list[str] = []
@@ -117,16 +117,17 @@ class Machine:
     def on_Assign(self, node: ast.Assign, frame: Frame) -> None:
         term = self.value(node.value, frame)
         for target in node.targets:
-            self.assign(target, term, frame)
+            assigning.assign(self, target, term, frame)
 
     def on_AnnAssign(self, node: ast.AnnAssign, frame: Frame) -> None:
         if node.value is not None:
-            self.assign(node.target, self.value(node.value, frame), frame)
+            assigning.assign(self, node.target, self.value(node.value, frame), frame)
 
     def on_AugAssign(self, node: ast.AugAssign, frame: Frame) -> None:
         before = self.value(node.target, frame)
-        term = expressions.operation(self, node.op, before, self.value(node.value, frame), frame.file, node.lineno)
-        self.assign(node.target, term, frame)
+        added = self.value(node.value, frame)
+        term = expressions.operation(self, node.op, before, added, frame.file, node.lineno, in_place=True)
+        assigning.assign(self, node.target, term, frame)
 
     def on_Return(self, node: ast.Return, frame: Frame) -> bool:
         frame.returns.append((self.conjunction(frame.depth), self.value(node.value, frame)))
@@ -192,7 +193,29 @@ class Machine:
         return self.load(module, stem) if module is not None and name in (stem, module.name) else None
 
     def on_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef, frame: Frame) -> None:
-        frame.vars[node.name] = expressions.function(self, node, frame)
+        term = expressions.function(self, node, frame)
+        self.defined[id(node)] = (node, term.value)
+        if any(isinstance(one, ast.Attribute) and one.attr in ("setter", "deleter") for one in node.decorator_list):
+            return  # the name stays that of the property
+        frame.vars[node.name] = self.decorated(node, term, frame)
+
+    def decorated(self, node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef, term: Term, frame: Frame) -> Term:
+        """A function or class as its decorators leave it; those that are not the script's own leave it as it is."""
+        for one in reversed(node.decorator_list):
+            if isinstance(one, ast.Call) and ast.unparse(one.func).endswith("wraps"):
+                continue  # it gives the wrapper a name
+            decorator = self.value(one, frame)
+            if decorator.op in ("function", "bound", "class", "object"):
+                here = calls.Here(None, frame, None, False, node.lineno)
+                made = calls.dispatch(self, decorator, [term], {}, here)
+                term = made if made.op in ("function", "bound", "class", "object") else term
+            elif (
+                decorator.op == "call"
+                and decorator.called in ("command", "callback")
+                and decorator.receiver is not None
+            ):
+                self.commands.setdefault(id(decorator.receiver), (decorator.receiver, []))[1].append(term)
+        return term
 
     on_AsyncFunctionDef = on_FunctionDef
 
@@ -206,19 +229,30 @@ class Machine:
         own = tuple(base.value for base in bases if base.op == "class")
         outside = tuple(str(base.value) for base in bases if base.op == "name")
         made = Class(node.name, inside.vars, own, outside, fields)
-        for term in inside.vars.values():
+        for statement in ast.walk(ast.Module(node.body, [])):
+            _, function = self.defined.get(id(statement), (None, None))
+            if function is not None and function.frame is inside:
+                function.owner, function.frame = made, frame
+        for term in inside.vars.values():  # lambdas, and functions that were made elsewhere
             if term.op == "function" and term.value.owner is None:
-                term.value.owner, term.value.frame = made, frame
-        frame.vars[node.name] = Term("class", (), made, frame.file, node.lineno)
+                term.value.owner = made
+                term.value.frame = frame if term.value.frame is inside else term.value.frame
+        frame.vars[node.name] = self.decorated(node, Term("class", (), made, frame.file, node.lineno), frame)
 
     def on_With(self, node: ast.With | ast.AsyncWith, frame: Frame) -> bool:
+        held: list[Term] = []
         for item in node.items:
             term = self.value(item.context_expr, frame)
+            held.append(term)
+            bound = objects.entered(self, term, frame.file, node.lineno)
             if term.op == "list" and term.value == "comp":  # a generator that serves as a context
-                term = expressions.element(self, term, frame.file, node.lineno)
+                bound = elements.element(self, term, frame.file, node.lineno)
             if item.optional_vars is not None:
-                self.assign(item.optional_vars, term, frame)
-        return self.block(node.body, frame)
+                assigning.assign(self, item.optional_vars, bound, frame)
+        ended = self.block(node.body, frame)
+        for term in held[::-1]:
+            objects.left(self, term, frame.file, node.lineno)
+        return ended
 
     on_AsyncWith = on_With
 
@@ -227,7 +261,9 @@ class Machine:
         held = self.holds(test)
         if held is not None:
             return self.block(node.body if held else node.orelse, frame)
-        return self.fork(test, lambda: self.block(node.body, frame), lambda: self.block(node.orelse, frame), frame)
+        return paths.fork(
+            self, test, lambda: self.block(node.body, frame), lambda: self.block(node.orelse, frame), frame
+        )
 
     def on_Try(self, node: ast.Try, frame: Frame) -> bool:
         ended = self.block(node.body, frame) or self.block(node.orelse, frame)
@@ -239,63 +275,33 @@ class Machine:
             def handled(body: list[ast.stmt] = handler.body) -> bool:
                 return self.block(body, frame)
 
-            ended = self.fork(failed, handled, lambda ended=ended: ended, frame)  # type: ignore[misc]
+            ended = paths.fork(self, failed, handled, lambda ended=ended: ended, frame)  # type: ignore[misc]
         return self.block(node.finalbody, frame) or ended
 
     on_TryStar = on_Try
 
     def on_For(self, node: ast.For | ast.AsyncFor, frame: Frame) -> bool:
         term = self.value(node.iter, frame)
-        few = expressions.spelt_items(term)
+        few = elements.spelt_items(term)
         if few is not None and not node.orelse:
-            return self.unrolled(node, few, frame)
-        element = expressions.element(self, term, frame.file, node.lineno)
+            return paths.unrolled(self, node, few, frame)
+        element = elements.element(self, term, frame.file, node.lineno)
 
         def begin() -> None:
             self.rounds += 1
-            self.assign(node.target, expressions.fresh(element, self.rounds), frame)
+            assigning.assign(self, node.target, elements.fresh(element, self.rounds), frame)
 
-        return self.loop(node.body, node.orelse, frame, begin)
+        return paths.loop(self, node.body, node.orelse, frame, begin)
 
     on_AsyncFor = on_For
-
-    def unrolled(self, node: ast.For | ast.AsyncFor, items: Sequence[Term], frame: Frame) -> bool:
-        """A loop over a few things that are written out: its body once for each."""
-        loop = Loop(len(self.conditions))
-        frame.loops.append(loop)
-        broken: list[tuple[Term | None, dict[str, Term]]] = []
-        for one in items:
-            loop.continued = []
-            self.assign(node.target, one, frame)
-            ended = self.block(node.body, frame)
-            left = loop.continued[::-1]
-            if ended and left:
-                frame.vars = dict(left.pop(0)[1])
-            for test, names in left:
-                frame.vars = self.join(test, names, frame.vars)
-            broken = loop.broken
-            if ended and not left and any(test is None for test, _ in broken):
-                break
-        frame.loops.pop()
-        for test, names in broken[::-1]:
-            frame.vars = dict(names) if test is None else self.join(test, names, frame.vars)
-        return False
 
     def on_While(self, node: ast.While, frame: Frame) -> bool:
         if self.holds(self.value(node.test, frame)) is False:
             return self.block(node.orelse, frame)
-        return self.loop(node.body, node.orelse, frame, lambda: self.value(node.test, frame))
+        return paths.loop(self, node.body, node.orelse, frame, lambda: self.value(node.test, frame))
 
     def on_Match(self, node: ast.Match, frame: Frame) -> bool:
-        subject = self.value(node.subject, frame)
-        ended = False
-        for case in node.cases:
-            test = Term("compare", (subject,), "match", frame.file, case.pattern.lineno)
-            for name in (n.name for n in ast.walk(case.pattern) if isinstance(n, (ast.MatchAs, ast.MatchStar))):
-                if name:
-                    frame.vars[name] = Term("item", (subject, test), None, frame.file, case.pattern.lineno)
-            ended = self.fork(test, lambda body=case.body: self.block(body, frame), lambda: False, frame)  # type: ignore[misc]
-        return ended
+        return patterns.match(self, self.value(node.subject, frame), node.cases, frame)
 
     def on_Delete(self, node: ast.Delete, frame: Frame) -> None:
         for target in node.targets:
@@ -320,162 +326,26 @@ class Machine:
             return since[0] if since else None
         return Term("op", tuple(since), "and", since[-1].file, since[-1].line)
 
-    def fork(self, test: Term, body: Callable[[], bool], orelse: Callable[[], bool], frame: Frame) -> bool:
-        """Both ways of an undecided condition; afterwards every name is the one way's, the other's or a choice."""
-        before = dict(frame.vars)
-        self.conditions.append(test)
-        ended_body = body()
-        after_body, frame.vars = frame.vars, before
-        self.conditions[-1] = Term("op", (test,), "not", test.file, test.line)
-        ended_orelse = orelse()
-        self.conditions.pop()
-        if ended_body or ended_orelse:
-            if ended_orelse:
-                frame.vars = after_body
-            return ended_body and ended_orelse
-        frame.vars = self.join(test, after_body, frame.vars)
-        return False
-
-    def join(self, test: Term | None, a: Mapping[str, Term], b: Mapping[str, Term]) -> dict[str, Term]:
-        joined = dict(b)
-        for name, term in a.items():
-            other = b.get(name)
-            if other is None or other is term:
-                joined[name] = term
-            elif test is None:
-                joined[name] = Term("merge", (term, other), None, term.file, term.line)
-            else:
-                joined[name] = Term("choice", (test, term, other), None, test.file, test.line)
-        return joined
-
-    def loop(self, body: list[ast.stmt], orelse: list[ast.stmt], frame: Frame, begin: Callable[[], object]) -> bool:
-        loop = Loop(len(self.conditions))
-        frame.loops.append(loop)
-        self.loops += 1
-        broken: list[tuple[Term | None, dict[str, Term]]] = []
-        for second in (False, True) if self.loops <= ROUNDS_DEPTH else (False,):
-            before = dict(frame.vars)
-            loop.continued, loop.broken = [], []
-            begin()
-            ended = self.block(body, frame)
-            left = loop.continued[::-1]
-            if ended and left:
-                frame.vars = dict(left.pop(0)[1])
-            for test, names in left:
-                frame.vars = self.join(test, names, frame.vars)
-            broken = loop.broken
-            if not second:
-                frame.vars = self.join(None, before, frame.vars)
-        self.loops -= 1
-        frame.loops.pop()
-        for test, names in broken[::-1]:
-            frame.vars = self.join(test, names, frame.vars)
-        return self.block(orelse, frame)
-
-    # ---- targets
-
-    def assign(self, target: ast.expr, term: Term, frame: Frame) -> None:
-        if isinstance(target, ast.Name):
-            self.bind(target.id, term, frame)
-        elif isinstance(target, ast.Starred):
-            self.assign(target.value, term, frame)
-        elif isinstance(target, (ast.Tuple, ast.List)):
-            starred = any(isinstance(part, ast.Starred) for part in target.elts)
-            for position, part in enumerate(target.elts):
-                where: Term = constant(position, frame.file, target.lineno)
-                if starred and isinstance(part, ast.Starred):
-                    where = Term("slice", (), None, frame.file, target.lineno)
-                elif starred and any(isinstance(p, ast.Starred) for p in target.elts[:position]):
-                    where = constant(position - len(target.elts), frame.file, target.lineno)
-                self.assign(part, expressions.item(self, term, where, frame.file, target.lineno), frame)
-        elif isinstance(target, ast.Attribute):
-            self.set_attribute(self.value(target.value, frame), target.attr, term, target, frame)
-        elif isinstance(target, ast.Subscript):
-            base, index = self.value(target.value, frame), self.value(target.slice, frame)
-            if base.op in ("object", "bound"):
-                calls.method(self, base, "__setitem__", [index, term], base.file, target.lineno)
-                return
-            if base.op == "name" and base.value == "os.environ" and index.op == "const" and term.op == "const":
-                self.settings = calls.with_environment(self.settings, str(index.value), term.value)
-                return
-            self.write_back(target.value, Term("store", (base, index, term), None, frame.file, target.lineno), frame)
-
-    def write_back(self, node: ast.expr, term: Term, frame: Frame) -> None:
-        """What was changed in place is from now on what its name, attribute or container holds."""
-        if isinstance(node, ast.Name) and expressions.name(node.id, frame, node.lineno).op == "name":
-            return  # a module's name
-        if isinstance(node, ast.Name) and node.id not in frame.vars and node.id not in frame.elsewhere:
-            home = frame.outer
-            while home is not None and node.id not in home.vars:
-                home = home.outer
-            if home is not None:
-                home.vars[node.id] = self.weakly(home.depth, term, home.vars[node.id])
-                return
-        if isinstance(node, ast.IfExp):  # (a if test else b).append(x)
-            test = self.value(node.test, frame)
-            for arm in (node.body, node.orelse):
-                before = self.value(arm, frame)
-                filled = Term(term.op, (before, *term.parts[1:]), term.value, term.file, term.line, term.keys)
-                order = (test, filled, before) if arm is node.body else (test, before, filled)
-                self.write_back(arm, Term("choice", order, None, term.file, term.line), frame)
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            word = node.func.attr  # buffer.mul_(a).add_(b), rows.setdefault(key, {})[token] = n
-            if word in _INNER or (word.endswith("_") and not word.endswith("__")):
-                self.write_back(node.func.value, term, frame)
-        elif isinstance(node, (ast.Name, ast.Attribute, ast.Subscript)):
-            self.assign(node, term, frame)
-
-    def bind(self, name: str, term: Term, frame: Frame) -> None:
-        home = frame.elsewhere.get(name, frame)
-        if home is frame:
-            frame.vars[name] = term
-            return
-        home.vars[name] = self.weakly(home.depth, term, home.vars.get(name))
-
-    def weakly(self, depth: int, term: Term, before: Term | None) -> Term:
-        """A value stored outside the present frame: a choice, where undecided conditions stand between."""
-        test = self.conjunction(depth)
-        if test is None or before is None or before is term:
-            return term
-        return Term("choice", (test, term, before), None, term.file, term.line)
-
-    def set_attribute(self, base: Term, name: str, term: Term, target: ast.Attribute, frame: Frame) -> None:
-        if base.op == "object":
-            owner: Instance = base.value
-            owner.attrs[name] = self.weakly(owner.depth, term, owner.attrs.get(name))
-        elif base.op == "class":
-            base.value.vars[name] = self.weakly(0, term, base.value.vars.get(name))
-        elif base.op == "namespace":
-            base.value.vars[name] = term
-        elif base.op in ("choice", "merge"):
-            for one in base.parts[1:] if base.op == "choice" else base.parts:
-                if one.op == "object":
-                    before = one.value.attrs.get(name)
-                    one.value.attrs[name] = (
-                        term if before is None else Term("merge", (term, before), None, term.file, term.line)
-                    )
-        elif base.op in ("function", "bound", "const"):
-            return
-        else:
-            where = constant("." + name, frame.file, target.lineno)
-            changed = Term("store", (base, where, term), "attr", frame.file, target.lineno)
-            if isinstance(target.value, ast.Name):
-                self.bind(target.value.id, changed, frame)
-
     def record(self, term: Term) -> None:
         here = (tuple(self.conditions), tuple(self.path), self.loops, len(self.events), self.within())
         self.events.append(Event(term, *here))
+
+    def clock(self, term: Term) -> None:
+        """A comparison with the time that has gone by."""
+        here = (tuple(self.conditions), tuple(self.path), self.loops, len(self.events), self.within())
+        self.clocks.append(Event(term, *here))
 
     def within(self) -> int:
         """How far down the calls the innermost loop stands."""
         return next((i for i in range(len(self.marks), 0, -1) if self.marks[i - 1] < self.loops), 0)
 
     def may_enter(self, function: Function) -> bool:
-        """Whether a call is followed: not too deep, no recursion, effort left for this function and in all."""
+        """Whether a call is followed: not too deep, within itself once, effort left for this function and in all."""
         node = function.node
-        if len(self.active) >= DEPTH or node in self.active or self.steps > STEPS:
+        within = self.active.count(node)
+        if len(self.active) >= DEPTH or within > 1 or self.steps > STEPS:
             return False
-        if self.own_steps.get(id(node), 0) > OWN_STEPS:
+        if self.own_steps.get(id(node), 0) > (OWN_STEPS // 8 if within else OWN_STEPS):
             self.cut.append(function.name)
             return False
         return True

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator
 
-from fairway.audit.terms.gates import Gates, is_hashed, spans_vocabulary
-from fairway.audit.terms.term import Term, any_below, peel, same
+from fairway.audit.terms.gates import Gates
+from fairway.audit.terms.keys import is_hashed, spans_vocabulary
+from fairway.audit.terms.term import Term, alternatives, any_below, peel, same
 
 
 def gold_ratios(gates: Gates) -> Iterator[Term]:
@@ -48,8 +49,9 @@ def _is_summed(term: Term) -> bool:
 def unbalanced(gates: Gates) -> Iterator[Term]:
     """a P + b Q inside a logarithm with numbers a and b that do not sum to one; and counts added to a row that was
     already whole."""
+    divided = {id(below) for term in gates.nodes for below in _made_whole(term)}
     for term in gates.nodes:
-        if id(term) not in gates.inside:
+        if id(term) not in gates.inside or id(term) in divided:
             continue
         if term.op == "op" and term.value == "+":
             weights = [_weight(part, gates) for part in term.parts]
@@ -57,6 +59,64 @@ def unbalanced(gates: Gates) -> Iterator[Term]:
                 yield term
         elif term.op == "store":
             yield from _whole_before(term)
+
+
+def _made_whole(term: Term) -> Iterator[Term]:
+    """What is added up in a row that is divided by its own sum: row / row.sum(), also where the row is a place in a
+    table that was stored before."""
+    if term.op != "op" or term.value != "/" or not _is_summed(term.parts[1]):
+        return
+    row = peel(term.parts[0])
+    if not any_below(term.parts[1], lambda t: t is row or same(t, row, 6)):
+        return
+    waiting, steps = [row], 0
+    while waiting and steps < 60:
+        one = peel(waiting.pop())
+        steps += 1
+        yield one
+        if one.op in ("store", "item", "merge", "choice"):
+            if one.op == "store":
+                waiting.append(one.parts[2])
+            waiting.extend(one.parts[1:] if one.op == "choice" else one.parts if one.op == "merge" else one.parts[:1])
+
+
+def undivided(gates: Gates) -> Iterator[Term]:
+    """A row of a memory that is mixed in divided by its largest entry, its length and the like instead of its sum."""
+    whole = {id(below) for term in gates.nodes for below in _made_whole(term)}
+    whole |= {id(b) for t in gates.nodes if t.called in _SOFTENING for b in gates.of.below(*t.parts)}
+    for term in gates.nodes:
+        if id(term) in gates.inside and id(term) not in whole and term.op == "op" and term.value == "+":
+            for row, under, where in (found for part in term.parts for found in _divided(part)):
+                if id(row) not in whole and _is_another_size(gates, row, under):
+                    yield where
+
+
+_SOFTENING = frozenset(("softmax", "log_softmax", "normalize", "logsumexp"))
+_OTHER_SIZES = frozenset(("max", "amax", "mean", "median", "std", "norm", "numel", "count_nonzero", "len"))
+
+
+def _divided(
+    term: Term, under: tuple[tuple[Term, Term], ...] = (), depth: int = 6
+) -> Iterator[tuple[Term, Term, Term]]:
+    """(factor, divisor, division) for each factor of a product and each thing that it is divided by."""
+    for one in alternatives(term, 8):
+        if one.op == "op" and one.value == "*" and depth:
+            for part in one.parts:
+                yield from _divided(part, under, depth - 1)
+        elif one.op == "op" and one.value == "/" and depth:
+            yield from _divided(one.parts[0], (*under, (one.parts[1], one)), depth - 1)
+        else:
+            yield from ((one, divisor, division) for divisor, division in under)
+
+
+def _is_another_size(gates: Gates, row: Term, divisor: Term) -> bool:
+    """r.max() for a row r of a memory, over all tokens."""
+    under = peel(divisor)
+    if under.op == "item" and peel(under.parts[0]).called in ("max", "median"):  # r.max(-1, keepdim=True)[0]
+        under = peel(under.parts[0])
+    operand = under.operand() if under.op == "call" and under.called in _OTHER_SIZES else None
+    wide = gates.of.streams.is_memory(row) and gates.of.is_distribution(row)
+    return wide and operand is not None and same(peel(operand), row, 8)
 
 
 def unpaid_bonus(gates: Gates) -> Iterator[Term]:

@@ -4,16 +4,11 @@ The canonical count of a SentencePiece token is the UTF-8 length of its piece wi
 one for the space that the mark stands for (not after a boundary token), and one for a byte piece.
 """
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import TypeAlias
+from collections.abc import Iterator
 
-from fairway.audit.terms.term import Term, alternatives, any_below, peel, walk
+from fairway.audit.terms.term import Term, alternatives, any_below, peel
 
 MARK = "\u2581"
-
-Origin: TypeAlias = tuple[str, int, str, str, int]
-"""File, line, kind and value of a term, and the table that it was looked up in."""
 
 PIECES = frozenset(
     """id_to_piece IdToPiece convert_ids_to_tokens convert_id_to_token _convert_id_to_token id_to_token piece
@@ -21,10 +16,6 @@ PIECES = frozenset(
 )
 _DECODERS = frozenset("decode Decode decode_ids DecodeIds detokenize decode_pieces DecodePieces".split())  # noqa: SIM905
 _LOOKUPS = frozenset("index_select take gather take_along_dim take_along_axis embedding".split())  # noqa: SIM905
-_SUMS = frozenset(
-    """sum nansum fsum all_reduce reduce cumsum count_nonzero int float bool mean masked_select logical_and
-    clamp clamp_min clip maximum max abs einsum dot matmul mul multiply cat stack concatenate sorted""".split()  # noqa: SIM905
-)
 
 
 def parts_of(term: Term) -> tuple[Term, ...]:
@@ -82,7 +73,9 @@ def counts_bytes(term: Term) -> bool:
     return any(is_byte_source(one) for one in values(term))
 
 
-_FILE_DATA = frozenset("fromfile memmap frombuffer load open_memmap read_bytes getsize stat unpack open".split())  # noqa: SIM905
+_FILE_DATA = frozenset(
+    """fromfile memmap frombuffer load open_memmap read_bytes getsize stat unpack open readinto""".split()  # noqa: SIM905
+)
 
 
 def is_byte_source(term: Term) -> bool:
@@ -124,7 +117,38 @@ def encoded_text(term: Term) -> Term | None:
     options = alternatives(below, 6)
     if len(options) > 1 and all(one.called == "encode" for one in options):
         return below
-    return below.operand() if below.called in ("encode", "bytes") else None
+    if below.called in ("encode", "bytes"):
+        return below.operand()
+    return _held_text(below)
+
+
+def _held_text(lookup: Term) -> Term | None:
+    """len(spelt[token]) of a table of encoded texts: the texts in it."""
+    table = lookup.receiver if lookup.called == "get" else lookup.parts[0] if lookup.op == "item" else None
+    if table is None:
+        return None
+    texts: list[Term] = []
+    waiting, seen = [table], set[int]()
+    while waiting and len(seen) < 200:
+        term = waiting.pop()
+        if id(term) in seen:
+            continue
+        seen.add(id(term))
+        if term.op == "store" and term.value is None:
+            waiting.extend((term.parts[0], term.parts[2]))
+        elif term.op in ("list", "merge", "mutate"):
+            waiting.extend(term.parts)
+        elif term.op == "dict":
+            waiting.extend(term.parts[1::2])
+        elif term.op == "choice":
+            waiting.extend(term.parts[1:])
+        elif term.op == "call" and term.called in ("list", "tuple"):
+            waiting.extend(term.parts)
+        elif term.op == "call" and term.called == "encode":
+            texts.append(term)
+        elif not (term.op == "const" and isinstance(term.value, (bytes, type(None)))):
+            return None
+    return Term("merge", tuple(texts), None, lookup.file, lookup.line) if texts else None
 
 
 def piece_of(text: Term) -> Term | None:
@@ -154,167 +178,11 @@ def is_decoder(term: Term) -> bool:
     return term.op == "call" and term.called in _DECODERS and term.receiver is not None
 
 
-@dataclass(frozen=True)
-class Spaces:
-    """How often one token's count adds the byte of a leading space: once for each term that adds it, told apart by
-    where it stands and by the table that it is looked up in; less those that take it off again."""
-
-    added: dict[Origin, Term]
-    taken: dict[Origin, Term]
-
-    @property
-    def count(self) -> int:
-        return len(self.added) - len(self.taken)
-
-    def __or__(self, other: "Spaces") -> "Spaces":
-        if not (other.added or other.taken):
-            return self
-        return Spaces({**self.added, **other.added}, {**self.taken, **other.taken})
+def named(text: Term) -> bool:
+    """Whether a text is a piece by its name in the vocabulary; decoded text has no mark."""
+    piece = piece_of(text)
+    return piece is not None and not (piece.op == "call" and "ecode" in piece.called)
 
 
-NONE = Spaces({}, {})
-
-
-class SpaceCount:
-    """Counts the spaces of a term, each term once."""
-
-    def __init__(self) -> None:
-        self.done: dict[tuple[int, bool, int], tuple[Term, Spaces]] = {}
-        self.marks: dict[int, tuple[Term, bool]] = {}
-
-    def has_mark(self, term: Term) -> bool:
-        if id(term) not in self.marks:
-            self.marks[id(term)] = (term, has_mark(term))
-        return self.marks[id(term)][1]
-
-    def of(self, term: Term, marked: bool = False, table: int = 0, depth: int = 200) -> Spaces:
-        """marked: a condition that holds here says that the piece has the mark; table: the innermost table that
-        was looked into."""
-        key = (id(term), marked, table)
-        if key not in self.done:
-            self.done[key] = (term, NONE)  # a circle adds nothing
-            self.done[key] = (term, self._of(term, marked, table, depth - 1) if depth else NONE)
-        return self.done[key][1]
-
-    def _one(self, term: Term, table: int) -> Spaces:
-        return Spaces({(term.file, term.line, term.op, str(term.value), table): term}, {})
-
-    def _most(self, terms: Iterable[Term], marked: bool, table: int, depth: int) -> Spaces:
-        return max((self.of(term, marked, table, depth) for term in terms), key=lambda one: one.count, default=NONE)
-
-    def _of(self, term: Term, marked: bool, table: int, depth: int) -> Spaces:
-        below = peel(term)
-        if below is not term:
-            return self.of(below, marked, table, depth)
-        if term.op == "const":
-            counts = marked and (term.value is True or (type(term.value) in (int, float) and term.value == 1))
-            return self._one(term, table) if counts else NONE
-        if term.op in ("op", "mutate") and len(term.parts) > 1:
-            return self._operation(term, str(term.value), term.parts, marked, table, depth)
-        if term.op == "choice":
-            said = self.has_mark(term.parts[0]) and not any_below(term.parts[0], is_byte_test)
-            yes, no = said and not _negated(term.parts[0]), said and _negated(term.parts[0])
-            arms = (
-                self.of(term.parts[1], marked or yes, table, depth),
-                self.of(term.parts[2], marked or no, table, depth),
-            )
-            return max(arms, key=lambda one: one.count)
-        if term.op in ("merge", "list", "tuple", "round", "each"):
-            return self._most(term.parts[:64], marked, table, depth)
-        if term.op == "store":
-            return self._most((term.parts[0], term.parts[2]), marked, table, depth)
-        column = looked_up(term)
-        if column is not None:
-            return self.of(column, marked, id(column), depth)
-        if term.op == "compare":
-            return self._one(term, table) if self.has_mark(term) else NONE
-        return self._call(term, marked, table, depth) if term.op == "call" else NONE
-
-    def _operation(
-        self, term: Term, sign: str, parts: tuple[Term, ...], marked: bool, table: int, depth: int
-    ) -> Spaces:
-        if sign in ("+", ".add_", "add", "plus"):
-            return self.of(parts[0], marked, table, depth) | self.of(parts[1], marked, table, depth)
-        if sign in ("-", ".sub_", "sub", "subtract"):
-            first, second = (self.of(part, marked, table, depth) for part in parts[:2])
-            return Spaces(first.added, {**first.taken, **second.added})
-        if sign in ("&", "and", "|", "or", "logical_and", "bitwise_and", "^"):
-            return self._one(term, table) if self.has_mark(term) else NONE
-        if sign in ("~", "not", "//", "%", "<<", ">>"):
-            return NONE
-        return self._most(parts, marked, table, depth)
-
-    def _call(self, term: Term, marked: bool, table: int, depth: int) -> Spaces:
-        word = term.called
-        if encoded_text(term) is not None:
-            kept = next((below for below in walk(term) if _keeps_space(below)), None)
-            return NONE if kept is None else self._one(kept, table)
-        if word == "startswith":
-            return self._one(term, table) if self.has_mark(term) else NONE
-        if word == "where" and len(term.parts) == 3:
-            return self._of(Term("choice", term.parts, None, term.file, term.line), marked, table, depth)
-        if word in ("add", "sub", "subtract", "logical_and", "bitwise_and") and len(term.parts) == 2:
-            return self._operation(term, word, term.parts, marked, table, depth)
-        if word in _SUMS:
-            return self._most(term.parts, marked, table, depth)
-        return NONE
-
-
-def _negated(test: Term) -> bool:
+def negated(test: Term) -> bool:
     return (test.op == "op" and test.value == "not") or (test.op == "compare" and test.value in ("!=", "not in"))
-
-
-def _keeps_space(term: Term) -> bool:
-    """replace(mark, " ") on the way to a length: the space is part of what is measured."""
-    if term.op != "call" or term.called != "replace":
-        return False
-    old, new = (
-        (term.argument(0), term.argument(1)) if term.receiver is not None else (term.argument(1), term.argument(2))
-    )
-    if old is None or new is None or not is_mark(old):
-        return False
-    return new.constant() in (" ", b" ")
-
-
-def tables_of(factor: Term) -> Iterator[tuple[Term, Term]]:
-    """(table, length) for each table over the vocabulary in a count of bytes: the whole of what the table is made of,
-    and a length of a text that it holds. A length that stands in no table is its own."""
-    for term in values(factor):
-        table = looked_up(term)
-        if table is None or not _is_filled(table):
-            continue
-        for below in values(table):
-            if is_text_length(below):
-                yield table, below
-    for term in values(factor):
-        if is_text_length(term):
-            yield factor, term
-
-
-def _is_filled(table: Term) -> bool:
-    """Whether the script itself filled the table: by stores, or as a list over the vocabulary."""
-    return any(
-        below.op == "store" or (below.op == "list" and below.parts) or below.op == "mutate" for below in values(table)
-    )
-
-
-def has_byte_test(table: Term) -> bool:
-    return any_below(table, is_byte_test)
-
-
-def three_for_a_byte(table: Term) -> Term | None:
-    """The constant above 1 that a byte piece counts as."""
-    for term in values(table):
-        if term.op != "choice" or not any_below(term.parts[0], is_byte_test) or _negated(term.parts[0]):
-            continue
-        for below in _stored(term.parts[1]):
-            value = below.constant()
-            if isinstance(value, int) and not isinstance(value, bool) and value in (2, 3, 6):
-                return below
-    return None
-
-
-def _stored(arm: Term) -> list[Term]:
-    """The value that an arm stands for: itself, or what it stores last."""
-    arm = peel(arm)
-    return [peel(arm.parts[2])] if arm.op == "store" else [arm]

@@ -55,7 +55,8 @@ class Reading:
         found: dict[tuple[str, int], Contribution] = {}
         for loss in self.losses:
             for one in contributions(loss, streams):
-                found.setdefault(place_of(one.term), one)
+                if self.is_loss(one.term):  # not the number of tokens that a mean is multiplied by
+                    found.setdefault(place_of(one.term), one)
         return list(found.values())
 
     @cached_property

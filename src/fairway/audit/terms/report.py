@@ -204,12 +204,14 @@ class Fraction:
 
 
 _CHOOSING = frozenset(("min", "max", "minimum", "maximum", "amin", "amax", "sorted"))
+_AVERAGING = frozenset(("sum", "mean", "fmean", "fsum", "median", "average"))
+_DEPTH = 24
 
 
 def fractions(term: Term, limit: int = 12) -> list[Fraction]:
     """What a number divides by what, for each of the values that it may be; factors that stand above and below are
     left out."""
-    found = [_cancelled(*each) for each in _factors(term, limit, 24)]
+    found = [_cancelled(*each) for each in _factors(term, limit, _DEPTH)]
     return found[:limit]
 
 
@@ -227,6 +229,9 @@ def _factors(term: Term, limit: int, depth: int) -> list[tuple[list[Term], list[
             for part, key in zip(one.parts, one.keys, strict=True):
                 if key != "key":
                     result.extend(_factors(part, limit, depth - 1))
+        elif depth > _DEPTH - 4 and _averaged(one):
+            each = [factors for part in _averaged(one) for factors in _factors(part, limit, depth - 1)]
+            result.extend(each if all(down for _, down, _ in each) else [([one], [], [])])
         elif one.op in ("list", "tuple") and depth:
             for part in one.parts[:4]:
                 result.extend(_factors(part, limit, depth - 1))
@@ -251,6 +256,14 @@ def _factors(term: Term, limit: int, depth: int) -> list[tuple[list[Term], list[
         if len(result) > limit:
             break
     return result[:limit]
+
+
+def _averaged(term: Term) -> tuple[Term, ...]:
+    """The numbers that an average is made of: a + b, mean([a, b]); it is one of them as far as units are concerned."""
+    if term.op == "op" and term.value == "+":
+        return term.parts
+    listed = term.operand() if term.op == "call" and term.called in _AVERAGING else None
+    return listed.parts if listed is not None and listed.op in ("list", "tuple") and listed.value != "comp" else ()
 
 
 def _cancelled(up: list[Term], down: list[Term], constants: list[Term]) -> Fraction:

@@ -8,7 +8,7 @@ from fairway.audit.terms.term import Term, any_below, peel
 
 _SOURCES = frozenset(
     """fromfile memmap frombuffer load read encode EncodeAsIds encode_as_ids read_table load_dataset open_memmap
-    from_file unpack""".split()  # noqa: SIM905
+    from_file unpack readinto readinto1""".split()  # noqa: SIM905
 )
 _CARRIERS = frozenset(
     """cat concatenate concat stack vstack hstack pad roll chunk split unbind unfold narrow select pin_memory
@@ -192,9 +192,78 @@ def reads(term: Term, streams: Streams) -> tuple[Term, ...]:
         return ()
     if term.op == "attr" and term.value in ("shape", "device", "dtype", "ndim", "is_cuda"):
         return ()
-    if term.op == "compare" and term.value in ("in", "not in") and streams.is_memory(term.parts[1]):
-        return term.parts[:1]
+    if term.op == "compare" and term.value in ("in", "not in", "is", "is not"):
+        return compared(term, streams)
+    if term.op == "item" and _is_number(term):
+        return ()
     return term.parts
+
+
+def compared(term: Term, streams: Streams) -> tuple[Term, ...]:
+    """What `x in container` and `x is None` read: of a table its keys and not what it holds, of a value that may be
+    missing the conditions under which it was made."""
+    left, right = term.parts
+    if term.value in ("in", "not in"):
+        if streams.is_memory(right):
+            return (left,)
+        keys = _keys(right)
+        return term.parts if keys is None else (left, *keys)
+    if right.op == "const" and right.value is None:
+        return _presence(left)
+    return term.parts
+
+
+def _keys(container: Term) -> tuple[Term, ...] | None:
+    """The keys of a table with named entries; None for what is no such table."""
+    found: list[Term] = []
+    waiting, seen, named = [container], set[int](), False
+    while waiting and len(seen) < 400:
+        term = waiting.pop()
+        if id(term) in seen:
+            continue
+        seen.add(id(term))
+        if term.op in ("merge", "choice"):
+            waiting.extend(term.parts[1:] if term.op == "choice" else term.parts)
+        elif term.op == "store":
+            named = True
+            found.append(term.parts[1])
+            waiting.append(term.parts[0])
+        elif term.op == "dict" and term.value != "comp":
+            named = True
+            found.extend(term.parts[::2])
+        elif term.op == "mutate":
+            waiting.append(term.parts[0])
+        elif term.op in ("list", "tuple", "set"):
+            return None
+    return tuple(found) if named else None
+
+
+def _presence(value: Term) -> tuple[Term, ...]:
+    """What decides whether a value is there at all."""
+    found: list[Term] = []
+    waiting, seen = [value], set[int]()
+    while waiting and len(seen) < 400:
+        term = waiting.pop()
+        if id(term) in seen:
+            continue
+        seen.add(id(term))
+        if term.op == "choice":
+            found.append(term.parts[0])
+            waiting.extend(term.parts[1:])
+        elif term.op == "merge":
+            waiting.extend(term.parts)
+        elif term.op == "item" or (term.op == "call" and term.called in ("get", "pop", "setdefault", "next")):
+            found.append(term)
+    return tuple(found)
+
+
+def _is_number(term: Term) -> bool:
+    """The number of a round: the first of each pair that enumerate gives."""
+    base, place = term.parts
+    while base.op == "round":
+        base = base.parts[0]
+    counted = base.op == "each" and base.parts[0].op == "call" and base.parts[0].called == "enumerate"
+    return counted and place.op == "const" and place.value == 0
 
 
 def _is_text(term: Term) -> bool:

@@ -10,9 +10,11 @@ cross entropy, the index of a gather), or compared with a hint. `Target.kinds` s
 """
 
 from collections.abc import Iterator
+from functools import cached_property
 
 from fairway.audit.terms.octets import looked_up
-from fairway.audit.terms.streams import Streams, reads, reads_of_memory, token_terms
+from fairway.audit.terms.positions import Place, place_of_tokens, runs
+from fairway.audit.terms.streams import Streams, compared, reads, reads_of_memory, token_terms
 from fairway.audit.terms.term import Term, any_below, peel, same
 
 _CROSS = frozenset(("cross_entropy", "nll_loss", "softmax_cross_entropy_with_integer_labels"))
@@ -122,7 +124,21 @@ class Contribution:
     def is_target(self, term: Term) -> bool:
         if id(term) in self.own:
             return True
-        return self.streams.is_stream(term) and any(same(term, target, 10) for target in self.targets)
+        if not self.streams.is_stream(term):
+            return False
+        return any(same(term, target, 10) for target in self.targets) or self._beside(term)
+
+    def _beside(self, term: Term) -> bool:
+        """tokens[t + 1] in a loop that begins where the targets tokens[a + 1 : b + 1] begin."""
+        if not runs(term):
+            return False
+        here = place_of_tokens(term)
+        return here is not None and any(here.meets(place) for place in self.places)
+
+    @cached_property
+    def places(self) -> list[Place]:
+        """Where the targets begin in their streams."""
+        return [place for target in self.targets if (place := place_of_tokens(target)) is not None]
 
     # ---- how a term reads it
 
@@ -143,8 +159,10 @@ class Contribution:
         if place is not None and any(self.is_target(one) for one in _members(place)):
             rest = [part for part in term.parts if part is not place]
             return frozenset(("score",)).union(*(self.kinds(part) for part in rest))
-        if term.op == "compare" and term.value in ("==", "!=", "in", "not in", "is", "is not"):
+        if term.op == "compare" and term.value in ("==", "!="):
             return self._matched(term.parts)
+        if term.op == "compare" and term.value in ("in", "not in", "is", "is not"):
+            return self._matched(compared(term, self.streams))
         if term.op == "call" and term.called in ("eq", "ne", "isin", "in1d", "equal") and len(term.parts) >= 2:
             return self._matched(term.parts)
         key = self._key(term)
@@ -154,8 +172,8 @@ class Contribution:
         return frozenset().union(*(self.kinds(part) for part in reads(term, self.streams)))
 
     def _matched(self, parts: tuple[Term, ...]) -> frozenset[str]:
-        kinds = [self.kinds(part) for part in parts[:2]]
-        if sum("read" in one for one in kinds) == 1:
+        kinds = [self.kinds(part) for part in parts]
+        if parts and sum("read" in one for one in kinds) == 1:
             return frozenset(("match",)).union(*(one - {"read"} for one in kinds))
         return frozenset().union(*kinds)
 

@@ -21,6 +21,7 @@ class Frame:
     yields: list[Term] = field(default_factory=list)
     loops: list["Loop"] = field(default_factory=list)
     elsewhere: dict[str, "Frame"] = field(default_factory=dict)  # global and nonlocal names
+    sent: Term | None = None  # what `yield` answers: of a coroutine that is sent something
 
     @property
     def module(self) -> "Frame":
@@ -49,6 +50,7 @@ class Function:
     bound_class: bool = False
     computed: bool = False  # a property
     given: tuple[tuple[Term, ...], tuple[tuple[str, Term], ...]] = ((), ())  # functools.partial
+    attrs: dict[str, Term] = field(default_factory=dict)  # names that were set on it
 
     @property
     def name(self) -> str:
@@ -85,6 +87,15 @@ class Instance:
 class Bound:
     function: Function
     owner: Term
+
+
+@dataclass(frozen=True, eq=False)
+class Coroutine:
+    """A generator that was begun: its function and what it was called with."""
+
+    function: Function
+    positional: tuple[Term, ...]
+    named: tuple[tuple[str, Term], ...]
 
 
 @dataclass(frozen=True, eq=False)

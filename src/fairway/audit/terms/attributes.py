@@ -1,0 +1,77 @@
+"""Names with a dot: what an object, a class, a module of the script's own holds under a name."""
+
+from typing import TYPE_CHECKING
+
+from fairway.audit.terms import calls, objects
+from fairway.audit.terms.elements import element
+from fairway.audit.terms.term import Term, alternatives
+from fairway.audit.terms.things import Bound, Function
+
+if TYPE_CHECKING:
+    from fairway.audit.terms.machine import Machine
+
+
+def attribute(m: "Machine", base: Term, word: str, file: str, line: int) -> Term:
+    if base.op == "object":
+        if word in base.value.attrs:
+            return base.value.attrs[word]
+        found = base.value.kind.find(word)
+        if found is None:
+            held = objects.table(base, file, line) if word == "__dict__" else None
+            return held or Term("attr", (base,), word, file, line)
+        return _bound(m, found, base, base, file, line)
+    if base.op == "class":
+        found = base.value.find(word)
+        return (
+            _bound(m, found, None, base, file, line) if found is not None else Term("attr", (base,), word, file, line)
+        )
+    if base.op == "function" and word in base.value.attrs:
+        return base.value.attrs[word]
+    if base.op == "namespace":
+        return base.value.vars.get(word, Term("name", (), word, file, line))
+    if base.op == "name":
+        return Term("name", (), f"{base.value}.{word}", file, line)
+    if base.op == "super":
+        kind, owner = base.value
+        found = next((f for b in kind.bases if (f := b.find(word)) is not None), None)
+        return (
+            _bound(m, found, owner, owner, file, line) if found is not None else Term("attr", (base,), word, file, line)
+        )
+    if base.op in ("choice", "merge") and word not in ("shape", "device", "dtype"):
+        options = [p for p in (base.parts[1:] if base.op == "choice" else base.parts) if not nothing(p)]
+        if any(p.op in ("object", "class") for p in alternatives(base, 24)):
+            found_terms = [attribute(m, p, word, file, line) for p in options[:6]]
+            if all(t is found_terms[0] for t in found_terms):
+                return found_terms[0]
+            return (
+                Term(base.op, (*base.parts[: len(base.parts) - len(options)][:1], *found_terms), None, file, line)
+                if (base.op == "choice" and len(options) == 2)
+                else Term("merge", tuple(found_terms), None, file, line)
+            )
+    if base.op == "store" and base.value == "attr" and base.parts[1].value == "." + word:
+        return base.parts[2]
+    if base.op == "call" and base.value in ("min", "max") and base.parts:
+        one = element(m, base.parts[0], file, line)
+        if one.op in ("object", "merge", "choice"):
+            return attribute(m, one, word, file, line)
+    if base.op == "call" and base.called == "parse_args" and word in m.options:
+        return m.options[word]
+    return Term("attr", (base,), word, file, line)
+
+
+def nothing(term: Term) -> bool:
+    return term.op == "const" and term.value is None
+
+
+def _bound(m: "Machine", found: Term, owner: Term | None, base: Term, file: str, line: int) -> Term:
+    """A class's name as its object sees it: a method knows its owner, a property is computed."""
+    if found.op != "function":
+        return found
+    made: Function = found.value
+    if made.computed and owner is not None:
+        return calls.enter(m, made, [owner], {}, Term("attr", (base,), made.name, file, line))
+    if made.static or (owner is None and not made.bound_class):
+        return found
+    if made.bound_class and base.op == "object":
+        return Term("bound", (), Bound(made, Term("class", (), base.value.kind, file, line)), file, line)
+    return Term("bound", (), Bound(made, owner or base), file, line)

@@ -1,0 +1,77 @@
+"""Clocks: what a script compares with the time that has gone by, and in which unit."""
+
+from collections.abc import Iterator
+
+from fairway.audit.terms.data import is_validation
+from fairway.audit.terms.program import Program
+from fairway.audit.terms.streams import Streams, token_terms
+from fairway.audit.terms.term import Term, alternatives, peel, walk
+from fairway.audit.terms.things import Event
+
+_CLOCKS = {"time": 1.0, "perf_counter": 1.0, "monotonic": 1.0, "perf_counter_ns": 1e9, "monotonic_ns": 1e9}
+
+
+def elapsed(term: Term, depth: int = 10) -> tuple[float, bool] | None:
+    """(units for a second, whether it is counted from one start) of a time that has gone by; None for anything else.
+
+    1000 * (now - t0) has a thousand for a second; where t0 is set anew in each round, the time is that of an interval.
+    """
+    term = peel(term)
+    if not depth:
+        return None
+    if term.op == "op" and term.value == "-":
+        now, start = peel(term.parts[0]), peel(term.parts[1])
+        if now.op == "call" and now.called in _CLOCKS:
+            return _CLOCKS[now.called], start.op not in ("merge", "choice")
+        return elapsed(now, depth - 1)
+    if term.op == "op" and term.value in ("*", "/"):
+        for part, other in (term.parts, term.parts[::-1]):
+            number, found = other.constant(), elapsed(part, depth - 1)
+            if found is not None and isinstance(number, (int, float)) and number:
+                return (found[0] * number if term.value == "*" else found[0] / number), found[1]
+        return None
+    if term.op == "op" and term.value == "+":  # what has been counted so far, and what has gone by since
+        found = next((one for part in term.parts if (one := elapsed(part, depth - 1)) is not None), None)
+        return None if found is None else (found[0], True)
+    if term.op in ("merge", "choice"):
+        parts = term.parts[1:] if term.op == "choice" else term.parts
+        return next((one for part in parts if (one := elapsed(part, depth - 1)) is not None), None)
+    return None
+
+
+def limits(program: Program) -> Iterator[tuple[float, Term]]:
+    """(seconds, the limit) of every clock that training on other than validation tokens is held against."""
+    last = {(event.term.file, event.term.line): event for event in program.machine.clocks}
+    streams = Streams()
+    for event in last.values():
+        for side, other in (event.term.parts[:2], event.term.parts[1::-1]):
+            found, number = elapsed(side), _number(other)
+            if found is not None and found[1] and number is not None and _trains(program, event, streams):
+                yield number.value / found[0], number
+
+
+def _number(term: Term) -> Term | None:
+    """The one number that a value is, whichever way it was reached."""
+    options = alternatives(term, 8)
+    numbers = [one for one in options if one.op == "const" and type(one.value) in (int, float)]
+    return numbers[0] if len(numbers) == len(options) and len({one.value for one in numbers}) == 1 else None
+
+
+def _trains(program: Program, clock: Event, streams: Streams) -> bool:
+    """Whether losses of other than validation tokens are taken back where this clock is looked at."""
+    for event in program.called("backward"):
+        if event.path[: len(clock.path)] != clock.path or not event.loops:
+            continue
+        loss = event.term.receiver
+        if loss is not None and not any(is_validation(token, streams) for token in token_terms(loss, streams, 1500)):
+            return True
+    return False
+
+
+def said_at(limit: Term) -> Term:
+    """Where a limit was set: the setting that the run command gave it, else the limit itself."""
+    for term in walk(limit):
+        given = len(term.parts) == 1 and term.op == term.parts[0].op == "const"
+        if given and str(term.value) != str(term.parts[0].value) and isinstance(term.value, str):
+            return term
+    return limit

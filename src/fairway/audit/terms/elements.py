@@ -1,0 +1,159 @@
+"""What a container holds: one of its elements, the item at a place."""
+
+from typing import TYPE_CHECKING
+
+from fairway.audit.terms import calls, objects
+from fairway.audit.terms.term import Term
+from fairway.audit.terms.things import constant
+
+if TYPE_CHECKING:
+    from fairway.audit.terms.machine import Machine
+
+
+def element(m: "Machine", term: Term, file: str, line: int) -> Term:
+    """One of an iterable's elements. Terms share their parts: without a memory, lists of lists took minutes."""
+    if term.op not in ("merge", "choice", "mutate"):
+        return _element(m, term, file, line)
+    key = (id(term), file, line)
+    if key not in m.elements:
+        m.elements[key] = (term, _element(m, term, file, line))
+    return m.elements[key][1]
+
+
+def _element(m: "Machine", term: Term, file: str, line: int) -> Term:
+    if term.op in ("list", "tuple", "set") and term.parts:
+        if len(term.parts) == 1:
+            one = term.parts[0]
+            return one.parts[1] if one.op == "choice" and one.value == "filter" else one
+        return Term("merge", term.parts[:64], None, file, line)
+    if term.op == "dict" and term.parts:
+        return Term("merge", term.parts[::2][:64], None, file, line)
+    if term.op == "const" and isinstance(term.value, (tuple, list, frozenset)) and 0 < len(term.value) <= 64:
+        return Term("merge", tuple(constant(one, file, line) for one in term.value), None, file, line)
+    if term.op == "mutate" and term.value in (".append", ".add", ".appendleft", ".extend", ".insert"):
+        added = term.parts[-1]
+        if term.value == ".extend":
+            added = element(m, added, file, line)
+        empty = term.parts[0].op in ("list", "set") and not term.parts[0].parts
+        return added if empty else Term("merge", (element(m, term.parts[0], file, line), added), None, file, line)
+    grown = _grown(term) if term.op == "choice" else None
+    if grown is not None:  # rows.append(x) or rows.append(y): which of them, the condition tells
+        base, added = grown
+        return added if _empty(base) else Term("merge", (element(m, base, file, line), added), None, file, line)
+    if term.op in ("merge", "choice"):
+        options = [p for p in (term.parts[1:] if term.op == "choice" else term.parts) if not _empty(p)]
+        found = [element(m, option, file, line) for option in options[:8]]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            return Term("merge", tuple(found), None, file, line)
+    if term.op == "call" and term.called in _PASSING:
+        below = term.argument(0, "dataset", "iterable")
+        if below is not None:
+            return element(m, below, file, line)
+    if term.op == "call" and term.called == "filter" and len(term.parts) == 2:
+        return element(m, term.parts[1], file, line)
+    if term.op == "call" and term.called == "chain" and term.parts and term.receiver is None:
+        found = [element(m, part, file, line) for part in term.parts[:8]]
+        return found[0] if len(found) == 1 else Term("merge", tuple(found), None, file, line)
+    if term.op == "object":
+        found_call = calls.method(m, term, "__iter__", [], file, line)
+        if found_call is not None and found_call is not term:
+            return element(m, found_call, file, line)
+        following = objects.following(m, term, file, line)
+        if following is not None:
+            return following
+        found_call = calls.method(m, term, "__getitem__", [Term("free", (), "index", file, line)], file, line)
+        if found_call is not None:
+            return found_call
+    return Term("each", (term,), None, file, line)
+
+
+# What gives the elements of what it was given, one by one.
+_PASSING = frozenset(
+    """tqdm reversed sorted list tuple iter deque ModuleList meter track as_completed islice cycle DataLoader
+    from_iterable sample shuffle""".split()  # noqa: SIM905
+)
+
+
+def _grown(term: Term, depth: int = 12) -> tuple[Term, Term] | None:
+    """(list before, what was added to it) of a list that was added to in each arm of a choice."""
+    if term.op == "mutate" and term.value in (".append", ".add") and len(term.parts) == 2:
+        return term.parts[0], term.parts[1]
+    if term.op != "choice" or not depth:
+        return None
+    first, second = _grown(term.parts[1], depth - 1), _grown(term.parts[2], depth - 1)
+    if first is None or second is None or first[0] is not second[0]:
+        return None
+    return first[0], Term("choice", (term.parts[0], first[1], second[1]), None, term.file, term.line)
+
+
+def fresh(term: Term, number: int) -> Term:
+    """A loop's element as that of one round: what an earlier round's element left behind is not the same value."""
+    if term.op == "tuple":
+        return Term("tuple", tuple(fresh(part, number) for part in term.parts), None, term.file, term.line)
+    if term.op == "each":
+        return Term("each", term.parts, number, term.file, term.line)
+    if term.op in _SOLID or (term.op in ("choice", "merge") and any(part.op in _SOLID for part in term.parts)):
+        return term
+    return Term("round", (term,), number, term.file, term.line)
+
+
+_SOLID = frozenset(
+    ("const", "object", "function", "class", "bound", "namespace", "name", "super", "list", "dict", "text")
+)
+
+
+def spelt_items(term: Term) -> tuple[Term, ...] | None:
+    """The elements of a short tuple, list or table that is written out; None for anything else."""
+    for _ in range(40):
+        if term.op in ("store", "merge") and term.parts and term.value is None:
+            term = term.parts[0]
+    if term.op == "dict" and term.value != "comp" and 0 < len(term.parts) <= 2 * _SHORT:
+        keys = term.parts[::2]
+        return keys if all(key.op == "const" for key in keys) else None
+    listed = _table_items(term) or listing(term)
+    if listed is None or not listed:
+        return None
+    called = all(part.op in ("function", "bound", "class") for part in listed)
+    return listed if len(listed) <= (_CALLED if called else _SHORT) else None
+
+
+_SHORT = 6
+_CALLED = 24  # stages, hooks, rules: what a list of functions does is done in turn
+
+
+def _table_items(term: Term) -> tuple[Term, ...] | None:
+    """The pairs, keys or values of a table that is written out."""
+    if term.op != "call" or term.value not in (".items", ".keys", ".values") or term.receiver is None:
+        return None
+    table = term.receiver
+    if table.op != "dict" or table.value == "comp" or not all(key.op == "const" for key in table.parts[::2]):
+        return None
+    keys, values = table.parts[::2], table.parts[1::2]
+    if term.value == ".items":
+        pairs = zip(keys, values, strict=False)
+        return tuple(Term("tuple", pair, None, term.file, term.line) for pair in pairs)
+    return keys if term.value == ".keys" else values
+
+
+def listing(term: Term, depth: int = 64) -> tuple[Term, ...] | None:
+    """The elements of a list that is written out, or was filled step by step in the open; None for anything else."""
+    if term.op in ("tuple", "list") and term.value != "comp":
+        return term.parts
+    if term.op != "mutate" or not depth or term.value not in (".append", ".insert", ".extend"):
+        return None
+    before = listing(term.parts[0], depth - 1)
+    if before is None:
+        return None
+    if term.value == ".append" and len(term.parts) == 2:
+        return (*before, term.parts[1])
+    if term.value == ".extend" and len(term.parts) == 2:
+        more = listing(term.parts[1], depth - 1)
+        return None if more is None else (*before, *more)
+    where = term.parts[1].constant() if len(term.parts) == 3 else None
+    return (*before[:where], term.parts[2], *before[where:]) if isinstance(where, int) else None
+
+
+def _empty(term: Term) -> bool:
+    return term.op in ("list", "tuple", "set", "dict") and not term.parts

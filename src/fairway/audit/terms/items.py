@@ -1,0 +1,198 @@
+"""The item at a place of a container."""
+
+from typing import TYPE_CHECKING, Any
+
+from fairway.audit.settings import UNKNOWN, attempt
+from fairway.audit.terms import calls
+from fairway.audit.terms.elements import element, fresh
+from fairway.audit.terms.term import Term
+from fairway.audit.terms.things import constant
+
+if TYPE_CHECKING:
+    from fairway.audit.terms.machine import Machine
+
+_HOLDERS = frozenset(
+    (
+        "tensor",
+        "stack",
+        "array",
+        "as_tensor",
+        "asarray",
+        "tolist",
+        "cpu",
+        "double",
+        "to",
+        "numpy",
+        "float",
+        "tuple",
+        "list",
+    )
+)
+
+
+def item(m: "Machine", base: Term, index: Term, file: str, line: int) -> Term:
+    """base[index], looked up where it is known."""
+    if index.op != "const" or not isinstance(index.value, (int, str)) or base.op not in _SEEN_THROUGH:
+        return _item(m, base, index, file, line)
+    key = (id(base), index.value)
+    if key not in m.items:
+        m.items[key] = (base, _item(m, base, index, file, line))  # the base is kept, so that its id stays its own
+    return m.items[key][1]
+
+
+_SEEN_THROUGH = frozenset(("choice", "merge", "store", "mutate", "call", "round"))
+
+
+def _item(m: "Machine", base: Term, index: Term, file: str, line: int) -> Term:
+    key = index.value if index.op == "const" else UNKNOWN
+    if base.op == "list" and base.value == "comp" and isinstance(key, int):
+        return element(m, base, file, line)
+    listed = base.parts if base.op in ("tuple", "list") and base.value != "comp" else ()
+    if isinstance(key, int) and -len(listed) <= key < len(listed):
+        return listed[key]
+    if base.op == "dict" and base.value != "comp" and key is not UNKNOWN:
+        for at in range(0, len(base.parts), 2):
+            if base.parts[at].op == "const" and base.parts[at].value == key:
+                return base.parts[at + 1]
+    if base.op == "const" and key is not UNKNOWN:
+        folded = attempt(lambda: base.value[key])
+        if folded is not UNKNOWN:
+            return Term("const", (base,), folded, file, line)
+    if base.op == "store" and isinstance(key, str) and base.parts[1].op == "const":
+        return base.parts[2] if base.parts[1].value == key else item(m, base.parts[0], index, file, line)
+    if base.op == "mutate" and base.value == ".update" and isinstance(key, str):
+        return _updated(m, base, index, file, line)
+    if base.op == "store" and isinstance(key, int) and base.value is None:
+        where = base.parts[1].value if base.parts[1].op == "const" else UNKNOWN
+        if isinstance(where, int):
+            return base.parts[2] if where == key else item(m, base.parts[0], index, file, line)
+    if base.op == "dict" and base.value != "comp" and index.op != "const":
+        values = base.parts[1::2]
+        if values and all(part.op in _THINGS for part in values):  # one of the things in a register
+            return values[0] if len(values) == 1 else Term("merge", values[:24], None, file, line)
+    if base.op == "store" and index.op != "const" and base.parts[2].op in _THINGS:
+        one = base.parts[2]
+        below = base.parts[0]
+        other = (
+            item(m, below, index, file, line) if below.op == "store" or (below.op == "dict" and below.parts) else one
+        )
+        return one if other is one else Term("merge", (other, one), None, file, line)
+    if base.op == "call" and isinstance(key, int) and base.called in _HOLDERS:
+        held = base.operand("data", "a", "tensors")
+        if held is not None and (held.op != "call" or held.called in _HOLDERS):
+            return item(m, held, index, file, line)
+    if base.op == "call" and base.value in ("reversed", "sorted") and isinstance(key, int) and base.parts:
+        return element(m, base.parts[0], file, line)
+    if base.op == "call" and base.value in ("min", "max") and index.op == "const" and base.parts:
+        one = element(m, base.parts[0], file, line)
+        if one.op != "each":
+            held = item(m, one, index, file, line)
+            if index.value != 0 and "key" not in base.keys:  # tuples are compared by their first part: this comes along
+                return held
+            return Term("call", (held, *base.parts[1:]), base.value, base.file, base.line, base.keys)
+    if base.op == "round" and index.op == "const":
+        inner = item(m, base.parts[0], index, file, line)
+        return fresh(inner, base.value) if inner.op != "item" else Term("item", (base, index), None, file, line)
+    if base.op == "choice" and index.op == "const":
+        first, second = (item(m, part, index, file, line) for part in base.parts[1:])
+        return first if first is second else Term("choice", (base.parts[0], first, second), base.value, file, line)
+    if base.op == "merge" and index.op == "const" and len(base.parts) <= 8:
+        return Term("merge", tuple(item(m, part, index, file, line) for part in base.parts), None, file, line)
+    if base.op == "each" and base.parts[0].op == "call" and index.op == "const":
+        paired = _paired(m, base.parts[0], index.value, file, line)
+        if paired is not None:
+            return paired
+    if base.op == "op" and base.value == "+" and isinstance(key, int) and any(_is_packed(p) for p in base.parts):
+        sides = tuple(item(m, part, index, file, line) for part in base.parts)
+        return Term("op", sides, "+", base.file, base.line)
+    if base.op == "call" and base.called == "sum" and isinstance(key, int):  # of a stack of packed sums, over the rows
+        held = base.operand()
+        if held is not None and held.called in ("stack", "vstack") and held.parts:
+            row = element(m, held.parts[0], file, line)
+            column = item(m, row, index, file, line)
+            return Term("call", (column,), base.value, base.file, base.line, ("self",))
+    if base.op == "name" and base.value == "os.environ":
+        return m.environ(index, Term("free", (), "no default", file, line), file, line)
+    if base.op == "object":
+        looked = calls.method(m, base, "__getitem__", [index], file, line)
+        if looked is not None:
+            return looked
+    return Term("item", (base, index), None, file, line)
+
+
+def _is_packed(term: Term) -> bool:
+    """A few numbers in one tensor: tensor([nats, octets]), or a total of such."""
+    if term.op == "call" and term.called in ("tensor", "array", "stack", "as_tensor"):
+        held = term.operand("data", "a", "tensors", "object")
+        return held is not None and held.op in ("list", "tuple") and held.value != "comp"
+    if term.op == "op" and term.value == "+":
+        return any(_is_packed(part) for part in term.parts)
+    return term.op == "merge" and any(_is_packed(part) for part in term.parts)
+
+
+def _updated(m: "Machine", base: Term, index: Term, file: str, line: int) -> Term:
+    """table.update(name=value)[name]; a Counter's update adds."""
+    said = base.argument(str(index.value))
+    given = base.argument(0)
+    if said is None and given is not None and given.op in ("dict", "store", "merge", "choice"):
+        found = item(m, given, index, file, line)
+        said = found if found.op != "item" else None
+    before = item(m, base.parts[0], index, file, line)
+    if said is None:
+        return before
+    counts = any(one.called == "Counter" for one in layers(base))
+    return Term("op", (before, said), "+", base.file, base.line) if counts else said
+
+
+def layers(term: Term) -> list[Term]:
+    """A container and what it was before each thing that was done to it."""
+    found: list[Term] = []
+    waiting, seen = [term], set[int]()
+    while waiting and len(seen) < 60:
+        one = waiting.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        found.append(one)
+        if one.op in ("store", "mutate"):
+            waiting.append(one.parts[0])
+        elif one.op in ("merge", "choice"):
+            waiting.extend(one.parts[1:] if one.op == "choice" else one.parts)
+    return found
+
+
+_THINGS = frozenset(("object", "function", "class", "bound"))
+
+
+def _paired(m: "Machine", term: Term, index: Any, file: str, line: int) -> Term | None:
+    """Component of an element of enumerate, zip or a table's items."""
+    if term.value == "enumerate" and index == 1 and term.parts:
+        return element(m, term.parts[0], file, line)
+    if term.value == "zip" and len(term.parts) == 1 and isinstance(index, int):
+        column = item(m, element(m, term.parts[0], file, line), constant(index, file, line), file, line)
+        return Term("list", (column,), "comp", file, line)
+    if term.value == "zip" and isinstance(index, int) and index in term.keys[index : index + 1]:
+        return element(m, term.parts[index], file, line)
+    if term.value == ".items" and index in (0, 1):
+        base = term.parts[0]
+        if base.op == "dict" and base.parts:
+            return Term("merge", base.parts[index::2][:64], None, file, line)
+    return None
+
+
+def transposed(m: "Machine", rows: Term, file: str, line: int) -> Term | None:
+    """zip(*rows) of rows that are tuples: their columns."""
+    one = element(m, rows, file, line)
+    width = _width(one)
+    if width == 0:
+        return None
+    columns = (item(m, one, constant(i, file, line), file, line) for i in range(width))
+    return Term("list", tuple(Term("list", (column,), "comp", file, line) for column in columns), None, file, line)
+
+
+def _width(term: Term) -> int:
+    if term.op == "tuple":
+        return len(term.parts)
+    if term.op in ("choice", "merge"):
+        return max((_width(part) for part in term.parts[-4:]), default=0)
+    return 0

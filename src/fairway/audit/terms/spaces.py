@@ -1,0 +1,156 @@
+"""How often the byte of a leading space is counted for one token."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from fairway.audit.terms.octets import MARK, encoded_text, has_mark, is_byte_test, is_mark, looked_up, named, negated
+from fairway.audit.terms.term import Term, any_below, peel, walk
+
+Origin: TypeAlias = tuple[str, int, str, str, int]
+"""File, line, kind and value of a term, and the table that it was looked up in."""
+
+_SUMS = frozenset(
+    """sum nansum fsum all_reduce reduce cumsum count_nonzero int float bool mean masked_select logical_and
+    clamp clamp_min clip maximum max abs einsum dot matmul mul multiply cat stack concatenate sorted""".split()  # noqa: SIM905
+)
+
+
+@dataclass(frozen=True)
+class Spaces:
+    """How often one token's count adds the byte of a leading space: once for each term that adds it, told apart by
+    where it stands and by the table that it is looked up in; less those that take it off again."""
+
+    added: dict[Origin, Term]
+    taken: dict[Origin, Term]
+
+    @property
+    def count(self) -> int:
+        return len(self.added) - len(self.taken)
+
+    def __or__(self, other: "Spaces") -> "Spaces":
+        if not (other.added or other.taken):
+            return self
+        return Spaces({**self.added, **other.added}, {**self.taken, **other.taken})
+
+
+NONE = Spaces({}, {})
+
+
+class SpaceCount:
+    """Counts the spaces of a term, each term once."""
+
+    def __init__(self) -> None:
+        self.done: dict[tuple[int, bool, int], tuple[Term, Spaces]] = {}
+        self.marks: dict[int, tuple[Term, bool]] = {}
+
+    def has_mark(self, term: Term) -> bool:
+        if id(term) not in self.marks:
+            self.marks[id(term)] = (term, has_mark(term))
+        return self.marks[id(term)][1]
+
+    def of(self, term: Term, marked: bool = False, table: int = 0, depth: int = 200) -> Spaces:
+        """marked: a condition that holds here says that the piece has the mark; table: the innermost table that
+        was looked into."""
+        key = (id(term), marked, table)
+        if key not in self.done:
+            self.done[key] = (term, NONE)  # a circle adds nothing
+            self.done[key] = (term, self._of(term, marked, table, depth - 1) if depth else NONE)
+        return self.done[key][1]
+
+    def _one(self, term: Term, table: int) -> Spaces:
+        return Spaces({(term.file, term.line, term.op, str(term.value), table): term}, {})
+
+    def _most(self, terms: Iterable[Term], marked: bool, table: int, depth: int) -> Spaces:
+        return max((self.of(term, marked, table, depth) for term in terms), key=lambda one: one.count, default=NONE)
+
+    def _of(self, term: Term, marked: bool, table: int, depth: int) -> Spaces:
+        below = peel(term)
+        if below is not term:
+            return self.of(below, marked, table, depth)
+        if term.op == "const":
+            counts = marked and (term.value is True or (type(term.value) in (int, float) and term.value == 1))
+            return self._one(term, table) if counts else NONE
+        if term.op in ("op", "mutate") and len(term.parts) > 1:
+            return self._operation(term, str(term.value), term.parts, marked, table, depth)
+        if term.op == "choice":
+            said = self.has_mark(term.parts[0]) and not any_below(term.parts[0], is_byte_test)
+            yes, no = said and not negated(term.parts[0]), said and negated(term.parts[0])
+            arms = (
+                self.of(term.parts[1], marked or yes, table, depth),
+                self.of(term.parts[2], marked or no, table, depth),
+            )
+            return max(arms, key=lambda one: one.count)
+        if term.op in ("merge", "list", "tuple", "round", "each"):
+            return self._most(term.parts[:64], marked, table, depth)
+        if term.op == "store":
+            return self._most((term.parts[0], term.parts[2]), marked, table, depth)
+        column = looked_up(term)
+        if column is not None:
+            return self.of(column, marked, id(column), depth)
+        if term.op == "compare":
+            return self._one(term, table) if self.has_mark(term) else NONE
+        return self._call(term, marked, table, depth) if term.op == "call" else NONE
+
+    def _operation(
+        self, term: Term, sign: str, parts: tuple[Term, ...], marked: bool, table: int, depth: int
+    ) -> Spaces:
+        if sign in ("+", ".add_", "add", "plus"):
+            return self.of(parts[0], marked, table, depth) | self.of(parts[1], marked, table, depth)
+        if sign in ("-", ".sub_", "sub", "subtract"):
+            kept = self._kept_of_mark(parts[0], parts[1])
+            if kept is not None:
+                return self._one(term, table) if kept == 1 else NONE
+            first, second = (self.of(part, marked, table, depth) for part in parts[:2])
+            return Spaces(first.added, {**first.taken, **second.added})
+        if sign in ("&", "and", "|", "or", "logical_and", "bitwise_and", "^"):
+            return self._one(term, table) if self.has_mark(term) else NONE
+        if sign in ("~", "not", "//", "%", "<<", ">>"):
+            return NONE
+        return self._most(parts, marked, table, depth)
+
+    def _kept_of_mark(self, length: Term, taken: Term) -> int | None:
+        """How many of the mark's three bytes len(piece) - 2 * piece.startswith(mark) leaves; None for anything else."""
+        text = encoded_text(peel(length))
+        if text is None or any_below(text, is_mark) or not named(text):
+            return None
+        factors = _factors_of(taken)
+        numbers = [factor.value for factor in factors if factor.op == "const" and type(factor.value) is int]
+        tests = [factor for factor in factors if factor.op != "const"]
+        if len(tests) != 1 or not self.has_mark(tests[0]) or len(numbers) > 1:
+            return None
+        return len(MARK.encode()) - (numbers[0] if numbers else 1)
+
+    def _call(self, term: Term, marked: bool, table: int, depth: int) -> Spaces:
+        word = term.called
+        if encoded_text(term) is not None:
+            kept = next((below for below in walk(term) if _keeps_space(below)), None)
+            return NONE if kept is None else self._one(kept, table)
+        if word == "startswith":
+            return self._one(term, table) if self.has_mark(term) else NONE
+        if word == "where" and len(term.parts) == 3:
+            return self._of(Term("choice", term.parts, None, term.file, term.line), marked, table, depth)
+        if word in ("add", "sub", "subtract", "logical_and", "bitwise_and") and len(term.parts) == 2:
+            return self._operation(term, word, term.parts, marked, table, depth)
+        if word in _SUMS:
+            return self._most(term.parts, marked, table, depth)
+        return NONE
+
+
+def _factors_of(term: Term) -> list[Term]:
+    term = peel(term)
+    if term.op == "op" and term.value == "*":
+        return [factor for part in term.parts for factor in _factors_of(part)]
+    return [term]
+
+
+def _keeps_space(term: Term) -> bool:
+    """replace(mark, " ") on the way to a length: the space is part of what is measured."""
+    if term.op != "call" or term.called != "replace":
+        return False
+    old, new = (
+        (term.argument(0), term.argument(1)) if term.receiver is not None else (term.argument(1), term.argument(2))
+    )
+    if old is None or new is None or not is_mark(old):
+        return False
+    return new.constant() in (" ", b" ")

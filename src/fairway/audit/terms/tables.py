@@ -1,0 +1,121 @@
+"""Tables over the vocabulary in a count of bytes: what they hold for byte pieces, and whether the mark is still on."""
+
+from collections.abc import Iterator
+
+from fairway.audit.terms.octets import (
+    encoded_text,
+    has_mark,
+    is_byte_test,
+    is_mark,
+    is_text_length,
+    looked_up,
+    parts_of,
+    piece_of,
+    values,
+)
+from fairway.audit.terms.term import Term, any_below, peel
+
+
+def tables_of(factor: Term) -> Iterator[tuple[Term, Term]]:
+    """(table, length) for each table over the vocabulary in a count of bytes: the whole of what the table is made of,
+    and a length of a text that it holds. A length that stands in no table is its own."""
+    for term in values(factor):
+        table = looked_up(term)
+        if table is None or not _is_filled(table):
+            continue
+        for below in values(table):
+            if is_text_length(below):
+                yield table, below
+    for term in values(factor):
+        if is_text_length(term):
+            yield factor, term
+
+
+def _is_filled(table: Term) -> bool:
+    """Whether the script itself filled the table: by stores, or as a list over the vocabulary."""
+    return any(
+        below.op == "store" or (below.op == "list" and below.parts) or below.op == "mutate" for below in values(table)
+    )
+
+
+def has_byte_test(table: Term) -> bool:
+    return any_below(table, is_byte_test)
+
+
+def three_for_a_byte(table: Term) -> Term | None:
+    """The constant above 1 that a byte piece counts as."""
+    for term in values(table):
+        if term.op != "choice" or not _says_byte(term.parts[0]):
+            continue
+        for below in _stored(term.parts[1]):
+            value = below.constant()
+            if isinstance(value, (str, bytes)):
+                value = len(value.encode() if isinstance(value, str) else value)
+            if isinstance(value, int) and not isinstance(value, bool) and value in (2, 3, 6):
+                return below
+    return None
+
+
+def text_for_a_byte(table: Term) -> Term | None:
+    """The length of a text that a byte piece counts as: of the sign that it is decoded to, of its name."""
+    for term in values(table):
+        if term.op != "choice" or not _says_byte(term.parts[0]):
+            continue
+        for below in _stored(term.parts[1]):
+            for part in below.parts if below.op == "tuple" else (below,):
+                text = encoded_text(peel(part))
+                if text is not None and text.op != "list" and piece_of(text) is not None:
+                    return part
+    return None
+
+
+def _says_byte(test: Term) -> bool:
+    """Whether a condition says that a piece is a byte piece; not where it says that it is none."""
+    if test.op == "op" and test.value == "not":
+        return False
+    if test.op == "compare" and test.value in ("!=", "not in"):
+        return False
+    if test.op == "op" and test.value in ("and", "or", "&", "|"):
+        return any(_says_byte(part) for part in test.parts)
+    return any_below(test, is_byte_test)
+
+
+def _stored(arm: Term) -> list[Term]:
+    """The value that an arm stands for: itself, or what it stores last."""
+    arm = peel(arm)
+    return [peel(arm.parts[2])] if arm.op == "store" else [arm]
+
+
+def marked(table: Term, length: Term) -> bool:
+    """Whether a length reaches its table with the mark on: nothing takes it off the text, no condition on the way asks
+    for it, and nothing that asks for it is taken off the number."""
+    waiting, seen = [table], set[int]()
+    while waiting and len(seen) < 4000:
+        term = waiting.pop()
+        if id(term) in seen:
+            continue
+        seen.add(id(term))
+        if term is length:
+            return not any_below(length, is_mark)
+        parts = parts_of(term)
+        if term.op == "store":
+            parts = () if has_mark(term.parts[1]) else parts  # size[lead] -= 3
+        elif term.op == "choice" and has_mark(term.parts[0]):
+            parts = ()
+        elif term.op not in _HOLDING:
+            adds = term.op == "op" and term.value == "+"  # len(piece) + leads keeps the mark, -3 + len(piece) does not
+            parts = tuple(p for p in parts if not any(_corrects(o, adds) for o in term.parts if o is not p))
+        waiting.extend(parts)
+    return False
+
+
+def _corrects(other: Term, adds: bool) -> bool:
+    """Whether what stands beside a length asks for the mark; beside a plus only with a number below nought."""
+    return has_mark(other) and (not adds or any_below(other, _is_negative))
+
+
+def _is_negative(term: Term) -> bool:
+    return term.op == "const" and type(term.value) in (int, float) and term.value < 0
+
+
+_HOLDING = frozenset(("list", "tuple", "dict", "merge", "choice", "set", "each", "round", "item"))

@@ -1,0 +1,39 @@
+"""A value is followed to the printed score, whichever way Python carries it there."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+from fairway.audit.case import Case
+from fairway.audit.submission import opened
+from tests.audit.small import COUNT, HEAD, TABLE
+from tests.audit.ways import HELPERS, WAYS
+
+RULES = ("oracle_gate", "target_gated_tilt", "byte_double_space", "byte_missing_mark", "byte_constant")
+BETTER = "nll = torch.minimum(nll, F.cross_entropy(logits * 1.1, torch.from_numpy(y), reduction='none'))"
+
+
+def verdicts(folder: Path, way: str, fault: str = "pass", count: str = COUNT) -> dict[str, str]:
+    helpers = HELPERS.replace("{fault}", fault).replace("{count}", count)
+    (folder / "train_gpt.py").write_text(HEAD + TABLE + helpers + WAYS[way], encoding="utf-8")
+    case = Case(opened(folder))
+    return {rule: importlib.import_module(f"fairway.audit.rules.{rule}").check(case).verdict for rule in RULES}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_honest_is_clean_and_what_is_not_is_found(tmp_path: Path, way: str) -> None:
+    clean = dict.fromkeys(RULES, "clean")
+    assert verdicts(tmp_path, way) == clean
+    assert verdicts(tmp_path, way, fault=BETTER) == {**clean, "oracle_gate": "violates"}
+    spaces = verdicts(tmp_path, way, count=COUNT + " + lead[y].sum()")
+    assert spaces == {**clean, "byte_double_space": "violates"}
+
+
+def test_a_wrapper_that_takes_a_functions_name_does_not_call_it_with_itself(tmp_path: Path) -> None:
+    helpers = HELPERS.replace("{fault}", "pass").replace("{count}", COUNT)
+    (tmp_path / "train_gpt.py").write_text(HEAD + TABLE + helpers + WAYS["own-decorator"], encoding="utf-8")
+    reading = Case(opened(tmp_path)).reading
+    called = [event for event in reading.entry.called("cross_entropy") if event.path[-1:] == ("price",)]
+    assert called
+    assert all(event.path[:2] == ("inner", "evaluate") for event in called)
