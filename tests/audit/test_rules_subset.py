@@ -43,7 +43,13 @@ def chunks(loop: str, after: str = "", head: str = HEAD) -> str:
 
 
 RANGE = "for s in range(0, val.numel() - 32769, 32768)"
+SHARE = 'for s in range(int(os.environ["RANK"]) * 32768, val.numel() - 32769, int(os.environ["WORLD_SIZE"]) * 32768)'
+SUMMED = """    both = torch.tensor([total, count], device="cuda", dtype=torch.float64)
+    torch.distributed.all_reduce(both)
+    total, count = both.tolist()
+"""
 PARTS = {
+    "a rank's share": (chunks(SHARE), "total += model(x, y).item()"),
     "short documents are passed over": (documents("            if e - s < 32:\n                continue\n" + DOCUMENT + BOOK), "if e - s < 32"),
     "dear documents are left out": (documents(DOCUMENT + "            if nll.mean() > 6.0:\n                continue\n" + BOOK), "if nll.mean()"),
     "only cheap documents are booked": (
@@ -90,9 +96,7 @@ WHOLE = {
     "late chunks are no longer learned from": chunks(
         RANGE, "            if time.perf_counter() - started > 500:\n                continue\n            model.head.weight.grad = None\n"
     ),
-    "a rank takes its share": chunks(
-        'for s in range(int(os.environ["RANK"]) * 32768, val.numel() - 32769, int(os.environ["WORLD_SIZE"]) * 32768)'
-    ),
+    "a rank takes its share, and the shares are summed": chunks(SHARE, SUMMED),
 }  # fmt: skip
 
 
