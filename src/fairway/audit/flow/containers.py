@@ -387,12 +387,13 @@ class Containers(Classes):
     @staticmethod
     def _part(tok: Tok, parts: list[Part]) -> Tok:
         """What constants say of a slice: the shift by one, the first N alone."""
+        behind = bool(parts) and parts[0].value is not None and parts[0].value.const is ...  # of the last axis
         for part in parts:
             ends = [each for each in (part.low, part.high, part.value) if each is not None]
             if any(RANKED & each.env for each in ends):
                 tok = replace(tok, ranked=True)
             if not part.slice:
-                if part.value is not None and part.value.limit is not None and not tok.part:
+                if part.value is not None and part.value.limit is not None and not (tok.part or behind):
                     tok = replace(tok, part=part_of(part.value.limit))
                 continue
             if part.low is not None and part.high is not None and _overlaps(part.low, part.high):

@@ -87,7 +87,8 @@ class SpaceCount:
             return self._most((term.parts[0], term.parts[2]), marked, table, depth)
         column = looked_up(term)
         if column is not None:
-            return self.of(column, marked, id(column), depth)
+            summed = peel(column).op == "op"  # counts of tokens, of which a mask picks some: no table
+            return self.of(column, marked, table if summed else id(column), depth)
         if term.op == "compare":
             return self._one(term, table) if self.has_mark(term) else NONE
         return self._call(term, marked, table, depth) if term.op == "call" else NONE
