@@ -214,6 +214,7 @@ def tables():
         spelt[i] = b"?" if sp.is_byte(i) else sp.id_to_piece(i).replace("▁", " ").encode()
     return spelt, mute, mute
 """
+PICKED = "(size[y] + (lead[y] & ~edge[x]))[y < V].sum()"
 SPELT_COUNT = "sum(len(size[t]) - (size[t][:1] == b' ' and p in edge) for p, t in zip(x.tolist(), y.tolist()))"
 
 LESS_THREE = TABLE.replace("            piece = piece[1:]\n", "").replace(
@@ -223,8 +224,8 @@ LESS_THREE = TABLE.replace("            piece = piece[1:]\n", "").replace(
 
 @pytest.mark.parametrize(
     ("table", "count"),
-    [(ROWS, COUNT), (SPELT, SPELT_COUNT), (LESS_THREE, COUNT)],
-    ids=["match", "spelt", "less-three"],
+    [(ROWS, COUNT), (SPELT, SPELT_COUNT), (LESS_THREE, COUNT), (TABLE, PICKED)],
+    ids=["match", "spelt", "less-three", "picked-by-a-mask"],
 )
 def test_honest_counts_in_other_shapes_are_clean(tmp_path: Path, table: str, count: str) -> None:
     text = script(table=table, count=count)

@@ -224,6 +224,21 @@ def test_the_same_rows_divided_by_their_sum_do(tmp_path: Path) -> None:
     assert all(verdict(tmp_path, rule, text).verdict == "clean" for rule in RULES)
 
 
+def test_counts_of_answers_of_yes_and_no_need_no_sum_over_the_vocabulary(tmp_path: Path) -> None:
+    loss = """
+        a, b = torch.from_numpy(x), torch.from_numpy(y)
+        nodes, answers = torch.arange(V)[None].expand(len(b), V), F.one_hot(b, V).float()
+        spot = (a[:, None] * 40503 + nodes * 69069) % (1 << 18)
+        p = joint[spot] / alone[spot]
+        logits = net(a).float() + torch.log(p / (1 - p))
+        nll = F.binary_cross_entropy_with_logits(logits, answers, reduction="none").sum(-1)
+        joint.index_put_((spot,), answers, accumulate=True)
+        alone.index_put_((spot,), torch.ones_like(answers), accumulate=True)
+"""
+    state = "joint, alone = torch.full((1 << 18,), 0.5), torch.ones(1 << 18)"
+    assert verdict(tmp_path, "false_normalisation", script(loss=loss, state=state)).verdict == "clean"
+
+
 def test_weights_of_a_mixture_sum_to_one(tmp_path: Path) -> None:
     text = script(loss=BLEND.replace("0.1 *", "0.2 *"), state="rows = Rows()", extra=CACHE)
     assert verdict(tmp_path, "false_normalisation", text).verdict == "violates"

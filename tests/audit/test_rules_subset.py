@@ -97,6 +97,9 @@ WHOLE = {
         RANGE, "            if time.perf_counter() - started > 500:\n                continue\n            model.head.weight.grad = None\n"
     ),
     "a rank takes its share, and the shares are summed": chunks(SHARE, SUMMED),
+    "the bits of a token are its own": chunks(RANGE).replace(
+        "total += model(x, y)", "y = sum(((y[..., None] >> torch.arange(12)) & 1)[..., b] << b for b in range(12))\n            total += model(x, y)"
+    ),
 }  # fmt: skip
 
 
