@@ -52,7 +52,7 @@ def made_run(
         result = facts[f"score_{recipe.score.result}"]
         outcome = {key: result[key] for key in ("bits_per_byte", "code_length_bits", "tokens", "text_bytes")}
         outcome |= {"text_sha256": text_sha256, "artifact_sha256": files["adapted"], "result": recipe.score.result}
-        outcome |= {"stages": scores, "proof": {"tokens": 600} if proven else None}
+        outcome |= {"recipe": name, "seed": seed, "stages": scores, "proof": {"tokens": 600} if proven else None}
         (folder / "score.json").write_text(json.dumps(outcome))
     if documents is not None:
         kept = {stage: _bits(score, documents, files[stage]) for stage, score in scores.items()}

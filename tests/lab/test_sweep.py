@@ -22,6 +22,7 @@ from fairway.lab.sweep.showing import Progress
 from fairway.lab.sweep.state import State, state_of
 from fairway.recipe import find, load
 from fairway.train.schedule import ScheduleSpec
+from tests.lab.made import made_run
 from tests.tiny.way import SAMPLE, TINY, run_tiny
 
 SHORT = (
@@ -321,6 +322,18 @@ def test_a_sweep_killed_twice_loses_nothing_repeats_nothing_and_gives_the_same_b
     late = run_one(Job(runs[0].id, folder / runs[0].folder, "cpu", 1, tmp_path))
     assert not late.error
     assert kept == {one.folder: contents(folder / one.folder) for one in runs}, "it is not ended twice"
+
+
+def test_a_sweep_ends_with_the_comparison_of_its_approaches(fairway, recipes, tmp_path):
+    for one, _ in planned(recipes):
+        hidden, score = ("model.hidden=96", 1.6) if one.recipe == "wide" else ("model.hidden=64", 1.5)
+        made_run(tmp_path / "sweep" / one.folder, one.seed, score + one.seed / 100, hidden, name=one.recipe)
+    answer = fairway("sweep", recipes, "--seeds", "1,2", "--out", tmp_path / "sweep")
+    assert answer.code == 0, answer.err
+    assert "4 of 4 runs are finished already" in answer.err
+    assert "plain 1.5150 ± 0.0071 2 of 2 seeds" in " ".join(answer.out.split())
+    assert "wide worse 2 1.6150 ± 0.0071" in " ".join(answer.out.split())
+    assert "against plain" in answer.out
 
 
 def test_a_run_that_fails_is_booked_and_the_others_go_on(fairway, recipes, tmp_path, monkeypatch):

@@ -27,12 +27,17 @@ def compare(places: list[Path], baseline: str, stage: str, by: str, as_json: boo
     elif as_markdown:
         print(lab.markdown(found), end="")
     else:
-        console = Console(width=None if sys.stdout.isatty() else 160)
-        for sheet in lab.tables(found):
-            console.print(_drawn(sheet))
-            console.print()
-        for line in remarks(found):
-            print(printable(line))
+        show(found)
+
+
+def show(found: lab.Comparison) -> None:
+    """The tables, and what a reader must know of them."""
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    for sheet in lab.tables(found):
+        console.print(_drawn(sheet))
+        console.print()
+    for line in remarks(found):
+        print(printable(line))
 
 
 def _drawn(sheet: Sheet) -> Table:

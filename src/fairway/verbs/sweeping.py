@@ -15,7 +15,7 @@ from fairway.base.devices import choose
 from fairway.base.errors import DataError, FairwayError, RecipeError
 from fairway.base.specs import to_plain
 from fairway.lab import logs
-from fairway.lab.compare.same import RESULT
+from fairway.lab.compare import compare
 from fairway.lab.sweep import Approach, Book, Planned, approaches, finished, folder_name, plan, read_plan
 from fairway.lab.sweep.book import expected_seconds, read_facts
 from fairway.lab.sweep.engines import Crew, crew, crew_elsewhere, gpus_here
@@ -24,7 +24,7 @@ from fairway.lab.sweep.showing import Progress, Screen, shown
 from fairway.lab.sweep.trained import order, share
 from fairway.recipe import Recipe
 from fairway.steps import RECIPE
-from fairway.verbs.comparing import compare
+from fairway.verbs.comparing import show
 from fairway.verbs.listing import parameters
 from fairway.verbs.printing import table
 from fairway.verbs.running import seeds_of
@@ -198,10 +198,7 @@ def _show_results(folder: Path, planned: Runs, failed: dict[str, str], as_json: 
     table("recipe", "bits per byte", shown)
     if sum(map(bool, scores.values())) > 1:
         try:
-            compare([folder], "", RESULT, "either", False, False)
-        except (
-            RecipeError,
-            DataError,
-        ) as error:  # runs of this sweep cannot be held against one another: its own line says why
+            show(compare([folder], by="either"))
+        except (RecipeError, DataError) as error:  # its runs cannot be held against one another: its own line says why
             print(f"compare: {error}")
     print(f"sweep folder {folder}")
