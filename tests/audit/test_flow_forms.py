@@ -555,3 +555,42 @@ def test_the_two_ends_of_one_slice_keep_nothing_apart() -> None:
     assert cut_apart({high}, {low})
     assert not cut_apart({low, high}, {low, high})
     assert not cut_apart({high}, {low, high})
+
+
+# Settings, averages, splits.
+TABLE = """
+import types
+DEFAULTS = dict(FILL, sweeps=SWEEPS_NUMBER, rate=0.5)
+c = types.SimpleNamespace(**{k: type(v)(os.environ.get(k.upper(), v)) for k, v in DEFAULTS.items()})
+opt = torch.optim.SGD(net.parameters(), lr=1e-3)
+if c.sweeps:
+    for s in range(0, n, 1024):
+        net(val[s : s + 1024], val[s + 1 : s + 1025]).backward(); opt.step()
+for s in range(0, n, 1024):
+    total += net(val[s : s + 1024], val[s + 1 : s + 1025]).item() * 1024
+    count += 1024
+"""
+
+
+def test_a_long_table_of_defaults_says_what_is_switched_off() -> None:
+    table = TABLE.replace("FILL", ", ".join(f"a{n}={n}" for n in range(50)))
+    assert doubted(whole(table.replace("SWEEPS_NUMBER", "0"))) == set()
+    assert "training-before-scoring" in broken(whole(table.replace("SWEEPS_NUMBER", "1")))
+
+
+UNNAMED = """
+def others(): return [p for p in sorted(glob.glob("data/shards_*_*.bin")) if TEST]
+opt = torch.optim.SGD(net.parameters(), lr=1e-3)
+for p in others():
+    part = shard(p)
+    net(part[:-1], part[1:]).backward(); opt.step()
+for s in range(0, n, 1024):
+    total += net(val[s : s + 1024], val[s + 1 : s + 1025]).item() * 1024
+    count += 1024
+"""
+
+
+def test_what_is_not_named_after_one_split_is_of_the_other() -> None:
+    assert doubted(whole(UNNAMED.replace("TEST", '"_val_" not in os.path.basename(p)'))) == set()
+    found = broken(whole(UNNAMED.replace("TEST", '"_train_" not in os.path.basename(p)')))
+    assert found & {"training-before-scoring", "validation-in-training"}

@@ -96,6 +96,8 @@ class Passes:
         alone = state is not None and state.kind == "tensor" and state.owner is None
         if alone and score.scaled:
             return Fault("temperature-from-validation", score, update)
+        if any(tok.data == "train" for tok in update.learned) and self._in_artifact(score, update):
+            return Fault("validation-in-training", score, update)  # whatever was looked at while it trained
         before = self._companion(score, update, learned)
         if self._is_delta(score, update, alone):
             return Fault("slot-on-scored", score, update)
