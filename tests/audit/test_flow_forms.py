@@ -505,3 +505,92 @@ while (c := fetch()) < n // 1024:
     net(val[c * 1024 : (c + 1) * 1024], val[c * 1024 + 1 : (c + 1) * 1024 + 1]).backward(); opt.step()
 """
     assert broken(whole(queue)) == set()
+
+
+# Pieces of a document.
+PIECES = """
+def lay(a, z, k):
+    x = torch.zeros(1, 1024, dtype=torch.int64)
+    y, new = torch.zeros_like(x), torch.zeros_like(x, dtype=torch.bool)
+    lo, hi = a + k * 256, min(a + (k + 1) * 256, z)
+    left = max(a, hi - 1024)
+    x[0, : hi - left], y[0, : hi - left], new[0, lo - left : hi - left] = val[left:hi], val[left + 1 : hi + 1], True
+    return x, y, new
+
+def each(x, y): return F.cross_entropy(net.logits(x).flatten(0, 1), y.flatten(), reduction="none").view(y.shape)
+
+def adapt():
+    total = count = 0
+    opt = torch.optim.SGD(net.parameters(), lr=1e-3)
+    heads = (val == 1).nonzero().flatten().tolist()
+    for a, z in zip(heads, heads[1:] + [n]):
+        for k in range(math.ceil((z - a) / 256)):
+            x, y, new = lay(a, z, k)
+BODY
+    return total, count
+
+total, count = adapt()
+"""
+BOOK = """
+            with torch.no_grad():
+                total += each(x, y)[new].sum().item()
+                count += new.sum().item()
+"""
+STEP = """
+            opt.zero_grad()
+            (each(x, y) * new).sum().backward()
+            opt.step()
+"""
+
+
+def test_a_piece_within_its_window_is_learnt_only_after_it_was_booked() -> None:
+    assert doubted(whole(PIECES.replace("BODY", BOOK + STEP))) == set()
+    assert broken(whole(PIECES.replace("BODY", STEP + BOOK))) == {"training-before-scoring"}
+    ahead = BOOK + "            x, y, new = lay(a, z, k + 1)\n" + STEP
+    assert broken(whole(PIECES.replace("BODY", ahead))) == {"training-before-scoring"}
+
+
+def test_the_two_ends_of_one_slice_keep_nothing_apart() -> None:
+    low, high = ("tail", "sub(lo,left)", frozenset({"left"})), ("head", "sub(hi,left)", frozenset({"left"}))
+    assert cut_apart({high}, {low})
+    assert not cut_apart({low, high}, {low, high})
+    assert not cut_apart({high}, {low, high})
+
+
+# Settings, averages, splits.
+TABLE = """
+import types
+DEFAULTS = dict(FILL, sweeps=SWEEPS_NUMBER, rate=0.5)
+c = types.SimpleNamespace(**{k: type(v)(os.environ.get(k.upper(), v)) for k, v in DEFAULTS.items()})
+opt = torch.optim.SGD(net.parameters(), lr=1e-3)
+if c.sweeps:
+    for s in range(0, n, 1024):
+        net(val[s : s + 1024], val[s + 1 : s + 1025]).backward(); opt.step()
+for s in range(0, n, 1024):
+    total += net(val[s : s + 1024], val[s + 1 : s + 1025]).item() * 1024
+    count += 1024
+"""
+
+
+def test_a_long_table_of_defaults_says_what_is_switched_off() -> None:
+    table = TABLE.replace("FILL", ", ".join(f"a{n}={n}" for n in range(50)))
+    assert doubted(whole(table.replace("SWEEPS_NUMBER", "0"))) == set()
+    assert "training-before-scoring" in broken(whole(table.replace("SWEEPS_NUMBER", "1")))
+
+
+UNNAMED = """
+def others(): return [p for p in sorted(glob.glob("data/shards_*_*.bin")) if TEST]
+opt = torch.optim.SGD(net.parameters(), lr=1e-3)
+for p in others():
+    part = shard(p)
+    net(part[:-1], part[1:]).backward(); opt.step()
+for s in range(0, n, 1024):
+    total += net(val[s : s + 1024], val[s + 1 : s + 1025]).item() * 1024
+    count += 1024
+"""
+
+
+def test_what_is_not_named_after_one_split_is_of_the_other() -> None:
+    assert doubted(whole(UNNAMED.replace("TEST", '"_val_" not in os.path.basename(p)'))) == set()
+    found = broken(whole(UNNAMED.replace("TEST", '"_train_" not in os.path.basename(p)')))
+    assert found & {"training-before-scoring", "validation-in-training"}

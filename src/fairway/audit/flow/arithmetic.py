@@ -177,7 +177,7 @@ class Arithmetic(Iteration):
             const=MISSING, choices=loss.choices | other.choices, words=blend(one, two).words, env=loss.env | other.env,
             sym="", spans=(),
         )  # fmt: skip
-        if other.cuts and not other.flags & INDEXED:
+        if other.cuts and not other.flags & INDEXED and not isinstance(op, ast.Div):  # a mask's count picks nothing
             result = self.cut(result, other.cuts, node)
         apart = other.states - loss.states
         if apart and not other.flags & (WEIGHTS | GRAD):

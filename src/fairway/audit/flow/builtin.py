@@ -276,6 +276,8 @@ class Builtins(Opening):
 
     def _do_type(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
         classes = frozenset(obj.data for obj in args[0].refs if obj.kind == "instance") if args else frozenset()
+        if len(args) == 1 and isinstance(args[0].const, (bool, int, float, str)):  # type(default)(text)
+            return self.outside(f"builtins.{type(args[0].const).__name__}")
         return Value(refs=classes) if classes and len(args) == 1 else None
 
     def _do_exec(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:

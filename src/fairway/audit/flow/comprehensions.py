@@ -7,6 +7,7 @@ from typing import Any
 
 from fairway.audit.flow.calls import Calls
 from fairway.audit.flow.containers import Elements
+from fairway.audit.flow.names import side_of
 from fairway.audit.flow.values import (
     MISSING,
     REPEATS,
@@ -101,6 +102,12 @@ class Comprehensions(Calls):
             elif isinstance(each, ast.Compare) and isinstance(each.ops[0], ast.In):
                 where = each.comparators[0]
                 name, text = getattr(where, "id", None), self.evaluate(each.left).const
+            elif isinstance(each, ast.Compare) and isinstance(each.ops[0], ast.NotIn):
+                names = [part.id for part in ast.walk(each.comparators[0]) if isinstance(part, ast.Name)]
+                left = self.evaluate(each.left).const
+                side = side_of(left) if isinstance(left, str) else ""
+                name = next((part for part in names if part in self.frame.obj.slots), None)
+                text = {"val": "train", "train": "val"}.get(side)  # of two splits it leaves the other
             if name is not None and isinstance(text, str) and name in self.frame.obj.slots:
                 old = self.name(name)
                 if old.const is MISSING and self.plain(old):

@@ -20,6 +20,7 @@ from fairway.audit.flow.writing import Writing
 
 UNROLLED = 6  # elements of a literal list that a loop takes one by one
 STAGES = 24  # the same, where they are functions: what they do, and in which order, is the script itself
+SETTINGS = 200  # the same, where they are names with their defaults: each may switch something off
 
 
 class Iteration(Writing):
@@ -58,7 +59,8 @@ class Iteration(Writing):
         for each in items[1:]:
             any_of = join(any_of, each)
         any_of = self.tagged(any_of, value.spans)
-        few = len(items) <= (STAGES if any(map(_runs, items)) else UNROLLED)
+        most = SETTINGS if all(map(_setting, items)) else STAGES if any(map(_runs, items)) else UNROLLED
+        few = len(items) <= most
         exact = tuple(self.tagged(item, value.spans) for item in items) if few else None
         return Elements(exact, any_of, len(items))
 
@@ -118,6 +120,13 @@ class Iteration(Writing):
                 return Elements(None, any_of, 0)
             return Elements(None, any_of, len(turns), len(turns) <= 32, turns[0], turns[-1])
         return Elements(None, any_of)
+
+
+def _setting(item: Value) -> bool:
+    """Whether it is a name and its default: ("rank", 16)."""
+    pair = item.items or ()
+    named = len(pair) == 2 and isinstance(pair[0].const, str)
+    return named and isinstance(pair[1].const, (bool, int, float, str))
 
 
 def _runs(value: Value) -> bool:

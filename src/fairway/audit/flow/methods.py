@@ -166,7 +166,8 @@ class Methods(Files):
 
     def _dict_view(self, obj: Obj, base: Value, name: str, node: ast.AST | None) -> Value:
         consts = [each for each in obj.slots if isinstance(each, tuple)]
-        exact = "#elem" not in obj.slots and 0 < len(consts) <= 24
+        settings = not self.nest and all(isinstance(obj.slots[each].const, (bool, int, float, str)) for each in consts)
+        exact = "#elem" not in obj.slots and 0 < len(consts) <= (200 if settings else 24)  # a table of defaults
         pairs = [(Value(const=key[1]), obj.slots[key]) for key in consts]
         more = obj.slots.get("#keys", NOTHING)
         view = self.new("list", None, node)

@@ -116,6 +116,10 @@ class Operations(Arithmetic):
             return self._made(name, args, kwargs, node)
         if name.endswith("_") and not name.startswith("_") and not name.endswith("__") and args:
             return self.in_place(name, args, kwargs, node)
+        if name.startswith("_foreach_") and name.endswith("_") and args:  # each tensor of a list
+            for obj in self.leaves(args[0]):
+                self.in_place(name.removeprefix("_foreach_"), [self.ref(obj), *args[1:]], kwargs, node)
+            return args[0]
         if name in SIZES:
             flat = self.flat(args[0], 1) if args else NOTHING
             if args and args[0].items is not None and not args[0].refs:

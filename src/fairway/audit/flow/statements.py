@@ -80,10 +80,38 @@ class Statements(Loops):
                 self.assign(target, item)
             return
         for target in targets:
-            self.assign(target, elements.any)
+            self.assign(target, self._row_of_its_own(elements.any))
+
+    def _row_of_its_own(self, row: Value) -> Value:
+        """`a, b = torch.zeros(2, 3)`: what is added to one row is not in the other."""
+        empty = row.refs and all(
+            obj.kind == "tensor" and obj.owner is None and "#leaf" not in obj.slots and not self.content(obj).toks
+            for obj in row.refs
+        )
+        return self.copied(row) if empty and not row.items else row
+
+    def _filled(self, target: ast.expr, source: ast.expr) -> Value | None:
+        """`a, b, c = first, *rest`, where only the targets tell how many the rest are; None for all else."""
+        if not isinstance(target, ast.Tuple) or not isinstance(source, ast.Tuple):
+            return None
+        stars = [each for each in source.elts if isinstance(each, ast.Starred)]
+        more = len(target.elts) - len(source.elts) + 1
+        if len(stars) != 1 or more < 1 or any(isinstance(each, ast.Starred) for each in target.elts):
+            return None
+        items: list[Value] = []
+        for each in source.elts:
+            value = self.evaluate(each)
+            if not isinstance(each, ast.Starred):
+                items.append(value)
+                continue
+            elements = self.elements(value, each)
+            rest = elements.exact
+            items += rest if rest is not None else [self._row_of_its_own(elements.any) for _ in range(more)]
+        return Value(items=tuple(items))
 
     def _do_Assign_(self, node: ast.Assign) -> None:
-        value = self.evaluate(node.value)
+        filled = self._filled(node.targets[0], node.value) if len(node.targets) == 1 else None
+        value = self.evaluate(node.value) if filled is None else filled
         for target in node.targets:
             kept = value
             if isinstance(target, ast.Attribute) and self.nest and self._moves(target, node.value):

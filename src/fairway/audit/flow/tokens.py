@@ -65,10 +65,16 @@ def merged_spans(old: Sequence[Span], new: Iterable[Span], keep_new: bool = Fals
 
 
 def cut_apart(one: Iterable[Cut], other: Iterable[Cut]) -> bool:
-    """Whether one is before and the other after the same place: `[:-s]` and `[-s:]`, `[:n-s]` and `[n-s:]`."""
-    for side, end, less in one:
-        for side_b, end_b, less_b in other:
-            if side != side_b and (_ends_before(end, less, end_b, less_b, side == "head")):
+    """Whether one is before and the other after the same place: `[:-s]` and `[-s:]`, `[:n-s]` and `[n-s:]`.
+
+    A slice that has both ends itself, `[low-s:high-s]`, holds something: these two ends keep nothing apart.
+    """
+    one, other = frozenset(one), frozenset(other)
+    for cut in one:
+        for cut_b in other:
+            if cut[0] == cut_b[0] or {cut, cut_b} <= one or {cut, cut_b} <= other:
+                continue
+            if _ends_before(cut[1], cut[2], cut_b[1], cut_b[2], cut[0] == "head"):
                 return True
     return False
 

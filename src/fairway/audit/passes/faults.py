@@ -36,6 +36,7 @@ class Passes:
         for update in trace.updates:
             trained |= update.losses
         followed = {score.bit for score in trace.scored(trained)}
+        followed |= _only_in_parts(trace, followed)
         self.booked = [
             score
             for score in trace.scores
@@ -95,6 +96,8 @@ class Passes:
         alone = state is not None and state.kind == "tensor" and state.owner is None
         if alone and score.scaled:
             return Fault("temperature-from-validation", score, update)
+        if any(tok.data == "train" for tok in update.learned) and self._in_artifact(score, update):
+            return Fault("validation-in-training", score, update)  # whatever was looked at while it trained
         before = self._companion(score, update, learned)
         if self._is_delta(score, update, alone):
             return Fault("slot-on-scored", score, update)
@@ -277,6 +280,21 @@ class Passes:
                 if any(related(a, b) == "same" for a in one.targets for b in other.targets) and _apart(one, other):
                     return True
         return False
+
+
+def _only_in_parts(trace: Trace, followed: set[int]) -> set[int]:
+    """The losses of which nothing but parts are used, and each part is followed: `(nll * mask).sum().backward()`."""
+    said = 0
+    for each in trace.said:
+        said |= each.value.losses
+    told = {score.bit for score in trace.scored(said)}
+    of_followed, of_others = 0, 0
+    for score in trace.scores:
+        if score.bit in followed:
+            of_followed |= score.whole
+        else:
+            of_others |= score.whole
+    return set(bits(of_followed & ~of_others)) - told
 
 
 def _common(*events: Event) -> int:
