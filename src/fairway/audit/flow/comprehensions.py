@@ -12,6 +12,7 @@ from fairway.audit.flow.values import (
     MISSING,
     REPEATS,
     Value,
+    hashable,
 )
 
 
@@ -42,7 +43,7 @@ class Comprehensions(Calls):
             new.slots["#items"] = Value(items=tuple(each[0] for each in found))
             return self.ref(new)
         for each in found:
-            if mapping and each[0].const is not MISSING and _hashable(each[0].const) and exact:
+            if mapping and each[0].const is not MISSING and hashable(each[0].const) and exact:
                 new.slots[("k", each[0].const)] = each[1]
             else:
                 self.add_content(new, each[-1], "#elem")
@@ -140,11 +141,3 @@ class Comprehensions(Calls):
         self.trace.within.setdefault(found, id(self.frame.node))
         self.trace.depth.setdefault(found, len(self.frames))
         return int(found)
-
-
-def _hashable(const: object) -> bool:
-    try:
-        hash(const)
-    except TypeError:
-        return False
-    return True

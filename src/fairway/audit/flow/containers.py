@@ -22,6 +22,7 @@ from fairway.audit.flow.values import (
     WEIGHTS,
     Value,
     blend,
+    hashable,
     join,
     same,
 )
@@ -295,7 +296,7 @@ class Containers(Classes):
     def _looked_up(self, obj: Obj, keys: list[Value], spans: tuple[Span, ...], node: ast.AST | None) -> Value:
         key = keys[0] if keys else NOTHING
         found: Value | None = None
-        if key.const is not MISSING and _hashable(key.const):
+        if key.const is not MISSING and hashable(key.const):
             held = obj.slots.get(("k", key.const))
             found = held if isinstance(held, Value) else None
             exact = obj.slots.get("#items")
@@ -434,11 +435,3 @@ def _sparse(low: Value, high: Value) -> bool:
     index = re.fullmatch(r"mult\((\w+|@),(\w+)\)", low.sym)  # ci * chunk : (ci + 1) * chunk, ci in steps of 4
     above = index is not None and f"mult(add({index[1]},1),{index[2]})" in high.sym
     return above and low.unit.isdigit() and int(low.unit) > 1
-
-
-def _hashable(const: object) -> bool:
-    try:
-        hash(const)
-    except TypeError:
-        return False
-    return True

@@ -17,6 +17,7 @@ from fairway.audit.flow.values import (
     TEXT,
     Value,
     blend,
+    hashable,
     join,
 )
 
@@ -324,7 +325,7 @@ class Expressions(Comprehensions):
                 self._update(new, held, node)
                 continue
             name = self.evaluate(key)
-            if name.const is not MISSING and _hashable(name.const):
+            if name.const is not MISSING and hashable(name.const):
                 new.slots[("k", name.const)] = held
             else:
                 self.add_content(new, held, "#elem")
@@ -361,11 +362,3 @@ class Expressions(Comprehensions):
 def _canonical(node: ast.expr) -> str:
     text = ast.unparse(node)
     return text[:80] if len(text) < 200 else ""
-
-
-def _hashable(const: object) -> bool:
-    try:
-        hash(const)
-    except TypeError:
-        return False
-    return True

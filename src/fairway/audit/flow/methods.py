@@ -18,6 +18,7 @@ from fairway.audit.flow.values import (
     WEIGHTS,
     Value,
     blend,
+    hashable,
     join,
 )
 
@@ -145,7 +146,7 @@ class Methods(Files):
         return self.flat(base)
 
     def _dict_get(self, obj: Obj, base: Value, name: str, key: Value, args: list[Value], node: ast.AST | None) -> Value:
-        known = key.const is not MISSING and ("k", key.const) in obj.slots if _hashable(key.const) else False
+        known = key.const is not MISSING and ("k", key.const) in obj.slots if hashable(key.const) else False
         default = args[1] if len(args) > 1 else NONE
         empty = not any(isinstance(each, tuple) or each in ("#elem", "#items") for each in obj.slots)
         found = self._looked_up(obj, [key], base.spans, node) if known or not empty else NOTHING
@@ -380,11 +381,3 @@ class Methods(Files):
         if name in ("state_dict", "load_state_dict", "train", "eval"):
             return NOTHING
         return None
-
-
-def _hashable(const: object) -> bool:
-    try:
-        hash(const)
-    except TypeError:
-        return False
-    return True

@@ -238,3 +238,12 @@ def _flags(one: Value, other: Value) -> int:
         if not all(value.flags & RAW for value in parts) or any(value.states for value in (one, other)):
             flags &= ~RAW
     return flags if one.flags & other.flags & MASK else flags & ~MASK
+
+
+def hashable(const: object) -> bool:
+    """Whether a constant can be a key."""
+    try:
+        hash(const)
+    except TypeError:
+        return False
+    return True

@@ -16,6 +16,7 @@ from fairway.audit.flow.values import (
     NOTHING,
     Value,
     blend,
+    hashable,
     join,
 )
 
@@ -104,7 +105,7 @@ class Writing(Containers):
                 self.heap.set(obj, "#items", Value(items=items))
                 return
             self.loosen(obj)
-        if key.const is not MISSING and _hashable(key.const):
+        if key.const is not MISSING and hashable(key.const):
             old = obj.slots.get(("k", key.const))
             both = join(old, value) if isinstance(old, Value) and len(base.refs) > 1 else value
             self.heap.set(obj, ("k", key.const), both)
@@ -154,11 +155,3 @@ class Writing(Containers):
 def _other(cut: Cut) -> Cut:
     side, end, less = cut
     return ("head" if side == "tail" else "tail", end, less)
-
-
-def _hashable(const: object) -> bool:
-    try:
-        hash(const)
-    except TypeError:
-        return False
-    return True
