@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fairway import pocket as pocket_form
+from fairway import forms
 from fairway.artifact import PackSpec
 from fairway.base import recipes
 from fairway.base.errors import RecipeError
@@ -59,9 +59,10 @@ def recipes_folder() -> Path | None:
     return None
 
 
-def load(name: str, overrides: tuple[str, ...] = (), pocket: bool = False) -> Recipe:
-    """A recipe by name or path, `overrides` ("a.b=value") on top, checked; `pocket`: its pocket form."""
+def load(name: str, overrides: tuple[str, ...] = (), form: str = "") -> Recipe:
+    """A recipe by name or path, `overrides` ("a.b=value") on top, checked; form: "pocket" or "wiki", its small form."""
     path = find(name)
-    table = pocket_form.table(path) if pocket else recipes.read(path)
-    table.pop("pocket", None)
+    table = forms.table(path, form) if form else recipes.read(path)
+    for name in forms.FORMS:
+        table.pop(name, None)
     return recipes.finish(Recipe, table, path.stem, overrides)

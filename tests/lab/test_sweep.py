@@ -109,8 +109,8 @@ def test_recipes_named_beside_a_folder_are_baselines_and_of_recipes_alone_the_fi
     assert [a.baseline for a in approaches([str(recipes), str(tmp_path / "base.toml")])] == [True, False, False]
     files = [str(recipes / "wide.toml"), str(recipes / "plain.toml")]
     assert [(a.recipe.name, a.baseline) for a in approaches(files)] == [("wide", True), ("plain", False)]
-    assert folder_name(files, pocket=False) == "sweep-wide-plain"
-    assert folder_name([str(recipes), str(tmp_path / "base.toml")], pocket=True) == "sweep-small-pocket"
+    assert folder_name(files, form="") == "sweep-wide-plain"
+    assert folder_name([str(recipes), str(tmp_path / "base.toml")], form="pocket") == "sweep-small-pocket"
 
 
 def test_two_recipes_of_one_name_are_refused(recipes, tmp_path):
@@ -132,6 +132,7 @@ def test_two_recipes_of_one_name_are_refused(recipes, tmp_path):
         (("RECIPES", "--jobs", "-3"), 2, "--jobs -3: at least 1"),
         (("RECIPES", "--seeds", "1,x"), 2, "--seeds 1,x: whole numbers"),
         (("RECIPES", "--pocket"), 2, "extends neither b6.toml nor b.toml"),
+        (("RECIPES", "--pocket", "--wiki"), 2, "--pocket --wiki: one small form at a time"),
         (("RECIPES", "--set", "train.clap=1"), 2, "train.clap: unknown key"),
         (("RECIPES", "--device", "abacus"), 2, "--device abacus: choices"),
     ],

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from fairway.cli.options import DeviceName, Json, Log, Recipe, RunFolder, Runs, Set
+from fairway.cli.options import DeviceName, Json, Log, Pocket, Recipe, RunFolder, Runs, Set, Wiki, small_form
 
 app = typer.Typer()
 
@@ -16,7 +16,8 @@ def run(
     set_: Set = None,
     seeds: Annotated[str, typer.Option(help="Several runs, one for each seed: 1337,42,2025.")] = "",
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
-    pocket: Annotated[bool, typer.Option("--pocket", help="What it changes, on pocket_b6 in the place of b6.")] = False,
+    pocket: Pocket = False,
+    wiki: Wiki = False,
     device: DeviceName = "auto",
     runs: Runs = Path("runs"),
     log: Log = "",
@@ -25,7 +26,7 @@ def run(
     """The whole way: text, tokenizer, training, quantising, one artifact, its score."""
     from fairway.verbs import running
 
-    running.run(recipe, tuple(set_ or ()), seeds, resume, pocket, device, runs, json, log)
+    running.run(recipe, tuple(set_ or ()), seeds, resume, small_form(pocket, wiki), device, runs, json, log)
 
 
 @app.command()

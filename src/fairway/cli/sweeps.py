@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from fairway.cli.options import DeviceName, Json, Log, Runs, Set
+from fairway.cli.options import DeviceName, Json, Log, Pocket, Runs, Set, Wiki, small_form
 
 app = typer.Typer()
 
@@ -14,7 +14,8 @@ app = typer.Typer()
 def sweep(
     sources: Annotated[list[str], typer.Argument(help="A folder of recipes, or recipes: .toml files or names.")],
     seeds: Annotated[str, typer.Option(help="1337,42,2025; default: each recipe's own.")] = "",
-    pocket: Annotated[bool, typer.Option("--pocket", help="What each recipe changes, on pocket_b6 for b6.")] = False,
+    pocket: Pocket = False,
+    wiki: Wiki = False,
     set_: Set = None,
     engine: Annotated[str, typer.Option(help="Where runs go: local, ray or slurm.")] = "local",
     jobs: Annotated[int | None, typer.Option(help="Runs at a time; default: one for each GPU or core.")] = None,
@@ -30,4 +31,6 @@ def sweep(
     """Every recipe with every seed. Called again it goes on where it was, and repeats nothing that is finished."""
     from fairway.verbs import sweeping
 
-    sweeping.sweep(sources, seeds, pocket, tuple(set_ or ()), engine, jobs, device, runs, out, plan, log, json)
+    sweeping.sweep(
+        sources, seeds, small_form(pocket, wiki), tuple(set_ or ()), engine, jobs, device, runs, out, plan, log, json
+    )

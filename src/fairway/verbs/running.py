@@ -28,7 +28,7 @@ def run(
     overrides: tuple[str, ...],
     seeds: str,
     resume: Path | None,
-    pocket: bool,
+    form: str,
     device: str,
     runs: Path,
     as_json: bool,
@@ -37,13 +37,13 @@ def run(
     """The whole way, for one recipe or one folder to resume, once for each seed."""
     if (name is None) == (resume is None):
         raise RecipeError("fairway run: name a recipe, or a run folder with --resume")
-    if resume is not None and (seeds or pocket):
-        what = "--seeds: a resumed run keeps its own seed" if seeds else "--pocket: a resumed run keeps its own recipe"
+    if resume is not None and (seeds or form):
+        what = "--seeds: a resumed run keeps its own seed" if seeds else f"--{form}: a resumed run keeps its own recipe"
         raise RecipeError(f"{what}; leave it out, or start new runs")
     if resume is not None:
         chosen = [recipe_of(resume, overrides)]
     else:
-        loaded = recipe.load(str(name), overrides, pocket)
+        loaded = recipe.load(str(name), overrides, form)
         chosen = [replace(loaded, seed=seed) for seed in seeds_of(seeds)] or [loaded]
     outcomes, code = [], checkout()
     with ranks_on(device) as (ranks, target):

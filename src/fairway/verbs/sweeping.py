@@ -35,7 +35,7 @@ Runs = list[tuple[Planned, Recipe]]
 def sweep(
     sources: Sequence[str],
     seeds: str,
-    pocket: bool,
+    form: str,
     overrides: tuple[str, ...],
     engine: str,
     jobs: int | None,
@@ -50,13 +50,13 @@ def sweep(
     where = slots.technique("fairway.lab.sweep.engines", engine, "--engine")
     if log:
         logs.check(log)
-    chosen, wanted = approaches(sources, overrides, pocket), seeds_of(seeds)
+    chosen, wanted = approaches(sources, overrides, form), seeds_of(seeds)
     if where.elsewhere():
         target, hands = device, crew_elsewhere(jobs, len(chosen) * max(len(wanted), 1), device)
     else:
         target = choose(device).torch.type
         hands = crew(jobs, gpus_here() if target == "cuda" else ())
-    folder = out or runs / folder_name(sources, pocket)
+    folder = out or runs / folder_name(sources, form)
     if only_plan:
         _show_plan(folder, chosen, plan(chosen, wanted, read_plan(folder)), as_json)
         return

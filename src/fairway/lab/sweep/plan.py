@@ -55,7 +55,7 @@ class Planned:
         return f"{self.recipe}-{self.seed}-{self.id}"
 
 
-def approaches(sources: Sequence[str], overrides: tuple[str, ...] = (), pocket: bool = False) -> list[Approach]:
+def approaches(sources: Sequence[str], overrides: tuple[str, ...] = (), form: str = "") -> list[Approach]:
     """The recipes of a sweep, loaded and checked. sources: folders, of which every .toml is taken, files and names.
 
     Baselines are the files named beside a folder, or the first where only files are named; with the folder
@@ -73,11 +73,11 @@ def approaches(sources: Sequence[str], overrides: tuple[str, ...] = (), pocket: 
     for path in map(Path.resolve, [*beside, *inside]):
         if path in found:
             continue
-        loaded = recipe_files.load(str(path), overrides, pocket)
+        loaded = recipe_files.load(str(path), overrides, form)
         if loaded.name in named:
             raise RecipeError(f"{path}: called {loaded.name!r}, as {named[loaded.name]} is; give one another `name`")
         named[loaded.name] = path
-        found[path] = Approach(loaded, _parent(path, pocket), path in baselines)
+        found[path] = Approach(loaded, _parent(path, form), path in baselines)
     if not found:
         raise RecipeError("fairway sweep: name a folder of recipes, or recipes")
     return list(found.values())
@@ -108,11 +108,11 @@ def plan(
     return list(planned.values())
 
 
-def folder_name(sources: Sequence[str], pocket: bool) -> str:
-    """sweep-<name>[-pocket]: the name is the folder's, or the recipes' joined."""
+def folder_name(sources: Sequence[str], form: str) -> str:
+    """sweep-<name>[-<form>]: the name is the folder's, or the recipes' joined."""
     folders = [Path(source).resolve().name for source in sources if Path(source).is_dir()]
     name = "-".join(folders or [Path(source).stem for source in sources])[:80]
-    return f"sweep-{name}" + ("-pocket" if pocket else "")
+    return f"sweep-{name}" + (f"-{form}" if form else "")
 
 
 def _recipes(folder: Path) -> list[Path]:
@@ -122,12 +122,12 @@ def _recipes(folder: Path) -> list[Path]:
     return found
 
 
-def _parent(path: Path, pocket: bool) -> str | None:
+def _parent(path: Path, form: str) -> str | None:
     line = lineage(path)
     if len(line) < 2:
         return None
     place, table = line[-2]
-    return ("pocket_" if pocket else "") + str(table.get("name", place.stem))
+    return (f"{form}_" if form else "") + str(table.get("name", place.stem))
 
 
 def _shared(recipe: Recipe) -> str:

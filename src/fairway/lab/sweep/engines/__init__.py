@@ -49,9 +49,9 @@ def crew(jobs: int | None, gpus: Sequence[str]) -> Crew:
         raise RecipeError(f"--jobs {jobs}: at least 1 run at a time is needed")
     if gpus and jobs is not None and jobs > len(gpus):
         raise RecipeError(f"--jobs {jobs}: {len(gpus)} GPUs here, and each holds one run; ask for no more")
-    # A run of one thread on every core, rather than one run on all: runs do not wait for one another, threads do. A
-    # pocket step's forward and backward took 0.52 s of processor time on one thread and 3.8 s on two, where others used
-    # the two cores as well (load 17; 5.2 s and 27 s by the clock). On quiet cores it was not measured.
+    # A run of one thread on every core, rather than one run on all: runs do not wait for one another, threads do. On
+    # two quiet cores two pocket_b6 runs of one thread make 2.47 steps/s each, one of two threads 3.98; where others
+    # use the cores, too (load 17), a step took 0.52 s of processor time on one thread and 3.8 s on two.
     width = jobs or len(gpus) or cores()
     return Crew(width, max(cores() // width, 1), tuple(gpus))
 

@@ -1,4 +1,4 @@
-"""The pocket form: what a recipe changes about b6, laid over pocket_b6, and its own [pocket] values on top."""
+"""The small forms: what a recipe changes about b6, over B6's choices at pocket's size or wiki's, its own values on top."""
 
 from pathlib import Path
 
@@ -12,9 +12,11 @@ FILES = {
     "[pocket.quant.prune]\nfraction = 0.05\n[pocket.train]\nclip = 0.5\n",
     "b6": 'extends = "b.toml"\n[quant.prune]\nfraction = 0.10\nwhen = "before"\n',
     "small": 'summary = "a laptop\'s"\n[model]\nwidth = 128\nhidden = 96\nlayers = 2\n',
-    "pocket_b6": 'extends = "small.toml"\nsummary = "on a laptop"\n[quant.prune]\nfraction = 0.10\nwhen = "before"\n',
+    "pocket_b6": 'extends = "small.toml"\nsummary = "on a laptop"\n[quant.prune]\nfraction = 0.10\nwhen = "before"\n'
+    "[wiki.budget]\nartifact_bytes = 2000000\n",
+    "wiki": 'extends = "small.toml"\nsummary = "more text"\n[model]\nlayers = 5\n',
     "approaches/a": 'extends = "../b6.toml"\nsummary = "gated"\n[model]\nmlp = "swiglu"\nhidden = 1024\n'
-    "[pocket.model]\nhidden = 64\n[pocket.train]\nclip = 0.7\n",
+    "[pocket.model]\nhidden = 64\n[pocket.train]\nclip = 0.7\n[wiki.model]\nhidden = 80\n",
     "approaches/a1": 'extends = "a.toml"\n[train]\nclip = 0.9\n[pocket.train]\nbatch_tokens = 4096\n',
     "approaches/early": 'extends = "../b.toml"\n[train]\nclip = 0.2\n',
     "other": "[model]\nwidth = 32\n",
@@ -30,7 +32,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def pocket(folder: Path, name: str, *overrides: str) -> Recipe:
-    return load(str(folder / f"{name}.toml"), overrides, pocket=True)
+    return load(str(folder / f"{name}.toml"), overrides, "pocket")
 
 
 def test_an_approach_keeps_its_difference_and_takes_the_rest_from_the_stand_in(folder: Path) -> None:
@@ -63,9 +65,23 @@ def test_b_is_the_stand_in_with_its_own_pocket_table_which_b6_does_not_inherit(f
     assert (early.quant.prune.fraction, early.train.clip) == (0.05, 0.2), "what extends b alone starts from b's form"
 
 
-def test_without_pocket_its_tables_say_nothing(folder: Path) -> None:
+def test_the_wiki_form_has_the_choices_of_the_stand_in_on_the_text_and_shape_of_wiki(folder: Path) -> None:
+    found = load(str(folder / "b6.toml"), form="wiki")
+    assert (found.model.layers, found.model.width, found.quant.prune.fraction) == (5, 128, 0.10)
+    assert (found.budget.artifact_bytes, found.name) == (2_000_000, "wiki_b6"), "the stand-in's own [wiki] table"
+    assert pocket(folder, "b6").budget.artifact_bytes == 16_000_000, "which says nothing to the pocket form"
+
+
+def test_in_the_wiki_form_a_wiki_table_stands_above_the_pocket_table(folder: Path) -> None:
+    found = load(str(folder / "approaches" / "a.toml"), form="wiki")
+    assert (found.model.hidden, found.train.clip, found.model.layers) == (80, 0.7, 5)
+    assert load(str(folder / "b.toml"), form="wiki").train.clip == 0.5
+
+
+def test_without_a_form_its_tables_say_nothing(folder: Path) -> None:
     found = load(str(folder / "approaches" / "a1.toml"))
     assert (found.name, found.model.hidden, found.train.clip) == ("a1", 1024, 0.9)
+    assert pocket(folder, "approaches/a").model.hidden == 64
 
 
 def test_overrides_stand_above_all(folder: Path) -> None:
