@@ -1,4 +1,4 @@
-"""The small forms: what a recipe changes about b6, over B6's choices at pocket's size or wiki's, its own values on top."""
+"""The small forms: what a recipe changes about b6, over B6's choices at pocket's size or wiki's, its values on top."""
 
 from pathlib import Path
 
