@@ -2,7 +2,8 @@
 
 import ast
 import re
-from collections.abc import Iterator
+import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -79,15 +80,18 @@ def package(path: Path) -> list[str]:
     return list(path.relative_to(SOURCE).with_suffix("").parts)[:-1]
 
 
-def imports(path: Path, text: str | None = None) -> Iterator[str]:
+@cache  # five rules ask it of every file
+def imports(path: Path, text: str | None = None) -> list[str]:
     """Every module a file imports, anywhere in it: `from a import b` counts as a.b, which also catches modules."""
+    found = list[str]()
     for node in ast.walk(ast.parse(path.read_text() if text is None else text)):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found.extend(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             start = package(path)[: len(package(path)) - node.level + 1] if node.level else []
             stem = ".".join([*start, *([node.module] if node.module else [])])
-            yield from (f"{stem}.{alias.name}" for alias in node.names)
+            found.extend(f"{stem}.{alias.name}" for alias in node.names)
+    return found
 
 
 def floor_breaches(path: Path, text: str | None = None) -> list[str]:
@@ -101,8 +105,6 @@ def floor_breaches(path: Path, text: str | None = None) -> list[str]:
 
 def foreign(path: Path, text: str | None = None) -> list[str]:
     """Packages beyond the standard library and ours."""
-    import sys
-
     tops = {name.split(".")[0] for name in imports(path, text)}
     return sorted(tops - set(sys.stdlib_module_names) - {"fairway"})
 
@@ -120,6 +122,7 @@ def dtype_literals(text: str) -> list[str]:
     return found
 
 
+@cache
 def techniques() -> set[str]:
     """The dotted names of all files of all slots that hold a Spec; a slot's `__init__` holds what they share."""
     files = (path for path in FILES if place(path).rpartition("/")[0] in SLOTS and path.name != "__init__.py")
