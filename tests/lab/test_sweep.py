@@ -17,6 +17,7 @@ from fairway.base.errors import DataError, RecipeError
 from fairway.base.journal import Run
 from fairway.lab.sweep import Book, approaches, finished, folder_name, plan, read_plan
 from fairway.lab.sweep.engines import crew
+from fairway.lab.sweep.expecting import Expectation
 from fairway.lab.sweep.one import Ended, Job, run_one
 from fairway.lab.sweep.showing import Progress
 from fairway.lab.sweep.state import State, state_of
@@ -221,7 +222,9 @@ def test_a_run_on_its_way_says_its_stage_its_step_and_the_time_left(tmp_path):
 
 def test_a_terminal_shows_each_run_and_the_time_left_for_all(recipes, tmp_path):
     runs = planned(recipes)
-    progress = Progress(runs, tmp_path, {one.id: 100.0 for one, _ in runs}, width=2)
+    known = runs[0][0]
+    facts = [{"fact": "started", "id": known.id}, {"fact": "finished", "id": known.id, "seconds": 100.0}]
+    progress = Progress(runs, tmp_path, Expectation(tmp_path, runs, facts), width=2)
     for one, _ in runs[:2]:
         progress.started(one.id)
     with Run(tmp_path / runs[0][0].folder) as run:
@@ -232,8 +235,42 @@ def test_a_terminal_shows_each_run_and_the_time_left_for_all(recipes, tmp_path):
     shown = console.export_text()
     assert "plain  seed 1  train  30/60  loss 4.250  100 s left" in " ".join(shown.split("\n")).replace("   ", "  ")
     assert "0 of 4 runs ended, 3 min left" in shown
-    line = progress.end(Ended(runs[0][0].id, 40.0), 3.5)
-    assert line == "1/4     plain, seed 1: 3.5000 bits per byte (40 s; 2 min left)"
+    line = progress.finished(Ended(runs[1][0].id, 40.0), 30.0, 3.5)
+    assert line == "1/4     wide, seed 1: 3.5000 bits per byte (40 s; 2 min left)"
+    assert progress.failed(Ended(runs[0][0].id, 3.0, "no memory")).startswith(
+        "2/4     plain, seed 1: failed: no memory (3 s; "
+    )
+
+
+def test_the_time_left_counts_a_training_that_several_runs_share_once(recipes, tmp_path):
+    (recipes / "coarse.toml").write_text('extends = "plain.toml"\n[quant.matrix]\nbits = 4\n')
+    runs = planned(recipes)
+    id_of = {(one.recipe, one.seed): one.id for one, _ in runs}
+    expectation = Expectation(tmp_path, runs, [])
+    assert expectation.seconds() == {}, "nothing is known yet"
+    expectation.end(id_of["coarse", 1], 100.0, 70.0)
+    assert expectation.seconds() == {
+        id_of["plain", 1]: 30.0,  # which takes the weights
+        id_of["wide", 1]: 100.0,
+        id_of["coarse", 2]: 100.0,
+        id_of["plain", 2]: 30.0,
+        id_of["wide", 2]: 100.0,
+    }
+    expectation.end(id_of["wide", 1], 210.0, 150.0)
+    expectation.end(id_of["plain", 2], 5.0, None)
+    found = expectation.seconds()
+    assert found[id_of["wide", 2]] == 210.0, "its own recipe's seconds before the others'"
+    assert id_of["plain", 2] not in found
+
+
+def test_a_run_that_went_on_from_a_checkpoint_teaches_no_time(recipes, tmp_path):
+    runs = planned(recipes, seeds=(1,))
+    plain, _ = runs[0]
+    expectation = Expectation(tmp_path, runs, [{"fact": "started", "id": plain.id}])
+    expectation.end(plain.id, 20.0, 70.0)
+    assert expectation.seconds() == {}
+    twice = [{"fact": what, "id": plain.id, "seconds": 20.0} for what in ("started", "started", "finished")]
+    assert Expectation(tmp_path, runs, twice).seconds() == {}
 
 
 # The runs themselves.

@@ -16,20 +16,19 @@ from fairway.base.errors import DataError, FairwayError, RecipeError
 from fairway.base.specs import to_plain
 from fairway.lab import logs
 from fairway.lab.compare import compare
-from fairway.lab.sweep import Approach, Book, Planned, approaches, finished, folder_name, plan, read_plan
-from fairway.lab.sweep.book import expected_seconds, read_facts
+from fairway.lab.sweep import Approach, Book, approaches, finished, folder_name, plan, read_plan
+from fairway.lab.sweep.book import read_facts
 from fairway.lab.sweep.engines import Crew, crew, crew_elsewhere, gpus_here
+from fairway.lab.sweep.expecting import Expectation, Runs
 from fairway.lab.sweep.one import Ended, Job
 from fairway.lab.sweep.showing import Progress, Screen, shown
-from fairway.lab.sweep.trained import order, share
+from fairway.lab.sweep.trained import order, own_seconds, training_of
 from fairway.recipe import Recipe
 from fairway.steps import RECIPE
 from fairway.verbs.comparing import show
 from fairway.verbs.listing import parameters
 from fairway.verbs.printing import table
 from fairway.verbs.running import seeds_of
-
-Runs = list[tuple[Planned, Recipe]]
 
 
 def sweep(
@@ -81,7 +80,8 @@ def _make(
         score = finished(book.folder, one)
         if score is not None and one.id not in booked:  # it ended when nobody was left to book it
             book.fact(one.id, "finished", bits_per_byte=score["bits_per_byte"])
-    progress = Progress(todo, book.folder, expected_seconds(book.planned, book.facts), hands.width)
+    expected = Expectation(book.folder, planned, book.facts, book.planned)
+    progress = Progress(todo, book.folder, expected, hands.width)
     with shown(progress, quiet) as screen:
         if done := len(planned) - len(todo):
             screen.line(f"{done} of {len(planned)} runs are finished already")
@@ -100,21 +100,23 @@ def _run(
     failed, jobs = dict[str, str](), list[Job]()
 
     def end(ended: Ended) -> None:
-        score = finished(book.folder, progress.runs[ended.id][0])
+        planned, _ = progress.runs[ended.id]
+        score, training = finished(book.folder, planned), own_seconds(book.folder / planned.folder)
         if score is None:
             failed[ended.id] = ended.error or "ended without a score"
             book.fact(ended.id, "failed", error=failed[ended.id], seconds=ended.seconds)
+            screen.line(progress.failed(ended))
         else:
-            book.fact(ended.id, "finished", bits_per_byte=score["bits_per_byte"], seconds=ended.seconds)
-        screen.line(progress.end(ended, None if score is None else score["bits_per_byte"]))
+            said = {"seconds": ended.seconds, "training_seconds": round(training, 1)}
+            book.fact(ended.id, "finished", bits_per_byte=score["bits_per_byte"], **said)
+            screen.line(progress.finished(ended, training, score["bits_per_byte"]))
 
     for one, recipe in todo:
         place = (book.folder / one.folder).resolve()
         if foreign := _prepared(place, recipe):
             end(Ended(one.id, 0.0, foreign))
         else:
-            training = share(recipe) if recipe.train.schedule.by == "steps" else ""
-            jobs.append(Job(one.id, place, target, hands.threads, Path.cwd(), training, log))
+            jobs.append(Job(one.id, place, target, hands.threads, Path.cwd(), training_of(recipe), log))
     with closing(where.run(jobs, hands)) as events:
         for event in events:
             if isinstance(event, Job):
@@ -147,8 +149,7 @@ def _says(path: Path, recipe: Recipe) -> bool:
 
 
 def _show_plan(folder: Path, chosen: Sequence[Approach], planned: Runs, as_json: bool) -> None:
-    known = read_plan(folder)
-    expected = expected_seconds([*known, *(one for one, _ in planned)], read_facts(folder))
+    expected = Expectation(folder, planned, read_facts(folder), read_plan(folder)).seconds()
     sizes = {approach.recipe.name: parameters(approach.recipe) for approach in chosen}
     rows = [
         {

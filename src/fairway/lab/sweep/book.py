@@ -97,24 +97,6 @@ def score_of(folder: Path, recipe: str, seed: int) -> dict[str, Any] | None:
     return score if isinstance(score, dict) and (score.get("recipe"), score.get("seed")) == (recipe, seed) else None
 
 
-def expected_seconds(planned: Sequence[Planned], facts: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """{id: seconds} that a run will take, from those that ended in one go: of its own recipe, else of all here."""
-    approach = {one.id: one.approach for one in planned}
-    started: dict[Any, int] = {}
-    taken: dict[str, list[float]] = {}
-    for fact in facts:
-        what, id_ = fact.get("fact"), fact.get("id")
-        if what == "started":
-            started[id_] = started.get(id_, 0) + 1
-        elif what == "finished" and id_ in approach and started.get(id_) == 1 and "seconds" in fact:
-            taken.setdefault(approach[id_], []).append(float(fact["seconds"]))
-    every = [seconds for several in taken.values() for seconds in several]
-    if not every:
-        return {}
-    mean = {name: sum(several) / len(several) for name, several in taken.items()}
-    return {one.id: mean.get(one.approach, sum(every) / len(every)) for one in planned}
-
-
 def _planned(row: Any) -> Planned:
     """A line of the plan, every field there and of its kind."""
     kinds = {field.name: str(field.type) for field in fields(Planned)}

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from fairway.lab.sweep.expecting import Expectation
 from fairway.lab.sweep.one import Ended
 from fairway.lab.sweep.plan import Planned
 from fairway.lab.sweep.state import State, state_of
@@ -20,53 +21,52 @@ EVERY = 1.0  # seconds between two looks at the run folders
 
 
 class Progress:
-    """Who runs, who ended, and how long the rest may take.
-
-    expected: {id: seconds} where something is known; width: how many run at once.
-    """
+    """Who runs, who ended, and how long the rest may take. width: how many run at once."""
 
     def __init__(
-        self, runs: Sequence[tuple[Planned, Recipe]], folder: Path, expected: Mapping[str, float], width: int
+        self, runs: Sequence[tuple[Planned, Recipe]], folder: Path, expectation: Expectation, width: int
     ) -> None:
         self.runs = {planned.id: (planned, recipe) for planned, recipe in runs}
-        self.folder, self.expected, self.width = folder, dict(expected), width
+        self.folder, self.expectation, self.width = folder, expectation, width
         self.running: dict[str, float] = {}  # id -> when it was started
         self.ended: dict[str, Ended] = {}
 
     def started(self, id_: str) -> None:
         self.running[id_] = time.monotonic()
 
-    def end(self, ended: Ended, result: float | None) -> str:
-        """Books an end; the line that tells of it."""
+    def finished(self, ended: Ended, training: float, result: float) -> str:
+        """The line that tells of it. training: seconds that it spent on a training of its own."""
+        return self._end(ended, training, f"{result:.4f} bits per byte")
+
+    def failed(self, ended: Ended) -> str:
+        return self._end(ended, None, f"failed: {ended.error}")
+
+    def _end(self, ended: Ended, training: float | None, what: str) -> str:
         self.running.pop(ended.id, None)
         self.ended[ended.id] = ended
+        self.expectation.end(ended.id, ended.seconds, training)
         planned, _ = self.runs[ended.id]
-        if not ended.error:
-            for one, _ in self.runs.values():  # what is known of no other run yet is known of this one
-                own = one.approach == planned.approach
-                self.expected[one.id] = ended.seconds if own else self.expected.get(one.id, ended.seconds)
-        what = f"{result:.4f} bits per byte" if result is not None else f"failed: {ended.error}"
         left = f"; {_time(self.seconds_left())} left" if len(self.ended) < len(self.runs) else ""
         count = f"{len(self.ended)}/{len(self.runs)}"
         return f"{count:<7} {planned.recipe}, seed {planned.seed}: {what} ({ended.seconds:.0f} s{left})"
 
     def seconds_left(self) -> float | None:
         """For all that is not ended: None where no run has ended yet, here or before."""
-        rest = [id_ for id_ in self.runs if id_ not in self.ended]
-        if not all(id_ in self.expected for id_ in rest):
+        now, expected = time.monotonic(), self.expectation.seconds()
+        if not expected and len(self.ended) < len(self.runs):
             return None
-        now = time.monotonic()
-        left = [max(self.expected[id_] - (now - self.running.get(id_, now)), 0.0) for id_ in rest]
+        left = [max(seconds - (now - self.running.get(id_, now)), 0.0) for id_, seconds in expected.items()]
         return max(sum(left) / self.width, max(left, default=0.0))
 
     def table(self) -> Group:
         """One line for each run on its way, one for all."""
         drawn = Table(box=None, pad_edge=False, show_header=False)
+        expected = self.expectation.seconds()
         for id_, begun in self.running.items():
             planned, recipe = self.runs[id_]
             state = state_of(self.folder / planned.folder, recipe.train.schedule)
             passed = time.monotonic() - begun
-            left = self.expected[id_] - passed if id_ in self.expected else state.seconds_left
+            left = expected[id_] - passed if id_ in expected else state.seconds_left
             drawn.add_row(planned.recipe, f"seed {planned.seed}", *_shown(state, recipe), f"{_time(left)} left")
         total = f"{len(self.ended)} of {len(self.runs)} runs ended, {_time(self.seconds_left())} left"
         return Group(drawn, Text(total, style="bold"))

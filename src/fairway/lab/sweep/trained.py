@@ -33,6 +33,17 @@ def share(recipe: Recipe) -> str:
     return tables.sha256(decides)
 
 
+def training_of(recipe: Recipe) -> str:
+    """`share` where equal trainings end alike: by steps. By the clock each is its own: ""."""
+    return share(recipe) if recipe.train.schedule.by == "steps" else ""
+
+
+def own_seconds(folder: Path) -> float:
+    """What the run in this folder spent on a training of its own: 0 where it took another's weights."""
+    fact = _facts(folder).get("train", {})
+    return 0.0 if "taken_from" in fact else float(fact.get("seconds", 0.0))
+
+
 def order(recipes: Iterable[Recipe]) -> list[int]:
     """The order in which runs begin: first one of every training, then those that can take its weights."""
     seen: dict[str, int] = {}
