@@ -3,13 +3,14 @@
 import importlib.util
 import sys
 import tomllib
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 CORPUS = Path(__file__).parent / "corpus"
-PARTS = [part for part in (CORPUS / "tuning", CORPUS / "held", CORPUS / "unseen") if part.is_dir()]
+PARTS = sorted(folder.parent for folder in CORPUS.glob("*/hands"))
 
 
 @pytest.fixture(scope="module")
@@ -23,25 +24,36 @@ def maker() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("part", PARTS, ids=lambda part: part.name)
-def test_every_case_builds_and_says_where_its_fault_lies(maker: ModuleType, part: Path, tmp_path: Path) -> None:
-    count = maker.make(part, tmp_path)  # compiles each script, and refuses an edit or a mark that fits nowhere
-    cases = tomllib.loads((tmp_path / "cases.toml").read_text(encoding="utf-8"))["case"]
-    assert len(cases) == count
+@dataclass(frozen=True)
+class Built:
+    """A part of the corpus, where it was built, and how many cases the maker says there are."""
+
+    part: Path
+    folder: Path
+    count: int
+
+
+@pytest.fixture(scope="module", params=PARTS, ids=lambda part: part.name)
+def built(maker: ModuleType, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Built:
+    folder = tmp_path_factory.mktemp(request.param.name)
+    # Compiles each script, and refuses an edit or a mark that fits nowhere.
+    return Built(request.param, folder, maker.make(request.param, folder))
+
+
+def test_every_case_builds_and_says_where_its_fault_lies(built: Built) -> None:
+    cases = tomllib.loads((built.folder / "cases.toml").read_text(encoding="utf-8"))["case"]
+    assert len(cases) == built.count
     for case in cases:
-        assert (tmp_path / case["name"]).is_dir()
+        assert (built.folder / case["name"]).is_dir()
         assert bool(case.get("violates")) == bool(case.get("places")), case["name"]
         for place in case.get("places", []):
             assert place["text"], case["name"]
 
 
-@pytest.mark.parametrize("part", PARTS, ids=lambda part: part.name)
-def test_building_twice_gives_the_same_bytes(maker: ModuleType, part: Path, tmp_path: Path) -> None:
-    first, second = tmp_path / "a", tmp_path / "b"
-    for out in (first, second):
-        maker.make(part, out)
-    for path in sorted(first.rglob("*.toml")) + sorted(first.rglob("*.py")):
-        assert path.read_bytes() == (second / path.relative_to(first)).read_bytes()
+def test_building_twice_gives_the_same_bytes(maker: ModuleType, built: Built, tmp_path: Path) -> None:
+    maker.make(built.part, tmp_path)
+    for path in sorted(built.folder.rglob("*.toml")) + sorted(built.folder.rglob("*.py")):
+        assert path.read_bytes() == (tmp_path / path.relative_to(built.folder)).read_bytes()
 
 
 def test_an_edit_that_fits_twice_is_refused(maker: ModuleType) -> None:
