@@ -18,7 +18,7 @@ from fairway.base.journal import Run
 from fairway.lab.sweep import Book, approaches, finished, folder_name, plan, read_plan
 from fairway.lab.sweep.engines import crew
 from fairway.lab.sweep.expecting import Expectation
-from fairway.lab.sweep.one import Ended, Job, run_one
+from fairway.lab.sweep.one import Child, Ended, Job, run_one
 from fairway.lab.sweep.showing import Progress
 from fairway.lab.sweep.state import State, state_of
 from fairway.recipe import find, load
@@ -372,6 +372,14 @@ def test_a_sweep_ends_with_the_comparison_of_its_approaches(fairway, recipes, tm
     assert "plain 1.5150 ± 0.0071 2 of 2 seeds" in " ".join(answer.out.split())
     assert "wide worse 2 1.6150 ± 0.0071" in " ".join(answer.out.split())
     assert "against plain" in answer.out
+
+
+def test_a_process_that_has_ended_says_so_as_often_as_it_is_asked(tmp_path):
+    """A sweep that is stopped asks all its runs again and again until the last has ended."""
+    child = Child(Job("x", tmp_path / "empty", "cpu", 1, tmp_path))
+    wait_for(lambda: child.poll() is not None, 60.0)
+    assert child.poll() is child.poll()
+    assert "recipe.toml is missing" in child.poll().error
 
 
 def test_a_run_that_fails_is_booked_and_the_others_go_on(fairway, recipes, tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from fairway.base.devices import seed_for
 from fairway.base.errors import DataError
+from fairway.data.loaders import by_epoch
 from fairway.data.splits import Uint16
 from fairway.data.tokens import Tokens
 
@@ -40,12 +41,7 @@ class Order:
 
     def starts(self, first: int, count: int) -> npt.NDArray[np.int64]:
         """(count,) positions: window n of the run is the (n mod windows)-th of epoch n // windows."""
-        numbers = np.arange(first, first + count)
-        found = np.empty(count, dtype=np.int64)
-        for epoch in range(first // self.windows, (first + count - 1) // self.windows + 1):
-            here = numbers // self.windows == epoch
-            found[here] = _epoch(self, epoch)[numbers[here] % self.windows]
-        return found
+        return np.concatenate([_epoch(self, epoch)[here] for epoch, here in by_epoch(first, count, self.windows)])
 
 
 def order(spec: Spec, tokens: Tokens, context: int, seed: int) -> Order:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from fairway.base.devices import seed_for
 from fairway.base.errors import DataError
+from fairway.data.loaders import by_epoch
 from fairway.data.splits import Uint16
 from fairway.data.tokens import Tokens
 
@@ -39,13 +40,10 @@ class Order:
 
     def rows(self, tokens: Tokens, first: int, count: int) -> Uint16:
         """(count, context + 1) tokens: windows number first .. first+count-1 of the run."""
-        found, stop = list[Uint16](), first + count
-        while first < stop:
-            epoch, window = divmod(first, self.windows)
-            here = min(stop - first, self.windows - window)
-            line = self._line(tokens, epoch, window * self.context, (window + here) * self.context + 1)
+        found = list[Uint16]()
+        for epoch, here in by_epoch(first, count, self.windows):
+            line = self._line(tokens, epoch, here.start * self.context, here.stop * self.context + 1)
             found.append(np.lib.stride_tricks.sliding_window_view(line, self.context + 1)[:: self.context])
-            first += here
         return np.concatenate(found)
 
     def _line(self, tokens: Tokens, epoch: int, begin: int, end: int) -> Uint16:

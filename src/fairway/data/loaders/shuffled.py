@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fairway.base.devices import seed_for
+from fairway.data.loaders import by_epoch
 from fairway.data.splits import Uint16
 from fairway.data.tokens import Tokens
 
@@ -35,13 +36,11 @@ class Order:
 
     def starts(self, first: int, count: int) -> npt.NDArray[np.int64]:
         """(count,) positions: window n of the run is the (n mod windows)-th of epoch n // windows."""
-        numbers = np.arange(first, first + count)
-        found = np.empty(count, dtype=np.int64)
-        for epoch in range(first // self.windows, (first + count - 1) // self.windows + 1):
-            here = numbers // self.windows == epoch
+        found = list[npt.NDArray[np.int64]]()
+        for epoch, here in by_epoch(first, count, self.windows):
             phase, permutation = _epoch(self.seed, epoch, self.windows, self.slack)
-            found[here] = phase + self.context * permutation[numbers[here] % self.windows]
-        return found
+            found.append(phase + self.context * permutation[here])
+        return np.concatenate(found)
 
 
 def order(spec: Spec, tokens: Tokens, context: int, seed: int) -> Order:

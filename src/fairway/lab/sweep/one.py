@@ -57,6 +57,7 @@ class Child:
 
     def __init__(self, job: Job, gpu: str | None = None) -> None:
         self.job, self.begun = job, time.monotonic()
+        self.ended: Ended | None = None
         job.folder.mkdir(parents=True, exist_ok=True)
         with (job.folder / LOG).open("ab") as log:
             self.process = subprocess.Popen(
@@ -70,9 +71,9 @@ class Child:
             )
 
     def poll(self) -> Ended | None:
-        """How it ended, once it has."""
-        if self.process.poll() is None:
-            return None
+        """How it ended, once it has; asked again, the same."""
+        if self.ended is not None or self.process.poll() is None:
+            return self.ended
         self.stop()
         assert self.process.stdout is not None
         with self.process.stdout as pipe:
@@ -83,7 +84,8 @@ class Child:
             code = self.process.returncode
             how = f"signal {-code}" if code < 0 else f"exit code {code}"
             answer = {"error": f"its process was ended by {how}, as where memory runs out; see {self.job.folder / LOG}"}
-        return Ended(self.job.id, round(time.monotonic() - self.begun, 1), **answer)
+        self.ended = Ended(self.job.id, round(time.monotonic() - self.begun, 1), **answer)
+        return self.ended
 
     def stop(self) -> None:
         """Asks it to end, with a checkpoint where it trains."""
