@@ -336,19 +336,17 @@ class CastedLinear(nn.Linear):
 
 
 class Rotary(nn.Module):
-    def __init__(self, head_dim: int, rope_dims: int, base: float, train_len: int):
+    # tables made once: a cache filled under inference_mode could not be used by the TTT steps
+    def __init__(self, head_dim: int, rope_dims: int, base: float, max_len: int):
         super().__init__()
         self.rope_dims = rope_dims if rope_dims > 0 else head_dim
-        self.base, self.train_len = base, train_len
         inv = 1.0 / base ** (torch.arange(0, self.rope_dims, 2, dtype=torch.float32) / self.rope_dims)
-        self.register_buffer("inv_freq", inv, persistent=False)
-        self._cache: tuple[int, Tensor, Tensor] | None = None
+        freqs = torch.outer(torch.arange(max_len, dtype=torch.float32), inv)
+        self.register_buffer("cos", freqs.cos()[None, :, None, :], persistent=False)
+        self.register_buffer("sin", freqs.sin()[None, :, None, :], persistent=False)
 
-    def forward(self, t: int, device, dtype) -> tuple[Tensor, Tensor]:
-        if self._cache is None or self._cache[0] != t or self._cache[1].device != device:
-            freqs = torch.outer(torch.arange(t, device=device, dtype=torch.float32), self.inv_freq.to(device))
-            self._cache = (t, freqs.cos()[None, :, None, :], freqs.sin()[None, :, None, :])
-        return self._cache[1].to(dtype), self._cache[2].to(dtype)
+    def forward(self, t: int, dtype) -> tuple[Tensor, Tensor]:
+        return self.cos[:, :t].to(dtype), self.sin[:, :t].to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, dims: int) -> Tensor:
@@ -368,7 +366,7 @@ class CausalSelfAttention(nn.Module):
         self.proj = CastedLinear(args.model_dim, args.model_dim, bias=False)
         self.proj._zero_init = True
         self.q_gain = nn.Parameter(torch.full((self.h,), args.qk_gain_init))
-        self.rotary = Rotary(self.d, args.rope_dims, args.rope_base, args.train_seq_len)
+        self.rotary = Rotary(self.d, args.rope_dims, args.rope_base, max(args.train_seq_len, args.eval_seq_len))
         self.use_xsa = use_xsa
         self.gate = CastedLinear(args.model_dim, self.h, bias=True) if args.gated_attention else None
         self.vr_lambda = nn.Parameter(torch.zeros(())) if args.value_residual else None
@@ -385,7 +383,7 @@ class CausalSelfAttention(nn.Module):
             v = v + torch.sigmoid(self.vr_lambda).to(v.dtype) * v0
         v = v.view(b, t, self.g, self.d)
         q, k = F.rms_norm(q, (self.d,)), F.rms_norm(k, (self.d,))
-        cos, sin = self.rotary(t, x.device, q.dtype)
+        cos, sin = self.rotary(t, q.dtype)
         q, k = rotate(q, cos, sin, self.rotary.rope_dims), rotate(k, cos, sin, self.rotary.rope_dims)
         q = q * self.q_gain.to(q.dtype)[None, None, :, None]
         if HAVE_FA3:
