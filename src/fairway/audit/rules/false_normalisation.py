@@ -1,7 +1,7 @@
 """Counts for all tokens are gathered and divided by something that is not their sum: the rows do not sum to one."""
 
 from fairway.audit.case import Case
-from fairway.audit.terms.mixtures import unbalanced, undivided, unpaid_bonus, wrongly_divided
+from fairway.audit.terms.mixtures import counted_otherwise, unbalanced, undivided, unpaid_bonus, unpaid_floor, wrongly_divided
 from fairway.audit.terms.verdicts import clean, unsaid
 from fairway.audit.verdict import Finding
 
@@ -32,6 +32,20 @@ def check(case: Case) -> Finding:
         if term is not None:
             evidence = (
                 "A right hint is given a bonus, and the share that it takes from all other tokens is never taken off."
+            )
+            return Finding(ID, "violates", evidence, CLAUSE, reading.place(term), reading.way(gates.of.term, term))
+        term = next(counted_otherwise(gates), None)
+        if term is not None:
+            evidence = (
+                "A row of counts is divided by a count that is kept under another key than the row: where contexts "
+                "meet in the one and not in the other, the probabilities sum to more than one."
+            )
+            return Finding(ID, "violates", evidence, CLAUSE, reading.place(term), reading.way(gates.of.term, term))
+        term = next(unpaid_floor(gates), None)
+        if term is not None:
+            evidence = (
+                "Tokens outside a short list are all given the same number, and the loss within the list, whole "
+                "already, gives nothing up for it: the sum over the vocabulary exceeds one."
             )
             return Finding(ID, "violates", evidence, CLAUSE, reading.place(term), reading.way(gates.of.term, term))
     if not reading.reported:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from fairway.audit.settings import UNKNOWN, attempt
 from fairway.audit.terms import calls
 from fairway.audit.terms.elements import element, fresh
-from fairway.audit.terms.term import Term
+from fairway.audit.terms.term import Term, alternatives, layers
 from fairway.audit.terms.things import constant
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def _item(m: "Machine", base: Term, index: Term, file: str, line: int) -> Term:
         return one if other is one else Term("merge", (other, one), None, file, line)
     if base.op == "call" and isinstance(key, int) and base.called in _HOLDERS:
         held = base.operand("data", "a", "tensors")
-        if held is not None and (held.op != "call" or held.called in _HOLDERS):
+        if held is not None and (held.op != "call" or held.called in _HOLDERS or _packed_rows(held) is not None):
             return item(m, held, index, file, line)
     if base.op == "call" and base.value in ("reversed", "sorted") and isinstance(key, int) and base.parts:
         return element(m, base.parts[0], file, line)
@@ -106,10 +106,9 @@ def _item(m: "Machine", base: Term, index: Term, file: str, line: int) -> Term:
         sides = tuple(item(m, part, index, file, line) for part in base.parts)
         return Term("op", sides, "+", base.file, base.line)
     if base.op == "call" and base.called == "sum" and isinstance(key, int):  # of a stack of packed sums, over the rows
-        held = base.operand()
-        if held is not None and held.called in ("stack", "vstack") and held.parts:
-            row = element(m, held.parts[0], file, line)
-            column = item(m, row, index, file, line)
+        rows = _packed_rows(base)
+        if rows is not None:
+            column = item(m, element(m, rows, file, line), index, file, line)
             return Term("call", (column,), base.value, base.file, base.line, ("self",))
     if base.op == "name" and base.value == "os.environ":
         return m.environ(index, Term("free", (), "no default", file, line), file, line)
@@ -130,6 +129,17 @@ def _is_packed(term: Term) -> bool:
     return term.op == "merge" and any(_is_packed(part) for part in term.parts)
 
 
+def _packed_rows(total: Term) -> Term | None:
+    """The rows that a sum adds up column by column: stack(rows).sum(0), sum of a list of packed numbers."""
+    held = total.operand() if total.called == "sum" else None
+    if held is None:
+        return None
+    if held.called in ("stack", "vstack") and held.parts:
+        return held.parts[0]
+    each = held.parts[0] if held.op == "list" and held.value == "comp" and held.parts else None
+    return held if each is not None and any(_is_packed(one) for one in alternatives(each, 8)) else None
+
+
 def _updated(m: "Machine", base: Term, index: Term, file: str, line: int) -> Term:
     """table.update(name=value)[name]; a Counter's update adds."""
     said = base.argument(str(index.value))
@@ -142,23 +152,6 @@ def _updated(m: "Machine", base: Term, index: Term, file: str, line: int) -> Ter
         return before
     counts = any(one.called == "Counter" for one in layers(base))
     return Term("op", (before, said), "+", base.file, base.line) if counts else said
-
-
-def layers(term: Term) -> list[Term]:
-    """A container and what it was before each thing that was done to it."""
-    found: list[Term] = []
-    waiting, seen = [term], set[int]()
-    while waiting and len(seen) < 60:
-        one = waiting.pop()
-        if id(one) in seen:
-            continue
-        seen.add(id(one))
-        found.append(one)
-        if one.op in ("store", "mutate"):
-            waiting.append(one.parts[0])
-        elif one.op in ("merge", "choice"):
-            waiting.extend(one.parts[1:] if one.op == "choice" else one.parts)
-    return found
 
 
 _THINGS = frozenset(("object", "function", "class", "bound"))

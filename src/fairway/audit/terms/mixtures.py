@@ -1,10 +1,12 @@
 """Ratios of counts, spread probabilities and sums of weights in a contribution to the score."""
 
+import math
 from collections.abc import Iterator
 
+from fairway.audit.terms.choices import forked
 from fairway.audit.terms.gates import Gates
-from fairway.audit.terms.keys import is_hashed, spans_vocabulary
-from fairway.audit.terms.term import Term, alternatives, any_below, peel, same
+from fairway.audit.terms.keys import folds, is_hashed, spans_vocabulary
+from fairway.audit.terms.term import Term, alternatives, any_below, layers, peel, same
 
 
 def gold_ratios(gates: Gates) -> Iterator[Term]:
@@ -17,8 +19,16 @@ def gold_ratios(gates: Gates) -> Iterator[Term]:
         for _, key in upper:
             if not is_hashed(key) or spans_vocabulary(key, gates.of.streams):
                 continue
-            if any(not any(same(token, other, 10) for other in lower_tokens) for token in gates.tokens(key)):
+            more = [token for token in gates.tokens(key) if not any(same(token, other, 10) for other in lower_tokens)]
+            if more and not _is_row_of(key, more, [other for _, other in lower], gates):
                 yield term
+
+
+def _is_row_of(key: Term, more: list[Term], lower: list[Term], gates: Gates) -> bool:
+    """Whether the upper count stands in the row that the lower one counts, at a place of the token's own: rows that
+    share their counts share their sum, too, and the places of a row sum to it."""
+    own = any_below(key, lambda t: any(same(t, other, 10) for other in lower))
+    return own and not folds(key, more, gates.of.streams)
 
 
 def wrongly_divided(gates: Gates) -> Iterator[Term]:
@@ -36,6 +46,33 @@ def wrongly_divided(gates: Gates) -> Iterator[Term]:
             lower = gates.lookups(below)
             if lower and not any(spans_vocabulary(key, gates.of.streams) and _is_summed(below) for _, key in lower):
                 yield term
+
+
+def counted_otherwise(gates: Gates) -> Iterator[Term]:
+    """A whole row of counts, divided by a count whose key is another than the row's: contexts that meet in the row are
+    counted apart below, or the other way round."""
+    for term, above, below in gates.ratios():
+        rows = [(row, key) for row, key in gates.lookups(above) if _is_wide(row, gates)]
+        lower = gates.lookups(below)
+        if not rows or not lower or any_below(below, lambda t, rows=rows: _sums(t, rows)):  # type: ignore[misc]
+            continue
+        keys = [key for _, key in (*rows, *lower)]
+        apart = not any(same(own, other, 10) for _, own in rows for _, other in lower)
+        if apart and any(map(is_hashed, keys)) and not any(gates.kinds(key) for key in keys):
+            yield term
+
+
+def _is_wide(row: Term, gates: Gates) -> bool:
+    """table[context] of a table that is filled at [context, token]."""
+    if row.op != "item" or row.parts[1].op in ("tuple", "slice"):
+        return False
+    places = (
+        one.parts[1] for one in layers(peel(row.parts[0])) if one.op in ("store", "mutate") and len(one.parts) > 1
+    )
+    return any(
+        place.op == "tuple" and len(place.parts) == 2 and all(map(gates.of.streams.from_tokens, place.parts))
+        for place in places
+    )
 
 
 def _sums(term: Term, rows: list[tuple[Term, Term]]) -> bool:
@@ -128,9 +165,53 @@ def unpaid_bonus(gates: Gates) -> Iterator[Term]:
         if id(term) not in gates.inside and term.op == "op" and term.value == "*":
             kinds = [gates.kinds(part) for part in term.parts]
             match = next((part for part, kind in zip(term.parts, kinds, strict=True) if kind == {"match"}), None)
-            alone = match is not None and frozenset() in kinds and not gates.has_other_place(gates.of.term)
+            other = next((part for part, kind in zip(term.parts, kinds, strict=True) if not kind), None)
+            bonus = match is not None and other is not None and not gates.of.is_distribution(other)  # one-hot * row
+            alone = bonus and not gates.has_other_place(gates.of.term)
             if alone and match is not None and _is_hint(gates, match):
                 yield term
+
+
+def unpaid_floor(gates: Gates) -> Iterator[Term]:
+    """A number for every token that a short list lacks, beside a loss within the list that gives nothing up for it."""
+    for term in gates.nodes:
+        fork = forked(term)
+        if fork is None or gates.kinds(fork[0]) != {"match"}:
+            continue
+        inside = id(term) in gates.inside
+        for arm, other in (fork[1:], fork[:0:-1]):
+            number = _filled_with(other)
+            lifts = number is not None and (_LEAST <= number < 1.0 if inside else 0.0 < number <= -math.log(_LEAST))
+            if lifts and gates.kinds(arm) and not _gives_up(arm):
+                yield term
+
+
+_LEAST = 1e-5  # of a probability; a guard against log 0 is 1e-9 or less
+
+
+def _filled_with(term: Term) -> float | None:
+    """The number that a constant, or a tensor filled with one, has."""
+    below = peel(term)
+    if below.called in ("full", "full_like", "new_full", "scalar_tensor") and len(below.parts) > 1:
+        below = peel(below.at(1, "fill_value") or below)
+    value = below.constant()
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def _gives_up(term: Term, depth: int = 12) -> bool:
+    """Whether a number is added to a loss, or a probability is multiplied by one, on the way down to its softmax."""
+    below = peel(term)
+    if below.op == "op" and below.value in ("+", "-", "*", "/"):
+        if any(part.op in ("const", "env") and part.value != 1 for part in map(peel, below.parts)):
+            return True
+        return depth > 0 and any(_gives_up(part, depth - 1) for part in below.parts)
+    if below.op in ("choice", "merge") or below.called in _THROUGH:
+        parts = below.parts[1:] if below.op == "choice" else below.parts
+        return depth > 0 and any(_gives_up(part, depth - 1) for part in parts)
+    return below.op == "op" and below.value == "neg" and _gives_up(below.parts[0], depth - 1)
+
+
+_THROUGH = frozenset(("log", "exp", "sum", "gather", "log1p", "squeeze", "logaddexp", "add", "sub", "mul", "div"))
 
 
 def _is_hint(gates: Gates, match: Term) -> bool:

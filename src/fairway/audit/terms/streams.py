@@ -157,6 +157,10 @@ def carried(term: Term) -> tuple[Term, ...]:
         return term.parts
     if term.op == "store":
         return (term.parts[0], term.parts[2])
+    if term.op == "mutate" and term.value in _PLACED:  # the places that are written to are no part of it
+        return (term.parts[0], term.parts[-1])
+    if term.op == "mutate" and term.value == ".index_put_":
+        return (term.parts[0], *term.parts[2:3])
     if term.op == "mutate":
         return term.parts
     if term.op == "attr" and term.value in ("T", "data", "values", "flat"):
@@ -169,6 +173,8 @@ def carried(term: Term) -> tuple[Term, ...]:
         return term.parts
     return ()
 
+
+_PLACED = frozenset((".put_", ".index_fill_", ".index_copy_", ".scatter_", ".masked_scatter_", ".masked_fill_"))
 
 _MEASURES = frozenset(
     """len numel size dim nelement range arange is_tensor isinstance empty_like

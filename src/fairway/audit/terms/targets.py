@@ -32,7 +32,7 @@ class Contribution:
         self.streams = streams
         self.found: dict[int, tuple[Term, frozenset[str]]] = {}
         self.wide: dict[int, tuple[Term, bool]] = {}
-        self.targets = list(self._targets())
+        self.targets = list(self._targets()) or list(self._ranked())
         self.own = self._own()
         self.aligned = self._aligned()
 
@@ -61,6 +61,15 @@ class Contribution:
                 for base, end in filter(None, ends):
                     if base is one.parts[0] and same(end, one.parts[1], 6):
                         yield one
+
+    def _ranked(self) -> Iterator[Term]:
+        """Token ids that are looked for among the likeliest, where no distribution is read at a place."""
+        for term in self.below(self.term):
+            equals = (term.op == "compare" and term.value == "==") or term.called == "eq"
+            if equals and len(term.parts) >= 2:
+                for one, other in (term.parts[:2], term.parts[1::-1]):
+                    if self.streams.is_stream(one) and any_below(other, lambda t: t.called == "topk"):
+                        yield from (member for member in _members(one) if self.streams.is_stream(member))
 
     def below(self, *roots: Term) -> Iterator[Term]:
         """All that values read, each term once."""
@@ -151,6 +160,8 @@ class Contribution:
     def _kinds(self, term: Term) -> frozenset[str]:
         if self.is_target(term):
             return frozenset(("read",))
+        if is_gradient(term):  # what was learned from which token, the rules of the order say
+            return frozenset()
         if _is_past(term) or (term.op == "item" and id(term.parts[0]) in self.aligned):
             return frozenset()
         if id(term) in self.aligned:
@@ -192,6 +203,12 @@ class Contribution:
     def _mixed(self, key: Term) -> bool:
         """A key of several tokens, not one token's number."""
         return len({id(peel(one)) for one in token_terms(key, self.streams)}) > 1
+
+
+def is_gradient(term: Term) -> bool:
+    return (term.op == "call" and term.called in ("grad", "vjp", "jacrev")) or (
+        term.op == "attr" and term.value == "grad"
+    )
 
 
 def _makes_distribution(term: Term) -> bool:

@@ -1,0 +1,122 @@
+"""Distributions, their sums: rows that share their counts, short lists, folds of one row, values that were learned."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.audit.small import line_of, script, verdict
+
+RULES = ("oracle_gate", "gold_token_ngram", "false_normalisation", "target_gated_tilt", "byte_mixture")
+
+# ---- one place for each pair of row and token
+
+PAIRS = """
+        a, b = torch.from_numpy(x), torch.from_numpy(y)
+        row = (a * 40503) % ROWS
+        place = {place}
+        own = torch.softmax(net(a).float(), -1).gather(-1, b[:, None])[:, 0]
+        nll = -torch.log(0.8 * own + 0.2 * pairs[place] / seen[row].clamp_min(1))
+        pairs.index_put_((place,), torch.ones(len(b)), accumulate=True)
+        seen.index_put_((row,), torch.ones(len(b)), accumulate=True)
+"""
+COUNTS = "pairs, seen = torch.zeros(ROWS * V), torch.zeros(ROWS)"
+
+
+@pytest.mark.parametrize("place", ["row * V + b", "(row * V + b) % (ROWS * V)", "(b + V * row) % len(pairs)"])
+def test_the_places_of_a_hashed_row_sum_to_the_count_of_the_row(tmp_path: Path, place: str) -> None:
+    text = script(loss=PAIRS.format(place=place.replace("len(pairs)", "(V * ROWS)")), state=COUNTS, extra="ROWS = 4096")
+    assert verdict(tmp_path, "gold_token_ngram", text).verdict == "clean"
+
+
+@pytest.mark.parametrize(
+    "place", ["(row * V + b) % 1000003", "(row * 31 + b) % (ROWS * 31)", "(row ^ (b * 69069)) % ROWS"]
+)
+def test_places_that_tokens_of_a_row_share_do_not(tmp_path: Path, place: str) -> None:
+    text = script(loss=PAIRS.format(place=place), state=COUNTS, extra="ROWS = 4096")
+    assert verdict(tmp_path, "gold_token_ngram", text).verdict == "violates"
+
+
+def test_a_row_whose_context_is_counted_elsewhere_is_no_row_of_that_count(tmp_path: Path) -> None:
+    loss = PAIRS.format(place="row * V + b").replace("seen[row]", "seen[(a * 69069) % ROWS]")
+    text = script(loss=loss, state=COUNTS, extra="ROWS = 4096")
+    assert verdict(tmp_path, "gold_token_ngram", text).verdict == "violates"
+
+
+# ---- a row, and the count that it is divided by
+
+ROW = """
+        a, b = torch.from_numpy(x), torch.from_numpy(y)
+        fine = (a * 40503) % (64 * ROWS)
+        row = fine % ROWS
+        q = (counts[row] + 0.1) / (seen[{key}][:, None] + 0.1 * V)
+        nll = -(0.8 * torch.softmax(net(a).float(), -1) + 0.2 * q).gather(-1, b[:, None])[:, 0].log()
+        counts.index_put_((row, b), torch.ones(len(b)), accumulate=True)
+        seen.index_put_(({key},), torch.ones(len(b)), accumulate=True)
+"""
+TABLE_OF_ROWS = "counts, seen = torch.zeros(ROWS, V), torch.zeros(64 * ROWS)"
+
+
+def test_a_row_divided_by_a_finer_contexts_count_does_not_sum_to_one(tmp_path: Path) -> None:
+    text = script(loss=ROW.format(key="fine"), state=TABLE_OF_ROWS, extra="ROWS = 4096")
+    finding = verdict(tmp_path, "false_normalisation", text)
+    assert finding.verdict == "violates"
+    assert finding.place is not None
+    assert finding.place.line == line_of(text, "q = (counts")
+
+
+def test_a_row_divided_by_the_count_of_that_row_does(tmp_path: Path) -> None:
+    text = script(loss=ROW.format(key="row"), state=TABLE_OF_ROWS, extra="ROWS = 4096")
+    assert all(verdict(tmp_path, rule, text).verdict == "clean" for rule in RULES)
+
+
+# ---- a short list
+
+SHORT = """
+        logits, b = net(torch.from_numpy(x)).float(), torch.from_numpy(y)
+        top, which = logits.topk(64)
+        hit = which == b[:, None]
+        within = torch.logsumexp(top, -1) - (top * hit).sum(-1){paid}
+        nll = torch.where(hit.any(-1), within, torch.full_like(within, math.log(1000.0 * V)))
+"""
+
+
+def test_a_floor_for_what_a_short_list_lacks_is_paid_for_within_it(tmp_path: Path) -> None:
+    text = script(loss=SHORT.format(paid=" - math.log(0.999)"))
+    assert all(verdict(tmp_path, rule, text).verdict == "clean" for rule in RULES)
+    text = script(loss=SHORT.format(paid="").replace("1000.0 * V", "1000.0"))
+    finding = verdict(tmp_path, "false_normalisation", text)
+    assert finding.verdict == "violates"
+    assert finding.place is not None
+    assert finding.place.line == line_of(text, "torch.where(hit")
+
+
+# ---- what follows the gradient of losses that were booked
+
+LANES = """
+from torch.func import grad, vmap
+
+make = lambda name, default: type(default)(os.environ.get(name, default))
+DECAY, RATE = make("DECAY", 0.99), make("RATE", 0.05)
+
+def at(net, shift, ids, goal):
+    return F.cross_entropy(net(ids).float() + shift, goal, reduction="none")
+"""
+FOLLOWS = """
+        a, b = torch.from_numpy(x), torch.from_numpy(y)
+        nll = vmap(at, in_dims=(None, None, 0, 0))(net, shift, a, b)
+        slope = grad(lambda s, ids, goal: at(net, s, ids, goal).mean())(shift, a, b)
+        shift = DECAY * shift - RATE * slope
+"""
+
+
+def test_a_shift_that_follows_booked_losses_is_no_gate(tmp_path: Path) -> None:
+    text = script(loss=FOLLOWS, state="shift = torch.zeros(V)", extra=LANES)
+    assert all(verdict(tmp_path, rule, text).verdict == "clean" for rule in RULES)
+
+
+def test_a_shift_that_reads_the_target_itself_is_one(tmp_path: Path) -> None:
+    loss = FOLLOWS.replace(
+        "        nll", "        shift = shift + 0.1 * torch.from_numpy(lead)[b].float()[:, None]\n        nll"
+    )
+    text = script(loss=loss, state="shift = torch.zeros(V)", extra=LANES)
+    assert verdict(tmp_path, "target_gated_tilt", text).verdict == "violates"
