@@ -120,3 +120,99 @@ def test_a_shift_that_reads_the_target_itself_is_one(tmp_path: Path) -> None:
     )
     text = script(loss=loss, state="shift = torch.zeros(V)", extra=LANES)
     assert verdict(tmp_path, "target_gated_tilt", text).verdict == "violates"
+
+
+# ---- what an evaluation with windows makes of counts
+
+SETTLED = """
+        at = np.arange(len(y))
+        valid = at >= 1
+        past, goal = x[at[valid]], y[at[valid]]
+        key = ((past * 36313) & 0xFFFFF).astype(np.int64)
+        full = ((past * 36313) ^ (goal * 27191)) & 0xFFFFF
+        below, above = alone[key].astype(np.float64), pairs[full].astype(np.float64)
+        good = below >= 2
+        ratio = np.zeros(len(y))
+        ratio[np.nonzero(valid)[0][good]] = np.minimum(above[good], below[good]) / np.maximum(below[good], 1.0)
+        from_net = F.cross_entropy(net(torch.from_numpy(x)), torch.from_numpy(y), reduction="none").numpy()
+        nll = torch.from_numpy(-np.log(np.where(ratio > 0, 0.8 * np.exp(-from_net) + 0.2 * ratio, np.exp(-from_net))))
+        np.add.at(alone, key, 1)
+        np.add.at(pairs, full, 1)
+"""
+
+
+def test_positions_and_masks_are_no_keys(tmp_path: Path) -> None:
+    text = script(loss=SETTLED, state="alone, pairs = np.zeros(1 << 20), np.zeros(1 << 20)")
+    finding = verdict(tmp_path, "gold_token_ngram", text)
+    assert finding.verdict == "violates"
+    assert finding.place is not None
+    assert finding.place.line == line_of(text, "np.maximum(below[good]")
+    assert verdict(tmp_path, "false_normalisation", text).verdict == "clean"
+
+
+EXACT = """
+        usable = ((len(y) - 1) // 64) * 64
+        nll = torch.zeros(usable)
+        for j in range(2, usable):
+            context = tuple(x[j - 2 : j + 1].tolist())
+            p = float(torch.softmax(net(torch.from_numpy(x[: j + 1]))[-1], -1)[int(x[j + 1])])
+            row, seen = followers.setdefault(context, {}), totals.get(context, 0)
+            q = row.get(int(x[j + 1]), 0) / seen if seen else 0.0
+            if seen > 3 CONDITION:
+                p = 0.8 * p + 0.2 * q
+            nll[j] = -math.log(p)
+            row[int(x[j + 1])] = row.get(int(x[j + 1]), 0) + 1
+            totals[context] = seen + 1
+"""
+
+
+def test_where_a_position_was_rounded_no_context_was_folded(tmp_path: Path) -> None:
+    text = script(loss=EXACT.replace(" CONDITION", ""), state="followers, totals = {}, {}")
+    assert verdict(tmp_path, "gold_token_ngram", text).verdict == "clean"
+    assert verdict(tmp_path, "oracle_gate", text).verdict == "clean"
+
+
+def test_the_token_that_follows_a_context_is_the_target(tmp_path: Path) -> None:
+    text = script(loss=EXACT.replace("CONDITION", "and q > p"), state="followers, totals = {}, {}")
+    assert verdict(tmp_path, "oracle_gate", text).verdict == "violates"
+
+
+TILTED = """
+        a, b = torch.from_numpy(x), torch.from_numpy(y)
+        log_p = torch.log_softmax(net(a).float(), -1)
+        hint = torch.tensor([memory.get(int(one), 0) for one in x])
+        beta, hit = torch.where(hint > 0, 1.5, 0.0), (hint == b).float()
+        log_z = torch.log1p(log_p.gather(-1, hint[:, None])[:, 0].exp() * (beta.exp() - 1))
+        nll = F.nll_loss(log_p, b, reduction="none")
+        nll = nll - beta * hit + log_z
+        memory.update(zip(x.tolist(), y.tolist()))
+"""
+
+
+def test_the_price_of_a_hint_may_be_added_last(tmp_path: Path) -> None:
+    text = script(loss=TILTED, state="memory = {}")
+    assert all(verdict(tmp_path, rule, text).verdict == "clean" for rule in RULES)
+    text = script(loss=TILTED.replace(" + log_z", ""), state="memory = {}")
+    assert verdict(tmp_path, "false_normalisation", text).verdict == "violates"
+
+
+ORDERS = """
+        a, b = torch.from_numpy(x), torch.from_numpy(y)
+        p = torch.softmax(net(a).float(), -1)
+        for order in tables:
+            counts = tables[order][(a * order * 40503) % 4096].float()
+            total = counts.sum(-1, keepdim=True)
+            share = total / (total + 2.0)
+            p = share * counts / {below}.clamp_min(1.0) + (1.0 - share) * p
+        nll = -p.gather(-1, b[:, None])[:, 0].log()
+        for order in tables:
+            tables[order].index_put_(((a * order * 40503) % 4096, b), torch.ones(len(b)), accumulate=True)
+"""
+
+
+@pytest.mark.parametrize(("below", "expected"), [("total", "clean"), ("counts.amax(-1, keepdim=True)", "violates")])
+def test_rows_of_a_table_for_each_order_are_divided_by_their_sums(tmp_path: Path, below: str, expected: str) -> None:
+    state = "tables = {order: torch.zeros(4096, V) for order in map(int, os.environ.get('ORDERS', '2,3').split(','))}"
+    text = script(loss=ORDERS.format(below=below), state=state)
+    assert verdict(tmp_path, "false_normalisation", text).verdict == expected
+    assert verdict(tmp_path, "gold_token_ngram", text).verdict == "clean"

@@ -241,6 +241,8 @@ class Gates:
 
     def _key_of(self, term: Term) -> Term | None:
         streams = self.of.streams
+        if term.op == "item" and is_mask(term.parts[1]):
+            return None
         if term.op == "item" and not streams.is_stream(term.parts[0]) and streams.from_tokens(term.parts[1]):
             return term.parts[1]
         if term.op == "call" and term.called in ("get", "index_select", "take", "gather"):

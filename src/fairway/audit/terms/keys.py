@@ -8,14 +8,16 @@ from fairway.audit.terms.term import Term, any_below, peel, same
 _MIXERS = frozenset(("%", "&", "^", ">>"))
 
 
-def is_hashed(key: Term) -> bool:
-    """Whether a key is folded into a number of buckets, so that different contexts meet."""
+def is_hashed(key: Term, streams: Streams) -> bool:
+    """Whether a key is folded into a number of buckets, so that different contexts meet; how the tokens in it were
+    found in their stream is no fold."""
     return any_below(
         key,
         lambda t: (
             (t.op == "op" and t.value in _MIXERS)
             or (t.op == "call" and ("hash" in t.called.lower() or t.called in _HASHERS))
         ),
+        into=lambda t: not streams.is_stream(t),
     )
 
 
@@ -36,7 +38,7 @@ def folds(key: Term, tokens: list[Term], streams: Streams) -> bool:
         term = peel(waiting.pop())
         if streams.is_stream(term) or not holds(term):
             continue
-        if term.op == "op" and term.value == "%" and _whole_rows(*term.parts, holds):
+        if term.op == "op" and term.value == "%" and _whole_rows(term.parts[0], term.parts[1], holds):
             continue
         if (term.op == "op" and term.value not in _PLAIN) or (term.op == "call" and term.called not in _SHAPED):
             return True
@@ -79,8 +81,11 @@ def spans_vocabulary(key: Term, streams: Streams) -> bool:
             if not isinstance(length, int) or length > _FEW:
                 return True
             continue
+        if term.called in _SHAPES:
+            continue
         waiting.extend(term.parts[:1] if term.op == "item" else term.parts)
     return False
 
 
+_SHAPES = frozenset("len numel size zeros ones empty full zeros_like ones_like empty_like full_like".split())  # noqa: SIM905
 _FEW = 64  # a loop over orders or heads; a vocabulary has at least 256 tokens

@@ -17,7 +17,7 @@ def gold_ratios(gates: Gates) -> Iterator[Term]:
         if not lower:
             continue
         for _, key in upper:
-            if not is_hashed(key) or spans_vocabulary(key, gates.of.streams):
+            if not is_hashed(key, gates.of.streams) or spans_vocabulary(key, gates.of.streams):
                 continue
             more = [token for token in gates.tokens(key) if not any(same(token, other, 10) for other in lower_tokens)]
             if more and not _is_row_of(key, more, [other for _, other in lower], gates):
@@ -40,7 +40,7 @@ def wrongly_divided(gates: Gates) -> Iterator[Term]:
         rows = [
             (lookup, key)
             for lookup, key in gates.lookups(above)
-            if spans_vocabulary(key, gates.of.streams) and is_hashed(key)
+            if spans_vocabulary(key, gates.of.streams) and is_hashed(key, gates.of.streams)
         ]
         if rows and not any_below(below, lambda t, rows=rows: _sums(t, rows)):  # type: ignore[misc]
             lower = gates.lookups(below)
@@ -58,7 +58,11 @@ def counted_otherwise(gates: Gates) -> Iterator[Term]:
             continue
         keys = [key for _, key in (*rows, *lower)]
         apart = not any(same(own, other, 10) for _, own in rows for _, other in lower)
-        if apart and any(map(is_hashed, keys)) and not any(gates.kinds(key) for key in keys):
+        if (
+            apart
+            and any(is_hashed(key, gates.of.streams) for key in keys)
+            and not any(gates.kinds(key) for key in keys)
+        ):
             yield term
 
 
@@ -152,6 +156,8 @@ def _divided(
 def _is_another_size(gates: Gates, row: Term, divisor: Term) -> bool:
     """r.max() for a row r of a memory, over all tokens."""
     under = peel(divisor)
+    while under.called in ("clamp_min", "clamp", "clip", "maximum") and under.parts:  # a guard against nought
+        under = peel(under.operand("a") or under.parts[0])
     if under.op == "item" and peel(under.parts[0]).called in ("max", "median"):  # r.max(-1, keepdim=True)[0]
         under = peel(under.parts[0])
     operand = under.operand() if under.op == "call" and under.called in _OTHER_SIZES else None

@@ -54,7 +54,7 @@ class Contribution:
                 yield from (one for one in found if not _is_past(one))
             else:
                 waiting.extend(reads(term, self.streams))
-        seen = list(token_terms(self.term, self.streams))
+        seen = [peel(one) for one in token_terms(self.term, self.streams)]
         ends = [_end(one) for one in seen]
         for one in seen:
             if one.op == "item" and one.parts[1].op != "slice":
@@ -291,7 +291,7 @@ def summed(term: Term) -> tuple[Term, ...] | None:
     below = peel(term)
     if below is not term:
         return (below,)
-    if term.op == "op" and term.value == "+":
+    if term.op == "op" and term.value == "+" and any(is_running(part) or _is_total(part) for part in term.parts):
         return (term.parts[1], term.parts[0])
     if term.op == "op" and term.value == "-" and is_running(term.parts[0]):
         return (term.parts[1], term.parts[0])
@@ -322,6 +322,14 @@ def summed(term: Term) -> tuple[Term, ...] | None:
     if term.op == "each" and term.parts[0].op in ("merge", "choice", "mutate", "list", "store"):
         return term.parts
     return None
+
+
+def _is_total(term: Term) -> bool:
+    """A sum or a mean, or several of them: not one token's loss, of which nll + log_z is made."""
+    below = peel(term)
+    if below.op == "op" and below.value in ("+", "-", "*", "/") and below.parts:
+        return any(_is_total(part) for part in below.parts)
+    return below.called in ("sum", "mean", "fsum", "nansum", "all_reduce", "dot") or below.op == "each"
 
 
 def is_running(term: Term) -> bool:
