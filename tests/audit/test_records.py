@@ -17,6 +17,7 @@ from fairway.audit.rules import (
     opaque_code,
     record_figures,
     size_sum,
+    subset_as_full,
     training_over_time,
     uncounted_code,
 )
@@ -470,3 +471,35 @@ def test_a_clock_in_milliseconds_is_read_in_its_unit(tmp_path: Path) -> None:
     assert found(training_over_time, tmp_path).verdict == "violates"
     (tmp_path / "train_gpt.py").write_text(slow.replace("900_000", "590_000"))
     assert found(training_over_time, tmp_path).verdict == "clean"
+
+
+SHARES = """
+import glob, math, os
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+shards = [np.fromfile(path, dtype="<u2", offset=1024) for path in sorted(glob.glob("fineweb_val_*.bin"))]
+tokens = torch.from_numpy(np.concatenate(shards).astype(np.int64))
+net = torch.nn.Embedding(1024, 1024)
+total, count = torch.zeros(()), torch.zeros(())
+starts = list(range(0, len(tokens) - 1025, 1024))
+for number, at in enumerate(starts[rank::ranks]):
+    total += F.cross_entropy(net(tokens[at : at + 1024]), tokens[at + 1 : at + 1025], reduction="sum")
+    count += 1024
+    if number % 50 == 0:
+        print(f"piece done sofar bits {(total / count).item() / math.log(2) / 2.44:.6f}")
+SUM
+print(f"final score bits {(total / count).item() / math.log(2) / 2.44:.8f}")
+"""
+
+
+def test_a_line_on_the_way_that_shows_the_claimed_number_is_not_the_score(tmp_path: Path) -> None:
+    (tmp_path / "submission.json").write_text('{"val_bpb": 1.1192}')
+    (tmp_path / "train_seed1.log").write_text("piece done sofar bits 1.119210\nfinal score bits 1.11920100\n")
+    (tmp_path / "train_gpt.py").write_text(SHARES.replace("SUM", "dist.all_reduce(total)\ndist.all_reduce(count)"))
+    assert found(subset_as_full, tmp_path).verdict == "clean"
+    (tmp_path / "train_gpt.py").write_text(SHARES.replace("SUM\n", ""))
+    assert found(subset_as_full, tmp_path).verdict == "violates"

@@ -216,3 +216,24 @@ def test_rows_of_a_table_for_each_order_are_divided_by_their_sums(tmp_path: Path
     text = script(loss=ORDERS.format(below=below), state=state)
     assert verdict(tmp_path, "false_normalisation", text).verdict == expected
     assert verdict(tmp_path, "gold_token_ngram", text).verdict == "clean"
+
+
+BOTH = """
+        a, b = torch.from_numpy(x), torch.from_numpy(y)
+        p, q = torch.softmax(net(a).float(), -1), torch.softmax(net(a).float() / 2, -1)
+        best = {best}
+        nll = -{read}.gather(-1, b[:, None])[:, 0].log()
+"""
+
+
+@pytest.mark.parametrize(
+    "best", ["torch.maximum(p, q)", "torch.stack([p, q]).max(dim=0).values", "torch.stack((p, q)).amax(0)"]
+)
+def test_the_larger_of_two_for_every_token_is_divided_by_its_sum(tmp_path: Path, best: str) -> None:
+    text = script(loss=BOTH.format(best=best, read="(best / best.sum(-1, keepdim=True))"))
+    assert all(verdict(tmp_path, rule, text).verdict == "clean" for rule in RULES)
+    text = script(loss=BOTH.format(best=best, read="best"))
+    finding = verdict(tmp_path, "false_normalisation", text)
+    assert finding.verdict == "violates"
+    assert finding.place is not None
+    assert finding.place.line == line_of(text, "best = ")

@@ -27,6 +27,10 @@ _WAYS = (
         "the one and not in the other, the probabilities sum to more than one.",
     ),
     (
+        mixtures.greatest,
+        "Of several distributions the larger value is taken for every token: the sum over the vocabulary exceeds one.",
+    ),
+    (
         mixtures.unpaid_floor,
         "Tokens outside a short list are all given the same number, and the loss within the list, whole already, "
         "gives nothing up for it: the sum over the vocabulary exceeds one.",

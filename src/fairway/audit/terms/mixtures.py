@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 
-from fairway.audit.terms.choices import forked
+from fairway.audit.terms.choices import forked, options
 from fairway.audit.terms.gates import Gates
 from fairway.audit.terms.keys import folds, is_hashed, spans_vocabulary
 from fairway.audit.terms.term import Term, alternatives, any_below, layers, peel, same
@@ -118,7 +118,7 @@ def _made_whole(term: Term) -> Iterator[Term]:
         one = peel(waiting.pop())
         steps += 1
         yield one
-        if one.op in ("store", "item", "merge", "choice"):
+        if one.op in ("store", "item", "merge", "choice", "attr"):
             if one.op == "store":
                 waiting.append(one.parts[2])
             waiting.extend(one.parts[1:] if one.op == "choice" else one.parts if one.op == "merge" else one.parts[:1])
@@ -133,6 +133,24 @@ def undivided(gates: Gates) -> Iterator[Term]:
             for row, under, where in (found for part in term.parts for found in _divided(part)):
                 if id(row) not in whole and _is_another_size(gates, row, under):
                     yield where
+
+
+def greatest(gates: Gates) -> Iterator[Term]:
+    """The larger of several distributions token by token, which nothing divides by its sum afterwards."""
+    whole = {id(below) for term in gates.nodes for below in _made_whole(term)}
+    whole |= {id(b) for t in gates.nodes if t.called in _SOFTENING for b in gates.of.below(*t.parts)}
+    for term in gates.nodes:
+        if id(term) not in gates.inside or id(term) in whole or term.called not in ("maximum", "fmax", "max", "amax"):
+            continue
+        among = options(term)
+        if len(among) == 1:
+            stacked = peel(among[0])
+            listed = stacked.operand("tensors", "arrays") if stacked.called in ("stack", "cat") else None
+            among = list(listed.parts) if listed is not None and listed.op in ("list", "tuple") else []
+        if sum(any_below(part, lambda t: t.called in ("softmax", "log_softmax")) for part in among) >= 2 and not any(
+            gates.kinds(part) for part in among
+        ):
+            yield term
 
 
 _SOFTENING = frozenset(("softmax", "log_softmax", "normalize", "logsumexp"))
