@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 
 from fairway.audit.terms.program import Program
+from fairway.audit.terms.report import is_loss
 from fairway.audit.terms.streams import Streams, carried
 from fairway.audit.terms.term import Term, peel, walk
 from fairway.audit.terms.things import Event
@@ -91,6 +92,20 @@ def stored(root: Term) -> Iterator[Term]:
             waiting.extend(part for part in term.parts if part.op != "name")
         elif term.op == "object":
             waiting.extend(term.value.attrs.values())
+
+
+def counted(root: Term, streams: Streams) -> Iterator[Term]:
+    """Tokens of the validation files at whose numbers a table was filled that reaches what is written: where they were
+    taken; not what was worked out of a loss."""
+    for count, term in enumerate(walk(root, into=lambda t: not (is_loss(t) or streams.is_stream(t)))):
+        if count > 3000:
+            return
+        placed = term.op == "mutate" and term.value in (".index_put_", ".scatter_add_", ".index_add_", ".put_")
+        for place in term.parts[1:2] if placed or term.op == "store" else ():
+            for one in place.parts if place.op == "tuple" else (place,):
+                if is_validation(one, streams):
+                    cuts = [cut for cut in streams.chain(one).values() if cut.op == "item"]
+                    yield cuts[-1] if cuts else one
 
 
 def writes(program: Program) -> Iterator[tuple[Event, Term, Term]]:

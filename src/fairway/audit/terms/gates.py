@@ -91,6 +91,8 @@ class Gates:
                 yield term
 
     def _scored(self, term: Term) -> bool:
+        if not self.of.targets:  # answers of yes and no, worked out of the token's bits, are no place in a row
+            return any_below(term, lambda t: t.called.startswith("binary_cross_entropy"))
         return bool(self.kinds(term) & {"score", "key"})
 
     def _compared(self, test: Term) -> Iterator[Term]:

@@ -112,6 +112,10 @@ def _item(m: "Machine", base: Term, index: Term, file: str, line: int) -> Term:
             return Term("call", (column,), base.value, base.file, base.line, ("self",))
     if base.op == "name" and base.value == "os.environ":
         return m.environ(index, Term("free", (), "no default", file, line), file, line)
+    if base.op == "object" and isinstance(key, int):  # a named tuple's component
+        fields = base.value.kind.all_fields()
+        if -len(fields) <= key < len(fields) and fields[key] in base.value.attrs:
+            return base.value.attrs[fields[key]]
     if base.op == "object":
         looked = calls.method(m, base, "__getitem__", [index], file, line)
         if looked is not None:
@@ -170,6 +174,9 @@ def _paired(m: "Machine", term: Term, index: Any, file: str, line: int) -> Term 
         base = term.parts[0]
         if base.op == "dict" and base.parts:
             return Term("merge", base.parts[index::2][:64], None, file, line)
+        put = [one.parts[1 + index] for one in layers(base) if one.op == "store" and len(one.parts) == 3]
+        if put and any(one.op == "dict" and one.value != "comp" for one in layers(base)):
+            return put[0] if len(put) == 1 else Term("merge", tuple(put[:64]), None, file, line)
     return None
 
 
@@ -186,6 +193,8 @@ def transposed(m: "Machine", rows: Term, file: str, line: int) -> Term | None:
 def _width(term: Term) -> int:
     if term.op == "tuple":
         return len(term.parts)
+    if term.op == "object":
+        return len(term.value.kind.all_fields())
     if term.op in ("choice", "merge"):
         return max((_width(part) for part in term.parts[-4:]), default=0)
     return 0

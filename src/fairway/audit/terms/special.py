@@ -103,10 +103,23 @@ def _next(m: "Machine", name: str, positional: list[Term], named: dict[str, Term
 def _map(m: "Machine", name: str, positional: list[Term], named: dict[str, Term], here: "Here") -> Term | None:
     if len(positional) < 2:
         return None
+    callable_ = positional[0].op in ("function", "bound", "class", "name")
+    listed = elements.listing(positional[1]) if len(positional) == 2 else None
+    if callable_ and listed is not None and 1 < len(listed) <= _FEW:  # map(sum, columns): one by one
+        return Term(
+            "list",
+            tuple(calls.dispatch(m, positional[0], [one], {}, inner(here)) for one in listed),
+            None,
+            here.file,
+            here.line,
+        )
     parts = [elements.element(m, term, here.file, here.line) for term in positional[1:]]
-    if positional[0].op in ("function", "bound", "class", "name"):
+    if callable_:
         return Term("list", (calls.dispatch(m, positional[0], parts, {}, inner(here)),), "comp", here.file, here.line)
     return None
+
+
+_FEW = 12
 
 
 def _reduce(m: "Machine", name: str, positional: list[Term], named: dict[str, Term], here: "Here") -> Term | None:
@@ -261,6 +274,18 @@ def _typed(default: Term, kind: Any, here: "Here") -> Term:
     return default
 
 
+def _handler(m: "Machine", base: Term, positional: list[Term], named: dict[str, Term], here: "Here") -> Term | None:
+    """logger.addHandler(handler) of a handler of the script's own."""
+    m.handlers.extend(one for one in positional if one.op == "object")
+    return None
+
+
+def _logging(m: "Machine", name: str, positional: list[Term], named: dict[str, Term], here: "Here") -> Term | None:
+    listed = named.get("handlers")
+    m.handlers.extend(one for one in (listed.parts if listed is not None else ()) if one.op == "object")
+    return None
+
+
 def _register(m: "Machine", base: Term, positional: list[Term], named: dict[str, Term], here: "Here") -> Term | None:
     if base.op == "object" and positional and positional[0].op == "const":
         term = positional[1] if len(positional) > 1 else named.get("tensor")
@@ -340,6 +365,7 @@ FUNCTIONS: dict[str, Any] = {
     "sum": _sum,
     "len": _len,
     "vars": _vars,
+    "logging.basicConfig": _logging,
     "type": _type,
     "asyncio.run": _same,
     "typing.cast": lambda m, name, positional, named, here: positional[1] if len(positional) == 2 else None,
@@ -360,6 +386,7 @@ LAST_WORDS: dict[str, Any] = {
 }
 METHODS: dict[str, Any] = {
     "add_argument": _add_argument,
+    "addHandler": _handler,
     "register_buffer": _register,
     "register_parameter": _register,
     "get": _get,
