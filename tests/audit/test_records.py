@@ -1,5 +1,6 @@
 """What a record folder claims is held against its logs and files."""
 
+import hashlib
 import json
 import zlib
 from pathlib import Path
@@ -22,7 +23,7 @@ from fairway.audit.rules import (
     uncounted_code,
 )
 from fairway.audit.submission import opened
-from fairway.audit.verdict import Finding
+from fairway.audit.verdict import Finding, Place
 from tests.audit.folders import MODEL, NATS, SCORES, SCRIPT, log, record
 
 RULES = [
@@ -120,7 +121,7 @@ def test_the_sum_in_the_script_itself(old: str, new: str, says: str, tmp_path: P
     assert finding.verdict == "violates"
     assert says in finding.evidence
     assert finding.place is not None
-    assert finding.place.line in (12, 13)
+    assert finding.place.line in (5, 12, 13)  # the limit, or what is held against it
 
 
 @pytest.mark.parametrize(
@@ -302,6 +303,37 @@ def test_a_seed_that_ran_with_another_configuration(tmp_path: Path) -> None:
     assert "train_seq_len" in finding.evidence
 
 
+def test_settings_are_read_beyond_the_number_of_warm_up_steps(tmp_path: Path) -> None:
+    script = SCRIPT + "\nadaptation_epochs = int(os.environ.get('ADAPTATION_EPOCHS', 2))\n"
+    folder = record(tmp_path / "r", script, head=["warmup_steps: 20", "adaptation_epochs: 2", "loaded_in: 4.2"])
+    path = folder / "train_seed2025.log"
+    path.write_text(path.read_text().replace("loaded_in: 4.2", "loaded_in: 5.1"))
+    assert found(foreign_artifact_or_log, folder).verdict == "clean"  # a time that was taken is no setting
+    path.write_text(path.read_text().replace("epochs: 2", "epochs: 6"))
+    finding = found(foreign_artifact_or_log, folder)
+    assert finding.verdict == "violates"
+    assert finding.place == Place(path.name, 2)
+
+
+def test_the_artifact_that_lies_here_is_one_that_a_log_made(tmp_path: Path) -> None:
+    blob = b"weights" * 100
+    said = f"sha256 of the artifact: {hashlib.sha256(blob).hexdigest()}"
+    folder = record(tmp_path / "r", model=len(blob), tail=[said])
+    (folder / "model.own").write_bytes(blob)
+    assert found(foreign_artifact_or_log, folder).verdict == "clean"
+    (folder / "model.own").write_bytes(b"w3ights" * 100)
+    finding = found(foreign_artifact_or_log, folder)
+    assert finding.verdict == "violates"
+    assert "model.own" in finding.evidence
+
+
+def test_rows_hashed_before_the_timer_are_part_of_the_evaluation(tmp_path: Path) -> None:
+    folder = record(tmp_path / "r", eval_ms=553_400, tail=["rows of contexts hashed in 97200ms"])
+    assert found(eval_over_time, folder).verdict == "violates"
+    folder = record(tmp_path / "other", eval_ms=553_400, tail=["warmup and compile in 97200ms"])
+    assert found(eval_over_time, folder).verdict == "clean"
+
+
 # Figures.
 
 
@@ -425,6 +457,15 @@ def test_a_limit_in_mib_is_found_by_its_value(tmp_path: Path) -> None:
     assert "1024**2" in script.split("\n")[finding.place.line - 1]
     (tmp_path / "train.py").write_text(script.replace("15.9", "15.2"))  # 15,938,355 bytes
     assert found(size_sum, tmp_path / "train.py").verdict == "clean"
+
+
+def test_a_limit_in_mib_is_named_where_it_is_written(tmp_path: Path) -> None:
+    script = SCRIPT.replace("LIMIT = 16_000_000", "LIMIT = 16 * 2**20")
+    (tmp_path / "train.py").write_text(script)
+    finding = found(size_sum, tmp_path / "train.py")
+    assert finding.verdict == "violates"
+    assert finding.place is not None
+    assert "2**20" in script.split("\n")[finding.place.line - 1]
 
 
 CLOCKED = """
