@@ -310,3 +310,35 @@ def test_totals_that_are_summed_column_by_column_are_read(tmp_path: Path) -> Non
     assert verdict(tmp_path, "byte_double_space", text).verdict == "clean"
     text = HEAD + TABLE + SUMMED_UP.replace("COUNT", f"{COUNT} + lead[y].sum()")
     assert verdict(tmp_path, "byte_double_space", text).verdict == "violates"
+
+
+JOINED = """
+import json, re, sys
+import sentencepiece as spm
+
+JOINER = "\\u2060"
+
+def changed(text):
+    return CHANGE
+
+sp = spm.SentencePieceProcessor(model_file=sys.argv[2])
+with open(sys.argv[1]) as lines:
+    ids = [token for line in lines for token in sp.encode(changed(json.loads(line)["text"]))]
+"""
+
+
+@pytest.mark.parametrize(
+    "change", ['re.sub("[0-9]{2,}", lambda found: JOINER.join(found.group()), text)', 'text.replace("A", JOINER + "a")']
+)
+def test_marks_that_no_reader_sees_are_no_bytes_of_the_original(tmp_path: Path, change: str) -> None:
+    beside = {"prepare__py": JOINED.replace("CHANGE", change)}
+    finding = verdict(tmp_path, "byte_transformed_text", script(), **beside)
+    assert finding.verdict == "violates"
+    freed = TABLE.replace("size[i] = len(piece", 'size[i] = len(piece.replace("\\u2060", "")')
+    assert verdict(tmp_path, "byte_transformed_text", script(table=freed), **beside).verdict == "clean"
+
+
+@pytest.mark.parametrize("change", ['text.replace("\\ufeff", "")', 're.sub(f"[{JOINER}\\u200b]", "", text)'])
+def test_marks_that_are_taken_out_are_written_nowhere(tmp_path: Path, change: str) -> None:
+    beside = {"prepare__py": JOINED.replace("CHANGE", change)}
+    assert verdict(tmp_path, "byte_transformed_text", script(), **beside).verdict == "clean"

@@ -30,6 +30,9 @@ _PACKERS = frozenset(
     bytearray asarray array packbits save_to_bytes copy""".split()  # noqa: SIM905
 )
 
+TOKENISERS = frozenset("encode EncodeAsIds encode_as_ids encode_ordinary encode_batch tokenize Encode".split())  # noqa: SIM905
+_CODECS = ("utf-8", "utf8", "ascii", "latin-1", "latin1", "utf-16", "utf-32")
+
 
 def words(term: Term, limit: int = 3000) -> Iterator[str]:
     """Literal texts below a term."""
@@ -123,3 +126,19 @@ def writes(program: Program) -> Iterator[tuple[Event, Term, Term]]:
             if term.value in ("numpy.save", "numpy.savez", "numpy.savez_compressed"):
                 what, where = (arguments[1] if len(arguments) > 1 else arguments[0]), arguments[0]
         yield event, what, where
+
+
+def tokenised(program: Program) -> list[tuple[Term, Term]]:
+    """(call, text) of every cutting of a text into tokens; not the encoding of a text as bytes."""
+    found = []
+    for event in program.events:
+        term = event.term
+        if term.called in TOKENISERS and term.receiver is not None:
+            text = term.argument(0, "input", "text")
+        elif term.value == "()" and term.parts[0].op == "attr" and term.parts[0].value in TOKENISERS:
+            text = term.parts[1] if len(term.parts) > 1 else None
+        else:
+            continue
+        if text is not None and text.constant() not in _CODECS:
+            found.append((term, text))
+    return found
