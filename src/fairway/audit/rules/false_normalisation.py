@@ -1,7 +1,7 @@
 """Counts for all tokens are gathered and divided by something that is not their sum: the rows do not sum to one."""
 
 from fairway.audit.case import Case
-from fairway.audit.terms import mixtures
+from fairway.audit.terms import mixtures, rows
 from fairway.audit.terms.verdicts import clean, unsaid
 from fairway.audit.verdict import Finding
 
@@ -11,23 +11,23 @@ CLAUSE = 'RULES.md (b) 2, (c) "Fake normalisation"'
 
 _WAYS = (
     (
-        mixtures.wrongly_divided,
+        rows.wrongly_divided,
         "Hashed counts of all tokens are divided by the count of their context instead of by their own sum; with "
         "colliding keys the two differ and the probabilities sum to more than one.",
     ),
-    (mixtures.undivided, "A row of counts that is mixed in is divided by something else than its sum."),
+    (rows.undivided, "A row of counts that is mixed in is divided by something else than its sum."),
     (mixtures.unbalanced, "The parts of a mixture are added with weights that do not sum to one."),
     (
         mixtures.unpaid_bonus,
         "A right hint is given a bonus, and the share that it takes from all other tokens is never taken off.",
     ),
     (
-        mixtures.counted_otherwise,
+        rows.counted_otherwise,
         "A row of counts is divided by a count that is kept under another key than the row: where contexts meet in "
         "the one and not in the other, the probabilities sum to more than one.",
     ),
     (
-        mixtures.greatest,
+        rows.greatest,
         "Of several distributions the larger value is taken for every token: the sum over the vocabulary exceeds one.",
     ),
     (
