@@ -423,3 +423,11 @@ def test_a_box_that_is_packed_entry_by_entry_keeps_what_was_put_in(tmp_path: Pat
         '    torch.save({name: value.cpu() for name, value in box.items()}, "model.pt")'
     )
     assert verdict(tmp_path, "paid_prefix", script(state=state)).verdict == expected
+
+
+def test_a_log_may_tell_of_a_table(tmp_path: Path) -> None:
+    state = (
+        "table = pairs(torch.from_numpy(tokens[:100_000]))\n    log = open('run.txt', 'a')\n"
+        "    log.write(f'seen {(table > 0).float().mean().item()}' + '\\n')"
+    )
+    assert verdict(tmp_path, "paid_prefix", script(extra=TABLE_OF_PAIRS, state=state)).verdict == "clean"
