@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from fairway.audit.terms.choices import forked
 from fairway.audit.terms.gates import Gates
 from fairway.audit.terms.keys import folds, is_hashed, spans_vocabulary
+from fairway.audit.terms.octets import negated
 from fairway.audit.terms.rows import is_summed, made_whole
 from fairway.audit.terms.term import Term, any_below, peel, same
 
@@ -66,12 +67,11 @@ def unpaid_floor(gates: Gates) -> Iterator[Term]:
         fork = forked(term)
         if fork is None or gates.kinds(fork[0]) != {"match"}:
             continue
-        inside = id(term) in gates.inside
-        for arm, other in (fork[1:], fork[:0:-1]):
-            number = _filled_with(other)
-            lifts = number is not None and (_LEAST <= number < 1.0 if inside else 0.0 < number <= -math.log(_LEAST))
-            if lifts and gates.kinds(arm) and not _gives_up(arm):
-                yield term
+        arm, other = fork[2:0:-1] if negated(fork[0]) else fork[1:]
+        number = _filled_with(other)
+        low, high = (_LEAST, 1.0) if id(term) in gates.inside else (0.0, -math.log(_LEAST))
+        if number is not None and low < number <= high and "match" in gates.kinds(arm) and not _gives_up(arm):
+            yield term
 
 
 _LEAST = 1e-5  # of a probability; a guard against log 0 is 1e-9 or less
