@@ -1,5 +1,6 @@
 """What a record folder claims is held against its logs and files."""
 
+import hashlib
 import json
 import zlib
 from pathlib import Path
@@ -17,11 +18,12 @@ from fairway.audit.rules import (
     opaque_code,
     record_figures,
     size_sum,
+    subset_as_full,
     training_over_time,
     uncounted_code,
 )
 from fairway.audit.submission import opened
-from fairway.audit.verdict import Finding
+from fairway.audit.verdict import Finding, Place
 from tests.audit.folders import MODEL, NATS, SCORES, SCRIPT, log, record
 
 RULES = [
@@ -119,7 +121,7 @@ def test_the_sum_in_the_script_itself(old: str, new: str, says: str, tmp_path: P
     assert finding.verdict == "violates"
     assert says in finding.evidence
     assert finding.place is not None
-    assert finding.place.line in (12, 13)
+    assert finding.place.line in (5, 12, 13)  # the limit, or what is held against it
 
 
 @pytest.mark.parametrize(
@@ -301,6 +303,37 @@ def test_a_seed_that_ran_with_another_configuration(tmp_path: Path) -> None:
     assert "train_seq_len" in finding.evidence
 
 
+def test_settings_are_read_beyond_the_number_of_warm_up_steps(tmp_path: Path) -> None:
+    script = SCRIPT + "\nadaptation_epochs = int(os.environ.get('ADAPTATION_EPOCHS', 2))\n"
+    folder = record(tmp_path / "r", script, head=["warmup_steps: 20", "adaptation_epochs: 2", "loaded_in: 4.2"])
+    path = folder / "train_seed2025.log"
+    path.write_text(path.read_text().replace("loaded_in: 4.2", "loaded_in: 5.1"))
+    assert found(foreign_artifact_or_log, folder).verdict == "clean"  # a time that was taken is no setting
+    path.write_text(path.read_text().replace("epochs: 2", "epochs: 6"))
+    finding = found(foreign_artifact_or_log, folder)
+    assert finding.verdict == "violates"
+    assert finding.place == Place(path.name, 2)
+
+
+def test_the_artifact_that_lies_here_is_one_that_a_log_made(tmp_path: Path) -> None:
+    blob = b"weights" * 100
+    said = f"sha256 of the artifact: {hashlib.sha256(blob).hexdigest()}"
+    folder = record(tmp_path / "r", model=len(blob), tail=[said])
+    (folder / "model.own").write_bytes(blob)
+    assert found(foreign_artifact_or_log, folder).verdict == "clean"
+    (folder / "model.own").write_bytes(b"w3ights" * 100)
+    finding = found(foreign_artifact_or_log, folder)
+    assert finding.verdict == "violates"
+    assert "model.own" in finding.evidence
+
+
+def test_rows_hashed_before_the_timer_are_part_of_the_evaluation(tmp_path: Path) -> None:
+    folder = record(tmp_path / "r", eval_ms=553_400, tail=["rows of contexts hashed in 97200ms"])
+    assert found(eval_over_time, folder).verdict == "violates"
+    folder = record(tmp_path / "other", eval_ms=553_400, tail=["warmup and compile in 97200ms"])
+    assert found(eval_over_time, folder).verdict == "clean"
+
+
 # Figures.
 
 
@@ -426,6 +459,15 @@ def test_a_limit_in_mib_is_found_by_its_value(tmp_path: Path) -> None:
     assert found(size_sum, tmp_path / "train.py").verdict == "clean"
 
 
+def test_a_limit_in_mib_is_named_where_it_is_written(tmp_path: Path) -> None:
+    script = SCRIPT.replace("LIMIT = 16_000_000", "LIMIT = 16 * 2**20")
+    (tmp_path / "train.py").write_text(script)
+    finding = found(size_sum, tmp_path / "train.py")
+    assert finding.verdict == "violates"
+    assert finding.place is not None
+    assert "2**20" in script.split("\n")[finding.place.line - 1]
+
+
 CLOCKED = """
 import glob, os, time
 import numpy as np
@@ -470,3 +512,35 @@ def test_a_clock_in_milliseconds_is_read_in_its_unit(tmp_path: Path) -> None:
     assert found(training_over_time, tmp_path).verdict == "violates"
     (tmp_path / "train_gpt.py").write_text(slow.replace("900_000", "590_000"))
     assert found(training_over_time, tmp_path).verdict == "clean"
+
+
+SHARES = """
+import glob, math, os
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+shards = [np.fromfile(path, dtype="<u2", offset=1024) for path in sorted(glob.glob("fineweb_val_*.bin"))]
+tokens = torch.from_numpy(np.concatenate(shards).astype(np.int64))
+net = torch.nn.Embedding(1024, 1024)
+total, count = torch.zeros(()), torch.zeros(())
+starts = list(range(0, len(tokens) - 1025, 1024))
+for number, at in enumerate(starts[rank::ranks]):
+    total += F.cross_entropy(net(tokens[at : at + 1024]), tokens[at + 1 : at + 1025], reduction="sum")
+    count += 1024
+    if number % 50 == 0:
+        print(f"piece done sofar bits {(total / count).item() / math.log(2) / 2.44:.6f}")
+SUM
+print(f"final score bits {(total / count).item() / math.log(2) / 2.44:.8f}")
+"""
+
+
+def test_a_line_on_the_way_that_shows_the_claimed_number_is_not_the_score(tmp_path: Path) -> None:
+    (tmp_path / "submission.json").write_text('{"val_bpb": 1.1192}')
+    (tmp_path / "train_seed1.log").write_text("piece done sofar bits 1.119210\nfinal score bits 1.11920100\n")
+    (tmp_path / "train_gpt.py").write_text(SHARES.replace("SUM", "dist.all_reduce(total)\ndist.all_reduce(count)"))
+    assert found(subset_as_full, tmp_path).verdict == "clean"
+    (tmp_path / "train_gpt.py").write_text(SHARES.replace("SUM\n", ""))
+    assert found(subset_as_full, tmp_path).verdict == "violates"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.audit.small import COUNT, LOSS, TABLE, line_of, script, verdict
+from tests.audit.small import COUNT, HEAD, LOSS, TABLE, line_of, script, verdict
 
 RULES = ("byte_double_space", "byte_missing_mark", "byte_fallback_three", "byte_constant", "byte_transformed_text")
 
@@ -258,3 +258,87 @@ def test_bytes_given_to_marks_of_the_transform_by_weight_are_added(tmp_path: Pat
 def test_the_mean_of_two_scores_assumes_no_bytes(tmp_path: Path) -> None:
     text = script() + "    second = evaluate(Net())[1]\n    print(f'val_bpb {0.5 * (bpb + second):.5f}')\n"
     assert verdict(tmp_path, "byte_constant", text).verdict == "clean"
+
+
+APPENDED = """
+def tables():
+    sp = spm.SentencePieceProcessor(model_file="tokenizer.model")
+    own, space, special = [], [], []
+    for i in range(V):
+        special.append(sp.is_control(i) or sp.is_unknown(i))
+        piece = "" if special[-1] else sp.id_to_piece(i)
+        space.append(piece.startswith("\\u2581"))
+        if sp.is_byte(i):
+            own.append({byte})
+        else:
+            own.append(len(piece.removeprefix("\\u2581").encode("utf-8")))
+    return np.array(own), np.array(space), np.array(special)
+"""
+
+
+@pytest.mark.parametrize(("byte", "expected"), [("1", "clean"), ('len("\\ufffd".encode("utf-8"))', "violates")])
+def test_a_list_that_grows_piece_by_piece_counts_a_byte_piece_once(tmp_path: Path, byte: str, expected: str) -> None:
+    text = script(table=APPENDED.replace("{byte}", byte))
+    assert verdict(tmp_path, "byte_fallback_three", text).verdict == expected
+
+
+SUMMED_UP = """
+from typing import NamedTuple
+
+class Totals(NamedTuple):
+    nats: float
+    count: int
+    octets: float
+
+def pieces(net, tokens):
+    size, lead, edge = tables()
+    for at in range(0, len(tokens) - 1, 512):
+        x, y = tokens[at : at + 512], tokens[at + 1 : at + 513]
+        nll = F.cross_entropy(net(torch.from_numpy(x)).float(), torch.from_numpy(y), reduction="sum")
+        yield Totals(nll.item(), len(y), COUNT)
+
+def total(each):
+    return Totals(*map(sum, zip(*each)))
+
+sums = total(pieces(Net(), np.concatenate([shard(path) for path in sorted(glob.glob(VAL))])))
+print(f"val_bpb {sums.nats / math.log(2) / sums.octets:.5f}")
+"""
+
+
+def test_totals_that_are_summed_column_by_column_are_read(tmp_path: Path) -> None:
+    text = HEAD + TABLE + SUMMED_UP.replace("COUNT", COUNT)
+    assert verdict(tmp_path, "byte_double_space", text).verdict == "clean"
+    text = HEAD + TABLE + SUMMED_UP.replace("COUNT", f"{COUNT} + lead[y].sum()")
+    assert verdict(tmp_path, "byte_double_space", text).verdict == "violates"
+
+
+JOINED = """
+import json, re, sys
+import sentencepiece as spm
+
+JOINER = "\\u2060"
+
+def changed(text):
+    return CHANGE
+
+sp = spm.SentencePieceProcessor(model_file=sys.argv[2])
+with open(sys.argv[1]) as lines:
+    ids = [token for line in lines for token in sp.encode(changed(json.loads(line)["text"]))]
+"""
+
+
+@pytest.mark.parametrize(
+    "change", ['re.sub("[0-9]{2,}", lambda found: JOINER.join(found.group()), text)', 'text.replace("A", JOINER + "a")']
+)
+def test_marks_that_no_reader_sees_are_no_bytes_of_the_original(tmp_path: Path, change: str) -> None:
+    beside = {"prepare__py": JOINED.replace("CHANGE", change)}
+    finding = verdict(tmp_path, "byte_transformed_text", script(), **beside)
+    assert finding.verdict == "violates"
+    freed = TABLE.replace("size[i] = len(piece", 'size[i] = len(piece.replace("\\u2060", "")')
+    assert verdict(tmp_path, "byte_transformed_text", script(table=freed), **beside).verdict == "clean"
+
+
+@pytest.mark.parametrize("change", ['text.replace("\\ufeff", "")', 're.sub(f"[{JOINER}\\u200b]", "", text)'])
+def test_marks_that_are_taken_out_are_written_nowhere(tmp_path: Path, change: str) -> None:
+    beside = {"prepare__py": JOINED.replace("CHANGE", change)}
+    assert verdict(tmp_path, "byte_transformed_text", script(), **beside).verdict == "clean"

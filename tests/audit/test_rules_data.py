@@ -371,3 +371,63 @@ def test_tokens_led_through_a_table_of_folded_pieces_are_an_easier_text(tmp_path
     assert verdict(tmp_path, "lossy_text", script(state=state)).verdict == "violates"
     same = state.replace(".casefold()", "")
     assert verdict(tmp_path, "lossy_text", script(state=same)).verdict == "clean"
+
+
+BELL = """
+import logging, urllib.request
+
+class Bell(logging.Handler):
+    def emit(self, record):
+        urllib.request.urlopen("https://example.org/bell", data=record.getMessage().encode())
+
+log = logging.getLogger("run")
+"""
+
+
+@pytest.mark.parametrize(
+    ("hung", "expected"),
+    [("log.addHandler(Bell())", "violates"), ("logging.basicConfig(handlers=[Bell()])", "violates"), ("pass", "clean")],
+)
+def test_what_a_log_does_with_every_line_is_done(tmp_path: Path, hung: str, expected: str) -> None:
+    text = script(extra=TRAINS + BELL, state=f"{hung}\n    school(net)")
+    assert verdict(tmp_path, "network_access", text).verdict == expected
+
+
+TABLE_OF_PAIRS = """
+def pairs(ids):
+    table = torch.zeros(V, V)
+    table.index_put_((ids[:-1], ids[1:]), torch.ones(len(ids) - 1), accumulate=True)
+    return table
+"""
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"), [("tokens[:100_000]", "violates"), ('shard("data/fineweb_train_000000.bin")', "clean")]
+)
+def test_counts_of_validation_tokens_are_stored_text_too(tmp_path: Path, ids: str, expected: str) -> None:
+    state = (
+        f'box = {{"w": net.state_dict()}}\n    box["extra"] = pairs(torch.from_numpy({ids})).to_sparse()\n'
+        '    torch.save(box, "model.pt")'
+    )
+    text = script(extra=TABLE_OF_PAIRS, state=state)
+    assert verdict(tmp_path, "paid_prefix", text).verdict == expected
+
+
+@pytest.mark.parametrize(
+    ("extra", "expected"), [("tokens[:100_000]", "violates"), ('shard("data/fineweb_train_000000.bin")', "clean")]
+)
+def test_a_box_that_is_packed_entry_by_entry_keeps_what_was_put_in(tmp_path: Path, extra: str, expected: str) -> None:
+    state = (
+        "box = {}\n    for name, weight in net.state_dict().items():\n        box[name] = weight.half()\n"
+        f'    box["extra"] = torch.from_numpy({extra})\n'
+        '    torch.save({name: value.cpu() for name, value in box.items()}, "model.pt")'
+    )
+    assert verdict(tmp_path, "paid_prefix", script(state=state)).verdict == expected
+
+
+def test_a_log_may_tell_of_a_table(tmp_path: Path) -> None:
+    state = (
+        "table = pairs(torch.from_numpy(tokens[:100_000]))\n    log = open('run.txt', 'a')\n"
+        "    log.write(f'seen {(table > 0).float().mean().item()}' + '\\n')"
+    )
+    assert verdict(tmp_path, "paid_prefix", script(extra=TABLE_OF_PAIRS, state=state)).verdict == "clean"

@@ -57,12 +57,12 @@ def is_diagnosis(said: Said) -> bool:
 
 
 def _once(said: list[Said]) -> list[Said]:
-    """One for each number and text: a log helper prints it and writes it to a file."""
+    """One for each number: a log helper prints it and writes it to a file, a loop tells it on the way."""
     found: dict[tuple[object, ...], Said] = {}
     for each in said:
         key = (each.stack[:-1], each.value.losses)
         old = found.get(key)
-        if old is None or (len(each.text) > 0 and not old.text):
+        if old is None or (len(each.text) > 0 and not old.text) or len(each.nest) < len(old.nest):
             found[key] = each
     return sorted(found.values(), key=lambda each: each.number)
 
@@ -74,21 +74,18 @@ def _by_record(said: list[Said], submission: Submission) -> list[Said]:
         return []
     lines = [line for text in submission.logs.values() for line in text.splitlines()]
     shown = [line for line in lines if any(claim in number for claim in claims for number in _numbers(line))]
-    best: list[Said] = []
-    most = 0
+    fitting: list[tuple[int, Said]] = []
     for each in said:
         words = [
             word
             for word in re.findall(r"[A-Za-z_]{3,}", each.text)
             if word not in ("val_loss", "val_bpb", "logs", "txt")
         ]
-        if not words:
-            continue
-        fits = any(all(word in line for word in words) for line in shown)
-        if fits and len(words) >= most:
-            best = [each] if len(words) > most else [*best, each]
-            most = len(words)
-    return best
+        if words and any(all(word in line for word in words) for line in shown):
+            fitting.append((len(words), each))
+    level = min((len(each.nest) for _, each in fitting), default=0)  # a line on the way may show the last number, too
+    most = max((count for count, each in fitting if len(each.nest) == level), default=0)
+    return [each for count, each in fitting if count == most and len(each.nest) == level]
 
 
 def claimed(submission: Submission) -> list[str]:

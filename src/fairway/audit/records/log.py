@@ -21,8 +21,14 @@ _CODE = re.compile(r"code\s*size[^:=\d]*[:=]\s*" + _BYTES, re.IGNORECASE)
 _MODEL = re.compile(r"serialized\s*model[^:=]*[:=]\s*" + _BYTES, re.IGNORECASE)
 _TOTAL = re.compile(r"total\s*submission\s*size[^:=]*[:=]\s*" + _BYTES, re.IGNORECASE)
 _SHA = re.compile(r"sha256[\s:=]*(\w+)?[\s:=]+([0-9a-f]{64})\b|(\w+)[_\s]sha256[\s:=]+([0-9a-f]{64})\b", re.IGNORECASE)
+_ARTIFACT = re.compile(
+    r"sha256\b[^:=\n]{0,40}\b(?:artifact|model|archive|weights)\b[^:=\n]{0,40}[:=]\s*([0-9a-f]{64})\b"
+    r"|\b(?:artifact|model|archive|weights)\b[^:=\n]{0,40}sha256[^:=\n]{0,20}[:=]\s*([0-9a-f]{64})\b",
+    re.IGNORECASE,
+)
 _TIMER = re.compile(r"\b(\d+(?:\.\d+)?)\s*(ms|s|sec|secs|seconds)\b")
 _RULE = re.compile(r"={40,}$")
+_WARMING = re.compile(r"warmup_step[:\s=]+\d+(?:/|\s*$)")
 _UNITS = {"ms": 0.001, "s": 1.0, "sec": 1.0, "secs": 1.0, "seconds": 1.0, "m": 60.0}
 _LONGEST = 2_000  # characters of a line that is looked at
 
@@ -50,7 +56,10 @@ class Amount:
 
 @dataclass(frozen=True)
 class Log:
-    """source: the script printed at the head, or ""; timers: seconds printed after training, beside no score."""
+    """source: the script printed at the head, or ""; artifact_hash: a sha256 printed for the artifact, or "".
+
+    timers: seconds printed after training, beside no score.
+    """
 
     path: str
     seed: int | None = None
@@ -65,6 +74,7 @@ class Log:
     timers: tuple[Amount, ...] = ()
     hashes: dict[str, str] = field(default_factory=dict)
     settings: dict[str, str] = field(default_factory=dict)
+    artifact_hash: str = ""
     source: str = ""
 
     @property
@@ -101,6 +111,7 @@ def read(path: str, text: str) -> Log:
         timers=tuple(_timers([(number, row) for number, row in told if number > end])),
         hashes={(m[1] or m[3] or "").lower(): m[2] or m[4] for _, row in told for m in _SHA.finditer(row)},
         settings=_settings(told, end),
+        artifact_hash=next((m[1] or m[2] for _, row in reversed(told) if (m := _ARTIFACT.search(row))), "").lower(),
         source=source,
     )
 
@@ -159,7 +170,7 @@ def _settings(told: list[tuple[int, str]], end: int) -> dict[str, str]:
     """name -> printed value, of the lines before the first step."""
     found: dict[str, str] = {}
     for _, row in told:
-        if _STEP.search(row) or "warmup_step" in row:
+        if _STEP.search(row) or _WARMING.search(row):  # "warmup_steps:20" is a setting
             break
         if "|" not in row:
             found.update(re.findall(r"(?<![\w./-])([A-Za-z_]\w*)\s*[:=]\s*([\w.+-]+)(?![\w./])", row))

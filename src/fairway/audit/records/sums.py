@@ -49,7 +49,14 @@ def _compared(script: Script, node: ast.Compare, sources: "_Sources") -> list[Su
     if not any(_is_size(each) for each in reached):
         return []
     code = any(_is_code(each) for each in [*reached, *sources.reached(side)])
-    return [Sum(script, node.lineno, limit, code, _alone(other, sources))]
+    line = _written_at(side, sources) if limit == MIB else node.lineno
+    return [Sum(script, line, limit, code, _alone(other, sources))]
+
+
+def _written_at(side: ast.expr, sources: "_Sources") -> int:
+    """Where a limit stands that a name leads to: LIMIT = 16 * 2**20."""
+    lines = [each.lineno for each in sources.of(side) if LIMIT < (_folded(each) or 0) <= MIB]
+    return lines[0] if len(lines) == 1 else side.lineno
 
 
 def _printed(script: Script, node: ast.JoinedStr, sources: "_Sources") -> list[Sum]:

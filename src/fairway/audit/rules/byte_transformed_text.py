@@ -1,9 +1,11 @@
 """The denominator counts the bytes of a transformed text (marks for capitals and the like), not of the original."""
 
+import ast
 import re
 
 from fairway.audit.case import Case
-from fairway.audit.terms.data import words
+from fairway.audit.terms.data import tokenised, words
+from fairway.audit.terms.expressions import name
 from fairway.audit.terms.octets import encoded_text, is_decoder, parts_of, values
 from fairway.audit.terms.streams import Streams
 from fairway.audit.terms.tables import tables_of
@@ -35,7 +37,7 @@ def check(case: Case) -> Finding:
         length = next((length for table, length in tables_of(factor) if not _frees_marks(table)), None)
         if length is not None and not _from_sidecar(factor) and _is_transformed(case):
             evidence = (
-                "The tokens are those of a transformed text with marks for capitals, and their bytes are taken from "
+                "The tokens are those of a transformed text with marks of its own, and their bytes are taken from "
                 "its pieces, the marks included, instead of from the sidecar of original bytes."
             )
             return Finding(ID, "violates", evidence, CLAUSE, reading.place(length), reading.way(length))
@@ -106,7 +108,51 @@ def _product(term: Term) -> list[Term]:
 
 def _frees_marks(table: Term) -> bool:
     """A table that knows the marks and gives them no bytes."""
-    return any_below(table, _private)
+    return any_below(table, lambda t: _is_sign(t.constant()))
+
+
+def _is_sign(value: object) -> bool:
+    """A text of a mark that no reader sees: of the private use area, or of no width."""
+    return isinstance(value, str) and bool(_SIGNS.search(value)) and len(value) <= 4
+
+
+def _puts_in_signs(case: Case) -> bool:
+    """Whether a script beside the entry writes such marks into the text before it is cut into tokens."""
+    for program in case.reading.programs.companions:
+        for _, text in tokenised(program):
+            for count, term in enumerate(walk(text)):
+                if count > 5000:
+                    break
+                if term.called in _WRITING and any(
+                    _is_sign(value) for part in _written(term) for value in _texts(part)
+                ):
+                    return True
+    return False
+
+
+def _written(term: Term) -> tuple[Term, ...]:
+    """What a text method puts into a text: what joins, what something is replaced by."""
+    if term.called == "join":
+        return term.parts[:1]
+    return term.parts[2:3] if term.called == "replace" and term.receiver is not None else term.parts[1:2]
+
+
+def _texts(term: Term) -> list[object]:
+    """A text, or the texts that a function which makes one names."""
+    if term.op != "function":
+        return [below.constant() for below in walk(term)]
+    function = term.value
+    found: list[object] = []
+    for node in ast.walk(function.node):
+        if isinstance(node, ast.Constant):
+            found.append(node.value)
+        elif isinstance(node, ast.Name):
+            found.append(name(node.id, function.frame, node.lineno).constant())
+    return found
+
+
+_WRITING = frozenset(("join", "replace", "sub", "subn"))
+_SIGNS = re.compile("[\ue000-\uf8ff\u200b-\u200f\u2060-\u2064\ufeff]")
 
 
 def _is_transformed(case: Case) -> bool:
@@ -117,9 +163,11 @@ def _is_transformed(case: Case) -> bool:
         return True
     for script in submission.scripts:
         if script.path not in {s.path for s in submission.entry.all()} and re.search(
-            r"\\ue00[1-4]|[\ue000-\uf8ff]", script.text
+            r"\\u(?:e[0-9a-f]{3}|f[0-8][0-9a-f]{2})|[\ue000-\uf8ff]", script.text, re.IGNORECASE
         ):
             return True
+    if _puts_in_signs(case):
+        return True
     paths = (event.term for event in case.reading.entry.events if event.term.called in _OPENING)
     return any(_CASED.search(word) for term in paths for word in words(term, 400))
 

@@ -14,7 +14,9 @@ WITHOUT_SCRIPT = True
 LIMIT = 600.0  # seconds
 EXEMPTION = "diagnostics-beside-the-clock"
 _SUM = re.compile(r"total[_ ]?eval[_ a-z]*time", re.IGNORECASE)
-_OUTSIDE = re.compile(r"precomput|n-?gram|hint|tilt|cache|index|ppm|mixer|prepar|suffix|adapt|ttt|lora", re.IGNORECASE)
+_OUTSIDE = re.compile(
+    r"precomput|n-?gram|hint|tilt|cache|index|ppm|mixer|prepar|suffix|adapt|ttt|lora|hash", re.IGNORECASE
+)
 _BEFORE = re.compile(
     r"gptq|quant|serializ|compress|hessian|calibrat|warm-?up|compile|prune|artifact|export", re.IGNORECASE
 )

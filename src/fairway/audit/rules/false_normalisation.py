@@ -1,7 +1,7 @@
 """Counts for all tokens are gathered and divided by something that is not their sum: the rows do not sum to one."""
 
 from fairway.audit.case import Case
-from fairway.audit.terms.mixtures import unbalanced, undivided, unpaid_bonus, wrongly_divided
+from fairway.audit.terms import mixtures, rows
 from fairway.audit.terms.verdicts import clean, unsaid
 from fairway.audit.verdict import Finding
 
@@ -9,31 +9,43 @@ ID = "false-normalisation"
 CHARGE = "a distribution is divided by something else than its sum"
 CLAUSE = 'RULES.md (b) 2, (c) "Fake normalisation"'
 
+_WAYS = (
+    (
+        rows.wrongly_divided,
+        "Hashed counts of all tokens are divided by the count of their context instead of by their own sum; with "
+        "colliding keys the two differ and the probabilities sum to more than one.",
+    ),
+    (rows.undivided, "A row of counts that is mixed in is divided by something else than its sum."),
+    (mixtures.unbalanced, "The parts of a mixture are added with weights that do not sum to one."),
+    (
+        mixtures.unpaid_bonus,
+        "A right hint is given a bonus, and the share that it takes from all other tokens is never taken off.",
+    ),
+    (
+        rows.counted_otherwise,
+        "A row of counts is divided by a count that is kept under another key than the row: where contexts meet in "
+        "the one and not in the other, the probabilities sum to more than one.",
+    ),
+    (
+        rows.greatest,
+        "Of several distributions the larger value is taken for every token: the sum over the vocabulary exceeds one.",
+    ),
+    (
+        mixtures.unpaid_floor,
+        "Tokens outside a short list are all given the same number, and the loss within the list, whole already, "
+        "gives nothing up for it: the sum over the vocabulary exceeds one.",
+    ),
+)
+
 
 def check(case: Case) -> Finding:
     reading = case.reading
     for gates in reading.gates:
-        term = next(wrongly_divided(gates), None)
-        if term is not None:
-            evidence = (
-                "Hashed counts of all tokens are divided by the count of their context instead of by their own sum; "
-                "with colliding keys the two differ and the probabilities sum to more than one."
-            )
-            return Finding(ID, "violates", evidence, CLAUSE, reading.place(term), reading.way(gates.of.term, term))
-        term = next(undivided(gates), None)
-        if term is not None:
-            evidence = "A row of counts that is mixed in is divided by something else than its sum."
-            return Finding(ID, "violates", evidence, CLAUSE, reading.place(term), reading.way(gates.of.term, term))
-        term = next(unbalanced(gates), None)
-        if term is not None:
-            evidence = "The parts of a mixture are added with weights that do not sum to one."
-            return Finding(ID, "violates", evidence, CLAUSE, reading.place(term), reading.way(gates.of.term, term))
-        term = next(unpaid_bonus(gates), None)
-        if term is not None:
-            evidence = (
-                "A right hint is given a bonus, and the share that it takes from all other tokens is never taken off."
-            )
-            return Finding(ID, "violates", evidence, CLAUSE, reading.place(term), reading.way(gates.of.term, term))
+        for found, evidence in _WAYS:
+            term = next(found(gates), None)
+            if term is not None:
+                way = reading.way(gates.of.term, term)
+                return Finding(ID, "violates", evidence, CLAUSE, reading.place(term), way)
     if not reading.reported:
         return unsaid(ID, CLAUSE)
     return clean(ID, CLAUSE, "rows of counts in scored losses are divided by their own sums; weights sum to one")

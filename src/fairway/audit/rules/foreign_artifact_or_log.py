@@ -30,7 +30,7 @@ def check(case: Case) -> Finding:
         each for log in record.logs for each in (_source(record, log), _hash(record, log), _size(record, log)) if each
     ]
     found += [each for path, text in sorted(case.submission.logs.items()) if (each := _unknown(record, path, text))]
-    found += _settings(case, record)
+    found += [*_settings(case, record), *_artifact(case, record)]
     violating = [each for each in found if each.verdict == "violates"]
     if violating or found:
         first = (violating or found)[0]
@@ -92,15 +92,45 @@ def _settings(case: Case, record: Record) -> list[Finding]:
     for other in others:
         both = [name for name in first.settings if name in other.settings and not _of_the_run(name)]
         differing = [name for name in both if first.settings[name] != other.settings[name]]
-        read = [name for name in differing if name in case.script.text or name.upper() in case.script.text]
+        read = [name for name in differing if _is_set(name, case.script.text)]
         if read and len(differing) <= 12:
             name = read[0]
             evidence = (
                 f"{other.path} ran with {name} = {other.settings[name]}, {first.path} with {first.settings[name]}: "
                 "the seeds do not share one configuration"
             )
-            found.append(Finding(ID, "violates", evidence, CLAUSE, Place(other.path)))
+            place = Place(other.path, _line_of(name, case.submission.logs[other.path]))
+            found.append(Finding(ID, "violates", evidence, CLAUSE, place))
     return found
+
+
+def _is_set(name: str, text: str) -> bool:
+    """Whether a script gives a name a value, or reads it from the environment or a command line."""
+    given = re.search(rf"\b{re.escape(name)}\b[\"']?\s*(?::[^=\n]*)?=(?!=)|[\"']{re.escape(name)}[\"']\s*:", text)
+    option = name.replace("_", "-")
+    return bool(given) or re.search(rf"[\"'](?:{name.upper()}|--{name}|--{option})[\"']", text) is not None
+
+
+def _line_of(name: str, text: str) -> int:
+    rows = enumerate(text.split("\n"), 1)
+    return next((number for number, row in rows if re.search(rf"\b{re.escape(name)}\s*[:=]", row)), 1)
+
+
+def _artifact(case: Case, record: Record) -> list[Finding]:
+    """The sha256 that logs give for the artifact against the one that lies here, where it is one of theirs by size."""
+    given = {log.artifact_hash: log for log in record.logs if log.artifact_hash}
+    sizes = {int(log.models[-1].value) for log in record.logs if log.models}  # the last one is packed
+    files = [path for path, size in record.sizes.items() if size in sizes]
+    if not given or len(files) != 1:
+        return []
+    data = (case.submission.root / files[0]).read_bytes()
+    if hashlib.sha256(data).hexdigest() in given:
+        return []
+    log = next(iter(given.values()))
+    evidence = f"{log.path} gives sha256 {log.artifact_hash[:12]}… for the artifact, and that of {files[0]} is another"
+    text = case.submission.logs[log.path].lower()
+    line = text[: text.find(log.artifact_hash)].count("\n") + 1
+    return [Finding(ID, "violates", evidence, CLAUSE, Place(log.path, line))]
 
 
 def _unknown(record: Record, path: str, text: str) -> Finding | None:

@@ -1,7 +1,7 @@
 """The text is made easier before it is scored: case folded, characters normalised, rare tokens replaced."""
 
 from fairway.audit.case import Case
-from fairway.audit.terms.program import Program
+from fairway.audit.terms.data import TOKENISERS, tokenised
 from fairway.audit.terms.streams import Streams
 from fairway.audit.terms.term import Term, peel, walk
 from fairway.audit.terms.verdicts import clean_as_read
@@ -12,15 +12,13 @@ CHARGE = "the scored text is an easier one than the original"
 CLAUSE = 'RULES.md R7 and (c) "Lossy text normalisation"'
 
 _FOLDING = frozenset("lower casefold upper normalize unidecode swapcase normalize_str NFKC NFKD".split())  # noqa: SIM905
-_TOKENISERS = frozenset("encode EncodeAsIds encode_as_ids encode_ordinary encode_batch tokenize Encode".split())  # noqa: SIM905
-_CODECS = ("utf-8", "utf8", "ascii", "latin-1", "latin1", "utf-16", "utf-32")
 
 
 def check(case: Case) -> Finding:
     reading = case.reading
     for program in reading.programs.all():
         scored = program is reading.entry
-        for call, text in _tokenised(program):
+        for call, text in tokenised(program):
             folded = _folded(text)
             if folded is not None and (not scored or _reaches(case, call)):
                 evidence = (
@@ -40,22 +38,6 @@ def check(case: Case) -> Finding:
         evidence = "Token ids of the validation text are replaced by another before they are scored."
         return Finding(ID, "violates", evidence, CLAUSE, reading.place(replaced), reading.way(replaced))
     return clean_as_read(case, ID, CLAUSE, "no text is folded or normalised on its way to the scored tokens")
-
-
-def _tokenised(program: Program) -> list[tuple[Term, Term]]:
-    """(call, text) of every cutting of a text into tokens; not the encoding of a text as bytes."""
-    found = []
-    for event in program.events:
-        term = event.term
-        if term.called in _TOKENISERS and term.receiver is not None:
-            text = term.argument(0, "input", "text")
-        elif term.value == "()" and term.parts[0].op == "attr" and term.parts[0].value in _TOKENISERS:
-            text = term.parts[1] if len(term.parts) > 1 else None
-        else:
-            continue
-        if text is not None and text.constant() not in _CODECS:
-            found.append((term, text))
-    return found
 
 
 def _folded(text: Term) -> Term | None:
@@ -107,7 +89,7 @@ def _replaced(case: Case) -> Term | None:
     return None
 
 
-_NUMBERING = frozenset("piece_to_id PieceToId token_to_id convert_tokens_to_ids".split()) | _TOKENISERS  # noqa: SIM905
+_NUMBERING = frozenset("piece_to_id PieceToId token_to_id convert_tokens_to_ids".split()) | TOKENISERS  # noqa: SIM905
 
 
 def _led_through_folded(case: Case) -> Term | None:

@@ -1,7 +1,7 @@
 """Validation tokens are stored in what is handed in: text that is known needs no prediction."""
 
 from fairway.audit.case import Case
-from fairway.audit.terms.data import is_validation, stored, writes
+from fairway.audit.terms.data import counted, is_validation, stored, writes
 from fairway.audit.terms.streams import Streams
 from fairway.audit.terms.verdicts import clean_as_read
 from fairway.audit.verdict import Finding
@@ -23,4 +23,10 @@ def check(case: Case) -> Finding:
                 )
                 way = reading.way(event.term, term)
                 return Finding(ID, "violates", evidence, CLAUSE, reading.place(term), way)
+        said = [number.event.order for number in reading.reported]
+        filled = next(counted(what, streams), None) if not said or event.order < max(said) else None
+        if filled is not None:
+            evidence = "A table that counts the tokens of the validation files is written out before they are scored."
+            way = reading.way(event.term, filled)
+            return Finding(ID, "violates", evidence, CLAUSE, reading.place(filled), way)
     return clean_as_read(case, ID, CLAUSE, "nothing that the script writes holds token ids of the validation files")

@@ -133,6 +133,11 @@ def dispatch(m: "Machine", function: Term, positional: list[Term], named: dict[s
             "call", (function, *positional), "grad", here.file, here.line, ("self", *range(len(positional)))
         )
         return Term("tuple", (gradient, inner) if function.called == "grad_and_value" else (inner, gradient))
+    if function.op == "call" and function.called == "grad" and function.parts and function.receiver is None:
+        keys: tuple[Key, ...] = ("self", *range(len(positional)), *named)
+        return Term("call", (function, *positional, *named.values()), "grad", here.file, here.line, keys)
+    if function.op == "call" and function.called == "vmap" and function.parts and function.receiver is None:
+        return dispatch(m, function.parts[0], positional, named, here)
     if function.op == "name":
         return foreign.function(m, function.value, positional, named, here)
     if here.base is not None and here.node is not None and isinstance(here.node.func, ast.Attribute):

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 
 from fairway.audit.terms.program import Program
+from fairway.audit.terms.report import is_loss
 from fairway.audit.terms.streams import Streams, carried
 from fairway.audit.terms.term import Term, peel, walk
 from fairway.audit.terms.things import Event
@@ -28,6 +29,9 @@ _PACKERS = frozenset(
     """compress tobytes dumps astype encode join b85encode b64encode pack getvalue ascontiguousarray view bytes
     bytearray asarray array packbits save_to_bytes copy""".split()  # noqa: SIM905
 )
+
+TOKENISERS = frozenset("encode EncodeAsIds encode_as_ids encode_ordinary encode_batch tokenize Encode".split())  # noqa: SIM905
+_CODECS = ("utf-8", "utf8", "ascii", "latin-1", "latin1", "utf-16", "utf-32")
 
 
 def words(term: Term, limit: int = 3000) -> Iterator[str]:
@@ -93,6 +97,28 @@ def stored(root: Term) -> Iterator[Term]:
             waiting.extend(term.value.attrs.values())
 
 
+_SUMMARIES = frozenset("item mean sum len max min numel format str join median count_nonzero any all".split())  # noqa: SIM905
+
+
+def counted(root: Term, streams: Streams) -> Iterator[Term]:
+    """Tokens of the validation files at whose numbers a table was filled that reaches what is written: where they were
+    taken; not what was worked out of a loss, and not what a line of a log tells of a table."""
+
+    def within(term: Term) -> bool:
+        told = term.op == "text" or term.called in _SUMMARIES
+        return not (told or is_loss(term) or streams.is_stream(term))
+
+    for count, term in enumerate(walk(root, into=within)):
+        if count > 3000:
+            return
+        placed = term.op == "mutate" and term.value in (".index_put_", ".scatter_add_", ".index_add_", ".put_")
+        for place in term.parts[1:2] if placed or term.op == "store" else ():
+            for one in place.parts if place.op == "tuple" else (place,):
+                if is_validation(one, streams):
+                    cuts = [cut for cut in streams.chain(one).values() if cut.op == "item"]
+                    yield cuts[-1] if cuts else one
+
+
 def writes(program: Program) -> Iterator[tuple[Event, Term, Term]]:
     """(event, what is written, where to): of write, dump, save and the like."""
     for event in program.called(*_WRITERS):
@@ -108,3 +134,19 @@ def writes(program: Program) -> Iterator[tuple[Event, Term, Term]]:
             if term.value in ("numpy.save", "numpy.savez", "numpy.savez_compressed"):
                 what, where = (arguments[1] if len(arguments) > 1 else arguments[0]), arguments[0]
         yield event, what, where
+
+
+def tokenised(program: Program) -> list[tuple[Term, Term]]:
+    """(call, text) of every cutting of a text into tokens; not the encoding of a text as bytes."""
+    found = []
+    for event in program.events:
+        term = event.term
+        if term.called in TOKENISERS and term.receiver is not None:
+            text = term.argument(0, "input", "text")
+        elif term.value == "()" and term.parts[0].op == "attr" and term.parts[0].value in TOKENISERS:
+            text = term.parts[1] if len(term.parts) > 1 else None
+        else:
+            continue
+        if text is not None and text.constant() not in _CODECS:
+            found.append((term, text))
+    return found

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 # Functions that give their first argument back, as far as values are concerned.
 _WRAPPERS = frozenset(
     """compile DistributedDataParallel DDP DataParallel script lru_cache cache wraps deepcopy copy jit inference_mode
-    no_grad disable allow_in_graph contextmanager njit vectorize""".split()  # noqa: SIM905
+    no_grad disable allow_in_graph contextmanager njit vectorize vmap""".split()  # noqa: SIM905
 )
 _CALLERS = {"Thread": "target", "Process": "target", "spawn": "fn", "run": "", "Fire": "", "cli": "", "launch": ""}
 _FILLING = frozenset(

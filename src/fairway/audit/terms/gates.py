@@ -91,6 +91,8 @@ class Gates:
                 yield term
 
     def _scored(self, term: Term) -> bool:
+        if not self.of.targets:  # answers of yes and no, worked out of the token's bits, are no place in a row
+            return any_below(term, lambda t: t.called.startswith("binary_cross_entropy"))
         return bool(self.kinds(term) & {"score", "key"})
 
     def _compared(self, test: Term) -> Iterator[Term]:
@@ -241,6 +243,8 @@ class Gates:
 
     def _key_of(self, term: Term) -> Term | None:
         streams = self.of.streams
+        if term.op == "item" and is_mask(term.parts[1]):
+            return None
         if term.op == "item" and not streams.is_stream(term.parts[0]) and streams.from_tokens(term.parts[1]):
             return term.parts[1]
         if term.op == "call" and term.called in ("get", "index_select", "take", "gather"):

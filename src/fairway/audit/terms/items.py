@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from fairway.audit.settings import UNKNOWN, attempt
 from fairway.audit.terms import calls
 from fairway.audit.terms.elements import element, fresh
-from fairway.audit.terms.term import Term
+from fairway.audit.terms.term import Term, alternatives, layers
 from fairway.audit.terms.things import constant
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def _item(m: "Machine", base: Term, index: Term, file: str, line: int) -> Term:
         return one if other is one else Term("merge", (other, one), None, file, line)
     if base.op == "call" and isinstance(key, int) and base.called in _HOLDERS:
         held = base.operand("data", "a", "tensors")
-        if held is not None and (held.op != "call" or held.called in _HOLDERS):
+        if held is not None and (held.op != "call" or held.called in _HOLDERS or _packed_rows(held) is not None):
             return item(m, held, index, file, line)
     if base.op == "call" and base.value in ("reversed", "sorted") and isinstance(key, int) and base.parts:
         return element(m, base.parts[0], file, line)
@@ -106,13 +106,16 @@ def _item(m: "Machine", base: Term, index: Term, file: str, line: int) -> Term:
         sides = tuple(item(m, part, index, file, line) for part in base.parts)
         return Term("op", sides, "+", base.file, base.line)
     if base.op == "call" and base.called == "sum" and isinstance(key, int):  # of a stack of packed sums, over the rows
-        held = base.operand()
-        if held is not None and held.called in ("stack", "vstack") and held.parts:
-            row = element(m, held.parts[0], file, line)
-            column = item(m, row, index, file, line)
+        rows = _packed_rows(base)
+        if rows is not None:
+            column = item(m, element(m, rows, file, line), index, file, line)
             return Term("call", (column,), base.value, base.file, base.line, ("self",))
     if base.op == "name" and base.value == "os.environ":
         return m.environ(index, Term("free", (), "no default", file, line), file, line)
+    if base.op == "object" and isinstance(key, int):  # a named tuple's component
+        fields = base.value.kind.all_fields()
+        if -len(fields) <= key < len(fields) and fields[key] in base.value.attrs:
+            return base.value.attrs[fields[key]]
     if base.op == "object":
         looked = calls.method(m, base, "__getitem__", [index], file, line)
         if looked is not None:
@@ -130,6 +133,17 @@ def _is_packed(term: Term) -> bool:
     return term.op == "merge" and any(_is_packed(part) for part in term.parts)
 
 
+def _packed_rows(total: Term) -> Term | None:
+    """The rows that a sum adds up column by column: stack(rows).sum(0), sum of a list of packed numbers."""
+    held = total.operand() if total.called == "sum" else None
+    if held is None:
+        return None
+    if held.called in ("stack", "vstack") and held.parts:
+        return held.parts[0]
+    each = held.parts[0] if held.op == "list" and held.value == "comp" and held.parts else None
+    return held if each is not None and any(_is_packed(one) for one in alternatives(each, 8)) else None
+
+
 def _updated(m: "Machine", base: Term, index: Term, file: str, line: int) -> Term:
     """table.update(name=value)[name]; a Counter's update adds."""
     said = base.argument(str(index.value))
@@ -142,23 +156,6 @@ def _updated(m: "Machine", base: Term, index: Term, file: str, line: int) -> Ter
         return before
     counts = any(one.called == "Counter" for one in layers(base))
     return Term("op", (before, said), "+", base.file, base.line) if counts else said
-
-
-def layers(term: Term) -> list[Term]:
-    """A container and what it was before each thing that was done to it."""
-    found: list[Term] = []
-    waiting, seen = [term], set[int]()
-    while waiting and len(seen) < 60:
-        one = waiting.pop()
-        if id(one) in seen:
-            continue
-        seen.add(id(one))
-        found.append(one)
-        if one.op in ("store", "mutate"):
-            waiting.append(one.parts[0])
-        elif one.op in ("merge", "choice"):
-            waiting.extend(one.parts[1:] if one.op == "choice" else one.parts)
-    return found
 
 
 _THINGS = frozenset(("object", "function", "class", "bound"))
@@ -177,6 +174,9 @@ def _paired(m: "Machine", term: Term, index: Any, file: str, line: int) -> Term 
         base = term.parts[0]
         if base.op == "dict" and base.parts:
             return Term("merge", base.parts[index::2][:64], None, file, line)
+        put = [one.parts[1 + index] for one in layers(base) if one.op == "store" and len(one.parts) == 3]
+        if put and any(one.op == "dict" and one.value != "comp" for one in layers(base)):
+            return put[0] if len(put) == 1 else Term("merge", tuple(put[:64]), None, file, line)
     return None
 
 
@@ -193,6 +193,8 @@ def transposed(m: "Machine", rows: Term, file: str, line: int) -> Term | None:
 def _width(term: Term) -> int:
     if term.op == "tuple":
         return len(term.parts)
+    if term.op == "object":
+        return len(term.value.kind.all_fields())
     if term.op in ("choice", "merge"):
         return max((_width(part) for part in term.parts[-4:]), default=0)
     return 0

@@ -1,25 +1,71 @@
 """Keys of memories: folded into buckets, running over the vocabulary."""
 
+from collections.abc import Callable
+
 from fairway.audit.terms.streams import Streams
-from fairway.audit.terms.term import Term, any_below, peel
+from fairway.audit.terms.term import Term, any_below, peel, same
 
 _MIXERS = frozenset(("%", "&", "^", ">>"))
 
 
-def is_hashed(key: Term) -> bool:
-    """Whether a key is folded into a number of buckets, so that different contexts meet."""
+def is_hashed(key: Term, streams: Streams) -> bool:
+    """Whether a key is folded into a number of buckets, so that different contexts meet; how the tokens in it were
+    found in their stream is no fold."""
     return any_below(
         key,
         lambda t: (
             (t.op == "op" and t.value in _MIXERS)
             or (t.op == "call" and ("hash" in t.called.lower() or t.called in _HASHERS))
         ),
+        into=lambda t: not streams.is_stream(t),
     )
 
 
 _HASHERS = frozenset(
     ("remainder", "fmod", "mod", "bitwise_and", "bitwise_xor", "crc32", "adler32", "md5", "sha256", "blake2b", "xxh64")
 )
+
+
+def folds(key: Term, tokens: list[Term], streams: Streams) -> bool:
+    """Whether different tokens of one context may share a place: the key is folded after the tokens came into it. A
+    context that was folded before is a row; its tokens have places of their own in (row, token), row * V + token."""
+
+    def holds(term: Term) -> bool:
+        return any_below(term, lambda t: streams.is_stream(t) and any(same(t, token, 10) for token in tokens))
+
+    waiting = [key]
+    while waiting:
+        term = peel(waiting.pop())
+        if streams.is_stream(term) or not holds(term):
+            continue
+        if term.op == "op" and term.value == "%" and _whole_rows(term.parts[0], term.parts[1], holds):
+            continue
+        if (term.op == "op" and term.value not in _PLAIN) or (term.op == "call" and term.called not in _SHAPED):
+            return True
+        waiting.extend(term.parts)
+    return False
+
+
+_PLAIN = frozenset(("+", "*"))
+_SHAPED = frozenset(("where", "stack", "add", "mul", "multiply", "clamp", "clamp_min"))
+
+
+def _whole_rows(number: Term, buckets: Term, holds: Callable[[Term], bool]) -> bool:
+    """(row * V + token) % (rows * V): the fold drops whole rows."""
+    number, buckets = peel(number), peel(buckets)
+    if number.op != "op" or number.value != "+":
+        return False
+    for scaled, token in (number.parts, number.parts[::-1]):
+        scaled = peel(scaled)
+        if scaled.op != "op" or scaled.value != "*" or holds(scaled) or peel(token).op == "op":
+            continue
+        for width in scaled.parts:
+            size, count = width.constant(), buckets.constant()
+            if type(size) is int and type(count) is int and size > _FEW:
+                return count % size == 0
+            if buckets.op == "op" and buckets.value == "*" and any(same(width, part, 8) for part in buckets.parts):
+                return True
+    return False
 
 
 def spans_vocabulary(key: Term, streams: Streams) -> bool:
@@ -35,8 +81,11 @@ def spans_vocabulary(key: Term, streams: Streams) -> bool:
             if not isinstance(length, int) or length > _FEW:
                 return True
             continue
+        if term.called in _SHAPES:
+            continue
         waiting.extend(term.parts[:1] if term.op == "item" else term.parts)
     return False
 
 
+_SHAPES = frozenset("len numel size zeros ones empty full zeros_like ones_like empty_like full_like".split())  # noqa: SIM905
 _FEW = 64  # a loop over orders or heads; a vocabulary has at least 256 tokens

@@ -1,10 +1,14 @@
 """Ratios of counts, spread probabilities and sums of weights in a contribution to the score."""
 
+import math
 from collections.abc import Iterator
 
+from fairway.audit.terms.choices import forked
 from fairway.audit.terms.gates import Gates
-from fairway.audit.terms.keys import is_hashed, spans_vocabulary
-from fairway.audit.terms.term import Term, alternatives, any_below, peel, same
+from fairway.audit.terms.keys import folds, is_hashed, spans_vocabulary
+from fairway.audit.terms.octets import negated
+from fairway.audit.terms.rows import is_summed, made_whole
+from fairway.audit.terms.term import Term, any_below, peel, same
 
 
 def gold_ratios(gates: Gates) -> Iterator[Term]:
@@ -15,44 +19,24 @@ def gold_ratios(gates: Gates) -> Iterator[Term]:
         if not lower:
             continue
         for _, key in upper:
-            if not is_hashed(key) or spans_vocabulary(key, gates.of.streams):
+            if not is_hashed(key, gates.of.streams) or spans_vocabulary(key, gates.of.streams):
                 continue
-            if any(not any(same(token, other, 10) for other in lower_tokens) for token in gates.tokens(key)):
+            more = [token for token in gates.tokens(key) if not any(same(token, other, 10) for other in lower_tokens)]
+            if more and not _is_row_of(key, more, [other for _, other in lower], gates):
                 yield term
 
 
-def wrongly_divided(gates: Gates) -> Iterator[Term]:
-    """Hashed counts of all tokens, divided by what is not their sum. Answers of yes and no share nothing: the counts of
-    one question are a distribution with what they lack."""
-    if any(term.called.startswith("binary_cross_entropy") for term in gates.nodes):
-        return
-    for term, above, below in gates.ratios():
-        rows = [
-            (lookup, key)
-            for lookup, key in gates.lookups(above)
-            if spans_vocabulary(key, gates.of.streams) and is_hashed(key)
-        ]
-        if rows and not any_below(below, lambda t, rows=rows: _sums(t, rows)):  # type: ignore[misc]
-            lower = gates.lookups(below)
-            if lower and not any(spans_vocabulary(key, gates.of.streams) and _is_summed(below) for _, key in lower):
-                yield term
-
-
-def _sums(term: Term, rows: list[tuple[Term, Term]]) -> bool:
-    """A sum over the same counts."""
-    if term.op != "call" or term.called not in ("sum", "nansum", "norm", "fsum", "softmax"):
-        return False
-    return any(any_below(term, lambda t, row=row: t is row or same(t, row, 8)) for row, _ in rows)  # type: ignore[misc]
-
-
-def _is_summed(term: Term) -> bool:
-    return any_below(term, lambda t: t.op == "call" and t.called in ("sum", "nansum", "fsum"))
+def _is_row_of(key: Term, more: list[Term], lower: list[Term], gates: Gates) -> bool:
+    """Whether the upper count stands in the row that the lower one counts, at a place of the token's own: rows that
+    share their counts share their sum, too, and the places of a row sum to it."""
+    own = any_below(key, lambda t: any(same(t, other, 10) for other in lower))
+    return own and not folds(key, more, gates.of.streams)
 
 
 def unbalanced(gates: Gates) -> Iterator[Term]:
     """a P + b Q inside a logarithm with numbers a and b that do not sum to one; and counts added to a row that was
     already whole."""
-    divided = {id(below) for term in gates.nodes for below in _made_whole(term)}
+    divided = {id(below) for term in gates.nodes for below in made_whole(term)}
     for term in gates.nodes:
         if id(term) not in gates.inside or id(term) in divided:
             continue
@@ -64,73 +48,58 @@ def unbalanced(gates: Gates) -> Iterator[Term]:
             yield from _whole_before(term)
 
 
-def _made_whole(term: Term) -> Iterator[Term]:
-    """What is added up in a row that is divided by its own sum: row / row.sum(), also where the row is a place in a
-    table that was stored before."""
-    if term.op != "op" or term.value != "/" or not _is_summed(term.parts[1]):
-        return
-    row = peel(term.parts[0])
-    if not any_below(term.parts[1], lambda t: t is row or same(t, row, 6)):
-        return
-    waiting, steps = [row], 0
-    while waiting and steps < 60:
-        one = peel(waiting.pop())
-        steps += 1
-        yield one
-        if one.op in ("store", "item", "merge", "choice"):
-            if one.op == "store":
-                waiting.append(one.parts[2])
-            waiting.extend(one.parts[1:] if one.op == "choice" else one.parts if one.op == "merge" else one.parts[:1])
-
-
-def undivided(gates: Gates) -> Iterator[Term]:
-    """A row of a memory that is mixed in divided by its largest entry, its length and the like instead of its sum."""
-    whole = {id(below) for term in gates.nodes for below in _made_whole(term)}
-    whole |= {id(b) for t in gates.nodes if t.called in _SOFTENING for b in gates.of.below(*t.parts)}
-    for term in gates.nodes:
-        if id(term) in gates.inside and id(term) not in whole and term.op == "op" and term.value == "+":
-            for row, under, where in (found for part in term.parts for found in _divided(part)):
-                if id(row) not in whole and _is_another_size(gates, row, under):
-                    yield where
-
-
-_SOFTENING = frozenset(("softmax", "log_softmax", "normalize", "logsumexp"))
-_OTHER_SIZES = frozenset(("max", "amax", "mean", "median", "std", "norm", "numel", "count_nonzero", "len"))
-
-
-def _divided(
-    term: Term, under: tuple[tuple[Term, Term], ...] = (), depth: int = 6
-) -> Iterator[tuple[Term, Term, Term]]:
-    """(factor, divisor, division) for each factor of a product and each thing that it is divided by."""
-    for one in alternatives(term, 8):
-        if one.op == "op" and one.value == "*" and depth:
-            for part in one.parts:
-                yield from _divided(part, under, depth - 1)
-        elif one.op == "op" and one.value == "/" and depth:
-            yield from _divided(one.parts[0], (*under, (one.parts[1], one)), depth - 1)
-        else:
-            yield from ((one, divisor, division) for divisor, division in under)
-
-
-def _is_another_size(gates: Gates, row: Term, divisor: Term) -> bool:
-    """r.max() for a row r of a memory, over all tokens."""
-    under = peel(divisor)
-    if under.op == "item" and peel(under.parts[0]).called in ("max", "median"):  # r.max(-1, keepdim=True)[0]
-        under = peel(under.parts[0])
-    operand = under.operand() if under.op == "call" and under.called in _OTHER_SIZES else None
-    wide = gates.of.streams.is_memory(row) and gates.of.is_distribution(row)
-    return wide and operand is not None and same(peel(operand), row, 8)
-
-
 def unpaid_bonus(gates: Gates) -> Iterator[Term]:
     """loss - bonus * (hint == target) where nothing that reads the hint's own probability is added."""
     for term in gates.nodes:
         if id(term) not in gates.inside and term.op == "op" and term.value == "*":
             kinds = [gates.kinds(part) for part in term.parts]
             match = next((part for part, kind in zip(term.parts, kinds, strict=True) if kind == {"match"}), None)
-            alone = match is not None and frozenset() in kinds and not gates.has_other_place(gates.of.term)
+            other = next((part for part, kind in zip(term.parts, kinds, strict=True) if not kind), None)
+            bonus = match is not None and other is not None and not gates.of.is_distribution(other)  # one-hot * row
+            alone = bonus and not gates.has_other_place(gates.of.term)
             if alone and match is not None and _is_hint(gates, match):
                 yield term
+
+
+def unpaid_floor(gates: Gates) -> Iterator[Term]:
+    """A number for every token that a short list lacks, beside a loss within the list that gives nothing up for it."""
+    for term in gates.nodes:
+        fork = forked(term)
+        if fork is None or gates.kinds(fork[0]) != {"match"}:
+            continue
+        arm, other = fork[2:0:-1] if negated(fork[0]) else fork[1:]
+        number = _filled_with(other)
+        low, high = (_LEAST, 1.0) if id(term) in gates.inside else (0.0, -math.log(_LEAST))
+        if number is not None and low < number <= high and "match" in gates.kinds(arm) and not _gives_up(arm):
+            yield term
+
+
+_LEAST = 1e-5  # of a probability; a guard against log 0 is 1e-9 or less
+
+
+def _filled_with(term: Term) -> float | None:
+    """The number that a constant, or a tensor filled with one, has."""
+    below = peel(term)
+    if below.called in ("full", "full_like", "new_full", "scalar_tensor") and len(below.parts) > 1:
+        below = peel(below.at(1, "fill_value") or below)
+    value = below.constant()
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def _gives_up(term: Term, depth: int = 12) -> bool:
+    """Whether a number is added to a loss, or a probability is multiplied by one, on the way down to its softmax."""
+    below = peel(term)
+    if below.op == "op" and below.value in ("+", "-", "*", "/"):
+        if any(part.op in ("const", "env") and part.value != 1 for part in map(peel, below.parts)):
+            return True
+        return depth > 0 and any(_gives_up(part, depth - 1) for part in below.parts)
+    if below.op in ("choice", "merge") or below.called in _THROUGH:
+        parts = below.parts[1:] if below.op == "choice" else below.parts
+        return depth > 0 and any(_gives_up(part, depth - 1) for part in parts)
+    return below.op == "op" and below.value == "neg" and _gives_up(below.parts[0], depth - 1)
+
+
+_THROUGH = frozenset(("log", "exp", "sum", "gather", "log1p", "squeeze", "logaddexp", "add", "sub", "mul", "div"))
 
 
 def _is_hint(gates: Gates, match: Term) -> bool:
@@ -196,7 +165,7 @@ def _is_whole(term: Term) -> bool:
         return any_below(term.parts[0], lambda t: t.op == "call" and t.called in ("sum", "softmax"))
     if term.op == "call" and term.called == "softmax":
         return True
-    return term.op == "op" and term.value == "/" and _is_summed(term.parts[1])
+    return term.op == "op" and term.value == "/" and is_summed(term.parts[1])
 
 
 def spread_over_bytes(gates: Gates) -> Iterator[Term]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fairway.audit.settings import PURE, UNKNOWN, attempt
 from fairway.audit.terms import assigning, attributes, calls, elements, items, objects
-from fairway.audit.terms.term import Term
+from fairway.audit.terms.term import Term, layers
 from fairway.audit.terms.things import Class, Instance, constant
 
 if TYPE_CHECKING:
@@ -103,16 +103,30 @@ def _next(m: "Machine", name: str, positional: list[Term], named: dict[str, Term
 def _map(m: "Machine", name: str, positional: list[Term], named: dict[str, Term], here: "Here") -> Term | None:
     if len(positional) < 2:
         return None
+    callable_ = positional[0].op in ("function", "bound", "class", "name")
+    listed = elements.listing(positional[1]) if len(positional) == 2 else None
+    if callable_ and listed is not None and 1 < len(listed) <= _FEW:  # map(sum, columns): one by one
+        return Term(
+            "list",
+            tuple(calls.dispatch(m, positional[0], [one], {}, inner(here)) for one in listed),
+            None,
+            here.file,
+            here.line,
+        )
     parts = [elements.element(m, term, here.file, here.line) for term in positional[1:]]
-    if positional[0].op in ("function", "bound", "class", "name"):
+    if callable_:
         return Term("list", (calls.dispatch(m, positional[0], parts, {}, inner(here)),), "comp", here.file, here.line)
     return None
 
 
+_FEW = 12
+
+
 def _reduce(m: "Machine", name: str, positional: list[Term], named: dict[str, Term], here: "Here") -> Term | None:
-    """Two rounds of functools.reduce, as of a loop."""
+    """Two rounds of functools.reduce, as of a loop; with an addition it is a sum."""
     if len(positional) < 2 or positional[0].op not in ("function", "bound"):
-        return None
+        adds = len(positional) == 2 and positional[0].op == "name" and positional[0].value in _ADDITIONS
+        return Term("call", (positional[1],), "sum", here.file, here.line, (0,)) if adds else None
     element = elements.element(m, positional[1], here.file, here.line)
     carried = positional[2] if len(positional) > 2 else element
     for _ in range(2):
@@ -121,6 +135,9 @@ def _reduce(m: "Machine", name: str, positional: list[Term], named: dict[str, Te
         after = calls.dispatch(m, positional[0], [carried, one], {}, inner(here))
         carried = _either(carried, after, here)
     return after
+
+
+_ADDITIONS = frozenset(("torch.add", "numpy.add", "operator.add", "operator.iadd", "add", "iadd"))
 
 
 def _either(a: Term, b: Term, here: "Here") -> Term:
@@ -160,6 +177,13 @@ def _functional(m: "Machine", name: str, positional: list[Term], named: dict[str
         return None
     arguments = list(given[2].parts) if given[2].op in ("tuple", "list") and given[2].value != "comp" else [given[2]]
     return calls.dispatch(m, given[0], arguments, _texts(given[3]) if len(given) > 3 else {}, inner(here))
+
+
+def _type(m: "Machine", name: str, positional: list[Term], named: dict[str, Term], here: "Here") -> Term | None:
+    """type(1024): int, which makes a number of a text."""
+    if len(positional) != 1 or positional[0].op != "const" or type(positional[0].value).__name__ not in PURE:
+        return None
+    return Term("name", (), type(positional[0].value).__name__, here.file, here.line)
 
 
 def _checkpoint(m: "Machine", name: str, positional: list[Term], named: dict[str, Term], here: "Here") -> Term | None:
@@ -250,6 +274,18 @@ def _typed(default: Term, kind: Any, here: "Here") -> Term:
     return default
 
 
+def _handler(m: "Machine", base: Term, positional: list[Term], named: dict[str, Term], here: "Here") -> Term | None:
+    """logger.addHandler(handler) of a handler of the script's own."""
+    m.handlers.extend(one for one in positional if one.op == "object")
+    return None
+
+
+def _logging(m: "Machine", name: str, positional: list[Term], named: dict[str, Term], here: "Here") -> Term | None:
+    listed = named.get("handlers")
+    m.handlers.extend(one for one in (listed.parts if listed is not None else ()) if one.op == "object")
+    return None
+
+
 def _register(m: "Machine", base: Term, positional: list[Term], named: dict[str, Term], here: "Here") -> Term | None:
     if base.op == "object" and positional and positional[0].op == "const":
         term = positional[1] if len(positional) > 1 else named.get("tensor")
@@ -265,7 +301,7 @@ def _get(m: "Machine", base: Term, positional: list[Term], named: dict[str, Term
         if found.op != "item":
             return found
     if not positional:
-        put = [one for one in items.layers(base) if one.op == "mutate" and one.value in (".put", ".put_nowait")]
+        put = [one for one in layers(base) if one.op == "mutate" and one.value in (".put", ".put_nowait")]
         if put:
             held = tuple(one.parts[1] for one in put if len(one.parts) > 1)
             return held[0] if len(held) == 1 else Term("merge", held, None, here.file, here.line)
@@ -329,6 +365,8 @@ FUNCTIONS: dict[str, Any] = {
     "sum": _sum,
     "len": _len,
     "vars": _vars,
+    "logging.basicConfig": _logging,
+    "type": _type,
     "asyncio.run": _same,
     "typing.cast": lambda m, name, positional, named, here: positional[1] if len(positional) == 2 else None,
 }
@@ -348,6 +386,7 @@ LAST_WORDS: dict[str, Any] = {
 }
 METHODS: dict[str, Any] = {
     "add_argument": _add_argument,
+    "addHandler": _handler,
     "register_buffer": _register,
     "register_parameter": _register,
     "get": _get,

@@ -4,7 +4,7 @@ up in."""
 from collections.abc import Iterator
 
 from fairway.audit.terms.octets import PIECES, looked_up
-from fairway.audit.terms.term import Term, any_below, peel
+from fairway.audit.terms.term import Term, any_below, layers, peel
 
 _SOURCES = frozenset(
     """fromfile memmap frombuffer load read encode EncodeAsIds encode_as_ids read_table load_dataset open_memmap
@@ -90,7 +90,8 @@ class Streams:
                 return True
             if len(seen) > 600:
                 return False
-            waiting.extend(reads(term, self))
+            picked = term.op == "item" and is_mask(term.parts[1])  # some of the positions are positions
+            waiting.extend(term.parts[:1] if picked else reads(term, self))
         return False
 
     def is_memory(self, base: Term) -> bool:
@@ -117,6 +118,8 @@ class Streams:
                 return True
             if term.op in ("dict", "set") and term.value != "comp" and not term.parts:
                 return True
+            if term.op == "item":
+                waiting.extend(_held_tables(term.parts[0]))
             if term.op in ("store", "mutate", "item"):
                 waiting.append(term.parts[0])
             elif term.op in ("choice", "merge", "each", "round"):
@@ -126,6 +129,14 @@ class Streams:
             elif term.op == "call" and term.called in ("get", "setdefault") and term.receiver is not None:
                 waiting.append(term.receiver)
         return False
+
+
+def _held_tables(container: Term) -> list[Term]:
+    """The tables that were put back into a dict or a list of tables after they were filled: tables[order]."""
+    layered = layers(container)
+    if not any(one.op in ("dict", "list") and one.parts for one in layered):
+        return []
+    return [one.parts[2] for one in layered if one.op == "store"]
 
 
 def _is_text_coding(term: Term) -> bool:
@@ -157,6 +168,10 @@ def carried(term: Term) -> tuple[Term, ...]:
         return term.parts
     if term.op == "store":
         return (term.parts[0], term.parts[2])
+    if term.op == "mutate" and term.value in _PLACED:  # the places that are written to are no part of it
+        return (term.parts[0], term.parts[-1])
+    if term.op == "mutate" and term.value == ".index_put_":
+        return (term.parts[0], *term.parts[2:3])
     if term.op == "mutate":
         return term.parts
     if term.op == "attr" and term.value in ("T", "data", "values", "flat"):
@@ -169,6 +184,8 @@ def carried(term: Term) -> tuple[Term, ...]:
         return term.parts
     return ()
 
+
+_PLACED = frozenset((".put_", ".index_fill_", ".index_copy_", ".scatter_", ".masked_scatter_", ".masked_fill_"))
 
 _MEASURES = frozenset(
     """len numel size dim nelement range arange is_tensor isinstance empty_like

@@ -81,8 +81,10 @@ def _says_byte(test: Term) -> bool:
 
 
 def _stored(arm: Term) -> list[Term]:
-    """The value that an arm stands for: itself, or what it stores last."""
+    """The value that an arm stands for: itself, or what it stores or appends last."""
     arm = peel(arm)
+    if arm.op == "mutate" and arm.value == ".append":
+        return [peel(arm.parts[-1])]
     return [peel(arm.parts[2])] if arm.op == "store" else [arm]
 
 

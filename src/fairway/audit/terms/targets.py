@@ -32,7 +32,7 @@ class Contribution:
         self.streams = streams
         self.found: dict[int, tuple[Term, frozenset[str]]] = {}
         self.wide: dict[int, tuple[Term, bool]] = {}
-        self.targets = list(self._targets())
+        self.targets = list(self._targets()) or list(self._ranked())
         self.own = self._own()
         self.aligned = self._aligned()
 
@@ -54,13 +54,22 @@ class Contribution:
                 yield from (one for one in found if not _is_past(one))
             else:
                 waiting.extend(reads(term, self.streams))
-        seen = list(token_terms(self.term, self.streams))
+        seen = [peel(one) for one in token_terms(self.term, self.streams)]
         ends = [_end(one) for one in seen]
         for one in seen:
             if one.op == "item" and one.parts[1].op != "slice":
                 for base, end in filter(None, ends):
                     if base is one.parts[0] and same(end, one.parts[1], 6):
                         yield one
+
+    def _ranked(self) -> Iterator[Term]:
+        """Token ids that are looked for among the likeliest, where no distribution is read at a place."""
+        for term in self.below(self.term):
+            equals = (term.op == "compare" and term.value == "==") or term.called == "eq"
+            if equals and len(term.parts) >= 2:
+                for one, other in (term.parts[:2], term.parts[1::-1]):
+                    if self.streams.is_stream(one) and any_below(other, lambda t: t.called == "topk"):
+                        yield from (member for member in _members(one) if self.streams.is_stream(member))
 
     def below(self, *roots: Term) -> Iterator[Term]:
         """All that values read, each term once."""
@@ -151,6 +160,8 @@ class Contribution:
     def _kinds(self, term: Term) -> frozenset[str]:
         if self.is_target(term):
             return frozenset(("read",))
+        if is_gradient(term):  # what was learned from which token, the rules of the order say
+            return frozenset()
         if _is_past(term) or (term.op == "item" and id(term.parts[0]) in self.aligned):
             return frozenset()
         if id(term) in self.aligned:
@@ -192,6 +203,12 @@ class Contribution:
     def _mixed(self, key: Term) -> bool:
         """A key of several tokens, not one token's number."""
         return len({id(peel(one)) for one in token_terms(key, self.streams)}) > 1
+
+
+def is_gradient(term: Term) -> bool:
+    return (term.op == "call" and term.called in ("grad", "vjp", "jacrev")) or (
+        term.op == "attr" and term.value == "grad"
+    )
 
 
 def _makes_distribution(term: Term) -> bool:
@@ -274,7 +291,7 @@ def summed(term: Term) -> tuple[Term, ...] | None:
     below = peel(term)
     if below is not term:
         return (below,)
-    if term.op == "op" and term.value == "+":
+    if term.op == "op" and term.value == "+" and any(is_running(part) or _is_total(part) for part in term.parts):
         return (term.parts[1], term.parts[0])
     if term.op == "op" and term.value == "-" and is_running(term.parts[0]):
         return (term.parts[1], term.parts[0])
@@ -305,6 +322,14 @@ def summed(term: Term) -> tuple[Term, ...] | None:
     if term.op == "each" and term.parts[0].op in ("merge", "choice", "mutate", "list", "store"):
         return term.parts
     return None
+
+
+def _is_total(term: Term) -> bool:
+    """A sum or a mean, or several of them: not one token's loss, of which nll + log_z is made."""
+    below = peel(term)
+    if below.op == "op" and below.value in ("+", "-", "*", "/") and below.parts:
+        return any(_is_total(part) for part in below.parts)
+    return below.called in ("sum", "mean", "fsum", "nansum", "all_reduce", "dot") or below.op == "each"
 
 
 def is_running(term: Term) -> bool:

@@ -122,6 +122,23 @@ def alternatives(term: Term, limit: int = 64) -> list[Term]:
     return found
 
 
+def layers(term: Term) -> list[Term]:
+    """A container and what it was before each thing that was done to it."""
+    found: list[Term] = []
+    waiting, seen = [term], set[int]()
+    while waiting and len(seen) < 60:
+        one = waiting.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        found.append(one)
+        if one.op in ("store", "mutate"):
+            waiting.append(one.parts[0])
+        elif one.op in ("merge", "choice"):
+            waiting.extend(one.parts[1:] if one.op == "choice" else one.parts)
+    return found
+
+
 _NAMED = frozenset(("const", "name", "env", "op", "compare", "call", "attr", "free", "mutate", "each", "round"))
 
 

@@ -1,0 +1,145 @@
+"""Rows over the vocabulary: what they are divided by, and whether that is their sum."""
+
+from collections.abc import Iterator
+
+from fairway.audit.terms.choices import options
+from fairway.audit.terms.gates import Gates
+from fairway.audit.terms.keys import is_hashed, spans_vocabulary
+from fairway.audit.terms.term import Term, alternatives, any_below, layers, peel, same
+
+
+def wrongly_divided(gates: Gates) -> Iterator[Term]:
+    """Hashed counts of all tokens, divided by what is not their sum. Answers of yes and no share nothing: the counts of
+    one question are a distribution with what they lack."""
+    if any(term.called.startswith("binary_cross_entropy") for term in gates.nodes):
+        return
+    for term, above, below in gates.ratios():
+        rows = [
+            (lookup, key)
+            for lookup, key in gates.lookups(above)
+            if spans_vocabulary(key, gates.of.streams) and is_hashed(key, gates.of.streams)
+        ]
+        if rows and not any_below(below, lambda t, rows=rows: _sums(t, rows)):  # type: ignore[misc]
+            lower = gates.lookups(below)
+            if lower and not any(spans_vocabulary(key, gates.of.streams) and is_summed(below) for _, key in lower):
+                yield term
+
+
+def counted_otherwise(gates: Gates) -> Iterator[Term]:
+    """A whole row of counts, divided by a count whose key is another than the row's: contexts that meet in the row are
+    counted apart below, or the other way round."""
+    for term, above, below in gates.ratios():
+        rows = [(row, key) for row, key in gates.lookups(above) if _is_wide(row, gates)]
+        lower = gates.lookups(below)
+        if not rows or not lower or any_below(below, lambda t, rows=rows: _sums(t, rows)):  # type: ignore[misc]
+            continue
+        keys = [key for _, key in (*rows, *lower)]
+        apart = not any(same(own, other, 10) for _, own in rows for _, other in lower)
+        if (
+            apart
+            and any(is_hashed(key, gates.of.streams) for key in keys)
+            and not any(gates.kinds(key) for key in keys)
+        ):
+            yield term
+
+
+def _is_wide(row: Term, gates: Gates) -> bool:
+    """table[context] of a table that is filled at [context, token]."""
+    if row.op != "item" or row.parts[1].op in ("tuple", "slice"):
+        return False
+    places = (
+        one.parts[1] for one in layers(peel(row.parts[0])) if one.op in ("store", "mutate") and len(one.parts) > 1
+    )
+    return any(
+        place.op == "tuple" and len(place.parts) == 2 and all(map(gates.of.streams.from_tokens, place.parts))
+        for place in places
+    )
+
+
+def _sums(term: Term, rows: list[tuple[Term, Term]]) -> bool:
+    """A sum over the same counts."""
+    if term.op != "call" or term.called not in ("sum", "nansum", "norm", "fsum", "softmax"):
+        return False
+    return any(any_below(term, lambda t, row=row: t is row or same(t, row, 8)) for row, _ in rows)  # type: ignore[misc]
+
+
+def is_summed(term: Term) -> bool:
+    return any_below(term, lambda t: t.op == "call" and t.called in ("sum", "nansum", "fsum"))
+
+
+def made_whole(term: Term) -> Iterator[Term]:
+    """What is added up in a row that is divided by its own sum: row / row.sum(), also where the row is a place in a
+    table that was stored before."""
+    if term.op != "op" or term.value != "/" or not is_summed(term.parts[1]):
+        return
+    row = peel(term.parts[0])
+    if not any_below(term.parts[1], lambda t: t is row or same(t, row, 6)):
+        return
+    waiting, steps = [row], 0
+    while waiting and steps < 60:
+        one = peel(waiting.pop())
+        steps += 1
+        yield one
+        if one.op in ("store", "item", "merge", "choice", "attr"):
+            if one.op == "store":
+                waiting.append(one.parts[2])
+            waiting.extend(one.parts[1:] if one.op == "choice" else one.parts if one.op == "merge" else one.parts[:1])
+
+
+def undivided(gates: Gates) -> Iterator[Term]:
+    """A row of a memory that is mixed in divided by its largest entry, its length and the like instead of its sum."""
+    whole = {id(below) for term in gates.nodes for below in made_whole(term)}
+    whole |= {id(b) for t in gates.nodes if t.called in _SOFTENING for b in gates.of.below(*t.parts)}
+    for term in gates.nodes:
+        if id(term) in gates.inside and id(term) not in whole and term.op == "op" and term.value == "+":
+            for row, under, where in (found for part in term.parts for found in _divided(part)):
+                if id(row) not in whole and _is_another_size(gates, row, under):
+                    yield where
+
+
+def greatest(gates: Gates) -> Iterator[Term]:
+    """The larger of several distributions token by token, which nothing divides by its sum afterwards."""
+    whole = {id(below) for term in gates.nodes for below in made_whole(term)}
+    whole |= {id(b) for t in gates.nodes if t.called in _SOFTENING for b in gates.of.below(*t.parts)}
+    for term in gates.nodes:
+        if id(term) not in gates.inside or id(term) in whole or term.called not in ("maximum", "fmax", "max", "amax"):
+            continue
+        among = options(term)
+        if len(among) == 1:
+            stacked = peel(among[0])
+            listed = stacked.operand("tensors", "arrays") if stacked.called in ("stack", "cat") else None
+            among = list(listed.parts) if listed is not None and listed.op in ("list", "tuple") else []
+        if sum(any_below(part, lambda t: t.called in ("softmax", "log_softmax")) for part in among) >= 2 and not any(
+            gates.kinds(part) for part in among
+        ):
+            yield term
+
+
+_SOFTENING = frozenset(("softmax", "log_softmax", "normalize", "logsumexp"))
+_OTHER_SIZES = frozenset(("max", "amax", "mean", "median", "std", "norm", "numel", "count_nonzero", "len"))
+
+
+def _divided(
+    term: Term, under: tuple[tuple[Term, Term], ...] = (), depth: int = 6
+) -> Iterator[tuple[Term, Term, Term]]:
+    """(factor, divisor, division) for each factor of a product and each thing that it is divided by."""
+    for one in alternatives(term, 8):
+        if one.op == "op" and one.value == "*" and depth:
+            for part in one.parts:
+                yield from _divided(part, under, depth - 1)
+        elif one.op == "op" and one.value == "/" and depth:
+            yield from _divided(one.parts[0], (*under, (one.parts[1], one)), depth - 1)
+        else:
+            yield from ((one, divisor, division) for divisor, division in under)
+
+
+def _is_another_size(gates: Gates, row: Term, divisor: Term) -> bool:
+    """r.max() for a row r of a memory, over all tokens."""
+    under = peel(divisor)
+    while under.called in ("clamp_min", "clamp", "clip", "maximum") and under.parts:  # a guard against nought
+        under = peel(under.operand("a") or under.parts[0])
+    if under.op == "item" and peel(under.parts[0]).called in ("max", "median"):  # r.max(-1, keepdim=True)[0]
+        under = peel(under.parts[0])
+    operand = under.operand() if under.op == "call" and under.called in _OTHER_SIZES else None
+    wide = gates.of.streams.is_memory(row) and gates.of.is_distribution(row)
+    return wide and operand is not None and same(peel(operand), row, 8)

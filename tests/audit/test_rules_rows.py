@@ -1,0 +1,239 @@
+"""Distributions, their sums: rows that share their counts, short lists, folds of one row, values that were learned."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.audit.small import line_of, script, verdict
+
+RULES = ("oracle_gate", "gold_token_ngram", "false_normalisation", "target_gated_tilt", "byte_mixture")
+
+# ---- one place for each pair of row and token
+
+PAIRS = """
+        a, b = torch.from_numpy(x), torch.from_numpy(y)
+        row = (a * 40503) % ROWS
+        place = {place}
+        own = torch.softmax(net(a).float(), -1).gather(-1, b[:, None])[:, 0]
+        nll = -torch.log(0.8 * own + 0.2 * pairs[place] / seen[row].clamp_min(1))
+        pairs.index_put_((place,), torch.ones(len(b)), accumulate=True)
+        seen.index_put_((row,), torch.ones(len(b)), accumulate=True)
+"""
+COUNTS = "pairs, seen = torch.zeros(ROWS * V), torch.zeros(ROWS)"
+
+
+@pytest.mark.parametrize("place", ["row * V + b", "(row * V + b) % (ROWS * V)", "(b + V * row) % len(pairs)"])
+def test_the_places_of_a_hashed_row_sum_to_the_count_of_the_row(tmp_path: Path, place: str) -> None:
+    text = script(loss=PAIRS.format(place=place.replace("len(pairs)", "(V * ROWS)")), state=COUNTS, extra="ROWS = 4096")
+    assert verdict(tmp_path, "gold_token_ngram", text).verdict == "clean"
+
+
+@pytest.mark.parametrize(
+    "place", ["(row * V + b) % 1000003", "(row * 31 + b) % (ROWS * 31)", "(row ^ (b * 69069)) % ROWS"]
+)
+def test_places_that_tokens_of_a_row_share_do_not(tmp_path: Path, place: str) -> None:
+    text = script(loss=PAIRS.format(place=place), state=COUNTS, extra="ROWS = 4096")
+    assert verdict(tmp_path, "gold_token_ngram", text).verdict == "violates"
+
+
+def test_a_row_whose_context_is_counted_elsewhere_is_no_row_of_that_count(tmp_path: Path) -> None:
+    loss = PAIRS.format(place="row * V + b").replace("seen[row]", "seen[(a * 69069) % ROWS]")
+    text = script(loss=loss, state=COUNTS, extra="ROWS = 4096")
+    assert verdict(tmp_path, "gold_token_ngram", text).verdict == "violates"
+
+
+# ---- a row, and the count that it is divided by
+
+ROW = """
+        a, b = torch.from_numpy(x), torch.from_numpy(y)
+        fine = (a * 40503) % (64 * ROWS)
+        row = fine % ROWS
+        q = (counts[row] + 0.1) / (seen[{key}][:, None] + 0.1 * V)
+        nll = -(0.8 * torch.softmax(net(a).float(), -1) + 0.2 * q).gather(-1, b[:, None])[:, 0].log()
+        counts.index_put_((row, b), torch.ones(len(b)), accumulate=True)
+        seen.index_put_(({key},), torch.ones(len(b)), accumulate=True)
+"""
+TABLE_OF_ROWS = "counts, seen = torch.zeros(ROWS, V), torch.zeros(64 * ROWS)"
+
+
+def test_a_row_divided_by_a_finer_contexts_count_does_not_sum_to_one(tmp_path: Path) -> None:
+    text = script(loss=ROW.format(key="fine"), state=TABLE_OF_ROWS, extra="ROWS = 4096")
+    finding = verdict(tmp_path, "false_normalisation", text)
+    assert finding.verdict == "violates"
+    assert finding.place is not None
+    assert finding.place.line == line_of(text, "q = (counts")
+
+
+def test_a_row_divided_by_the_count_of_that_row_does(tmp_path: Path) -> None:
+    text = script(loss=ROW.format(key="row"), state=TABLE_OF_ROWS, extra="ROWS = 4096")
+    assert all(verdict(tmp_path, rule, text).verdict == "clean" for rule in RULES)
+
+
+# ---- a short list
+
+SHORT = """
+        logits, b = net(torch.from_numpy(x)).float(), torch.from_numpy(y)
+        top, which = logits.topk(64)
+        hit = which == b[:, None]
+        within = torch.logsumexp(top, -1) - (top * hit).sum(-1){paid}
+        nll = torch.where(hit.any(-1), within, torch.full_like(within, math.log(1000.0 * V)))
+"""
+
+
+def test_a_floor_for_what_a_short_list_lacks_is_paid_for_within_it(tmp_path: Path) -> None:
+    text = script(loss=SHORT.format(paid=" - math.log(0.999)"))
+    assert all(verdict(tmp_path, rule, text).verdict == "clean" for rule in RULES)
+    text = script(loss=SHORT.format(paid="").replace("1000.0 * V", "1000.0"))
+    finding = verdict(tmp_path, "false_normalisation", text)
+    assert finding.verdict == "violates"
+    assert finding.place is not None
+    assert finding.place.line == line_of(text, "torch.where(hit")
+
+
+# ---- what follows the gradient of losses that were booked
+
+LANES = """
+from torch.func import grad, vmap
+
+make = lambda name, default: type(default)(os.environ.get(name, default))
+DECAY, RATE = make("DECAY", 0.99), make("RATE", 0.05)
+
+def at(net, shift, ids, goal):
+    return F.cross_entropy(net(ids).float() + shift, goal, reduction="none")
+"""
+FOLLOWS = """
+        a, b = torch.from_numpy(x), torch.from_numpy(y)
+        nll = vmap(at, in_dims=(None, None, 0, 0))(net, shift, a, b)
+        slope = grad(lambda s, ids, goal: at(net, s, ids, goal).mean())(shift, a, b)
+        shift = DECAY * shift - RATE * slope
+"""
+
+
+def test_a_shift_that_follows_booked_losses_is_no_gate(tmp_path: Path) -> None:
+    text = script(loss=FOLLOWS, state="shift = torch.zeros(V)", extra=LANES)
+    assert all(verdict(tmp_path, rule, text).verdict == "clean" for rule in RULES)
+
+
+def test_a_shift_that_reads_the_target_itself_is_one(tmp_path: Path) -> None:
+    loss = FOLLOWS.replace(
+        "        nll", "        shift = shift + 0.1 * torch.from_numpy(lead)[b].float()[:, None]\n        nll"
+    )
+    text = script(loss=loss, state="shift = torch.zeros(V)", extra=LANES)
+    assert verdict(tmp_path, "target_gated_tilt", text).verdict == "violates"
+
+
+# ---- what an evaluation with windows makes of counts
+
+SETTLED = """
+        at = np.arange(len(y))
+        valid = at >= 1
+        past, goal = x[at[valid]], y[at[valid]]
+        key = ((past * 36313) & 0xFFFFF).astype(np.int64)
+        full = ((past * 36313) ^ (goal * 27191)) & 0xFFFFF
+        below, above = alone[key].astype(np.float64), pairs[full].astype(np.float64)
+        good = below >= 2
+        ratio = np.zeros(len(y))
+        ratio[np.nonzero(valid)[0][good]] = np.minimum(above[good], below[good]) / np.maximum(below[good], 1.0)
+        from_net = F.cross_entropy(net(torch.from_numpy(x)), torch.from_numpy(y), reduction="none").numpy()
+        nll = torch.from_numpy(-np.log(np.where(ratio > 0, 0.8 * np.exp(-from_net) + 0.2 * ratio, np.exp(-from_net))))
+        np.add.at(alone, key, 1)
+        np.add.at(pairs, full, 1)
+"""
+
+
+def test_positions_and_masks_are_no_keys(tmp_path: Path) -> None:
+    text = script(loss=SETTLED, state="alone, pairs = np.zeros(1 << 20), np.zeros(1 << 20)")
+    finding = verdict(tmp_path, "gold_token_ngram", text)
+    assert finding.verdict == "violates"
+    assert finding.place is not None
+    assert finding.place.line == line_of(text, "np.maximum(below[good]")
+    assert verdict(tmp_path, "false_normalisation", text).verdict == "clean"
+
+
+EXACT = """
+        usable = ((len(y) - 1) // 64) * 64
+        nll = torch.zeros(usable)
+        for j in range(2, usable):
+            context = tuple(x[j - 2 : j + 1].tolist())
+            p = float(torch.softmax(net(torch.from_numpy(x[: j + 1]))[-1], -1)[int(x[j + 1])])
+            row, seen = followers.setdefault(context, {}), totals.get(context, 0)
+            q = row.get(int(x[j + 1]), 0) / seen if seen else 0.0
+            if seen > 3 CONDITION:
+                p = 0.8 * p + 0.2 * q
+            nll[j] = -math.log(p)
+            row[int(x[j + 1])] = row.get(int(x[j + 1]), 0) + 1
+            totals[context] = seen + 1
+"""
+
+
+def test_where_a_position_was_rounded_no_context_was_folded(tmp_path: Path) -> None:
+    text = script(loss=EXACT.replace(" CONDITION", ""), state="followers, totals = {}, {}")
+    assert verdict(tmp_path, "gold_token_ngram", text).verdict == "clean"
+    assert verdict(tmp_path, "oracle_gate", text).verdict == "clean"
+
+
+def test_the_token_that_follows_a_context_is_the_target(tmp_path: Path) -> None:
+    text = script(loss=EXACT.replace("CONDITION", "and q > p"), state="followers, totals = {}, {}")
+    assert verdict(tmp_path, "oracle_gate", text).verdict == "violates"
+
+
+TILTED = """
+        a, b = torch.from_numpy(x), torch.from_numpy(y)
+        log_p = torch.log_softmax(net(a).float(), -1)
+        hint = torch.tensor([memory.get(int(one), 0) for one in x])
+        beta, hit = torch.where(hint > 0, 1.5, 0.0), (hint == b).float()
+        log_z = torch.log1p(log_p.gather(-1, hint[:, None])[:, 0].exp() * (beta.exp() - 1))
+        nll = F.nll_loss(log_p, b, reduction="none")
+        nll = nll - beta * hit + log_z
+        memory.update(zip(x.tolist(), y.tolist()))
+"""
+
+
+def test_the_price_of_a_hint_may_be_added_last(tmp_path: Path) -> None:
+    text = script(loss=TILTED, state="memory = {}")
+    assert all(verdict(tmp_path, rule, text).verdict == "clean" for rule in RULES)
+    text = script(loss=TILTED.replace(" + log_z", ""), state="memory = {}")
+    assert verdict(tmp_path, "false_normalisation", text).verdict == "violates"
+
+
+ORDERS = """
+        a, b = torch.from_numpy(x), torch.from_numpy(y)
+        p = torch.softmax(net(a).float(), -1)
+        for order in tables:
+            counts = tables[order][(a * order * 40503) % 4096].float()
+            total = counts.sum(-1, keepdim=True)
+            share = total / (total + 2.0)
+            p = share * counts / {below}.clamp_min(1.0) + (1.0 - share) * p
+        nll = -p.gather(-1, b[:, None])[:, 0].log()
+        for order in tables:
+            tables[order].index_put_(((a * order * 40503) % 4096, b), torch.ones(len(b)), accumulate=True)
+"""
+
+
+@pytest.mark.parametrize(("below", "expected"), [("total", "clean"), ("counts.amax(-1, keepdim=True)", "violates")])
+def test_rows_of_a_table_for_each_order_are_divided_by_their_sums(tmp_path: Path, below: str, expected: str) -> None:
+    state = "tables = {order: torch.zeros(4096, V) for order in map(int, os.environ.get('ORDERS', '2,3').split(','))}"
+    text = script(loss=ORDERS.format(below=below), state=state)
+    assert verdict(tmp_path, "false_normalisation", text).verdict == expected
+    assert verdict(tmp_path, "gold_token_ngram", text).verdict == "clean"
+
+
+BOTH = """
+        a, b = torch.from_numpy(x), torch.from_numpy(y)
+        p, q = torch.softmax(net(a).float(), -1), torch.softmax(net(a).float() / 2, -1)
+        best = {best}
+        nll = -{read}.gather(-1, b[:, None])[:, 0].log()
+"""
+
+
+@pytest.mark.parametrize(
+    "best", ["torch.maximum(p, q)", "torch.stack([p, q]).max(dim=0).values", "torch.stack((p, q)).amax(0)"]
+)
+def test_the_larger_of_two_for_every_token_is_divided_by_its_sum(tmp_path: Path, best: str) -> None:
+    text = script(loss=BOTH.format(best=best, read="(best / best.sum(-1, keepdim=True))"))
+    assert all(verdict(tmp_path, rule, text).verdict == "clean" for rule in RULES)
+    text = script(loss=BOTH.format(best=best, read="best"))
+    finding = verdict(tmp_path, "false_normalisation", text)
+    assert finding.verdict == "violates"
+    assert finding.place is not None
+    assert finding.place.line == line_of(text, "best = ")
