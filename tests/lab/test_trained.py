@@ -84,7 +84,7 @@ def test_a_run_that_takes_weights_scores_as_if_it_had_trained_them(house):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("code", {"commit": "another", "sha256": "another"}),
+        ("code", {"sha256": "another"}),
         ("device", {}),
         ("versions", {"fairway": "0.0.1"}),
         ("train_text", {"sha256": "another"}),
@@ -99,6 +99,15 @@ def test_weights_of_another_text_code_library_or_device_are_left_alone(house, tm
         run.facts[name] = value
         assert take_weights(recipe, run, [house / "one"]) is None
     assert not (tmp_path / "weights.safetensors").exists()
+
+
+def test_the_same_code_is_the_same_whatever_its_commit_is_called(house, tmp_path):
+    """A recipe that is edited after a sweep began marks the commit as changed; the code is what it was."""
+    recipe = tiny_recipe(BITS)
+    with Run(tmp_path) as run:
+        prepared(recipe, run)
+        run.facts["code"] = {**run.facts["code"], "commit": "0123456789ab+"}
+        assert take_weights(recipe, run, [house / "one"]) == house / "one"
 
 
 @pytest.mark.parametrize(

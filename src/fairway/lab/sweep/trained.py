@@ -75,7 +75,7 @@ def take_weights(recipe: Recipe, run: Run, others: Iterable[Path]) -> Path | Non
     for folder in others:
         facts = _facts(folder)
         trained = facts.get("train", {})
-        equal = all(facts.get(name) == plain(run.facts[name]) for name in MADE_OF)
+        equal = _made_of(facts) == _made_of({name: plain(run.facts[name]) for name in MADE_OF})
         if not (equal and trained and "model" in facts and "taken_from" not in trained):
             continue
         try:
@@ -90,6 +90,12 @@ def take_weights(recipe: Recipe, run: Run, others: Iterable[Path]) -> Path | Non
         run.fact("train", **trained, taken_from=folder.name)
         return folder
     return None
+
+
+def _made_of(facts: Mapping[str, Any]) -> list[Any]:
+    """Of the code its hash: its commit's name also changes with files that are no code, such as a recipe's."""
+    code = facts.get("code")
+    return [code and code.get("sha256"), *(facts.get(name) for name in MADE_OF[1:])]
 
 
 def plain(fact: Mapping[str, Any]) -> Any:
