@@ -24,6 +24,7 @@ from fairway.audit.flow.values import (
     MOVED,
     NOTHING,
     ONE_HOT,
+    ONE_ROW,
     POSITIONS,
     REPEATS,
     SCALED,
@@ -97,6 +98,8 @@ class Arithmetic(Iteration):
             return flat  # error · activation: the gradient of a weight
         cells = [obj for obj in value.refs if obj.kind == "tensor"]
         obj = cells[0] if len(cells) == 1 else self.new("tensor", None, node)
+        if flat.flags & ONE_ROW:  # zeros(width) - rate * slope
+            self.heap.set(obj, "#rows", "one")
         rest = flat.but(losses=0, toks=frozenset(), flags=flat.flags & ~(GRAD | MOVED))
         if flat.toks and flat.states:
             self.learn(obj, flat.toks, "gradient", node, flat.losses)
@@ -177,6 +180,8 @@ class Arithmetic(Iteration):
             const=MISSING, choices=loss.choices | other.choices, words=blend(one, two).words, env=loss.env | other.env,
             sym="", spans=(),
         )  # fmt: skip
+        if loss.flags & GRAD:  # one row that moves by its gradient stays one row
+            result.flags |= other.flags & ONE_ROW
         if other.cuts and not other.flags & INDEXED and not isinstance(op, ast.Div):  # a mask's count picks nothing
             result = self.cut(result, other.cuts, node)
         apart = other.states - loss.states

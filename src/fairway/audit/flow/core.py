@@ -76,6 +76,7 @@ class Core:
         self.backwards: set[int] = set()  # loops that go from the end to the beginning
         self.booked: list[int] = []  # losses (bits) in the order in which they were first added to anything
         self.quiet = False  # an element is read only to be written anew
+        self.logs = 0  # losses (bits) that a logarithm made: of rows of probabilities, until a target is picked
         self.forwards = 0  # models whose forward is under way
         self.stopped = NOTHING  # what the last generator to end returned
         self.said_unknown: set[tuple[str, int, str]] = set()

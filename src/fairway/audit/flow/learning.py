@@ -197,6 +197,7 @@ class Learning(Core):
         if obj.kind != "tensor" or obj.owner is not None or "#leaf" in obj.slots:
             self._write_state(obj, value, node, strong and not part)
         if obj.kind == "tensor":
+            self.heap.drop(obj, "#columns")
             old = NOTHING if strong and not part else self.content(obj)
             if obj.owner is not None or "#leaf" in obj.slots:
                 value = Value(choices=value.choices, words=value.words)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from fairway.audit.flow.events import Choice, Clock, Event, Said, Score, Trace, Update, bits
-from fairway.audit.flow.tokens import Tok, related
+from fairway.audit.flow.tokens import Tok, perhaps_apart, related
 from fairway.audit.passes.reported import Reported, scores_of
 
 Kind = Literal[
@@ -19,12 +19,14 @@ Kind = Literal[
 
 @dataclass(frozen=True)
 class Fault:
-    """kind: the rule that is broken; score: the loss it concerns; cause: what it had seen; before: the first pass."""
+    """kind: the rule that is broken; score: the loss it concerns; cause: what it had seen; before: the first pass;
+    doubt: why it may be none after all."""
 
     kind: Kind
     score: Score
     cause: Update | Choice
     before: Score | None = None
+    doubt: str = ""
 
 
 class Passes:
@@ -82,7 +84,7 @@ class Passes:
             return None
         how = {related(tok, target, order) for tok in learned for target in score.targets}
         if how & {"same", "later"}:
-            return self._classified(score, update, learned)
+            return self._doubted(self._classified(score, update, learned), learned, order)
         if "apart" in how and self._shared(score, update, learned):
             return Fault("slot-shared-delta", score, update)
         return None
@@ -111,6 +113,17 @@ class Passes:
         if self._in_training(score, update):
             return Fault("validation-in-training", score, update)
         return Fault("training-before-scoring", score, update)
+
+    @staticmethod
+    def _doubted(fault: Fault, learned: list[Tok], order: list[int]) -> Fault:
+        """A vector that is found on the places before an end that nothing holds against the beginning of the score."""
+        pairs = [(tok, target) for tok in learned for target in fault.score.targets]
+        met = [pair for pair in pairs if related(*pair, order) in ("same", "later")]
+        if fault.kind != "slot-on-scored" or not all(perhaps_apart(*pair) for pair in met):
+            return fault
+        return replace(
+            fault, doubt="It is found on the places before a bound that may lie before those that are scored."
+        )
 
     def _table_kind(self, score: Score, update: Update, learned: list[Tok]) -> Kind:
         """Filled for the model's file, in the same turn before the token is scored, or in a pass of its own."""
