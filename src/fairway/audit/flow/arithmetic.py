@@ -26,6 +26,7 @@ from fairway.audit.flow.values import (
     ONE_HOT,
     ONE_ROW,
     POSITIONS,
+    RAW,
     REPEATS,
     SCALED,
     WEIGHTS,
@@ -78,6 +79,8 @@ class Arithmetic(Iteration):
         if one.toks or two.toks:
             if not isinstance(op, (ast.BitAnd, ast.BitOr, ast.BitXor)):
                 result.flags &= ~MASK
+            if isinstance(op, (ast.Div, ast.MatMult)):  # shares of counts, not ids
+                result.flags &= ~RAW
             if result.flags & LENGTH:
                 result.flags &= ~LENGTH
             if isinstance(op, (ast.Div, ast.Mult)) and (self._scales(one, two) or self._scales(two, one)):

@@ -237,8 +237,9 @@ class Containers(Classes):
         last = parts[1]
         if not last.slice:
             place = last.value.const if last.value is not None else MISSING
-            inside = isinstance(place, int) and -len(rows.items) <= place < len(rows.items)
-            return rows.items[place] if inside else None
+            if not isinstance(place, int) or not -len(rows.items) <= place < len(rows.items):
+                return None
+            return rows.items[place]
         low, high = (each.const if each is not None else None for each in (last.low, last.high))
         if not all(each is None or isinstance(each, int) for each in (low, high)):
             return None

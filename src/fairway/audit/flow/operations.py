@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from fairway.audit.flow.arithmetic import Arithmetic
+from fairway.audit.flow.containers import Part
 from fairway.audit.flow.heap import Obj
 from fairway.audit.flow.tokens import Span, Tok
 from fairway.audit.flow.values import (
@@ -132,9 +133,17 @@ class Operations(Arithmetic):
                 return Value(const=len(args[0].const), env=args[0].env)
             return Value(flags=LENGTH | flat.flags & ONE_ROW, sym="size")
         if name == "arange":
-            return Value(flags=POSITIONS, spans=blend(*map(self.flat, args)).spans if args else ())
+            return Value(flags=POSITIONS, spans=self._arranged(args))
         flats = [self.flat(each) for each in (*args, *kwargs.values())]
         return self._computed(name, args, flats, kwargs, node)
+
+    def _arranged(self, args: list[Value]) -> tuple[Span, ...]:
+        """The iterations that arange(low, high) is cut by: those of the slice [low:high]."""
+        flats = [self.flat(each) for each in args]
+        numbers = len(flats) > 1 and all(self.plain(each) for each in flats[:2])
+        if numbers and flats[0].const is MISSING:
+            return self.slice_spans(Part(None, flats[0], flats[1], slice=True))
+        return blend(*flats).spans if flats else ()
 
     def _count(self, value: Value) -> int | None:
         """How many elements a list has, where that is known."""
