@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from dataclasses import replace
 
-from fairway.audit.flow.containers import Elements, sym_of
+from fairway.audit.flow.containers import Elements, Part, sym_of
 from fairway.audit.flow.core import Frame
 from fairway.audit.flow.heap import Obj
 from fairway.audit.flow.tokens import Cut
@@ -112,7 +112,10 @@ class Iteration(Writing):
             start.spans or start.flags & LENGTH
         )  # range(length - stride, n)
         cuts: frozenset[Cut] = frozenset((("tail", start.sym, start.less),)) if inside else frozenset()
-        any_of = Value(unit=sym_of(step), limit=limit, env=env, spans=start.spans, choices=stop.choices, cuts=cuts)
+        spans = start.spans
+        if start.const == 0 and stop.unit and stop.spans:  # range(0, end of this chunk, step): all that lies before it
+            spans = self.slice_spans(Part(None, None, stop, slice=True))
+        any_of = Value(unit=sym_of(step), limit=limit, env=env, spans=spans, choices=stop.choices, cuts=cuts)
         consts = (start.const, stop.const, step.const)
         if all(isinstance(each, int) for each in consts) and step.const:
             turns = range(*consts)

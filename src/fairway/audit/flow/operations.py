@@ -141,7 +141,7 @@ class Operations(Arithmetic):
         """The iterations that arange(low, high) is cut by: those of the slice [low:high]."""
         flats = [self.flat(each) for each in args]
         numbers = len(flats) > 1 and all(self.plain(each) for each in flats[:2])
-        if numbers and flats[0].const is MISSING:
+        if numbers and (flats[0].const is MISSING or flats[1].unit):
             return self.slice_spans(Part(None, flats[0], flats[1], slice=True))
         return blend(*flats).spans if flats else ()
 
@@ -169,7 +169,8 @@ class Operations(Arithmetic):
             held = blend(*flats) if flats else NOTHING
             return Value(flags=LENGTH, spans=held.spans, choices=held.choices)
         if name in ("randint", "randperm", "random_integers"):
-            return Value(toks=frozenset((Tok("random"),)), flags=RAW) if name == "randint" else NOTHING
+            drawn = frozenset((Tok("random"),))
+            return Value(toks=drawn, flags=RAW, spans=self._arranged(args)) if name == "randint" else NOTHING
         if name in ("multinomial", "sample") and flats and flats[0].active:
             return Value(toks=frozenset((Tok("generated"),)), flags=RAW, knows=0)
         if name == "tobytes" and flats:
