@@ -44,6 +44,9 @@ class Builtins(Opening):
         return self.ref(new)
 
     def _do_zip(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:
+        columns = self._turned_over(args, node)
+        if columns is not None:
+            return columns
         parts = [self.elements(each, node) for each in args]
         exact = [each.exact for each in parts]
         new = self.new("list", None, node)
@@ -53,6 +56,18 @@ class Builtins(Opening):
         else:
             new.slots["#elem"] = Value(items=tuple(each.any for each in parts))
         return self.ref(new)
+
+    def _turned_over(self, args: list[Value], node: Any) -> Value | None:
+        """zip(*rows), where one value stands for all rows: a list for each of its columns."""
+        given = getattr(node, "args", [])
+        if len(given) != 1 or not isinstance(given[0], ast.Starred) or len(args) != 1:
+            return None
+        row = args[0].items if args[0].items is not None else self.row_of(args[0])
+        if not row:
+            return None
+        columns = self.new("list", None, node)
+        columns.slots["#items"] = Value(items=tuple(self._list_of(each, node) for each in row))
+        return self.ref(columns)
 
     def _do_list(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:
         new = self.new("list", None, node)

@@ -42,6 +42,9 @@ class Iteration(Writing):
         if isinstance(value.const, (str, bytes, tuple, list, dict, set, frozenset)) and not value.refs:
             held = list(value.const)
             return self._exactly(tuple(Value(const=each) for each in held[:64]), value)
+        row = self.row_of(value) if value.refs else None
+        if row is not None and not any(self.find(obj.data, "__iter__") for obj in value.refs):
+            return self._exactly(row, value)
         found: list[Elements] = []
         for obj in sorted(value.refs, key=lambda each: each.number)[:6]:
             found.append(self._elements_of(obj, value, node))

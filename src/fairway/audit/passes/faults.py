@@ -331,30 +331,30 @@ def _apart(one: Score, other: Score) -> bool:
 
 @dataclass(frozen=True)
 class Late:
-    """Training data read after the training clock: the update, and the clock's limit (None: not known)."""
+    """Training data read after the training clock: the update or choice, and the clock's limit (None: not known)."""
 
-    update: Update
+    update: Update | Choice
     clock: Clock | None
 
 
 def late_calibration(trace: Trace, reported: Reported) -> Late | None:
     """What the score's weights were calibrated on after the training time was used up."""
     scores = scores_of(trace, reported.score, reported.data)
-    knows = 0
+    knows = chosen = 0
     for score in scores:
         knows |= score.knows
+        chosen |= score.choices
     updates = list(trace.learned(knows))
     trained = [
         update for update in updates if update.how == "gradient" and any(tok.data == "train" for tok in update.learned)
     ]
-    late = [
+    last = trained[-1].number if trained else len(trace.events)
+    late: list[Update | Choice] = [
         update
         for update in updates
-        if update.how == "computed"
-        and any(tok.data == "train" for tok in update.learned)
-        and trained
-        and update.number > trained[-1].number
+        if update.how == "computed" and update.number > last and any(tok.data == "train" for tok in update.learned)
     ]
+    late += [choice for choice in trace.chosen(chosen) if choice.number > last and _by_training(trace, choice)]
     if not late:
         return None
     loops = {loop for update in trained for loop, _ in update.nest}
@@ -367,6 +367,12 @@ def late_calibration(trace: Trace, reported: Reported) -> Late | None:
     if full:
         return Late(late[0], full[0])
     return None if stops is not None else Late(late[0], None)
+
+
+def _by_training(trace: Trace, choice: Choice) -> bool:
+    """Whether a choice was made by losses on training text: of nothing else, so that it is a fit of its own."""
+    kinds = {tok.data for score in trace.scored(choice.losses) for tok in score.targets}
+    return kinds == {"train"}
 
 
 def full_cap(limit: float) -> bool:
