@@ -175,8 +175,11 @@ class Arithmetic(Iteration):
             self.book(one)
             self.book(two)
         if one.losses and two.losses:
-            return blend(one, two).but(knows=0)
+            less = one.less | two.less | {"loss"} if isinstance(op, ast.Sub) else one.less | two.less
+            return blend(one, two).but(knows=0, less=less)
         loss, other = (one, two) if one.losses else (two, one)
+        if isinstance(op, (ast.Div, ast.Mult)) and other.states and not other.flags & GRAD and self.ended(loss.losses):
+            return self._fitted(loss, other, node)
         if other.active and self.past(loss.losses):  # weights that follow what was booked in earlier turns
             return blend(one, two)
         result = loss.but(
@@ -193,6 +196,12 @@ class Arithmetic(Iteration):
             by_position = not any(span[0] == inner for tok in loss.toks for span in tok.spans)
             result = self.rescored(result, self.earlier_dropped(other) if by_position else other, node)
         return result
+
+    def _fitted(self, loss: Value, other: Value, node: ast.AST | None) -> Value:
+        """Logits or weights times a number that was computed from the losses of a pass that is over."""
+        choices = loss.choices | self.choose("fit", [loss], node)
+        scaled = 0 if other.flags & WEIGHTS else SCALED
+        return other.but(choices=other.choices | choices, flags=other.flags | scaled, const=MISSING, sym="")
 
     def _moved(self, weights: Value, grad: Value, node: ast.AST | None) -> Value:
         """w - lr·g without an optimizer: an Update whose result is new weights."""
@@ -274,7 +283,7 @@ class Arithmetic(Iteration):
         one, two = self.flat(left), self.flat(right)
         result = blend(one, two)
         if isinstance(op, (ast.Lt, ast.LtE, ast.Gt, ast.GtE)):
-            if one.losses or two.losses:
+            if (one.losses or two.losses) and not (_sign_of(one, two) or _sign_of(two, one)):
                 result.choices |= self.choose("if", [left, right], node)
             if (one.flags ^ two.flags) & CLOCK:
                 self._watch(one, two, node)
@@ -378,6 +387,11 @@ def _picks(value: Value, bound: Value) -> bool:
     if value.flags & LENGTH:  # between two places that no loop computed; more than 256 is a window, whose last is short
         return re.fullmatch(r"sub\((\w+|or\(,.*\)),\w+\)", value.sym) is not None and 3 <= bound.const <= 256
     return bool(value.toks) and not value.states and bound.const >= 3
+
+
+def _sign_of(value: Value, bound: Value) -> bool:
+    """Whether only the sign of what looks like a loss is asked for, and it is no difference of two: a logit's."""
+    return value.losses != 0 and not value.less and bound.const == 0 and not isinstance(bound.const, bool)
 
 
 def _numbers(*values: Any) -> bool:

@@ -133,6 +133,8 @@ class Passes:
         both = cut & {loop for tok in score.targets for loop, _, _ in tok.spans}
         inner = [each for each in update.nest if each[0] in (both or cut)]
         same = bool(inner) and set(inner) <= set(score.nest)
+        depth = self.trace.depth.get(inner[0][0], 1) if inner else 1
+        same = same and update.stack[: depth - 1] == score.stack[: depth - 1]  # else the same loop of an earlier call
         return "training-before-scoring" if same else "two-pass-cache"
 
     def _companion(self, score: Score, update: Update, learned: list[Tok]) -> Score | None:
@@ -281,7 +283,8 @@ class Passes:
                     swept = len(scales) > 1 and len({each.knows for each in seen}) == 1
                     yield Fault("temperature-from-validation" if swept else "min-over-passes", score, choice, about[0])
                 elif score.choices >> choice.bit & 1 and choice.number < score.number:
-                    kind: Kind = "temperature-from-validation" if score.scaled else "choice-by-validation"
+                    scaled = score.scaled or (choice.form == "fit" and _scales(choice, scores))
+                    kind: Kind = "temperature-from-validation" if scaled else "choice-by-validation"
                     yield Fault(kind, score, choice, about[0])
 
     def _repeated(self, scores: list[Score]) -> bool:
@@ -308,6 +311,11 @@ def _only_in_parts(trace: Trace, followed: set[int]) -> set[int]:
         else:
             of_others |= score.whole
     return set(bits(of_followed & ~of_others)) - told
+
+
+def _scales(choice: Choice, scores: list[Score]) -> bool:
+    """Whether a number that was computed from losses scales the logits of any of these scores."""
+    return any(score.scaled and score.choices >> choice.bit & 1 for score in scores)
 
 
 def _common(*events: Event) -> int:
