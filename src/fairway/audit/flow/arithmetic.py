@@ -317,6 +317,8 @@ class Arithmetic(Iteration):
                 return bool(_ORDER[type(op)](left.const, right.const))
             except Exception:
                 return None
+        if isinstance(op, (ast.Is, ast.IsNot)) and _named(left) and _named(right):
+            return (left.refs == right.refs) is isinstance(op, ast.Is)
         if right.const is None and not right.refs and isinstance(op, (ast.Is, ast.IsNot, ast.Eq, ast.NotEq)):
             there = bool(left.refs or left.toks or left.states or left.items or left.losses)
             grad = isinstance(texts[0], ast.Attribute) and texts[0].attr == "grad"
@@ -387,6 +389,11 @@ def _picks(value: Value, bound: Value) -> bool:
     if value.flags & LENGTH:  # between two places that no loop computed; more than 256 is a window, whose last is short
         return re.fullmatch(r"sub\((\w+|or\(,.*\)),\w+\)", value.sym) is not None and 3 <= bound.const <= 256
     return bool(value.toks) and not value.states and bound.const >= 3
+
+
+def _named(value: Value) -> bool:
+    """Whether it is one thing that has its name from another library: int, torch.float32."""
+    return len(value.refs) == 1 and all(obj.kind == "foreign" for obj in value.refs) and value.items is None
 
 
 def _sign_of(value: Value, bound: Value) -> bool:

@@ -6,6 +6,7 @@ import ast
 from typing import Any
 
 from fairway.audit.flow.core import Frame
+from fairway.audit.flow.heap import Obj
 from fairway.audit.flow.opening import Opening
 from fairway.audit.flow.values import (
     MISSING,
@@ -14,6 +15,9 @@ from fairway.audit.flow.values import (
     Value,
     join,
 )
+
+
+_TYPES = frozenset(("bool", "int", "float", "str"))
 
 
 class Builtins(Opening):
@@ -151,10 +155,21 @@ class Builtins(Opening):
             ):
                 made = self.new("thing", "field", node)
                 made.slots["name"] = Value(const=field)
+                made.slots["type"] = self._type_of(cls, field)
                 found.append(self.ref(made))
         listed = self.new("list", None, node)
         listed.slots["#items"] = Value(items=tuple(found))
         return self.ref(listed)
+
+    def _type_of(self, cls: Obj, field: str) -> Value:
+        """The type that a class gives a field, where its name is a builtin's: a name, or the text of one."""
+        for each in self.line_of(cls):
+            for line in getattr(each.data, "body", []) if each.kind == "class" else []:
+                if isinstance(line, ast.AnnAssign) and getattr(line.target, "id", "") == field:
+                    kind = line.annotation.value if isinstance(line.annotation, ast.Constant) else None
+                    kind = line.annotation.id if isinstance(line.annotation, ast.Name) else kind
+                    return self.outside(f"builtins.{kind}") if kind in _TYPES else NOTHING
+        return NOTHING
 
     def _do_replace(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
         if "dataclasses" not in name or not args:

@@ -129,7 +129,9 @@ class Iteration(Writing):
 
 
 def _setting(item: Value) -> bool:
-    """Whether it is a name and its default: ("rank", 16)."""
+    """Whether it is a name and its default, ("rank", 16), or a field of a dataclass."""
+    if any(obj.kind == "thing" and obj.data == "field" for obj in item.refs):
+        return True
     pair = item.items or ()
     named = len(pair) == 2 and isinstance(pair[0].const, str)
     return named and isinstance(pair[1].const, (bool, int, float, str))
