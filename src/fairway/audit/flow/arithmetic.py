@@ -24,7 +24,9 @@ from fairway.audit.flow.values import (
     MOVED,
     NOTHING,
     ONE_HOT,
+    ONE_ROW,
     POSITIONS,
+    RAW,
     REPEATS,
     SCALED,
     WEIGHTS,
@@ -77,6 +79,8 @@ class Arithmetic(Iteration):
         if one.toks or two.toks:
             if not isinstance(op, (ast.BitAnd, ast.BitOr, ast.BitXor)):
                 result.flags &= ~MASK
+            if isinstance(op, (ast.Div, ast.MatMult)):  # shares of counts, not ids
+                result.flags &= ~RAW
             if result.flags & LENGTH:
                 result.flags &= ~LENGTH
             if isinstance(op, (ast.Div, ast.Mult)) and (self._scales(one, two) or self._scales(two, one)):
@@ -97,6 +101,8 @@ class Arithmetic(Iteration):
             return flat  # error · activation: the gradient of a weight
         cells = [obj for obj in value.refs if obj.kind == "tensor"]
         obj = cells[0] if len(cells) == 1 else self.new("tensor", None, node)
+        if flat.flags & ONE_ROW:  # zeros(width) - rate * slope
+            self.heap.set(obj, "#rows", "one")
         rest = flat.but(losses=0, toks=frozenset(), flags=flat.flags & ~(GRAD | MOVED))
         if flat.toks and flat.states:
             self.learn(obj, flat.toks, "gradient", node, flat.losses)
@@ -169,14 +175,19 @@ class Arithmetic(Iteration):
             self.book(one)
             self.book(two)
         if one.losses and two.losses:
-            return blend(one, two).but(knows=0)
+            less = one.less | two.less | {"loss"} if isinstance(op, ast.Sub) else one.less | two.less
+            return blend(one, two).but(knows=0, less=less)
         loss, other = (one, two) if one.losses else (two, one)
+        if isinstance(op, (ast.Div, ast.Mult)) and other.states and not other.flags & GRAD and self.ended(loss.losses):
+            return self._fitted(loss, other, node)
         if other.active and self.past(loss.losses):  # weights that follow what was booked in earlier turns
             return blend(one, two)
         result = loss.but(
             const=MISSING, choices=loss.choices | other.choices, words=blend(one, two).words, env=loss.env | other.env,
             sym="", spans=(),
         )  # fmt: skip
+        if loss.flags & GRAD:  # one row that moves by its gradient stays one row
+            result.flags |= other.flags & ONE_ROW
         if other.cuts and not other.flags & INDEXED and not isinstance(op, ast.Div):  # a mask's count picks nothing
             result = self.cut(result, other.cuts, node)
         apart = other.states - loss.states
@@ -185,6 +196,12 @@ class Arithmetic(Iteration):
             by_position = not any(span[0] == inner for tok in loss.toks for span in tok.spans)
             result = self.rescored(result, self.earlier_dropped(other) if by_position else other, node)
         return result
+
+    def _fitted(self, loss: Value, other: Value, node: ast.AST | None) -> Value:
+        """Logits or weights times a number that was computed from the losses of a pass that is over."""
+        choices = loss.choices | self.choose("fit", [loss], node)
+        scaled = 0 if other.flags & WEIGHTS else SCALED
+        return other.but(choices=other.choices | choices, flags=other.flags | scaled, const=MISSING, sym="")
 
     def _moved(self, weights: Value, grad: Value, node: ast.AST | None) -> Value:
         """w - lr·g without an optimizer: an Update whose result is new weights."""
@@ -266,7 +283,7 @@ class Arithmetic(Iteration):
         one, two = self.flat(left), self.flat(right)
         result = blend(one, two)
         if isinstance(op, (ast.Lt, ast.LtE, ast.Gt, ast.GtE)):
-            if one.losses or two.losses:
+            if (one.losses or two.losses) and not (_sign_of(one, two) or _sign_of(two, one)):
                 result.choices |= self.choose("if", [left, right], node)
             if (one.flags ^ two.flags) & CLOCK:
                 self._watch(one, two, node)
@@ -300,6 +317,8 @@ class Arithmetic(Iteration):
                 return bool(_ORDER[type(op)](left.const, right.const))
             except Exception:
                 return None
+        if isinstance(op, (ast.Is, ast.IsNot)) and _named(left) and _named(right):
+            return (left.refs == right.refs) is isinstance(op, ast.Is)
         if right.const is None and not right.refs and isinstance(op, (ast.Is, ast.IsNot, ast.Eq, ast.NotEq)):
             there = bool(left.refs or left.toks or left.states or left.items or left.losses)
             grad = isinstance(texts[0], ast.Attribute) and texts[0].attr == "grad"
@@ -370,6 +389,16 @@ def _picks(value: Value, bound: Value) -> bool:
     if value.flags & LENGTH:  # between two places that no loop computed; more than 256 is a window, whose last is short
         return re.fullmatch(r"sub\((\w+|or\(,.*\)),\w+\)", value.sym) is not None and 3 <= bound.const <= 256
     return bool(value.toks) and not value.states and bound.const >= 3
+
+
+def _named(value: Value) -> bool:
+    """Whether it is one thing that has its name from another library: int, torch.float32."""
+    return len(value.refs) == 1 and all(obj.kind == "foreign" for obj in value.refs) and value.items is None
+
+
+def _sign_of(value: Value, bound: Value) -> bool:
+    """Whether only the sign of what looks like a loss is asked for, and it is no difference of two: a logit's."""
+    return value.losses != 0 and not value.less and bound.const == 0 and not isinstance(bound.const, bool)
 
 
 def _numbers(*values: Any) -> bool:

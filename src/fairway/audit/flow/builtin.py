@@ -6,6 +6,7 @@ import ast
 from typing import Any
 
 from fairway.audit.flow.core import Frame
+from fairway.audit.flow.heap import Obj
 from fairway.audit.flow.opening import Opening
 from fairway.audit.flow.values import (
     MISSING,
@@ -14,6 +15,9 @@ from fairway.audit.flow.values import (
     Value,
     join,
 )
+
+
+_TYPES = frozenset(("bool", "int", "float", "str"))
 
 
 class Builtins(Opening):
@@ -44,6 +48,9 @@ class Builtins(Opening):
         return self.ref(new)
 
     def _do_zip(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:
+        columns = self._turned_over(args, node)
+        if columns is not None:
+            return columns
         parts = [self.elements(each, node) for each in args]
         exact = [each.exact for each in parts]
         new = self.new("list", None, node)
@@ -53,6 +60,18 @@ class Builtins(Opening):
         else:
             new.slots["#elem"] = Value(items=tuple(each.any for each in parts))
         return self.ref(new)
+
+    def _turned_over(self, args: list[Value], node: Any) -> Value | None:
+        """zip(*rows), where one value stands for all rows: a list for each of its columns."""
+        given = getattr(node, "args", [])
+        if len(given) != 1 or not isinstance(given[0], ast.Starred) or len(args) != 1:
+            return None
+        row = args[0].items if args[0].items is not None else self.row_of(args[0])
+        if not row:
+            return None
+        columns = self.new("list", None, node)
+        columns.slots["#items"] = Value(items=tuple(self._list_of(each, node) for each in row))
+        return self.ref(columns)
 
     def _do_list(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:
         new = self.new("list", None, node)
@@ -136,10 +155,21 @@ class Builtins(Opening):
             ):
                 made = self.new("thing", "field", node)
                 made.slots["name"] = Value(const=field)
+                made.slots["type"] = self._type_of(cls, field)
                 found.append(self.ref(made))
         listed = self.new("list", None, node)
         listed.slots["#items"] = Value(items=tuple(found))
         return self.ref(listed)
+
+    def _type_of(self, cls: Obj, field: str) -> Value:
+        """The type that a class gives a field, where its name is a builtin's: a name, or the text of one."""
+        for each in self.line_of(cls):
+            for line in getattr(each.data, "body", []) if each.kind == "class" else []:
+                if isinstance(line, ast.AnnAssign) and getattr(line.target, "id", "") == field:
+                    kind = line.annotation.value if isinstance(line.annotation, ast.Constant) else None
+                    kind = line.annotation.id if isinstance(line.annotation, ast.Name) else kind
+                    return self.outside(f"builtins.{kind}") if kind in _TYPES else NOTHING
+        return NOTHING
 
     def _do_replace(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
         if "dataclasses" not in name or not args:

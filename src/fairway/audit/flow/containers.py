@@ -197,6 +197,9 @@ class Containers(Classes):
                 keyed = [key for key in map(self.flat, keys) if key.toks]
                 held = blend(self.flat(self.ref(obj)), *keyed) if keyed else self.ref(obj)
                 return held
+            column = self._column(obj, parts)
+            if column is not None:
+                return column
             content = self.flat(self.ref(obj))
             return self.cut_tensor(content.but(const=MISSING), parts, node)
         if obj.kind in ("list", "generator") and parts and parts[0].slice:
@@ -221,6 +224,27 @@ class Containers(Classes):
         if obj.kind == "foreign":
             return self.of_environment(obj, keys)
         return self.tagged(self.flat(obj.slots.get("#content", NOTHING)), spans)
+
+    @staticmethod
+    def _column(obj: Obj, parts: list[Part]) -> Value | None:
+        """edges[:, 0], edges[:, :1], edges[..., -1:]: one column of a tensor that was made of rows."""
+        rows = obj.slots.get("#columns")
+        if not isinstance(rows, Value) or rows.items is None or len(parts) != 2:
+            return None
+        every = parts[0].slice and parts[0].low is None and parts[0].high is None
+        if not every and (parts[0].value is None or parts[0].value.const is not ...):
+            return None
+        last = parts[1]
+        if not last.slice:
+            place = last.value.const if last.value is not None else MISSING
+            if not isinstance(place, int) or not -len(rows.items) <= place < len(rows.items):
+                return None
+            return rows.items[place]
+        low, high = (each.const if each is not None else None for each in (last.low, last.high))
+        if not all(each is None or isinstance(each, int) for each in (low, high)):
+            return None
+        chosen = rows.items[low:high]
+        return chosen[0] if len(chosen) == 1 else None
 
     def of_environment(self, obj: Obj, keys: list[Value]) -> Value:
         """os.environ[name]"""
@@ -383,6 +407,8 @@ class Containers(Classes):
         if value.toks and all(tok.wide for tok in value.toks):  # a window of its own: the slice is a part of it
             return False
         ends = [each for part in parts if part.slice for each in (part.low, part.high) if each is not None]
+        if len(parts) == 2 and parts[0].value is not None and ends and all(each.less for each in ends):
+            return False  # y[row, first - begin : end - begin]: places of a row, told from where its window begins
         return bool(value.flags & RAW) and any(each.spans or each.flags & LENGTH for each in ends)
 
     @staticmethod

@@ -76,6 +76,7 @@ class Core:
         self.backwards: set[int] = set()  # loops that go from the end to the beginning
         self.booked: list[int] = []  # losses (bits) in the order in which they were first added to anything
         self.quiet = False  # an element is read only to be written anew
+        self.logs = 0  # losses (bits) that a logarithm made: of rows of probabilities, until a target is picked
         self.forwards = 0  # models whose forward is under way
         self.stopped = NOTHING  # what the last generator to end returned
         self.said_unknown: set[tuple[str, int, str]] = set()
@@ -95,13 +96,22 @@ class Core:
     def frame(self) -> Frame:
         return self.frames[-1]
 
+    @property
+    def calls(self) -> list[Frame]:
+        """The calls under way, from the main program inwards: a text that only executes another one is none."""
+        first = 0
+        for n, (outer, inner) in enumerate(zip(self.frames, self.frames[1:], strict=False), start=1):
+            if inner.node is None and inner.script.path.startswith(f"{outer.script.path}!"):
+                first = n
+        return self.frames[first:] if first else self.frames
+
     def place(self, node: ast.AST | None = None) -> Place:
         frame = self.frame
         line = getattr(node, "lineno", 0) or frame.line
         return Place(frame.script.path, frame.script.line(line))
 
     def _stand(self, node: ast.AST | None) -> dict[str, Any]:
-        stack = tuple(Place(each.script.path, each.script.line(each.line)) for each in self.frames[-12:])
+        stack = tuple(Place(each.script.path, each.script.line(each.line)) for each in self.calls[-12:])
         number = len(self.trace.events)
         guards = tuple(dict.fromkeys(self.guards))
         return {"number": number, "place": self.place(node), "stack": stack, "nest": tuple(self.nest), "guards": guards}

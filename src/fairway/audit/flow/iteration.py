@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from dataclasses import replace
 
-from fairway.audit.flow.containers import Elements, sym_of
+from fairway.audit.flow.containers import Elements, Part, sym_of
 from fairway.audit.flow.core import Frame
 from fairway.audit.flow.heap import Obj
 from fairway.audit.flow.tokens import Cut
@@ -42,6 +42,9 @@ class Iteration(Writing):
         if isinstance(value.const, (str, bytes, tuple, list, dict, set, frozenset)) and not value.refs:
             held = list(value.const)
             return self._exactly(tuple(Value(const=each) for each in held[:64]), value)
+        row = self.row_of(value) if value.refs else None
+        if row is not None and not any(self.find(obj.data, "__iter__") for obj in value.refs):
+            return self._exactly(row, value)
         found: list[Elements] = []
         for obj in sorted(value.refs, key=lambda each: each.number)[:6]:
             found.append(self._elements_of(obj, value, node))
@@ -112,7 +115,10 @@ class Iteration(Writing):
             start.spans or start.flags & LENGTH
         )  # range(length - stride, n)
         cuts: frozenset[Cut] = frozenset((("tail", start.sym, start.less),)) if inside else frozenset()
-        any_of = Value(unit=sym_of(step), limit=limit, env=env, spans=start.spans, choices=stop.choices, cuts=cuts)
+        spans = start.spans
+        if start.const == 0 and stop.unit and stop.spans:  # range(0, end of this chunk, step): all that lies before it
+            spans = self.slice_spans(Part(None, None, stop, slice=True))
+        any_of = Value(unit=sym_of(step), limit=limit, env=env, spans=spans, choices=stop.choices, cuts=cuts)
         consts = (start.const, stop.const, step.const)
         if all(isinstance(each, int) for each in consts) and step.const:
             turns = range(*consts)
@@ -123,7 +129,9 @@ class Iteration(Writing):
 
 
 def _setting(item: Value) -> bool:
-    """Whether it is a name and its default: ("rank", 16)."""
+    """Whether it is a name and its default, ("rank", 16), or a field of a dataclass."""
+    if any(obj.kind == "thing" and obj.data == "field" for obj in item.refs):
+        return True
     pair = item.items or ()
     named = len(pair) == 2 and isinstance(pair[0].const, str)
     return named and isinstance(pair[1].const, (bool, int, float, str))

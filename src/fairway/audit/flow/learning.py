@@ -59,6 +59,16 @@ class Learning(Core):
                 return False
         return True
 
+    def ended(self, losses: int) -> bool:
+        """Whether losses were all made in loops over tokens that are over."""
+        turns = dict(self.nest)
+        for score in self.trace.scored(losses):
+            own = {loop for loop, _ in score.nest}
+            cutting = {loop for tok in score.targets for loop, _, _ in tok.spans if loop in own}
+            if not cutting or any(loop in turns for loop in cutting):
+                return False
+        return bool(losses)
+
     def following(self, logits: Value) -> Value:
         """Logits that follow earlier losses: they know what those knew."""
         knows = logits.knows | _united(each.knows for each in self.trace.scored(logits.losses))
@@ -197,6 +207,7 @@ class Learning(Core):
         if obj.kind != "tensor" or obj.owner is not None or "#leaf" in obj.slots:
             self._write_state(obj, value, node, strong and not part)
         if obj.kind == "tensor":
+            self.heap.drop(obj, "#columns")
             old = NOTHING if strong and not part else self.content(obj)
             if obj.owner is not None or "#leaf" in obj.slots:
                 value = Value(choices=value.choices, words=value.words)

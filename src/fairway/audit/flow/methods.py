@@ -221,7 +221,7 @@ class Methods(Files):
             return self._list_of(Value(items=(NOTHING, value)) if name.startswith("named") else value, node)
         if name == "state_dict":
             state = self.new("dict", "state_dict", node)
-            state.slots.update({"#elem": weights, "#keys": NOTHING})
+            state.slots.update({"#elem": weights.but(choices=self._chosen_within(obj)), "#keys": NOTHING})
             return self.ref(state)
         if name == "load_state_dict":
             self.load(this, args[0] if args else kwargs.get("state_dict", NOTHING), node)
@@ -264,6 +264,16 @@ class Methods(Files):
             held = self.content_elem(obj)
             return self._list_of(Value(items=(NOTHING, held)) if name == "items" else held, node)
         return None
+
+    def _chosen_within(self, obj: Obj) -> int:
+        """The Choices that hang on what lies in a model and is no weight of it: a temperature in a tensor."""
+        mask = 0
+        for part in [obj, *self.parts_of(obj)]:
+            for held in part.slots.values():
+                for cell in held.refs if isinstance(held, Value) else ():
+                    if cell.kind == "tensor" and cell.owner is None:
+                        mask |= self.content(cell).choices
+        return mask
 
     def content_elem(self, obj: Obj) -> Value:
         """An element of a ModuleList, ModuleDict or Sequential."""

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from fairway.audit.flow.arithmetic import Arithmetic
+from fairway.audit.flow.containers import Part
 from fairway.audit.flow.heap import Obj
 from fairway.audit.flow.tokens import Span, Tok
 from fairway.audit.flow.values import (
@@ -25,6 +26,7 @@ from fairway.audit.flow.values import (
     WEIGHTS,
     Value,
     blend,
+    join,
 )
 
 LOSSES = re.compile(
@@ -131,9 +133,17 @@ class Operations(Arithmetic):
                 return Value(const=len(args[0].const), env=args[0].env)
             return Value(flags=LENGTH | flat.flags & ONE_ROW, sym="size")
         if name == "arange":
-            return Value(flags=POSITIONS, spans=blend(*map(self.flat, args)).spans if args else ())
+            return Value(flags=POSITIONS, spans=self._arranged(args))
         flats = [self.flat(each) for each in (*args, *kwargs.values())]
         return self._computed(name, args, flats, kwargs, node)
+
+    def _arranged(self, args: list[Value]) -> tuple[Span, ...]:
+        """The iterations that arange(low, high) is cut by: those of the slice [low:high]."""
+        flats = [self.flat(each) for each in args]
+        numbers = len(flats) > 1 and all(self.plain(each) for each in flats[:2])
+        if numbers and (flats[0].const is MISSING or flats[1].unit):
+            return self.slice_spans(Part(None, flats[0], flats[1], slice=True))
+        return blend(*flats).spans if flats else ()
 
     def _count(self, value: Value) -> int | None:
         """How many elements a list has, where that is known."""
@@ -159,7 +169,8 @@ class Operations(Arithmetic):
             held = blend(*flats) if flats else NOTHING
             return Value(flags=LENGTH, spans=held.spans, choices=held.choices)
         if name in ("randint", "randperm", "random_integers"):
-            return Value(toks=frozenset((Tok("random"),)), flags=RAW) if name == "randint" else NOTHING
+            drawn = frozenset((Tok("random"),))
+            return Value(toks=drawn, flags=RAW, spans=self._arranged(args)) if name == "randint" else NOTHING
         if name in ("multinomial", "sample") and flats and flats[0].active:
             return Value(toks=frozenset((Tok("generated"),)), flags=RAW, knows=0)
         if name == "tobytes" and flats:
@@ -206,6 +217,9 @@ class Operations(Arithmetic):
         tensors = [obj for obj in base.refs if obj.kind == "tensor"]
         if base.flags & WEIGHTS or (tensors and len(tensors) == len(base.refs)):
             made = self.snapshot(base)
+            rows = {obj.slots["#rows"] for obj in tensors if "#rows" in obj.slots}
+            for cell in made.refs if len(rows) == 1 else ():
+                cell.slots["#rows"] = min(rows)
             return made.but(flags=base.flags & (WEIGHTS | ONE_ROW), spans=base.spans)
         if not base.refs:
             if base.const is not MISSING or base.items is not None:
@@ -236,12 +250,31 @@ class Operations(Arithmetic):
                 cell.slots["#rows"] = "one" if content.flags & ONE_ROW else "many"
                 content = Value(flags=content.flags & ONE_ROW)
             cell.slots["#content"] = content.but(const=MISSING)
+            columns = self._columns(args[0], node) if name not in LIKE and args else ()
+            if columns:
+                cell.slots["#columns"] = Value(items=columns)
         else:
             cell.slots["#rows"] = rows
         grows = kwargs.get("requires_grad")
         if grows is not None and grows.const is not False:
             cell.slots["#leaf"] = 1
         return self.ref(cell, flags=ONE_ROW if rows == "one" and cell.slots.get("#rows") == "one" else 0)
+
+    def _columns(self, table: Value, node: ast.AST | None) -> tuple[Value, ...]:
+        """The columns of `[[w.first, w.end] for w in windows]`, as one value for each; () where there are none."""
+        if not any(obj.kind == "list" for obj in table.refs):
+            return ()
+        row = self.elements(table, node).any
+        rows = [row.items] if row.items else [self.listed(obj) for obj in row.refs if obj.kind == "list"]
+        if not rows or not all(rows) or len({len(each or ()) for each in rows}) > 1:
+            return ()
+        columns = []
+        for column in zip(*(each or () for each in rows), strict=True):
+            joined = column[0]
+            for each in column[1:]:
+                joined = join(joined, each)
+            columns.append(joined)
+        return tuple(columns) if all(map(self.plain, columns)) else ()
 
     def _rows(self, shape: list[Value], kwargs: dict[str, Value]) -> str:
         """Whether a tensor has one row for all windows of a batch, or one for each."""
@@ -256,7 +289,8 @@ class Operations(Arithmetic):
     # Losses and choices.
     def _loss(self, name: str, flats: list[Value], node: ast.AST | None) -> Value | None:
         targets = next((each for each in flats if each.raw), None)
-        logits = next((self.following(each) for each in flats if each.active and self.past(each.losses)), None)
+        rows = [each for each in flats if each.active and (not each.losses & ~self.logs or self.past(each.losses))]
+        logits = self.following(rows[0]) if rows else None
         if targets is not None and logits is not None:
             return self.scored(logits, targets, node)
         if LOSSES.search(name) and "entropy" in name.lower() and logits is not None and len(flats) > 1:
@@ -268,6 +302,9 @@ class Operations(Arithmetic):
     def _least(
         self, name: str, args: list[Value], flats: list[Value], kwargs: dict[str, Value], node: ast.AST | None
     ) -> Value:
+        bound = _first_place(name, flats)
+        if bound is not None:
+            return bound
         consts = [each.const for each in args]
         numbers = len(args) > 1 and all(isinstance(c, (int, float)) for c in consts) and not kwargs
         if name in ("min", "max") and numbers:
@@ -321,13 +358,17 @@ class Operations(Arithmetic):
             result = blend(result, condition)
         if condition.cuts and (one.toks or two.toks):
             result = self.cut(result, condition.cuts, node)
+        elif condition.cuts and one.flags & POSITIONS and not one.cuts:  # where(mask, places, n)
+            result.cuts = condition.cuts
         return result
 
     def _logarithm(self, value: Value, node: ast.AST | None) -> Value:
         tables = [state for state in value.states if "#module" not in state.slots and state.slots.get("#learned")]
         if value.active and not value.losses and tables:
             toks = value.toks.union(*self.asked)
-            return self.scored(value, Value(toks=self.newest(toks), flags=RAW), node)
+            loss = self.scored(value, Value(toks=self.newest(toks), flags=RAW), node)
+            self.logs |= loss.losses
+            return loss
         return value.but(const=MISSING, refs=NO_OBJECTS)
 
     def _functional(self, args: list[Value], node: ast.AST | None) -> Value:
@@ -397,6 +438,17 @@ def _clamped(least: Callable[..., int], one: Sequence[Span], other: Sequence[Spa
         both = (low, high) if loop not in table else (least(low, table[loop][0]), least(high, table[loop][1]))
         table[loop] = both
     return tuple(sorted((loop, low, high) for loop, (low, high) in table.items()))
+
+
+def _first_place(name: str, flats: list[Value]) -> Value | None:
+    """`where(mask, places, n).amin(1)`, `mask.long().argmax(1)`: the place at which a mask begins."""
+    mask = flats[0] if flats else NOTHING
+    begins = [(end, less) for side, end, less in mask.cuts if side == "tail"]
+    least = name in ("amin", "min") and mask.flags & POSITIONS
+    first = name == "argmax" and not mask.flags & POSITIONS
+    if not (least or first) or len(begins) != 1 or mask.toks or mask.losses:
+        return None
+    return Value(sym=begins[0][0], less=begins[0][1])
 
 
 def _less(args: list[Value]) -> frozenset[str]:

@@ -32,7 +32,7 @@ class Statements(Loops):
         if isinstance(target, ast.Name):
             if self.caps and value.const is True:  # stop = True
                 value = value.but(flags=value.flags | CAPPED)
-            if self.control and not isinstance(value.const, str):
+            if self.control:
                 value = self._chosen_from(value, self.chosen)
             self.heap.set(self.scope(target.id), target.id, value)
         elif isinstance(target, (ast.Tuple, ast.List)):

@@ -5,7 +5,8 @@ validation tokens carries the span (chunk loop, 2, 2); it cannot be what iterati
 that both depend on keeps apart are taken to overlap: a second pass over the same chunks has the same spans.
 """
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
@@ -16,6 +17,7 @@ Cut: TypeAlias = tuple[Literal["head", "tail"], str, frozenset[str]]
 """A part within one window or list: `[:e]` is ("head", e, what e subtracts), `[e:]` is ("tail", ...)."""
 
 START, END = -(10**6), 10**6
+_OWNER = re.compile(r"\b[A-Za-z_]\w*\.(?=[A-Za-z_])")
 MOST = 12  # slices that a value remembers one by one; more are merged
 
 
@@ -70,6 +72,8 @@ def cut_apart(one: Iterable[Cut], other: Iterable[Cut]) -> bool:
     A slice that has both ends itself, `[low-s:high-s]`, holds something: these two ends keep nothing apart.
     """
     one, other = frozenset(one), frozenset(other)
+    if _one_beginning(one, other):
+        return False
     for cut in one:
         for cut_b in other:
             if cut[0] == cut_b[0] or {cut, cut_b} <= one or {cut, cut_b} <= other:
@@ -77,6 +81,39 @@ def cut_apart(one: Iterable[Cut], other: Iterable[Cut]) -> bool:
             if _ends_before(cut[1], cut[2], cut_b[1], cut_b[2], cut[0] == "head"):
                 return True
     return False
+
+
+def _one_beginning(one: frozenset[Cut], other: frozenset[Cut]) -> bool:
+    """Whether two slices of two ends each begin at one place: `[w.first - w.begin : ...]`, whatever w is called."""
+    begins = [[_unowned(cut) for cut in cuts if cut[0] == "tail"] for cuts in (one, other)]
+    both = len(one) == len(other) == 2 and all(len(each) == 1 for each in begins)
+    return both and begins[0] == begins[1]
+
+
+def _unowned(cut: Cut) -> Cut:
+    """A cut whose ends are named by attributes alone, whosesoever they are."""
+    return cut[0], _OWNER.sub("", cut[1]), frozenset(_OWNER.sub("", each) for each in cut[2])
+
+
+def perhaps_apart(learned: Tok, scored: Tok) -> bool:
+    """Whether what was learned ends at a place that may lie before all that is scored, and nothing tells how they lie.
+
+    Told is: learned without an end of its own, or from a beginning that lies as the scored one's; two ends that differ
+    by numbers alone.
+    """
+    ends = [cut for cut in learned.cuts - scored.cuts if cut[0] == "head"]
+    begins = [cut for cut in scored.cuts if cut[0] == "tail"]
+    if not ends or not begins or any(_unowned(cut) in map(_unowned, begins) for cut in learned.cuts):
+        return False
+    return not any(_comparable(end, begin) for end in ends for begin in begins)
+
+
+def _comparable(one: Cut, other: Cut) -> bool:
+    """Whether numbers say how two ends lie to each other."""
+    if all(each[1].lstrip("-").isdigit() for each in (one, other)):
+        return one[1].startswith("-") is other[1].startswith("-")
+    named, named_b = _apart_from_numbers(one[2])[0], _apart_from_numbers(other[2])[0]
+    return bool(named) and named == named_b
 
 
 def _ends_before(end: str, less: frozenset[str], end_b: str, less_b: frozenset[str], first: bool) -> bool:
@@ -122,13 +159,18 @@ def related(learned: Tok, scored: Tok, order: Sequence[int] = ()) -> Literal["ap
 
 
 def merged(toks: Iterable[Tok]) -> frozenset[Tok]:
-    """At most MOST slices: where there are more, those of one data set become one that covers them all."""
+    """At most MOST slices: where there are more, those of one part of a window, else of one data set, become one that
+    covers them all."""
     kept = frozenset(toks)
-    if len(kept) <= MOST:
-        return kept
-    groups: dict[tuple[str, int], list[Tok]] = {}
-    for tok in kept:
-        groups.setdefault((tok.data, tok.shift), []).append(tok)
+    if len(kept) > MOST:
+        kept = _hulls(kept, lambda tok: (tok.data, tok.shift, tok.cuts))
+    return kept if len(kept) <= MOST else _hulls(kept, lambda tok: (tok.data, tok.shift))
+
+
+def _hulls(toks: frozenset[Tok], key: Callable[[Tok], Hashable]) -> frozenset[Tok]:
+    groups: dict[Hashable, list[Tok]] = {}
+    for tok in toks:
+        groups.setdefault(key(tok), []).append(tok)
     return frozenset(_hull(group) for group in groups.values())
 
 
@@ -141,7 +183,8 @@ def _hull(group: list[Tok]) -> Tok:
     cuts = frozenset.intersection(*(tok.cuts for tok in group))
     part = first.part if all(tok.part for tok in group) else ""
     wide, ranked = all(tok.wide for tok in group), all(tok.ranked for tok in group)
-    return Tok(first.data, spans, cuts, part, first.shift, wide, max(tok.step for tok in group), ranked, first.origin)
+    step, origin = max(tok.step for tok in group), min(tok.origin for tok in group)
+    return Tok(first.data, spans, cuts, part, first.shift, wide, step, ranked, origin)
 
 
 def _has(spans: Sequence[Span], loop: int) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from fairway.audit.flow.events import Choice, Clock, Event, Said, Score, Trace, Update, bits
-from fairway.audit.flow.tokens import Tok, related
+from fairway.audit.flow.tokens import Tok, perhaps_apart, related
 from fairway.audit.passes.reported import Reported, scores_of
 
 Kind = Literal[
@@ -19,12 +19,14 @@ Kind = Literal[
 
 @dataclass(frozen=True)
 class Fault:
-    """kind: the rule that is broken; score: the loss it concerns; cause: what it had seen; before: the first pass."""
+    """kind: the rule that is broken; score: the loss it concerns; cause: what it had seen; before: the first pass;
+    doubt: why it may be none after all."""
 
     kind: Kind
     score: Score
     cause: Update | Choice
     before: Score | None = None
+    doubt: str = ""
 
 
 class Passes:
@@ -82,7 +84,7 @@ class Passes:
             return None
         how = {related(tok, target, order) for tok in learned for target in score.targets}
         if how & {"same", "later"}:
-            return self._classified(score, update, learned)
+            return self._doubted(self._classified(score, update, learned), learned, order)
         if "apart" in how and self._shared(score, update, learned):
             return Fault("slot-shared-delta", score, update)
         return None
@@ -112,6 +114,17 @@ class Passes:
             return Fault("validation-in-training", score, update)
         return Fault("training-before-scoring", score, update)
 
+    @staticmethod
+    def _doubted(fault: Fault, learned: list[Tok], order: list[int]) -> Fault:
+        """A vector that is found on the places before an end that nothing holds against the beginning of the score."""
+        pairs = [(tok, target) for tok in learned for target in fault.score.targets]
+        met = [pair for pair in pairs if related(*pair, order) in ("same", "later")]
+        if fault.kind != "slot-on-scored" or not all(perhaps_apart(*pair) for pair in met):
+            return fault
+        return replace(
+            fault, doubt="It is found on the places before a bound that may lie before those that are scored."
+        )
+
     def _table_kind(self, score: Score, update: Update, learned: list[Tok]) -> Kind:
         """Filled for the model's file, in the same turn before the token is scored, or in a pass of its own."""
         if self._in_artifact(score, update):
@@ -120,6 +133,8 @@ class Passes:
         both = cut & {loop for tok in score.targets for loop, _, _ in tok.spans}
         inner = [each for each in update.nest if each[0] in (both or cut)]
         same = bool(inner) and set(inner) <= set(score.nest)
+        depth = self.trace.depth.get(inner[0][0], 1) if inner else 1
+        same = same and update.stack[: depth - 1] == score.stack[: depth - 1]  # else the same loop of an earlier call
         return "training-before-scoring" if same else "two-pass-cache"
 
     def _companion(self, score: Score, update: Update, learned: list[Tok]) -> Score | None:
@@ -268,7 +283,8 @@ class Passes:
                     swept = len(scales) > 1 and len({each.knows for each in seen}) == 1
                     yield Fault("temperature-from-validation" if swept else "min-over-passes", score, choice, about[0])
                 elif score.choices >> choice.bit & 1 and choice.number < score.number:
-                    kind: Kind = "temperature-from-validation" if score.scaled else "choice-by-validation"
+                    scaled = score.scaled or (choice.form == "fit" and _scales(choice, scores))
+                    kind: Kind = "temperature-from-validation" if scaled else "choice-by-validation"
                     yield Fault(kind, score, choice, about[0])
 
     def _repeated(self, scores: list[Score]) -> bool:
@@ -297,6 +313,11 @@ def _only_in_parts(trace: Trace, followed: set[int]) -> set[int]:
     return set(bits(of_followed & ~of_others)) - told
 
 
+def _scales(choice: Choice, scores: list[Score]) -> bool:
+    """Whether a number that was computed from losses scales the logits of any of these scores."""
+    return any(score.scaled and score.choices >> choice.bit & 1 for score in scores)
+
+
 def _common(*events: Event) -> int:
     """How many calls events share, outermost first."""
     count = 0
@@ -318,30 +339,30 @@ def _apart(one: Score, other: Score) -> bool:
 
 @dataclass(frozen=True)
 class Late:
-    """Training data read after the training clock: the update, and the clock's limit (None: not known)."""
+    """Training data read after the training clock: the update or choice, and the clock's limit (None: not known)."""
 
-    update: Update
+    update: Update | Choice
     clock: Clock | None
 
 
 def late_calibration(trace: Trace, reported: Reported) -> Late | None:
     """What the score's weights were calibrated on after the training time was used up."""
     scores = scores_of(trace, reported.score, reported.data)
-    knows = 0
+    knows = chosen = 0
     for score in scores:
         knows |= score.knows
+        chosen |= score.choices
     updates = list(trace.learned(knows))
     trained = [
         update for update in updates if update.how == "gradient" and any(tok.data == "train" for tok in update.learned)
     ]
-    late = [
+    last = trained[-1].number if trained else len(trace.events)
+    late: list[Update | Choice] = [
         update
         for update in updates
-        if update.how == "computed"
-        and any(tok.data == "train" for tok in update.learned)
-        and trained
-        and update.number > trained[-1].number
+        if update.how == "computed" and update.number > last and any(tok.data == "train" for tok in update.learned)
     ]
+    late += [choice for choice in trace.chosen(chosen) if choice.number > last and _by_training(trace, choice)]
     if not late:
         return None
     loops = {loop for update in trained for loop, _ in update.nest}
@@ -354,6 +375,12 @@ def late_calibration(trace: Trace, reported: Reported) -> Late | None:
     if full:
         return Late(late[0], full[0])
     return None if stops is not None else Late(late[0], None)
+
+
+def _by_training(trace: Trace, choice: Choice) -> bool:
+    """Whether a choice was made by losses on training text: of nothing else, so that it is a fit of its own."""
+    kinds = {tok.data for score in trace.scored(choice.losses) for tok in score.targets}
+    return kinds == {"train"}
 
 
 def full_cap(limit: float) -> bool:

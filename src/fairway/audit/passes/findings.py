@@ -31,8 +31,9 @@ def verdict_on(case: Case, rule: str, clause: str, clean: str) -> Finding:
     if mine:
         fault = _clearest(mine)
         guards = (*fault.score.guards, *fault.cause.guards)
-        verdict: Verdict = "suspect" if guards else "violates"
-        doubt = f" This depends on the setting at {guards[0]}, which nothing here decides." if guards else ""
+        verdict: Verdict = "suspect" if guards or fault.doubt else "violates"
+        doubt = f" {fault.doubt}" if fault.doubt else ""
+        doubt += f" This depends on the setting at {guards[0]}, which nothing here decides." if guards else ""
         return Finding(
             rule, verdict, _sentence(fault) + doubt, clause, place_of(case, fault), way(case.trace, fault, which.score)
         )
@@ -69,8 +70,12 @@ def unseen(case: Case, rule: str, clause: str) -> Finding:
 
 
 def _clearest(faults: list[Fault]) -> Fault:
-    """The fault without open conditions, and the earliest cause."""
-    return min(faults, key=lambda fault: (len(fault.score.guards) + len(fault.cause.guards), fault.cause.number))
+    """The fault without doubts and open conditions, and the earliest cause."""
+
+    def rank(fault: Fault) -> tuple[bool, int, int]:
+        return bool(fault.doubt), len(fault.score.guards) + len(fault.cause.guards), fault.cause.number
+
+    return min(faults, key=rank)
 
 
 def place_of(case: Case, fault: Fault) -> Place:

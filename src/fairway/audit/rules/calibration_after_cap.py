@@ -1,7 +1,7 @@
 """Training data is read for calibration after the training time is used up."""
 
 from fairway.audit.case import Case
-from fairway.audit.flow.events import Forward, Update
+from fairway.audit.flow.events import Choice, Forward, Update
 from fairway.audit.passes.faults import late_calibration
 from fairway.audit.passes.findings import called_at, passes_of, unseen
 from fairway.audit.verdict import Finding, Place
@@ -17,7 +17,7 @@ def check(case: Case) -> Finding:
     if late is not None and late.clock is not None:
         evidence = (
             f"Training stops at {late.clock.place} when the whole {late.clock.limit:g} are used; the weights that "
-            f"score are then computed at {late.update.place} from activations on training data."
+            f"score are then {_made(late.update)} training data."
         )
         return Finding(ID, "violates", evidence, CLAUSE, _place(case, late.update))
     if late is not None:
@@ -31,7 +31,13 @@ def check(case: Case) -> Finding:
     return Finding(ID, "clean", "No training data is read for calibration after the training time.", CLAUSE)
 
 
-def _place(case: Case, update: Update) -> Place:
+def _made(late: Update | Choice) -> str:
+    if isinstance(late, Choice):
+        return f"settled at {late.place} by their losses on"
+    return f"computed at {late.place} from activations on"
+
+
+def _place(case: Case, update: Update | Choice) -> Place:
     """Where the model is run on training data for the calibration, in the main program."""
     trained = [each.number for each in case.trace.updates if each.how == "gradient" and each.number < update.number]
     runs = [

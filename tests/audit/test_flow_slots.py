@@ -1,0 +1,122 @@
+"""Vectors that are found on a window's earlier places, and vectors that are found on what they then score."""
+
+import pytest
+
+from fairway.audit.flow.tokens import Tok, cut_apart, merged, perhaps_apart
+from tests.audit.order import HEAD, broken, findings
+
+WALK = """
+args = Hyperparameters()
+model = GPT().cuda()
+train(args, model)
+val = load(args.val_files)
+n, total, count = val.numel() - 1, 0.0, 0
+
+def rows(group):
+    x = torch.zeros(len(group), 1024, dtype=torch.int64)
+    y, mine = torch.zeros_like(x), torch.zeros_like(x, dtype=torch.bool)
+    for r, (first, end) in enumerate(group):
+        begin = max(0, end - 1024)
+        x[r, : end - begin], y[r, : end - begin] = val[begin:end], val[begin + 1 : end + 1]
+        mine[r, first - begin : end - begin] = True
+    return x, y, mine
+
+def losses(h, d, y):
+    return F.cross_entropy(model.head(h + d).flatten(0, 1), y.flatten(), reduction="none").view(y.shape)
+
+windows = [(s, min(s + 64, n)) for s in range(0, n, 64)]
+for at in range(0, len(windows), 16):
+    group = windows[at : at + 16]
+    x, y, mine = rows(group)
+    places = torch.arange(1024)
+    LEARNT
+    h = model.hidden(x).detach()
+    d = torch.zeros(ROWS, 1, 64, requires_grad=True)
+    for _ in range(4):
+        (g,) = torch.autograd.grad((losses(h, d, y) * where).sum(), d)
+        d = (d - 0.02 * g).detach().requires_grad_()
+    total += losses(h, d.detach(), y)[mine].double().sum().item()
+    count += int(mine.sum())
+print(f"final val_loss:{total / count:.6f}")
+"""
+BEGINS = {
+    "the least place of the mask": "where = places < torch.where(mine, places, 1024).amin(1, keepdim=True)",
+    "the first place that is the greatest": "where = places < mine.long().argmax(1, keepdim=True)",
+    "the same, turned round": "where = mine.long().argmax(dim=1, keepdim=True) > places",
+}
+
+
+def walk(learnt: str, rows: str = "x.size(0)") -> str:
+    return HEAD + WALK.replace("LEARNT", learnt).replace("ROWS", rows)
+
+
+@pytest.mark.parametrize("name", BEGINS)
+def test_a_vector_of_each_window_may_be_found_on_the_places_before_its_mask(name: str) -> None:
+    assert broken(walk(BEGINS[name])) == set()
+    assert findings(walk(BEGINS[name]))["slot-on-scored"].verdict == "clean"
+
+
+@pytest.mark.parametrize("where", ["where = mine", "where = torch.ones_like(mine)", "where = mine.float()"])
+def test_a_vector_found_on_what_is_scored_is_found_out(where: str) -> None:
+    assert "slot-on-scored" in broken(walk(where))
+
+
+def test_one_vector_for_all_windows_knows_the_targets_of_others() -> None:
+    found = broken(walk(BEGINS["the least place of the mask"], rows="1"))
+    assert "slot-shared-delta" in found
+    assert "slot-on-scored" not in found
+
+
+def test_a_bound_that_nothing_holds_against_the_score_is_only_doubted() -> None:
+    finding = findings(walk("where = places + group[0][0] < limit_of(group)"))["slot-on-scored"]
+    assert finding.verdict == "suspect"
+    assert "may lie before those that are scored" in finding.evidence
+
+
+EDGES = "edges = torch.tensor([[first - max(0, end - 1024), end - max(0, end - 1024)] for first, end in group])\n    "
+
+
+def test_the_columns_of_a_tensor_of_places_are_told_apart() -> None:
+    before = EDGES + "where = places < edges[:, :1]"
+    within = EDGES + "where = (places >= edges[:, :1]) & (places < edges[:, 1:])"
+    assert "slot-on-scored" not in broken(walk(before))
+    assert "slot-on-scored" in broken(walk(within))
+
+
+def test_a_row_of_probabilities_is_scored_where_its_target_is_picked() -> None:
+    text = HEAD + WALK[: WALK.index("windows = [")] + (
+        "seen = torch.ones(1024, 1024)\nfor s in range(0, n - 64, 64):\n"
+        "    x, y = val[s : s + 64], val[s + 1 : s + 65]\n"
+        "    known = torch.log(seen[x] / seen[x].sum(1, keepdim=True))\n    COUNT\n"
+        "    total += -known.gather(1, y[:, None])[:, 0].sum().item()\n    count += 64\n    AFTER\n"
+        'print(f"final val_loss:{total / count:.6f}")\n'
+    )  # fmt: skip
+    counted = "seen.index_put_((x, y), torch.ones(64), accumulate=True)"
+    assert broken(text.replace("COUNT", "pass").replace("AFTER", counted)) == set()
+    swapped = text.replace("    known", f"    {counted}\n    known").replace("COUNT", "pass").replace("AFTER", "pass")
+    assert broken(swapped) & {"training-before-scoring", "two-pass-cache"}
+
+
+def test_two_slices_with_one_beginning_overlap_whatever_their_window_is_called() -> None:
+    def cuts(name: str) -> frozenset[tuple[str, str, frozenset[str]]]:
+        tail = ("tail", f"sub({name}.first,{name}.begin)", frozenset((f"{name}.begin",)))
+        return frozenset((tail, ("head", f"sub({name}.end,{name}.begin)", frozenset((f"{name}.begin", "1")))))
+
+    assert not cut_apart(cuts("w"), cuts("window"))  # type: ignore[arg-type]
+
+
+def test_only_an_end_that_numbers_do_not_compare_is_doubtful() -> None:
+    def tok(*cuts: tuple[str, str, str]) -> Tok:
+        return Tok("val", cuts=frozenset((side, end, frozenset(less.split())) for side, end, less in cuts))  # type: ignore[misc]
+
+    scored = tok(("tail", "first", ""))
+    assert perhaps_apart(tok(("head", "bound", "")), scored)
+    assert not perhaps_apart(tok(), scored)
+    assert not perhaps_apart(tok(("head", "1000", "")), tok(("tail", "960", "")))
+    assert not perhaps_apart(tok(("head", "bound", ""), ("tail", "first", "")), scored)
+
+
+def test_many_slices_keep_the_parts_of_their_windows_when_they_are_merged() -> None:
+    cut = frozenset((("tail", "first", frozenset()),))
+    toks = {Tok("val", ((1, n, n),), cut) for n in range(20)}  # type: ignore[arg-type]
+    assert {tok.cuts for tok in merged(toks)} == {cut}

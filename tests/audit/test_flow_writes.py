@@ -1,0 +1,89 @@
+"""Writes to many tensors at once, rows that are unpacked, masks that only count, and what goes into the file."""
+# ruff: noqa: E501 (examples are texts of scripts)
+
+from tests.audit.order import HEAD, HONEST, MAIN, broken, doubted, trace_of
+
+EVAL = "    final = eval_ttt(args, model, val)\n"
+
+
+def with_main(body: str, head: str = HEAD) -> str:
+    return head + MAIN.replace(EVAL, body)
+
+
+WALK = (
+    "    ps = list(model.parameters())\n    total = count = 0\n    for s in range(0, val.numel() - 1024, 1024):\n"
+    "        x, y = val[s : s + 1024][None], val[s + 1 : s + 1025][None]\n        FIRST\n"
+    "        total += model(x, y).item() * 1024\n        count += 1024\n        THEN\n    final = total / count\n"
+)
+AT_ONCE = "torch._foreach_add_(ps, torch.autograd.grad(model(x, y), ps), alpha=-0.01)"
+
+
+def test_weights_that_are_written_all_at_once_learn() -> None:
+    first, then = (
+        with_main(WALK.replace("FIRST", a).replace("THEN", b)) for a, b in ((AT_ONCE, "pass"), ("pass", AT_ONCE))
+    )
+    assert "training-before-scoring" in broken(first)
+    assert doubted(then) == set()
+
+
+def test_lists_that_hold_no_weights_teach_nobody() -> None:
+    text = WALK.replace("FIRST", "sums = [torch.zeros(1)]; torch._foreach_add_(sums, [model(x, y)])")
+    assert doubted(with_main(text.replace("THEN", "pass"))) == set()
+
+
+ROWS = (
+    "    nats, seen, spare = torch.zeros(3, dtype=torch.float64)\n    for s in range(0, val.numel() - 1024, 1024):\n"
+    "        nats += model(val[s : s + 1024][None], val[s + 1 : s + 1025][None]).detach() * 1024\n        seen += 1024\n"
+    "    print(f'seen {SAID.item()}')\n    final = (nats / seen).item()\n"
+)
+
+
+def test_what_is_added_to_one_row_is_not_in_the_others() -> None:
+    def last(said: str) -> list[str]:
+        return [each.text for each in trace_of(with_main(ROWS.replace("SAID", said))).said if "seen" in each.text]
+
+    assert last("seen") == []
+    assert last("spare") == []
+    assert last("nats") != []
+    assert doubted(with_main(ROWS.replace("SAID", "seen"))) == set()
+
+
+MASKED = (
+    "    total = count = 0\n    for s in range(0, val.numel() - 1024, 64):\n"
+    "        x, y = val[s : s + 1024][None], val[s + 1 : s + 1025][None]\n        h = model.hidden(x).detach()\n"
+    "        early = torch.zeros(1024)\n        early[: 1024 - 64] = 1\n"
+    "        delta = torch.zeros(1, 1, 64, requires_grad=True)\n        opt = torch.optim.AdamW([delta], lr=0.01)\n"
+    "        for _ in range(8):\n            nll = F.cross_entropy(model.head(h + delta)[0], y[0], reduction='none')\n"
+    "            opt.zero_grad()\n            (LOSS.sum() / early.sum()).backward()\n            opt.step()\n"
+    "        nll = F.cross_entropy(model.head(h + delta)[0], y[0], reduction='none')\n"
+    "        total += nll[1024 - 64 :].sum().item()\n        count += 64\n    final = total / count\n"
+)
+
+
+def test_dividing_by_how_many_a_mask_holds_picks_none_of_them() -> None:
+    assert "slot-on-scored" in broken(with_main(MASKED.replace("LOSS", "nll")))
+    assert broken(with_main(MASKED.replace("LOSS", "(nll * early)"))) == set()
+
+
+FILED = (
+    "    opt = torch.optim.SGD(model.parameters(), lr=0.1)\n    TAUGHT\n    torch.save(model.state_dict(), 'model.pt')\n"
+    "    fresh = GPT().cuda()\n    fresh.load_state_dict(torch.load('model.pt'))\n    final = eval_ttt(args, fresh, val)\n"
+)
+TEACH = (
+    "for text in (DATA,):\n        for i in range(0, text.numel() - 1024, 1024):\n"
+    "            model(text[i : i + 1024][None], text[i + 1 : i + 1025][None]).backward()\n"
+    "            opt.step()\n            opt.zero_grad()\n"
+)
+
+
+def test_validation_tokens_learnt_before_the_file_is_written_are_in_training() -> None:
+    learnt = broken(with_main(FILED.replace("TAUGHT", TEACH.replace("DATA", "val"))))
+    assert "validation-in-training" in learnt
+    assert "rescoring-after-adaptation" not in learnt
+    train = TEACH.replace("DATA", "load(args.train_files)")
+    assert "validation-in-training" not in broken(with_main(FILED.replace("TAUGHT", train)))
+
+
+def test_adaptation_of_what_the_file_holds_is_none() -> None:
+    assert doubted(with_main(FILED.replace("TAUGHT", "pass"))) == set()
+    assert doubted(HONEST) == set()
