@@ -9,8 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 from fairway.audit.flow import events
-from fairway.audit.flow.containers import is_same, sym_of
+from fairway.audit.flow.containers import is_same
 from fairway.audit.flow.heap import Obj
+from fairway.audit.flow.indices import sym_of
 from fairway.audit.flow.iteration import Iteration
 from fairway.audit.flow.tokens import Cut, Span, merged_spans
 from fairway.audit.flow.values import (

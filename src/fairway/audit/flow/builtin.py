@@ -16,7 +16,6 @@ from fairway.audit.flow.values import (
     join,
 )
 
-
 _TYPES = frozenset(("bool", "int", "float", "str"))
 
 

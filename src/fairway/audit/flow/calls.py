@@ -7,7 +7,7 @@ import ast
 from fairway.audit.flow import events
 from fairway.audit.flow.dispatch import Dispatch
 from fairway.audit.flow.heap import Obj
-from fairway.audit.flow.operations import LOSSES
+from fairway.audit.flow.known import LOSSES
 from fairway.audit.flow.values import MISSING, NO_OBJECTS, NONE, NOTHING, WEIGHTS, Value, blend, join
 
 

@@ -6,7 +6,7 @@ import ast
 from typing import Any
 
 from fairway.audit.flow.calls import Calls
-from fairway.audit.flow.containers import Elements
+from fairway.audit.flow.indices import Elements
 from fairway.audit.flow.names import side_of
 from fairway.audit.flow.values import (
     MISSING,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ast
-import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from fairway.audit.flow.classes import Classes
 from fairway.audit.flow.events import bits
 from fairway.audit.flow.heap import Obj
+from fairway.audit.flow.indices import Part, overlaps, sparse, sym_of
 from fairway.audit.flow.tokens import START, Cut, Span, Tok, narrowed, part_of
 from fairway.audit.flow.values import (
     GRAD,
@@ -26,44 +26,6 @@ from fairway.audit.flow.values import (
     join,
     same,
 )
-
-
-@dataclass(frozen=True)
-class Part:
-    """One element of an index: a value, or a slice from low to high."""
-
-    value: Value | None = None
-    low: Value | None = None
-    high: Value | None = None
-    low_text: str = ""
-    high_text: str = ""
-    slice: bool = False
-    step: int = 1  # written out: [::2]
-
-
-@dataclass(frozen=True)
-class Elements:
-    """What a loop goes through: the elements one by one, or one that stands for all; count: None where unknown."""
-
-    exact: tuple[Value, ...] | None
-    any: Value
-    count: int | None = None
-    counted: bool = False  # `any` is the number of the iteration, from `first` to `last`
-    first: int | None = None
-    last: int | None = None
-
-
-def sym_of(value: Value, node: ast.AST | None = None) -> str:
-    """How a number was computed, as text."""
-    if value.const is not MISSING and isinstance(value.const, (int, float)):
-        return repr(value.const)
-    if value.sym:
-        return value.sym
-    return ast.unparse(node)[:60] if isinstance(node, ast.expr) and _small(node) else ""
-
-
-def _small(node: ast.expr) -> bool:
-    return sum(1 for _ in zip(ast.walk(node), range(30), strict=False)) < 30
 
 
 class Containers(Classes):
@@ -396,7 +358,7 @@ class Containers(Classes):
     def _gaps(self, parts: list[Part], node: ast.AST | None) -> None:
         """Windows [w : w + length] that a loop cuts in longer steps: what lies between them is never read."""
         for part in parts:
-            if part.slice and part.low is not None and part.high is not None and _sparse(part.low, part.high):
+            if part.slice and part.low is not None and part.high is not None and sparse(part.low, part.high):
                 for loop, _, _ in part.low.spans:
                     if loop in self.strided:
                         self.trace.gaps.setdefault(loop, self.place(node))
@@ -423,7 +385,7 @@ class Containers(Classes):
                 if part.value is not None and part.value.limit is not None and not (tok.part or behind):
                     tok = replace(tok, part=part_of(part.value.limit))
                 continue
-            if part.low is not None and part.high is not None and _overlaps(part.low, part.high):
+            if part.low is not None and part.high is not None and overlaps(part.low, part.high):
                 tok = replace(tok, wide=True, step=int(part.low.unit))
             if part.low is not None and part.low.const == 1:
                 tok = replace(tok, shift=tok.shift + 1)
@@ -444,20 +406,3 @@ def is_same(one: Value, other: Value) -> bool:
     if one.const is not MISSING and other.const is not MISSING:
         return bool(same(one.const, other.const))
     return one.const is other.const and len(one.refs) == 1 and one.refs == other.refs
-
-
-def _overlaps(low: Value, high: Value) -> bool:
-    """Whether windows [w : w + length], w in steps of `unit`, are longer than their step: both are constants."""
-    length = re.search(r"add\([^(),]*,(\d+)\)", high.sym)
-    step = low.unit
-    return bool(low.spans) and length is not None and step.isdigit() and int(length[1]) > 1.5 * int(step) > 1.5
-
-
-def _sparse(low: Value, high: Value) -> bool:
-    """Whether windows [w : w + length], w in steps of `unit`, are shorter than their step: both are constants."""
-    lengths = [int(each) for each in re.findall(r"add\([^(),]*,(\d+)\)", high.sym)]
-    if low.unit.isdigit() and lengths:
-        return int(low.unit) >= 2 * max(lengths) > 2
-    index = re.fullmatch(r"mult\((\w+|@),(\w+)\)", low.sym)  # ci * chunk : (ci + 1) * chunk, ci in steps of 4
-    above = index is not None and f"mult(add({index[1]},1),{index[2]})" in high.sym
-    return above and low.unit.isdigit() and int(low.unit) > 1

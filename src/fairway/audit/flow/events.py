@@ -68,8 +68,8 @@ class Update(Event):
 
 @dataclass(frozen=True)
 class Choice(Event):
-    """Something is chosen by comparing losses: bit `bit` in Value.choices. form: "min", "where", "if", "index"; "fit" where
-    a number was computed from them."""
+    """Something is chosen by comparing losses: bit `bit` in Value.choices. form: "min", "where", "if", "index", or
+    "fit" where a number was computed from them."""
 
     bit: int = 0
     losses: int = 0

@@ -5,9 +5,9 @@ from __future__ import annotations
 import ast
 from dataclasses import replace
 
-from fairway.audit.flow.containers import Elements, Part, sym_of
 from fairway.audit.flow.core import Frame
 from fairway.audit.flow.heap import Obj
+from fairway.audit.flow.indices import Elements, Part, sym_of
 from fairway.audit.flow.tokens import Cut
 from fairway.audit.flow.values import (
     LENGTH,

@@ -6,9 +6,9 @@ import ast
 from collections.abc import Callable
 from typing import Any
 
-from fairway.audit.flow.containers import Elements
 from fairway.audit.flow.core import Loop
 from fairway.audit.flow.definitions import Definitions
+from fairway.audit.flow.indices import Elements
 from fairway.audit.flow.values import LENGTH, MISSING, NONE, Value
 
 

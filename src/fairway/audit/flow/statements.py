@@ -6,8 +6,8 @@ import ast
 from collections.abc import Callable
 from typing import Any
 
-from fairway.audit.flow.containers import Part
 from fairway.audit.flow.heap import Obj
+from fairway.audit.flow.indices import Part
 from fairway.audit.flow.loops import Loops
 from fairway.audit.flow.patterns import Bound
 from fairway.audit.flow.values import CAPPED, GRAD, MISSING, NO_TOKENS, NOTHING, RANKED, Value, blend

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ast
 
-from fairway.audit.flow.containers import Containers, Part
+from fairway.audit.flow.containers import Containers
 from fairway.audit.flow.heap import Obj
+from fairway.audit.flow.indices import Part
 from fairway.audit.flow.tokens import Cut, Span
 from fairway.audit.flow.values import (
     DIGEST,
