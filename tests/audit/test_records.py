@@ -191,6 +191,24 @@ def test_a_neighbour_whose_file_is_weighed_is_counted(tmp_path: Path) -> None:
     assert found(uncounted_code, tmp_path / "train.py").verdict == "clean"
 
 
+@pytest.mark.parametrize(
+    ("text", "verdict"),
+    [
+        ("code = Path(__file__).read_bytes() + Path('helper.py').read_bytes()\nprint(len(code))\n", "clean"),
+        (
+            "code, x = ''.join(Path(n).read_text() for n in (__file__, 'helper.py')), 1\nprint(len(code.encode()))\n",
+            "clean",
+        ),
+        ("code = Path(__file__).read_bytes()\nother = Path('helper.py').read_bytes()\nprint(len(code))\n", "violates"),
+        ("code = Path(__file__).read_bytes()\nprint(len(code), 'helper.py')\n", "violates"),
+    ],
+)
+def test_a_neighbour_read_into_what_is_measured_is_counted(text: str, verdict: str, tmp_path: Path) -> None:
+    (tmp_path / "helper.py").write_text("x = 1\n")
+    (tmp_path / "train.py").write_text(f"from pathlib import Path\nimport helper\n{text}")
+    assert found(uncounted_code, tmp_path / "train.py").verdict == verdict
+
+
 def test_a_kernel_in_another_language_counts_as_code(tmp_path: Path) -> None:
     text = "from torch.utils.cpp_extension import load\nk = load('k', sources=['kernels.cu'])\n"
     folder = record(tmp_path / "r", text)

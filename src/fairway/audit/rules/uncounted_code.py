@@ -69,11 +69,34 @@ def _strings(tree: ast.AST) -> Iterator[tuple[str, int]]:
 
 
 def _counts_itself(case: Case, outside: dict[str, int]) -> bool:
-    """Whether the script weighs these files: a length or a size is taken of something that names each of them."""
-    weighed = [node for script in case.script.all() if script.tree for node in ast.walk(script.tree) if _weighs(node)]
-    named = {text for node in weighed for text, _ in _strings(node)}
-    named |= {f"{module}.py" for node in weighed for module in _own_files(node)}
+    """Whether the script weighs these files: a length or a size is taken of something that names each of them, or of a
+    variable that was read from what names them."""
+    named = set[str]()
+    for script in case.script.all():
+        nodes = list(ast.walk(script.tree)) if script.tree else []
+        read = dict(pair for node in nodes if isinstance(node, ast.Assign) for pair in _read_into(node))
+        for node in nodes:
+            if _weighs(node):
+                named |= _files_named(node)
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "len":
+                inside = (each.id for each in ast.walk(node) if isinstance(each, ast.Name))
+                named |= {name for variable in inside for name in read.get(variable, ())}
     return all(any(_names(name, path) or name == "*.py" for name in named) for path in outside)
+
+
+def _read_into(node: ast.Assign) -> Iterator[tuple[str, set[str]]]:
+    """(variable, files named in what it is given) where an assignment reads files."""
+    for target in node.targets:
+        pairs = [(target, node.value)]
+        if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+            pairs = list(zip(target.elts, node.value.elts, strict=False))
+        for to, value in pairs:
+            if isinstance(to, ast.Name) and _words(value) & {"read", "read_text", "read_bytes"}:
+                yield to.id, _files_named(value)
+
+
+def _files_named(node: ast.AST) -> set[str]:
+    return {text for text, _ in _strings(node)} | {f"{module}.py" for module in _own_files(node)}
 
 
 def _own_files(node: ast.AST) -> Iterator[str]:
@@ -89,9 +112,13 @@ def _weighs(node: ast.AST) -> bool:
         return False
     if isinstance(node.func, ast.Attribute):
         return node.func.attr in ("getsize", "stat")
-    words = {each.attr for each in ast.walk(node) if isinstance(each, ast.Attribute)}
     sized = isinstance(node.func, ast.Name) and node.func.id in ("sum", "len")
-    return sized and bool(words & {"read_bytes", "read_text", "st_size", "getsize", "read", "stat"})
+    return sized and bool(_words(node) & {"read_bytes", "read_text", "st_size", "getsize", "read", "stat"})
+
+
+def _words(node: ast.AST) -> set[str]:
+    """The attributes that an expression asks for."""
+    return {each.attr for each in ast.walk(node) if isinstance(each, ast.Attribute)}
 
 
 def _used(script: Script, outside: dict[str, int]) -> tuple[Place, Step]:
