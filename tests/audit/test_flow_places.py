@@ -168,6 +168,20 @@ def test_a_temperature_settled_on_training_text_needs_time_kept_for_it() -> None
     assert broken(text, RESERVE="12") == set()
 
 
+def test_the_best_weights_by_the_losses_of_training_steps_read_nothing_after_the_cap() -> None:
+    text = HONEST.replace(
+        "    step = 0\n    while True:", "    step, best, kept, smooth = 0, 99.0, None, 7.0\n    while True:"
+    )
+    text = text.replace(
+        "        step += 1\n",
+        "        step += 1\n        smooth = 0.99 * smooth + 0.01 * loss.item()\n        if smooth < best:\n"
+        "            best, kept = smooth, {k: v.clone() for k, v in ema.items()}\n",
+    ).replace("    model.load_state_dict(ema)\n", "    model.load_state_dict(kept)\n")
+    assert "smooth < best" in text
+    assert "load_state_dict(kept)" in text
+    assert broken(text, RESERVE="0") == set()
+
+
 def test_the_sign_of_a_logit_is_no_choice_and_that_of_a_difference_is() -> None:
     sign = with_main(
         "    total, count = 0.0, 0\n    for s in range(0, val.numel() - 1024, 1024):\n"

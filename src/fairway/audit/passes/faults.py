@@ -362,7 +362,7 @@ def late_calibration(trace: Trace, reported: Reported) -> Late | None:
         for update in updates
         if update.how == "computed" and update.number > last and any(tok.data == "train" for tok in update.learned)
     ]
-    late += [choice for choice in trace.chosen(chosen) if choice.number > last and _by_training(trace, choice)]
+    late += [choice for choice in trace.chosen(chosen) if _by_training(trace, choice, last)]
     if not late:
         return None
     loops = {loop for update in trained for loop, _ in update.nest}
@@ -377,10 +377,12 @@ def late_calibration(trace: Trace, reported: Reported) -> Late | None:
     return None if stops is not None else Late(late[0], None)
 
 
-def _by_training(trace: Trace, choice: Choice) -> bool:
-    """Whether a choice was made by losses on training text: of nothing else, so that it is a fit of its own."""
-    kinds = {tok.data for score in trace.scored(choice.losses) for tok in score.targets}
-    return kinds == {"train"}
+def _by_training(trace: Trace, choice: Choice, last: int) -> bool:
+    """Whether a choice was made by losses on training text alone that were computed after event `last`: a fit of its
+    own. By the losses of the training steps themselves it reads nothing anew."""
+    scores = list(trace.scored(choice.losses))
+    kinds = {tok.data for score in scores for tok in score.targets}
+    return choice.number > last and kinds == {"train"} and any(score.number > last for score in scores)
 
 
 def full_cap(limit: float) -> bool:
