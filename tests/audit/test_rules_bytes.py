@@ -81,6 +81,26 @@ def test_a_space_that_the_table_counts_and_the_loop_takes_off_again_is_counted_o
     assert verdict(tmp_path, "byte_double_space", text).verdict == "clean"
 
 
+SPACED = TABLE.replace("sp.id_to_piece(i)", 'sp.id_to_piece(i).replace("\u2581", " ")').replace(
+    'startswith("\\u2581")', 'startswith(" ")'
+)
+
+
+@pytest.mark.parametrize(
+    ("table", "expected"),
+    [
+        (SPACED, "clean"),
+        (SPACED.replace("piece = piece[1:]", "piece = piece"), "violates"),
+        (METHOD.replace('removeprefix("▁")', 'replace("▁", " ").lstrip()'), "clean"),
+    ],
+    ids=["cut-off", "kept", "stripped"],
+)
+def test_a_mark_that_is_made_a_space_and_cut_off_again_is_counted_once(
+    tmp_path: Path, table: str, expected: str
+) -> None:
+    assert verdict(tmp_path, "byte_double_space", script(table=table)).verdict == expected
+
+
 # ---- the mark
 
 

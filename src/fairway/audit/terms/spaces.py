@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from fairway.audit.terms.octets import MARK, encoded_text, has_mark, is_byte_test, is_mark, looked_up, named, negated
-from fairway.audit.terms.term import Term, any_below, peel, walk
+from fairway.audit.terms.term import Term, any_below, peel
 
 Origin: TypeAlias = tuple[str, int, str, str, int]
 """File, line, kind and value of a term, and the table that it was looked up in."""
@@ -122,10 +122,25 @@ class SpaceCount:
             return None
         return len(MARK.encode()) - (numbers[0] if numbers else 1)
 
+    def _kept_space(self, term: Term, seen: set[int]) -> Term | None:
+        """Where a text that is measured was given a space in the mark's place, unless it was cut off again: by [1:], by
+        a strip, or by either of them for the pieces that begin with it."""
+        below = peel(term)
+        if id(below) in seen or _cuts_space(below):
+            return None
+        seen.add(id(below))
+        if _keeps_space(below):
+            return below
+        parts = below.parts
+        if below.op == "choice" and self.has_mark(parts[0]):
+            parts = (parts[2],) if negated(parts[0]) else (parts[1],)
+        found = (self._kept_space(part, seen) for part in parts)
+        return next((one for one in found if one is not None), None)
+
     def _call(self, term: Term, marked: bool, table: int, depth: int) -> Spaces:
         word = term.called
         if encoded_text(term) is not None:
-            kept = next((below for below in walk(term) if _keeps_space(below)), None)
+            kept = self._kept_space(term, set())
             return NONE if kept is None else self._one(kept, table)
         if word == "startswith":
             return self._one(term, table) if self.has_mark(term) else NONE
@@ -143,6 +158,14 @@ def _factors_of(term: Term) -> list[Term]:
     if term.op == "op" and term.value == "*":
         return [factor for part in term.parts for factor in _factors_of(part)]
     return [term]
+
+
+def _cuts_space(term: Term) -> bool:
+    """text[1:], or text.strip() and its kin."""
+    if term.op == "item":
+        cut = term.parts[1]
+        return cut.op == "slice" and bool(cut.parts) and cut.parts[0].constant() == 1
+    return term.op == "call" and term.called in ("strip", "lstrip", "removeprefix")
 
 
 def _keeps_space(term: Term) -> bool:
