@@ -16,7 +16,7 @@ nav a:hover { text-decoration: underline; }
 .tiles div { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .7rem .9rem; }
 .tiles b { display: block; font-size: 1.45rem; line-height: 1.25; font-variant-numeric: tabular-nums; }
 .tiles div:first-child b { color: var(--accent); }
-.tiles span { display: block; color: var(--quiet); font-size: .82rem; line-height: 1.35; }
+.tiles span { display: block; color: var(--quiet); font-size: .82rem; line-height: 1.35; overflow-wrap: anywhere; }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: .75rem; }
 .stack td:nth-child(2) { min-width: 11rem; }
 .stack > h3 { margin-top: 1.1rem; } .stack > p:first-of-type { margin-top: .8rem; }
