@@ -3,8 +3,11 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from fairway.base.errors import RecipeError
+from fairway.model import GPT, tags
+from fairway.quant.plan import plan
 from fairway.recipe import Recipe, load
 
 FILES = {
@@ -105,3 +108,22 @@ def test_a_pocket_that_is_no_table_is_refused(folder: Path) -> None:
     (folder / "approaches" / "a.toml").write_text('extends = "../b6.toml"\npocket = 3\n')
     with pytest.raises(RecipeError, match=r"a\.toml: pocket = 3: a table is expected"):
         pocket(folder, "approaches/a")
+
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+FAMILY = [path for folder in ("approaches", "findings", "repairs") for path in (RECIPES / folder).glob("*.toml")]
+
+
+def projections_in_float16(recipe: Recipe) -> set[str]:
+    with torch.device("meta"):
+        model = GPT(recipe.model, recipe.data.tokenizer.vocab)
+    found = tags(model)
+    left = {name for name, grid in plan(model, recipe.quant).items() if grid is None}
+    return {found[name].part for name in left if found[name].role in ("matrix", "table")}
+
+
+@pytest.mark.parametrize("form", ["pocket", "wiki"])
+@pytest.mark.parametrize("path", FAMILY, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_a_small_form_quantises_what_the_large_one_quantises(path: Path, form: str) -> None:
+    """With two of four heads k and v once were as small as the limit below which pocket_b6 leaves a tensor alone."""
+    assert projections_in_float16(load(str(path), form=form)) == projections_in_float16(load(str(path)))
