@@ -1025,12 +1025,12 @@ class Log:
         if not silent:
             path.parent.mkdir(exist_ok=True)
 
-    def __call__(self, line: str) -> None:
+    def __call__(self, text: str) -> None:
         if self.silent:
             return
-        print(line, flush=True)
+        print(text, flush=True)
         with self.path.open("a", encoding="utf-8") as kept:
-            kept.write(line + "\n")
+            kept.write(text + "\n")
 
 
 class Stopwatch:
@@ -1073,7 +1073,7 @@ def main() -> None:
     assert not uneven, f"{world} ranks do not divide a batch of eight parts"
     device = torch.device(f"cuda:{local}")
     torch.cuda.set_device(device)
-    torch.set_float32_matmul_precision("high")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if distributed:
         dist.init_process_group("nccl")
     say = Log(Path("logs", hp.run_id + ".txt"), silent=rank > 0)
