@@ -422,8 +422,8 @@ class PairHash(nn.Module):
         self.proj = Dense(dim, model_dim, bias=False)
         self.bigram_scale = nn.Parameter(torch.tensor(0.05))
 
-    def forward(self, ids: Tensor) -> Tensor:
-        ids = ids.to(torch.int32)
+    def forward(self, token_ids: Tensor) -> Tensor:
+        ids = token_ids.to(torch.int32)
         idx = torch.full_like(ids, self.buckets - 1)
         idx[:, 1:] = torch.bitwise_xor(36313 * ids[:, 1:], 27191 * ids[:, :-1]) % (self.buckets - 1)
         return self.proj(self.embed(idx.long())) * self.bigram_scale
@@ -437,8 +437,8 @@ class ValueEmbedding(nn.Module):
         self.proj = Dense(dim, kv_dim, bias=False)
         self.ve_scale = nn.Parameter(torch.tensor(0.1))
 
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.proj(self.embed(ids)) * self.ve_scale
+    def forward(self, token_ids: Tensor) -> Tensor:
+        return self.proj(self.embed(token_ids)) * self.ve_scale
 
 
 class Stage(nn.Module):
@@ -518,10 +518,10 @@ class Decoder(nn.Module):
     def logits_of(self, ids: Tensor) -> Tensor:
         return self.project(self.features(ids))
 
-    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, goal: Tensor) -> Tensor:
         h = self.features(ids)
         logits = self.project(h).float()
-        flat = targets.reshape(-1)
+        flat = goal.reshape(-1)
         if self.focal_gamma > 0 and self.training:
             ce = F.cross_entropy(logits.reshape(-1, logits.size(-1)), flat, reduction="none")
             loss = ((1 - torch.exp(-ce)) ** self.focal_gamma * ce).mean()
@@ -529,7 +529,7 @@ class Decoder(nn.Module):
             loss = F.cross_entropy(logits.reshape(-1, logits.size(-1)), flat)
         if self.mtp_head is not None and self.training:
             ahead = self.mtp_head(h[:, :-1]).float()
-            loss = loss + self.mtp_weight * F.cross_entropy(ahead.reshape(-1, ahead.size(-1)), targets[:, 1:].reshape(-1))
+            loss = loss + self.mtp_weight * F.cross_entropy(ahead.reshape(-1, ahead.size(-1)), goal[:, 1:].reshape(-1))
         return loss
 
 
