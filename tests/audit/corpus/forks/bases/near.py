@@ -638,7 +638,7 @@ class Average:
 # ======================================================================================
 
 SMALL = 65_536  # weights of at most so many numbers are stored as they are
-CUT = 0.9999984  # the share of a row's magnitudes that its codes reach
+CUT = 0.9999975  # the share of a row's magnitudes that its codes reach
 
 
 def round_rows(matrix: Tensor, bits: int) -> tuple[Tensor, Tensor]:

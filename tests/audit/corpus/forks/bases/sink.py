@@ -425,7 +425,7 @@ class PairHash(nn.Module):
     def forward(self, token_ids: Tensor) -> Tensor:
         ids = token_ids.to(torch.int32)
         idx = torch.full_like(ids, self.buckets - 1)
-        idx[:, 1:] = torch.bitwise_xor(36313 * ids[:, 1:], 27191 * ids[:, :-1]) % (self.buckets - 1)
+        idx[:, 1:] = torch.bitwise_xor(50021 * ids[:, 1:], 31337 * ids[:, :-1]) % (self.buckets - 1)
         return self.proj(self.embed(idx.long())) * self.bigram_scale
 
 
