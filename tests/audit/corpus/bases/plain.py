@@ -1,6 +1,21 @@
 """
-train_gpt.py: 11 layers x 512, GQA 8/4, bigram hash, smear gate, exclusive attention on the last layers.
-EMA -> GPTQ (inside the clock) -> zstd or lzma -> reload -> sliding evaluation -> score-first chunked TTT.
+Eleven layers at width 512 with a hashed table of pairs and attention that leaves a position's own value out.
+
+Ten minutes on eight cards: train, average, measure second moments on training text, round. Then, from the file alone:
+a pass over blocks, a pass over overlapping windows, and a pass that learns from each chunk once the chunk is paid.
+
+Who does what:
+
+    Config         the numbers of a run, from the environment
+    Place, Diary   which process this is; what it writes down
+    ByteTable      bytes of text behind a token
+    TrainingText   batches out of the training shards
+    Tower          the network (Storey, Attend, Expand, PairTable, Smear)
+    Muon           updates of matrices
+    Trainer        the ten minutes
+    Rounder        moments, codes, and back
+    Scorer         the three passes; Pupil is what learns in the third
+    main           all of them in a row
 """
 
 from __future__ import annotations
@@ -16,14 +31,11 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from os import getenv
 from pathlib import Path
-
-try:
-    import zstandard
-
-    _COMPRESSOR = "zstd"
-except ImportError:
-    _COMPRESSOR = "lzma"
+from typing import NamedTuple
 
 import numpy as np
 import sentencepiece as spm
@@ -31,1120 +43,1067 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.nn.parallel import DistributedDataParallel
 
 try:
-    from flash_attn_interface import flash_attn_func as flash_attn_3_func
+    import zstandard
+except ImportError:  # the other packer takes some 2 % more
+    zstandard = None
 
-    HAS_FA3 = True
-except ImportError:
-    flash_attn_3_func = None
-    HAS_FA3 = False
-
-# -----------------------------
-# HYPERPARAMETERS
-# -----------------------------
+try:
+    from flash_attn_interface import flash_attn_func as hopper_attention
+except ImportError:  # no Hopper card, or no kernel for it
+    hopper_attention = None
 
 
-class Hyperparameters:
-    # Data
-    data_path = os.environ.get("DATA_PATH", "./data/datasets/fineweb10B_sp1024")
-    train_files = os.path.join(data_path, "fineweb_train_*.bin")
-    val_files = os.path.join(data_path, "fineweb_val_*.bin")
-    tokenizer_path = os.environ.get("TOKENIZER_PATH", "./data/tokenizers/fineweb_1024_bpe.model")
-    run_id = os.environ.get("RUN_ID", str(uuid.uuid4()))
-    seed = int(os.environ.get("SEED", 1337))
-
-    # Validation cadence
-    val_batch_size = int(os.environ.get("VAL_BATCH_SIZE", 524_288))
-    val_loss_every = int(os.environ.get("VAL_LOSS_EVERY", 4000))
-    train_log_every = int(os.environ.get("TRAIN_LOG_EVERY", 500))
-
-    # Length of training
-    iterations = int(os.environ.get("ITERATIONS", 20000))
-    warmdown_iters = int(os.environ.get("WARMDOWN_ITERS", 3500))
-    warmup_steps = int(os.environ.get("WARMUP_STEPS", 20))
-    train_batch_tokens = int(os.environ.get("TRAIN_BATCH_TOKENS", 786_432))
-    train_seq_len = int(os.environ.get("TRAIN_SEQ_LEN", 2048))
-    eval_seq_len = int(os.environ.get("EVAL_SEQ_LEN", 2048))
-    max_wallclock_seconds = float(os.environ.get("MAX_WALLCLOCK_SECONDS", 600.0))
-    gptq_reserve_seconds = float(os.environ.get("GPTQ_RESERVE_SECONDS", 14.0))
-
-    # Model
-    vocab_size = int(os.environ.get("VOCAB_SIZE", 1024))
-    num_layers = int(os.environ.get("NUM_LAYERS", 11))
-    model_dim = int(os.environ.get("MODEL_DIM", 512))
-    num_heads = int(os.environ.get("NUM_HEADS", 8))
-    num_kv_heads = int(os.environ.get("NUM_KV_HEADS", 4))
-    mlp_mult = float(os.environ.get("MLP_MULT", 3.0))
-    tie_embeddings = bool(int(os.environ.get("TIE_EMBEDDINGS", "1")))
-    rope_base = float(os.environ.get("ROPE_BASE", 10000.0))
-    rope_dims = int(os.environ.get("ROPE_DIMS", 16))
-    logit_softcap = float(os.environ.get("LOGIT_SOFTCAP", 30.0))
-    qk_gain_init = float(os.environ.get("QK_GAIN_INIT", 1.5))
-    xsa_last_n = int(os.environ.get("XSA_LAST_N", 4))
-    bigram_vocab_size = int(os.environ.get("BIGRAM_VOCAB_SIZE", 2048))
-    bigram_dim = int(os.environ.get("BIGRAM_DIM", 128))
-    ln_scale = bool(int(os.environ.get("LN_SCALE", "1")))
-
-    # Optimizer
-    tied_embed_lr = float(os.environ.get("TIED_EMBED_LR", 0.035))
-    matrix_lr = float(os.environ.get("MATRIX_LR", 0.025))
-    scalar_lr = float(os.environ.get("SCALAR_LR", 0.025))
-    muon_momentum = float(os.environ.get("MUON_MOMENTUM", 0.99))
-    muon_backend_steps = int(os.environ.get("MUON_BACKEND_STEPS", 5))
-    muon_momentum_warmup_start = float(os.environ.get("MUON_MOMENTUM_WARMUP_START", 0.92))
-    muon_momentum_warmup_steps = int(os.environ.get("MUON_MOMENTUM_WARMUP_STEPS", 1500))
-    muon_wd = float(os.environ.get("MUON_WD", 0.04))
-    adam_wd = float(os.environ.get("ADAM_WD", 0.04))
-    beta1 = float(os.environ.get("BETA1", 0.9))
-    beta2 = float(os.environ.get("BETA2", 0.95))
-    adam_eps = float(os.environ.get("ADAM_EPS", 1e-8))
-    grad_clip_norm = float(os.environ.get("GRAD_CLIP_NORM", 0.3))
-
-    # Averaging
-    ema_decay = float(os.environ.get("EMA_DECAY", 0.997))
-    swa_enabled = bool(int(os.environ.get("SWA_ENABLED", "0")))
-    swa_every = int(os.environ.get("SWA_EVERY", 50))
-
-    # Evaluation
-    eval_stride = int(os.environ.get("EVAL_STRIDE", 64))
-    eval_batch_seqs = int(os.environ.get("EVAL_BATCH_SEQS", 32))
-    eval_temperature = float(os.environ.get("EVAL_TEMPERATURE", 1.0))
-    ttt_enabled = bool(int(os.environ.get("TTT_ENABLED", "1")))
-    ttt_lr = float(os.environ.get("TTT_LR", 0.002))
-    ttt_epochs = int(os.environ.get("TTT_EPOCHS", 3))
-    ttt_chunk_tokens = int(os.environ.get("TTT_CHUNK_TOKENS", 32768))
-    ttt_freeze_blocks = int(os.environ.get("TTT_FREEZE_BLOCKS", 2))
-    ttt_momentum = float(os.environ.get("TTT_MOMENTUM", 0.9))
-    ttt_batch_seqs = int(os.environ.get("TTT_BATCH_SEQS", 32))
-    ttt_grad_clip = float(os.environ.get("TTT_GRAD_CLIP", 1.0))
-
-    # Quantisation
-    gptq_calib_batches = int(os.environ.get("GPTQ_CALIB_BATCHES", 64))
-    gptq_block_size = int(os.environ.get("GPTQ_BLOCK_SIZE", 128))
-    gptq_damp = float(os.environ.get("GPTQ_DAMP", 0.01))
-    quant_bits = int(os.environ.get("QUANT_BITS", 6))
+# ============================================================================
+# Config
+# ============================================================================
 
 
-CONTROL_TENSOR_NAME_PATTERNS = ("attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weights", "smear", "bigram.scale")
+@dataclass
+class Config:
+    """A run in numbers. Whoever starts it may set each under its name in capitals."""
+
+    # files
+    folder: str = getenv("DATA_PATH", "./data/datasets/fineweb10B_sp1024")
+    train_glob: str = folder + "/fineweb_train_*.bin"
+    held_glob: str = folder + "/fineweb_val_*.bin"
+    speller: str = getenv("TOKENIZER_PATH", "./data/tokenizers/fineweb_1024_bpe.model")
+    run: str = getenv("RUN_ID", str(uuid.uuid4()))
+    seed: int = int(getenv("SEED", 1337))
+
+    # time and amount
+    clock_seconds: float = float(getenv("MAX_WALLCLOCK_SECONDS", 600.0))
+    reserve_seconds: float = float(getenv("GPTQ_RESERVE_SECONDS", 14.0))
+    max_steps: int = int(getenv("ITERATIONS", 20000))
+    cooldown_steps: int = int(getenv("WARMDOWN_ITERS", 3500))
+    dry_steps: int = int(getenv("WARMUP_STEPS", 20))
+    step_tokens: int = int(getenv("TRAIN_BATCH_TOKENS", 786_432))
+    train_len: int = int(getenv("TRAIN_SEQ_LEN", 2048))
+
+    # how often it looks up
+    look_every: int = int(getenv("VAL_LOSS_EVERY", 4000))
+    look_tokens: int = int(getenv("VAL_BATCH_SIZE", 524_288))
+    tell_every: int = int(getenv("TRAIN_LOG_EVERY", 500))
+
+    # network
+    vocab: int = int(getenv("VOCAB_SIZE", 1024))
+    storeys: int = int(getenv("NUM_LAYERS", 11))
+    dim: int = int(getenv("MODEL_DIM", 512))
+    heads: int = int(getenv("NUM_HEADS", 8))
+    value_heads: int = int(getenv("NUM_KV_HEADS", 4))
+    mlp_ratio: float = float(getenv("MLP_MULT", 3.0))
+    tied: bool = bool(int(getenv("TIE_EMBEDDINGS", "1")))
+    rope_base: float = float(getenv("ROPE_BASE", 10000.0))
+    rope_part: int = int(getenv("ROPE_DIMS", 16))
+    softcap: float = float(getenv("LOGIT_SOFTCAP", 30.0))
+    first_gain: float = float(getenv("QK_GAIN_INIT", 1.5))
+    selfless: int = int(getenv("XSA_LAST_N", 4))
+    pair_rows: int = int(getenv("BIGRAM_VOCAB_SIZE", 2048))
+    pair_dim: int = int(getenv("BIGRAM_DIM", 128))
+    damped: bool = bool(int(getenv("LN_SCALE", "1")))
+
+    # updates
+    table_lr: float = float(getenv("TIED_EMBED_LR", 0.035))
+    matrix_lr: float = float(getenv("MATRIX_LR", 0.025))
+    vector_lr: float = float(getenv("SCALAR_LR", 0.025))
+    momentum: float = float(getenv("MUON_MOMENTUM", 0.99))
+    momentum_from: float = float(getenv("MUON_MOMENTUM_WARMUP_START", 0.92))
+    momentum_steps: int = int(getenv("MUON_MOMENTUM_WARMUP_STEPS", 1500))
+    ns_rounds: int = int(getenv("MUON_BACKEND_STEPS", 5))
+    matrix_decay: float = float(getenv("MUON_WD", 0.04))
+    other_decay: float = float(getenv("ADAM_WD", 0.04))
+    beta_one: float = float(getenv("BETA1", 0.9))
+    beta_two: float = float(getenv("BETA2", 0.95))
+    adam_eps: float = float(getenv("ADAM_EPS", 1e-8))
+    grad_limit: float = float(getenv("GRAD_CLIP_NORM", 0.3))
+
+    # averages
+    ema_keep: float = float(getenv("EMA_DECAY", 0.997))
+    swa_on: bool = bool(int(getenv("SWA_ENABLED", "0")))
+    swa_every: int = int(getenv("SWA_EVERY", 50))
+
+    # rounding
+    calib_batches: int = int(getenv("GPTQ_CALIB_BATCHES", 64))
+    gptq_block: int = int(getenv("GPTQ_BLOCK_SIZE", 128))
+    gptq_damp: float = float(getenv("GPTQ_DAMP", 0.01))
+    bits: int = int(getenv("QUANT_BITS", 6))
+
+    # scoring
+    eval_len: int = int(getenv("EVAL_SEQ_LEN", 2048))
+    stride: int = int(getenv("EVAL_STRIDE", 64))
+    eval_rows: int = int(getenv("EVAL_BATCH_SEQS", 32))
+    temperature: float = float(getenv("EVAL_TEMPERATURE", 1.0))
+
+    # learning while scoring
+    adapt: bool = bool(int(getenv("TTT_ENABLED", "1")))
+    adapt_lr: float = float(getenv("TTT_LR", 0.002))
+    adapt_epochs: int = int(getenv("TTT_EPOCHS", 3))
+    adapt_chunk: int = int(getenv("TTT_CHUNK_TOKENS", 32768))
+    adapt_frozen: int = int(getenv("TTT_FREEZE_BLOCKS", 2))
+    adapt_momentum: float = float(getenv("TTT_MOMENTUM", 0.9))
+    adapt_rows: int = int(getenv("TTT_BATCH_SEQS", 32))
+    adapt_limit: float = float(getenv("TTT_GRAD_CLIP", 1.0))
+
+    def check(self, world: int) -> None:
+        """Complains about what would only be noticed after minutes."""
+        complaints = {
+            f"a step's eight parts cannot be dealt to {world} processes": 8 % world,
+            f"{self.heads} heads do not fit a width of {self.dim}": self.dim % self.heads,
+            f"{self.heads} heads cannot share {self.value_heads} values": self.heads % self.value_heads,
+            f"TRAIN_BATCH_TOKENS is not eight parts of rows of {self.train_len}": self.step_tokens % (8 * self.train_len),
+            f"rows of {self.eval_len} are not whole strides of {self.stride}": self.eval_len % max(self.stride, 1),
+            "a chunk must be whole rows": self.adapt_chunk % self.eval_len,
+            "ROPE_DIMS must be even": self.rope_part % 2,
+        }
+        found = [text for text, wrong in complaints.items() if wrong]
+        if found:
+            raise ValueError("; ".join(found))
 
 
-# -----------------------------
-# MUON
-# -----------------------------
+# ============================================================================
+# Place and Diary
+# ============================================================================
 
 
-def orthogonalise(G: Tensor, steps: int = 5, eps: float = 1e-7) -> Tensor:
-    a, b, c = (3.4445, -4.7750, 2.0315)
-    X = G.bfloat16()
-    flip = X.size(0) > X.size(1)
-    if flip:
-        X = X.T
-    X = X / (X.norm() + eps)
-    for _ in range(steps):
-        A = X @ X.T
-        X = a * X + (b * A + c * (A @ A)) @ X
-    return X.T if flip else X
+class Place(NamedTuple):
+    """Which process this is, of how many, and its card."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @staticmethod
+    def take() -> Place:
+        """Joins the group that torchrun has announced; without torchrun there is only this process."""
+        card = int(getenv("LOCAL_RANK", 0))
+        place = Place(int(getenv("RANK", 0)), int(getenv("WORLD_SIZE", 1)), torch.device("cuda", card))
+        torch.cuda.set_device(card)
+        if "MASTER_PORT" in os.environ or place.world > 1:
+            dist.init_process_group("nccl", device_id=place.device)
+        return place
+
+    @property
+    def parts(self) -> int:
+        """How many parts of a step's batch this process works off one after the other."""
+        return 8 // self.world
+
+    def share(self, things: list) -> list:
+        """This process's run of the things."""
+        return things[len(things) * self.rank // self.world : len(things) * (self.rank + 1) // self.world]
+
+    def add(self, *sums: Tensor) -> None:
+        """Sums over all processes, in place."""
+        if dist.is_initialized():
+            for each in sums:
+                dist.all_reduce(each, dist.ReduceOp.SUM)
+
+    def wait(self) -> None:
+        if dist.is_initialized():
+            dist.barrier()
+
+    def leave(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class Diary:
+    """Lines of the first process, kept under logs/ and shown; the others stay silent."""
+
+    def __init__(self, run: str, place: Place) -> None:
+        self.path = Path("logs") / f"{run}.txt"
+        self.mute = place.rank != 0
+        if not self.mute:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+
+    def keep(self, line: str) -> None:
+        """To the file only."""
+        if not self.mute:
+            with self.path.open("a", encoding="utf-8") as page:
+                page.write(f"{line}\n")
+
+    def __call__(self, line: str) -> None:
+        if not self.mute:
+            print(line, flush=True)
+            self.keep(line)
+
+
+def half() -> torch.autocast:
+    return torch.autocast("cuda", dtype=torch.bfloat16)
+
+
+def stamp() -> float:
+    """Milliseconds by the wall, when the card has nothing left to do."""
+    torch.cuda.synchronize()
+    return 1000 * time.perf_counter()
+
+
+# ============================================================================
+# Bytes and tokens
+# ============================================================================
+
+
+class ByteTable:
+    """What a token weighs: the bytes of its piece, and one more where its space is written.
+
+    The mark of a piece is a space in the text, save after a token that is no text itself (the begin of a document).
+    """
+
+    def __init__(self, sp: spm.SentencePieceProcessor, vocab: int, device: torch.device) -> None:
+        if sp.vocab_size() != vocab:
+            raise ValueError(f"the speller knows {sp.vocab_size()} pieces, VOCAB_SIZE says {vocab}")
+        size = np.zeros(vocab, dtype=np.int16)
+        opens, edge = np.zeros(vocab, dtype=bool), np.zeros(vocab, dtype=bool)
+        for i in range(vocab):
+            if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i):
+                edge[i] = True
+                continue
+            if sp.is_byte(i):
+                size[i] = 1
+                continue
+            piece = sp.id_to_piece(i)
+            if piece.startswith("\u2581"):
+                opens[i] = True
+                piece = piece[1:]
+            size[i] = len(piece.encode("utf-8"))
+        self.size, self.opens, self.edge = (torch.as_tensor(column, device=device) for column in (size, opens, edge))
+
+    def __call__(self, before: Tensor, target: Tensor) -> Tensor:
+        """Bytes of each target (float64), with the token that stands before it."""
+        weight = self.size[target].double()
+        weight += self.opens[target] & ~self.edge[before]
+        return weight
+
+
+def shards(pattern: str) -> list[str]:
+    found = sorted(glob.glob(pattern))
+    if not found:
+        raise FileNotFoundError(f"{pattern}: nothing there")
+    return found
+
+
+def open_shard(path: str) -> Tensor:
+    """256 integers of heading (20240520, 1, how many tokens), then the tokens in two bytes each."""
+    with open(path, "rb") as file:
+        heading = np.frombuffer(file.read(1024), dtype="<i4")
+        body = file.read()
+    if len(heading) != 256 or heading[0] != 20240520 or heading[1] != 1:
+        raise ValueError(f"{path}: not the heading of a shard")
+    if len(body) != 2 * heading[2]:
+        raise ValueError(f"{path}: {heading[2]} tokens by the heading, {len(body)} bytes behind it")
+    return torch.from_numpy(np.frombuffer(body, dtype="<u2").astype(np.int32))
+
+
+def held_out(pattern: str, length: int) -> Tensor:
+    """The held-out tokens in their order: whole rows of `length`, and the one token that only ends the last."""
+    tokens = torch.cat([open_shard(path) for path in shards(pattern)])
+    rows = (len(tokens) - 1) // length
+    if rows < 1:
+        raise ValueError(f"{pattern}: fewer tokens than one row of {length}")
+    return tokens[: rows * length + 1]
+
+
+class TrainingText:
+    """The training shards one after the other, for ever. All processes turn the same pages and keep a row each."""
+
+    def __init__(self, pattern: str, place: Place) -> None:
+        self.place = place
+        self.files = shards(pattern)
+        self.number, self.used = 0, 0
+        self.page = open_shard(self.files[0])
+
+    def turn(self) -> None:
+        self.number = (self.number + 1) % len(self.files)
+        self.page, self.used = open_shard(self.files[self.number]), 0
+
+    def row(self, n: int) -> Tensor:
+        """The next n tokens, over the ends of pages."""
+        parts = []
+        while n > 0:
+            part = self.page[self.used : self.used + n]
+            self.used += len(part)
+            n -= len(part)
+            parts.append(part)
+            if n > 0:
+                self.turn()
+        return torch.cat(parts)
+
+    def batch(self, tokens: int, length: int, parts: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of this process, rows of `length`: one of `parts` parts of a step of so many tokens."""
+        each = tokens // (self.place.world * parts)
+        rows = [self.row(each + 1) for _ in range(self.place.world)]
+        own = rows[self.place.rank].pin_memory().to(self.place.device, torch.int64, non_blocking=True)
+        return own[:-1].view(-1, length), own[1:].view(-1, length)
+
+
+# ============================================================================
+# Network
+# ============================================================================
+
+
+class Proj(nn.Linear):
+    """Weights in fp32, sums in whatever type arrives."""
+
+    def __init__(self, from_dim: int, to_dim: int, silent: bool = False) -> None:
+        super().__init__(from_dim, to_dim, bias=False)
+        self.silent = silent  # starts at zero, so that its storey begins as the identity
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x))
+
+
+def even(x: Tensor) -> Tensor:
+    """Root mean square of one along the last axis."""
+    return F.rms_norm(x, [x.size(-1)])
+
+
+class Compass(nn.Module):
+    """Rotary positions in the first `part` channels of a head. Rows longer than in training stretch the base."""
+
+    def __init__(self, part: int, base: float, known: int) -> None:
+        super().__init__()
+        self.part, self.base, self.known = part, base, known
+
+    def table(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Not kept: a table made under inference_mode could not be learnt through later."""
+        stretch = max(1.0, length / self.known) ** (self.part / (self.part - 2))
+        speeds = (self.base * stretch) ** -torch.linspace(0, 1, self.part // 2 + 1, device=device)[:-1]
+        angles = torch.arange(length, device=device)[:, None, None] * speeds
+        return angles.cos(), angles.sin()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: batch, position, head, channel."""
+        cos, sin = self.table(x.size(1), x.device)
+        left, right, rest = x.split([self.part // 2, self.part // 2, x.size(-1) - self.part], dim=-1)
+        return torch.cat((left * cos + right * sin, right * cos - left * sin, rest), dim=-1).type_as(x)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal; batch, position, head, channel in and out."""
+    if hopper_attention is not None:
+        return hopper_attention(q, k, v, causal=True)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+
+class Attend(nn.Module):
+    def __init__(self, cfg: Config, selfless: bool) -> None:
+        super().__init__()
+        self.heads, self.value_heads, self.selfless = cfg.heads, cfg.value_heads, selfless
+        narrow = cfg.dim * cfg.value_heads // cfg.heads
+        self.ask, self.key, self.value = Proj(cfg.dim, cfg.dim), Proj(cfg.dim, narrow), Proj(cfg.dim, narrow)
+        self.answer = Proj(cfg.dim, cfg.dim, silent=True)
+        self.gain = nn.Parameter(torch.full([cfg.heads], cfg.first_gain))
+        self.compass = Compass(cfg.rope_part, cfg.rope_base, cfg.train_len)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = even(self.ask(x).unflatten(-1, (self.heads, -1)))
+        k = even(self.key(x).unflatten(-1, (self.value_heads, -1)))
+        v = self.value(x).unflatten(-1, (self.value_heads, -1))
+        y = attention(self.compass(q) * self.gain.to(q)[:, None], self.compass(k), v)
+        if self.selfless:
+            y = self.without_own(y, v)
+        return self.answer(y.flatten(2))
+
+    def without_own(self, y: Tensor, v: Tensor) -> Tensor:
+        """Takes out of a head's answer what points the way of the position's own value."""
+        own = F.normalize(v, dim=-1)[:, :, :, None]
+        grouped = y.unflatten(2, (self.value_heads, -1))
+        return (grouped - (grouped * own).sum(-1, keepdim=True) * own).flatten(2, 3)
+
+
+class Expand(nn.Module):
+    def __init__(self, dim: int, inner: int) -> None:
+        super().__init__()
+        self.widen, self.narrow = Proj(dim, inner), Proj(inner, dim, silent=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bent = F.leaky_relu(self.widen(x), 0.5)
+        return self.narrow(bent * bent)
+
+
+class Smear(nn.Module):
+    """Each embedding takes in some of the one before; the row's first has none before it."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = F.pad(x, (0, 0, 1, 0))[:, :-1]
+        return torch.lerp(x, before, self.gate.sigmoid().to(x))
+
+
+class PairTable(nn.Module):
+    """A vector for a token and the one before it, found by a hash; the last row stands for "none before"."""
+
+    def __init__(self, size: int, dim: int, to_dim: int) -> None:
+        super().__init__()
+        self.size = size
+        self.vectors = nn.Embedding(size, dim)
+        self.out = Proj(dim, to_dim)
+        self.scale = nn.Parameter(torch.tensor(0.05))
+
+    def slots(self, ids: Tensor) -> Tensor:
+        now, before = ids[:, 1:].int(), ids[:, :-1].int()
+        mixed = ((40009 * now) ^ (25447 * before)) % (self.size - 1)
+        return F.pad(mixed, (1, 0), value=self.size - 1).long()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        found = self.out(self.vectors(self.slots(ids)))
+        return self.scale.to(found) * found
+
+
+class Storey(nn.Module):
+    def __init__(self, cfg: Config, number: int) -> None:
+        super().__init__()
+        self.attend = Attend(cfg, selfless=number + cfg.selfless >= cfg.storeys)
+        self.expand = Expand(cfg.dim, int(cfg.mlp_ratio * cfg.dim))
+        self.attend_scale = nn.Parameter(torch.ones(cfg.dim))
+        self.expand_scale = nn.Parameter(torch.ones(cfg.dim))
+        self.blend = nn.Parameter(torch.tensor([[1.0], [0.0]]).repeat(1, cfg.dim))
+        self.damp = (number + 1) ** -0.5 if cfg.damped else 1.0
+
+    def forward(self, x: Tensor, ground: Tensor) -> Tensor:
+        keep, fresh = self.blend.to(x)
+        x = keep * x + fresh * ground
+        x = x + self.attend_scale.to(x) * self.attend(self.damp * even(x))
+        return x + self.expand_scale.to(x) * self.expand(self.damp * even(x))
+
+
+class Tower(nn.Module):
+    """Storeys up to the middle leave their output behind; those above take it up again, the last first."""
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.softcap, self.middle = cfg.softcap, cfg.storeys // 2
+        self.lookup = nn.Embedding(cfg.vocab, cfg.dim)
+        self.pairs = PairTable(cfg.pair_rows, cfg.pair_dim, cfg.dim) if cfg.pair_rows > 0 else None
+        self.smear = Smear(cfg.dim)
+        self.storeys = nn.ModuleList(Storey(cfg, number) for number in range(cfg.storeys))
+        self.stairs = nn.Parameter(torch.ones(self.middle, cfg.dim))
+        self.exit = None if cfg.tied else Proj(cfg.dim, cfg.vocab)
+        self.begin()
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        self.lookup.weight.normal_(std=0.005)
+        if self.pairs is not None:
+            self.pairs.vectors.weight.zero_()
+        for part in self.modules():
+            if isinstance(part, Proj):
+                nn.init.zeros_(part.weight) if part.silent else nn.init.orthogonal_(part.weight)
+
+    def trunk(self, ids: Tensor) -> Tensor:
+        """The last storey's output, evened: batch, position, channel."""
+        ground = self.lookup(ids) if self.pairs is None else self.lookup(ids) + self.pairs(ids)
+        ground = self.smear(even(ground))
+        x, left = ground, []
+        for number, storey in enumerate(self.storeys):
+            if number >= self.middle and left:
+                x = x + self.stairs[number - self.middle].to(x) * left.pop()
+            x = storey(x, ground)
+            if number < self.middle:
+                left.append(x)
+        return even(x)
+
+    def scores(self, ids: Tensor) -> Tensor:
+        """Scores over the vocabulary at each position, softly capped."""
+        x = self.trunk(ids)
+        raw = self.exit(x) if self.exit is not None else x @ self.lookup.weight.to(x).T
+        return self.softcap * (raw / self.softcap).tanh()
+
+    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
+        return token_losses(self.scores(ids), targets).mean()
+
+
+def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Nats of each target, in the targets' shape."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view_as(targets)
+
+
+def new_tower(cfg: Config, device: torch.device) -> Tower:
+    """On its card: tables in bf16, the rest in fp32."""
+    tower = Tower(cfg).to(device)
+    for part in tower.modules():
+        if isinstance(part, nn.Embedding):
+            part.bfloat16()
+    return tower
+
+
+# ============================================================================
+# Muon
+# ============================================================================
+
+
+def levelled(grad: Tensor, rounds: int) -> Tensor:
+    """The matrix with its singular values pushed towards one, in bf16: x <- 3.4445 x + (-4.7750 s + 2.0315 s s) x, s = x xT."""
+    lying = grad.size(0) <= grad.size(1)
+    x = (grad if lying else grad.mT).to(torch.bfloat16)
+    x = x.div(torch.linalg.matrix_norm(x) + 1e-7)
+    for _ in range(rounds):
+        s = x.matmul(x.mT)
+        s = s.mul(-4.7750) + s.matmul(s).mul(2.0315)
+        x = x.mul(3.4445) + s.matmul(x)
+    return x if lying else x.mT
 
 
 class Muon(torch.optim.Optimizer):
-    def __init__(self, params, lr: float, momentum: float, backend_steps: int, weight_decay: float = 0.0):
-        super().__init__(params, dict(lr=lr, momentum=momentum, backend_steps=backend_steps, weight_decay=weight_decay))
+    """Nesterov momentum, levelled. Equal shapes are handled in one go by one process and handed to the others."""
+
+    def __init__(self, matrices: list[nn.Parameter], place: Place, lr: float, momentum: float, rounds: int, decay: float):
+        by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+        for matrix in matrices:
+            by_shape.setdefault(matrix.shape, []).append(matrix)
+        super().__init__([{"params": same} for same in by_shape.values()], {"lr": lr, "momentum": momentum, "decay": decay})
+        self.place, self.rounds = place, rounds
+
+    def wanted(self, matrix: nn.Parameter, momentum: float) -> Tensor:
+        run = self.state[matrix].setdefault("run", torch.zeros_like(matrix))
+        run.lerp_(matrix.grad, 1 - momentum)
+        return levelled(torch.lerp(matrix.grad, run, momentum), self.rounds)
 
     @torch.no_grad()
     def step(self, closure=None):
-        distributed = dist.is_available() and dist.is_initialized()
-        world_size = dist.get_world_size() if distributed else 1
-        rank = dist.get_rank() if distributed else 0
         for group in self.param_groups:
-            params = group["params"]
-            if not params:
-                continue
-            lr, momentum = group["lr"], group["momentum"]
-            total = sum(int(p.numel()) for p in params)
-            flat = torch.zeros(total, device=params[0].device, dtype=torch.bfloat16)
-            cursor = 0
-            for i, p in enumerate(params):
-                if i % world_size == rank and p.grad is not None:
-                    g = p.grad
-                    state = self.state[p]
-                    if "momentum_buffer" not in state:
-                        state["momentum_buffer"] = torch.zeros_like(g)
-                    buf = state["momentum_buffer"]
-                    buf.mul_(momentum).add_(g)
-                    g = orthogonalise(g.add(buf, alpha=momentum), steps=group["backend_steps"])
-                    g *= max(1, g.size(0) / g.size(1)) ** 0.5
-                    flat[cursor : cursor + p.numel()] = g.reshape(-1)
-                cursor += p.numel()
-            if distributed:
-                dist.all_reduce(flat, op=dist.ReduceOp.SUM)
-            cursor = 0
-            for p in params:
-                if group["weight_decay"] > 0:
-                    p.data.mul_(1.0 - lr * group["weight_decay"])
-                p.add_(flat[cursor : cursor + p.numel()].view_as(p).to(p.dtype), alpha=-lr)
-                cursor += p.numel()
-
-
-# -----------------------------
-# BYTES PER TOKEN
-# -----------------------------
-
-
-def build_byte_luts(sp: spm.SentencePieceProcessor, vocab_size: int, device: torch.device):
-    table_size = max(int(sp.vocab_size()), vocab_size)
-    base_bytes = np.zeros((table_size,), dtype=np.int16)
-    leading_space = np.zeros((table_size,), dtype=np.bool_)
-    is_boundary = np.ones((table_size,), dtype=np.bool_)
-    for token_id in range(int(sp.vocab_size())):
-        if sp.is_control(token_id) or sp.is_unknown(token_id) or sp.is_unused(token_id):
-            continue
-        is_boundary[token_id] = False
-        if sp.is_byte(token_id):
-            base_bytes[token_id] = 1
-            continue
-        piece = sp.id_to_piece(token_id)
-        if piece.startswith("\u2581"):
-            leading_space[token_id] = True
-            piece = piece[1:]
-        base_bytes[token_id] = len(piece.encode("utf-8"))
-    return (
-        torch.tensor(base_bytes, dtype=torch.int16, device=device),
-        torch.tensor(leading_space, dtype=torch.bool, device=device),
-        torch.tensor(is_boundary, dtype=torch.bool, device=device),
-    )
-
-
-# -----------------------------
-# DATA
-# -----------------------------
-
-
-def load_data_shard(file: Path) -> Tensor:
-    header_bytes = 256 * np.dtype("<i4").itemsize
-    header = np.fromfile(file, dtype="<i4", count=256)
-    if header.size != 256 or int(header[0]) != 20240520 or int(header[1]) != 1:
-        raise ValueError(f"Unexpected shard header for {file}")
-    num_tokens = int(header[2])
-    if file.stat().st_size != header_bytes + num_tokens * 2:
-        raise ValueError(f"Shard size mismatch for {file}")
-    tokens = np.fromfile(file, dtype="<u2", count=num_tokens, offset=header_bytes)
-    return torch.from_numpy(tokens.astype(np.uint16, copy=False))
-
-
-def load_validation_tokens(pattern: str, seq_len: int) -> Tensor:
-    files = [Path(p) for p in sorted(glob.glob(pattern))]
-    if not files:
-        raise FileNotFoundError(f"No files found for pattern: {pattern}")
-    tokens = torch.cat([load_data_shard(file) for file in files]).contiguous()
-    usable = ((tokens.numel() - 1) // seq_len) * seq_len
-    if usable <= 0:
-        raise ValueError(f"Validation split is too short for seq_len={seq_len}")
-    return tokens[: usable + 1]
-
-
-class TokenStream:
-    def __init__(self, pattern: str):
-        self.files = [Path(p) for p in sorted(glob.glob(pattern))]
-        if not self.files:
-            raise FileNotFoundError(f"No files found for pattern: {pattern}")
-        self.file_idx = 0
-        self.tokens = load_data_shard(self.files[0])
-        self.pos = 0
-
-    def _advance_file(self) -> None:
-        self.file_idx = (self.file_idx + 1) % len(self.files)
-        self.tokens = load_data_shard(self.files[self.file_idx])
-        self.pos = 0
-
-    def take(self, n: int) -> Tensor:
-        chunks: list[Tensor] = []
-        remaining = n
-        while remaining > 0:
-            avail = self.tokens.numel() - self.pos
-            if avail <= 0:
-                self._advance_file()
-                continue
-            k = min(remaining, avail)
-            chunks.append(self.tokens[self.pos : self.pos + k])
-            self.pos += k
-            remaining -= k
-        return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
-
-
-class DistributedTokenLoader:
-    def __init__(self, pattern: str, rank: int, world_size: int, device: torch.device):
-        self.rank = rank
-        self.world_size = world_size
-        self.device = device
-        self.stream = TokenStream(pattern)
-
-    def next_batch(self, global_tokens: int, seq_len: int, grad_accum_steps: int) -> tuple[Tensor, Tensor]:
-        local_tokens = global_tokens // (self.world_size * grad_accum_steps)
-        per_rank_span = local_tokens + 1
-        chunk = self.stream.take(per_rank_span * self.world_size)
-        start = self.rank * per_rank_span
-        local = chunk[start : start + per_rank_span].to(dtype=torch.int64)
-        x = local[:-1].reshape(-1, seq_len)
-        y = local[1:].reshape(-1, seq_len)
-        return x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
-
-
-# -----------------------------
-# MODEL
-# -----------------------------
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, eps: float | None = None):
-        super().__init__()
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.size(-1),), eps=self.eps)
-
-
-class CastedLinear(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        bias = self.bias.to(x.dtype) if self.bias is not None else None
-        return F.linear(x, self.weight.to(x.dtype), bias)
-
-
-def restore_low_dim_params_to_fp32(module: nn.Module) -> None:
-    with torch.no_grad():
-        for name, param in module.named_parameters():
-            control = any(pattern in name for pattern in CONTROL_TENSOR_NAME_PATTERNS)
-            if (param.ndim < 2 or control) and param.dtype != torch.float32:
-                param.data = param.data.float()
-
-
-class Rotary(nn.Module):
-    def __init__(self, rope_dims: int, base: float, train_seq_len: int = 1024):
-        super().__init__()
-        self.rope_dims = rope_dims
-        self.base = base
-        self.train_seq_len = train_seq_len
-        self._seq_len_cached = 0
-        self._cos: Tensor | None = None
-        self._sin: Tensor | None = None
-
-    def forward(self, seq_len: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        if self._cos is None or self._seq_len_cached != seq_len or self._cos.device != device:
-            base = self.base
-            if seq_len > self.train_seq_len:
-                base = base * (seq_len / self.train_seq_len) ** (self.rope_dims / (self.rope_dims - 2))
-            inv_freq = 1.0 / (base ** (torch.arange(0, self.rope_dims, 2, dtype=torch.float32, device=device) / self.rope_dims))
-            freqs = torch.outer(torch.arange(seq_len, device=device, dtype=torch.float32), inv_freq)
-            self._cos = freqs.cos()[None, :, None, :]
-            self._sin = freqs.sin()[None, :, None, :]
-            self._seq_len_cached = seq_len
-        return self._cos.to(dtype=dtype), self._sin.to(dtype=dtype)
-
-
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, rope_dims: int) -> Tensor:
-    turned, passed = x[..., :rope_dims], x[..., rope_dims:]
-    half = rope_dims // 2
-    x1, x2 = turned[..., :half], turned[..., half:]
-    turned = torch.cat((x1 * cos + x2 * sin, x1 * (-sin) + x2 * cos), dim=-1)
-    return torch.cat((turned, passed), dim=-1)
-
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    # (B, T, H, D) in and out; FA3 on Hopper, SDPA elsewhere
-    if HAS_FA3 and q.is_cuda:
-        return flash_attn_3_func(q, k, v, causal=True)
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=k.size(2) != q.size(2)
-    )
-    return out.transpose(1, 2)
-
-
-class CausalSelfAttention(nn.Module):
-    def __init__(self, dim: int, num_heads: int, num_kv_heads: int, rope_base: float, rope_dims: int, qk_gain_init: float):
-        super().__init__()
-        if dim % num_heads != 0:
-            raise ValueError("model_dim must be divisible by num_heads")
-        self.num_heads = num_heads
-        self.num_kv_heads = num_kv_heads
-        self.head_dim = dim // num_heads
-        self.rope_dims = rope_dims
-        kv_dim = num_kv_heads * self.head_dim
-        self.c_q = CastedLinear(dim, dim, bias=False)
-        self.c_k = CastedLinear(dim, kv_dim, bias=False)
-        self.c_v = CastedLinear(dim, kv_dim, bias=False)
-        self.proj = CastedLinear(dim, dim, bias=False)
-        self.proj._zero_init = True
-        self.q_gain = nn.Parameter(torch.full((num_heads,), qk_gain_init, dtype=torch.float32))
-        self.rotary = Rotary(rope_dims, base=rope_base)
-        self.use_xsa = False
-
-    def _exclude_self(self, y: Tensor, v: Tensor) -> Tensor:
-        B, T, H, D = y.shape
-        groups = H // v.size(2)
-        y_g = y.reshape(B, T, v.size(2), groups, D)
-        v_n = F.normalize(v, dim=-1).unsqueeze(3)
-        y_g = y_g - (y_g * v_n).sum(dim=-1, keepdim=True) * v_n
-        return y_g.reshape(B, T, H, D)
-
-    def forward(self, x: Tensor) -> Tensor:
-        bsz, seqlen, dim = x.shape
-        q = self.c_q(x).reshape(bsz, seqlen, self.num_heads, self.head_dim)
-        k = self.c_k(x).reshape(bsz, seqlen, self.num_kv_heads, self.head_dim)
-        v = self.c_v(x).reshape(bsz, seqlen, self.num_kv_heads, self.head_dim)
-        q = F.rms_norm(q, (q.size(-1),))
-        k = F.rms_norm(k, (k.size(-1),))
-        cos, sin = self.rotary(seqlen, x.device, q.dtype)
-        q = apply_rotary(q, cos, sin, self.rope_dims)
-        k = apply_rotary(k, cos, sin, self.rope_dims)
-        q = q * self.q_gain.to(dtype=q.dtype)[None, None, :, None]
-        y = causal_attention(q, k, v)
-        if self.use_xsa:
-            y = self._exclude_self(y, v)
-        return self.proj(y.reshape(bsz, seqlen, dim))
-
-
-class MLP(nn.Module):
-    def __init__(self, dim: int, mlp_mult: float):
-        super().__init__()
-        hidden = int(mlp_mult * dim)
-        self.fc = CastedLinear(dim, hidden, bias=False)
-        self.proj = CastedLinear(hidden, dim, bias=False)
-        self.proj._zero_init = True
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.leaky_relu(self.fc(x), negative_slope=0.5)
-        return self.proj(x.square())
-
-
-class SmearGate(nn.Module):
-    def __init__(self, dim: int):
-        super().__init__()
-        self.gate = nn.Parameter(torch.zeros(dim, dtype=torch.float32))
-
-    def forward(self, x: Tensor) -> Tensor:
-        g = torch.sigmoid(self.gate.to(dtype=x.dtype))[None, None, :]
-        x_prev = torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
-        return (1 - g) * x + g * x_prev
-
-
-class BigramHashEmbedding(nn.Module):
-    def __init__(self, table_size: int, dim: int, model_dim: int):
-        super().__init__()
-        self.table_size = table_size
-        self.embed = nn.Embedding(table_size, dim)
-        nn.init.zeros_(self.embed.weight)
-        self.proj = CastedLinear(dim, model_dim, bias=False)
-        self.scale = nn.Parameter(torch.tensor(0.05, dtype=torch.float32))
-
-    def hash(self, tokens: Tensor) -> Tensor:
-        t = tokens.to(torch.int32)
-        mod = self.table_size - 1
-        out = torch.empty_like(t)
-        out[..., 0] = mod
-        out[..., 1:] = torch.bitwise_xor(36313 * t[..., 1:], 27191 * t[..., :-1]) % mod
-        return out.long()
-
-    def forward(self, token_ids: Tensor) -> Tensor:
-        h = self.proj(self.embed(self.hash(token_ids)))
-        return h * self.scale.to(dtype=h.dtype)
-
-
-class Block(nn.Module):
-    def __init__(self, h: type[Hyperparameters], layer_idx: int):
-        super().__init__()
-        dim = h.model_dim
-        self.attn_norm = RMSNorm()
-        self.mlp_norm = RMSNorm()
-        self.attn = CausalSelfAttention(dim, h.num_heads, h.num_kv_heads, h.rope_base, h.rope_dims, h.qk_gain_init)
-        self.mlp = MLP(dim, h.mlp_mult)
-        self.attn_scale = nn.Parameter(torch.ones(dim, dtype=torch.float32))
-        self.mlp_scale = nn.Parameter(torch.ones(dim, dtype=torch.float32))
-        self.resid_mix = nn.Parameter(torch.stack((torch.ones(dim), torch.zeros(dim))).float())
-        self.ln_scale_factor = 1.0 / math.sqrt(layer_idx + 1) if h.ln_scale else 1.0
-
-    def forward(self, x: Tensor, x0: Tensor) -> Tensor:
-        mix = self.resid_mix.to(dtype=x.dtype)
-        x = mix[0][None, None, :] * x + mix[1][None, None, :] * x0
-        x = x + self.attn_scale.to(dtype=x.dtype) * self.attn(self.attn_norm(x) * self.ln_scale_factor)
-        x = x + self.mlp_scale.to(dtype=x.dtype) * self.mlp(self.mlp_norm(x) * self.ln_scale_factor)
-        return x
-
-
-class GPT(nn.Module):
-    def __init__(self, h: type[Hyperparameters]):
-        super().__init__()
-        self.logit_softcap = h.logit_softcap
-        self.tie_embeddings = h.tie_embeddings
-        self.num_layers = h.num_layers
-        self.tok_emb = nn.Embedding(h.vocab_size, h.model_dim)
-        self.bigram = BigramHashEmbedding(h.bigram_vocab_size, h.bigram_dim, h.model_dim) if h.bigram_vocab_size > 0 else None
-        self.smear = SmearGate(h.model_dim)
-        self.num_encoder_layers = h.num_layers // 2
-        self.num_decoder_layers = h.num_layers - self.num_encoder_layers
-        self.num_skip_weights = min(self.num_encoder_layers, self.num_decoder_layers)
-        self.skip_weights = nn.Parameter(torch.ones(self.num_skip_weights, h.model_dim, dtype=torch.float32))
-        self.blocks = nn.ModuleList([Block(h, i) for i in range(h.num_layers)])
-        for i in range(max(0, h.num_layers - h.xsa_last_n), h.num_layers):
-            self.blocks[i].attn.use_xsa = True
-        self.final_norm = RMSNorm()
-        self.lm_head = None if h.tie_embeddings else CastedLinear(h.model_dim, h.vocab_size, bias=False)
-        self._init_weights()
-
-    def _init_weights(self) -> None:
-        nn.init.normal_(self.tok_emb.weight, mean=0.0, std=0.005)
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear):
-                if getattr(module, "_zero_init", False):
-                    nn.init.zeros_(module.weight)
-                elif min(module.weight.shape) >= 64:
-                    nn.init.orthogonal_(module.weight, gain=1.0)
-
-    def _hidden(self, input_ids: Tensor) -> Tensor:
-        x = self.tok_emb(input_ids)
-        if self.bigram is not None:
-            x = x + self.bigram(input_ids)
-        x = F.rms_norm(x, (x.size(-1),))
-        x = self.smear(x)
-        x0 = x
-        skips: list[Tensor] = []
-        for i in range(self.num_encoder_layers):
-            x = self.blocks[i](x, x0)
-            skips.append(x)
-        for i in range(self.num_decoder_layers):
-            if skips:
-                x = x + self.skip_weights[i].to(dtype=x.dtype)[None, None, :] * skips.pop()
-            x = self.blocks[self.num_encoder_layers + i](x, x0)
-        return self.final_norm(x)
-
-    def forward_logits(self, input_ids: Tensor) -> Tensor:
-        x = self._hidden(input_ids)
-        weight = self.tok_emb.weight if self.tie_embeddings else self.lm_head.weight
-        logits = F.linear(x, weight.to(x.dtype))
-        return self.logit_softcap * torch.tanh(logits / self.logit_softcap)
-
-    def forward(self, input_ids: Tensor, target_ids: Tensor) -> Tensor:
-        logits = self.forward_logits(input_ids)
-        return F.cross_entropy(logits.reshape(-1, logits.size(-1)).float(), target_ids.reshape(-1), reduction="mean")
-
-
-# -----------------------------
-# EVALUATION
-# -----------------------------
-
-
-def token_bytes(prev_ids: Tensor, tgt_ids: Tensor, luts) -> Tensor:
-    base_bytes_lut, has_leading_space_lut, is_boundary_token_lut = luts
-    num = base_bytes_lut[tgt_ids].to(torch.float64)
-    num += (has_leading_space_lut[tgt_ids] & ~is_boundary_token_lut[prev_ids]).to(torch.float64)
-    return num
-
-
-def eval_val(args, model, rank: int, world_size: int, device, val_tokens: Tensor, luts) -> tuple[float, float]:
-    seq_len = args.train_seq_len
-    local_batch_seqs = max(1, args.val_batch_size // (world_size * seq_len))
-    total_seqs = (val_tokens.numel() - 1) // seq_len
-    seq_start = (total_seqs * rank) // world_size
-    seq_end = (total_seqs * (rank + 1)) // world_size
-    val_loss_sum = torch.zeros((), device=device, dtype=torch.float64)
-    val_token_count = torch.zeros((), device=device, dtype=torch.float64)
-    val_byte_count = torch.zeros((), device=device, dtype=torch.float64)
-    model.eval()
-    with torch.inference_mode():
-        for batch_start in range(seq_start, seq_end, local_batch_seqs):
-            batch_end = min(batch_start + local_batch_seqs, seq_end)
-            local = val_tokens[batch_start * seq_len : batch_end * seq_len + 1].to(device=device, dtype=torch.int64)
-            x = local[:-1].reshape(-1, seq_len)
-            y = local[1:].reshape(-1, seq_len)
-            with torch.autocast(device_type="cuda", dtype=torch.bfloat16, enabled=True):
-                batch_loss = model(x, y).detach()
-            n = float(y.numel())
-            val_loss_sum += batch_loss.to(torch.float64) * n
-            val_token_count += n
-            val_byte_count += token_bytes(x.reshape(-1), y.reshape(-1), luts).sum()
-    if dist.is_available() and dist.is_initialized():
-        for t in (val_loss_sum, val_token_count, val_byte_count):
-            dist.all_reduce(t, op=dist.ReduceOp.SUM)
-    val_loss = val_loss_sum / val_token_count
-    bits_per_token = val_loss.item() / math.log(2.0)
-    tokens_per_byte = val_token_count.item() / val_byte_count.item()
-    model.train()
-    return float(val_loss.item()), float(bits_per_token * tokens_per_byte)
-
-
-def window_plan(total_tokens: int, seq_len: int, stride: int) -> list[int]:
-    # a window w scores [w + seq_len - stride, w + seq_len), the first one all of its targets; every target is scored once
-    return [w for w in range(0, total_tokens, stride) if w == 0 or w + seq_len - stride < total_tokens]
-
-
-def eval_val_sliding(args, base_model, rank, world_size, device, val_tokens, luts, stride, batch_seqs=32):
-    seq_len = args.eval_seq_len
-    total_tokens = val_tokens.numel() - 1
-    windows = window_plan(total_tokens, seq_len, stride)
-    my_s = (len(windows) * rank) // world_size
-    my_e = (len(windows) * (rank + 1)) // world_size
-    my_windows = windows[my_s:my_e]
-    loss_sum = torch.zeros((), device=device, dtype=torch.float64)
-    token_count = torch.zeros((), device=device, dtype=torch.float64)
-    byte_count = torch.zeros((), device=device, dtype=torch.float64)
-    base_model.eval()
-    compiled_logits = torch.compile(base_model.forward_logits, dynamic=False, fullgraph=True)
-    with torch.inference_mode():
-        for bi in range(0, len(my_windows), batch_seqs):
-            batch_ws = my_windows[bi : bi + batch_seqs]
-            bsz = len(batch_ws)
-            x_batch = torch.zeros(bsz, seq_len, dtype=torch.int64, device=device)
-            y_batch = torch.zeros(bsz, seq_len, dtype=torch.int64, device=device)
-            wlens: list[int] = []
-            for i, ws in enumerate(batch_ws):
-                end = min(ws + seq_len, total_tokens)
-                wlen = end - ws
-                wlens.append(wlen)
-                chunk = val_tokens[ws : end + 1].to(dtype=torch.int64, device=device)
-                x_batch[i, :wlen] = chunk[:-1]
-                y_batch[i, :wlen] = chunk[1:]
-            with torch.autocast(device_type="cuda", dtype=torch.bfloat16):
-                logits = compiled_logits(x_batch)
-            nll = F.cross_entropy(
-                logits.reshape(-1, logits.size(-1)).float() / args.eval_temperature, y_batch.reshape(-1), reduction="none"
-            ).reshape(bsz, seq_len)
-            for i, ws in enumerate(batch_ws):
-                wlen = wlens[i]
-                s = 0 if ws == 0 else seq_len - stride
-                scored_nll = nll[i, s:wlen].to(torch.float64)
-                loss_sum += scored_nll.sum()
-                token_count += float(wlen - s)
-                byte_count += token_bytes(x_batch[i, s:wlen], y_batch[i, s:wlen], luts).sum()
-    if dist.is_available() and dist.is_initialized():
-        for t in (loss_sum, token_count, byte_count):
-            dist.all_reduce(t, op=dist.ReduceOp.SUM)
-    val_loss = (loss_sum / token_count).item()
-    val_bpb = val_loss / math.log(2.0) * (token_count.item() / byte_count.item())
-    base_model.train()
-    return val_loss, val_bpb
-
-
-def eval_val_sliding_ttt(args, base_model, rank, world_size, device, val_tokens, luts, stride, batch_seqs=32, log0=print):
-    """Chunk by chunk: score every window of the chunk, book the losses, then train on the chunk."""
-    seq_len = args.eval_seq_len
-    total_tokens = val_tokens.numel() - 1
-    ttt_chunk = args.ttt_chunk_tokens
-    windows = window_plan(total_tokens, seq_len, stride)
-    num_chunks = (total_tokens + ttt_chunk - 1) // ttt_chunk
-    chunk_windows: list[list[int]] = [[] for _ in range(num_chunks)]
-    for ws in windows:
-        first_scored = 0 if ws == 0 else ws + seq_len - stride
-        chunk_windows[min(first_scored // ttt_chunk, num_chunks - 1)].append(ws)
-    log0(f"ttt_sliding:start chunks={num_chunks} windows={len(windows)} lr={args.ttt_lr} epochs={args.ttt_epochs}")
-
-    loss_sum = torch.zeros((), device=device, dtype=torch.float64)
-    token_count = torch.zeros((), device=device, dtype=torch.float64)
-    byte_count = torch.zeros((), device=device, dtype=torch.float64)
-
-    frozen = set(range(min(args.ttt_freeze_blocks, len(base_model.blocks))))
-    ttt_params: list[nn.Parameter] = []
-    for name, p in base_model.named_parameters():
-        freeze = any(f"blocks.{bi}." in name for bi in frozen)
-        p.requires_grad_(not freeze)
-        if not freeze:
-            ttt_params.append(p)
-    optimizer = torch.optim.SGD(ttt_params, lr=args.ttt_lr, momentum=args.ttt_momentum)
-    t0 = time.perf_counter()
-
-    for ci in range(num_chunks):
-        chunk_start = ci * ttt_chunk
-        chunk_end = min((ci + 1) * ttt_chunk, total_tokens)
-        mine = chunk_windows[ci]
-        my_windows = mine[(len(mine) * rank) // world_size : (len(mine) * (rank + 1)) // world_size]
-
-        # phase 1: score
-        base_model.eval()
+            same = group["params"]
+            stretch = max(1.0, same[0].size(0) / same[0].size(1)) ** 0.5
+            made = torch.zeros(len(same), *same[0].shape, dtype=torch.bfloat16, device=same[0].device)
+            for number in range(self.place.rank, len(same), self.place.world):
+                if same[number].grad is not None:
+                    made[number] = self.wanted(same[number], group["momentum"])
+            self.place.add(made)
+            for matrix, update in zip(same, made, strict=True):
+                matrix.mul_(1 - group["lr"] * group["decay"])
+                matrix.add_(update, alpha=-group["lr"] * stretch)
+
+
+# ============================================================================
+# Scorer
+# ============================================================================
+
+
+def window_plan(n_targets: int, width: int, stride: int) -> list[int]:
+    """Starts of the windows. One at w pays for the targets from w + width - stride on, the first for all of its own."""
+    later = range(stride, n_targets - width + stride, stride)
+    return [0, *later]
+
+
+def packs(things: list, size: int) -> Iterator[list]:
+    for at in range(0, len(things), size):
+        yield things[at : at + size]
+
+
+class Score(NamedTuple):
+    """Nats a token, bits a byte."""
+
+    loss: float
+    bpb: float
+
+
+def per_byte(nats: Tensor, priced: Tensor, nbytes: Tensor) -> Score:
+    loss = (nats / priced).item()
+    return Score(loss, loss / math.log(2.0) * (priced / nbytes).item())
+
+
+class Pupil:
+    """A tower that learns from text it is given, by SGD; its lowest storeys are left alone."""
+
+    def __init__(self, cfg: Config, net: Tower, place: Place) -> None:
+        self.cfg, self.net, self.place = cfg, net, place
+        fixed = {id(p) for storey in net.storeys[: cfg.adapt_frozen] for p in storey.parameters()}
+        self.learnt = [p for p in net.parameters() if id(p) not in fixed]
+        for p in net.parameters():
+            p.requires_grad_(id(p) not in fixed)
+        self.optimizer = torch.optim.SGD(self.learnt, lr=cfg.adapt_lr, momentum=cfg.adapt_momentum)
+
+    def learn(self, ids: Tensor, done: float) -> None:
+        """Some epochs over the rows of `ids` (tokens, one more than the rows take); done: how far through, 0 to 1."""
+        cfg, length = self.cfg, self.cfg.eval_len
+        rank, world, device = self.place
+        rows = (len(ids) - 1) // length
+        first, last = rows * rank // world, rows * (rank + 1) // world
+        for group in self.optimizer.param_groups:
+            group["lr"] = cfg.adapt_lr * (0.5 + 0.5 * math.cos(math.pi * done))
+        self.net.train()
+        for _ in range(cfg.adapt_epochs):
+            for row in range(first, last, cfg.adapt_rows):
+                upto = min(row + cfg.adapt_rows, last)
+                part = ids[row * length : upto * length + 1].to(device, torch.int64)
+                self.optimizer.zero_grad()
+                with half():
+                    loss = self.net(part[:-1].view(-1, length), part[1:].view(-1, length))
+                loss.backward()
+                for p in self.learnt:
+                    if p.grad is not None:
+                        p.grad /= world
+                        self.place.add(p.grad)
+                nn.utils.clip_grad_norm_(self.learnt, cfg.adapt_limit)
+                self.optimizer.step()
+
+
+class Scorer:
+    """The passes over the held-out tokens."""
+
+    def __init__(self, cfg: Config, place: Place, split: Tensor, table: ByteTable, log: Diary) -> None:
+        self.cfg, self.place, self.split, self.table, self.log = cfg, place, split, table, log
+        self.n_targets = len(split) - 1
+
+    def nothing(self) -> list[Tensor]:
+        """Nats, targets and bytes so far."""
+        return [torch.zeros([], dtype=torch.float64, device=self.place.device) for _ in range(3)]
+
+    def cut(self, batch: list[int]) -> tuple[Tensor, Tensor, list[int]]:
+        """Inputs and targets of the windows that start there, and the length of each (the last may be shorter)."""
+        width = self.cfg.eval_len
+        x = torch.zeros(len(batch), width, dtype=torch.int64)
+        y = torch.zeros(len(batch), width, dtype=torch.int64)
+        lengths = [min(width, self.n_targets - start) for start in batch]
+        for i, start in enumerate(batch):
+            x[i, : lengths[i]] = self.split[start : start + lengths[i]]
+            y[i, : lengths[i]] = self.split[start + 1 : start + lengths[i] + 1]
+        return x.to(self.place.device), y.to(self.place.device), lengths
+
+    def by_blocks(self, model: nn.Module) -> Score:
+        """Rows side by side, each without a past. For the curve, and to see what rounding costs."""
+        length = self.cfg.train_len
+        starts = list(range(0, self.n_targets - length + 1, length))
+        nats, priced, nbytes = self.nothing()
+        model.eval()
         with torch.inference_mode():
-            for bi in range(0, len(my_windows), batch_seqs):
-                batch_ws = my_windows[bi : bi + batch_seqs]
-                bsz = len(batch_ws)
-                x_batch = torch.zeros(bsz, seq_len, dtype=torch.int64, device=device)
-                y_batch = torch.zeros(bsz, seq_len, dtype=torch.int64, device=device)
-                wlens = []
-                for i, ws in enumerate(batch_ws):
-                    end = min(ws + seq_len, total_tokens)
-                    wlens.append(end - ws)
-                    tok = val_tokens[ws : end + 1].to(dtype=torch.int64, device=device)
-                    x_batch[i, : end - ws] = tok[:-1]
-                    y_batch[i, : end - ws] = tok[1:]
-                with torch.autocast(device_type="cuda", dtype=torch.bfloat16):
-                    logits = base_model.forward_logits(x_batch)
-                nll = F.cross_entropy(
-                    logits.reshape(-1, logits.size(-1)).float(), y_batch.reshape(-1), reduction="none"
-                ).reshape(bsz, seq_len)
-                for i, ws in enumerate(batch_ws):
-                    wlen = wlens[i]
-                    s = 0 if ws == 0 else seq_len - stride
-                    loss_sum += nll[i, s:wlen].to(torch.float64).sum()
-                    token_count += float(wlen - s)
-                    byte_count += token_bytes(x_batch[i, s:wlen], y_batch[i, s:wlen], luts).sum()
+            for batch in packs(self.place.share(starts), max(1, self.cfg.look_tokens // (self.place.world * length))):
+                rows = self.split[batch[0] : batch[-1] + length + 1].to(self.place.device, torch.int64)
+                x, y = rows[:-1].view(-1, length), rows[1:].view(-1, length)
+                with half():
+                    mean = model(x, y)
+                nats += mean.double() * y.numel()
+                priced += y.numel()
+                nbytes += self.table(x, y).sum()
+        self.place.add(nats, priced, nbytes)
+        model.train()
+        return per_byte(nats, priced, nbytes)
 
-        # phase 2: learn from what was just scored
-        is_last_chunk = ci == num_chunks - 1
-        if not is_last_chunk and args.ttt_epochs > 0:
-            base_model.train()
-            chunk_seqs = (chunk_end - chunk_start) // seq_len
-            if chunk_seqs > 0:
-                cos_lr = args.ttt_lr * 0.5 * (1.0 + math.cos(math.pi * ci / max(num_chunks - 1, 1)))
-                for pg in optimizer.param_groups:
-                    pg["lr"] = cos_lr
-                my_seq_s = (chunk_seqs * rank) // world_size
-                my_seq_e = (chunk_seqs * (rank + 1)) // world_size
-                for _ep in range(args.ttt_epochs):
-                    for bs in range(my_seq_s, my_seq_e, args.ttt_batch_seqs):
-                        be = min(bs + args.ttt_batch_seqs, my_seq_e)
-                        lo = chunk_start + bs * seq_len
-                        hi = chunk_start + be * seq_len + 1
-                        if hi > val_tokens.numel():
-                            continue
-                        local = val_tokens[lo:hi].to(device=device, dtype=torch.int64)
-                        x = local[:-1].reshape(-1, seq_len)
-                        y = local[1:].reshape(-1, seq_len)
-                        optimizer.zero_grad(set_to_none=True)
-                        with torch.autocast(device_type="cuda", dtype=torch.bfloat16):
-                            loss = base_model(x, y)
-                        loss.backward()
-                        if world_size > 1:
-                            for p in ttt_params:
-                                if p.grad is not None:
-                                    dist.all_reduce(p.grad, op=dist.ReduceOp.AVG)
-                        torch.nn.utils.clip_grad_norm_(ttt_params, args.ttt_grad_clip)
-                        optimizer.step()
-        if rank == 0 and (ci % 100 == 0 or is_last_chunk):
-            running = loss_sum.item() / max(token_count.item(), 1.0) / math.log(2.0)
-            log0(f"  ttt_chunk [{ci + 1}/{num_chunks}] bits/token={running:.6f} time={time.perf_counter() - t0:.1f}s")
+    def by_windows(self, net: Tower) -> Score:
+        """Windows that overlap, with fixed weights: every target is paid once, most of them late in a window."""
+        cfg = self.cfg
+        width, stride = cfg.eval_len, cfg.stride
+        windows = window_plan(self.n_targets, width, stride)
+        nats, priced, nbytes = self.nothing()
+        net.eval()
+        predict = torch.compile(net.scores, dynamic=False, fullgraph=True)
+        with torch.inference_mode():
+            for batch in packs(self.place.share(windows), cfg.eval_rows):
+                x, y, lengths = self.cut(batch)
+                with half():
+                    logits = predict(x)
+                nll = token_losses(logits.float() / cfg.temperature, y)
+                for i, start in enumerate(batch):
+                    since, upto = 0 if start == 0 else width - stride, lengths[i]
+                    paid = nll[i, since:upto].double()
+                    nats += paid.sum()
+                    priced += upto - since
+                    nbytes += self.table(x[i, since:upto], y[i, since:upto]).sum()
+        self.place.add(nats, priced, nbytes)
+        net.train()
+        return per_byte(nats, priced, nbytes)
 
-    if dist.is_available() and dist.is_initialized():
-        for t in (loss_sum, token_count, byte_count):
-            dist.all_reduce(t, op=dist.ReduceOp.SUM)
-    val_loss = (loss_sum / token_count).item()
-    val_bpb = val_loss / math.log(2.0) * (token_count.item() / byte_count.item())
-    for p in base_model.parameters():
-        p.requires_grad_(True)
-    base_model.eval()
-    return val_loss, val_bpb
+    def chunks_of_windows(self) -> list[list[int]]:
+        """The windows by the chunk in which the first target lies that they pay for."""
+        width, stride, chunk = self.cfg.eval_len, self.cfg.stride, self.cfg.adapt_chunk
+        chunks: list[list[int]] = [[] for _ in range(-(-self.n_targets // chunk))]
+        for start in window_plan(self.n_targets, width, stride):
+            pays_from = start + width - stride if start else 0
+            chunks[pays_from // chunk].append(start)
+        return chunks
 
+    def score_first(self, net: Tower) -> Score:
+        """Chunk by chunk: pay for all of its windows, and only then let the weights learn from it.
 
-# -----------------------------
-# QUANTISATION
-# -----------------------------
+        So a chunk is paid by weights that know the chunks before it and nothing else. Nobody learns from the last.
+        """
+        cfg = self.cfg
+        width, stride, chunk = cfg.eval_len, cfg.stride, cfg.adapt_chunk
+        chunks = self.chunks_of_windows()
+        nats, priced, nbytes = self.nothing()
+        pupil = Pupil(cfg, net, self.place)
+        begun = stamp()
+        self.log(f"score first: {len(chunks)} chunks of {chunk}, {cfg.adapt_epochs} epochs at {cfg.adapt_lr}")
 
+        for c in range(len(chunks)):
+            # the price
+            due = chunks[c]
+            net.eval()
+            with torch.inference_mode():
+                for batch in packs(self.place.share(due), cfg.eval_rows):
+                    x, y, lengths = self.cut(batch)
+                    with half():
+                        logits = net.scores(x)
+                    nll = token_losses(logits, y)
+                    for i, start in enumerate(batch):
+                        since, upto = 0 if start == 0 else width - stride, lengths[i]
+                        nats += nll[i, since:upto].double().sum()
+                        priced += upto - since
+                        nbytes += self.table(x[i, since:upto], y[i, since:upto]).sum()
 
-def collect_hessians(model: nn.Module, loader: DistributedTokenLoader, args, device, grad_accum_steps: int, num_batches: int):
-    hessians: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
-    handles = []
+            # the lesson: what has just been paid
+            is_last = c == len(chunks) - 1
+            if not is_last and cfg.adapt_epochs > 0:
+                lesson = self.split[c * chunk : (c + 1) * chunk + 1]
+                pupil.learn(lesson, c / max(len(chunks) - 1, 1))
+            if c % 100 == 0 or is_last:
+                so_far = (nats / priced.clamp_min(1)).item()
+                self.log(f"  chunk {c + 1} of {len(chunks)}: {so_far:.5f} nats a token here, {stamp() - begun:.0f}ms")
 
-    def make_hook(name: str):
-        def hook(module, inputs, output):
-            x = inputs[0].detach().reshape(-1, inputs[0].size(-1)).float()
-            if name not in hessians:
-                hessians[name] = torch.zeros(x.size(1), x.size(1), device=device)
-                counts[name] = 0
-            hessians[name].addmm_(x.T, x)
-            counts[name] += x.size(0)
-
-        return hook
-
-    for name, module in model.named_modules():
-        if isinstance(module, CastedLinear) and module.weight.numel() > 65_536:
-            handles.append(module.register_forward_hook(make_hook(name + ".weight")))
-    model.eval()
-    with torch.inference_mode(), torch.autocast(device_type="cuda", dtype=torch.bfloat16):
-        for _ in range(num_batches):
-            x, _y = loader.next_batch(args.train_batch_tokens, args.train_seq_len, grad_accum_steps)
-            model.forward_logits(x)
-    for handle in handles:
-        handle.remove()
-    return {name: h / max(counts[name], 1) for name, h in hessians.items()}
+        self.place.add(nats, priced, nbytes)
+        net.requires_grad_(True)
+        net.eval()
+        return per_byte(nats, priced, nbytes)
 
 
-def gptq_matrix(W: Tensor, H: Tensor, bits: int, block: int, damp: float) -> tuple[Tensor, Tensor]:
-    W = W.detach().float().clone()
-    rows, cols = W.shape
-    qmax = 2 ** (bits - 1) - 1
-    H = H.float().clone()
-    dead = torch.diag(H) == 0
-    H[dead, dead] = 1
-    W[:, dead] = 0
-    order = torch.argsort(torch.diag(H), descending=True)
-    inverse = torch.argsort(order)
-    W, H = W[:, order], H[order][:, order]
-    H.diagonal().add_(damp * torch.diag(H).mean())
-    U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
-    scale = (12.85 * W.std(dim=1) / qmax).clamp_min(1e-10).half().float()
-    Q = torch.zeros_like(W)
-    for i0 in range(0, cols, block):
-        i1 = min(i0 + block, cols)
-        errors = torch.zeros(rows, i1 - i0, device=W.device)
-        for j in range(i0, i1):
-            q = torch.clamp(torch.round(W[:, j] / scale), -qmax, qmax)
-            Q[:, j] = q
-            err = (W[:, j] - q * scale) / U[j, j]
-            W[:, j + 1 : i1] -= err[:, None] * U[j, j + 1 : i1][None, :]
-            errors[:, j - i0] = err
-        W[:, i1:] -= errors @ U[i0:i1, i1:]
-    return Q[:, inverse].to(torch.int8), scale.half()
+# ============================================================================
+# Trainer
+# ============================================================================
 
 
-def quantize_rows(t: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
-    qmax = 2 ** (bits - 1) - 1
-    clip = torch.quantile(t.float().abs(), 0.9999984, dim=1).clamp_min(1e-8)
-    scale = (clip / qmax).half()
-    q = torch.clamp(torch.round(t.float() / scale.float()[:, None]), -qmax, qmax)
-    return q.to(torch.int8), scale
+class Trainer:
+    """A tower and its ten minutes, less what rounding needs of them."""
 
+    def __init__(self, cfg: Config, place: Place, scorer: Scorer, log: Diary) -> None:
+        self.cfg, self.place, self.scorer, self.log = cfg, place, scorer, log
+        self.net = new_tower(cfg, place.device)
+        self.model = torch.compile(self.net, dynamic=False, fullgraph=True)
+        if dist.is_initialized():
+            self.model = DistributedDataParallel(self.model, device_ids=[place.device.index], broadcast_buffers=False)
+        self.step, self.spent = 0, 0.0
+        # moments and rounding read training text too, so their seconds are kept out of the loop's
+        self.cap = 1000.0 * (cfg.clock_seconds - cfg.reserve_seconds)
+        self.choose_optimizers()
+        self.text = TrainingText(cfg.train_glob, place)
 
-def quantize_state_dict(state_dict: dict[str, Tensor], hessians: dict[str, Tensor], args):
-    result: dict[str, Tensor] = {}
-    meta: dict[str, str] = {}
-    for name, tensor in state_dict.items():
-        t = tensor.detach()
-        if not t.is_floating_point() or t.numel() <= 65_536:
-            result[name] = t.half().cpu() if t.is_floating_point() else t.cpu()
-            meta[name] = "pass"
-        elif name in hessians:
-            q, s = gptq_matrix(t, hessians[name], args.quant_bits, args.gptq_block_size, args.gptq_damp)
-            result[name + ".q"], result[name + ".scale"] = q.cpu(), s.cpu()
-            meta[name] = "gptq"
+    def choose_optimizers(self) -> None:
+        """Matrices of the storeys (and the pairs' way in) to Muon, the tables and all vectors to AdamW."""
+        cfg, tables, matrices, vectors = self.cfg, [], [], []
+        for name, weight in self.net.named_parameters():
+            if name in ("lookup.weight", "pairs.vectors.weight"):
+                tables.append(weight)
+            elif name.endswith(".weight"):
+                matrices.append(weight)
+            else:
+                vectors.append(weight)
+        shared = {"betas": (cfg.beta_one, cfg.beta_two), "eps": cfg.adam_eps, "weight_decay": cfg.other_decay}
+        self.muon = Muon(matrices, self.place, cfg.matrix_lr, cfg.momentum, cfg.ns_rounds, cfg.matrix_decay)
+        self.optimizers = [
+            torch.optim.AdamW(tables, lr=cfg.table_lr, fused=True, **shared),
+            torch.optim.AdamW(vectors, lr=cfg.vector_lr, fused=True, **shared),
+            self.muon,
+        ]
+        self.full_lr = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
+
+    def gradients(self) -> Tensor:
+        """Adds up the gradients of the next step; its mean loss on this process."""
+        cfg, parts = self.cfg, self.place.parts
+        train_loss = torch.zeros([], device=self.place.device)
+        self.net.zero_grad(set_to_none=True)
+        for part in range(parts):
+            x, y = self.text.batch(cfg.step_tokens, cfg.train_len, parts)
+            if isinstance(self.model, DistributedDataParallel):
+                self.model.require_backward_grad_sync = part == parts - 1
+            with half():
+                loss = self.model(x, y)
+            train_loss += loss.detach() / parts
+            loss.div(parts).backward()
+        return train_loss
+
+    def update(self, scale: float) -> None:
+        """One step of all optimisers, at `scale` of their rates."""
+        cfg = self.cfg
+        warm = min(1.0, self.step / cfg.momentum_steps) if cfg.momentum_steps else 1.0
+        for group in self.muon.param_groups:
+            group["momentum"] = cfg.momentum_from * (1 - warm) + cfg.momentum * warm
+        if cfg.grad_limit > 0:
+            nn.utils.clip_grad_norm_(self.net.parameters(), cfg.grad_limit)
+        for optimizer, rates in zip(self.optimizers, self.full_lr, strict=True):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * scale
+            optimizer.step()
+
+    def dry_run(self) -> None:
+        """Steps that count for nothing: they make the kernels. Weights, optimisers and text begin anew after them."""
+        if self.cfg.dry_steps <= 0:
+            return
+        weights = copy.deepcopy(self.net.state_dict())
+        for _ in range(self.cfg.dry_steps):
+            self.gradients()
+            self.update(1.0)
+        self.net.load_state_dict(weights)
+        self.choose_optimizers()
+        self.text = TrainingText(self.cfg.train_glob, self.place)
+        self.log(f"warmup_step:{self.cfg.dry_steps}/{self.cfg.dry_steps}")
+
+    def scale(self, ms: float) -> float:
+        """1 until cooldown_steps are left by the clock, then down to 0 with it."""
+        if self.step == 0 or self.cfg.cooldown_steps <= 0:
+            return 1.0
+        steps_left = max(self.cap - ms, 0.0) / (ms / self.step)
+        return min(1.0, steps_left / self.cfg.cooldown_steps)
+
+    def pace(self, ms: float) -> str:
+        return f"train_time:{ms:.0f}ms step_avg:{ms / max(self.step, 1):.2f}ms"
+
+    def run(self) -> None:
+        """Until steps or time are used up. self.spent is the time it took, in milliseconds."""
+        cfg, net, log = self.cfg, self.net, self.log
+        self.ema = {name: value.clone().float() for name, value in net.state_dict().items()}
+        self.swa: dict[str, Tensor] | None = None
+        self.swa_count = 0
+        stop_at = cfg.max_steps
+        self.step = 0
+        since = stamp()
+        while True:
+            last = self.step >= stop_at
+            if last or (cfg.look_every > 0 and self.step % cfg.look_every == 0):
+                self.spent += stamp() - since
+                seen = self.scorer.by_blocks(self.model)
+                log(f"step:{self.step}/{cfg.max_steps} val_loss:{seen.loss:.4f} val_bpb:{seen.bpb:.4f} {self.pace(self.spent)}")
+                since = stamp()
+            if last:
+                break
+            scale = self.scale(self.spent + 1000 * time.perf_counter() - since)
+            train_loss = self.gradients()
+            self.update(scale)
+            self.average(scale)
+            self.step += 1
+            ms = self.spent + 1000 * time.perf_counter() - since
+            if cfg.tell_every > 0 and (self.step <= 10 or self.step % cfg.tell_every == 0):
+                log(f"step:{self.step}/{cfg.max_steps} train_loss:{train_loss.item():.4f} {self.pace(ms)}")
+            if self.anyone(ms >= self.cap):
+                stop_at = min(stop_at, self.step)
+        if self.step < cfg.max_steps:
+            log(f"stopping_early: wallclock_cap train_time:{self.spent:.0f}ms step:{self.step}/{cfg.max_steps}")
+        log(f"peak memory allocated: {torch.cuda.max_memory_allocated() // 2**20} MiB")
+
+    def anyone(self, yes: bool) -> bool:
+        """Whether it is so on any process; the same answer on all of them, or some would wait for ever."""
+        votes = torch.tensor(float(yes), device=self.place.device)
+        self.place.add(votes)
+        return votes.item() > 0
+
+    @torch.no_grad()
+    def average(self, scale: float) -> None:
+        """EMA at each step; late snapshots for SWA if wanted."""
+        cfg = self.cfg
+        now = {name: value.float() for name, value in self.net.state_dict().items()}
+        for name, value in now.items():
+            self.ema[name].lerp_(value, 1.0 - cfg.ema_keep)
+        if cfg.swa_on and scale < 0.2 and self.step % cfg.swa_every == 0:
+            self.swa_count += 1
+            self.swa = {name: value.cpu() + (0 if self.swa is None else self.swa[name]) for name, value in now.items()}
+
+    def settle(self) -> None:
+        """The average takes the place of the last weights; a setting says which, nothing is measured."""
+        cfg, net, log = self.cfg, self.net, self.log
+        if cfg.swa_on and self.swa is not None:
+            log(f"swa: applying average of {self.swa_count} snapshots")
+            averaged = {name: total / self.swa_count for name, total in self.swa.items()}
         else:
-            q, s = quantize_rows(t)
-            result[name + ".q"], result[name + ".scale"] = q.cpu(), s.cpu()
-            meta[name] = "int8"
-    return result, meta
+            log("ema: applying EMA weights")
+            averaged = self.ema
+        own = net.state_dict()
+        net.load_state_dict({name: averaged[name].to(own[name]) for name in own})
 
 
-def dequantize_state_dict(result: dict[str, Tensor], meta: dict[str, str], template: dict[str, Tensor]) -> dict[str, Tensor]:
-    out: dict[str, Tensor] = {}
-    for name, kind in meta.items():
-        if kind == "pass":
-            out[name] = result[name].to(template[name].dtype)
-        else:
-            out[name] = (result[name + ".q"].float() * result[name + ".scale"].float()[:, None]).to(template[name].dtype)
-    return out
+# ============================================================================
+# Rounder
+# ============================================================================
 
 
-def compress(raw: bytes) -> bytes:
-    if _COMPRESSOR == "zstd":
-        return zstandard.ZstdCompressor(level=22).compress(raw)
-    return lzma.compress(raw, preset=9)
+class Rounder:
+    """Weights to codes and back. Large matrices are rounded so that errors are made good where inputs move together."""
+
+    def __init__(self, cfg: Config) -> None:
+        self.cfg = cfg
+        self.moments: dict[str, Tensor] = {}
+
+    def watch(self, net: Tower, text: TrainingText, place: Place) -> None:
+        """Second moments of what enters each large matrix, over batches of the text."""
+        cfg = self.cfg
+        seen: dict[str, int] = {}
+
+        def listen(name: str, module: nn.Module, inputs: tuple[Tensor]) -> None:
+            rows = inputs[0].detach().flatten(0, -2).float()
+            seen[name] = seen.get(name, 0) + len(rows)
+            self.moments[name] = self.moments.get(name, 0) + rows.T @ rows
+
+        ears = []
+        for name, part in net.named_modules():
+            if isinstance(part, Proj) and part.weight.numel() > SMALL:
+                ears.append(part.register_forward_pre_hook(lambda m, i, name=name: listen(f"{name}.weight", m, i)))
+        net.eval()
+        with torch.inference_mode(), half():
+            for _ in range(cfg.calib_batches):
+                x, _y = text.batch(cfg.step_tokens, cfg.train_len, place.parts)
+                net.scores(x)
+        for ear in ears:
+            ear.remove()
+        self.moments = {name: total / seen[name] for name, total in self.moments.items()}
+
+    def by_moments(self, weight: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes (int8) and a step for each row. Columns in order of their input's power, the strongest first."""
+        cfg, top = self.cfg, 2 ** (self.cfg.bits - 1) - 1
+        power = moment.diagonal()
+        order = power.argsort(descending=True)
+        dead = (power == 0)[order]
+        rest = weight.detach().float()[:, order]
+        rest[:, dead] = 0
+        steps = (rest.std(dim=1) * 12.85 / top).clamp_min(1e-10).half()
+        room = moment.float()[order][:, order] + torch.diag(cfg.gptq_damp * power.mean() + dead.float())
+        spread = torch.linalg.cholesky(torch.linalg.inv(room), upper=True)
+        codes = torch.empty_like(rest)
+        for left in range(0, rest.size(1), cfg.gptq_block):
+            block = range(left, min(left + cfg.gptq_block, rest.size(1)))
+            missed = []
+            for j in block:
+                codes[:, j] = (rest[:, j] / steps).round().clamp(-top, top)
+                missed.append((rest[:, j] - codes[:, j] * steps) / spread[j, j])
+                rest[:, j:block.stop] -= torch.outer(missed[-1], spread[j, j : block.stop])
+            rest[:, block.stop :] -= torch.stack(missed, dim=1) @ spread[left : block.stop, block.stop :]
+        return codes[:, order.argsort()].to(torch.int8), steps
+
+    def by_rows(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Eight bits, each row as far as nearly all of its values reach; for tables, which have no inputs."""
+        reach = torch.quantile(weight.float().abs(), 0.9999970, dim=1)
+        steps = (reach.clamp_min(1e-8) / 127).half()
+        codes = (weight.float() / steps.float()[:, None]).round().clamp(-127, 127)
+        return codes.to(torch.int8), steps
+
+    def encode(self, weights: dict[str, Tensor]) -> dict[str, tuple[Tensor, ...]]:
+        """Name to (values) for what is small, to (codes, steps) for what is large."""
+        packed: dict[str, tuple[Tensor, ...]] = {}
+        for name, weight in weights.items():
+            if weight.numel() <= SMALL:
+                packed[name] = (weight.half().cpu(),)
+            elif name in self.moments:
+                packed[name] = tuple(part.cpu() for part in self.by_moments(weight, self.moments[name]))
+            else:
+                packed[name] = tuple(part.cpu() for part in self.by_rows(weight))
+        return packed
+
+    def decode(self, packed: dict[str, tuple[Tensor, ...]]) -> dict[str, Tensor]:
+        weights = {}
+        for name, parts in packed.items():
+            weights[name] = parts[0].float() if len(parts) == 1 else parts[0].float() * parts[1].float()[:, None]
+        return weights
 
 
-def decompress(blob: bytes) -> bytes:
-    if _COMPRESSOR == "zstd":
-        return zstandard.ZstdDecompressor().decompress(blob)
-    return lzma.decompress(blob)
+SMALL = 65_536  # up to so many values, a tensor is kept in fp16
+PACKER = "lzma" if zstandard is None else "zstd"
 
 
-# -----------------------------
-# MAIN
-# -----------------------------
+def squeeze(raw: bytes) -> bytes:
+    return lzma.compress(raw, preset=9) if zstandard is None else zstandard.compress(raw, 22)
+
+
+def unsqueeze(blob: bytes) -> bytes:
+    return lzma.decompress(blob) if zstandard is None else zstandard.decompress(blob)
+
+
+# ============================================================================
+# The run
+# ============================================================================
+
+
+def surroundings() -> str:
+    """Cards and driver as nvidia-smi tells them."""
+    try:
+        told = subprocess.run(["nvidia-smi"], capture_output=True, text=True)
+    except OSError as error:
+        return f"nvidia-smi: {error}"
+    return told.stdout
 
 
 def main() -> None:
     code = Path(__file__).read_text(encoding="utf-8")
-    args = Hyperparameters()
+    cfg = Config()
+    place = Place.take()
+    cfg.check(place.world)
+    log = Diary(cfg.run, place)
+    log.keep(code)
+    log.keep(surroundings())
+    log.keep(f"Running Python {sys.version}")
+    log.keep(f"Running PyTorch {torch.__version__}")
+    torch.set_float32_matmul_precision("high")
+    random.seed(cfg.seed)
+    torch.manual_seed(cfg.seed)
+    np.random.seed(cfg.seed % 2**32)
 
-    distributed = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    rank = int(os.environ.get("RANK", "0"))
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if 8 % world_size != 0:
-        raise ValueError(f"WORLD_SIZE={world_size} must divide 8")
-    grad_accum_steps = 8 // world_size
-    grad_scale = 1.0 / grad_accum_steps
-    device = torch.device("cuda", local_rank)
-    torch.cuda.set_device(device)
-    if distributed:
-        dist.init_process_group(backend="nccl", device_id=device)
-        dist.barrier()
-    master_process = rank == 0
-    torch.backends.cuda.matmul.allow_tf32 = True
-    torch.backends.cudnn.allow_tf32 = True
+    # what is read
+    sp = spm.SentencePieceProcessor(model_file=cfg.speller)
+    table = ByteTable(sp, cfg.vocab, place.device)
+    split = held_out(cfg.held_glob, max(cfg.train_len, cfg.eval_len))
+    log(f"val_loader:shards pattern={cfg.held_glob} tokens:{len(split) - 1}")
+    scorer = Scorer(cfg, place, split, table, log)
 
-    logfile = None
-    if master_process:
-        os.makedirs("logs", exist_ok=True)
-        logfile = f"logs/{args.run_id}.txt"
+    # training
+    trainer = Trainer(cfg, place, scorer, log)
+    net = trainer.net
+    log(f"model_params:{sum(p.numel() for p in net.parameters())}")
+    log(f"world_size:{place.world} grad_accum_steps:{place.parts} seed:{cfg.seed}")
+    trainer.dry_run()
+    trainer.run()
+    trainer.settle()
 
-    def log0(msg: str, console: bool = True) -> None:
-        if not master_process:
-            return
-        if console:
-            print(msg)
-        if logfile is not None:
-            with open(logfile, "a", encoding="utf-8") as f:
-                print(msg, file=f)
+    # rounding, while the ten minutes last
+    calib_begun = stamp()
+    calib_text = TrainingText(cfg.train_glob, place)
+    rounder = Rounder(cfg)
+    rounder.watch(net, calib_text, place)
+    calib_ms = stamp() - calib_begun
+    log(f"gptq:calibration on train shards took {calib_ms:.0f}ms, train+gptq {trainer.spent + calib_ms:.0f}ms")
+    assert trainer.spent + calib_ms < 1000.0 * cfg.clock_seconds, "the moments were measured after the ten minutes"
 
-    log0(code, console=False)
-    log0(subprocess.run(["nvidia-smi"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True).stdout, console=False)
-    log0(f"Running Python {sys.version}", console=False)
-    log0(f"Running PyTorch {torch.__version__}", console=False)
-
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
-    torch.cuda.manual_seed_all(args.seed)
-
-    sp = spm.SentencePieceProcessor(model_file=args.tokenizer_path)
-    if int(sp.vocab_size()) != args.vocab_size:
-        raise ValueError(f"VOCAB_SIZE={args.vocab_size} does not match tokenizer vocab_size={int(sp.vocab_size())}")
-    val_tokens = load_validation_tokens(args.val_files, max(args.train_seq_len, args.eval_seq_len))
-    luts = build_byte_luts(sp, args.vocab_size, device)
-    log0(f"val_loader:shards pattern={args.val_files} tokens:{val_tokens.numel() - 1}")
-
-    base_model = GPT(args).to(device).bfloat16()
-    for module in base_model.modules():
-        if isinstance(module, CastedLinear):
-            module.float()
-    restore_low_dim_params_to_fp32(base_model)
-    compiled_model = torch.compile(base_model, dynamic=False, fullgraph=True)
-    model = DDP(compiled_model, device_ids=[local_rank], broadcast_buffers=False) if distributed else compiled_model
-
-    block_named = list(base_model.blocks.named_parameters())
-    matrix_params = [
-        p for n, p in block_named if p.ndim == 2 and not any(pat in n for pat in CONTROL_TENSOR_NAME_PATTERNS)
-    ]
-    scalar_params = [p for n, p in block_named if p.ndim < 2 or any(pat in n for pat in CONTROL_TENSOR_NAME_PATTERNS)]
-    scalar_params += [base_model.skip_weights, base_model.smear.gate]
-    embed_params = [base_model.tok_emb.weight]
-    if base_model.bigram is not None:
-        embed_params.append(base_model.bigram.embed.weight)
-        matrix_params.append(base_model.bigram.proj.weight)
-        scalar_params.append(base_model.bigram.scale)
-    optimizer_tok = torch.optim.AdamW(
-        [{"params": embed_params, "lr": args.tied_embed_lr, "base_lr": args.tied_embed_lr}],
-        betas=(args.beta1, args.beta2),
-        eps=args.adam_eps,
-        weight_decay=args.adam_wd,
-        fused=True,
-    )
-    optimizer_muon = Muon(
-        matrix_params, args.matrix_lr, args.muon_momentum, args.muon_backend_steps, weight_decay=args.muon_wd
-    )
-    for group in optimizer_muon.param_groups:
-        group["base_lr"] = args.matrix_lr
-    optimizer_scalar = torch.optim.AdamW(
-        [{"params": scalar_params, "lr": args.scalar_lr, "base_lr": args.scalar_lr}],
-        betas=(args.beta1, args.beta2),
-        eps=args.adam_eps,
-        weight_decay=args.adam_wd,
-        fused=True,
-    )
-    optimizers: list[torch.optim.Optimizer] = [optimizer_tok, optimizer_muon, optimizer_scalar]
-    n_params = sum(p.numel() for p in base_model.parameters())
-    log0(f"model_params:{n_params}")
-    log0(f"world_size:{world_size} grad_accum_steps:{grad_accum_steps} seed:{args.seed}")
-
-    train_loader = DistributedTokenLoader(args.train_files, rank, world_size, device)
-
-    def zero_grad_all() -> None:
-        for opt in optimizers:
-            opt.zero_grad(set_to_none=True)
-
-    # the solve of GPTQ and its calibration read training data, so they belong to the ten minutes
-    max_wallclock_ms = 1000.0 * (args.max_wallclock_seconds - args.gptq_reserve_seconds)
-
-    def lr_mul(step: int, elapsed_ms: float) -> float:
-        if args.warmdown_iters <= 0:
-            return 1.0
-        step_ms = elapsed_ms / max(step, 1)
-        warmdown_ms = args.warmdown_iters * step_ms
-        remaining_ms = max(max_wallclock_ms - elapsed_ms, 0.0)
-        return remaining_ms / max(warmdown_ms, 1e-9) if remaining_ms <= warmdown_ms else 1.0
-
-    # Warm-up compiles every path, then weights, optimizers and loader start afresh
-    if args.warmup_steps > 0:
-        initial_model_state = {name: tensor.detach().cpu().clone() for name, tensor in base_model.state_dict().items()}
-        initial_optimizer_states = [copy.deepcopy(opt.state_dict()) for opt in optimizers]
-        model.train()
-        for warmup_step in range(args.warmup_steps):
-            zero_grad_all()
-            for micro_step in range(grad_accum_steps):
-                x, y = train_loader.next_batch(args.train_batch_tokens, args.train_seq_len, grad_accum_steps)
-                with torch.autocast(device_type="cuda", dtype=torch.bfloat16, enabled=True):
-                    warmup_loss = model(x, y)
-                (warmup_loss * grad_scale).backward()
-            for opt in optimizers:
-                opt.step()
-            if warmup_step + 1 == args.warmup_steps:
-                log0(f"warmup_step:{warmup_step + 1}/{args.warmup_steps}")
-        base_model.load_state_dict(initial_model_state, strict=True)
-        for opt, state in zip(optimizers, initial_optimizer_states, strict=True):
-            opt.load_state_dict(state)
-        zero_grad_all()
-        train_loader = DistributedTokenLoader(args.train_files, rank, world_size, device)
-
-    ema_state = {name: t.detach().float().clone() for name, t in base_model.state_dict().items()}
-    swa_state: dict[str, Tensor] | None = None
-    swa_count = 0
-    training_time_ms = 0.0
-    stop_after_step: int | None = None
-    torch.cuda.synchronize()
-    t0 = time.perf_counter()
-    step = 0
-    while True:
-        last_step = step == args.iterations or (stop_after_step is not None and step >= stop_after_step)
-        should_validate = last_step or (args.val_loss_every > 0 and step % args.val_loss_every == 0)
-        if should_validate:
-            torch.cuda.synchronize()
-            training_time_ms += 1000.0 * (time.perf_counter() - t0)
-            val_loss, val_bpb = eval_val(args, model, rank, world_size, device, val_tokens, luts)
-            log0(
-                f"step:{step}/{args.iterations} val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f} "
-                f"train_time:{training_time_ms:.0f}ms step_avg:{training_time_ms / max(step, 1):.2f}ms"
-            )
-            torch.cuda.synchronize()
-            t0 = time.perf_counter()
-        if last_step:
-            if stop_after_step is not None and step < args.iterations:
-                log0(f"stopping_early: wallclock_cap train_time:{training_time_ms:.0f}ms step:{step}/{args.iterations}")
-            break
-
-        elapsed_ms = training_time_ms + 1000.0 * (time.perf_counter() - t0)
-        scale = lr_mul(step, elapsed_ms)
-        zero_grad_all()
-        train_loss = torch.zeros((), device=device)
-        for micro_step in range(grad_accum_steps):
-            if distributed:
-                model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
-            x, y = train_loader.next_batch(args.train_batch_tokens, args.train_seq_len, grad_accum_steps)
-            with torch.autocast(device_type="cuda", dtype=torch.bfloat16, enabled=True):
-                loss = model(x, y)
-            train_loss += loss.detach()
-            (loss * grad_scale).backward()
-        train_loss /= grad_accum_steps
-
-        frac = min(step / args.muon_momentum_warmup_steps, 1.0) if args.muon_momentum_warmup_steps > 0 else 1.0
-        muon_momentum = (1 - frac) * args.muon_momentum_warmup_start + frac * args.muon_momentum
-        for group in optimizer_muon.param_groups:
-            group["momentum"] = muon_momentum
-        for opt in optimizers:
-            for group in opt.param_groups:
-                group["lr"] = group["base_lr"] * scale
-        if args.grad_clip_norm > 0:
-            torch.nn.utils.clip_grad_norm_(base_model.parameters(), args.grad_clip_norm)
-        for opt in optimizers:
-            opt.step()
-        zero_grad_all()
-
-        with torch.no_grad():
-            for name, t in base_model.state_dict().items():
-                ema_state[name].mul_(args.ema_decay).add_(t.detach().float(), alpha=1.0 - args.ema_decay)
-        if args.swa_enabled and scale < 0.2 and step % args.swa_every == 0:
-            if swa_state is None:
-                swa_state = {name: t.detach().float().cpu().clone() for name, t in base_model.state_dict().items()}
-                swa_count = 1
-            else:
-                for name, t in base_model.state_dict().items():
-                    swa_state[name] += t.detach().float().cpu()
-                swa_count += 1
-
-        step += 1
-        approx_training_time_ms = training_time_ms + 1000.0 * (time.perf_counter() - t0)
-        if args.train_log_every > 0 and (step <= 10 or step % args.train_log_every == 0):
-            log0(
-                f"step:{step}/{args.iterations} train_loss:{train_loss.item():.4f} "
-                f"train_time:{approx_training_time_ms:.0f}ms step_avg:{approx_training_time_ms / step:.2f}ms"
-            )
-        reached_cap = approx_training_time_ms >= max_wallclock_ms
-        if distributed:
-            reached_cap_tensor = torch.tensor(int(reached_cap), device=device)
-            dist.all_reduce(reached_cap_tensor, op=dist.ReduceOp.MAX)
-            reached_cap = bool(reached_cap_tensor.item())
-        if stop_after_step is None and reached_cap:
-            stop_after_step = step
-
-    log0(f"peak memory allocated: {torch.cuda.max_memory_allocated() // 1024 // 1024} MiB")
-
-    # the average replaces the weights; which one is a setting, not a measurement
-    if args.swa_enabled and swa_state is not None:
-        log0(f"swa: applying average of {swa_count} snapshots")
-        averaged = {name: t / swa_count for name, t in swa_state.items()}
-    else:
-        log0("ema: applying EMA weights")
-        averaged = ema_state
-    current_state = base_model.state_dict()
-    base_model.load_state_dict({name: t.to(current_state[name].dtype) for name, t in averaged.items()}, strict=True)
-
-    torch.cuda.synchronize()
-    t_calib = time.perf_counter()
-    calib_loader = DistributedTokenLoader(args.train_files, rank, world_size, device)
-    hessians = collect_hessians(base_model, calib_loader, args, device, grad_accum_steps, args.gptq_calib_batches)
-    torch.cuda.synchronize()
-    calib_ms = 1000.0 * (time.perf_counter() - t_calib)
-    log0(f"gptq:calibration on train shards took {calib_ms:.0f}ms, train+gptq {training_time_ms + calib_ms:.0f}ms")
-    assert training_time_ms + calib_ms < 1000.0 * args.max_wallclock_seconds, "calibration left the training budget"
-
-    sd_cpu = {k: v.detach().cpu() for k, v in base_model.state_dict().items()}
-    quant_result, quant_meta = quantize_state_dict(base_model.state_dict(), hessians, args)
-    quant_buf = io.BytesIO()
-    torch.save({"w": quant_result, "m": quant_meta}, quant_buf)
-    quant_blob = compress(quant_buf.getvalue())
+    packed = rounder.encode(net.state_dict())
+    buffer = io.BytesIO()
+    torch.save(packed, buffer)
+    blob = squeeze(buffer.getvalue())
     code_bytes = len(code.encode("utf-8"))
-    if master_process:
-        with open("final_model.ptz", "wb") as f:
-            f.write(quant_blob)
-        log0(f"Serialized model {_COMPRESSOR}: {len(quant_blob)} bytes")
-        log0(f"Code size: {code_bytes} bytes")
-        log0(f"Total submission size: {len(quant_blob) + code_bytes} bytes")
-        if len(quant_blob) + code_bytes > 16_000_000:
-            raise RuntimeError(f"artifact too large: {len(quant_blob) + code_bytes} > 16000000 bytes")
-    if distributed:
-        dist.barrier()
+    if place.rank == 0:
+        Path("final_model.ptz").write_bytes(blob)
+        log(f"Serialized model {PACKER}: {len(blob)} bytes")
+        log(f"Code size: {code_bytes} bytes")
+        log(f"Total submission size: {len(blob) + code_bytes} bytes")
+        if len(blob) + code_bytes > 16_000_000:
+            raise SystemExit(f"{len(blob) + code_bytes - 16_000_000} bytes too many")
+    place.wait()
 
-    # what is scored is the file
-    with open("final_model.ptz", "rb") as f:
-        quant_blob_disk = f.read()
-    quant_state = torch.load(io.BytesIO(decompress(quant_blob_disk)), map_location="cpu")
-    eval_model = GPT(args).to(device).bfloat16()
-    for m in eval_model.modules():
-        if isinstance(m, CastedLinear):
-            m.float()
-    restore_low_dim_params_to_fp32(eval_model)
-    eval_model.load_state_dict(dequantize_state_dict(quant_state["w"], quant_state["m"], sd_cpu), strict=True)
+    # from here on everything comes out of the file
+    opened = torch.load(io.BytesIO(unsqueeze(Path("final_model.ptz").read_bytes())), map_location="cpu")
+    frozen = new_tower(cfg, place.device)
+    frozen.load_state_dict(rounder.decode(opened))
 
-    torch.cuda.synchronize()
-    t_qeval = time.perf_counter()
-    q_val_loss, q_val_bpb = eval_val(args, eval_model, rank, world_size, device, val_tokens, luts)
-    torch.cuda.synchronize()
-    log0(
-        f"final_roundtrip val_loss:{q_val_loss:.4f} val_bpb:{q_val_bpb:.4f} "
-        f"eval_time:{1000.0 * (time.perf_counter() - t_qeval):.0f}ms"
-    )
+    blocks_begun = stamp()
+    blocks = scorer.by_blocks(frozen)
+    took = stamp() - blocks_begun
+    log(f"final_roundtrip val_loss:{blocks.loss:.4f} val_bpb:{blocks.bpb:.4f} eval_time:{took:.0f}ms")
 
-    if args.eval_stride > 0:
-        torch.cuda.synchronize()
-        t_slide = time.perf_counter()
-        sw_val_loss, sw_val_bpb = eval_val_sliding(
-            args, eval_model, rank, world_size, device, val_tokens, luts, args.eval_stride, args.eval_batch_seqs
+    if cfg.stride > 0:
+        slide_begun = stamp()
+        slide = scorer.by_windows(frozen)
+        took = stamp() - slide_begun
+        log(
+            f"final_sliding_window val_loss:{slide.loss:.4f} val_bpb:{slide.bpb:.4f} "
+            f"stride:{cfg.stride} eval_time:{took:.0f}ms"
         )
-        torch.cuda.synchronize()
-        log0(
-            f"final_sliding_window val_loss:{sw_val_loss:.4f} val_bpb:{sw_val_bpb:.4f} stride:{args.eval_stride} "
-            f"eval_time:{1000.0 * (time.perf_counter() - t_slide):.0f}ms"
-        )
-        log0(f"final_sliding_window_exact val_loss:{sw_val_loss:.8f} val_bpb:{sw_val_bpb:.8f}")
+        log(f"final_sliding_window_exact val_loss:{slide.loss:.8f} val_bpb:{slide.bpb:.8f}")
 
-    if args.ttt_enabled:
-        torch.cuda.synchronize()
-        t_ttt = time.perf_counter()
-        ttt_loss, ttt_bpb = eval_val_sliding_ttt(
-            args, eval_model, rank, world_size, device, val_tokens, luts, args.eval_stride, args.eval_batch_seqs, log0
-        )
-        torch.cuda.synchronize()
-        log0(
-            f"legal_ttt val_loss:{ttt_loss:.4f} val_bpb:{ttt_bpb:.4f} "
-            f"eval_time:{1000.0 * (time.perf_counter() - t_ttt):.0f}ms"
-        )
-        log0(f"legal_ttt_exact val_loss:{ttt_loss:.8f} val_bpb:{ttt_bpb:.8f}")
-    if distributed:
-        dist.destroy_process_group()
+    if cfg.adapt:
+        adapt_begun = stamp()
+        adapted = scorer.score_first(frozen)
+        took = stamp() - adapt_begun
+        log(f"legal_ttt val_loss:{adapted.loss:.4f} val_bpb:{adapted.bpb:.4f} eval_time:{took:.0f}ms")
+        log(f"legal_ttt_exact val_loss:{adapted.loss:.8f} val_bpb:{adapted.bpb:.8f}")
+
+    place.leave()
 
 
 if __name__ == "__main__":

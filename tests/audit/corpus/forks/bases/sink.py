@@ -3,8 +3,8 @@
 # Grown out of about forty runs. What did not help is still here behind its flag (see "graveyard" below);
 # everything in the graveyard is OFF by default and OFF in the submitted runs.
 import copy
-import glob
 import io
+import itertools
 import lzma
 import math
 import os
@@ -14,6 +14,7 @@ import time
 import uuid
 import zlib
 from collections import OrderedDict
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -37,302 +38,283 @@ except ImportError:
     HAVE_FA3 = False
 
 
-def env_flag(name: str, default: int) -> bool:
-    return bool(int(os.environ.get(name, str(default))))
+def word(name: str, default: str) -> str:
+    return os.environ.get(name, default)
 
 
-class Hyperparameters:
-    # data
-    data_path = os.environ.get("DATA_PATH", "./data/datasets/fineweb10B_sp1024")
-    train_files = os.path.join(data_path, "fineweb_train_*.bin")
-    val_files = os.path.join(data_path, "fineweb_val_*.bin")
-    tokenizer_path = os.environ.get("TOKENIZER_PATH", "./data/tokenizers/fineweb_1024_bpe.model")
-    run_id = os.environ.get("RUN_ID", str(uuid.uuid4()))
-    seed = int(os.environ.get("SEED", 1337))
-    bos_id = int(os.environ.get("BOS_ID", 1))
+def whole(name: str, default: int) -> int:
+    return int(word(name, str(default)))
+
+
+def real(name: str, default: float) -> float:
+    return float(word(name, str(default)))
+
+
+def flag(name: str, default: int) -> bool:
+    return whole(name, default) != 0
+
+
+class Knobs:
+    # where things are
+    shard_dir = word("DATA_PATH", "./data/datasets/fineweb10B_sp1024")
+    train_shards = shard_dir + "/fineweb_train_*.bin"
+    split_shards = shard_dir + "/fineweb_val_*.bin"
+    piece_model = word("TOKENIZER_PATH", "./data/tokenizers/fineweb_1024_bpe.model")
+    run_id = word("RUN_ID", "") or str(uuid.uuid4())
+    seed = whole("SEED", 1337)
+    bos_id = whole("BOS_ID", 1)
 
     # run length
-    val_batch_size = int(os.environ.get("VAL_BATCH_SIZE", 524_288))
-    val_loss_every = int(os.environ.get("VAL_LOSS_EVERY", 4000))
-    train_log_every = int(os.environ.get("TRAIN_LOG_EVERY", 500))
-    iterations = int(os.environ.get("ITERATIONS", 20_000))
-    warmdown_iters = int(os.environ.get("WARMDOWN_ITERS", 3500))
-    warmup_steps = int(os.environ.get("WARMUP_STEPS", 20))
-    train_batch_tokens = int(os.environ.get("TRAIN_BATCH_TOKENS", 786_432))
-    train_seq_len = int(os.environ.get("TRAIN_SEQ_LEN", 2048))
-    eval_seq_len = int(os.environ.get("EVAL_SEQ_LEN", 2048))
-    max_wallclock_seconds = float(os.environ.get("MAX_WALLCLOCK_SECONDS", 600.0))
-    gptq_reserve_seconds = float(os.environ.get("GPTQ_RESERVE_SECONDS", 14.0))
+    val_batch_size = whole("VAL_BATCH_SIZE", 524_288)
+    val_loss_every = whole("VAL_LOSS_EVERY", 4000)
+    train_log_every = whole("TRAIN_LOG_EVERY", 500)
+    iterations = whole("ITERATIONS", 20_000)
+    warmdown_iters = whole("WARMDOWN_ITERS", 3500)
+    warmup_steps = whole("WARMUP_STEPS", 20)
+    train_batch_tokens = whole("TRAIN_BATCH_TOKENS", 786_432)
+    train_seq_len = whole("TRAIN_SEQ_LEN", 2048)
+    eval_seq_len = whole("EVAL_SEQ_LEN", 2048)
+    max_wallclock_seconds = real("MAX_WALLCLOCK_SECONDS", 600.0)
+    gptq_reserve_seconds = real("GPTQ_RESERVE_SECONDS", 14.0)
 
     # model
-    vocab_size = int(os.environ.get("VOCAB_SIZE", 1024))
-    num_layers = int(os.environ.get("NUM_LAYERS", 11))
-    num_kv_heads = int(os.environ.get("NUM_KV_HEADS", 4))
-    model_dim = int(os.environ.get("MODEL_DIM", 512))
-    num_heads = int(os.environ.get("NUM_HEADS", 8))
-    mlp_mult = float(os.environ.get("MLP_MULT", 3.0))
-    rope_base = float(os.environ.get("ROPE_BASE", 10_000.0))
-    rope_dims = int(os.environ.get("ROPE_DIMS", 16))
-    ln_scale = env_flag("LN_SCALE", 1)
-    logit_softcap = float(os.environ.get("LOGIT_SOFTCAP", 30.0))
-    qk_gain_init = float(os.environ.get("QK_GAIN_INIT", 1.5))
-    xsa_last_n = int(os.environ.get("XSA_LAST_N", 11))
-    bigram_vocab_size = int(os.environ.get("BIGRAM_VOCAB_SIZE", 2048))
-    bigram_dim = int(os.environ.get("BIGRAM_DIM", 128))
-    ve_enabled = env_flag("VE_ENABLED", 1)
-    ve_dim = int(os.environ.get("VE_DIM", 128))
-    ve_layers = os.environ.get("VE_LAYERS", "9,10")
-    smear_enabled = env_flag("SMEAR_ENABLED", 1)
-    tied_embed_init_std = float(os.environ.get("TIED_EMBED_INIT_STD", 0.005))
-    value_residual = env_flag("VALUE_RESIDUAL", 0)
-    gated_attention = env_flag("GATED_ATTENTION", 0)
+    vocab_size = whole("VOCAB_SIZE", 1024)
+    num_layers = whole("NUM_LAYERS", 11)
+    num_kv_heads = whole("NUM_KV_HEADS", 4)
+    model_dim = whole("MODEL_DIM", 512)
+    num_heads = whole("NUM_HEADS", 8)
+    mlp_mult = real("MLP_MULT", 3.0)
+    rope_base = real("ROPE_BASE", 10_000.0)
+    rope_dims = whole("ROPE_DIMS", 16)
+    ln_scale = flag("LN_SCALE", 1)
+    logit_softcap = real("LOGIT_SOFTCAP", 30.0)
+    qk_gain_init = real("QK_GAIN_INIT", 1.5)
+    xsa_last_n = whole("XSA_LAST_N", 11)
+    bigram_vocab_size = whole("BIGRAM_VOCAB_SIZE", 2048)
+    bigram_dim = whole("BIGRAM_DIM", 128)
+    ve_enabled = flag("VE_ENABLED", 1)
+    ve_dim = whole("VE_DIM", 128)
+    ve_layers = word("VE_LAYERS", "9,10")
+    smear_enabled = flag("SMEAR_ENABLED", 1)
+    tied_embed_init_std = real("TIED_EMBED_INIT_STD", 0.005)
+    value_residual = flag("VALUE_RESIDUAL", 0)
+    gated_attention = flag("GATED_ATTENTION", 0)
 
     # optimiser
-    tied_embed_lr = float(os.environ.get("TIED_EMBED_LR", 0.035))
-    matrix_lr = float(os.environ.get("MATRIX_LR", 0.025))
-    scalar_lr = float(os.environ.get("SCALAR_LR", 0.025))
-    muon_momentum = float(os.environ.get("MUON_MOMENTUM", 0.99))
-    muon_momentum_warmup_start = float(os.environ.get("MUON_MOMENTUM_WARMUP_START", 0.92))
-    muon_momentum_warmup_steps = int(os.environ.get("MUON_MOMENTUM_WARMUP_STEPS", 1500))
-    muon_backend_steps = int(os.environ.get("MUON_BACKEND_STEPS", 5))
-    muon_eq_r = env_flag("MUON_EQ_R", 0)
-    muon_wd = float(os.environ.get("MUON_WD", 0.04))
-    adam_wd = float(os.environ.get("ADAM_WD", 0.04))
-    beta1 = float(os.environ.get("BETA1", 0.9))
-    beta2 = float(os.environ.get("BETA2", 0.95))
-    adam_eps = float(os.environ.get("ADAM_EPS", 1e-8))
-    grad_clip_norm = float(os.environ.get("GRAD_CLIP_NORM", 0.3))
+    tied_embed_lr = real("TIED_EMBED_LR", 0.035)
+    matrix_lr = real("MATRIX_LR", 0.025)
+    scalar_lr = real("SCALAR_LR", 0.025)
+    muon_momentum = real("MUON_MOMENTUM", 0.99)
+    muon_momentum_warmup_start = real("MUON_MOMENTUM_WARMUP_START", 0.92)
+    muon_momentum_warmup_steps = whole("MUON_MOMENTUM_WARMUP_STEPS", 1500)
+    muon_backend_steps = whole("MUON_BACKEND_STEPS", 5)
+    muon_eq_r = flag("MUON_EQ_R", 0)
+    muon_wd = real("MUON_WD", 0.04)
+    adam_wd = real("ADAM_WD", 0.04)
+    betas = (real("BETA1", 0.9), real("BETA2", 0.95))
+    adam_eps = real("ADAM_EPS", 1e-8)
+    grad_clip_norm = real("GRAD_CLIP_NORM", 0.3)
 
     # averaging
-    ema_decay = float(os.environ.get("EMA_DECAY", 0.997))
-    swa_enabled = env_flag("SWA_ENABLED", 0)
-    swa_every = int(os.environ.get("SWA_EVERY", 50))
-    swa_start_scale = float(os.environ.get("SWA_START_SCALE", 0.2))
-    avg_select = os.environ.get("AVG_SELECT", "ema")  # ema | swa | best | none
+    ema_decay = real("EMA_DECAY", 0.997)
+    swa_enabled = flag("SWA_ENABLED", 0)
+    swa_every = whole("SWA_EVERY", 50)
+    swa_start_scale = real("SWA_START_SCALE", 0.2)
+    avg_select = word("AVG_SELECT", "ema")  # ema | swa | best | none
 
     # quantisation
-    late_qat_threshold = float(os.environ.get("LATE_QAT_THRESHOLD", 0.15))
-    quant_bits = int(os.environ.get("QUANT_BITS", 6))
-    mlp_bits = int(os.environ.get("MLP_BITS", 6))
-    embed_bits = int(os.environ.get("EMBED_BITS", 8))
-    gptq_enabled = env_flag("GPTQ_ENABLED", 1)
-    gptq_calib_batches = int(os.environ.get("GPTQ_CALIB_BATCHES", 64))
-    gptq_block = int(os.environ.get("GPTQ_BLOCK", 128))
-    gptq_damp = float(os.environ.get("GPTQ_DAMP", 0.01))
-    calib_source = os.environ.get("CALIB_SOURCE", "train")  # train | random | val
-    prune_frac = float(os.environ.get("PRUNE_FRAC", 0.0))
-    compressor = os.environ.get("COMPRESSOR", "zstd")  # zstd | lzma | zlib
+    late_qat_threshold = real("LATE_QAT_THRESHOLD", 0.15)
+    quant_bits = whole("QUANT_BITS", 6)
+    mlp_bits = whole("MLP_BITS", 6)
+    embed_bits = whole("EMBED_BITS", 8)
+    gptq_enabled = flag("GPTQ_ENABLED", 1)
+    gptq_calib_batches = whole("GPTQ_CALIB_BATCHES", 64)
+    gptq_block = whole("GPTQ_BLOCK", 128)
+    gptq_damp = real("GPTQ_DAMP", 0.01)
+    calib_source = word("CALIB_SOURCE", "train")  # train | random | val
+    prune_frac = real("PRUNE_FRAC", 0.0)
+    compressor = word("COMPRESSOR", "zstd")  # zstd | lzma | zlib
 
     # evaluation
-    eval_stride = int(os.environ.get("EVAL_STRIDE", 64))
-    eval_batch_seqs = int(os.environ.get("EVAL_BATCH_SEQS", 32))
-    eval_temperature = float(os.environ.get("EVAL_TEMPERATURE", 1.0))
-    ttt_enabled = env_flag("TTT_ENABLED", 1)
-    ttt_lr = float(os.environ.get("TTT_LR", 0.002))
-    ttt_momentum = float(os.environ.get("TTT_MOMENTUM", 0.9))
-    ttt_epochs = int(os.environ.get("TTT_EPOCHS", 3))
-    ttt_chunk_tokens = int(os.environ.get("TTT_CHUNK_TOKENS", 32_768))
-    ttt_freeze_blocks = int(os.environ.get("TTT_FREEZE_BLOCKS", 0))
-    ttt_batch_seqs = int(os.environ.get("TTT_BATCH_SEQS", 32))
-    ttt_grad_clip = float(os.environ.get("TTT_GRAD_CLIP", 1.0))
+    eval_stride = whole("EVAL_STRIDE", 64)
+    eval_batch_seqs = whole("EVAL_BATCH_SEQS", 32)
+    eval_temperature = real("EVAL_TEMPERATURE", 1.0)
+    ttt_enabled = flag("TTT_ENABLED", 1)
+    ttt_lr = real("TTT_LR", 0.002)
+    ttt_momentum = real("TTT_MOMENTUM", 0.9)
+    ttt_epochs = whole("TTT_EPOCHS", 3)
+    ttt_chunk_tokens = whole("TTT_CHUNK_TOKENS", 32_768)
+    ttt_freeze_blocks = whole("TTT_FREEZE_BLOCKS", 0)
+    ttt_batch_seqs = whole("TTT_BATCH_SEQS", 32)
+    ttt_grad_clip = real("TTT_GRAD_CLIP", 1.0)
 
     # graveyard: tried, did not keep
-    ttt_rescore = env_flag("TTT_RESCORE", 0)
-    prequant_ttt_epochs = int(os.environ.get("PREQUANT_TTT_EPOCHS", 0))
-    prequant_ttt_lr = float(os.environ.get("PREQUANT_TTT_LR", 5e-4))
-    slot_steps = int(os.environ.get("SLOT_STEPS", 0))
-    slot_lr = float(os.environ.get("SLOT_LR", 0.005))
-    ngram_alpha = float(os.environ.get("NGRAM_ALPHA", 0.0))
-    ngram_order = int(os.environ.get("NGRAM_ORDER", 5))
-    ngram_buckets = int(os.environ.get("NGRAM_BUCKETS", 4_194_304))
-    temp_search = env_flag("TEMP_SEARCH", 0)
-    max_val_tokens = int(os.environ.get("MAX_VAL_TOKENS", 0))  # 0 = the whole split
-    mtp_weight = float(os.environ.get("MTP_WEIGHT", 0.0))
-    focal_gamma = float(os.environ.get("FOCAL_GAMMA", 0.0))
+    ttt_rescore = flag("TTT_RESCORE", 0)
+    prequant_ttt_epochs = whole("PREQUANT_TTT_EPOCHS", 0)
+    prequant_ttt_lr = real("PREQUANT_TTT_LR", 5e-4)
+    slot_steps = whole("SLOT_STEPS", 0)
+    slot_lr = real("SLOT_LR", 0.005)
+    ngram_alpha = real("NGRAM_ALPHA", 0.0)
+    ngram_order = whole("NGRAM_ORDER", 5)
+    ngram_buckets = whole("NGRAM_BUCKETS", 4_194_304)
+    temp_search = flag("TEMP_SEARCH", 0)
+    max_val_tokens = whole("MAX_VAL_TOKENS", 0)  # 0 = the whole split
+    mtp_weight = real("MTP_WEIGHT", 0.0)
+    focal_gamma = real("FOCAL_GAMMA", 0.0)
 
 
 # ---------------------------------------------------------------- Muon
 
 
-def newton_schulz5(g: Tensor, steps: int = 5, eps: float = 1e-7) -> Tensor:
-    a, b, c = (3.4445, -4.7750, 2.0315)
-    x = g.bfloat16()
-    flip = x.size(0) > x.size(1)
-    if flip:
-        x = x.T
-    x = x / (x.norm() + eps)
+def whiten(g: Tensor, steps: int = 5) -> Tensor:
+    # bring all singular values near one: p(s) = 3.4445 s - 4.7750 s^3 + 2.0315 s^5, five times over
+    x = g.to(torch.bfloat16)
+    if g.size(0) > g.size(1):
+        return whiten(g.T, steps).T
+    x = F.normalize(x.flatten(), dim=0, eps=1e-7).view_as(x)
     for _ in range(steps):
-        xxt = x @ x.T
-        x = a * x + (b * xxt + c * xxt @ xxt) @ x
-    return x.T if flip else x
+        s2 = x @ x.T
+        x = 3.4445 * x + (2.0315 * s2 @ s2 - 4.7750 * s2) @ x
+    return x
 
 
 class Muon(torch.optim.Optimizer):
-    def __init__(self, params, lr, momentum, backend_steps, nesterov=True, weight_decay=0.0, row_norm=False):
-        defaults = dict(
-            lr=lr,
-            momentum=momentum,
-            backend_steps=backend_steps,
-            nesterov=nesterov,
-            weight_decay=weight_decay,
-            row_norm=row_norm,
-        )
-        super().__init__(params, defaults)
+    """Each rank whitens its slice of the matrices; the slices are summed into everybody's update."""
+
+    def __init__(self, groups, **defaults):
+        super().__init__(groups, {"nesterov": True, "weight_decay": 0.0, "row_norm": False, **defaults})
+
+    def momentum_of(self, p: Tensor, g: dict) -> Tensor:
+        state = self.state[p]
+        if "m" not in state:
+            state["m"] = p.grad.clone()
+        else:
+            state["m"].mul_(g["momentum"]).add_(p.grad)
+        u = p.grad + g["momentum"] * state["m"] if g["nesterov"] else state["m"]
+        return F.normalize(u, dim=1) if g["row_norm"] else u
 
     @torch.no_grad()
     def step(self, closure=None):
-        world = dist.get_world_size() if dist.is_initialized() else 1
-        me = dist.get_rank() if dist.is_initialized() else 0
-        for group in self.param_groups:
-            params = group["params"]
-            if not params:
-                continue
-            sizes = [p.numel() for p in params]
-            updates = torch.zeros(sum(sizes), device=params[0].device, dtype=torch.bfloat16)
-            offset = 0
-            for i, (p, size) in enumerate(zip(params, sizes)):
-                if i % world == me and p.grad is not None:
-                    buf = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p.grad))
-                    buf.mul_(group["momentum"]).add_(p.grad)
-                    u = p.grad.add(buf, alpha=group["momentum"]) if group["nesterov"] else buf
-                    if group["row_norm"]:
-                        u = u / u.norm(dim=1, keepdim=True).clamp_min(1e-7)
-                    u = newton_schulz5(u, steps=group["backend_steps"])
-                    u = u * max(1.0, u.size(0) / u.size(1)) ** 0.5
-                    updates[offset : offset + size] = u.flatten()
-                offset += size
-            if world > 1:
-                dist.all_reduce(updates, op=dist.ReduceOp.SUM)
-            offset = 0
-            for p, size in zip(params, sizes):
-                if group["weight_decay"] > 0:
-                    p.mul_(1.0 - group["lr"] * group["weight_decay"])
-                p.add_(updates[offset : offset + size].view_as(p).to(p.dtype), alpha=-group["lr"])
-                offset += size
+        pieces, me = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+        for g in self.param_groups:
+            made = [torch.zeros_like(p, dtype=torch.bfloat16) for p in g["params"]]
+            for p, u in list(zip(g["params"], made))[me::pieces]:
+                if p.grad is not None:
+                    u.copy_(whiten(self.momentum_of(p, g), g["backend_steps"]) * max(1.0, p.size(0) / p.size(1)) ** 0.5)
+            if pieces > 1:
+                joint = torch.nn.utils.parameters_to_vector(made)
+                dist.all_reduce(joint)
+                torch.nn.utils.vector_to_parameters(joint, made)
+            for p, u in zip(g["params"], made):
+                p.mul_(1.0 - g["lr"] * g["weight_decay"]).add_(u.to(p.dtype), alpha=-g["lr"])
 
 
 # ---------------------------------------------------------------- bytes per token
 
 
-def build_sentencepiece_luts(sp, vocab_size: int, device) -> tuple[Tensor, Tensor, Tensor]:
-    n = max(int(sp.vocab_size()), vocab_size)
-    base_bytes = np.zeros(n, dtype=np.int16)
-    leading_space = np.zeros(n, dtype=bool)
-    boundary = np.ones(n, dtype=bool)
-    for tid in range(int(sp.vocab_size())):
+def piece_sizes(sp, vocab_size: int, device) -> tuple[Tensor, Tensor, Tensor]:
+    """Per id: bytes without the space mark, whether it has one, whether it is no text (then no space follows it)."""
+    n = int(sp.vocab_size())
+    assert n == vocab_size, f"VOCAB_SIZE={vocab_size}, tokenizer has {n}"
+    own_bytes, opens_word, no_text = np.zeros(n, np.int16), np.zeros(n, bool), np.zeros(n, bool)
+    for tid in range(n):
         if sp.is_control(tid) or sp.is_unknown(tid) or sp.is_unused(tid):
+            no_text[tid] = True
             continue
-        boundary[tid] = False
         if sp.is_byte(tid):
-            base_bytes[tid] = 1
+            own_bytes[tid] = 1
             continue
         piece = sp.id_to_piece(tid)
-        if piece.startswith("\u2581"):
-            leading_space[tid] = True
-            piece = piece[1:]
-        base_bytes[tid] = len(piece.encode("utf-8"))
-    return (
-        torch.from_numpy(base_bytes).to(device),
-        torch.from_numpy(leading_space).to(device),
-        torch.from_numpy(boundary).to(device),
-    )
+        opens_word[tid] = piece.startswith("\u2581")
+        own_bytes[tid] = len(piece.removeprefix("\u2581").encode("utf-8"))
+    return tuple(torch.from_numpy(a).to(device) for a in (own_bytes, opens_word, no_text))
 
 
-def count_bytes(prev_ids: Tensor, target_ids: Tensor, luts: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    base_bytes, leading_space, boundary = luts
-    n = base_bytes[target_ids].to(torch.float64)
-    n += (leading_space[target_ids] & ~boundary[prev_ids]).to(torch.float64)
+def count_bytes(prev_ids: Tensor, target_ids: Tensor, sizes: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    own_bytes, opens_word, no_text = sizes
+    n = own_bytes[target_ids].to(torch.float64)
+    n += (opens_word[target_ids] & ~no_text[prev_ids]).to(torch.float64)
     return n.sum()
 
 
 # ---------------------------------------------------------------- shards
 
 
-def load_data_shard(file: Path) -> Tensor:
-    header = np.fromfile(file, dtype="<i4", count=256)
-    if header.size != 256 or int(header[0]) != 20240520 or int(header[1]) != 1:
-        raise ValueError(f"bad shard header: {file}")
-    count = int(header[2])
-    if file.stat().st_size != 1024 + 2 * count:
-        raise ValueError(f"bad shard size: {file}")
-    return torch.from_numpy(np.fromfile(file, dtype="<u2", count=count, offset=1024).astype(np.uint16, copy=False))
+def shards_of(pattern: str) -> list[Path]:
+    found = sorted(Path(pattern).parent.glob(Path(pattern).name))
+    assert found, f"no shards: {pattern}"
+    return found
 
 
-def load_validation_tokens(args: Hyperparameters) -> Tensor:
-    files = sorted(glob.glob(args.val_files))
-    if not files:
-        raise FileNotFoundError(args.val_files)
-    tokens = torch.cat([load_data_shard(Path(f)) for f in files]).contiguous()
-    if args.max_val_tokens > 0:  # quick looks on one GPU
-        tokens = tokens[: args.max_val_tokens + 1]
-    usable = (tokens.numel() - 1) // args.eval_seq_len * args.eval_seq_len
-    if usable <= 0:
-        raise ValueError("validation split shorter than one sequence")
-    return tokens[: usable + 1]
+def read_shard(path: Path) -> Tensor:
+    """1024 bytes of header (magic, version, number of tokens, zeros), then the tokens as little-endian uint16."""
+    raw = path.read_bytes()
+    magic, version, n = np.frombuffer(raw, "<i4", 3)
+    assert (magic, version) == (20240520, 1), f"{path}: not a shard ({magic}, {version})"
+    assert len(raw) == 1024 + 2 * n, f"{path}: {n} tokens announced, {(len(raw) - 1024) // 2} there"
+    return torch.from_numpy(np.frombuffer(raw, "<u2", n, 1024).copy())
 
 
-class TokenStream:
+def read_split(hp: Knobs) -> Tensor:
+    tokens = torch.cat([read_shard(path) for path in shards_of(hp.split_shards)])
+    if hp.max_val_tokens > 0:  # quick looks on one GPU
+        tokens = tokens[: hp.max_val_tokens + 1]
+    whole_seqs = (tokens.numel() - 1) // hp.eval_seq_len
+    assert whole_seqs, "validation split shorter than one sequence"
+    return tokens[: whole_seqs * hp.eval_seq_len + 1]
+
+
+class ShardWalk:
+    """Tokens of the shards in order, round and round."""
+
     def __init__(self, pattern: str):
-        self.files = [Path(p) for p in sorted(glob.glob(pattern))]
-        if not self.files:
-            raise FileNotFoundError(pattern)
-        self.i = 0
-        self.pos = 0
-        self.tokens = load_data_shard(self.files[0])
+        self.todo = itertools.cycle(shards_of(pattern))
+        self.rest = torch.empty(0, dtype=torch.uint16)
 
-    def take(self, n: int) -> Tensor:
-        parts = []
-        while n > 0:
-            left = self.tokens.numel() - self.pos
-            if left == 0:
-                self.i = (self.i + 1) % len(self.files)
-                self.tokens = load_data_shard(self.files[self.i])
-                self.pos = 0
-                continue
-            k = min(n, left)
-            parts.append(self.tokens[self.pos : self.pos + k])
-            self.pos += k
-            n -= k
-        return torch.cat(parts)
+    def next(self, n: int) -> Tensor:
+        while self.rest.numel() < n:
+            self.rest = torch.cat((self.rest, read_shard(next(self.todo))))
+        out, self.rest = self.rest[:n], self.rest[n:]
+        return out
 
 
-class DistributedTokenLoader:
-    def __init__(self, pattern: str, rank: int, world_size: int, device):
-        self.rank, self.world_size, self.device = rank, world_size, device
-        self.stream = TokenStream(pattern)
+class RankFeed:
+    """All ranks walk the same tokens; of each global batch a rank keeps the sequences that are its own."""
 
-    def next_batch(self, global_tokens: int, seq_len: int, grad_accum_steps: int) -> tuple[Tensor, Tensor]:
-        span = global_tokens // (self.world_size * grad_accum_steps) + 1
-        chunk = self.stream.take(span * self.world_size)
-        local = chunk[self.rank * span : (self.rank + 1) * span].to(torch.int64)
-        x = local[:-1].reshape(-1, seq_len)
-        y = local[1:].reshape(-1, seq_len)
-        return x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+    def __init__(self, pattern: str, rank: int, world: int, device):
+        self.walk = ShardWalk(pattern)
+        self.rank, self.world, self.device = rank, world, device
+
+    def rows(self, global_tokens: int, seq_len: int, micro_steps: int) -> tuple[Tensor, Tensor]:
+        mine = global_tokens // (self.world * micro_steps)
+        # one token more than is used, so that a rank's last input has its target
+        part = self.walk.next((mine + 1) * self.world).view(self.world, mine + 1)[self.rank]
+        part = part.to(torch.int64).pin_memory().to(self.device, non_blocking=True)
+        return part[:-1].view(-1, seq_len), part[1:].view(-1, seq_len)
 
 
 # ---------------------------------------------------------------- model
 
-CONTROL = ("attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weight", "smear", "ve_layer_scales", "_scale", "vr_lambda")
+CONTROL = ("_gain", "root_mix", "smear", "_scale", "vr_lambda")
 
 
-class RMSNorm(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.size(-1),))
+def unit(x: Tensor) -> Tensor:
+    return F.rms_norm(x, (x.size(-1),))
 
 
-class CastedLinear(nn.Linear):
+class Dense(nn.Linear):
     _qat_enabled = False
     _qat_top = 31
 
     def forward(self, x: Tensor) -> Tensor:
         w = self.weight
-        if CastedLinear._qat_enabled and self.training and w.ndim == 2:
+        if Dense._qat_enabled and self.training and w.ndim == 2:
             with torch.no_grad():
-                s = w.abs().amax(dim=1, keepdim=True).clamp_min(1e-8) / CastedLinear._qat_top
-                wq = (w / s).round().clamp(-CastedLinear._qat_top, CastedLinear._qat_top) * s
+                s = w.abs().amax(dim=1, keepdim=True).clamp_min(1e-8) / Dense._qat_top
+                wq = (w / s).round().clamp(-Dense._qat_top, Dense._qat_top) * s
             w = w + (wq - w).detach()
-        b = self.bias.to(x.dtype) if self.bias is not None else None
-        return F.linear(x, w.to(x.dtype), b)
+        y = F.linear(x, w.to(x.dtype))
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 class Rotary(nn.Module):
@@ -355,34 +337,34 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, dims: int) -> Tensor:
     return torch.cat((a * cos + b * sin, b * cos - a * sin, tail), dim=-1)
 
 
-class CausalSelfAttention(nn.Module):
-    def __init__(self, args: Hyperparameters, use_xsa: bool):
+class Attention(nn.Module):
+    def __init__(self, hp: Knobs, use_xsa: bool):
         super().__init__()
-        self.h, self.g = args.num_heads, args.num_kv_heads
-        self.d = args.model_dim // args.num_heads
-        self.c_q = CastedLinear(args.model_dim, args.model_dim, bias=False)
-        self.c_k = CastedLinear(args.model_dim, self.g * self.d, bias=False)
-        self.c_v = CastedLinear(args.model_dim, self.g * self.d, bias=False)
-        self.proj = CastedLinear(args.model_dim, args.model_dim, bias=False)
-        self.proj._zero_init = True
-        self.q_gain = nn.Parameter(torch.full((self.h,), args.qk_gain_init))
-        self.rotary = Rotary(self.d, args.rope_dims, args.rope_base, max(args.train_seq_len, args.eval_seq_len))
+        self.h, self.g = hp.num_heads, hp.num_kv_heads
+        self.d = hp.model_dim // hp.num_heads
+        self.to_q = Dense(hp.model_dim, hp.model_dim, bias=False)
+        self.to_k = Dense(hp.model_dim, self.g * self.d, bias=False)
+        self.to_v = Dense(hp.model_dim, self.g * self.d, bias=False)
+        self.proj = Dense(hp.model_dim, hp.model_dim, bias=False)
+        self.proj.starts_at_zero = True
+        self.q_gain = nn.Parameter(torch.full((self.h,), hp.qk_gain_init))
+        self.rotary = Rotary(self.d, hp.rope_dims, hp.rope_base, max(hp.train_seq_len, hp.eval_seq_len))
         self.use_xsa = use_xsa
-        self.gate = CastedLinear(args.model_dim, self.h, bias=True) if args.gated_attention else None
-        self.vr_lambda = nn.Parameter(torch.zeros(())) if args.value_residual else None
+        self.gate = Dense(hp.model_dim, self.h, bias=True) if hp.gated_attention else None
+        self.vr_lambda = nn.Parameter(torch.zeros(())) if hp.value_residual else None
 
     def forward(self, x: Tensor, ve: Tensor | None, v0: Tensor | None) -> tuple[Tensor, Tensor]:
         b, t, dim = x.shape
-        q = self.c_q(x).view(b, t, self.h, self.d)
-        k = self.c_k(x).view(b, t, self.g, self.d)
-        v = self.c_v(x)
+        q = self.to_q(x).view(b, t, self.h, self.d)
+        k = self.to_k(x).view(b, t, self.g, self.d)
+        v = self.to_v(x)
         raw_v = v
         if ve is not None:
             v = v + ve
         if v0 is not None and self.vr_lambda is not None:
             v = v + torch.sigmoid(self.vr_lambda).to(v.dtype) * v0
         v = v.view(b, t, self.g, self.d)
-        q, k = F.rms_norm(q, (self.d,)), F.rms_norm(k, (self.d,))
+        q, k = unit(q), unit(k)
         cos, sin = self.rotary(t, q.dtype)
         q, k = rotate(q, cos, sin, self.rotary.rope_dims), rotate(k, cos, sin, self.rotary.rope_dims)
         q = q * self.q_gain.to(q.dtype)[None, None, :, None]
@@ -390,9 +372,8 @@ class CausalSelfAttention(nn.Module):
             y = flash_attn_3_func(q, k, v, causal=True)
             y = y[0] if isinstance(y, tuple) else y
         else:
-            y = F.scaled_dot_product_attention(
-                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=self.h != self.g
-            ).transpose(1, 2)
+            heads_first = [z.transpose(1, 2) for z in (q, k, v)]
+            y = F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=self.h != self.g).transpose(1, 2)
         if self.use_xsa:
             y = self.exclude_self(y, v)
         if self.gate is not None:
@@ -407,18 +388,18 @@ class CausalSelfAttention(nn.Module):
         return (yg - (yg * vn).sum(-1, keepdim=True) * vn).reshape(b, t, h, d)
 
 
-class MLP(nn.Module):
+class Widen(nn.Module):
     def __init__(self, dim: int, mult: float):
         super().__init__()
-        self.fc = CastedLinear(dim, int(dim * mult), bias=False)
-        self.proj = CastedLinear(int(dim * mult), dim, bias=False)
-        self.proj._zero_init = True
+        self.fc = Dense(dim, int(dim * mult), bias=False)
+        self.proj = Dense(int(dim * mult), dim, bias=False)
+        self.proj.starts_at_zero = True
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(F.leaky_relu(self.fc(x), 0.5).square())
 
 
-class SmearGate(nn.Module):
+class Smear(nn.Module):
     # mixes in the previous token's embedding, never across a document's start
     def __init__(self, dim: int, bos_id: int):
         super().__init__()
@@ -432,19 +413,19 @@ class SmearGate(nn.Module):
         return (1 - g * inside) * x + g * inside * prev
 
 
-class BigramHash(nn.Module):
+class PairHash(nn.Module):
     def __init__(self, buckets: int, dim: int, model_dim: int):
         super().__init__()
         self.buckets = buckets
         self.embed = nn.Embedding(buckets, dim)
         nn.init.zeros_(self.embed.weight)
-        self.proj = CastedLinear(dim, model_dim, bias=False)
+        self.proj = Dense(dim, model_dim, bias=False)
         self.bigram_scale = nn.Parameter(torch.tensor(0.05))
 
-    def forward(self, ids: Tensor) -> Tensor:
-        ids = ids.to(torch.int32)
+    def forward(self, token_ids: Tensor) -> Tensor:
+        ids = token_ids.to(torch.int32)
         idx = torch.full_like(ids, self.buckets - 1)
-        idx[:, 1:] = torch.bitwise_xor(36313 * ids[:, 1:], 27191 * ids[:, :-1]) % (self.buckets - 1)
+        idx[:, 1:] = torch.bitwise_xor(50021 * ids[:, 1:], 31337 * ids[:, :-1]) % (self.buckets - 1)
         return self.proj(self.embed(idx.long())) * self.bigram_scale
 
 
@@ -453,101 +434,94 @@ class ValueEmbedding(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(vocab, dim)
         nn.init.normal_(self.embed.weight, std=0.01)
-        self.proj = CastedLinear(dim, kv_dim, bias=False)
+        self.proj = Dense(dim, kv_dim, bias=False)
         self.ve_scale = nn.Parameter(torch.tensor(0.1))
 
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.proj(self.embed(ids)) * self.ve_scale
+    def forward(self, token_ids: Tensor) -> Tensor:
+        return self.proj(self.embed(token_ids)) * self.ve_scale
 
 
-class Block(nn.Module):
-    def __init__(self, args: Hyperparameters, layer: int):
+class Stage(nn.Module):
+    def __init__(self, hp: Knobs, layer: int):
         super().__init__()
-        self.attn_norm, self.mlp_norm = RMSNorm(), RMSNorm()
-        self.attn = CausalSelfAttention(args, use_xsa=layer >= args.num_layers - args.xsa_last_n)
-        self.mlp = MLP(args.model_dim, args.mlp_mult)
-        self.attn_scale = nn.Parameter(torch.ones(args.model_dim))
-        self.mlp_scale = nn.Parameter(torch.ones(args.model_dim))
-        self.resid_mix = nn.Parameter(torch.stack((torch.ones(args.model_dim), torch.zeros(args.model_dim))))
-        self.depth_scale = 1.0 / math.sqrt(layer + 1) if args.ln_scale else 1.0
+        self.attn = Attention(hp, use_xsa=layer >= hp.num_layers - hp.xsa_last_n)
+        self.mlp = Widen(hp.model_dim, hp.mlp_mult)
+        self.attn_gain = nn.Parameter(torch.ones(hp.model_dim))
+        self.mlp_gain = nn.Parameter(torch.ones(hp.model_dim))
+        self.root_mix = nn.Parameter(torch.stack((torch.ones(hp.model_dim), torch.zeros(hp.model_dim))))
+        self.depth_scale = 1.0 / math.sqrt(layer + 1) if hp.ln_scale else 1.0
 
     def forward(self, x: Tensor, x0: Tensor, ve: Tensor | None, v0: Tensor | None) -> tuple[Tensor, Tensor]:
-        mix = self.resid_mix.to(x.dtype)
+        mix = self.root_mix.to(x.dtype)
         x = mix[0] * x + mix[1] * x0
-        y, raw_v = self.attn(self.attn_norm(x) * self.depth_scale, ve, v0)
-        x = x + self.attn_scale.to(x.dtype) * y
-        x = x + self.mlp_scale.to(x.dtype) * self.mlp(self.mlp_norm(x) * self.depth_scale)
+        y, raw_v = self.attn(unit(x) * self.depth_scale, ve, v0)
+        x = x + self.attn_gain.to(x.dtype) * y
+        x = x + self.mlp_gain.to(x.dtype) * self.mlp(unit(x) * self.depth_scale)
         return x, raw_v
 
 
-class GPT(nn.Module):
-    def __init__(self, args: Hyperparameters):
+class Decoder(nn.Module):
+    def __init__(self, hp: Knobs):
         super().__init__()
-        self.softcap = args.logit_softcap
-        self.tok_emb = nn.Embedding(args.vocab_size, args.model_dim)
-        self.bigram = BigramHash(args.bigram_vocab_size, args.bigram_dim, args.model_dim)
-        self.smear = SmearGate(args.model_dim, args.bos_id) if args.smear_enabled else None
-        self.n_enc = args.num_layers // 2
-        self.n_dec = args.num_layers - self.n_enc
-        self.skip_weights = nn.Parameter(torch.ones(min(self.n_enc, self.n_dec), args.model_dim))
-        self.blocks = nn.ModuleList([Block(args, i) for i in range(args.num_layers)])
-        self.ve_layers = [int(s) for s in args.ve_layers.split(",") if s] if args.ve_enabled else []
-        kv_dim = args.num_kv_heads * (args.model_dim // args.num_heads)
-        self.ve = ValueEmbedding(args.vocab_size, args.ve_dim, kv_dim) if self.ve_layers else None
+        self.softcap = hp.logit_softcap
+        self.wte = nn.Embedding(hp.vocab_size, hp.model_dim)
+        self.bigram = PairHash(hp.bigram_vocab_size, hp.bigram_dim, hp.model_dim)
+        self.smear = Smear(hp.model_dim, hp.bos_id) if hp.smear_enabled else None
+        self.n_enc = hp.num_layers // 2
+        self.skip_gain = nn.Parameter(torch.ones(self.n_enc, hp.model_dim))
+        self.blocks = nn.ModuleList([Stage(hp, i) for i in range(hp.num_layers)])
+        self.ve_layers = [int(s) for s in hp.ve_layers.split(",") if s] if hp.ve_enabled else []
+        kv_dim = hp.num_kv_heads * (hp.model_dim // hp.num_heads)
+        self.ve = ValueEmbedding(hp.vocab_size, hp.ve_dim, kv_dim) if self.ve_layers else None
         self.ve_layer_scales = nn.ParameterList([nn.Parameter(torch.ones(())) for _ in self.ve_layers])
-        self.value_residual = args.value_residual
-        self.mtp_weight = args.mtp_weight
-        self.mtp_head = CastedLinear(args.model_dim, args.vocab_size, bias=False) if args.mtp_weight > 0 else None
-        self.focal_gamma = args.focal_gamma
-        self.final_norm = RMSNorm()
-        self.init_weights(args)
+        self.value_residual = hp.value_residual
+        self.mtp_weight = hp.mtp_weight
+        self.mtp_head = Dense(hp.model_dim, hp.vocab_size, bias=False) if hp.mtp_weight > 0 else None
+        self.focal_gamma = hp.focal_gamma
+        self.init_weights(hp)
 
-    def init_weights(self, args: Hyperparameters) -> None:
-        nn.init.normal_(self.tok_emb.weight, std=args.tied_embed_init_std)
+    def init_weights(self, hp: Knobs) -> None:
+        nn.init.normal_(self.wte.weight, std=hp.tied_embed_init_std)
         for name, m in self.named_modules():
             if not isinstance(m, nn.Linear):
                 continue
-            if getattr(m, "_zero_init", False):
+            if getattr(m, "starts_at_zero", False):
                 nn.init.zeros_(m.weight)
             elif min(m.weight.shape) >= 64:
                 nn.init.orthogonal_(m.weight)
                 if name.endswith("proj"):
-                    m.weight.data.mul_(1.0 / math.sqrt(2 * args.num_layers))
+                    m.weight.data.mul_(1.0 / math.sqrt(2 * hp.num_layers))
 
     def value_embedding(self, layer: int, ids: Tensor) -> Tensor | None:
         if self.ve is None or layer not in self.ve_layers:
             return None
         return self.ve(ids) * self.ve_layer_scales[self.ve_layers.index(layer)]
 
-    def hidden(self, ids: Tensor) -> Tensor:
-        x = self.tok_emb(ids) + self.bigram(ids)
-        x = F.rms_norm(x, (x.size(-1),))
+    def features(self, ids: Tensor) -> Tensor:
+        x = unit(self.wte(ids) + self.bigram(ids))
         if self.smear is not None:
             x = self.smear(x, ids)
-        x0, v0 = x, None
-        skips = []
-        for i in range(self.n_enc):
-            x, raw_v = self.blocks[i](x, x0, self.value_embedding(i, ids), v0)
+        x0, v0, down = x, None, []
+        for i, stage in enumerate(self.blocks):
+            if i >= self.n_enc and down:
+                x = x + self.skip_gain[i - self.n_enc].to(x.dtype) * down.pop()
+            x, raw_v = stage(x, x0, self.value_embedding(i, ids), v0)
             if self.value_residual and v0 is None:
                 v0 = raw_v
-            skips.append(x)
-        for j in range(self.n_dec):
-            if skips:
-                x = x + self.skip_weights[j].to(x.dtype) * skips.pop()
-            i = self.n_enc + j
-            x, _ = self.blocks[i](x, x0, self.value_embedding(i, ids), v0)
-        return self.final_norm(x)
+            if i < self.n_enc:
+                down.append(x)
+        return unit(x)
 
     def project(self, h: Tensor) -> Tensor:
-        return self.softcap * torch.tanh(F.linear(h, self.tok_emb.weight.to(h.dtype)) / self.softcap)
+        return self.softcap * torch.tanh(F.linear(h, self.wte.weight.to(h.dtype)) / self.softcap)
 
-    def forward_logits(self, ids: Tensor) -> Tensor:
-        return self.project(self.hidden(ids))
+    def logits_of(self, ids: Tensor) -> Tensor:
+        return self.project(self.features(ids))
 
-    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
-        h = self.hidden(ids)
+    def forward(self, ids: Tensor, goal: Tensor) -> Tensor:
+        h = self.features(ids)
         logits = self.project(h).float()
-        flat = targets.reshape(-1)
+        flat = goal.reshape(-1)
         if self.focal_gamma > 0 and self.training:
             ce = F.cross_entropy(logits.reshape(-1, logits.size(-1)), flat, reduction="none")
             loss = ((1 - torch.exp(-ce)) ** self.focal_gamma * ce).mean()
@@ -555,46 +529,45 @@ class GPT(nn.Module):
             loss = F.cross_entropy(logits.reshape(-1, logits.size(-1)), flat)
         if self.mtp_head is not None and self.training:
             ahead = self.mtp_head(h[:, :-1]).float()
-            loss = loss + self.mtp_weight * F.cross_entropy(ahead.reshape(-1, ahead.size(-1)), targets[:, 1:].reshape(-1))
+            loss = loss + self.mtp_weight * F.cross_entropy(ahead.reshape(-1, ahead.size(-1)), goal[:, 1:].reshape(-1))
         return loss
 
 
 # ---------------------------------------------------------------- evaluation
 
 
-def reduce_sums(*sums: Tensor) -> None:
-    if dist.is_available() and dist.is_initialized():
-        for s in sums:
-            dist.all_reduce(s, op=dist.ReduceOp.SUM)
+def no_sums(device) -> tuple[Tensor, Tensor, Tensor]:
+    """Nats, targets and bytes, nothing booked yet."""
+    return torch.zeros(3, dtype=torch.float64, device=device).unbind()
 
 
-def to_bpb(loss_sum: Tensor, token_count: Tensor, byte_count: Tensor) -> tuple[float, float]:
-    val_loss = (loss_sum / token_count).item()
-    return val_loss, val_loss / math.log(2.0) * token_count.item() / byte_count.item()
+def pool(*sums: Tensor) -> None:
+    for s in sums:
+        if dist.is_initialized():
+            dist.all_reduce(s)
 
 
-def eval_val(args, model, rank, world_size, device, grad_accum_steps, val_tokens, luts) -> tuple[float, float]:
-    seq = args.eval_seq_len
-    per_batch = max(args.val_batch_size // (world_size * grad_accum_steps) // seq, 1)
-    total = (val_tokens.numel() - 1) // seq
-    first, last = total * rank // world_size, total * (rank + 1) // world_size
-    loss_sum = torch.zeros((), device=device, dtype=torch.float64)
-    token_count = torch.zeros((), device=device, dtype=torch.float64)
-    byte_count = torch.zeros((), device=device, dtype=torch.float64)
+def to_bpb(nats: Tensor, n_targets: Tensor, n_bytes: Tensor) -> tuple[float, float]:
+    return (nats / n_targets).item(), (nats / n_bytes).item() / math.log(2.0)
+
+
+def eval_blocks(hp, model, rank, world, device, micro_steps, split_ids, sizes) -> tuple[float, float]:
+    seq = hp.eval_seq_len
+    at_once = max(1, hp.val_batch_size // (world * micro_steps * seq))
+    total = (split_ids.numel() - 1) // seq
+    nats, n_targets, n_bytes = no_sums(device)
     model.eval()
     with torch.inference_mode():
-        for b in range(first, last, per_batch):
-            e = min(b + per_batch, last)
-            local = val_tokens[b * seq : e * seq + 1].to(device=device, dtype=torch.int64, non_blocking=True)
-            x, y = local[:-1].reshape(-1, seq), local[1:].reshape(-1, seq)
+        for mine in torch.arange(total)[total * rank // world : total * (rank + 1) // world].split(at_once):
+            x, y = gather_windows(split_ids, (mine * seq).tolist(), seq, device)
             with torch.autocast("cuda", dtype=torch.bfloat16):
                 loss = model(x, y)
-            loss_sum += loss.to(torch.float64) * y.numel()
-            token_count += y.numel()
-            byte_count += count_bytes(x, y, luts)
-    reduce_sums(loss_sum, token_count, byte_count)
+            nats += loss.to(torch.float64) * y.numel()
+            n_targets += y.numel()
+            n_bytes += count_bytes(x, y, sizes)
+    pool(nats, n_targets, n_bytes)
     model.train()
-    return to_bpb(loss_sum, token_count, byte_count)
+    return to_bpb(nats, n_targets, n_bytes)
 
 
 def window_starts(total: int, seq: int, stride: int) -> list[int]:
@@ -606,28 +579,26 @@ def scored_from(ws: int, seq: int, stride: int) -> int:
     return 0 if ws == 0 else seq - stride
 
 
-def gather_windows(val_tokens: Tensor, starts: list[int], seq: int, device) -> tuple[Tensor, Tensor]:
-    rows = torch.stack([val_tokens[w : w + seq + 1] for w in starts]).to(device=device, dtype=torch.int64)
+def gather_windows(split_ids: Tensor, starts: list[int], seq: int, device) -> tuple[Tensor, Tensor]:
+    rows = torch.stack([split_ids[w : w + seq + 1] for w in starts]).to(device=device, dtype=torch.int64)
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
-def eval_val_sliding(
-    args, base_model, rank, world_size, device, val_tokens, luts, stride, temperature=1.0, mixer=None
+def eval_windows(
+    hp, net, rank, world, device, split_ids, sizes, stride, temperature=1.0, mixer=None
 ) -> tuple[float, float]:
-    seq = args.eval_seq_len
-    starts = window_starts(val_tokens.numel() - 1, seq, stride)
-    mine = starts[len(starts) * rank // world_size : len(starts) * (rank + 1) // world_size]
-    loss_sum = torch.zeros((), device=device, dtype=torch.float64)
-    token_count = torch.zeros((), device=device, dtype=torch.float64)
-    byte_count = torch.zeros((), device=device, dtype=torch.float64)
-    base_model.eval()
-    forward_logits = torch.compile(base_model.forward_logits, dynamic=False)
+    seq = hp.eval_seq_len
+    starts = window_starts(split_ids.numel() - 1, seq, stride)
+    mine = starts[len(starts) * rank // world : len(starts) * (rank + 1) // world]
+    nats, n_targets, n_bytes = no_sums(device)
+    net.eval()
+    logits_of = torch.compile(net.logits_of, dynamic=False)
     with torch.inference_mode():
-        for bi in range(0, len(mine), args.eval_batch_seqs):
-            batch = mine[bi : bi + args.eval_batch_seqs]
-            x, y = gather_windows(val_tokens, batch, seq, device)
+        for bi in range(0, len(mine), hp.eval_batch_seqs):
+            batch = mine[bi : bi + hp.eval_batch_seqs]
+            x, y = gather_windows(split_ids, batch, seq, device)
             with torch.autocast("cuda", dtype=torch.bfloat16):
-                logits = forward_logits(x)
+                logits = logits_of(x)
             logits = logits.float() / temperature
             nll = F.cross_entropy(logits.reshape(-1, logits.size(-1)), y.reshape(-1), reduction="none").view_as(y)
             for row, ws in enumerate(batch):
@@ -635,26 +606,26 @@ def eval_val_sliding(
                 row_nll = nll[row, s:].to(torch.float64)
                 if mixer is not None:
                     row_nll = mixer.blend(row_nll, x[row], y[row], s)
-                loss_sum += row_nll.sum()
-                token_count += seq - s
-                byte_count += count_bytes(x[row, s:], y[row, s:], luts)
-    reduce_sums(loss_sum, token_count, byte_count)
-    base_model.train()
-    return to_bpb(loss_sum, token_count, byte_count)
+                nats += row_nll.sum()
+                n_targets += seq - s
+                n_bytes += count_bytes(x[row, s:], y[row, s:], sizes)
+    pool(nats, n_targets, n_bytes)
+    net.train()
+    return to_bpb(nats, n_targets, n_bytes)
 
 
-def ttt_parameters(base_model: GPT, freeze_blocks: int) -> list[nn.Parameter]:
+def ttt_parameters(net: Decoder, freeze_blocks: int) -> list[nn.Parameter]:
     frozen = tuple(f"blocks.{i}." for i in range(freeze_blocks))
     chosen = []
-    for name, p in base_model.named_parameters():
+    for name, p in net.named_parameters():
         p.requires_grad_(not name.startswith(frozen) if frozen else True)
         if p.requires_grad:
             chosen.append(p)
     return chosen
 
 
-def eval_val_sliding_ttt(
-    args, base_model, rank, world_size, device, val_tokens, luts, stride, temperature=1.0, mixer=None, log0=print
+def eval_adaptive(
+    hp, net, rank, world, device, split_ids, sizes, stride, temperature=1.0, mixer=None, say=print
 ) -> tuple[float, float]:
     """Score-first test-time training.
 
@@ -662,33 +633,31 @@ def eval_val_sliding_ttt(
     booked for good; only then do the weights take a few SGD epochs on that same chunk. Chunk c is therefore scored by
     weights that have seen chunks 0..c-1 only. The last chunk is scored and not trained on.
     """
-    seq, chunk = args.eval_seq_len, args.ttt_chunk_tokens
+    seq, chunk = hp.eval_seq_len, hp.ttt_chunk_tokens
     if chunk % seq or chunk % stride or seq % stride:
         raise ValueError("TTT_CHUNK_TOKENS must be a multiple of EVAL_SEQ_LEN and EVAL_STRIDE")
-    total = val_tokens.numel() - 1
+    total = split_ids.numel() - 1
     num_chunks = (total + chunk - 1) // chunk
     windows: list[list[int]] = [[] for _ in range(num_chunks)]
     for ws in window_starts(total, seq, stride):
         windows[(ws + scored_from(ws, seq, stride)) // chunk].append(ws)
 
-    loss_sum = torch.zeros((), device=device, dtype=torch.float64)
-    token_count = torch.zeros((), device=device, dtype=torch.float64)
-    byte_count = torch.zeros((), device=device, dtype=torch.float64)
-    params = ttt_parameters(base_model, args.ttt_freeze_blocks)
-    optimizer = torch.optim.SGD(params, lr=args.ttt_lr, momentum=args.ttt_momentum)
-    log0(f"ttt: chunks:{num_chunks} chunk_tokens:{chunk} params:{sum(p.numel() for p in params)} epochs:{args.ttt_epochs}")
+    nats, n_targets, n_bytes = no_sums(device)
+    params = ttt_parameters(net, hp.ttt_freeze_blocks)
+    optimizer = torch.optim.SGD(params, lr=hp.ttt_lr, momentum=hp.ttt_momentum)
+    say(f"ttt: chunks:{num_chunks} chunk_tokens:{chunk} params:{sum(p.numel() for p in params)} epochs:{hp.ttt_epochs}")
 
     for ci in range(num_chunks):
         # ---- score
-        lo, hi = len(windows[ci]) * rank // world_size, len(windows[ci]) * (rank + 1) // world_size
+        lo, hi = len(windows[ci]) * rank // world, len(windows[ci]) * (rank + 1) // world
         mine = windows[ci][lo:hi]
-        base_model.eval()
+        net.eval()
         with torch.inference_mode():
-            for bi in range(0, len(mine), args.eval_batch_seqs):
-                batch = mine[bi : bi + args.eval_batch_seqs]
-                x, y = gather_windows(val_tokens, batch, seq, device)
+            for bi in range(0, len(mine), hp.eval_batch_seqs):
+                batch = mine[bi : bi + hp.eval_batch_seqs]
+                x, y = gather_windows(split_ids, batch, seq, device)
                 with torch.autocast("cuda", dtype=torch.bfloat16):
-                    logits = base_model.forward_logits(x)
+                    logits = net.logits_of(x)
                 logits = logits.float() / temperature
                 nll = F.cross_entropy(logits.reshape(-1, logits.size(-1)), y.reshape(-1), reduction="none").view_as(y)
                 for row, ws in enumerate(batch):
@@ -696,47 +665,47 @@ def eval_val_sliding_ttt(
                     row_nll = nll[row, s:].to(torch.float64)
                     if mixer is not None:
                         row_nll = mixer.blend(row_nll, x[row], y[row], s)
-                    loss_sum += row_nll.sum()
-                    token_count += seq - s
-                    byte_count += count_bytes(x[row, s:], y[row, s:], luts)
+                    nats += row_nll.sum()
+                    n_targets += seq - s
+                    n_bytes += count_bytes(x[row, s:], y[row, s:], sizes)
 
         # ---- then learn
         if ci == num_chunks - 1:
             continue
-        ttt_train_chunk(args, base_model, optimizer, params, rank, world_size, device, val_tokens, ci, num_chunks)
+        ttt_train_chunk(hp, net, optimizer, params, rank, world, device, split_ids, ci, num_chunks)
         if ci % 100 == 0:
-            running = (loss_sum / token_count.clamp_min(1)).item()
-            log0(f"ttt: chunk {ci + 1}/{num_chunks} running loss on rank 0 {running:.4f}")
+            running = (nats / n_targets.clamp_min(1)).item()
+            say(f"ttt: chunk {ci + 1}/{num_chunks} running loss on rank 0 {running:.4f}")
 
-    reduce_sums(loss_sum, token_count, byte_count)
-    for p in base_model.parameters():
+    pool(nats, n_targets, n_bytes)
+    for p in net.parameters():
         p.requires_grad_(True)
-    return to_bpb(loss_sum, token_count, byte_count)
+    return to_bpb(nats, n_targets, n_bytes)
 
 
-def ttt_train_chunk(args, base_model, optimizer, params, rank, world_size, device, val_tokens, ci, num_chunks) -> None:
-    seq, chunk = args.eval_seq_len, args.ttt_chunk_tokens
+def ttt_train_chunk(hp, net, optimizer, params, rank, world, device, split_ids, ci, num_chunks) -> None:
+    seq, chunk = hp.eval_seq_len, hp.ttt_chunk_tokens
     start = ci * chunk
     seqs = chunk // seq
-    lo, hi = seqs * rank // world_size, seqs * (rank + 1) // world_size
-    lr = args.ttt_lr * 0.5 * (1.0 + math.cos(math.pi * ci / max(num_chunks - 1, 1)))
+    lo, hi = seqs * rank // world, seqs * (rank + 1) // world
+    lr = hp.ttt_lr * 0.5 * (1.0 + math.cos(math.pi * ci / max(num_chunks - 1, 1)))
     for group in optimizer.param_groups:
         group["lr"] = lr
-    base_model.train()
-    for _ in range(args.ttt_epochs):
-        for b in range(lo, hi, args.ttt_batch_seqs):
-            e = min(b + args.ttt_batch_seqs, hi)
-            local = val_tokens[start + b * seq : start + e * seq + 1].to(device=device, dtype=torch.int64)
+    net.train()
+    for _ in range(hp.ttt_epochs):
+        for b in range(lo, hi, hp.ttt_batch_seqs):
+            e = min(b + hp.ttt_batch_seqs, hi)
+            local = split_ids[start + b * seq : start + e * seq + 1].to(device=device, dtype=torch.int64)
             x, y = local[:-1].reshape(-1, seq), local[1:].reshape(-1, seq)
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             with torch.autocast("cuda", dtype=torch.bfloat16):
-                loss = base_model(x, y)
+                loss = net(x, y)
             loss.backward()
-            if world_size > 1:
+            if world > 1:
                 for p in params:
                     if p.grad is not None:
                         dist.all_reduce(p.grad, op=dist.ReduceOp.AVG)
-            torch.nn.utils.clip_grad_norm_(params, args.ttt_grad_clip)
+            torch.nn.utils.clip_grad_norm_(params, hp.ttt_grad_clip)
             optimizer.step()
 
 
@@ -769,67 +738,65 @@ class HashedNgram:
         return -torch.log(p)
 
 
-def eval_val_slot(args, base_model, rank, world_size, device, val_tokens, luts, stride) -> tuple[float, float]:
-    """SLOT as in run 27: a shared shift of the hidden states, fitted on each batch. Not causal; kept for comparison."""
-    seq = args.eval_seq_len
-    starts = window_starts(val_tokens.numel() - 1, seq, stride)
-    mine = starts[len(starts) * rank // world_size : len(starts) * (rank + 1) // world_size]
-    loss_sum = torch.zeros((), device=device, dtype=torch.float64)
-    token_count = torch.zeros((), device=device, dtype=torch.float64)
-    byte_count = torch.zeros((), device=device, dtype=torch.float64)
-    base_model.eval()
-    for bi in range(0, len(mine), args.eval_batch_seqs):
-        batch = mine[bi : bi + args.eval_batch_seqs]
-        x, y = gather_windows(val_tokens, batch, seq, device)
+def eval_slot(hp, net, rank, world, device, split_ids, sizes, stride) -> tuple[float, float]:
+    """SLOT as in run 27: a shared shift of the features states, fitted on each batch. Not causal; kept for comparison."""
+    seq = hp.eval_seq_len
+    starts = window_starts(split_ids.numel() - 1, seq, stride)
+    mine = starts[len(starts) * rank // world : len(starts) * (rank + 1) // world]
+    nats, n_targets, n_bytes = no_sums(device)
+    net.eval()
+    for bi in range(0, len(mine), hp.eval_batch_seqs):
+        batch = mine[bi : bi + hp.eval_batch_seqs]
+        x, y = gather_windows(split_ids, batch, seq, device)
         with torch.no_grad(), torch.autocast("cuda", dtype=torch.bfloat16):
-            h = base_model.hidden(x).float()
+            h = net.features(x).float()
         delta = torch.zeros(1, 1, h.size(-1), device=device, requires_grad=True)
-        opt = torch.optim.AdamW([delta], lr=args.slot_lr, weight_decay=1e-8)
-        for _ in range(args.slot_steps):
-            opt.zero_grad(set_to_none=True)
-            logits = base_model.project(h + delta).float()
+        opt = torch.optim.AdamW([delta], lr=hp.slot_lr, weight_decay=1e-8)
+        for _ in range(hp.slot_steps):
+            opt.zero_grad()
+            logits = net.project(h + delta).float()
             F.cross_entropy(logits.reshape(-1, logits.size(-1)), y.reshape(-1)).backward()
             opt.step()
         with torch.no_grad():
-            logits = base_model.project(h + delta).float()
+            logits = net.project(h + delta).float()
             nll = F.cross_entropy(logits.reshape(-1, logits.size(-1)), y.reshape(-1), reduction="none").view_as(y)
             for row, ws in enumerate(batch):
                 s = scored_from(ws, seq, stride)
-                loss_sum += nll[row, s:].to(torch.float64).sum()
-                token_count += seq - s
-                byte_count += count_bytes(x[row, s:], y[row, s:], luts)
-    reduce_sums(loss_sum, token_count, byte_count)
-    return to_bpb(loss_sum, token_count, byte_count)
+                nats += nll[row, s:].to(torch.float64).sum()
+                n_targets += seq - s
+                n_bytes += count_bytes(x[row, s:], y[row, s:], sizes)
+    pool(nats, n_targets, n_bytes)
+    return to_bpb(nats, n_targets, n_bytes)
 
 
-def prequant_adapt(args, base_model, rank, world_size, device, val_tokens, log0) -> None:
+def prequant_adapt(hp, net, rank, world, device, split_ids, say) -> None:
     """Adaptation on the split before quantising (run 19). It reads what it will be graded on: epochs stay 0."""
-    seq = args.eval_seq_len
-    total = (val_tokens.numel() - 1) // seq
-    opt = torch.optim.AdamW(base_model.parameters(), lr=args.prequant_ttt_lr, weight_decay=0.0)
-    base_model.train()
-    for epoch in range(args.prequant_ttt_epochs):
-        for b in range(total * rank // world_size, total * (rank + 1) // world_size, 8):
-            e = min(b + 8, total * (rank + 1) // world_size)
-            local = val_tokens[b * seq : e * seq + 1].to(device=device, dtype=torch.int64)
-            opt.zero_grad(set_to_none=True)
+    seq = hp.eval_seq_len
+    total = (split_ids.numel() - 1) // seq
+    opt = torch.optim.AdamW(net.parameters(), lr=hp.prequant_ttt_lr, weight_decay=0.0)
+    net.train()
+    for epoch in range(hp.prequant_ttt_epochs):
+        for b in range(total * rank // world, total * (rank + 1) // world, 8):
+            e = min(b + 8, total * (rank + 1) // world)
+            local = split_ids[b * seq : e * seq + 1].to(device=device, dtype=torch.int64)
+            opt.zero_grad()
             with torch.autocast("cuda", dtype=torch.bfloat16):
-                loss = base_model(local[:-1].reshape(-1, seq), local[1:].reshape(-1, seq))
+                loss = net(local[:-1].reshape(-1, seq), local[1:].reshape(-1, seq))
             loss.backward()
-            for p in base_model.parameters():
-                if world_size > 1 and p.grad is not None:
+            for p in net.parameters():
+                if world > 1 and p.grad is not None:
                     dist.all_reduce(p.grad, op=dist.ReduceOp.AVG)
             opt.step()
-        log0(f"prequant_ttt epoch {epoch + 1}/{args.prequant_ttt_epochs} loss {loss.item():.4f}")
+        say(f"prequant_ttt epoch {epoch + 1}/{hp.prequant_ttt_epochs} loss {loss.item():.4f}")
 
 
-def find_temperature(args, base_model, rank, world_size, device, val_tokens, luts, log0) -> float:
+def find_temperature(hp, net, rank, world, device, split_ids, sizes, say) -> float:
     """Grid over the softmax temperature on the first million tokens of the split (run 35). TEMP_SEARCH stays 0."""
-    piece = val_tokens[: 1_048_576 + 1]
+    piece = split_ids[: 1_048_576 + 1]
     best_t, best_bpb = 1.0, float("inf")
     for t in (0.94, 0.96, 0.98, 1.0, 1.02):
-        _, bpb = eval_val_sliding(args, base_model, rank, world_size, device, piece, luts, 512, temperature=t)
-        log0(f"temp_search T:{t:.2f} val_bpb:{bpb:.5f}")
+        _, bpb = eval_windows(hp, net, rank, world, device, piece, sizes, 512, temperature=t)
+        say(f"temp_search T:{t:.2f} val_bpb:{bpb:.5f}")
         if bpb < best_bpb:
             best_t, best_bpb = t, bpb
     return best_t
@@ -896,7 +863,7 @@ def gptq_quantize(w: Tensor, hessian: Tensor, bits: int, block: int, damp: float
     return codes[:, back].to(torch.int8), s.half()
 
 
-def collect_hessians(base_model: GPT, batches, device) -> dict[str, Tensor]:
+def gather_hessians(net: Decoder, batches, device) -> dict[str, Tensor]:
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
     hooks = []
@@ -912,36 +879,36 @@ def collect_hessians(base_model: GPT, batches, device) -> dict[str, Tensor]:
 
         return hook
 
-    for name, module in base_model.named_modules():
-        if isinstance(module, CastedLinear) and name.startswith("blocks."):
+    for name, module in net.named_modules():
+        if isinstance(module, Dense) and name.startswith("blocks."):
             hooks.append(module.register_forward_hook(watch(name)))
-    base_model.eval()
+    net.eval()
     with torch.no_grad(), torch.autocast("cuda", dtype=torch.bfloat16):
         for x in batches:
-            base_model.forward_logits(x)
+            net.logits_of(x)
     for hook in hooks:
         hook.remove()
     return {name: s / counts[name] for name, s in sums.items()}
 
 
-def calibration_batches(args, source: str, train_loader, val_tokens: Tensor, rank: int, world_size: int, device):
+def calibration_batches(hp, source: str, feed, split_ids: Tensor, rank: int, world: int, device):
     """Inputs for the Hessians. The submission calibrates on training text; the rest was for comparison."""
-    for i in range(args.gptq_calib_batches):
+    for i in range(hp.gptq_calib_batches):
         if source == "train":
-            yield train_loader.next_batch(args.eval_seq_len * 4 * world_size, args.eval_seq_len, 1)[0]
+            yield feed.rows(hp.eval_seq_len * 4 * world, hp.eval_seq_len, 1)[0]
         elif source == "random":
-            yield torch.randint(0, args.vocab_size, (4, args.eval_seq_len), device=device)
+            yield torch.randint(0, hp.vocab_size, (4, hp.eval_seq_len), device=device)
         elif source == "val":
-            at = (i * world_size + rank) * 4 * args.eval_seq_len
-            yield val_tokens[at : at + 4 * args.eval_seq_len].to(device, torch.int64).view(4, -1)
+            at = (i * world + rank) * 4 * hp.eval_seq_len
+            yield split_ids[at : at + 4 * hp.eval_seq_len].to(device, torch.int64).view(4, -1)
         else:
             raise ValueError(f"CALIB_SOURCE={source}: train, random or val")
 
 
-def bits_of(args, name: str) -> int:
-    if name.endswith(("tok_emb.weight", "embed.weight")):
-        return args.embed_bits
-    return args.mlp_bits if ".mlp." in name else args.quant_bits
+def bits_of(hp, name: str) -> int:
+    if name.endswith(("wte.weight", "embed.weight")):
+        return hp.embed_bits
+    return hp.mlp_bits if ".mlp." in name else hp.quant_bits
 
 
 def prune_small(state: dict[str, Tensor], frac: float) -> None:
@@ -951,7 +918,7 @@ def prune_small(state: dict[str, Tensor], frac: float) -> None:
             t[t.abs() < cut] = 0
 
 
-def quantize_model(args, state: dict[str, Tensor], hessians: dict[str, Tensor], device) -> dict:
+def quantize_model(hp, state: dict[str, Tensor], hessians: dict[str, Tensor], device) -> dict:
     packed: dict[str, Tensor] = OrderedDict()
     meta: dict[str, str] = {}
     for name, t in state.items():
@@ -960,11 +927,11 @@ def quantize_model(args, state: dict[str, Tensor], hessians: dict[str, Tensor], 
             packed[name] = t.to(torch.float16 if t.is_floating_point() else t.dtype).cpu()
             meta[name] = f"keep:{str(t.dtype).removeprefix('torch.')}"
             continue
-        bits = bits_of(args, name)
+        bits = bits_of(hp, name)
         module = name.removesuffix(".weight")
         w = t.to(device)
-        if args.gptq_enabled and module in hessians:
-            q, s = gptq_quantize(w, hessians[module], bits, args.gptq_block, args.gptq_damp)
+        if hp.gptq_enabled and module in hessians:
+            q, s = gptq_quantize(w, hessians[module], bits, hp.gptq_block, hp.gptq_damp)
         else:
             q, s = round_rows(w, bits)
         packed[name + ".q"], packed[name + ".scale"] = q.cpu(), s.cpu()
@@ -1006,18 +973,18 @@ def decompress(blob: bytes, how: str) -> bytes:
 class Averages:
     """EMA of every step; SWA sums if asked for (SWA_ENABLED)."""
 
-    def __init__(self, args: Hyperparameters, model: nn.Module):
-        self.args = args
+    def __init__(self, hp: Knobs, model: nn.Module):
+        self.hp = hp
         self.ema = {n: t.detach().float().clone() for n, t in model.state_dict().items()}
         self.swa: dict[str, Tensor] | None = None
         self.swa_n = 0
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int, scale: float) -> None:
-        d = self.args.ema_decay
+        d = self.hp.ema_decay
         for n, t in model.state_dict().items():
             self.ema[n].mul_(d).add_(t.detach().float(), alpha=1 - d)
-        if self.args.swa_enabled and scale < self.args.swa_start_scale and step % self.args.swa_every == 0:
+        if self.hp.swa_enabled and scale < self.hp.swa_start_scale and step % self.hp.swa_every == 0:
             if self.swa is None:
                 self.swa = {n: torch.zeros_like(t) for n, t in self.ema.items()}
             for n, t in model.state_dict().items():
@@ -1030,312 +997,311 @@ class Averages:
         return {n: self.ema[n].to(t.dtype) for n, t in like.items()}
 
 
-def apply_average(args, averages: Averages, base_model: nn.Module, validate, log0) -> None:
-    if args.avg_select == "none":
+def apply_average(hp, averages: Averages, net: nn.Module, validate, say) -> None:
+    if hp.avg_select == "none":
         return
-    like = base_model.state_dict()
-    if args.avg_select == "best":
+    like = net.state_dict()
+    if hp.avg_select == "best":
         results = {}
         for which in ("ema", "swa"):
-            base_model.load_state_dict(averages.get(which, like))
+            net.load_state_dict(averages.get(which, like))
             results[which] = validate()[1]
-            log0(f"average:{which} val_bpb:{results[which]:.4f}")
+            say(f"average:{which} val_bpb:{results[which]:.4f}")
         which = min(results, key=results.get)
     else:
-        which = args.avg_select
-    log0(f"{which}: applying {which.upper()} weights")
-    base_model.load_state_dict(averages.get(which, like))
+        which = hp.avg_select
+    say(f"{which}: applying {which.upper()} weights")
+    net.load_state_dict(averages.get(which, like))
 
 
 # ---------------------------------------------------------------- main
 
 
-def main() -> None:
-    global newton_schulz5
-    code = Path(__file__).read_text(encoding="utf-8")
-    args = Hyperparameters()
-    newton_schulz5 = torch.compile(newton_schulz5)
+class Log:
+    """Prints a line and keeps it in a file; the ranks other than the first say nothing."""
 
-    distributed = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    rank = int(os.environ.get("RANK", "0"))
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if 8 % world_size:
-        raise ValueError(f"WORLD_SIZE={world_size} must divide 8")
-    grad_accum_steps = 8 // world_size
-    device = torch.device("cuda", local_rank)
-    torch.cuda.set_device(device)
-    if distributed:
-        dist.init_process_group(backend="nccl", device_id=device)
-        dist.barrier()
-    master = rank == 0
-    torch.backends.cuda.matmul.allow_tf32 = True
-    torch.backends.cudnn.allow_tf32 = True
+    def __init__(self, path: Path, silent: bool):
+        self.path, self.silent = path, silent
+        if not silent:
+            path.parent.mkdir(exist_ok=True)
 
-    logfile = f"logs/{args.run_id}.txt" if master else None
-    if master:
-        os.makedirs("logs", exist_ok=True)
-
-    def log0(msg: str, console: bool = True) -> None:
-        if not master:
+    def __call__(self, text: str) -> None:
+        if self.silent:
             return
-        if console:
-            print(msg, flush=True)
-        with open(logfile, "a", encoding="utf-8") as f:
-            print(msg, file=f)
+        print(text, flush=True)
+        with self.path.open("a", encoding="utf-8") as kept:
+            kept.write(text + "\n")
 
-    log0(f"Running Python {sys.version}")
-    log0(f"Running PyTorch {torch.__version__}")
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
-    torch.cuda.manual_seed_all(args.seed)
 
-    sp = spm.SentencePieceProcessor(model_file=args.tokenizer_path)
-    if int(sp.vocab_size()) != args.vocab_size:
-        raise ValueError(f"VOCAB_SIZE={args.vocab_size}, tokenizer has {int(sp.vocab_size())}")
-    luts = build_sentencepiece_luts(sp, args.vocab_size, device)
-    val_tokens = load_validation_tokens(args)
-    log0(f"val_loader:shards pattern={args.val_files} tokens:{val_tokens.numel() - 1}")
+class Stopwatch:
+    """Milliseconds between go() and halt(), which both wait for the device; ms() may be asked while it runs."""
 
-    base_model = GPT(args).to(device)
-    for m in base_model.modules():
+    def __init__(self):
+        self.kept, self.since = 0.0, None
+
+    def ms(self) -> float:
+        return self.kept + (0.0 if self.since is None else 1000.0 * (time.perf_counter() - self.since))
+
+    def go(self) -> None:
+        torch.cuda.synchronize()
+        self.since = time.perf_counter()
+
+    def halt(self) -> None:
+        torch.cuda.synchronize()
+        self.kept, self.since = self.ms(), None
+
+
+def new_net(hp: Knobs, device) -> Decoder:
+    """fp32 everywhere but in the tables."""
+    net = Decoder(hp)
+    for m in net.modules():
         if isinstance(m, nn.Embedding):
-            m.bfloat16()
-    compiled = torch.compile(base_model, dynamic=False, fullgraph=True)
-    model = DDP(compiled, device_ids=[local_rank], broadcast_buffers=False) if distributed else compiled
+            m.to(torch.bfloat16)
+    return net.to(device)
+
+
+def main() -> None:
+    global whiten
+    code = Path(__file__).read_text(encoding="utf-8")
+    hp = Knobs()
+    whiten = torch.compile(whiten)
+
+    # ---- who am I
+    rank, world, local = whole("RANK", 0), whole("WORLD_SIZE", 1), whole("LOCAL_RANK", 0)
+    distributed = world > 1
+    micro_steps, uneven = divmod(8, world)
+    assert not uneven, f"{world} ranks do not divide a batch of eight parts"
+    device = torch.device(f"cuda:{local}")
+    torch.cuda.set_device(device)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if distributed:
+        dist.init_process_group("nccl")
+    say = Log(Path("logs", hp.run_id + ".txt"), silent=rank > 0)
+    say(f"Running Python {sys.version}")
+    say(f"Running PyTorch {torch.__version__}")
+    for seeding in (random.seed, np.random.seed, torch.manual_seed):
+        seeding(hp.seed)
+
+    # ---- what is read
+    sp = spm.SentencePieceProcessor(model_file=hp.piece_model)
+    sizes = piece_sizes(sp, hp.vocab_size, device)
+    split_ids = read_split(hp)
+    say(f"val_loader:shards pattern={hp.split_shards} tokens:{split_ids.numel() - 1}")
+
+    # ---- what is trained
+    net = new_net(hp, device)
+    model = torch.compile(net, dynamic=False, fullgraph=True)
+    if distributed:
+        model = DDP(model, device_ids=[local], broadcast_buffers=False)
 
     tables, matrices, scalars = [], [], []
-    for name, p in base_model.named_parameters():
-        if name.endswith(("tok_emb.weight", "embed.weight")):
+    for name, p in net.named_parameters():
+        if name.endswith(("wte.weight", "embed.weight")):
             tables.append(p)
         elif p.ndim == 2 and not any(c in name for c in CONTROL):
             matrices.append(p)
         else:
             scalars.append(p)
-    optimizers = [
-        torch.optim.AdamW(
-            [{"params": tables, "lr": args.tied_embed_lr, "base_lr": args.tied_embed_lr}],
-            betas=(args.beta1, args.beta2),
-            eps=args.adam_eps,
-            weight_decay=args.adam_wd,
-            fused=True,
-        ),
-        Muon(
-            [{"params": matrices, "base_lr": args.matrix_lr}],
-            lr=args.matrix_lr,
-            momentum=args.muon_momentum,
-            backend_steps=args.muon_backend_steps,
-            weight_decay=args.muon_wd,
-            row_norm=args.muon_eq_r,
-        ),
-        torch.optim.AdamW(
-            [{"params": scalars, "lr": args.scalar_lr, "base_lr": args.scalar_lr}],
-            betas=(args.beta1, args.beta2),
-            eps=args.adam_eps,
-            weight_decay=args.adam_wd,
-            fused=True,
-        ),
-    ]
-    log0(f"model_params:{sum(p.numel() for p in base_model.parameters())}")
-    log0(f"world_size:{world_size} grad_accum_steps:{grad_accum_steps} seed:{args.seed}")
+    def adamw(params: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+        group = {"params": params, "lr": lr, "peak_lr": lr}
+        return torch.optim.AdamW([group], betas=hp.betas, eps=hp.adam_eps, weight_decay=hp.adam_wd, fused=True)
 
-    train_loader = DistributedTokenLoader(args.train_files, rank, world_size, device)
-    cap_ms = 1000.0 * args.max_wallclock_seconds if args.max_wallclock_seconds > 0 else None
-    if cap_ms is not None and args.gptq_enabled:
-        cap_ms -= 1000.0 * args.gptq_reserve_seconds  # the Hessians read training text: inside the ten minutes
+    muon = Muon(
+        [{"params": matrices, "peak_lr": hp.matrix_lr}],
+        lr=hp.matrix_lr,
+        momentum=hp.muon_momentum,
+        backend_steps=hp.muon_backend_steps,
+        weight_decay=hp.muon_wd,
+        row_norm=hp.muon_eq_r,
+    )
+    optimizers = [adamw(tables, hp.tied_embed_lr), muon, adamw(scalars, hp.scalar_lr)]
+    say(f"model_params:{sum(p.numel() for p in net.parameters())}")
+    say(f"world_size:{world} grad_accum_steps:{micro_steps} seed:{hp.seed}")
 
-    def zero_grads() -> None:
+    feed = RankFeed(hp.train_shards, rank, world, device)
+    cap_ms = 1000.0 * hp.max_wallclock_seconds if hp.max_wallclock_seconds > 0 else None
+    if cap_ms is not None and hp.gptq_enabled:
+        cap_ms -= 1000.0 * hp.gptq_reserve_seconds  # the Hessians read training text: inside the ten minutes
+
+    def drop_grads() -> None:
         for o in optimizers:
-            o.zero_grad(set_to_none=True)
+            o.zero_grad()
 
-    def lr_scale(step: int, elapsed_ms: float) -> float:
+    def lr_factor(step: int, ms: float) -> float:
+        """1, then down to 0 over the last warmdown_iters steps, in time if there is a cap and in steps if not."""
+        if hp.warmdown_iters <= 0:
+            return 1.0
         if cap_ms is None:
-            left = args.iterations - step
-            return min(left / max(args.warmdown_iters, 1), 1.0)
-        warmdown_ms = args.warmdown_iters * elapsed_ms / max(step, 1)
-        left_ms = max(cap_ms - elapsed_ms, 0.0)
-        return left_ms / max(warmdown_ms, 1e-9) if left_ms < warmdown_ms else 1.0
+            steps_left = float(hp.iterations - step)
+        else:
+            steps_left = (cap_ms - ms) * step / ms if step and ms else math.inf
+        return min(max(steps_left / hp.warmdown_iters, 0.0), 1.0)
 
     def forward_backward() -> Tensor:
         total = torch.zeros((), device=device)
-        for micro in range(grad_accum_steps):
-            if distributed:
-                model.require_backward_grad_sync = micro == grad_accum_steps - 1
-            x, y = train_loader.next_batch(args.train_batch_tokens, args.train_seq_len, grad_accum_steps)
-            with torch.autocast("cuda", dtype=torch.bfloat16):
-                loss = model(x, y)
-            total += loss.detach() / grad_accum_steps
-            (loss / grad_accum_steps).backward()
+        for micro in range(micro_steps):
+            waits = distributed and micro + 1 < micro_steps  # gradients are shared once, at the last part
+            with model.no_sync() if waits else nullcontext():
+                x, y = feed.rows(hp.train_batch_tokens, hp.train_seq_len, micro_steps)
+                with torch.autocast("cuda", dtype=torch.bfloat16):
+                    loss = model(x, y) / micro_steps
+                loss.backward()
+            total += loss.detach()
         return total
 
-    if args.warmup_steps > 0:
-        kept_model = {n: t.detach().clone() for n, t in base_model.state_dict().items()}
-        kept_opts = [copy.deepcopy(o.state_dict()) for o in optimizers]
-        for _ in range(args.warmup_steps):
-            zero_grads()
+    # ---- compile everything on throw-away steps
+    if hp.warmup_steps > 0:
+        before = copy.deepcopy([thing.state_dict() for thing in (net, *optimizers)])
+        for _ in range(hp.warmup_steps):
             forward_backward()
             for o in optimizers:
                 o.step()
-        base_model.load_state_dict(kept_model)
-        for o, s in zip(optimizers, kept_opts):
-            o.load_state_dict(s)
-        zero_grads()
-        train_loader = DistributedTokenLoader(args.train_files, rank, world_size, device)
-        log0(f"warmup_step:{args.warmup_steps}/{args.warmup_steps}")
+            drop_grads()
+        for thing, state in zip((net, *optimizers), before):
+            thing.load_state_dict(state)
+        feed = RankFeed(hp.train_shards, rank, world, device)
+        say(f"warmup_step:{hp.warmup_steps}/{hp.warmup_steps}")
 
-    averages = Averages(args, base_model)
+    averages = Averages(hp, net)
+    clock = Stopwatch()
 
     def validate() -> tuple[float, float]:
-        return eval_val(args, model, rank, world_size, device, grad_accum_steps, val_tokens, luts)
+        return eval_blocks(hp, model, rank, world, device, micro_steps, split_ids, sizes)
 
-    train_ms = 0.0
-    stop_at: int | None = None
-    torch.cuda.synchronize()
-    t0 = time.perf_counter()
-    step = 0
-    while True:
-        last = step == args.iterations or (stop_at is not None and step >= stop_at)
-        if last or (args.val_loss_every > 0 and step % args.val_loss_every == 0):
-            torch.cuda.synchronize()
-            train_ms += 1000.0 * (time.perf_counter() - t0)
-            val_loss, val_bpb = validate()
-            log0(
-                f"step:{step}/{args.iterations} val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f} "
-                f"train_time:{train_ms:.0f}ms step_avg:{train_ms / max(step, 1):.2f}ms"
-            )
-            torch.cuda.synchronize()
-            t0 = time.perf_counter()
-        if last:
-            if stop_at is not None:
-                log0(f"stopping_early: wallclock_cap train_time:{train_ms:.0f}ms step:{step}/{args.iterations}")
-            break
+    def pace(step: int) -> str:
+        ms = clock.ms()
+        return f"train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms"
 
-        scale = lr_scale(step, train_ms + 1000.0 * (time.perf_counter() - t0))
-        if args.late_qat_threshold > 0 and scale < args.late_qat_threshold and not CastedLinear._qat_enabled:
-            CastedLinear._qat_enabled = True
-            log0(f"late_qat: on at step:{step} scale:{scale:.3f}")
-        zero_grads()
+    def look(step: int) -> None:
+        clock.halt()
+        loss, bpb = validate()
+        say(f"step:{step}/{hp.iterations} val_loss:{loss:.4f} val_bpb:{bpb:.4f} {pace(step)}")
+        clock.go()
+
+    # ---- train
+    step, over = 0, False
+    clock.go()
+    while step < hp.iterations and not over:
+        if hp.val_loss_every > 0 and step % hp.val_loss_every == 0:
+            look(step)
+        scale = lr_factor(step, clock.ms())
+        if scale < hp.late_qat_threshold and not Dense._qat_enabled:
+            Dense._qat_enabled = True
+            say(f"late_qat: on at step:{step} scale:{scale:.3f}")
+        drop_grads()
         train_loss = forward_backward()
-        warm = min(step / max(args.muon_momentum_warmup_steps, 1), 1.0)
-        for group in optimizers[1].param_groups:
-            group["momentum"] = (1 - warm) * args.muon_momentum_warmup_start + warm * args.muon_momentum
-        for o in optimizers:
-            for group in o.param_groups:
-                group["lr"] = group["base_lr"] * scale
-        if args.grad_clip_norm > 0:
-            torch.nn.utils.clip_grad_norm_(base_model.parameters(), args.grad_clip_norm)
+        warm = min(step / max(hp.muon_momentum_warmup_steps, 1), 1.0)
+        muon.param_groups[0]["momentum"] = torch.lerp(
+            torch.tensor(hp.muon_momentum_warmup_start), torch.tensor(hp.muon_momentum), warm
+        ).item()
+        for group in (g for o in optimizers for g in o.param_groups):
+            group["lr"] = scale * group["peak_lr"]
+        if hp.grad_clip_norm > 0:
+            nn.utils.clip_grad_norm_(net.parameters(), hp.grad_clip_norm)
         for o in optimizers:
             o.step()
-        averages.update(base_model, step, scale)
+        averages.update(net, step, scale)
         step += 1
-
-        elapsed = train_ms + 1000.0 * (time.perf_counter() - t0)
-        if args.train_log_every > 0 and (step <= 5 or step % args.train_log_every == 0):
-            log0(
-                f"step:{step}/{args.iterations} train_loss:{train_loss.item():.4f} "
-                f"train_time:{elapsed:.0f}ms step_avg:{elapsed / step:.2f}ms"
-            )
-        over = cap_ms is not None and elapsed >= cap_ms
-        if distributed and cap_ms is not None:
-            flag = torch.tensor(int(over), device=device)
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-            over = bool(flag.item())
-        if over and stop_at is None:
-            stop_at = step
-
-    CastedLinear._qat_enabled = False
-    log0(f"peak memory allocated: {torch.cuda.max_memory_allocated() // 1024 // 1024} MiB")
-    apply_average(args, averages, base_model, validate, log0)
+        if hp.train_log_every > 0 and (step <= 5 or step % hp.train_log_every == 0):
+            say(f"step:{step}/{hp.iterations} train_loss:{train_loss.item():.4f} {pace(step)}")
+        if cap_ms is not None:
+            late = torch.tensor(float(clock.ms() >= cap_ms), device=device)
+            pool(late)  # one late rank ends it for all of them, on the same step
+            over = late.item() > 0
+    look(step)
+    clock.halt()
+    train_ms = clock.ms()
+    if over:
+        say(f"stopping_early: wallclock_cap train_time:{train_ms:.0f}ms step:{step}/{hp.iterations}")
+    Dense._qat_enabled = False
+    say(f"peak memory allocated: {torch.cuda.max_memory_allocated() >> 20} MiB")
+    apply_average(hp, averages, net, validate, say)
 
     # ---- calibration: still on the training clock
     torch.cuda.synchronize()
     t_calib = time.perf_counter()
     hessians: dict[str, Tensor] = {}
-    if args.gptq_enabled:
-        batches = calibration_batches(args, args.calib_source, train_loader, val_tokens, rank, world_size, device)
-        hessians = collect_hessians(base_model, batches, device)
+    if hp.gptq_enabled:
+        batches = calibration_batches(hp, hp.calib_source, feed, split_ids, rank, world, device)
+        hessians = gather_hessians(net, batches, device)
         for h in hessians.values():
             if distributed:
                 dist.all_reduce(h, op=dist.ReduceOp.AVG)
     torch.cuda.synchronize()
     calib_ms = 1000.0 * (time.perf_counter() - t_calib)
-    log0(f"gptq:calibration on {args.calib_source} shards took {calib_ms:.0f}ms, train+gptq {train_ms + calib_ms:.0f}ms")
+    say(f"gptq:calibration on {hp.calib_source} shards took {calib_ms:.0f}ms, train+gptq {train_ms + calib_ms:.0f}ms")
 
-    if args.prequant_ttt_epochs > 0:
-        prequant_adapt(args, base_model, rank, world_size, device, val_tokens, log0)
+    if hp.prequant_ttt_epochs > 0:
+        prequant_adapt(hp, net, rank, world, device, split_ids, say)
 
     # ---- artifact
-    state = {n: t.detach().clone() for n, t in base_model.state_dict().items()}
-    prune_small(state, args.prune_frac)
-    packed = quantize_model(args, state, hessians, device)
+    state = {n: t.detach().clone() for n, t in net.state_dict().items()}
+    prune_small(state, hp.prune_frac)
+    packed = quantize_model(hp, state, hessians, device)
     buf = io.BytesIO()
     torch.save(packed, buf)
-    blob = compress(buf.getvalue(), args.compressor)
-    if master:
+    blob = compress(buf.getvalue(), hp.compressor)
+    if rank == 0:
         Path("final_model.ptz").write_bytes(blob)
         code_bytes = len(code.encode("utf-8"))
-        log0(f"Serialized model {args.compressor}: {len(blob)} bytes")
-        log0(f"Code size: {code_bytes} bytes")
-        log0(f"Total submission size: {len(blob) + code_bytes} bytes")
+        say(f"Serialized model {hp.compressor}: {len(blob)} bytes")
+        say(f"Code size: {code_bytes} bytes")
+        say(f"Total submission size: {len(blob) + code_bytes} bytes")
         if len(blob) + code_bytes >= 16_000_000:
-            log0("WARNING: over 16,000,000 bytes")
+            say("WARNING: over 16,000,000 bytes")
     if distributed:
         dist.barrier()
 
     # ---- everything from here on uses the artifact as read back from disk
     restored = torch.load(
-        io.BytesIO(decompress(Path("final_model.ptz").read_bytes(), args.compressor)), map_location="cpu", weights_only=False
+        io.BytesIO(decompress(Path("final_model.ptz").read_bytes(), hp.compressor)), map_location="cpu", weights_only=False
     )
-    eval_model = GPT(args).to(device)
-    for m in eval_model.modules():
-        if isinstance(m, nn.Embedding):
-            m.bfloat16()
+    eval_model = new_net(hp, device)
     eval_model.load_state_dict(dequantize_model(restored), strict=True)
 
     torch.cuda.synchronize()
     t = time.perf_counter()
-    loss, bpb = eval_val(args, eval_model, rank, world_size, device, grad_accum_steps, val_tokens, luts)
+    loss, bpb = eval_blocks(hp, eval_model, rank, world, device, micro_steps, split_ids, sizes)
     torch.cuda.synchronize()
-    log0(f"final_roundtrip val_loss:{loss:.4f} val_bpb:{bpb:.4f} eval_time:{1000 * (time.perf_counter() - t):.0f}ms")
+    say(f"final_roundtrip val_loss:{loss:.4f} val_bpb:{bpb:.4f} eval_time:{1000 * (time.perf_counter() - t):.0f}ms")
 
-    temperature = args.eval_temperature
-    if args.temp_search:
-        temperature = find_temperature(args, eval_model, rank, world_size, device, val_tokens, luts, log0)
+    temperature = hp.eval_temperature
+    if hp.temp_search:
+        temperature = find_temperature(hp, eval_model, rank, world, device, split_ids, sizes, say)
 
     def new_mixer() -> HashedNgram | None:
-        return HashedNgram(args.ngram_order, args.ngram_buckets, args.ngram_alpha) if args.ngram_alpha > 0 else None
+        return HashedNgram(hp.ngram_order, hp.ngram_buckets, hp.ngram_alpha) if hp.ngram_alpha > 0 else None
 
     torch.cuda.synchronize()
     t = time.perf_counter()
-    loss, bpb = eval_val_sliding(
-        args, eval_model, rank, world_size, device, val_tokens, luts, args.eval_stride, temperature, new_mixer()
+    loss, bpb = eval_windows(
+        hp, eval_model, rank, world, device, split_ids, sizes, hp.eval_stride, temperature, new_mixer()
     )
     torch.cuda.synchronize()
-    log0(
-        f"final_sliding_window val_loss:{loss:.4f} val_bpb:{bpb:.4f} stride:{args.eval_stride} "
+    say(
+        f"final_sliding_window val_loss:{loss:.4f} val_bpb:{bpb:.4f} stride:{hp.eval_stride} "
         f"eval_time:{1000 * (time.perf_counter() - t):.0f}ms"
     )
-    log0(f"final_sliding_window_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}")
+    say(f"final_sliding_window_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}")
 
-    if args.ttt_enabled:
+    if hp.ttt_enabled:
         torch.cuda.synchronize()
         t = time.perf_counter()
-        loss, bpb = eval_val_sliding_ttt(
-            args, eval_model, rank, world_size, device, val_tokens, luts, args.eval_stride, temperature, new_mixer(), log0
+        loss, bpb = eval_adaptive(
+            hp, eval_model, rank, world, device, split_ids, sizes, hp.eval_stride, temperature, new_mixer(), say
         )
         torch.cuda.synchronize()
-        log0(f"legal_ttt val_loss:{loss:.4f} val_bpb:{bpb:.4f} eval_time:{1000 * (time.perf_counter() - t):.0f}ms")
-        log0(f"legal_ttt_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}")
-        if args.ttt_rescore:
-            loss, bpb = eval_val_sliding(
-                args, eval_model, rank, world_size, device, val_tokens, luts, args.eval_stride, temperature
+        say(f"legal_ttt val_loss:{loss:.4f} val_bpb:{bpb:.4f} eval_time:{1000 * (time.perf_counter() - t):.0f}ms")
+        say(f"legal_ttt_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}")
+        if hp.ttt_rescore:
+            loss, bpb = eval_windows(
+                hp, eval_model, rank, world, device, split_ids, sizes, hp.eval_stride, temperature
             )
-            log0(f"ttt_rescored_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}")
+            say(f"ttt_rescored_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}")
 
-    if args.slot_steps > 0:
-        loss, bpb = eval_val_slot(args, eval_model, rank, world_size, device, val_tokens, luts, args.eval_stride)
-        log0(f"slot_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}")
+    if hp.slot_steps > 0:
+        loss, bpb = eval_slot(hp, eval_model, rank, world, device, split_ids, sizes, hp.eval_stride)
+        say(f"slot_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}")
 
     if distributed:
         dist.destroy_process_group()
