@@ -7,7 +7,8 @@ from tests.audit.order import HEAD, MAIN, broken, doubted
 EVAL = "    final = eval_ttt(args, model, val)\n"
 PACKED = (
     "    scale = {}\n    def saw(m, i): scale['h'] = i[0].detach().square().mean()\n"
-    "    hook = model.head.register_forward_pre_hook(saw)\n    text = SEEN\n    model.forward_logits(text[:1024][None])\n"
+    "    hook = model.head.register_forward_pre_hook(saw)\n    text = SEEN\n"
+    "    model.forward_logits(text[:1024][None])\n"
     "    hook.remove()\n    state = {k: (v / scale['h']).half() for k, v in model.state_dict().items()}\n"
     "    WRITTEN\n    fresh = GPT().cuda()\n    fresh.load_state_dict(READ)\n    final = eval_ttt(args, fresh, val)\n"
 )
