@@ -54,6 +54,8 @@ class Arithmetic(Iteration):
 
     def binop(self, op: ast.operator, left: Value, right: Value, node: ast.AST | None) -> Value:
         """left op right"""
+        if isinstance(op, ast.Div) and any("#path" in obj.slots for obj in (*left.refs, *right.refs)):
+            return self.path([left, right], node)  # Path(folder) / name
         constant = self._folded(op, left, right)
         if constant is not None:
             return constant

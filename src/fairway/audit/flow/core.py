@@ -91,6 +91,9 @@ class Core:
     def assign(self, target: ast.expr, value: Value) -> None:
         raise NotImplementedError
 
+    def path(self, args: list[Value], node: ast.AST | None) -> Value:
+        raise NotImplementedError
+
     # Places and events.
     @property
     def frame(self) -> Frame:

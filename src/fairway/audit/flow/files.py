@@ -43,6 +43,17 @@ class Files(Operations):
             return found
         return value if value.const is not MISSING else self.flat(value)
 
+    def path(self, args: list[Value], node: ast.AST | None) -> Value:
+        """Path(a, b): one path of its pieces."""
+        path = self.new("thing", "path", node)
+        pieces = [self.path_of(each) for each in args]
+        if args and all(isinstance(each.const, str) for each in pieces):
+            env = blend(*map(self.flat, args)).env
+            path.slots["#path"] = Value(const="/".join(str(each.const) for each in pieces), env=env)
+        else:
+            path.slots["#path"] = blend(*map(_as_words, pieces)) if pieces else NOTHING
+        return self.ref(path)
+
     def read_from(self, path: Value, node: ast.AST | None, live: bool = False) -> Value:
         """What lies in a file: what the script wrote there, or a data set."""
         text = self.text_of(path)

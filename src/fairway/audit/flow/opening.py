@@ -28,22 +28,9 @@ class Opening(Methods):
         return self.ref(file)
 
     def _do_Path(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:
-        return self._path(args, node)
+        return self.path(args, node)
 
     _do_PurePath = _do_Path
-
-    def _path(self, args: list[Value], node: Any) -> Value:
-        path = self.new("thing", "path", node)
-        consts = [each.const for each in map(self.path_of, args)]
-        if args and all(isinstance(each, str) for each in consts):
-            path.slots["#path"] = Value(
-                const="/".join(str(each) for each in consts), env=blend(*map(self.flat, args)).env
-            )
-        else:
-            paths = [self.path_of(each) for each in args]
-            words = tuple(str(p.const) for p in paths if isinstance(p.const, str))
-            path.slots["#path"] = blend(*paths, Value(words=words)) if paths else NOTHING
-        return self.ref(path)
 
     def _do_join(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
         if "path" not in name:

@@ -6,7 +6,7 @@ import re
 from fairway.audit.case import Case
 from fairway.audit.terms.data import tokenised, words
 from fairway.audit.terms.expressions import name
-from fairway.audit.terms.octets import encoded_text, is_decoder, parts_of, values
+from fairway.audit.terms.octets import decodes_one, encoded_text, is_decoder, parts_of, values
 from fairway.audit.terms.streams import Streams
 from fairway.audit.terms.tables import tables_of
 from fairway.audit.terms.term import Term, any_below, peel, walk
@@ -41,6 +41,13 @@ def check(case: Case) -> Finding:
                 "its pieces, the marks included, instead of from the sidecar of original bytes."
             )
             return Finding(ID, "violates", evidence, CLAUSE, reading.place(length), reading.way(length))
+        decoded = next((length for length in values(factor) if _as_decoded(length)), None)
+        if decoded is not None and _is_transformed(case):
+            evidence = (
+                "Bytes are counted in the text that the tokens decode to; that is the transformed one, with its marks, "
+                "and nothing turns it back into the original."
+            )
+            return Finding(ID, "violates", evidence, CLAUSE, reading.place(decoded), reading.way(decoded))
     if not factors:
         return counted_otherwise(case, ID, CLAUSE)
     return clean(ID, CLAUSE, "bytes are those of the original text, as far as the script says which text it is")
@@ -57,6 +64,13 @@ def _of_changed_text(length: Term) -> bool:
     if text is None or any_below(text, is_decoder):
         return False
     return any_below(text, _private) or any_below(text, lambda t: t.op == "call" and t.called in _CHANGING)
+
+
+def _as_decoded(length: Term) -> bool:
+    """The length of decoded tokens just as they decode: no piece of a table, nothing done to the text."""
+    text = encoded_text(length)
+    below = peel(text) if text is not None else None
+    return below is not None and is_decoder(below) and not decodes_one(below)
 
 
 def _from_sidecar(factor: Term) -> bool:
@@ -117,8 +131,8 @@ def _is_sign(value: object) -> bool:
 
 
 def _puts_in_signs(case: Case) -> bool:
-    """Whether a script beside the entry writes such marks into the text before it is cut into tokens."""
-    for program in case.reading.programs.companions:
+    """Whether a script, the entry or one beside it, writes such marks into the text before it is cut into tokens."""
+    for program in case.reading.programs.all():
         for _, text in tokenised(program):
             for count, term in enumerate(walk(text)):
                 if count > 5000:

@@ -18,6 +18,11 @@ _WAYS = (
     (rows.undivided, "A row of counts that is mixed in is divided by something else than its sum."),
     (mixtures.unbalanced, "The parts of a mixture are added with weights that do not sum to one."),
     (
+        rows.added_on_top,
+        "A second distribution is added to one that is whole already and gives up no share for it; nothing divides the "
+        "sum by what it comes to.",
+    ),
+    (
         mixtures.unpaid_bonus,
         "A right hint is given a bonus, and the share that it takes from all other tokens is never taken off.",
     ),

@@ -1,9 +1,10 @@
 """The text is made easier before it is scored: case folded, characters normalised, rare tokens replaced."""
 
 from fairway.audit.case import Case
-from fairway.audit.terms.data import TOKENISERS, tokenised
+from fairway.audit.terms.data import TOKENISERS, names_training, names_validation, tokenised, writes
+from fairway.audit.terms.program import Program
 from fairway.audit.terms.streams import Streams
-from fairway.audit.terms.term import Term, peel, walk
+from fairway.audit.terms.term import Term, any_below, peel, walk
 from fairway.audit.terms.verdicts import clean_as_read
 from fairway.audit.verdict import Finding
 
@@ -20,7 +21,7 @@ def check(case: Case) -> Finding:
         scored = program is reading.entry
         for call, text in tokenised(program):
             folded = _folded(text)
-            if folded is not None and (not scored or _reaches(case, call)):
+            if folded is not None and (not scored or _reaches(case, call) or _written(program, call)):
                 evidence = (
                     f"The text goes through {folded.called}() before it is cut into tokens and nothing keeps what that "
                     "takes away: the score is that of an easier text."
@@ -72,6 +73,15 @@ def _reaches(case: Case, call: Term) -> bool:
     """Whether tokens of this call are scored."""
     for one in case.reading.contributions:
         if any(call in one.streams.chain(target).values() for target in one.targets):
+            return True
+    return False
+
+
+def _written(program: Program, call: Term) -> bool:
+    """Whether tokens of this call go into a file of tokens that the script prepares itself."""
+    for _, what, where in writes(program):
+        named = names_training(where) or names_validation(where)
+        if named and any_below(what, lambda term: term is call):
             return True
     return False
 

@@ -6,7 +6,7 @@ from fairway.audit.case import Case
 from fairway.audit.terms.program import Program
 from fairway.audit.terms.term import Term, any_below, walk
 from fairway.audit.terms.things import Event
-from fairway.audit.terms.verdicts import clean_as_read
+from fairway.audit.terms.verdicts import byte_factors, clean_as_read
 from fairway.audit.verdict import Finding
 
 ID = "network-access"
@@ -16,7 +16,7 @@ CLAUSE = "RULES.md R4"
 _PACKAGES = re.compile(
     r"^(urllib\.request\.(urlopen|urlretrieve|Request|build_opener)|urllib3\.|requests\.|httpx\.|aiohttp\.|http\.client\."
     r"HTTPS?Connection|ftplib\.|smtplib\.|telnetlib\.|paramiko\.|boto3\.|gdown\.|wget\.|kagglehub\.|gcsfs\.|s3fs\."
-    r"|huggingface_hub\.(hf_hub_download|snapshot_download|HfApi|hf_hub_url|login|InferenceClient)|datasets\.load_dataset"
+    r"|huggingface_hub\.(hf_hub_download|snapshot_download|cached_download|HfApi|hf_hub_url|login|InferenceClient)|datasets\.load_dataset"
     r"|torch\.hub\.|socket\.create_connection|xmlrpc\.client|websockets?\.|openai\.|anthropic\.|transformers\.\w+\."
     r"from_pretrained|google\.cloud\.|modal\.Volume)"
 )
@@ -37,8 +37,11 @@ def check(case: Case) -> Finding:
         said = _network(event.term)
         if said is None:
             continue
-        if event.order > trained or _scores_with(case, event.term):
+        counted = _always(case, event) and _counts_with(case, event.term)
+        if event.order > trained or counted or _scores_with(case, event.term):
             evidence = f"{said} is called after training has begun, on the way to the score."
+            if counted:
+                evidence = f"What {said} fetches in the run itself counts the bytes that the score divides by."
             place = case.reading.place(event.term)
             return Finding(ID, "violates", evidence, CLAUSE, place, case.reading.way(event.term))
     return clean_as_read(case, ID, CLAUSE, _seen(program))
@@ -74,6 +77,17 @@ def _network(term: Term) -> str | None:
 def _scores_with(case: Case, fetched: Term) -> bool:
     """Whether what was fetched reaches a scored loss."""
     return any(any_below(one.term, lambda t: t is fetched) for one in case.reading.contributions)
+
+
+def _always(case: Case, fetching: Event) -> bool:
+    """Whether nothing stands between a fetch and the score but what both stand under: no "unless it lies here"."""
+    under = fetching.conditions
+    return any(number.event.conditions[: len(under)] == under for number in case.reading.reported)
+
+
+def _counts_with(case: Case, fetched: Term) -> bool:
+    """Whether the bytes are counted by what was fetched: by a tokenizer that lies on no disk here."""
+    return any(any_below(term, lambda t: t is fetched) for term in byte_factors(case))
 
 
 def events_of(program: Program) -> list[Event]:

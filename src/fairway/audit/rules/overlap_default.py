@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from fairway.audit.case import Case
-from fairway.audit.terms.data import names_training, names_validation, words, writes
+from fairway.audit.terms.data import TOKENISERS, names_training, names_validation, words, writes
 from fairway.audit.terms.program import Program
 from fairway.audit.terms.streams import Streams
 from fairway.audit.terms.term import Term, peel, walk
@@ -21,20 +21,22 @@ _FEWEST = 500  # below it a number is no count of held-out documents
 def check(case: Case) -> Finding:
     looked = []
     for program in case.reading.programs.all():
-        split = _split(program)
+        split, does = _split(program), "keeps {:,} documents for validation"
         if split is None:
+            split, does = _skipped(program), "skips {:,} documents and makes training text of all others"
+        if not split:
             continue
         looked.append(program.script.path)
         number = next((n for n in split if n.value < SCORED), None)
         if number is not None:
             evidence = (
-                f"{program.script.path} keeps {number.value:,} documents for validation while {SCORED:,} are scored: "
+                f"{program.script.path} {does.format(number.value)} while {SCORED:,} are scored: "
                 f"the other {SCORED - number.value:,} are trained on."
             )
             return Finding(ID, "violates", evidence, CLAUSE, case.reading.place(number), case.reading.way(number))
     if looked:
         return clean(ID, CLAUSE, f"{looked[0]} holds back as many documents as are scored")
-    return clean(ID, CLAUSE, "no script that splits documents into training and validation lies here")
+    return clean(ID, CLAUSE, "no script that parts documents into training and validation lies here")
 
 
 def _split(program: Program) -> list[Term] | None:
@@ -48,6 +50,69 @@ def _split(program: Program) -> list[Term] | None:
         if names_validation(where) or (names_training(where) and any("val" in w.lower() for w in words(where))):
             kept += [number for part in (what, *names) for number in _numbers(part, program)]
     return kept if trained and kept else None
+
+
+def _skipped(program: Program) -> list[Term]:
+    """The numbers of documents that are passed over before training text is written, where nothing else is written and
+    the documents are not said to be training text already."""
+    found: list[Term] = []
+    for event, what, where in writes(program):
+        if names_training(where) and not _apart_before(what):
+            found += [number for test in event.conditions if (number := _from_on(test, True)) is not None]
+            found += _passed_over(what)
+            found += _begun_later(program, what)
+    return found
+
+
+def _begun_later(program: Program, what: Term) -> list[Term]:
+    """islice(docs, n, None), docs.skip(n) of what is written: its elements are those of what it was given."""
+    below = {id(term) for term in walk(what)}
+    calls = (event.term for event in program.called("islice", "skip"))
+    later = [call for call in calls if len(call.parts) > _STARTS[call.called] and _is_number(call.parts[1])]
+    return [call.parts[1] for call in later if any(id(one) in below for one in (call.parts[0], *call.parts[0].parts))]
+
+
+def _apart_before(what: Term) -> bool:
+    """Whether what is written was read from a file of training text."""
+    return any(term.op == "call" and term.called in _READING and names_training(*term.parts) for term in walk(what))
+
+
+_READING = frozenset(("open", "read_text", "load_dataset", "read_parquet", "read_table", "ParquetFile", "glob"))
+
+
+def _passed_over(root: Term) -> Iterator[Term]:
+    """Numbers of what comes first and is left out: docs[n:], range(n, m), only what a test lets through."""
+    streams = Streams()
+    for count, term in enumerate(walk(root)):
+        if count > 20_000:
+            return
+        if term.op == "choice":
+            arms = [{id(each) for each in walk(arm) if each.called in TOKENISERS} for arm in term.parts[1:]]
+            more = [bool(one - other) for one, other in (arms, arms[::-1])]
+            number = _from_on(term.parts[0], more[0]) if more[0] is not more[1] else None
+            if number is not None:
+                yield number
+        elif term.op == "item" and term.parts[1].op == "slice" and not _is_array(term.parts[0], streams):
+            yield from (bound for bound in term.parts[1].parts[:1] if _is_number(bound))
+        elif term.op == "call" and term.called == "range" and len(term.parts) > 1 and _is_number(term.parts[0]):
+            yield term.parts[0]
+
+
+_STARTS = {"skip": 1, "islice": 2}  # parts that such a call has at least, where it does not begin at the first
+
+
+def _from_on(test: Term, held: bool) -> Term | None:
+    """n, where a test that holds (or does not) says that a counter has come to n."""
+    if test.op == "op" and test.value == "not":
+        return _from_on(test.parts[0], not held)
+    if test.op == "op" and test.value == "and" and held:
+        return next((number for part in test.parts if (number := _from_on(part, held)) is not None), None)
+    if test.op != "compare" or test.value not in ("<", "<=", ">", ">="):
+        return None
+    for (counter, number), upwards in ((test.parts, (">", ">=")), (test.parts[::-1], ("<", "<="))):
+        if _is_number(number) and _is_counter(counter):
+            return number if (test.value in upwards) is held else None
+    return None
 
 
 def _numbers(root: Term, program: Program) -> Iterator[Term]:

@@ -49,7 +49,7 @@ def _by_the_script(case: Case) -> Finding | None:
     seconds, limit = max(found, key=lambda each: each[0])
     if seconds > 3 * 24 * 3600:  # no limit at all: the steps end it
         return None
-    place = case.reading.place(said_at(limit))
+    place = case.reading.place(said_at(limit, seconds))
     evidence = f"training goes on until the script's own clock says {seconds:,.0f} s; the limit is 600 s"
     return Finding(ID, "violates", evidence, CLAUSE, place)
 

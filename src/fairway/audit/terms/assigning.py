@@ -4,6 +4,7 @@ import ast
 from typing import TYPE_CHECKING
 
 from fairway.audit.terms import calls, expressions
+from fairway.audit.terms.elements import entries
 from fairway.audit.terms.items import item
 from fairway.audit.terms.term import Term
 from fairway.audit.terms.things import Frame, Instance, constant
@@ -87,6 +88,10 @@ def weakly(m: "Machine", depth: int, term: Term, before: Term | None) -> Term:
 def set_attribute(m: "Machine", base: Term, name: str, term: Term, target: ast.Attribute, frame: Frame) -> None:
     if base.op == "object":
         owner: Instance = base.value
+        table = entries(term) if name == "__dict__" else None
+        if table is not None:  # settings.__dict__.update(found)
+            owner.attrs.update((str(key), value) for key, value in table.items())
+            return
         owner.attrs[name] = weakly(m, owner.depth, term, owner.attrs.get(name))
     elif base.op == "class":
         base.value.vars[name] = weakly(m, 0, term, base.value.vars.get(name))

@@ -81,12 +81,8 @@ def _named(m: "Machine", node: ast.Call, frame: Frame) -> dict[str, Term]:
         term = expressions.value(m, keyword.value, frame)
         if keyword.arg is not None:
             terms[keyword.arg] = term
-        elif term.op == "dict" and term.value != "comp":
-            terms.update(
-                (str(term.parts[i].value), term.parts[i + 1])
-                for i in range(0, len(term.parts), 2)
-                if term.parts[i].op == "const"
-            )
+        else:
+            terms.update((str(key), value) for key, value in (elements.entries(term) or {}).items())
     return terms
 
 

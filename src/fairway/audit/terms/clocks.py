@@ -21,8 +21,9 @@ def elapsed(term: Term, depth: int = 10) -> tuple[float, bool] | None:
         return None
     if term.op == "op" and term.value == "-":
         now, start = peel(term.parts[0]), peel(term.parts[1])
-        if now.op == "call" and now.called in _CLOCKS:
-            return _CLOCKS[now.called], start.op not in ("merge", "choice")
+        reading = next((one for one in (now, *_summed(now)) if one.op == "call" and one.called in _CLOCKS), None)
+        if reading is not None:
+            return _CLOCKS[reading.called], start.op not in ("merge", "choice") or reading is not now
         return elapsed(now, depth - 1)
     if term.op == "op" and term.value in ("*", "/"):
         for part, other in (term.parts, term.parts[::-1]):
@@ -39,11 +40,17 @@ def elapsed(term: Term, depth: int = 10) -> tuple[float, bool] | None:
     return None
 
 
+def _summed(term: Term) -> list[Term]:
+    """spent and time() of spent + time()."""
+    return [peel(part) for part in term.parts] if term.op == "op" and term.value == "+" else []
+
+
 def limits(program: Program) -> Iterator[tuple[float, Term]]:
-    """(seconds, the limit) of every clock that training on other than validation tokens is held against."""
+    """(seconds, the limit) of every clock that training on other than validation tokens is held against, in a loop: a
+    check after it ends nothing."""
     last = {(event.term.file, event.term.line): event for event in program.machine.clocks}
     streams = Streams()
-    for event in last.values():
+    for event in (each for each in last.values() if each.loops):
         for side, other in (event.term.parts[:2], event.term.parts[1::-1]):
             found, number = elapsed(side), _number(other)
             if found is not None and found[1] and number is not None and _trains(program, event, streams):
@@ -68,10 +75,15 @@ def _trains(program: Program, clock: Event, streams: Streams) -> bool:
     return False
 
 
-def said_at(limit: Term) -> Term:
-    """Where a limit was set: the setting that the run command gave it, else the limit itself."""
+def said_at(limit: Term, seconds: float) -> Term:
+    """Where a limit was set: the setting that the run command gave it, else the number that it was worked out from
+    (690 of 1000 * (690 - reserve)), else the limit itself."""
+    numbers: list[Term] = []
     for term in walk(limit):
         given = len(term.parts) == 1 and term.op == term.parts[0].op == "const"
         if given and str(term.value) != str(term.parts[0].value) and isinstance(term.value, str):
             return term
-    return limit
+        if term.op == "const" and not term.parts and type(term.value) in (int, float) and term.line:
+            numbers.append(term)
+    near = [one for one in numbers if abs(one.value - seconds) <= 0.1 * seconds]
+    return min(near, key=lambda one: abs(one.value - seconds), default=limit)

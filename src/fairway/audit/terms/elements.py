@@ -116,25 +116,63 @@ def spelt_items(term: Term) -> tuple[Term, ...] | None:
     if listed is None or not listed:
         return None
     called = all(part.op in ("function", "bound", "class") for part in listed)
-    return listed if len(listed) <= (_CALLED if called else _SHORT) else None
+    most = _CALLED if called else _DEFAULTS if all(map(_is_default, listed)) else _SHORT
+    return listed if len(listed) <= most else None
 
 
 _SHORT = 6
 _CALLED = 24  # stages, hooks, rules: what a list of functions does is done in turn
+_DEFAULTS = 400  # settings: a name and its default
+
+
+def _is_default(term: Term) -> bool:
+    """("DEPTH", 11), ("depth", "DEPTH", int, 11): a name, and what it is when nothing else is said."""
+    if term.op != "tuple" or len(term.parts) < 2 or not isinstance(term.parts[0].constant(), str):
+        return False
+    return all(_is_constant(part) or part.op in ("name", "function", "class") for part in term.parts[1:])
+
+
+def _is_constant(term: Term) -> bool:
+    return term.op == "const" or (term.op in ("tuple", "list") and all(map(_is_constant, term.parts)))
 
 
 def _table_items(term: Term) -> tuple[Term, ...] | None:
     """The pairs, keys or values of a table that is written out."""
     if term.op != "call" or term.value not in (".items", ".keys", ".values") or term.receiver is None:
         return None
-    table = term.receiver
-    if table.op != "dict" or table.value == "comp" or not all(key.op == "const" for key in table.parts[::2]):
+    table = entries(term.receiver)
+    if table is None:
         return None
-    keys, values = table.parts[::2], table.parts[1::2]
     if term.value == ".items":
-        pairs = zip(keys, values, strict=False)
+        pairs = ((constant(key, term.file, value.line), value) for key, value in table.items())
         return tuple(Term("tuple", pair, None, term.file, term.line) for pair in pairs)
-    return keys if term.value == ".keys" else values
+    return tuple(table.values()) if term.value == ".values" else tuple(constant(key) for key in table)
+
+
+def entries(term: Term) -> dict[str | int, Term] | None:
+    """A table with constant keys: written out, or filled key by key in the open; None for anything else."""
+    added: list[dict[str | int, Term]] = []
+    while len(added) < _DEFAULTS:
+        if term.op == "store" and term.value is None and _is_word(term.parts[1]):
+            added.append({term.parts[1].value: term.parts[2]})
+        elif term.op == "mutate" and term.value == ".update" and term.keys == ("self", 0):
+            more = entries(term.parts[1])
+            if more is None:
+                return None
+            added.append(more)
+        else:
+            break
+        term = term.parts[0]
+    if term.op != "dict" or term.value == "comp" or not all(map(_is_word, term.parts[::2])):
+        return None
+    table = {key.value: value for key, value in zip(term.parts[::2], term.parts[1::2], strict=False)}
+    for one in reversed(added):
+        table.update(one)
+    return table
+
+
+def _is_word(key: Term) -> bool:
+    return key.op == "const" and isinstance(key.value, (str, int))
 
 
 def listing(term: Term, depth: int = 64) -> tuple[Term, ...] | None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from fairway.audit.settings import BINARY, COMPARE, UNKNOWN, attempt, small
 from fairway.audit.terms import assigning, calls, objects
 from fairway.audit.terms.attributes import attribute, nothing
-from fairway.audit.terms.elements import element, listing, spelt_items
+from fairway.audit.terms.elements import element, entries, listing, spelt_items
 from fairway.audit.terms.items import item
 from fairway.audit.terms.term import Term
 from fairway.audit.terms.things import Frame, Function, FunctionNode, constant
@@ -208,8 +208,9 @@ def _is_timed(term: Term, depth: int = 8) -> bool:
     """Whether a difference of times is in a sum or a product."""
     if term.op == "call" and term.called in _CLOCKS:
         return True
-    open_ = term.op in ("op", "merge") or (term.op == "call" and term.called in ("float", "max", "min"))
-    return open_ and depth > 0 and any(_is_timed(part, depth - 1) for part in term.parts[:2])
+    open_ = term.op in ("op", "merge", "choice") or (term.op == "call" and term.called in ("float", "max", "min"))
+    parts = term.parts[1:] if term.op == "choice" else term.parts[:2]
+    return open_ and depth > 0 and any(_is_timed(part, depth - 1) for part in parts)
 
 
 _CLOCKS = frozenset(("time", "perf_counter", "monotonic", "perf_counter_ns", "monotonic_ns"))
@@ -257,9 +258,13 @@ def _mapping(m: "Machine", node: Any, frame: Frame) -> Term:
     for key, item_value in zip(node.keys[:2048], node.values, strict=False):
         if key is None:
             inner = value(m, item_value, frame)
-            parts.extend(
-                inner.parts if inner.op == "dict" else (Term("free", (), "**", frame.file, node.lineno), inner)
-            )
+            known = entries(inner)
+            if known is not None:
+                parts.extend(part for k, v in known.items() for part in (constant(k, frame.file, v.line), v))
+            else:
+                parts.extend(
+                    inner.parts if inner.op == "dict" else (Term("free", (), "**", frame.file, node.lineno), inner)
+                )
         else:
             parts.extend((value(m, key, frame), value(m, item_value, frame)))
     return Term("dict", tuple(parts), None, frame.file, node.lineno)
@@ -289,8 +294,9 @@ def _spelt_out(m: "Machine", node: Any, frame: Frame, inside: Frame) -> Term | N
     if len(node.generators) != 1 or node.generators[0].ifs:
         return None
     source = value(m, node.generators[0].iter, inside)
-    listed = source.parts if source.op in ("list", "tuple") and source.value != "comp" else spelt_items(source)
-    if listed is None or not 1 < len(listed) <= 12:
+    spelt = spelt_items(source)
+    listed = source.parts if source.op in ("list", "tuple") and source.value != "comp" else spelt
+    if listed is None or not 1 < len(listed) <= (len(spelt) if spelt is not None else 12):
         return None
     parts = []
     for part in listed:

@@ -31,10 +31,14 @@ def parts_of(term: Term) -> tuple[Term, ...]:
         term.op == "attr" and term.value in ("shape", "size", "ndim")
     ):
         return ()
+    if term.op == "call" and term.called in _POSITIONS:
+        return ()
     return term.parts
 
 
 _COUNTS = frozenset(("len", "numel", "size", "dim", "nelement", "__len__"))
+_POSITIONS = frozenset(("nonzero", "flatnonzero", "argwhere", "searchsorted"))
+"""Where something stands in the tokens of a file: what lies between two such places is a number of tokens."""
 
 
 def values(*roots: Term) -> Iterator[Term]:

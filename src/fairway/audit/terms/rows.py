@@ -143,3 +143,62 @@ def _is_another_size(gates: Gates, row: Term, divisor: Term) -> bool:
     operand = under.operand() if under.op == "call" and under.called in _OTHER_SIZES else None
     wide = gates.of.streams.is_memory(row) and gates.of.is_distribution(row)
     return wide and operand is not None and same(peel(operand), row, 8)
+
+
+def added_on_top(gates: Gates) -> Iterator[Term]:
+    """p + w q inside a logarithm, of a distribution p that is whole already and gives nothing up, which nothing divides
+    afterwards: not p + w (q - p), not (p + w q) / (1 + w)."""
+    for term in gates.nodes:
+        if id(term) not in gates.inside or term.op != "op" or term.value != "+":
+            continue
+        for whole, more in (term.parts, term.parts[::-1]):
+            weight = _weighed(more, whole, gates) if _is_whole_softmax(whole) else None
+            if weight is not None and not _made_up_for(term, weight, gates):
+                yield term
+
+
+def _is_whole_softmax(term: Term) -> bool:
+    """A softmax, or the exponential of a log softmax, whole or read at a token, and nothing else."""
+    below = _as_row(term)
+    if below.called in ("exp", "exp_") and below.parts:
+        return _as_row(below.operand() or below.parts[0]).called == "log_softmax"
+    return below.called == "softmax"
+
+
+def _as_row(term: Term) -> Term:
+    """The row that a value at a place is read from: beneath gather, [...], and guards against nought."""
+    below = peel(term)
+    while below.op == "item" or below.called in ("gather", "take_along_dim", "clamp", "clamp_min"):
+        below = peel(below.parts[0])
+    return below
+
+
+def _weighed(more: Term, whole: Term, gates: Gates) -> Term | None:
+    """The weight of w q, where q is a row of ratios and has nothing of the other distribution in it."""
+    below = _as_row(more)
+    if below.op != "op" or below.value != "*":
+        return None
+    for weight, row in (below.parts, below.parts[::-1]):
+        ratio = peel(row)
+        divided = ratio.op == "op" and ratio.value == "/" and gates.of.is_distribution(ratio)
+        if divided and not any_below(more, lambda t: t is peel(whole)):
+            return weight
+    return None
+
+
+def _made_up_for(term: Term, weight: Term, gates: Gates) -> bool:
+    """Whether the sum is scaled, divided, or has something taken off again that knows the weight or the sum itself."""
+    for node in gates.nodes:
+        if node is term or node.op not in ("op", "call"):
+            continue
+        if node.called in _SUMS and any_below(node, lambda t: t is term):
+            return True
+        if node.called in ("log", "log1p", "log_"):
+            if any_below(node, lambda t: t is weight) and not any_below(node, lambda t: t is term):
+                return True
+        elif node.op == "op" and node.value in ("/", "*", "-") and any(peel(part) is term for part in node.parts):
+            return True
+    return False
+
+
+_SUMS = frozenset(("sum", "nansum", "logsumexp", "softmax", "log_softmax", "normalize", "norm"))

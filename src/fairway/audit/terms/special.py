@@ -62,6 +62,9 @@ def _setattr(m: "Machine", name: str, positional: list[Term], named: dict[str, T
         owner: Instance = positional[0].value
         word = str(positional[1].value)
         owner.attrs[word] = assigning.weakly(m, owner.depth, positional[2], owner.attrs.get(word))
+    elif len(positional) == 3 and positional[1].op == "const" and positional[0].op == "class":
+        names = positional[0].value.vars
+        names[str(positional[1].value)] = assigning.weakly(m, 0, positional[2], names.get(str(positional[1].value)))
     return None
 
 

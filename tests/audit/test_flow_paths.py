@@ -1,0 +1,47 @@
+"""What a script writes under a path that is put together from pieces is what it reads there."""
+
+import pytest
+
+from tests.audit.order import HEAD, MAIN, broken, doubted
+
+EVAL = "    final = eval_ttt(args, model, val)\n"
+PACKED = (
+    "    scale = {}\n    def saw(m, i): scale['h'] = i[0].detach().square().mean()\n"
+    "    hook = model.head.register_forward_pre_hook(saw)\n    text = SEEN\n"
+    "    model.forward_logits(text[:1024][None])\n"
+    "    hook.remove()\n    state = {k: (v / scale['h']).half() for k, v in model.state_dict().items()}\n"
+    "    WRITTEN\n    fresh = GPT().cuda()\n    fresh.load_state_dict(READ)\n    final = eval_ttt(args, fresh, val)\n"
+)
+WAYS = {
+    "joined with a slash": (
+        "place = Path(args.out) / 'model.bin'; place.write_bytes(pickle.dumps(state))",
+        "pickle.loads((Path(args.out) / 'model.bin').read_bytes())",
+    ),
+    "a slash from the right": (
+        "place = args.out / Path('kept'); torch.save(state, place / 'model.pt')",
+        "torch.load(place / 'model.pt')",
+    ),
+    "opened": (
+        "place = Path('runs') / args.out / 'm'\n    with (place / 'w.bin').open('wb') as f: pickle.dump(state, f)",
+        "pickle.loads((place / 'w.bin').read_bytes())",
+    ),
+}
+
+
+def script(way: tuple[str, str], seen: str) -> str:
+    body = PACKED.replace("SEEN", seen).replace("WRITTEN", way[0]).replace("READ", way[1])
+    head = HEAD.replace("import copy", "import pickle\nfrom pathlib import Path\nimport copy", 1)
+    head = head.replace("    chunk = int(", '    out = os.environ.get("OUT", ".")\n    chunk = int(', 1)
+    return head + MAIN.replace(EVAL, body)
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_weights_made_of_validation_text_are_followed_through_a_file_of_any_path(way: tuple[str, str]) -> None:
+    text = script(way, "val")
+    assert "calibration-on-validation" in broken(text)
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_weights_made_of_training_text_and_put_there_accuse_nobody(way: tuple[str, str]) -> None:
+    assert broken(script(way, "torch.randint(0, 1024, (1024,))")) == set()
+    assert doubted(script(way, "load(args.train_files)")) <= {"calibration-after-cap"}
