@@ -45,3 +45,46 @@ def test_weights_made_of_validation_text_are_followed_through_a_file_of_any_path
 def test_weights_made_of_training_text_and_put_there_accuse_nobody(way: tuple[str, str]) -> None:
     assert broken(script(way, "torch.randint(0, 1024, (1024,))")) == set()
     assert doubted(script(way, "load(args.train_files)")) <= {"calibration-after-cap"}
+
+
+FOUND = {
+    "globbed": "sorted(glob.glob(PATTERN))",
+    "in its parent": "sorted(Path(PATTERN).parent.glob(Path(PATTERN).name))",
+    "in a folder by its base name": "sorted(Path(os.path.dirname(PATTERN)).glob(os.path.basename(PATTERN)))",
+    "joined again": "sorted(glob.glob(os.path.join(os.path.dirname(PATTERN), os.path.basename(PATTERN))))",
+    "listed and matched": (
+        "[Path(os.path.dirname(PATTERN)) / n for n in sorted(os.listdir(os.path.dirname(PATTERN)))"
+        " if fnmatch.fnmatch(n, os.path.basename(PATTERN))]"
+    ),
+    "paths that are matched": "[p for p in Path(PATTERN).parent.iterdir() if p.match(Path(PATTERN).name)]",
+    "by an expression": (
+        "[p for p in Path(PATTERN).parent.iterdir() if re.match(Path(PATTERN).name.replace('*', '.*'), p.name)]"
+    ),
+    "by a name's beginning": (
+        "[p for p in Path(PATTERN).parent.iterdir() if p.name.startswith(Path(PATTERN).name.split('*')[0])]"
+    ),
+    "split": "[os.path.join(os.path.split(PATTERN)[0], n.name) for n in"
+    " Path(os.path.split(PATTERN)[0]).glob(os.path.split(PATTERN)[1])]",
+    "by parts": "sorted(Path(*Path(PATTERN).parts[:-1]).glob(Path(PATTERN).parts[-1]))",
+}
+
+
+def found(way: str) -> tuple[str, str]:
+    """An honest script that finds its shards so, and one that trains on those of the validation text."""
+    text = (HEAD + MAIN).replace("import copy", "import fnmatch, json, re\nfrom pathlib import Path\nimport copy", 1)
+    text = text.replace("sorted(glob.glob(pattern))", way.replace("PATTERN", "pattern"))
+    return text, text.replace("loader = Loader(args.train_files)\n    ema", "loader = Loader(args.val_files)\n    ema")
+
+
+@pytest.mark.parametrize("way", FOUND.values(), ids=FOUND)
+def test_shards_are_those_of_their_pattern_however_they_are_found(way: str) -> None:
+    honest, trained = found(way)
+    assert doubted(honest) == set()
+    assert "validation-in-training" in broken(trained)
+
+
+@pytest.mark.parametrize("way", ["json.load(open('index.json'))[hash(pattern)]", "sorted(Path('shards').iterdir())"])
+def test_files_of_which_nothing_is_known_are_neither_one_nor_two(way: str) -> None:
+    for text in found(way):
+        assert broken(text) == set()
+        assert "validation-in-training" in doubted(text)

@@ -247,6 +247,11 @@ class Classes(Learning):
             return self._groups(obj, None)
         if "#module" in obj.slots and name in ("weight", "bias"):
             return this.but(flags=WEIGHTS)
+        if "#path" in obj.slots and name in ("parent", "name", "stem", "suffix"):
+            piece = self.piece_of_path(this, name)
+            return self.path([piece], None) if name == "parent" else piece
+        if "#path" in obj.slots and name == "parts" and (pieces := self.pieces_of_path(this)) is not None:
+            return pieces
         return self.ref(self.new("method", (this, name)))
 
     def put(self, base: Value, name: str, value: Value, node: ast.AST | None) -> None:

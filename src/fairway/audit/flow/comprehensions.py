@@ -94,12 +94,13 @@ class Comprehensions(Calls):
         before: dict[str, Value] = {}
         for each in ast.walk(test):
             name, text = None, None
-            if isinstance(each, ast.Call) and isinstance(each.func, ast.Attribute) and each.args:
-                if each.func.attr in ("startswith", "endswith", "match", "fnmatch") and isinstance(
-                    each.func.value, ast.Name
-                ):
-                    name, text = each.func.value.id, self.evaluate(each.args[0]).const
-                    text = f"{text}*" if each.func.attr == "startswith" and isinstance(text, str) else text
+            if isinstance(each, ast.Call) and (matched := _matched(each)) is not None:
+                about, pattern, rest = matched
+                names = [part.id for part in ast.walk(about) if isinstance(part, ast.Name)]
+                name = next((part for part in names if part in self.frame.obj.slots), None)
+                told = self.flat(self.evaluate(pattern))
+                text = told.const if isinstance(told.const, str) else "".join(map(str, told.words[-1:])) or None
+                text = f"{text}{rest}" if text is not None else None
             elif isinstance(each, ast.Compare) and isinstance(each.ops[0], ast.In):
                 where = each.comparators[0]
                 name, text = getattr(where, "id", None), self.evaluate(each.left).const
@@ -111,10 +112,16 @@ class Comprehensions(Calls):
                 text = {"val": "train", "train": "val"}.get(side)  # of two splits it leaves the other
             if name is not None and isinstance(text, str) and name in self.frame.obj.slots:
                 old = self.name(name)
-                if old.const is MISSING and self.plain(old):
+                if old.const is MISSING and (self.plain(old) or any("#path" in obj.slots for obj in old.refs)):
                     before.setdefault(name, old)
-                    self.assign(ast.Name(name, ast.Store()), old.but(words=(*old.words, text)[-10:]))
+                    self.assign(ast.Name(name, ast.Store()), self._also_named(old, text, test))
         return before
+
+    def _also_named(self, old: Value, text: str, node: ast.expr) -> Value:
+        """A name, or a path, of which a test has told more."""
+        if not old.refs:
+            return old.but(words=(*old.words, text)[-10:])
+        return self.path([Value(words=(*self.piece_of_path(old, "").words, text)[-10:])], node)
 
     @staticmethod
     def _small_range(elements: Elements) -> Elements:
@@ -141,3 +148,16 @@ class Comprehensions(Calls):
         self.trace.within.setdefault(found, id(self.frame.node))
         self.trace.depth.setdefault(found, len(self.calls))
         return int(found)
+
+
+def _matched(call: ast.Call) -> tuple[ast.expr, ast.expr, str] | None:
+    """What a call tests, with what pattern, and what may follow it; None for a call that is no test of a text."""
+    function, args = call.func, call.args
+    name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+    if name in ("fnmatch", "fnmatchcase") and len(args) == 2:
+        return args[0], args[1], ""
+    if name in ("match", "search", "fullmatch") and len(args) >= 2:  # re.match(pattern, name)
+        return args[1], args[0], ""
+    if name in ("startswith", "endswith", "match") and args and isinstance(function, ast.Attribute):
+        return function.value, args[0], "*" if name == "startswith" else ""
+    return None

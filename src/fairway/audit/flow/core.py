@@ -94,6 +94,12 @@ class Core:
     def path(self, args: list[Value], node: ast.AST | None) -> Value:
         raise NotImplementedError
 
+    def piece_of_path(self, value: Value, name: str) -> Value:
+        raise NotImplementedError
+
+    def pieces_of_path(self, value: Value) -> Value | None:
+        raise NotImplementedError
+
     # Places and events.
     @property
     def frame(self) -> Frame:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ast
 import fnmatch
+import posixpath
 
 from fairway.audit.flow import events
 from fairway.audit.flow.heap import Obj
 from fairway.audit.flow.names import sides_of
 from fairway.audit.flow.operations import Operations
-from fairway.audit.flow.tokens import Tok, part_of
+from fairway.audit.flow.tokens import UNNAMED, UNTOLD, Tok, part_of
 from fairway.audit.flow.values import (
     LENGTH,
     MISSING,
@@ -54,6 +55,20 @@ class Files(Operations):
             path.slots["#path"] = blend(*map(_as_words, pieces)) if pieces else NOTHING
         return self.ref(path)
 
+    def piece_of_path(self, value: Value, name: str) -> Value:
+        """`path.parent`, `.name`, ...; of a path that is not known to the letter, all that is known of it."""
+        path = self.path_of(value)
+        if isinstance(path.const, str) and name in _PIECES:
+            return Value(const=_PIECES[name](path.const), env=path.env)
+        return self.flat(_as_words(path))
+
+    def pieces_of_path(self, value: Value) -> Value | None:
+        """`path.parts`, folder by folder; None where the path is not known to the letter."""
+        path = self.path_of(value)
+        if not isinstance(path.const, str):
+            return None
+        return Value(items=tuple(Value(const=piece, env=path.env) for piece in path.const.split("/")))
+
     def read_from(self, path: Value, node: ast.AST | None, live: bool = False) -> Value:
         """What lies in a file: what the script wrote there, or a data set."""
         text = self.text_of(path)
@@ -61,7 +76,7 @@ class Files(Operations):
         if isinstance(written, Value):
             return written
         kinds = data_kinds(path)
-        if kinds[0].startswith("file:"):
+        if kinds[0].startswith(UNNAMED):
             others = [value for value in self.files.slots.values() if isinstance(value, Value)]
             if others and not text:
                 found = others[0]
@@ -71,6 +86,8 @@ class Files(Operations):
         spans = path.spans if not live else self.here()
         part = part_of(path.limit) if path.limit is not None and kinds == ("val",) else ""
         origin = self.read_here(len(kinds) > 1)
+        if kinds[0].startswith(UNNAMED) and not isinstance(path.const, str):
+            kinds = (f"{UNTOLD}{origin}",)
         toks = frozenset(Tok(each, spans, part=part, origin=origin) for each in kinds)
         return Value(toks=toks, flags=RAW, env=path.env)
 
@@ -136,6 +153,16 @@ class Files(Operations):
         return None
 
 
+_PIECES = {
+    "dirname": posixpath.dirname,
+    "parent": posixpath.dirname,
+    "basename": posixpath.basename,
+    "name": posixpath.basename,
+    "stem": lambda path: posixpath.splitext(posixpath.basename(path))[0],
+    "suffix": lambda path: posixpath.splitext(path)[1],
+}
+
+
 def _as_words(value: Value) -> Value:
     return Value(words=(value.const,)) if isinstance(value.const, str) else value
 
@@ -147,7 +174,7 @@ def data_kinds(path: Value) -> tuple[str, ...]:
     if found:
         return tuple(found)
     text = "~".join(texts)
-    return ("train", "val") if _takes_both(path) else (f"file:{text[:80]}",)
+    return ("train", "val") if _takes_both(path) else (f"{UNNAMED}{text[:80]}",)
 
 
 def _takes_both(path: Value) -> bool:

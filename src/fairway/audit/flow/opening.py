@@ -40,6 +40,19 @@ class Opening(Methods):
             return Value(const="/".join(str(each.const) for each in paths), env=blend(*map(self.flat, paths)).env)
         return blend(*(Value(words=(each.const,)) if isinstance(each.const, str) else each for each in paths))
 
+    def _do_dirname(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        return self.piece_of_path(args[0], name.rsplit(".", 1)[-1]) if "path" in name and args else None
+
+    _do_basename = _do_dirname
+
+    def _do_split(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        if not name.endswith("path.split") or len(args) != 1:
+            return None
+        return Value(items=(self.piece_of_path(args[0], "dirname"), self.piece_of_path(args[0], "basename")))
+
+    def _do_listdir(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        return self._list_of(self.piece_of_path(args[0], ""), node) if args else None
+
     def _do_glob(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
         if not args:
             return None

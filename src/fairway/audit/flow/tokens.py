@@ -18,6 +18,8 @@ Cut: TypeAlias = tuple[Literal["head", "tail"], str, frozenset[str]]
 
 START, END = -(10**6), 10**6
 _OWNER = re.compile(r"\b[A-Za-z_]\w*\.(?=[A-Za-z_])")
+UNNAMED = "file:"  # then a path, in which nothing says whether training or validation text lies there
+UNTOLD = "file:?"  # then the number of a read: of a file whose name is not known, and which may be that of another read
 MOST = 12  # slices that a value remembers one by one; more are merged
 
 
