@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from fairway.base.memory import keep_freed
 from fairway.cli import main
@@ -16,6 +17,8 @@ from tests.tiny.way import run_tiny
 
 torch.set_num_threads(1)
 keep_freed()
+settings.register_profile("fairway", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("fairway")  # a busy machine is no failure: drawing 9 inputs took a second beside two trainings
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ import ast
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fairway.audit.commands import commands_in
@@ -64,7 +64,6 @@ def test_what_is_too_large_or_fails_is_unknown(text: str) -> None:
     assert folded(text) is UNKNOWN
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.integers(-99, 99), st.integers(-99, 99), st.sampled_from(["+", "-", "*", "//", "%", "<", "==", "and", "or"]))
 def test_an_expression_of_known_names_is_pythons(a: int, b: int, sign: str) -> None:
     if b == 0 and sign in ("//", "%"):
