@@ -55,6 +55,8 @@ class Calls(Dispatch):
             if valued == "last":
                 return Value(items=(grads, value))
             return Value(items=(value, grads)) if valued else grads
+        if kind == "getter":
+            return self.gotten(obj, args, node)
         if kind == "kernel":
             return self._launch(args, kwargs, node)
         if kind == "wrapper":

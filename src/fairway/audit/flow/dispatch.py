@@ -31,6 +31,9 @@ class Dispatch(Functions):
         text = self.text_method(base, name, args)
         if text is not None:
             return text
+        special = self.special(base, name, args, node)
+        if special is not None:
+            return special
         if not base.refs:
             return self._of_value(base, name, args, kwargs, node)
         result: Value | None = None
