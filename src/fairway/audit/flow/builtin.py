@@ -245,7 +245,8 @@ class Builtins(Opening):
         return self._list_of(self.elements(self.elements(args[0], node).any, node).any, node)
 
     def _do_reduce(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
-        if not args or not any(obj.kind in ("function", "bound") for obj in args[0].refs):
+        runs = ("function", "bound", "partial", "foreign", "wrapper", "method")
+        if name.startswith("torch.distributed") or not args or not any(obj.kind in runs for obj in args[0].refs):
             return None
         elements = self.elements(args[1], node) if len(args) > 1 else None
         if elements is not None and elements.exact:

@@ -49,8 +49,8 @@ class Calls(Dispatch):
             if found is not None:
                 return self.call(self.bound(found[0], self.ref(obj), obj.data), args, kwargs, node)
         if kind == "gradient":
-            function, valued = obj.data
-            value = self.flat(self.call(function, args, kwargs, node))
+            function, valued, place = obj.data
+            value = self.flat(self.call(function, self.differentiated(args, place, node), kwargs, node))
             grads = self.gradient(value)
             if valued == "last":
                 return Value(items=(grads, value))

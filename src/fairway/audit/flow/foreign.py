@@ -51,10 +51,9 @@ class Foreign(Operators):
         last = name.rsplit(".", 1)[-1]
         if "reduce" in last or "gather" in last:
             self.together(args)
-        if name.startswith("operator."):
-            found = self.operator(last, args, node)
-            if found is not None:
-                return found
+        operated = self.outside_operator(name, args, kwargs, node)
+        if operated is not None:
+            return operated
         if args and _unbound(name):
             return self.method(args[0], last, args[1:], kwargs, node)
         handler = getattr(self, f"_do_{last}", None)

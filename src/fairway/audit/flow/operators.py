@@ -19,6 +19,8 @@ _BINARY: dict[str, type[ast.operator]] = {
 _COMPARED: dict[str, type[ast.cmpop]] = {
     "lt": ast.Lt, "le": ast.LtE, "gt": ast.Gt, "ge": ast.GtE, "eq": ast.Eq, "ne": ast.NotEq,
 }  # fmt: skip
+_ALIASES = {"multiply": "mul", "subtract": "sub", "divide": "truediv", "div": "truediv", "true_divide": "truediv"}
+_ARRAYS = ("operator", "torch", "numpy", "jax", "mlx", "tinygrad", "cupy")  # libraries whose add(x, y) is x + y
 _NAMES = {kind: name for name, kind in _BINARY.items()}
 _KINDS = {"staticmethod": "static", "classmethod": "class", "property": "property", "cached_property": "property"}
 _OWN = ("instance", "class", "super", "module")  # their own methods of such names come first
@@ -78,6 +80,17 @@ class Operators(Torches):
         if not (name.startswith("__") and name.endswith("__")) or any(obj.kind in _OWN for obj in base.refs):
             return None
         return self.operator(name[2:-2], [base, *args], node)
+
+    def outside_operator(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        """operator.add(x, y), torch.add(x, y), numpy.multiply(x, y); None for all else."""
+        library, _, last = name.partition(".")
+        if library not in _ARRAYS or not last or kwargs:
+            return None
+        last = last.rpartition(".")[2]
+        if library != "operator":
+            last = _ALIASES.get(last, last)
+            return self._binary(last, args, node) if last in ("add", "sub", "mul", "truediv", "matmul") else None
+        return self.operator(last, args, node)
 
     def operator(self, name: str, args: list[Value], node: ast.AST | None) -> Value | None:
         """The operator of this name on its operands; None for what is none, or has too few."""
