@@ -1,6 +1,5 @@
 """Weights that no module holds, a dict or a list of arrays, are what learns as soon as a gradient is taken by them; and
 sums that are folded by a function of a library."""
-# ruff: noqa: E501 (examples are texts of scripts)
 
 import pytest
 
