@@ -173,7 +173,11 @@ class Builtins(Opening):
     def _do_replace(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
         if "dataclasses" not in name or not args:
             return None
-        made = self._shallow_instance(args[0])
+        return self.replaced(args[0], kwargs)
+
+    def replaced(self, value: Value, kwargs: dict[str, Value]) -> Value:
+        """A copy of a row with some fields changed."""
+        made = self._shallow_instance(value)
         for obj in made.refs:
             obj.slots.update(kwargs)
         return made

@@ -115,7 +115,7 @@ class Dispatch(Functions):
             if known is not None:
                 return known
         if name == "_replace":
-            return self.ref(obj)
+            return self.replaced(self.ref(obj), kwargs)
         flats = [self.flat(each) for each in (*args, *kwargs.values())]
         content = self.flat(obj.slots.get("#content", NOTHING))
         if any(each.toks or each.losses for each in flats):

@@ -39,10 +39,9 @@ def _asked(node: ast.AST, name: str) -> bool:
 def _given(tree: ast.Module, name: str) -> Iterator[ast.expr]:
     """The values that a name, an attribute, a parameter or a key of this name is given anywhere."""
     for node in ast.walk(tree):
-        if (isinstance(node, ast.Assign) and any(_named(target) == name for target in node.targets)) or (
-            isinstance(node, (ast.AnnAssign, ast.NamedExpr)) and _named(node.target) == name and node.value is not None
-        ):
-            yield node.value
+        single = isinstance(node, (ast.AnnAssign, ast.NamedExpr)) and _named(node.target) == name
+        if single or (isinstance(node, ast.Assign) and any(_named(target) == name for target in node.targets)):
+            yield from [node.value] if node.value is not None else []  # type: ignore[attr-defined]
         elif isinstance(node, ast.Assign):
             for target in node.targets:
                 if isinstance(target, ast.Tuple) and any(_named(part) == name for part in target.elts):
