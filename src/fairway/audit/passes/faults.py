@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -345,8 +345,8 @@ class Late:
     clock: Clock | None
 
 
-def late_calibration(trace: Trace, reported: Reported) -> Late | None:
-    """What the score's weights were calibrated on after the training time was used up."""
+def late_calibration(trace: Trace, reported: Reported, kinds: Container[str] = ("train",)) -> Late | None:
+    """What the score's weights were calibrated on, of data of these kinds, after the training time was used up."""
     scores = scores_of(trace, reported.score, reported.data)
     knows = chosen = 0
     for score in scores:
@@ -360,9 +360,10 @@ def late_calibration(trace: Trace, reported: Reported) -> Late | None:
     late: list[Update | Choice] = [
         update
         for update in updates
-        if update.how == "computed" and update.number > last and any(tok.data == "train" for tok in update.learned)
+        if update.how == "computed" and update.number > last and any(tok.data in kinds for tok in update.learned)
     ]
-    late += [choice for choice in trace.chosen(chosen) if _by_training(trace, choice, last)]
+    if "train" in kinds:
+        late += [choice for choice in trace.chosen(chosen) if _by_training(trace, choice, last)]
     if not late:
         return None
     loops = {loop for update in trained for loop, _ in update.nest}
