@@ -130,3 +130,36 @@ def test_a_ledger_with_operators_of_its_own_is_followed(book: str) -> None:
 def test_named_operators_fold_as_the_written_ones() -> None:
     text = "import operator\na = operator.mul(3, operator.add(2, 5))\nb = operator.gt(a, 20)\nc = (3).__sub__(1)\nprint(a, b, c)\n"
     assert trace_of(text).unknowns() == []
+
+
+TOLD = (
+    HEAD
+    + """
+from dataclasses import dataclass
+@dataclass
+class Score:
+    loss: float
+    KIND
+    def again(self):
+        return f"{self.loss:.4f}"
+def report(score):
+    TELL
+"""
+    + MAIN.replace(
+        EVAL, "    first = Score(eval_ttt(args, model, val))\n    report(Score(eval_val(args, model, val)))\n"
+    )
+)
+TOLD = TOLD[: TOLD.index('    print(f"final val_loss')] + "main()\n"
+KINDS = {
+    "fields": "",
+    "str": 'def __str__(self):\n        return f"val_loss:{self.loss:.4f}"',
+    "format": 'def __format__(self, spec):\n        return "val_loss:%.4f" % self.loss',
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tell", ['print(f"final {score}")', 'print("final", score)'])
+def test_an_object_that_is_printed_says_its_numbers(kind: str, tell: str) -> None:
+    text = TOLD.replace("KIND", KINDS[kind]).replace("TELL", tell)
+    assert broken(text) == {"rescoring-after-adaptation"}
+    assert broken(text.replace("first = Score(eval_ttt(args, model, val))", "pass")) == set()

@@ -100,7 +100,7 @@ class Foreign(Operators):
         return given
 
     def _say(self, args: list[Value], kwargs: dict[str, Value], node: ast.AST | None) -> Value:
-        flats = [self.flat(each) for each in args]
+        flats = [self.flat(self.spoken(each, node)) for each in args]
         value = blend(*flats) if flats else NOTHING
         words = tuple(str(each.const)[:200] for each in flats if isinstance(each.const, str))
         if value.losses:

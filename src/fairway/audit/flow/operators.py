@@ -9,7 +9,7 @@ from typing import Any
 from fairway.audit.flow.heap import Obj
 from fairway.audit.flow.indices import Part
 from fairway.audit.flow.torches import Torches
-from fairway.audit.flow.values import MISSING, NONE, NOTHING, Value, join
+from fairway.audit.flow.values import MISSING, NONE, NOTHING, Value, blend, join
 
 _BINARY: dict[str, type[ast.operator]] = {
     "add": ast.Add, "sub": ast.Sub, "mul": ast.Mult, "truediv": ast.Div, "floordiv": ast.FloorDiv, "mod": ast.Mod,
@@ -74,6 +74,22 @@ class Operators(Torches):
                 self.list_method(obj, old, "extend", [value], node)
             return old
         return self._own(old, f"__i{_NAMES.get(type(op), '')}__", value, node)
+
+    def spoken(self, value: Value, node: ast.AST | None) -> Value:
+        """What is written of a value: of an object, what its own __str__ says, else the fields of a row."""
+        objects = [obj for obj in value.refs if obj.kind == "instance" and "#module" not in obj.slots]
+        if not objects:
+            return value
+        parts: list[Value] = []
+        for obj in sorted(objects, key=lambda each: each.number)[:4]:
+            names = ("__format__", "__str__", "__repr__")
+            name, method = next(((each, own) for each in names if (own := self.find(obj.data, each))), ("", None))
+            if method is not None:
+                given = [Value(const="")] if name == "__format__" else []
+                parts.append(self.flat(self.call(method[0], [self.ref(obj), *given], {}, node)))
+            fields = [each for line in self.line_of(obj.data) for each in line.slots.get("#fields", ())]
+            parts += [self.flat(obj.slots.get(each, NOTHING)) for each in fields if method is None]
+        return blend(*parts).but(const=MISSING, refs=frozenset()) if parts else value
 
     def special(self, base: Value, name: str, args: list[Value], node: ast.AST | None) -> Value | None:
         """base.__name__(*args), where it stands for an operator; None where it does not, or is the script's own."""
