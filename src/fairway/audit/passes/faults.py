@@ -100,6 +100,8 @@ class Passes:
             return Fault("temperature-from-validation", score, update)
         if any(tok.data == "train" for tok in update.learned) and self._in_artifact(score, update):
             return Fault("validation-in-training", score, update)  # whatever was looked at while it trained
+        if self._before_artifact(score, update):
+            return Fault("training-before-scoring", score, update)  # whichever number was looked at before
         before = self._companion(score, update, learned)
         if self._is_delta(score, update, alone):
             return Fault("slot-on-scored", score, update)
@@ -249,6 +251,18 @@ class Passes:
     def _in_artifact(self, score: Score, update: Update) -> bool:
         """Whether what was learned went into the file that is scored: it was a part of the training."""
         return any(update.number < saved <= score.number for saved in self.trace.saved)
+
+    def _before_artifact(self, score: Score, update: Update) -> bool:
+        """Whether the first file of weights after the training was written with what this update learned in it."""
+        trained = [
+            each.number
+            for each in self.trace.updates
+            if each.how == "gradient" and any(tok.data == "train" for tok in each.learned)
+        ]
+        last = max(trained, default=None)
+        if last is None or last > update.number or not self._in_artifact(score, update):
+            return False
+        return not any(last < saved < update.number for saved in self.trace.saved)
 
     # Choices.
     def _choices(self, said: tuple[Said, ...], scores: list[Score]) -> Iterator[Fault]:
