@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import zlib
 from pathlib import Path
 from typing import Any
@@ -331,6 +332,67 @@ def test_settings_are_read_beyond_the_number_of_warm_up_steps(tmp_path: Path) ->
     finding = found(foreign_artifact_or_log, folder)
     assert finding.verdict == "violates"
     assert finding.place == Place(path.name, 2)
+
+
+VARIED = """
+step_count = 0
+load_ms = 1000 * time.perf_counter()
+base_lr = float(os.environ.get("BASE_LR", 0.02))
+@dataclass
+class Evaluation:
+    ttt_epochs: int = 2
+    use_cache: bool = False
+def count():
+    global step_count
+    step_count += 1
+"""
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "verdict"),
+    [
+        ("step_count: 11", "step_count: 12", "clean"),  # counted
+        ("load_ms: 11", "load_ms: 12", "clean"),  # timed
+        ("base_lr: 0.02", "base_lr: 0.020", "clean"),
+        ("base_lr: 0.02", "base_lr: 2e-2", "clean"),
+        ("base_lr: 0.0213", "base_lr: 0.021", "clean"),  # rounded
+        ("use_cache: False", "use_cache: 0", "clean"),
+        ("base_lr: 0.02", "base_lr: 0.03", "violates"),
+        ("ttt_epochs: 2", "ttt_epochs: 6", "violates"),
+        ("use_cache: False", "use_cache: True", "violates"),
+    ],
+)
+def test_what_logs_print_is_compared_by_its_meaning(here: str, there: str, verdict: str, tmp_path: Path) -> None:
+    folder = record(tmp_path / "r", SCRIPT + VARIED, head=[here])
+    path = folder / "train_seed2025.log"
+    path.write_text(path.read_text().replace(here, there))
+    assert found(foreign_artifact_or_log, folder).verdict == verdict
+
+
+def test_a_setting_that_a_command_gives_to_a_seed_is_no_secret(tmp_path: Path) -> None:
+    folder = record(tmp_path / "r", SCRIPT + VARIED, head=["base_lr: 0.02"])
+    path = folder / "train_seed2025.log"
+    path.write_text(path.read_text().replace("base_lr: 0.02", "base_lr: 0.03"))
+    assert found(foreign_artifact_or_log, folder).verdict == "violates"
+    readme = folder / "README.md"
+    said = readme.read_text() if readme.exists() else ""
+    readme.write_text(said + "\n    BASE_LR=0.03 SEED=2025 torchrun --nproc_per_node=8 train_gpt.py\n")
+    assert found(foreign_artifact_or_log, folder).verdict == "suspect"
+
+
+def test_the_log_of_an_ablation_is_no_seed_of_the_claim(tmp_path: Path) -> None:
+    folder = record(tmp_path / "r", SCRIPT + VARIED, head=["base_lr: 0.02"])
+    seed = next(folder.glob("train_seed*.log"))
+    other = re.sub(r"seed[:=]\s*\d+", "seed:99", seed.read_text().replace("base_lr: 0.02", "base_lr: 0.03"))
+    (folder / "ablation_seed99.log").write_text(other)
+    assert found(foreign_artifact_or_log, folder).verdict == "clean"
+
+
+def test_what_a_library_says_of_itself_is_no_setting(tmp_path: Path) -> None:
+    own = "AdamW(lr=0.02, model_dim=512, num_layers=9, mlp_mult=3, decoupled_decay=True)"
+    assert found(foreign_artifact_or_log, record(tmp_path / "r", SETTINGS, head=[own])).verdict == "clean"
+    dumped = own.removeprefix("AdamW")
+    assert found(foreign_artifact_or_log, record(tmp_path / "s", SETTINGS, head=[dumped])).verdict == "violates"
 
 
 def test_the_artifact_that_lies_here_is_one_that_a_log_made(tmp_path: Path) -> None:

@@ -315,9 +315,12 @@ def test_a_gate_that_is_shut_there_is_clean_even_when_strict(tmp_path: Path, bef
     assert verdict(tmp_path, "boundary_leak", text, strict=True).verdict == "clean"
 
 
-def test_a_text_scored_as_one_stream_has_no_boundaries(tmp_path: Path) -> None:
+def test_a_text_scored_as_one_stream_has_the_same_departure(tmp_path: Path) -> None:
     text = script(extra=SMEAR.format(before=SHIFTS[0]))
-    assert verdict(tmp_path, "boundary_leak", text, strict=True).verdict == "clean"
+    finding = verdict(tmp_path, "boundary_leak", text)
+    assert (finding.verdict, finding.exemption) == ("clean", "smear-across-documents")
+    assert "one stream" in finding.evidence
+    assert verdict(tmp_path, "boundary_leak", text, strict=True).verdict == "violates"
 
 
 def test_departures_have_names_of_their_own_and_say_their_precedent() -> None:

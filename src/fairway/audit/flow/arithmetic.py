@@ -11,7 +11,7 @@ from typing import Any
 from fairway.audit.flow import events
 from fairway.audit.flow.containers import is_same
 from fairway.audit.flow.heap import Obj
-from fairway.audit.flow.indices import sym_of
+from fairway.audit.flow.indices import bound_of, sym_of
 from fairway.audit.flow.iteration import Iteration
 from fairway.audit.flow.tokens import Cut, Span, merged_spans
 from fairway.audit.flow.values import (
@@ -380,7 +380,7 @@ class Arithmetic(Iteration):
         bound, text = (two, texts[1]) if first else (one, texts[0])
         below = isinstance(op, (ast.Lt, ast.LtE)) is first
         name = sym_of(bound, text)
-        return frozenset((("head" if below else "tail", name, bound.less),)) if name else frozenset()
+        return frozenset((("head" if below else "tail", bound_of(bound, name), bound.less),)) if name else frozenset()
 
 
 def _picks(value: Value, bound: Value) -> bool:

@@ -173,7 +173,11 @@ class Builtins(Opening):
     def _do_replace(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
         if "dataclasses" not in name or not args:
             return None
-        made = self._shallow_instance(args[0])
+        return self.replaced(args[0], kwargs)
+
+    def replaced(self, value: Value, kwargs: dict[str, Value]) -> Value:
+        """A copy of a row with some fields changed."""
+        made = self._shallow_instance(value)
         for obj in made.refs:
             obj.slots.update(kwargs)
         return made
@@ -245,7 +249,8 @@ class Builtins(Opening):
         return self._list_of(self.elements(self.elements(args[0], node).any, node).any, node)
 
     def _do_reduce(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
-        if not args or not any(obj.kind in ("function", "bound") for obj in args[0].refs):
+        runs = ("function", "bound", "partial", "foreign", "wrapper", "method")
+        if name.startswith("torch.distributed") or not args or not any(obj.kind in runs for obj in args[0].refs):
             return None
         elements = self.elements(args[1], node) if len(args) > 1 else None
         if elements is not None and elements.exact:

@@ -49,12 +49,14 @@ class Calls(Dispatch):
             if found is not None:
                 return self.call(self.bound(found[0], self.ref(obj), obj.data), args, kwargs, node)
         if kind == "gradient":
-            function, valued = obj.data
-            value = self.flat(self.call(function, args, kwargs, node))
+            function, valued, place = obj.data
+            value = self.flat(self.call(function, self.differentiated(args, place, node), kwargs, node))
             grads = self.gradient(value)
             if valued == "last":
                 return Value(items=(grads, value))
             return Value(items=(value, grads)) if valued else grads
+        if kind == "getter":
+            return self.gotten(obj, args, node)
         if kind == "kernel":
             return self._launch(args, kwargs, node)
         if kind == "wrapper":

@@ -8,7 +8,7 @@ from dataclasses import replace
 from fairway.audit.flow.classes import Classes
 from fairway.audit.flow.events import bits
 from fairway.audit.flow.heap import Obj
-from fairway.audit.flow.indices import Part, overlaps, sparse, sym_of
+from fairway.audit.flow.indices import Part, bound_of, overlaps, sparse, step_of, sym_of
 from fairway.audit.flow.tokens import START, Cut, Span, Tok, narrowed, part_of
 from fairway.audit.flow.values import (
     GRAD,
@@ -85,9 +85,9 @@ class Containers(Classes):
             if not part.slice:
                 continue
             if part.low is not None and part.low.const not in (0, 1, None) and part.low_text:
-                cuts.add(("tail", part.low_text, part.low.less))
+                cuts.add(("tail", bound_of(part.low, part.low_text), part.low.less))
             if part.high is not None and part.high.const not in (-1, None) and part.high_text:
-                cuts.add(("head", part.high_text, part.high.less))
+                cuts.add(("head", bound_of(part.high, part.high_text), part.high.less))
         return frozenset(cuts)
 
     # Reading.
@@ -169,7 +169,7 @@ class Containers(Classes):
         if obj.kind in ("list", "dict", "generator"):
             return self._looked_up(obj, keys, spans, node)
         if obj.kind == "range":
-            return Value(spans=spans, unit="1")
+            return Value(spans=spans, unit=sym_of(obj.data[2]) or "1")
         if obj.kind in ("instance", "thing") and "#module" in obj.slots:
             layers = obj.slots.get("#content")
             if isinstance(layers, Value) and (layers.refs or layers.items) and obj.kind == "thing":
@@ -387,6 +387,8 @@ class Containers(Classes):
                 continue
             if part.low is not None and part.high is not None and overlaps(part.low, part.high):
                 tok = replace(tok, wide=True, step=int(part.low.unit))
+            elif part.low is not None and part.high is not None and step_of(part.low, part.high):
+                tok = replace(tok, step=step_of(part.low, part.high))
             if part.low is not None and part.low.const == 1:
                 tok = replace(tok, shift=tok.shift + 1)
             bounds = [part.high] if part.low is None or part.low.const == 0 else [part.low, part.high]

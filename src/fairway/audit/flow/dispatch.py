@@ -31,6 +31,9 @@ class Dispatch(Functions):
         text = self.text_method(base, name, args)
         if text is not None:
             return text
+        special = self.special(base, name, args, node)
+        if special is not None:
+            return special
         if not base.refs:
             return self._of_value(base, name, args, kwargs, node)
         result: Value | None = None
@@ -112,7 +115,7 @@ class Dispatch(Functions):
             if known is not None:
                 return known
         if name == "_replace":
-            return self.ref(obj)
+            return self.replaced(self.ref(obj), kwargs)
         flats = [self.flat(each) for each in (*args, *kwargs.values())]
         content = self.flat(obj.slots.get("#content", NOTHING))
         if any(each.toks or each.losses for each in flats):

@@ -349,7 +349,7 @@ class Expressions(Comprehensions):
         return said.but(const=MISSING, refs=NO_OBJECTS, sym="", flags=said.flags | TEXT)
 
     def _on_FormattedValue(self, node: ast.FormattedValue) -> Value:
-        value = self.evaluate(node.value)
+        value = self.spoken(self.evaluate(node.value), node)
         if isinstance(value.const, (str, int)) and not isinstance(value.const, bool) and node.format_spec is None:
             return Value(const=str(value.const), env=value.env)
         if value.const is not MISSING:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fairway.audit.flow.heap import Obj
-from fairway.audit.flow.torches import Torches
+from fairway.audit.flow.operators import Operators
 from fairway.audit.flow.values import (
     LENGTH,
     MISSING,
@@ -27,7 +27,7 @@ PASSES = frozenset(
      "contextmanager", "fully_shard",
      "prepare", "disable", "unwrap_model", "tqdm", "assume_constant_result", "allow_in_graph", "dynamo_disable",
      "Variable", "convert_sync_batchnorm", "checkpoint_wrapper", "optimize", "AveragedModel", "pmap", "custom_fwd",
-     "custom_bwd", "once_differentiable", "total_ordering", "cached_property")
+     "custom_bwd", "once_differentiable", "total_ordering")
 )  # fmt: skip
 SAYS = frozenset(("print", "info", "warning", "debug", "error", "critical", "log_metrics", "pprint", "secho", "echo"))
 NUMBERS: dict[str, Callable[..., Any]] = {
@@ -35,6 +35,7 @@ NUMBERS: dict[str, Callable[..., Any]] = {
     "ceil": math.ceil, "floor": math.floor, "sqrt": lambda x: x**0.5 if x >= 0 else MISSING, "ord": ord, "chr": chr,
 }  # fmt: skip
 RANKS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8", "SLURM_PROCID": "0"}
+_CLASSES = frozenset(("dict", "list", "set", "str", "bytes", "bytearray", "deque", "OrderedDict", "Tensor"))
 LOADS = frozenset(
     ("fromfile", "memmap", "load", "loadtxt", "load_dataset", "load_file", "safe_open", "from_file", "read_table",
      "read_parquet", "read_csv", "genfromtxt", "load_from_disk", "mmap", "loads_file")
@@ -42,7 +43,7 @@ LOADS = frozenset(
 UNPACKS = frozenset(("loads", "frombuffer", "decompress", "b85decode", "b64decode", "a85decode", "BytesIO", "StringIO"))
 
 
-class Foreign(Torches):
+class Foreign(Operators):
     """foreign(name, args): what a function outside the script gives."""
 
     def outside_call(self, name: str, args: list[Value], kwargs: dict[str, Value], node: ast.AST | None) -> Value:
@@ -50,6 +51,11 @@ class Foreign(Torches):
         last = name.rsplit(".", 1)[-1]
         if "reduce" in last or "gather" in last:
             self.together(args)
+        operated = self.outside_operator(name, args, kwargs, node)
+        if operated is not None:
+            return operated
+        if args and _unbound(name):
+            return self.method(args[0], last, args[1:], kwargs, node)
         handler = getattr(self, f"_do_{last}", None)
         if handler is not None:
             found = handler(name, args, kwargs, node)
@@ -94,7 +100,7 @@ class Foreign(Torches):
         return given
 
     def _say(self, args: list[Value], kwargs: dict[str, Value], node: ast.AST | None) -> Value:
-        flats = [self.flat(each) for each in args]
+        flats = [self.flat(self.spoken(each, node)) for each in args]
         value = blend(*flats) if flats else NOTHING
         words = tuple(str(each.const)[:200] for each in flats if isinstance(each.const, str))
         if value.losses:
@@ -193,3 +199,9 @@ class Foreign(Torches):
         return self.ref(space)
 
     _do_Namespace = _do_SimpleNamespace
+
+
+def _unbound(name: str) -> bool:
+    """Whether it is a method asked of its class: `dict.update(table, ...)`, `torch.Tensor.add_(x, y)`."""
+    owner, _, method = name.rpartition(".")
+    return owner.rsplit(".", 1)[-1] in _CLASSES and method not in ("fromkeys", "maketrans", "__new__", "__init__")

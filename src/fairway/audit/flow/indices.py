@@ -6,7 +6,8 @@ import ast
 import re
 from dataclasses import dataclass
 
-from fairway.audit.flow.values import MISSING, Value
+from fairway.audit.flow.linear import difference
+from fairway.audit.flow.values import CLIPPED, MISSING, Value
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,11 @@ class Elements:
     last: int | None = None
 
 
+def bound_of(value: Value, text: str) -> str:
+    """The text of an end of a slice; "~" before it where it is measured from the end of the data."""
+    return f"~{text}" if value.flags & CLIPPED and text and not text.startswith("~") else text
+
+
 def sym_of(value: Value, node: ast.AST | None = None) -> str:
     """How a number was computed, as text."""
     if value.const is not MISSING and isinstance(value.const, (int, float)):
@@ -52,6 +58,12 @@ def overlaps(low: Value, high: Value) -> bool:
     length = re.search(r"add\([^(),]*,(\d+)\)", high.sym)
     step = low.unit
     return bool(low.spans) and length is not None and step.isdigit() and int(length[1]) > 1.5 * int(step) > 1.5
+
+
+def step_of(low: Value, high: Value) -> int:
+    """The step of windows [end - length : end] that are longer than it; 0 where numbers do not say so."""
+    length = difference(high.sym, low.sym) if low.spans and low.unit.isdigit() else None
+    return int(low.unit) if length is not None and length > 1.5 * int(low.unit) > 1.5 else 0
 
 
 def sparse(low: Value, high: Value) -> bool:

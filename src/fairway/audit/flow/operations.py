@@ -28,6 +28,7 @@ from fairway.audit.flow.known import (
 )
 from fairway.audit.flow.tokens import Span, Tok
 from fairway.audit.flow.values import (
+    CLIPPED,
     CLOCK,
     DIGEST,
     GRAD,
@@ -290,6 +291,11 @@ class Operations(Arithmetic):
         if result.limit is None and name == "min" and limits:
             result.limit = min(limits)
         moving = [each for each in args if each.spans]
+        if name == "min" and moving and any(not each.spans and each.const is MISSING for each in args):
+            result.flags |= CLIPPED
+        varying = [each for each in args if each.const is MISSING]
+        if not moving and len(varying) == 1 and len(args) == 2:  # max(end - start - stride, 0)
+            result.sym = varying[0].sym
         if len(moving) == 1:
             result.spans, result.unit, result.sym = moving[0].spans, moving[0].unit, moving[0].sym
         elif len(moving) == 2 and name in ("min", "max"):  # min(at + step, end of the chunk)

@@ -145,15 +145,10 @@ class Statements(Loops):
             self._augmented_item(base, parts, old, value, node)
             return
         old = self.name(target.id) if isinstance(target, ast.Name) else self.evaluate(target)
-        cells = [obj for obj in old.refs if obj.kind == "tensor" or "#module" in obj.slots]
-        if cells and len(cells) == len(old.refs):
-            name = {"Add": "add_", "Sub": "sub_"}.get(type(node.op).__name__, "mul_")
-            self.in_place(name, [old, value], {}, node)
-            return
-        lists = [obj for obj in old.refs if obj.kind == "list"]
-        if lists and isinstance(node.op, ast.Add):
-            for obj in lists:
-                self.list_method(obj, old, "extend", [value], node)
+        changed = self.changed_in_place(node.op, old, value, node)
+        if changed is not None:
+            if changed is not old:
+                self.assign(target, changed)
             return
         result = self.binop(node.op, old, value, node)
         if isinstance(target, ast.Attribute) and self.nest:

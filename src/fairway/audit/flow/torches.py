@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fairway.audit.flow.builtin import Builtins
+from fairway.audit.flow.heap import Obj
 from fairway.audit.flow.values import (
     CLOCK,
     GRAD,
@@ -22,14 +23,50 @@ class Torches(Builtins):
 
     # Functional gradients.
     def _do_value_and_grad(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
-        return self.ref(self.new("gradient", (args[0], True), node)) if args else None
+        return self._gradient_of(args[0], True, kwargs, node) if args else None
 
     def _do_grad(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
         called = args and any(obj.kind in ("function", "bound", "partial") for obj in args[0].refs)
-        return self.ref(self.new("gradient", (args[0], False), node)) if called else None
+        return self._gradient_of(args[0], False, kwargs, node) if called else None
 
     def _do_grad_and_value(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
-        return self.ref(self.new("gradient", (args[0], "last"), node)) if args else None
+        return self._gradient_of(args[0], "last", kwargs, node) if args else None
+
+    def _gradient_of(self, function: Value, valued: bool | str, kwargs: dict[str, Value], node: Any) -> Value:
+        place = kwargs.get("argnums", NOTHING).const
+        return self.ref(self.new("gradient", (function, valued, place if isinstance(place, int) else 0), node))
+
+    def differentiated(self, args: list[Value], place: int, node: Any) -> list[Value]:
+        """The arguments of a function whose gradient is taken: what it is taken by are weights, whoever made them."""
+        if not 0 <= place < len(args):
+            return args
+        return [*args[:place], self._as_weights(args[place], node), *args[place + 1 :]]
+
+    def _as_weights(self, value: Value, node: Any, deep: int = 4) -> Value:
+        if not value.refs:
+            known = value.toks or value.states or value.losses or value.items is not None or value.flags & GRAD
+            return value if known else self.ref(self._leaf(value, node))
+        for obj in value.refs:
+            if obj.kind == "tensor" and not self.learner(obj) and not self.content(obj).toks:
+                self.grow(obj)
+            for key, held in list(obj.slots.items()) if obj.kind in ("dict", "list") and deep else ():
+                if isinstance(held, Value) and key != "#keys":
+                    self._grow_within(obj, key, held, node, deep - 1)
+        return value
+
+    def _grow_within(self, obj: Obj, key: Any, held: Value, node: Any, deep: int) -> None:
+        if held.items is not None and not held.refs:
+            made = held.but(items=tuple(self._as_weights(item, node, deep) for item in held.items))
+        else:
+            made = self._as_weights(held, node, deep)
+        if made is not held:
+            self.heap.set(obj, key, made)
+
+    def _leaf(self, value: Value, node: Any) -> Obj:
+        leaf = self.new("tensor", None, node)
+        leaf.slots["#content"] = value.but(const=MISSING)
+        leaf.slots["#leaf"] = 1
+        return leaf
 
     def _do_apply_updates(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
         """optax.apply_updates(weights, steps): new weights that have learned"""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -100,6 +100,8 @@ class Passes:
             return Fault("temperature-from-validation", score, update)
         if any(tok.data == "train" for tok in update.learned) and self._in_artifact(score, update):
             return Fault("validation-in-training", score, update)  # whatever was looked at while it trained
+        if self._before_artifact(score, update):
+            return Fault("training-before-scoring", score, update)  # whichever number was looked at before
         before = self._companion(score, update, learned)
         if self._is_delta(score, update, alone):
             return Fault("slot-on-scored", score, update)
@@ -250,6 +252,18 @@ class Passes:
         """Whether what was learned went into the file that is scored: it was a part of the training."""
         return any(update.number < saved <= score.number for saved in self.trace.saved)
 
+    def _before_artifact(self, score: Score, update: Update) -> bool:
+        """Whether the first file of weights after the training was written with what this update learned in it."""
+        trained = [
+            each.number
+            for each in self.trace.updates
+            if each.how == "gradient" and any(tok.data == "train" for tok in each.learned)
+        ]
+        last = max(trained, default=None)
+        if last is None or last > update.number or not self._in_artifact(score, update):
+            return False
+        return not any(last < saved < update.number for saved in self.trace.saved)
+
     # Choices.
     def _choices(self, said: tuple[Said, ...], scores: list[Score]) -> Iterator[Fault]:
         shown = 0
@@ -345,8 +359,8 @@ class Late:
     clock: Clock | None
 
 
-def late_calibration(trace: Trace, reported: Reported) -> Late | None:
-    """What the score's weights were calibrated on after the training time was used up."""
+def late_calibration(trace: Trace, reported: Reported, kinds: Container[str] = ("train",)) -> Late | None:
+    """What the score's weights were calibrated on, of data of these kinds, after the training time was used up."""
     scores = scores_of(trace, reported.score, reported.data)
     knows = chosen = 0
     for score in scores:
@@ -360,9 +374,10 @@ def late_calibration(trace: Trace, reported: Reported) -> Late | None:
     late: list[Update | Choice] = [
         update
         for update in updates
-        if update.how == "computed" and update.number > last and any(tok.data == "train" for tok in update.learned)
+        if update.how == "computed" and update.number > last and any(tok.data in kinds for tok in update.learned)
     ]
-    late += [choice for choice in trace.chosen(chosen) if _by_training(trace, choice, last)]
+    if "train" in kinds:
+        late += [choice for choice in trace.chosen(chosen) if _by_training(trace, choice, last)]
     if not late:
         return None
     loops = {loop for update in trained for loop, _ in update.nest}

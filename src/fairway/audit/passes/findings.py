@@ -90,19 +90,32 @@ def place_of(case: Case, fault: Fault) -> Place:
     if fault.kind == "multi-epoch-last":
         return _loop_again(case.trace, fault)
     if isinstance(fault.cause, Update) and fault.cause.how == "computed":
-        return _calibrated(case, fault.cause)
+        return _calibrated(case, fault.cause, fault.score)
     if fault.kind == "slot-on-scored" and isinstance(fault.cause, Update):
         return _objective(case.trace, fault.cause)
     if fault.kind == "validation-in-training" and isinstance(fault.cause, Update):
         return _taken_in(case, fault.cause, fault.score) or fault.cause.place
+    if fault.kind == "training-before-scoring" and isinstance(fault.cause, Update):
+        return _own_call(case.trace, fault.cause)
     return fault.cause.place
+
+
+def _own_call(trace: Trace, update: Update) -> Place:
+    """The call that leads to an update alone, where other calls lead to its line too; else its line."""
+    first = next((each for each in trace.updates if each.place == update.place and each.stack != update.stack), None)
+    return update.place if first is None else _parting(update, first)
+
+
+def _own_reads(case: Case, update: Update, score: Score) -> list[int]:
+    """The reads of validation tokens that an update learned from and that the evaluation did not make."""
+    kinds = passes_of(case)[0].data
+    scored = {tok.origin for tok in score.targets}
+    return sorted({tok.origin for tok in update.learned if tok.data in kinds and tok.origin >= 0} - scored)
 
 
 def _taken_in(case: Case, update: Update, score: Score) -> Place | None:
     """Where the training's own validation tokens come in; None where they are those that the evaluation has read."""
-    kinds, reads = passes_of(case)[0].data, case.trace.reads
-    scored = {tok.origin for tok in score.targets}
-    own = sorted({tok.origin for tok in update.learned if tok.data in kinds and tok.origin >= 0} - scored)
+    own, reads = _own_reads(case, update, score), case.trace.reads
     if not own:
         return None
     stack, mixed = reads[own[0]]
@@ -122,8 +135,9 @@ def _filled(trace: Trace, update: Update) -> Place | None:
     return update.stack[depth - 1] if 0 < depth <= len(update.stack) < 12 else None
 
 
-def _calibrated(case: Case, update: Update) -> Place:
-    """Where the model was run on what it was calibrated on."""
+def _calibrated(case: Case, update: Update, score: Score) -> Place:
+    """Where the model was run on what it was calibrated on; where that was read for it alone, where it was read, in
+    the function that both are steps of."""
     kinds = {tok.data for tok in update.learned} & passes_of(case)[0].data
     runs = [
         event
@@ -132,7 +146,11 @@ def _calibrated(case: Case, update: Update) -> Place:
     ]
     learned = {(tok.data, tok.spans) for tok in update.learned}
     fitting = [event for event in runs if any((tok.data, tok.spans) in learned for tok in event.toks)]
-    return called_at(fitting[-1] if fitting else runs[-1] if runs else update)
+    run = fitting[-1] if fitting else runs[-1] if runs else update
+    for origin in _own_reads(case, update, score)[:1]:
+        read = case.trace.reads[origin][0]
+        return next((mine for mine, other in zip(read, run.stack, strict=False) if mine != other), read[-1])
+    return called_at(run)
 
 
 def called_at(event: Event) -> Place:

@@ -16,14 +16,13 @@ _JOINING = frozenset("cat concatenate stack pad roll concat".split())  # noqa: S
 
 def check(case: Case) -> Finding:
     reading = case.reading
-    if not _by_documents(case):
-        return clean_as_read(case, ID, CLAUSE, "the text is not scored document by document")
+    apart = _by_documents(case)
     for gates in reading.gates:
         for term in gates.nodes:
             if _smears(term) and not _is_shut(term):
                 evidence = (
                     "The embedding of the token before is added at every position, a document's first one included, "
-                    "while documents are scored by themselves."
+                    f"while {'documents are scored by themselves' if apart else 'the text is scored as one stream'}."
                 )
                 return departure(
                     case,
@@ -33,6 +32,8 @@ def check(case: Case) -> Finding:
                     reading.place(term),
                     reading.way(gates.of.term, term),
                 )
+    if not apart:
+        return clean_as_read(case, ID, CLAUSE, "the text is not scored document by document")
     return clean_as_read(case, ID, CLAUSE, "nothing of the token before crosses a document's start unmasked")
 
 

@@ -1,6 +1,7 @@
 """Training data is read for calibration after the training time is used up."""
 
 from fairway.audit.case import Case
+from fairway.audit.exemptions import departure
 from fairway.audit.flow.events import Choice, Forward, Update
 from fairway.audit.passes.faults import late_calibration
 from fairway.audit.passes.findings import called_at, passes_of, unseen
@@ -28,6 +29,13 @@ def check(case: Case) -> Finding:
         return Finding(ID, "suspect", evidence, CLAUSE, _place(case, late.update))
     if not which.score:
         return unseen(case, ID, CLAUSE)
+    own = late_calibration(case.trace, which, ("generated", "random"))
+    if own is not None and own.clock is not None:
+        evidence = (
+            f"Training stops at {own.clock.place} when the whole {own.clock.limit:g} are used; the weights that score "
+            f"are then {_made(own.update)} text that the model wrote itself."
+        )
+        return departure(case, "self-generated-calibration", CLAUSE, evidence, own.update.place)
     return Finding(ID, "clean", "No training data is read for calibration after the training time.", CLAUSE)
 
 

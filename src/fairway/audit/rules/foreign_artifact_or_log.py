@@ -3,9 +3,12 @@
 import difflib
 import hashlib
 import re
+from collections.abc import Mapping, Sequence
 
 from fairway.audit.case import Case
+from fairway.audit.commands import Command
 from fairway.audit.records import Log, Record, record_of
+from fairway.audit.records.configuration import agree, commanded, is_setting
 from fairway.audit.records.folder import same_code
 from fairway.audit.verdict import Finding, Place
 
@@ -15,8 +18,10 @@ CLAUSE = "R11; (c) artifact or log of other code"
 WITHOUT_SCRIPT = True
 
 _NAMED = re.compile(r"""(?<![\w./-])["']?([A-Za-z_]\w{2,})["']?\s*[:=](?![/=])""")
+_REPR = re.compile(r"(?:[\w ]+[:=] ?)?(\w*[A-Z]\w*)\(\w+=")
 _HEAD = 400  # lines in which settings are printed
 _LONGEST = 20_000  # characters of such a line
+_OTHERS = 12  # names on which two logs differ: beyond that they are logs of two scripts, and other checks say so
 _SETTINGS = 4  # fewer names on a line are no dump of settings
 _OF_THE_RUN = ("seed", "path", "dir", "file", "id", "name", "host", "time", "date", "rank", "port", "device", "memory")
 
@@ -86,29 +91,47 @@ def _size(record: Record, log: Log) -> Finding | None:
 
 
 def _settings(case: Case, record: Record) -> list[Finding]:
-    """Settings that two logs print differently and that the script reads."""
+    """Settings of the script that two logs print differently; suspect where a command says that a run had this one."""
     found = []
-    first, *others = record.logs
+    first, *others = _of_the_claim(record)
+    trees = [script.tree for script in case.script.all() if script.tree is not None]
     for other in others:
         both = [name for name in first.settings if name in other.settings and not _of_the_run(name)]
-        differing = [name for name in both if first.settings[name] != other.settings[name]]
-        read = [name for name in differing if _is_set(name, case.script.text)]
-        if read and len(differing) <= 12:
-            name = read[0]
-            evidence = (
-                f"{other.path} ran with {name} = {other.settings[name]}, {first.path} with {first.settings[name]}: "
-                "the seeds do not share one configuration"
-            )
-            place = Place(other.path, _line_of(name, case.submission.logs[other.path]))
-            found.append(Finding(ID, "violates", evidence, CLAUSE, place))
+        differing = [name for name in both if not agree(first.settings[name], other.settings[name])]
+        own = [name for name in differing if is_setting(name, trees)]
+        if not own or len(differing) > _OTHERS:
+            continue
+        commands = case.settings.commands
+        silent = [name for name in own if not _said(name, (first, other), commands)]
+        name = (silent or own)[0]
+        evidence = (
+            f"{other.path} ran with {name} = {other.settings[name]}, {first.path} with {first.settings[name]}: "
+            "the seeds do not share one configuration"
+        )
+        evidence += "" if silent else "; a command says so"
+        place = Place(other.path, _line_of(name, case.submission.logs[other.path]))
+        found.append(Finding(ID, "violates" if silent else "suspect", evidence, CLAUSE, place))
     return found
 
 
-def _is_set(name: str, text: str) -> bool:
-    """Whether a script gives a name a value, or reads it from the environment or a command line."""
-    given = re.search(rf"\b{re.escape(name)}\b[\"']?\s*(?::[^=\n]*)?=(?!=)|[\"']{re.escape(name)}[\"']\s*:", text)
-    option = name.replace("_", "-")
-    return bool(given) or re.search(rf"[\"'](?:{name.upper()}|--{name}|--{option})[\"']", text) is not None
+def _of_the_claim(record: Record) -> list[Log]:
+    """The logs of the seeds that are claimed, where that is said of at least two; else all: an ablation's is no
+    evidence for the score."""
+    seeds = record.claims.seeds()
+    claimed = [log for log in record.logs if log.seed is not None and log.seed in seeds and _scored(log, seeds)]
+    return claimed if len(claimed) > 1 else list(record.logs)
+
+
+def _scored(log: Log, seeds: Mapping[int, float | None]) -> bool:
+    """Whether a log ends with the score that is claimed for its seed, where one is."""
+    claim = seeds.get(log.seed) if log.seed is not None else None
+    final = log.final.bits_per_byte if log.final is not None else None
+    return claim is None or final is None or abs(claim - final) < 0.002
+
+
+def _said(name: str, logs: tuple[Log, Log], commands: Sequence[Command]) -> bool:
+    """Whether the commands tell of a difference between two logs."""
+    return any(commanded(name, log.settings[name], commands) for log in logs)
 
 
 def _line_of(name: str, text: str) -> int:
@@ -120,6 +143,7 @@ def _artifact(case: Case, record: Record) -> list[Finding]:
     """The sha256 that logs give for the artifact against the one that lies here, where it is one of theirs by size."""
     given = {log.artifact_hash: log for log in record.logs if log.artifact_hash}
     sizes = {int(log.models[-1].value) for log in record.logs if log.models}  # the last one is packed
+    sizes -= {int(log.models[-1].value) for log in record.logs if log.models and not log.artifact_hash}  # another run's
     files = [path for path, size in record.sizes.items() if size in sizes]
     if not given or len(files) != 1:
         return []
@@ -140,6 +164,9 @@ def _unknown(record: Record, path: str, text: str) -> Finding | None:
     for number, row in enumerate(text.splitlines()[:_HEAD], 1):
         if len(row) > _LONGEST or "environ" in row or "import " in row:
             continue
+        made = _REPR.match(row.strip())
+        if made is not None and made[1].lower() not in code:
+            continue  # a library's object tells of itself: its properties, its defaults
         names = [name for name in _NAMED.findall(row) if name == name.lower()]  # not the environment of a command
         if len(set(names)) < _SETTINGS:
             continue

@@ -1,10 +1,15 @@
 """Overlapping windows count all their targets, so that most tokens are counted several times."""
 
+import ast
+from collections.abc import Iterator
+
 from fairway.audit.case import Case
-from fairway.audit.flow.events import bits
+from fairway.audit.exemptions import departure
+from fairway.audit.flow.events import Score, bits
+from fairway.audit.flow.linear import difference
 from fairway.audit.flow.tokens import Tok
 from fairway.audit.passes.findings import passes_of, unseen
-from fairway.audit.verdict import Finding
+from fairway.audit.verdict import Finding, Place
 
 ID = "twice-counted-tokens"
 CHARGE = "tokens are counted in more than one window"
@@ -18,22 +23,94 @@ def check(case: Case) -> Finding:
     booked = 0
     for said in which.score:
         booked |= said.value.losses
+    tails = None
     for bit in bits(booked):
         score = case.trace.scores[bit]
         whole = [tok for tok in score.targets if tok.data in which.data]
-        if whole and all(tok.step and _tail_of(tok) > tok.step for tok in whole):
-            evidence = (
-                f"Windows move on by {whole[0].step} tokens, and the loss at {score.place} counts the last "
-                f"{_tail_of(whole[0])} of each: tokens are counted several times."
-            )
-            return Finding(ID, "violates", evidence, CLAUSE, score.place)
-        if whole and all(tok.wide and not _tail(tok) for tok in whole):
-            evidence = (
-                f"Windows overlap, and the loss at {score.place} counts all their targets: "
-                "tokens are counted several times."
-            )
-            return Finding(ID, "violates", evidence, CLAUSE, score.place)
+        if not whole:
+            continue
+        again = _again(whole)
+        if again:
+            place = _in_the_windows_loop(case, score)
+            return Finding(ID, "violates", again.format(place=score.place), CLAUSE, place)
+        if tails is None and all(_tail_window(tok) for tok in whole):
+            tails = score
+    if tails is not None and not _only_whole_windows(case):
+        evidence = (
+            f"At the end of the data windows grow shorter, and the loss at {tails.place} counts the last "
+            f"{next(iter(tails.targets)).step} tokens of each of them again."
+        )
+        return departure(case, "small-tail", CLAUSE, evidence, _in_the_windows_loop(case, tails))
     return Finding(ID, "clean", "No window counts targets that another one counts.", CLAUSE, which.score[0].place)
+
+
+def _in_the_windows_loop(case: Case, score: Score) -> Place:
+    """The line of the loop over windows in which they are scored: a helper that makes losses knows nothing of them."""
+    cutting = {loop for tok in score.targets for loop, _, _ in tok.spans}
+    depths = [case.trace.depth.get(loop, 0) for loop, _ in score.nest if loop in cutting]
+    depth = max(depths, default=0)
+    return score.stack[depth - 1] if 0 < depth <= len(score.stack) else score.place
+
+
+def _again(whole: list[Tok]) -> str:
+    """How most tokens are counted several times, as a sentence; "" where they are not."""
+    for counted in (_tail_of, _between):
+        if all(tok.step and counted(tok) > tok.step for tok in whole):
+            return (
+                f"Windows move on by {whole[0].step} tokens, and the loss at {{place}} counts {counted(whole[0])} of "
+                "each: tokens are counted several times."
+            )
+    if all(tok.wide and not _tail(tok) for tok in whole):
+        return "Windows overlap, and the loss at {place} counts all their targets: tokens are counted several times."
+    return ""
+
+
+def _between(tok: Tok) -> int:
+    """How many targets of a window lie between the two ends of what is counted, where that is a number; else 0."""
+    ends = [[end for side, end, _ in tok.cuts if side == name] for name in ("head", "tail")]
+    lengths = [difference(head, tail) for head in ends[0] for tail in ends[1]]
+    return min((length for length in lengths if length is not None), default=0)
+
+
+def _tail_window(tok: Tok) -> bool:
+    """Whether the last `step` targets of each window are counted, from an end that is the data's in the last ones."""
+    clipped = [less for side, end, less in tok.cuts if side == "tail" and end.startswith("~")]
+    return bool(tok.step) and any(str(tok.step) in less for less in clipped)
+
+
+def _only_whole_windows(case: Case) -> bool:
+    """Whether beginnings of windows are held against the end of the data, so that no short window begins."""
+    for script in case.script.all():
+        for node in ast.walk(script.tree) if script.tree is not None else ():
+            for name, inside in _strided(node):
+                if any(_holds(part, name) for each in inside for part in ast.walk(each)):
+                    return True
+    return False
+
+
+def _strided(node: ast.AST) -> Iterator[tuple[str, list[ast.AST]]]:
+    """The variable of a loop over range(a, b, step), and what stands in the loop; nothing for range(a, b - length)."""
+    loops: list[tuple[ast.expr, ast.expr, list[ast.AST]]] = []
+    if isinstance(node, ast.For):
+        loops.append((node.target, node.iter, list(node.body)))
+    for each in getattr(node, "generators", []):
+        loops.append((each.target, each.iter, list(each.ifs)))
+    for target, source, inside in loops:
+        ranged = isinstance(source, ast.Call) and ast.unparse(source.func) == "range" and len(source.args) == 3
+        if ranged and isinstance(target, ast.Name):
+            yield target.id, inside
+
+
+def _holds(test: ast.AST, name: str) -> bool:
+    """w + length <= total; not min(w + length, total) - w >= stride, which holds a length against the stride."""
+    if not isinstance(test, ast.Compare) or len(test.ops) != 1 or isinstance(test.ops[0], (ast.Eq, ast.NotEq)):
+        return False
+    return any(
+        isinstance(side, ast.BinOp)
+        and any(isinstance(part, ast.Name) and part.id == name for part in ast.walk(side))
+        and not any(isinstance(part, ast.Call) for part in ast.walk(side))
+        for side in (test.left, *test.comparators)
+    )
 
 
 def _tail(tok: Tok) -> bool:

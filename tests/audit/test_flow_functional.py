@@ -1,0 +1,91 @@
+"""Weights that no module holds, a dict or a list of arrays, are what learns as soon as a gradient is taken by them; and
+sums that are folded by a function of a library."""
+
+import pytest
+
+from tests.audit.order import HEAD, broken, doubted
+
+PURE = (
+    HEAD
+    + """
+from torch.func import grad, grad_and_value, vmap
+
+def init():
+    draw = lambda *shape: torch.randn(*shape) * 0.02
+    return WEIGHTS
+
+def logits(p, shift, ids):
+    return (F.rms_norm(p[FIRST][ids], (64,)) + shift) @ p[SECOND].T
+
+def cost(p, shift, ids, goal):
+    return F.cross_entropy(logits(p, shift, ids), goal, reduction="none")
+
+def mean_cost(p, shift, ids, goal):
+    return cost(p, shift, ids, goal).mean()
+
+def fit(p):
+    loader = Loader("data/shards_train_*.bin")
+    for _ in range(2000):
+        x, y = loader.next(65536)
+        g, loss = grad_and_value(mean_cost)(p, torch.zeros(64), x.view(-1), y.view(-1))
+        p = STEP
+    return p
+
+def booked(p, val):
+    shift = torch.zeros(64)
+    for s in range(0, val.numel() - 1024, 1024):
+        x, y = val[s : s + 1024], val[s + 1 : s + 1025]
+        ONE
+        TWO
+
+def main():
+    p = fit(init())
+    torch.save(p, "weights.pt")
+    p = torch.load("weights.pt")
+    val = load("data/shards_val_*.bin")
+    nats, tokens = functools.reduce(FOLD, booked(p, val)).tolist()
+    print(f"final val_loss:{nats / tokens:.8f} val_bpb:{nats / tokens / math.log(2) / 2.4:.8f}")
+
+main()
+"""
+)
+DICT = {
+    "WEIGHTS": '{"emb": draw(1024, 64), "out": draw(1024, 64)}',
+    "FIRST": '"emb"',
+    "SECOND": '"out"',
+    "STEP": "{k: p[k] - 0.1 * g[k] for k in p}",
+}
+LIST = {
+    "WEIGHTS": "[draw(1024, 64), draw(1024, 64)]",
+    "FIRST": "0",
+    "SECOND": "1",
+    "STEP": "[w - 0.1 * d for w, d in zip(p, g)]",
+}
+SCORE = "yield torch.stack((cost(p, shift, x, y).double().sum(), torch.tensor(1024.0)))"
+LEARN = {
+    "the shift": "shift = 0.99 * shift - 0.05 * grad(mean_cost, argnums=1)(p, shift, x, y)",
+    "the shift, first argument": "shift = shift - 0.05 * grad(lambda s: mean_cost(p, s, x, y))(shift)",
+    "the weights": "g = grad(mean_cost)(p, shift, x, y); p = STEP",
+}
+FOLDS = ("torch.add", "lambda a, b: a + b", "np.add")
+
+
+def script(weights: dict[str, str], one: str, two: str, fold: str = "torch.add") -> str:
+    text = PURE.replace("ONE", one).replace("TWO", two).replace("FOLD", fold)
+    for name, put in weights.items():
+        text = text.replace(name, put)
+    return text
+
+
+@pytest.mark.parametrize("learn", LEARN)
+@pytest.mark.parametrize("weights", [DICT, LIST], ids=["dict", "list"])
+def test_arrays_learn_where_a_gradient_is_taken_by_them(weights: dict[str, str], learn: str) -> None:
+    assert doubted(script(weights, SCORE, LEARN[learn])) == set()
+    assert broken(script(weights, LEARN[learn], SCORE)) in ({"training-before-scoring"}, {"slot-on-scored"})
+
+
+@pytest.mark.parametrize("fold", FOLDS)
+def test_a_sum_that_a_function_folds_is_followed(fold: str) -> None:
+    learn = LEARN["the shift"]
+    assert doubted(script(DICT, SCORE, learn, fold)) == set()
+    assert broken(script(DICT, learn, SCORE, fold)) == {"slot-on-scored"}

@@ -1,0 +1,165 @@
+"""The walk follows operators that are called by a name, attributes made by a call, and operators of the script's own
+classes: each once honest and once the other way."""
+# ruff: noqa: E501 (examples are texts of scripts)
+
+import pytest
+
+from tests.audit.order import HEAD, MAIN, broken, doubted, trace_of
+
+TRAIN = "    train(args, model)\n"
+EVAL = "    final = eval_ttt(args, model, val)\n"
+
+# Second moments of what enters each matrix, kept by STORE, over batches of READ; the weights follow from them.
+CALIBRATED = (
+    HEAD.replace("    flag = bool", "EXTRA    flag = bool")
+    + """
+import operator
+def calibrate(args, model):
+    sums, hooks = {}, []
+    def look(name):
+        return lambda module, given, out: STORE
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            hooks.append(module.register_forward_hook(look(name + ".weight")))
+    loader = Loader(args.READ)
+    with torch.no_grad():
+        for _ in range(8):
+            x, y = loader.next(65536)
+            model(x, y)
+    for hook in hooks:
+        hook.remove()
+    state = model.state_dict()
+    for name, moment in sums.items():
+        state[name] = state[name] @ torch.linalg.cholesky(moment)
+    model.load_state_dict(state)
+"""
+    + MAIN.replace(TRAIN, TRAIN + "    calibrate(args, model)\n")
+)
+GRAM = "(given[0].flatten(0, -2).T @ given[0].flatten(0, -2)).float()"
+STORES = {
+    "a dict's own method": f"sums.__setitem__(name, sums.get(name, 0) + {GRAM})",
+    "the module operator": f"operator.setitem(sums, name, operator.add(sums.get(name, 0), {GRAM}))",
+    "a method of the class": f"dict.update(sums, {{name: {GRAM}}})",
+}
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_what_a_named_operator_stores_is_followed(store: str) -> None:
+    text = CALIBRATED.replace("STORE", STORES[store]).replace("EXTRA", "")
+    assert "calibration-on-validation" not in doubted(text.replace("READ", "train_files"))
+    assert broken(text.replace("READ", "val_files")) == {"calibration-on-validation"}
+
+
+@pytest.mark.parametrize("made", ["property(lambda self: self.SOURCE)", "functools.cached_property(chosen)"])
+def test_an_attribute_that_a_call_makes_is_computed_when_it_is_read(made: str) -> None:
+    extra = f"    def chosen(self):\n        return self.SOURCE\n    calibration_files = {made}\n"
+    text = CALIBRATED.replace("STORE", STORES["a dict's own method"]).replace("EXTRA", extra)
+    text = text.replace("READ", "calibration_files")
+    assert "calibration-on-validation" not in doubted(text.replace("SOURCE", "train_files"))
+    assert broken(text.replace("SOURCE", "val_files")) == {"calibration-on-validation"}
+
+
+BEST = (
+    HEAD
+    + """
+import operator
+from dataclasses import dataclass
+@dataclass
+class Score:
+    loss: float
+    epochs: int
+def several(args, model, val):
+    weights = copy.deepcopy(model.state_dict())
+    scores = []
+    for epochs in (1, 2, 3):
+        model.load_state_dict(weights)
+        args.epochs = epochs
+        scores.append(Score(eval_ttt(args, model, val), epochs))
+    return CHOICE
+"""
+    + MAIN.replace(EVAL, "    final = several(args, model, val).loss\n")
+)
+CHOICES = {
+    "attrgetter": 'min(scores, key=operator.attrgetter("loss"))',
+    "sorted by attrgetter": 'sorted(scores, key=operator.attrgetter("loss"))[0]',
+}
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_a_getter_tells_by_what_a_score_is_chosen(choice: str) -> None:
+    assert "min-over-passes" in broken(BEST.replace("CHOICE", CHOICES[choice]))
+    honest = CHOICES[choice].replace('"loss"', '"epochs"')
+    assert "min-over-passes" not in doubted(BEST.replace("CHOICE", honest))
+
+
+LEDGER = (
+    HEAD
+    + """
+class Ledger:
+    def __init__(self, nats=0.0, tokens=0):
+        self.nats, self.tokens = nats, tokens
+    def __add__(self, other):
+        return Ledger(self.nats + other.nats, self.tokens + other.tokens)
+    def __iadd__(self, loss):
+        self.nats, self.tokens = self.nats + loss.double().sum().item(), self.tokens + loss.numel()
+        return self
+def walk(args, model, val):
+    opt, book = torch.optim.SGD(model.parameters(), lr=1e-3), Ledger()
+    for s in range(0, val.numel() - 1024, 1024):
+        x, y = val[s : s + 1024][None], val[s + 1 : s + 1025][None]
+        ONE
+        TWO
+    return book.nats / book.tokens
+"""
+    + MAIN.replace(EVAL, "    final = walk(args, model, val)\n")
+)
+LEARN = "opt.zero_grad(); model(x, y).backward(); opt.step()"
+LOSSES = 'F.cross_entropy(model.forward_logits(x).view(-1, 1024), y.view(-1), reduction="none")'
+BOOKS = {
+    "in place": f"book += {LOSSES}",
+    "a new one": f"book = book + Ledger({LOSSES}.double().sum().item(), 1024)",
+}
+
+
+@pytest.mark.parametrize("book", BOOKS)
+def test_a_ledger_with_operators_of_its_own_is_followed(book: str) -> None:
+    assert doubted(LEDGER.replace("ONE", BOOKS[book]).replace("TWO", LEARN)) == set()
+    assert broken(LEDGER.replace("ONE", LEARN).replace("TWO", BOOKS[book])) == {"training-before-scoring"}
+
+
+def test_named_operators_fold_as_the_written_ones() -> None:
+    text = "import operator\na = operator.mul(3, operator.add(2, 5))\nb = operator.gt(a, 20)\nc = (3).__sub__(1)\nprint(a, b, c)\n"
+    assert trace_of(text).unknowns() == []
+
+
+TOLD = (
+    HEAD
+    + """
+from dataclasses import dataclass
+@dataclass
+class Score:
+    loss: float
+    KIND
+    def again(self):
+        return f"{self.loss:.4f}"
+def report(score):
+    TELL
+"""
+    + MAIN.replace(
+        EVAL, "    first = Score(eval_ttt(args, model, val))\n    report(Score(eval_val(args, model, val)))\n"
+    )
+)
+TOLD = TOLD[: TOLD.index('    print(f"final val_loss')] + "main()\n"
+KINDS = {
+    "fields": "",
+    "str": 'def __str__(self):\n        return f"val_loss:{self.loss:.4f}"',
+    "format": 'def __format__(self, spec):\n        return "val_loss:%.4f" % self.loss',
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tell", ['print(f"final {score}")', 'print("final", score)'])
+def test_an_object_that_is_printed_says_its_numbers(kind: str, tell: str) -> None:
+    text = TOLD.replace("KIND", KINDS[kind]).replace("TELL", tell)
+    assert broken(text) == {"rescoring-after-adaptation"}
+    assert broken(text.replace("first = Score(eval_ttt(args, model, val))", "pass")) == set()
