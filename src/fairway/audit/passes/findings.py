@@ -157,6 +157,10 @@ def _objective(trace: Trace, update: Update) -> Place:
     for score in reversed(followed):
         if score.whole and score.stack[: depth - 1] == update.stack[:-1] and len(score.stack) >= depth:
             return score.stack[depth - 1]
+    for score in reversed(followed):  # the step is taken by a helper: the loss is made where that is called
+        shared = next((n for n, (a, b) in enumerate(zip(score.stack, update.stack, strict=False)) if a != b), 0)
+        if shared:
+            return score.stack[shared]
     return update.place
 
 
