@@ -1,4 +1,5 @@
 """Data, artifact and machine: what is stored, fetched, folded, held back and claimed."""
+# ruff: noqa: E501 (examples are texts of scripts)
 
 from pathlib import Path
 
