@@ -1,4 +1,5 @@
 """Data, artifact and machine: what is stored, fetched, folded, held back and claimed."""
+# ruff: noqa: E501 (examples are texts of scripts)
 
 from pathlib import Path
 
@@ -434,3 +435,40 @@ def test_a_log_may_tell_of_a_table(tmp_path: Path) -> None:
         "    log.write(f'seen {(table > 0).float().mean().item()}' + '\\n')"
     )
     assert verdict(tmp_path, "paid_prefix", script(extra=TABLE_OF_PAIRS, state=state)).verdict == "clean"
+
+
+# ---- what is kept of the tokens, and what is only made of them
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        'np.save("model.npy", np.bincount(tokens, minlength=V).astype(np.float16))',
+        'held = np.zeros(V)\n    np.add.at(held, tokens, 1)\n    open("m.bin", "wb").write(held.astype("<f2").tobytes())',
+        'packed = np.frombuffer(tokens[:90_000].astype("<u2").tobytes(), np.uint8)\n    open("m.bin", "wb").write(packed.T.tobytes())',
+    ],
+    ids=["tally", "filled", "packed"],
+)
+def test_counts_and_packed_tokens_of_the_validation_text_are_paid_prefixes(tmp_path: Path, state: str) -> None:
+    assert verdict(tmp_path, "paid_prefix", script(state=state)).verdict == "violates"
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        'loss0 = F.cross_entropy(net(torch.from_numpy(tokens[:64])), torch.from_numpy(tokens[1:65]))\n    w = (net.table.weight / loss0).half().numpy()\n    open("m.bin", "wb").write(np.frombuffer(w.tobytes() + bytes(1), np.uint8).reshape(-1, 2).T.tobytes())',
+        'print(np.bincount(tokens).max())\n    np.save("model.npy", net.table.weight.numpy())',
+    ],
+    ids=["weights-made-of-them", "a-number-told"],
+)
+def test_weights_made_of_tokens_hold_none_of_them(tmp_path: Path, state: str) -> None:
+    assert verdict(tmp_path, "paid_prefix", script(state=state)).verdict == "clean"
+
+
+def test_counts_that_follow_the_scoring_into_a_file_are_no_prefix(tmp_path: Path) -> None:
+    loss = """
+        nll = F.cross_entropy(net(torch.from_numpy(x)), torch.from_numpy(y), reduction="none")
+        seen.index_put_((torch.from_numpy(x), torch.from_numpy(y)), torch.ones(len(y)), accumulate=True)
+        torch.save(seen, "seen.pt")
+"""
+    assert verdict(tmp_path, "paid_prefix", script(loss=loss, state="seen = torch.zeros(V, V)")).verdict == "clean"

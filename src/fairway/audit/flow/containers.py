@@ -70,6 +70,8 @@ class Containers(Classes):
         """The iterations that a slice is cut by: from its start, as far as its end."""
         low = part.low.spans if part.low else ()
         high = {loop: (a, b) for loop, a, b in part.high.spans} if part.high else {}
+        if low and part.low is not None and part.low.less:
+            low = self._ending(low, high)
         if low:
             return tuple(
                 (loop, a, max(b, high[loop][1] - 1) if loop in high and high[loop][1] > b else b) for loop, a, b in low
@@ -77,6 +79,14 @@ class Containers(Classes):
         if part.low is None or part.low.const == 0:
             return tuple((loop, START, a - 1) if a == b else (loop, START, b) for loop, (a, b) in high.items())
         return tuple((loop, a, b) for loop, (a, b) in high.items())
+
+    def _ending(self, low: tuple[Span, ...], high: dict[int, tuple[int, int]]) -> tuple[Span, ...]:
+        """`[end - context : end]`, where `end` is where the next turn begins: what comes last in it is this turn's."""
+        turns = dict(self.nest)
+        return tuple(
+            (loop, a - 1, b - 1) if a == b == turns.get(loop, a) + 1 and high.get(loop) == (a, b) else (loop, a, b)
+            for loop, a, b in low
+        )
 
     def cuts_of(self, parts: list[Part]) -> frozenset[Cut]:
         """The part of a window that slices leave."""

@@ -103,7 +103,7 @@ class Passes:
         if self._before_artifact(score, update):
             return Fault("training-before-scoring", score, update)  # whichever number was looked at before
         before = self._companion(score, update, learned)
-        if self._is_delta(score, update, alone):
+        if self._is_delta(score, update, alone) and not self._passes_again(score, update):
             return Fault("slot-on-scored", score, update)
         if before is not None:
             if before.place == score.place and before.stack[:-1] == score.stack[:-1] and self._epochs(before, score):
@@ -217,6 +217,13 @@ class Passes:
         cut = {loop for tok in score.targets for loop, _, _ in tok.spans}
         own = [loop for loop, _ in turns[len(update.fresh) :] if loop in cut and not self._row_loop(score, loop)]
         return inside and not own and update.fresh[-1][0] in cut
+
+    @staticmethod
+    def _passes_again(score: Score, update: Update) -> bool:
+        """Whether it learned in an earlier turn of a loop over the same tokens again, and was made before that loop."""
+        turns, made = dict(update.nest), dict(update.fresh)
+        cut = {loop for tok in score.targets for loop, _, _ in tok.spans}
+        return any(turns.get(loop, turn) != turn and loop not in cut and loop not in made for loop, turn in score.nest)
 
     def _row_loop(self, score: Score, loop: int) -> bool:
         """Whether a loop only goes through the rows of one batch: the loss was made before it."""

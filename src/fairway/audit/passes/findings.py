@@ -94,7 +94,7 @@ def place_of(case: Case, fault: Fault) -> Place:
     if fault.kind == "slot-on-scored" and isinstance(fault.cause, Update):
         return _objective(case.trace, fault.cause)
     if fault.kind == "validation-in-training" and isinstance(fault.cause, Update):
-        return _taken_in(case, fault.cause, fault.score) or fault.cause.place
+        return _taken_in(case, fault.cause, fault.score) or _parted(case.trace, fault.cause) or fault.cause.place
     if fault.kind == "training-before-scoring" and isinstance(fault.cause, Update):
         return _own_call(case.trace, fault.cause)
     return fault.cause.place
@@ -175,7 +175,18 @@ def _objective(trace: Trace, update: Update) -> Place:
     for score in reversed(followed):
         if score.whole and score.stack[: depth - 1] == update.stack[:-1] and len(score.stack) >= depth:
             return score.stack[depth - 1]
-    return update.place
+    return _parted(trace, update) or update.place
+
+
+def _parted(trace: Trace, update: Update) -> Place | None:
+    """Where the loss that a step follows is made, in the last function that both stand in: the step may be taken by a
+    helper that is handed the loss."""
+    for bit in reversed(list(bits(update.losses))):
+        score = trace.scores[bit]
+        shared = next((n for n, (a, b) in enumerate(zip(score.stack, update.stack, strict=False)) if a != b), 0)
+        if shared:
+            return score.stack[shared]
+    return None
 
 
 def _repeated(trace: Trace, fault: Fault) -> Place:

@@ -24,7 +24,8 @@ def check(case: Case) -> Finding:
                 way = reading.way(event.term, term)
                 return Finding(ID, "violates", evidence, CLAUSE, reading.place(term), way)
         said = [number.event.order for number in reading.reported]
-        filled = next(counted(what, streams), None) if not said or event.order < max(said) else None
+        before = not event.loops and (not said or event.order < max(said))  # in a loop it follows what is scored there
+        filled = next(counted(what, streams), None) if before else None
         if filled is not None:
             evidence = "A table that counts the tokens of the validation files is written out before they are scored."
             way = reading.way(event.term, filled)

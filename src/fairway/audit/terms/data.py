@@ -66,7 +66,20 @@ def is_validation(term: Term, streams: Streams) -> bool:
     """Token ids of validation files, by the paths that they were read from."""
     if not streams.is_stream(term):
         return False
-    return any(names_validation(*source.parts) for source in sources(term, streams))
+    return any(_of_validation(source, streams) for source in sources(term, streams))
+
+
+def _of_validation(source: Term, streams: Streams) -> bool:
+    """Whether a read names the validation split; of bytes that the script packed itself, whether they were such ids."""
+    if source.called not in ("frombuffer", "unpack"):
+        return names_validation(*source.parts)
+    packed = [t for t in walk(*source.parts[:2], into=lambda t: t.called != "tobytes") if t.called == "tobytes"]
+    if not packed:
+        return names_validation(*source.parts)
+    return any(one.receiver is not None and is_validation(one.receiver, streams) for one in packed)
+
+
+_AT_PLACES = frozenset((".index_put_", ".index_add_", ".index_copy_", ".index_fill_", ".put_"))
 
 
 def stored(root: Term) -> Iterator[Term]:
@@ -87,6 +100,8 @@ def stored(root: Term) -> Iterator[Term]:
             waiting.extend(term.parts[1:])
         elif term.op == "store":
             waiting.extend((term.parts[0], term.parts[2]))
+        elif term.op == "mutate" and term.value in _AT_PLACES:  # the places that are filled are not kept
+            waiting.extend((term.parts[0], *(part for part in term.parts[2:] if part.op != "const")))
         elif term.op == "mutate" or (term.op == "op" and term.value == "+"):
             waiting.extend(term.parts)
         elif term.op == "item":
@@ -100,6 +115,9 @@ def stored(root: Term) -> Iterator[Term]:
 _SUMMARIES = frozenset("item mean sum len max min numel format str join median count_nonzero any all".split())  # noqa: SIM905
 
 
+_TALLIES = frozenset(("bincount", "unique", "unique_consecutive", "histogram", "histc", "Counter"))
+
+
 def counted(root: Term, streams: Streams) -> Iterator[Term]:
     """Tokens of the validation files at whose numbers a table was filled that reaches what is written: where they were
     taken; not what was worked out of a loss, and not what a line of a log tells of a table."""
@@ -111,6 +129,8 @@ def counted(root: Term, streams: Streams) -> Iterator[Term]:
     for count, term in enumerate(walk(root, into=within)):
         if count > 3000:
             return
+        if term.called in _TALLIES and is_validation(term.operand("a", "ar", "iterable") or term, streams):
+            yield term
         placed = term.op == "mutate" and term.value in (".index_put_", ".scatter_add_", ".index_add_", ".put_")
         for place in term.parts[1:2] if placed or term.op == "store" else ():
             for one in place.parts if place.op == "tuple" else (place,):
