@@ -15,6 +15,7 @@ from fairway.cli import main
 from tests.tiny.way import run_tiny
 
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
 keep_freed()
 
 
