@@ -16,6 +16,7 @@ from fairway.cli import main
 from tests.tiny.way import run_tiny
 
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
 keep_freed()
 settings.register_profile("fairway", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("fairway")  # a busy machine is no failure: drawing 9 inputs took a second beside two trainings

@@ -11,10 +11,17 @@ import time
 import pytest
 
 from fairway.base import slots
+from tests.score import nearby
 from tests.tiny.way import SAMPLE, TINY
 
 VERBS = ["run", "train", "quantize", "pack", "score", "probe", "sample", "doctor", "list", "list recipes"]
 VERBS += ["list techniques"]
+
+
+@pytest.fixture(autouse=True)
+def _decoded_here(monkeypatch):
+    """Proofs of these runs are decoded in this process; tests/test_prove_cli.py has those of another."""
+    nearby.watch(monkeypatch)
 
 
 def one_line(answer, code, *says):
@@ -80,9 +87,10 @@ def test_doctor_answers_in_a_table_and_in_json(fairway):
 
 
 def test_a_run_ends_in_a_table_a_folder_and_a_link_to_the_latest(fairway, tmp_path):
-    """Short: two seeds of two steps."""
+    """Short: two seeds of two steps, and 240 bytes held out, all of them proven."""
     short = ["--set", f"data.path={SAMPLE}", "--set", "train.schedule.steps=2", "--runs", tmp_path]
-    answer = fairway("run", TINY, *short, "--device", "cpu", "--seeds", "1,2")
+    few = ["--set", "data.source.valid_fraction=0.02"]
+    answer = fairway("run", TINY, *short, *few, "--device", "cpu", "--seeds", "1,2")
     assert answer.code == 0, answer.err
     for words in (
         "float",
@@ -98,7 +106,8 @@ def test_a_run_ends_in_a_table_a_folder_and_a_link_to_the_latest(fairway, tmp_pa
     folders = sorted(path for path in tmp_path.iterdir() if path.name != "latest")
     assert [path.name.split("-")[:2] for path in folders] == [["tiny", "1"], ["tiny", "2"]]
     assert (tmp_path / "latest").resolve() == folders[-1].resolve()
-    whole = fairway("run", TINY, *short, "--device", "cpu", "--json", "--set", "baselines=false")
+    bare = ["--set", "baselines=false", "--set", "proof_bytes=0"]
+    whole = fairway("run", TINY, *short, "--device", "cpu", "--json", *bare)
     assert json.loads(whole.out)["seed"] == 1337
     assert whole.err == ""
     newest = (tmp_path / "latest").resolve()

@@ -43,6 +43,14 @@ def exact_run(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def proven_run(tmp_path_factory):
+    """A run that proves all of its text, 1,200 bytes, by another process, really."""
+    folder = tmp_path_factory.mktemp("proven") / "run"
+    run_tiny(folder, *QUICK, "data.source.valid_fraction=0.1", "proof_bytes=8000")
+    return folder
+
+
 def score_of(folder):
     return json.loads((folder / "score.json").read_text())
 
@@ -60,9 +68,8 @@ def proof_of(answer):
 # The proof that ends a run.
 
 
-def test_a_run_ends_with_the_proof_of_a_slice_in_score_and_journal(tiny_run):
-    """By another process, really: the run of all tests."""
-    score = score_of(tiny_run)
+def test_a_run_ends_with_the_proof_of_a_slice_in_score_and_journal(proven_run):
+    score = score_of(proven_run)
     proof = score["proof"]
     assert set(proof) >= KEYS
     assert proof["decoded_equal"] is True
@@ -74,15 +81,15 @@ def test_a_run_ends_with_the_proof_of_a_slice_in_score_and_journal(tiny_run):
     assert proof["scored_as"] == "float32"
     assert proof["scored_bits"] == pytest.approx(score["code_length_bits"], rel=1e-6)
     assert proof["ideal_bits"] == pytest.approx(score["code_length_bits"], rel=1e-4)
-    assert proof["file_bytes"] == (tiny_run / "proof.fwc").stat().st_size
-    (fact,) = facts_of(tiny_run, "proof")
+    assert proof["file_bytes"] == (proven_run / "proof.fwc").stat().st_size
+    (fact,) = facts_of(proven_run, "proof")
     assert {key: fact[key] for key in proof} == proof
 
 
-def test_the_file_of_a_run_decodes_to_the_text_held_out(tiny_run, fairway, tmp_path):
-    answer = fairway("decompress", tiny_run / "proof.fwc", "-a", tiny_run / "artifact.fw", "-o", tmp_path / "text")
+def test_the_file_of_a_run_decodes_to_the_text_held_out(proven_run, fairway, tmp_path):
+    answer = fairway("decompress", proven_run / "proof.fwc", "-a", proven_run / "artifact.fw", "-o", tmp_path / "text")
     assert answer.code == 0
-    assert hashlib.sha256((tmp_path / "text").read_bytes()).hexdigest() == score_of(tiny_run)["text_sha256"]
+    assert hashlib.sha256((tmp_path / "text").read_bytes()).hexdigest() == score_of(proven_run)["text_sha256"]
 
 
 @pytest.mark.parametrize("cheat", [Peeks, LearnsBeforeItScores])

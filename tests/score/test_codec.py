@@ -525,10 +525,13 @@ def test_what_nobody_could_decode_is_not_written(artifact):
 # Mutations: 300 here, 10,000 in bench/mutations.py
 
 
-def test_no_mutation_is_decoded_wrongly_or_breaks_the_decoder(tmp_path):
-    path = tmp_path / "tiny.fw"
-    mutations.tiny_artifact(path)
-    drawn = list(mutations.cases(path.read_bytes(), mutations.originals(path), 300, seed=20))
+@pytest.fixture(scope="module")
+def originals(golden):
+    return mutations.originals(golden.path)
+
+
+def test_no_mutation_is_decoded_wrongly_or_breaks_the_decoder(golden, originals, tmp_path):
+    drawn = list(mutations.cases(golden.path.read_bytes(), originals, 300, seed=20))
     assert sum(case.honest for case in drawn) == 150
     tallies = mutations.run(iter(drawn), tmp_path, limit=20.0)
     assert [what for tally in tallies.values() for _, what in tally.wrong] == []
@@ -538,13 +541,10 @@ def test_no_mutation_is_decoded_wrongly_or_breaks_the_decoder(tmp_path):
     assert max(tally.megabytes for tally in tallies.values()) < 500
 
 
-def test_the_originals_of_the_mutations_decode(tmp_path):
+def test_the_originals_of_the_mutations_decode(golden, originals):
     """And hold what is to be mutated."""
-    path = tmp_path / "tiny.fw"
-    mutations.tiny_artifact(path)
-    artifact, made = open_artifact(path), mutations.originals(path)
-    assert all(decompress(artifact, one.content) == one.text for one in made)
-    parts = [part for one in made for segment in taken(one.content)[1] for part in segment.parts]
+    assert all(decompress(golden, one.content) == one.text for one in originals)
+    parts = [part for one in originals for segment in taken(one.content)[1] for part in segment.parts]
     assert max(len(part.blocks) for part in parts) > 2
     assert max(part.lanes for part in parts) > 1
     assert all(part.blocks[0].near for part in parts)

@@ -13,6 +13,7 @@ import pytest
 from fairway.artifact import open_artifact
 from fairway.base.errors import BudgetError, RecipeError
 from fairway.base.journal import Run
+from tests.score import nearby
 from tests.tiny.way import SAMPLE, interrupt_tiny, run_tiny
 
 SCORE_KEYS = {
@@ -21,6 +22,12 @@ SCORE_KEYS = {
     *("train_seconds", "calibration_seconds", "eval_seconds", "recipe_sha256", "text_sha256", "artifact_sha256"),
 }
 PRODUCTS = ["weights.safetensors", "hessians.safetensors", "integers.safetensors", "artifact.fw", "score.json"]
+
+
+@pytest.fixture(autouse=True)
+def _decoded_here(monkeypatch):
+    """Proofs of these runs are decoded in this process; tests/test_prove_cli.py has those of another."""
+    nearby.watch(monkeypatch)
 
 
 def score_of(folder):

@@ -82,7 +82,8 @@ class Block(nn.Module):
         self.mlp = slots.module_of(spec.mlp).Technique(spec.mlp, spec.width, spec.hidden, layer)
         self.attn_scale = nn.Parameter(torch.ones(spec.width))
         self.mlp_scale = nn.Parameter(torch.ones(spec.width))
-        mix = torch.stack((torch.ones(spec.width), torch.zeros(spec.width)))
+        # No torch.stack: on the meta device it imports sympy and dynamo, 2 s of whatever opens a file.
+        mix = torch.tensor([[1.0] * spec.width, [0.0] * spec.width])
         self.resid_mix = nn.Parameter(mix) if spec.residual_mix else None
         self.tagged = {name: ("gain", name) for name in ("attn_scale", "mlp_scale", "resid_mix")}
 

@@ -7,6 +7,7 @@ at them (strip.py), every name that is the module's as well, and all of a functi
 
 import ast
 import builtins
+import functools
 import re
 import string
 from collections import Counter
@@ -21,23 +22,27 @@ LOOKS = {"locals", "vars", "eval", "exec", "globals"}  # called in a function: i
 
 def shortened(sources: Mapping[str, str]) -> dict[str, str]:
     """The sources of a whole script, its functions' own names shortened."""
-    trees = {name: ast.parse(source) for name, source in sources.items()}
-    words = {
-        word.arg for tree in trees.values() for word in ast.walk(tree) if isinstance(word, ast.keyword) and word.arg
-    }
-    asked = {node.attr for tree in trees.values() for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    imports = [node for tree in trees.values() for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    return dict(_shortened(tuple(sources.items())))
+
+
+@functools.lru_cache(maxsize=8)  # 0.8 s a script: recipes that differ in values alone have the same sources
+def _shortened(sources: tuple[tuple[str, str], ...]) -> dict[str, str]:
+    trees = {name: ast.parse(source) for name, source in sources}
+    nodes = {name: list(ast.walk(tree)) for name, tree in trees.items()}  # names change in place: they stay these
+    words = {node.arg for every in nodes.values() for node in every if isinstance(node, ast.keyword) and node.arg}
+    asked = {node.attr for every in nodes.values() for node in every if isinstance(node, ast.Attribute)}
+    imports = [node for every in nodes.values() for node in every if isinstance(node, ast.ImportFrom)]
     asked |= {alias.name for node in imports for alias in node.names}
-    for tree in trees.values():
+    for name, tree in trees.items():
         outside = {node.id for node in _shallow(tree) if isinstance(node, ast.Name)} | _given(tree)
         for function in _outermost(tree):
             _shorten(function, words, outside)
-        _shorten_private(tree, asked)
+        _shorten_private(tree, nodes[name], asked)
     return {name: ast.unparse(tree) + "\n" if tree.body else "" for name, tree in trees.items()}
 
 
-def _shorten_private(tree: ast.Module, asked: set[str]) -> None:
-    """What a module binds under a name of one underscore, and nothing asks it for."""
+def _shorten_private(tree: ast.Module, nodes: list[ast.AST], asked: set[str]) -> None:
+    """What a module binds under a name of one underscore, and nothing asks it for. nodes: all of the tree."""
     bound = {node.name for node in tree.body if isinstance(node, Function | ast.ClassDef)}
     bound |= {
         target.id
@@ -46,10 +51,12 @@ def _shorten_private(tree: ast.Module, asked: set[str]) -> None:
         if isinstance(target, ast.Name)
     }
     private = sorted(name for name in bound if re.fullmatch("_[a-zA-Z].*", name) and name not in asked)
-    taken = asked | bound | {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    if not private:
+        return
+    taken = asked | bound | {node.id for node in nodes if isinstance(node, ast.Name)}
     fresh = (f"_{name}" for name in _names() if f"_{name}" not in taken)
     short = {name: next(fresh) for name in private}
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Name):
             node.id = short.get(node.id, node.id)
         elif isinstance(node, ast.Global):

@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,7 @@ from torch import Tensor
 from fairway.artifact import Artifact
 from fairway.base.devices import threads
 from fairway.base.errors import ArtifactError
+from fairway.model import GPT
 from fairway.score import exact, range_coder
 from fairway.score.codec import limits
 from fairway.score.codec.format import STATE, Block, Part
@@ -31,6 +33,9 @@ from fairway.score.tellers import normalise
 
 Progress = Callable[[int], None]
 """Called with the number of tokens done."""
+
+# Kept as long as the opened file is: to build one took half of the seconds of a short text.
+_unchanged: "WeakKeyDictionary[Artifact, GPT]" = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,7 @@ def encode_part(
     limits.check(spec, stage, trained, len(tokens) - 1, whole or len(tokens) - 1, spec.lanes)
     stream = stream_of(stage, len(tokens) - 1, spec, trained, whole)
     tape = Tape(tokens, "cpu", stream.edges)
-    predictor = predictor_of(model_on(artifact, None, exact=True), tape, stream, spec, stage)
+    predictor = predictor_of(_model(artifact, stage), tape, stream, spec, stage)
     coding, coder = Coding(stream.targets, spec.temperature, progress), range_coder.encoder()
     ledger, checks = Ledger(stream.targets), _Checks(stream, block, predictor.adapter)
     updates = 0
@@ -115,7 +120,7 @@ def decode_part(
     spec = exactly(spec, stage, part, name)
     stream = stream_of(stage, part.targets, spec, artifact.model_spec.context, part.whole)
     tape = BlankTape(artifact.tokenizer.bos, stream.edges)
-    predictor = predictor_of(model_on(artifact, None, exact=True), tape, stream, spec, stage)
+    predictor = predictor_of(_model(artifact, stage), tape, stream, spec, stage)
     checks = _Checks(stream, part.block, predictor.adapter)
     reader = Reader(range_coder.decoder(part.words), part, spec.temperature, progress, name)
     for unit in stream:
@@ -186,6 +191,15 @@ class Reader:
         listed = [(row, *entry) for row, place in enumerate(positions.tolist()) for entry in self.near.get(place, ())]
         if listed:
             exact.overrule(z, exact.Near(*(np.array(column, np.int64) for column in zip(*listed, strict=True))))
+
+
+def _model(artifact: Artifact, stage: Stage) -> GPT:
+    """The model in float64: one for all parts that nothing is learned from, a fresh one for each of the others."""
+    if stage == "adapted":
+        return model_on(artifact, None, exact=True)
+    if artifact not in _unchanged:
+        _unchanged[artifact] = model_on(artifact, None, exact=True)
+    return _unchanged[artifact]
 
 
 def trial(artifact: Artifact, spec: ScoreSpec) -> str:
