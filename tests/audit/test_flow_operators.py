@@ -163,3 +163,14 @@ def test_an_object_that_is_printed_says_its_numbers(kind: str, tell: str) -> Non
     text = TOLD.replace("KIND", KINDS[kind]).replace("TELL", tell)
     assert broken(text) == {"rescoring-after-adaptation"}
     assert broken(text.replace("first = Score(eval_ttt(args, model, val))", "pass")) == set()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_object_that_was_chosen_by_its_loss_says_so_when_it_is_printed(kind: str) -> None:
+    best = BEST.replace("    epochs: int\n", f"    epochs: int\n    {KINDS[kind]}\n", 1)
+    best = best.replace(
+        "    final = several(args, model, val).loss\n", '    print(f"final {several(args, model, val)}")\n'
+    )
+    best = best[: best.index('    print(f"final val_loss')] + "main()\n"
+    assert "min-over-passes" in broken(best.replace("CHOICE", CHOICES["attrgetter"]))
+    assert "min-over-passes" not in doubted(best.replace("CHOICE", CHOICES["attrgetter"].replace('"loss"', '"epochs"')))

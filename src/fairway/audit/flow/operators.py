@@ -89,7 +89,10 @@ class Operators(Torches):
                 parts.append(self.flat(self.call(method[0], [self.ref(obj), *given], {}, node)))
             fields = [each for line in self.line_of(obj.data) for each in line.slots.get("#fields", ())]
             parts += [self.flat(obj.slots.get(each, NOTHING)) for each in fields if method is None]
-        return blend(*parts).but(const=MISSING, refs=frozenset()) if parts else value
+        if not parts:
+            return value
+        said = blend(*parts).but(const=MISSING, refs=frozenset())
+        return said.but(choices=said.choices | value.choices)
 
     def special(self, base: Value, name: str, args: list[Value], node: ast.AST | None) -> Value | None:
         """base.__name__(*args), where it stands for an operator; None where it does not, or is the script's own."""
