@@ -184,6 +184,20 @@ class Learning(Core):
         if any("#module" in state.slots for state in self.content(obj).states):
             self.heap.set(obj, "#copy", 1)
 
+    def grown(self, value: Value, node: ast.AST | None, leaf: bool = True) -> Value:
+        """The tensors of a value, as leaves; of a value that is no tensor (a copy on another device), a new one."""
+        tensors = [obj for obj in value.refs if obj.kind == "tensor"]
+        if not tensors:
+            cell = self.new("tensor", None, node)
+            flat = self.flat(value)
+            cell.slots["#content"] = Value(choices=flat.choices)
+            if flat.knows:
+                cell.slots["#learned"] = flat.knows
+            tensors = [cell]
+        for obj in tensors if leaf else ():
+            self.grow(obj)
+        return Value(refs=frozenset(tensors), flags=value.flags)
+
     def leaves(self, value: Value, deep: int = 5) -> list[Obj]:
         """The models and tensors in a nest of lists and dicts."""
         found: dict[Obj, None] = {}
@@ -266,8 +280,9 @@ class Learning(Core):
         return list(found)
 
     def earlier_dropped(self, value: Value) -> Value:
-        """What a position holds may know the positions before it: such Updates are no fault wherever it is read."""
-        if not value.knows or not value.toks:
+        """What a position holds may know the positions before it: such Updates are no fault wherever it is read. Of
+        what is no token (a count, an id that a table proposes) only what its tables have learned is dropped."""
+        if not value.knows:
             return value
         keep = 0
         order = [loop for loop, _ in self.nest]
@@ -276,13 +291,20 @@ class Learning(Core):
         now = Tok("", tuple(self.here()))
         asked = [tok for tok in value.toks if order and any(loop == order[-1] for loop, _, _ in tok.spans)]
 
-        def before(tok: Tok) -> bool:
-            """Whether it comes before this position, or is in the context that the value was looked up by."""
-            earlier = related(replace(tok, data=""), now, order) == "earlier"
-            return earlier or any(_not_after(tok, each, order[-1]) for each in asked)
+        def before(tok: Tok, update: events.Update) -> bool:
+            """Whether it comes before this position, or is in the context that the value was looked up by; or is what
+            an earlier turn has learned, and not after this position: `table[...] = tokens[i + 1]`."""
+            how = related(replace(tok, data=""), now, order)
+            passed = bool(self.nest) and any(loop == order[-1] and n < self.nest[-1][1] for loop, n in update.nest)
+            return (
+                how == "earlier"
+                or (how == "same" and passed)
+                or any(_not_after(tok, each, order[-1]) for each in asked)
+            )
 
         for update in self.trace.learned(value.knows):
-            if not update.learned or not all(before(tok) for tok in update.learned):
+            known = bool(update.learned) and all(before(tok, update) for tok in update.learned)
+            if not known or (not value.toks and update.how != "table"):
                 keep |= 1 << update.bit
         return value.but(knows=keep)
 

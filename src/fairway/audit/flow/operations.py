@@ -145,14 +145,20 @@ class Operations(Arithmetic):
             return NOTHING
         base = args[0]
         if name == "requires_grad_":
-            on = args[1].const if len(args) > 1 else True
-            for obj in base.refs:
-                if obj.kind == "tensor" and on is not False:
-                    self.grow(obj)
-            return base
+            return base if len(args) > 1 and args[1].const is False else self._started(base, node)
         first = args[1].const if len(args) > 1 else MISSING
         row = (name in MAKES_ROW and first == 0) or (name in ("reshape", "view") and first == 1)
         return base.but(flags=base.flags | ONE_ROW) if row else base
+
+    def _started(self, base: Value, node: ast.AST | None) -> Value:
+        """What takes gradients from here on. What a model has computed stays what it is."""
+        flat = self.flat(base)
+        if not base.refs and not (flat.toks or flat.states or flat.losses):
+            return self.grown(base, node)
+        for obj in base.refs:
+            if obj.kind == "tensor":
+                self.grow(obj)
+        return base
 
     def _cast(self, base: Value) -> Value:
         weights = [obj for obj in base.refs if self.learner(obj) and (obj.kind == "tensor" or base.flags & WEIGHTS)]

@@ -163,19 +163,8 @@ class Torches(Builtins):
 
     def _do_Parameter(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:
         content = args[0] if args else kwargs.get("data", NOTHING)
-        tensors = [obj for obj in content.refs if obj.kind == "tensor"]
         grows = kwargs.get("requires_grad")
-        if not tensors:
-            cell = self.new("tensor", None, node)
-            flat = self.flat(content)
-            cell.slots["#content"] = Value(choices=flat.choices)
-            if flat.knows:
-                cell.slots["#learned"] = flat.knows
-            tensors = [cell]
-        for obj in tensors:
-            if grows is None or grows.const is not False:
-                self.grow(obj)
-        return Value(refs=frozenset(tensors), flags=content.flags)
+        return self.grown(content, node, leaf=grows is None or grows.const is not False)
 
     _do_Buffer = _do_Parameter
 

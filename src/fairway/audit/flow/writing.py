@@ -111,8 +111,25 @@ class Writing(Containers):
             both = join(old, value) if isinstance(old, Value) and len(base.refs) > 1 else value
             self.heap.set(obj, ("k", key.const), both)
         else:
-            self.add_content(obj, value, "#elem")
+            if not self._leaf_under_every_key(obj, value):
+                self.add_content(obj, value, "#elem")
             self.add_content(obj, key, "#keys")
+
+    def _leaf_under_every_key(self, obj: Obj, value: Value) -> bool:
+        """`for k in list(P): P[k] = P[k].to(device).requires_grad_()`: one leaf stands for all, in the place of the
+        tensors that it was made of. False for a dict without known keys: its leaves are told apart."""
+        if not any("#leaf" in each.slots for each in value.refs):
+            return False
+        known = [(key, held) for key, held in obj.slots.items() if isinstance(key, tuple) and isinstance(held, Value)]
+        if any("#leaf" in each.slots for _, held in known for each in held.refs):
+            return True
+        for key, held in known:
+            flat = self.flat(held)
+            if not (flat.toks or flat.losses or flat.const is not MISSING):
+                self.heap.set(obj, key, value)
+        if known:
+            self.heap.set(obj, "#elem", value)
+        return bool(known)
 
     @staticmethod
     def _kept(keys: list[Value], value: Value) -> bool:

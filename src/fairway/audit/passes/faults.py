@@ -44,9 +44,9 @@ class Passes:
             for score in trace.scores
             if score.bit not in followed and any(tok.data in self.data for tok in score.targets)
         ]
-        self.train_places = {
-            update.place for update in trace.updates if any(tok.data == "train" for tok in update.learned)
-        }
+        taught = [update for update in trace.updates if any(tok.data == "train" for tok in update.learned)]
+        self.train_places = {update.place for update in taught}
+        self.trained = {update.state for update in taught}  # weights, if need be in a dict of tensors: no slots
 
     def faults(self, said: tuple[Said, ...]) -> list[Fault]:
         """All faults of these numbers, in the order of the script."""
@@ -95,7 +95,7 @@ class Passes:
             return Fault(self._table_kind(score, update, learned), score, update)
         if update.how == "computed":
             return Fault("calibration-on-validation", score, update)
-        alone = state is not None and state.kind == "tensor" and state.owner is None
+        alone = state is not None and state.kind == "tensor" and state.owner is None and state not in self.trained
         if alone and score.scaled:
             return Fault("temperature-from-validation", score, update)
         if any(tok.data == "train" for tok in update.learned) and self._in_artifact(score, update):
