@@ -54,9 +54,16 @@ def attribute(m: "Machine", base: Term, word: str, file: str, line: int) -> Term
         one = element(m, base.parts[0], file, line)
         if one.op in ("object", "merge", "choice"):
             return attribute(m, one, word, file, line)
-    if base.op == "call" and base.called == "parse_args" and word in m.options:
+    if word in m.options and is_parsed(base):
         return m.options[word]
     return Term("attr", (base,), word, file, line)
+
+
+def is_parsed(term: Term) -> bool:
+    """Whether it is what argparse read: parse_args(), the first of parse_known_args()."""
+    if term.op == "item" and term.parts[1].constant() == 0:
+        return term.parts[0].op == "call" and term.parts[0].called == "parse_known_args"
+    return term.op == "call" and term.called == "parse_args"
 
 
 def nothing(term: Term) -> bool:
