@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fairway.audit.settings import PURE, UNKNOWN, attempt
-from fairway.audit.terms import assigning, attributes, calls, elements, items, objects
+from fairway.audit.terms import assigning, attributes, beside, calls, elements, items, objects
 from fairway.audit.terms.term import Term, layers
 from fairway.audit.terms.things import Class, Instance, constant
 
@@ -385,6 +385,8 @@ FUNCTIONS: dict[str, Any] = {
     "sum": _sum,
     "len": _len,
     "vars": _vars,
+    "json.load": beside.loaded,
+    "json.loads": beside.loaded,
     "logging.basicConfig": _logging,
     "type": _type,
     "asyncio.run": _same,
