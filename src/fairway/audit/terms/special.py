@@ -211,9 +211,8 @@ def _replaced(m: "Machine", base: Term, positional: list[Term], named: dict[str,
 
 
 def _vars(m: "Machine", name: str, positional: list[Term], named: dict[str, Term], here: "Here") -> Term | None:
-    if positional and attributes.is_parsed(positional[0]) and m.options:
-        pairs = [part for word, term in m.options.items() for part in (constant(word, here.file, here.line), term)]
-        return Term("dict", tuple(pairs), None, here.file, here.line)
+    if positional and attributes.is_parsed(positional[0]):
+        return attributes.parsed_table(m, here.file, here.line)
     return objects.table(positional[0], here.file, here.line) if positional else None
 
 
