@@ -37,7 +37,7 @@ class Case:
         submission = self.submission
         texts = [("README.md", submission.readme), ("run.sh", submission.command), *submission.logs.items()]
         trees = [script.tree for script in self.script.all() if script.tree is not None]
-        return read(self.script.path, [(path, text) for path, text in texts if text], trees)
+        return read(self.script.path, [(path, text) for path, text in texts if text], trees, submission.tables)
 
     @cached_property
     def trace(self) -> Trace:

@@ -43,12 +43,13 @@ class Settings:
     """What was said about a script's switches from outside it.
 
     environment: variable -> its text, or UNKNOWN where the texts disagree; arguments: option (as `val_docs`) -> its
-    text, True for a bare flag; commands: the lines they come from.
+    text, True for a bare flag; commands: the lines they come from; tables: texts of the JSON files beside the script.
     """
 
     environment: Mapping[str, Value] = field(default_factory=dict)
     arguments: Mapping[str, Value] = field(default_factory=dict)
     commands: tuple[Command, ...] = ()
+    tables: Mapping[str, str] = field(default_factory=dict)
 
     def environ(self, name: Value, default: Value = UNKNOWN) -> Value:
         """os.environ.get(name, default): the run command's text, else the default. What every rank is given
@@ -65,9 +66,15 @@ class Settings:
         return said
 
 
-def read(script: str, texts: Iterable[tuple[str, str]], trees: Iterable[ast.Module] = ()) -> Settings:
+def read(
+    script: str,
+    texts: Iterable[tuple[str, str]],
+    trees: Iterable[ast.Module] = (),
+    tables: Mapping[str, str] | None = None,
+) -> Settings:
     """The settings of the script with this file name. texts: (path, text) of README, logs, shell files; trees: the
-    script's own, whose settings are looked up in the logs. A log is of the run itself and wins over a README."""
+    script's own, whose settings are looked up in the logs; tables: (path -> text) of JSON files. A log is of the run
+    itself and wins over a README."""
     from fairway.audit.logged import environment_by_logs  # it folds expressions by this module
 
     texts = list(texts)
@@ -83,6 +90,7 @@ def read(script: str, texts: Iterable[tuple[str, str]], trees: Iterable[ast.Modu
         environment=environment,
         arguments=_agreed([command.arguments for command in found]),
         commands=tuple(found),
+        tables=tables or {},
     )
 
 

@@ -4,10 +4,11 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fairway.audit.beside import BYTES
 from fairway.audit.reading import Folder, Reader, Script, bounds
 from fairway.base.errors import DataError
 
@@ -27,6 +28,7 @@ class Submission:
     claims: submission.json, or empty; logs: text by path; readme: README.md, or empty; command: run.sh and its like
     record: whether it is a record folder (it claims a score: submission.json or a log lies there)
     flaw: what of the claims could not be read, or ""
+    tables: the texts of small JSON files, by path: a command may name one as its settings
     """
 
     root: Path
@@ -40,6 +42,7 @@ class Submission:
     command: str = ""
     record: bool = False
     flaw: str = ""
+    tables: Mapping[str, str] = field(default_factory=dict)
 
 
 def opened(path: Path) -> Submission:
@@ -82,8 +85,10 @@ def _folder(root: Path) -> Submission:
     entry = reader.script(_entry(root, scripts, [command, readme, *logs.values()]))
     others = [name for name in scripts if name != entry.path]
     read = (entry, *(reader.script(name) for name in sorted(others)[:50]))
+    record = bool(claims or flaw or logs)
+    tables = {name: _text(root / name) for name, size in sizes.items() if name.endswith(".json") and size <= BYTES}
     name = root.resolve().name
-    return Submission(root, name, entry, read, sizes, claims, logs, readme, command, bool(claims or flaw or logs), flaw)
+    return Submission(root, name, entry, read, sizes, claims, logs, readme, command, record, flaw, tables)
 
 
 def _files(root: Path) -> Iterator[tuple[str, int]]:

@@ -125,6 +125,11 @@ class Builtins(Opening):
 
     _do_OrderedDict = _do_dict
 
+    def _do_vars(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        """vars(args): its names and values"""
+        held = any(obj.kind == "instance" or obj.data == "namespace" for obj in args[0].refs) if args else False
+        return self.get(args[0], "__dict__", node) if held else None
+
     def _do_Counter(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:
         new = self._do_dict(name, [], {}, node)
         for each in args:

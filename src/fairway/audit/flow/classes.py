@@ -196,9 +196,7 @@ class Classes(Learning):
         if hook is not None and not name.startswith("__"):
             return self.call(hook[0], [this, Value(const=name)], {}, node)
         if name == "__dict__":
-            view = self.new("dict", "vars", node)
-            view.slots.update({("k", key): value for key, value in obj.slots.items() if isinstance(value, Value)})
-            return self.ref(view)
+            return self._as_table(obj, node)
         if name == "param_groups" and "#targets" in obj.slots:
             return self._groups(obj, node)
         if "#module" in obj.slots and name in _SAME:
@@ -208,6 +206,12 @@ class Classes(Learning):
         if any(each.kind == "foreign" for each in self.line_of(obj.data)[1:]):
             return self.ref(self.new("method", (this, name)))
         return self.flat(obj.slots.get("#content", NOTHING))
+
+    def _as_table(self, obj: Obj, node: ast.AST | None) -> Value:
+        """What an object holds, by name: obj.__dict__, vars(obj)."""
+        view = self.new("dict", "vars", node)
+        view.slots.update({("k", key): value for key, value in obj.slots.items() if isinstance(value, Value)})
+        return self.ref(view)
 
     def _groups(self, obj: Obj, node: ast.AST | None) -> Value:
         group = self.new("dict", "group", node)
@@ -252,6 +256,8 @@ class Classes(Learning):
             return self.path([piece], None) if name == "parent" else piece
         if "#path" in obj.slots and name == "parts" and (pieces := self.pieces_of_path(this)) is not None:
             return pieces
+        if name == "__dict__" and obj.data == "namespace":  # what argparse read, SimpleNamespace(...)
+            return self._as_table(obj, None)
         return self.ref(self.new("method", (this, name)))
 
     def put(self, base: Value, name: str, value: Value, node: ast.AST | None) -> None:

@@ -158,7 +158,11 @@ class Foreign(Operators):
     _do_setdefault = _do_get
 
     def _do_ArgumentParser(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:
-        return self.ref(self.new("thing", "argparse", node))
+        parser = self.new("thing", "argparse", node)
+        for parent in self.elements(kwargs.get("parents", NOTHING), node).exact or ():
+            for obj in parent.refs:  # their options are its own
+                parser.slots.update({key: value for key, value in obj.slots.items() if isinstance(value, Value)})
+        return self.ref(parser)
 
     def parser_method(
         self, obj: Obj, name: str, args: list[Value], kwargs: dict[str, Value], node: Any

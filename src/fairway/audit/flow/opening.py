@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from typing import Any
 
+from fairway.audit.beside import table_of, text_at
 from fairway.audit.flow.methods import Methods
 from fairway.audit.flow.values import (
     NONE,
@@ -12,6 +13,7 @@ from fairway.audit.flow.values import (
     Value,
     blend,
 )
+from fairway.audit.settings import UNKNOWN
 
 
 class Opening(Methods):
@@ -69,11 +71,28 @@ class Opening(Methods):
         return self.read_from(self.path_of(args[0]), node)
 
     def _do_load(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        if name.startswith("json") and args:
+            written = self.text_of(self.path_of(args[0])) in self.files.slots
+            text = None if written else text_at(self.settings.tables, self.path_of(args[0]).const)
+            if text is not None and table_of(text) is not UNKNOWN:
+                return self.spelt(table_of(text), node)
         if name.startswith(("json", "pickle", "yaml", "toml", "marshal")) and args:
             return self.read_from(self.path_of(args[0]), node)
         if args and self._buffer(args[0]) is not None:
             return self._buffer(args[0])
         return None
+
+    def spelt(self, told: Any, node: ast.AST | None) -> Value:
+        """A table or list of constants, as if the script had written it out."""
+        if isinstance(told, dict):
+            table = self.new("dict", None, node)
+            table.slots.update({("k", key): self.spelt(each, node) for key, each in told.items()})
+            return self.ref(table)
+        if isinstance(told, list):
+            listed = self.new("list", None, node)
+            listed.slots["#items"] = Value(items=tuple(self.spelt(each, node) for each in told))
+            return self.ref(listed)
+        return Value(const=told)
 
     def _buffer(self, value: Value) -> Value | None:
         """What was put into a BytesIO."""
@@ -116,7 +135,10 @@ class Opening(Methods):
         return self._saved(args[0]) if packs else None
 
     def _do_loads(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
-        """pickle.loads, zlib.decompress: what was packed"""
+        """pickle.loads, zlib.decompress: what was packed; json.loads of a text that is known"""
+        if args and name.startswith("json") and isinstance(args[0].const, str):
+            table = table_of(args[0].const)
+            return None if table is UNKNOWN else self.spelt(table, node)
         packed = args and any(obj.kind in ("dict", "list", "instance", "tensor") for obj in args[0].refs)
         return args[0] if packed and not name.startswith(("json", "yaml", "toml")) else None
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from fairway.audit.terms import calls, objects
 from fairway.audit.terms.elements import element
 from fairway.audit.terms.term import Term, alternatives
-from fairway.audit.terms.things import Bound, Function
+from fairway.audit.terms.things import Bound, Function, constant
 
 if TYPE_CHECKING:
     from fairway.audit.terms.machine import Machine
@@ -54,9 +54,24 @@ def attribute(m: "Machine", base: Term, word: str, file: str, line: int) -> Term
         one = element(m, base.parts[0], file, line)
         if one.op in ("object", "merge", "choice"):
             return attribute(m, one, word, file, line)
-    if base.op == "call" and base.called == "parse_args" and word in m.options:
+    if word in m.options and is_parsed(base):
         return m.options[word]
+    if word == "__dict__" and is_parsed(base):
+        return parsed_table(m, file, line)
     return Term("attr", (base,), word, file, line)
+
+
+def is_parsed(term: Term) -> bool:
+    """Whether it is what argparse read: parse_args(), the first of parse_known_args()."""
+    if term.op == "item" and term.parts[1].constant() == 0:
+        return term.parts[0].op == "call" and term.parts[0].called == "parse_known_args"
+    return term.op == "call" and term.called == "parse_args"
+
+
+def parsed_table(m: "Machine", file: str, line: int) -> Term:
+    """All options by name: vars(args), args.__dict__."""
+    pairs = [part for word, term in m.options.items() for part in (constant(word, file, line), term)]
+    return Term("dict", tuple(pairs), None, file, line)
 
 
 def nothing(term: Term) -> bool:

@@ -267,7 +267,15 @@ def _mapping(m: "Machine", node: Any, frame: Frame) -> Term:
                 )
         else:
             parts.extend((value(m, key, frame), value(m, item_value, frame)))
-    return Term("dict", tuple(parts), None, frame.file, node.lineno)
+    return Term("dict", _last_of_each(parts), None, frame.file, node.lineno)
+
+
+def _last_of_each(parts: list[Term]) -> tuple[Term, ...]:
+    """Keys and values in turn; of a key that comes twice, {**defaults, **given}, the later value."""
+    named = [key.value if key.op == "const" and isinstance(key.value, (str, int)) else None for key in parts[::2]]
+    last = {name: at for at, name in enumerate(named)}
+    kept = [at for at, name in enumerate(named) if name is None or last[name] == at]
+    return tuple(part for at in kept for part in parts[2 * at : 2 * at + 2])
 
 
 def _comprehension(m: "Machine", node: Any, frame: Frame) -> Term:

@@ -60,7 +60,7 @@ def programs(submission: Submission, settings: Settings) -> Programs:
             continue
         if len(companions) < _COMPANIONS:
             texts = [("README.md", submission.readme), ("run.sh", submission.command), *submission.logs.items()]
-            own = read(script.path, [(path, text) for path, text in texts if text])
+            own = read(script.path, [(path, text) for path, text in texts if text], tables=submission.tables)
             companions.append(run(script, own, submission))
     return Programs(entry, tuple(companions))
 

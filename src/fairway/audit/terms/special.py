@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fairway.audit.settings import PURE, UNKNOWN, attempt
-from fairway.audit.terms import assigning, attributes, calls, elements, items, objects
+from fairway.audit.terms import assigning, attributes, beside, calls, elements, items, objects
 from fairway.audit.terms.term import Term, layers
 from fairway.audit.terms.things import Class, Instance, constant
 
@@ -211,6 +211,8 @@ def _replaced(m: "Machine", base: Term, positional: list[Term], named: dict[str,
 
 
 def _vars(m: "Machine", name: str, positional: list[Term], named: dict[str, Term], here: "Here") -> Term | None:
+    if positional and attributes.is_parsed(positional[0]):
+        return attributes.parsed_table(m, here.file, here.line)
     return objects.table(positional[0], here.file, here.line) if positional else None
 
 
@@ -325,6 +327,20 @@ def _setdefault(m: "Machine", base: Term, positional: list[Term], named: dict[st
     return positional[1]
 
 
+def _pop(m: "Machine", base: Term, positional: list[Term], named: dict[str, Term], here: "Here") -> Term | None:
+    """table.pop(name) of a table with named entries: the others stay what they are."""
+    table = elements.entries(base) or {}
+    key = positional[0].constant() if positional else None
+    if not isinstance(key, (str, int)) or key not in table:
+        return None
+    if here.node is None or not isinstance(here.node.func, ast.Attribute):
+        return None
+    taken = table.pop(key)
+    pairs = [part for word, term in table.items() for part in (constant(word, here.file, here.line), term)]
+    assigning.write_back(m, here.node.func.value, Term("dict", tuple(pairs), None, here.file, here.line), here.frame)
+    return taken
+
+
 def _len(m: "Machine", name: str, positional: list[Term], named: dict[str, Term], here: "Here") -> Term | None:
     """How many functions are in a list of functions that is written out."""
     listed = elements.listing(positional[0]) if len(positional) == 1 else None
@@ -368,6 +384,8 @@ FUNCTIONS: dict[str, Any] = {
     "sum": _sum,
     "len": _len,
     "vars": _vars,
+    "json.load": beside.loaded,
+    "json.loads": beside.loaded,
     "logging.basicConfig": _logging,
     "type": _type,
     "asyncio.run": _same,
@@ -397,6 +415,7 @@ METHODS: dict[str, Any] = {
     "index": _index,
     "_replace": _replaced,
     "setdefault": _setdefault,
+    "pop": _pop,
     "run_until_complete": lambda m, base, positional, named, here: positional[0] if positional else None,
     "asend": _send,
 }

@@ -1,0 +1,148 @@
+"""Experiments that a script leaves off stay off, whichever way its settings come from a table to where they are used:
+argparse over a table of defaults, vars() of what it read, a JSON file that the command names."""
+# ruff: noqa: E501 (examples are texts of scripts)
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+
+from fairway.audit.beside import table_of, text_at
+from fairway.audit.case import Case
+from fairway.audit.reading.script import Script
+from fairway.audit.settings import UNKNOWN
+from fairway.audit.submission import Submission
+from tests.audit.order import HEAD, RULES
+from tests.audit.small import TABLE, script, verdict
+
+DEFAULTS = '{"data": "./data/shards_val_*.bin", "train_files": "./data/shards_train_*.bin", "cap": 600.0, "reserve": 12.0, "seq_len": 1024, "chunk": 32768, "epochs": 1, "ahead": 0, "bytes_from": "table"}'
+READ = {
+    "vars of argparse": """
+def settings():
+    cfg = dict(DEFAULTS)
+    ap = argparse.ArgumentParser()
+    ap.add_argument("--config", default="")
+    for key, value in cfg.items():
+        ap.add_argument("--" + key, type=type(value), default=value)
+    out = vars(ap.parse_args())
+    out.pop("config", None)
+    return out
+""",
+    "a config before the options": """
+def settings(argv=None):
+    cfg = dict(DEFAULTS)
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--config", default="")
+    known, rest = first.parse_known_args(argv)
+    if known.config:
+        with open(known.config) as f:
+            cfg.update(json.load(f))
+    ap = argparse.ArgumentParser(parents=[first])
+    for key, value in cfg.items():
+        ap.add_argument("--" + key, type=type(value), default=value)
+    return ap.parse_args(argv).__dict__
+""",
+    "a config without options": """
+def settings():
+    ap = argparse.ArgumentParser()
+    ap.add_argument("--config", default=None)
+    args, _ = ap.parse_known_args()
+    given = json.loads(Path(args.config).read_text()) if args.config else {}
+    return {**DEFAULTS, **given}
+""",
+}
+AHEAD = """
+def main():
+    cfg = settings()
+    args = types.SimpleNamespace(**cfg)
+    model = GPT().cuda()
+    train(args, model)
+    val = load(cfg["data"])
+    for _ in range(cfg["ahead"]):
+        opt = torch.optim.SGD(model.parameters(), lr=1e-3)
+        for at in range(0, val.numel() - 1, 1024):
+            model(val[at : at + 1024][None], val[at + 1 : at + 1025][None]).backward()
+            opt.step()
+    final = eval_ttt(args, model, val)
+    print(f"final val_loss:{final:.8f} val_bpb:{final / math.log(2) / 2.4:.8f}")
+
+main()
+"""
+ON = {"ahead": 3}
+OFF = {"chunk": 16384}
+
+
+def accused(read: str, command: str, **files: object) -> set[str]:
+    """The rules of order that a script with these settings does not keep; files: JSON beside it, by name."""
+    text = "import argparse, json, types\nfrom pathlib import Path\n" + HEAD + f"DEFAULTS = {DEFAULTS}\n" + read + AHEAD
+    entry = Script("train_gpt.py", text, ast.parse(text))
+    tables = {f"{name}.json": json.dumps(content) for name, content in files.items()}
+    readme = f"    torchrun train_gpt.py {command}\n"
+    case = Case(Submission(Path("."), "ours", entry, (entry,), {}, {}, {}, readme, tables=tables))
+    return {rule.ID for rule in RULES if rule.check(case).verdict != "clean"}
+
+
+@pytest.mark.parametrize("read", READ.values(), ids=READ)
+def test_what_no_command_turns_on_is_off(read: str) -> None:
+    assert accused(read, "", final=ON) == set()
+
+
+@pytest.mark.parametrize("read", list(READ.values())[:2], ids=list(READ)[:2])
+def test_what_an_option_turns_on_is_on(read: str) -> None:
+    assert accused(read, "--ahead 3") & {"training-before-scoring", "validation-in-training"}
+
+
+@pytest.mark.parametrize("read", list(READ.values())[1:], ids=list(READ)[1:])
+def test_the_file_that_the_command_names_says_what_is_on(read: str) -> None:
+    assert accused(read, "--config final.json", final=ON, other=OFF) & {
+        "training-before-scoring",
+        "validation-in-training",
+    }
+    assert accused(read, "--config other.json", final=ON, other=OFF) == set()
+
+
+BYTES = """
+import argparse, json
+DEFAULTS = {defaults}
+{read}
+CFG = settings()
+def measured():
+    if CFG["bytes_from"] == "table":
+        return tables()
+    sp = spm.SentencePieceProcessor(model_file="tokenizer.model")
+    size = np.array([len(sp.id_to_piece(i).encode("utf-8")) for i in range(V)])
+    return size, np.zeros(V, bool), np.ones(V, bool)
+"""
+
+
+@pytest.mark.parametrize("read", READ.values(), ids=READ)
+def test_bytes_are_counted_by_the_table_that_the_settings_choose(read: str, tmp_path: Path) -> None:
+    text = script(TABLE + BYTES.format(defaults=DEFAULTS, read=read)).replace(
+        "size, lead, edge = tables()\n    nats", "size, lead, edge = measured()\n    nats"
+    )
+    assert "= measured()" in text
+    text = text.replace("import argparse, json", "import argparse, json\nfrom pathlib import Path")
+    assert verdict(tmp_path, "byte_fallback_three", text).verdict == "clean"
+    wrong = text.replace('"bytes_from": "table"', '"bytes_from": "pieces"')
+    assert verdict(tmp_path, "byte_fallback_three", wrong).verdict == "violates"
+    chosen = {
+        "README__md": "    torchrun train_gpt.py --config final.json\n",
+        "final__json": '{"bytes_from": "pieces"}',
+    }
+    if "config else" in read or "cfg.update" in read:
+        assert verdict(tmp_path, "byte_fallback_three", text, **chosen).verdict == "violates"
+
+
+def test_a_file_is_found_from_the_folder_and_from_further_up() -> None:
+    texts = {"final.json": "{}", "runs/a.json": '{"a": 1}'}
+    assert text_at(texts, "./final.json") == text_at(texts, "records/mine/final.json") == "{}"
+    assert text_at(texts, "runs/a.json") == '{"a": 1}'
+    assert text_at(texts, "other.json") is None
+    assert text_at(texts, None) is None
+
+
+def test_data_in_json_is_no_table_of_settings() -> None:
+    assert table_of('{"betas": [0.9, 0.95]}') == {"betas": [0.9, 0.95]}
+    for text in (json.dumps({"tokens": list(range(100))}), "[1, 2]", "{", " " * 70_000 + "{}"):
+        assert table_of(text) is UNKNOWN
