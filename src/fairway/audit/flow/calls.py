@@ -118,13 +118,19 @@ class Calls(Dispatch):
         else:
             result = self._layer(obj, args, kwargs, node)
         for each in obj.slots.get("#hooks", NOTHING).refs:
-            given = Value(items=tuple(args))
-            self.call(self.ref(each), [self.ref(obj), given, result], {}, node)
+            answer = self.call(self.ref(each), [self.ref(obj), Value(items=tuple(args)), result], {}, node)
+            result = self._instead(answer, result)
         if obj.owner is None or not self.forwards:
             toks = frozenset(tok for each in args for tok in self.flat(each).toks)
             if toks:
                 self.note(events.Forward, node, state=obj, toks=toks)
         return result
+
+    @staticmethod
+    def _instead(answer: Value, result: Value) -> Value:
+        """What a module gives: its hook's answer, where that is anything."""
+        nothing = answer is NOTHING or (answer.const is None and not answer.refs and answer.items is None)
+        return result if nothing else answer
 
     def _layer(self, obj: Obj, args: list[Value], kwargs: dict[str, Value], node: ast.AST | None) -> Value:
         """A layer of another library."""

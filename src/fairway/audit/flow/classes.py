@@ -14,6 +14,9 @@ _PLAIN = frozenset(("dtype", "device", "layout", "is_cuda", "itemsize", "__name_
 _SIZES = frozenset(("shape", "ndim", "size", "nbytes"))
 
 
+_CONTAINERS = frozenset("dict OrderedDict defaultdict UserDict Counter list UserList deque set".split())  # noqa: SIM905
+
+
 class Classes(Learning):
     """Look-up along classes; instances and what they hold."""
 
@@ -44,6 +47,16 @@ class Classes(Learning):
                 return each.slots[name], each
         return None
 
+    def container(self, cls: Obj) -> str:
+        """The name of the container that a class derives from, `class Registry(dict)`, or ""."""
+        line = self.line_of(cls)
+        return next((each.data for each in line if each.kind == "foreign" and _last(each.data) in _CONTAINERS), "")
+
+    def fill(self, obj: Obj, name: str, args: list[Value], kwargs: dict[str, Value], node: ast.AST | None) -> None:
+        """What lies in an object that is a container itself lies in a container of its own."""
+        made = self.call(self.outside(name), args, kwargs, node)
+        self.heap.set(obj, "#held", made)
+
     def make(self, cls: Obj, args: list[Value], kwargs: dict[str, Value], node: ast.AST | None) -> Value:
         """cls(*args, **kwargs)"""
         obj = self.new("instance", cls, node)
@@ -51,6 +64,9 @@ class Classes(Learning):
             obj.slots["#module"] = 1
         this = self.ref(obj)
         found = self.find(cls, "__init__")
+        container = self.container(cls)
+        if container:
+            self.fill(obj, container, args if found is None else [], kwargs if found is None else {}, node)
         if self.is_optimizer(cls):
             obj.slots["#targets"] = kwargs.get("params", args[0] if args else NOTHING)
         if found is not None:
@@ -332,6 +348,10 @@ class Classes(Learning):
     @staticmethod
     def is_clock(value: Value) -> bool:
         return bool(value.flags & CLOCK)
+
+
+def _last(name: str) -> str:
+    return name.rsplit(".", 1)[-1]
 
 
 def _is_layer(name: str) -> bool:

@@ -193,6 +193,8 @@ class Containers(Classes):
             method = self.find(obj.data, "__getitem__")
             if method is not None:
                 return self.tagged(self.call(method[0], [self.ref(obj), keys[0] if keys else NOTHING], {}, node), spans)
+            if "#held" in obj.slots:
+                return self.tagged(self.item(obj.slots["#held"], parts, node), spans)
         if obj.kind == "foreign":
             return self.of_environment(obj, keys)
         return self.tagged(self.flat(obj.slots.get("#content", NOTHING)), spans)

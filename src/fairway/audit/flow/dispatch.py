@@ -9,6 +9,7 @@ from fairway.audit.flow.core import Frame
 from fairway.audit.flow.foreign import SAYS
 from fairway.audit.flow.functions import Functions
 from fairway.audit.flow.heap import Obj
+from fairway.audit.flow.indices import Part
 from fairway.audit.flow.values import CLOCK, MISSING, NONE, NOTHING, WEIGHTS, Value, blend, join
 
 _TELLS = SAYS | {"log", "print", "write", "add_scalar", "log_metric", "emit", "critical"}
@@ -102,6 +103,8 @@ class Dispatch(Functions):
         own = found is not None and not (name == "step" and "#targets" in obj.slots)
         if found is not None and own:
             return self._own_method(obj, self.bound(found[0], self.ref(obj), obj.data), args, kwargs, node)
+        if "#held" in obj.slots:
+            return self.method(obj.slots["#held"], name, args, kwargs, node)
         if "#module" in obj.slots:
             if base.flags & WEIGHTS:
                 return self._of_value(base, name, args, kwargs, node)
@@ -159,6 +162,8 @@ class Dispatch(Functions):
                 return self.call(self.bound(found[0], self.ref(each), cls), args, kwargs, node)
             if each.kind != "instance":
                 continue
+            if "#held" in each.slots:
+                return self._container_method(each, name, args, kwargs, node)
             if name == "__init__":
                 if "#targets" in each.slots and args:
                     self.heap.set(each, "#targets", args[0])
@@ -174,6 +179,21 @@ class Dispatch(Functions):
             if "#targets" in each.slots:
                 known = self.optimizer_method(each, name, args, kwargs, node)
                 return known if known is not None else NONE
+        return NONE
+
+    def _container_method(
+        self, obj: Obj, name: str, args: list[Value], kwargs: dict[str, Value], node: ast.AST | None
+    ) -> Value:
+        """What an object's own methods ask of the container that its class derives from: super().__setitem__(k, v)."""
+        held: Value = obj.slots["#held"]
+        if name == "__init__":
+            self.fill(obj, self.container(obj.data), args, kwargs, node)
+        elif name == "__setitem__" and len(args) == 2:
+            self.put_item(held, [Part(args[0])], args[1], node)
+        elif name == "__getitem__" and args:
+            return self.item(held, [Part(args[0])], node)
+        else:
+            return self.method(held, name, args, kwargs, node)
         return NONE
 
     def _tells(self, name: str, args: list[Value]) -> bool:

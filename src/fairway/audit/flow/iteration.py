@@ -98,6 +98,8 @@ class Iteration(Writing):
                         step = self.find(obj.data, "__next__")
                         made = self.call(step[0], [self.ref(obj)], {}, node) if step else made
                     return Elements(None, made)
+            if "#held" in obj.slots:
+                return self.elements(obj.slots["#held"], node)
         if obj.kind == "tensor":
             return Elements(None, self.flat(self.ref(obj)).but(const=MISSING))
         if "#module" in obj.slots:

@@ -206,6 +206,20 @@ class Methods(Files):
             self.learn(obj, flat.toks, "table", node)
 
     # Models.
+    def _hooked(self, obj: Obj, key: str, hook: Value, node: ast.AST | None) -> Value:
+        """What takes a hook off its module again: its handle."""
+        self.add_content(obj, hook, key)
+        handle = self.new("thing", "hook", node)
+        handle.slots.update({"#on": self.ref(obj), "#key": Value(const=key), "#hook": hook})
+        return self.ref(handle)
+
+    def _unhooked(self, handle: Obj) -> Value:
+        key = handle.slots["#key"].const
+        for module in handle.slots["#on"].refs:
+            hooks = module.slots.get(key, NOTHING)
+            self.heap.set(module, key, hooks.but(refs=hooks.refs - handle.slots["#hook"].refs))
+        return NONE
+
     def module_method(
         self, obj: Obj, name: str, args: list[Value], kwargs: dict[str, Value], node: ast.AST | None
     ) -> Value | None:
@@ -230,9 +244,9 @@ class Methods(Files):
             self.forget_gradient(this)
             return NONE
         if name in ("register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"):
-            if args and name != "register_full_backward_hook":
-                self.add_content(obj, args[0], "#hooks" if name == "register_forward_hook" else "#prehooks")
-            return NOTHING
+            if not args or name == "register_full_backward_hook":
+                return NOTHING
+            return self._hooked(obj, "#hooks" if name == "register_forward_hook" else "#prehooks", args[0], node)
         if name in ("register_buffer", "register_parameter", "add_module", "register_module") and args:
             if isinstance(args[0].const, str):
                 self.put(this, args[0].const, args[1] if len(args) > 1 else kwargs.get("tensor", NOTHING), node)
@@ -337,6 +351,8 @@ class Methods(Files):
             if name != "join":
                 self.call(obj.slots["#target"], list(obj.slots.get("#args", NOTHING).items or ()), {}, node)
             return NOTHING
+        if obj.data == "hook" and name == "remove":
+            return self._unhooked(obj)
         if name in ("result", "get", "__enter__") and not args:
             content = obj.slots.get("#content", NOTHING)
             return this if name == "__enter__" else self.tagged(content, self.since(obj.born))

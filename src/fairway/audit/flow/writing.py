@@ -39,6 +39,8 @@ class Writing(Containers):
                 method = self.find(obj.data, "__setitem__") if obj.kind == "instance" else None
                 if method is not None:
                     self.call(method[0], [self.ref(obj), keys[0] if keys else NOTHING, value], {}, node)
+                elif "#held" in obj.slots:
+                    self.put_item(obj.slots["#held"], parts, value, node)
                 elif "#module" in obj.slots:
                     self.write(obj, self._put_where(keys, value), node, part=True)
                 else:

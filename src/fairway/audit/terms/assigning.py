@@ -3,7 +3,7 @@
 import ast
 from typing import TYPE_CHECKING
 
-from fairway.audit.terms import calls, expressions
+from fairway.audit.terms import calls, expressions, objects
 from fairway.audit.terms.elements import entries
 from fairway.audit.terms.items import item
 from fairway.audit.terms.term import Term
@@ -34,6 +34,10 @@ def assign(m: "Machine", target: ast.expr, term: Term, frame: Frame) -> None:
         set_attribute(m, m.value(target.value, frame), target.attr, term, target, frame)
     elif isinstance(target, ast.Subscript):
         base, index = m.value(target.value, frame), m.value(target.slice, frame)
+        within = objects.held(base)
+        if within is not None and base.value.kind.find("__setitem__") is None:
+            objects.hold(m, base, Term("store", (within, index, term), None, frame.file, target.lineno))
+            return
         if base.op in ("object", "bound"):
             calls.method(m, base, "__setitem__", [index, term], base.file, target.lineno)
             return
@@ -45,6 +49,10 @@ def assign(m: "Machine", target: ast.expr, term: Term, frame: Frame) -> None:
 
 def write_back(m: "Machine", node: ast.expr, term: Term, frame: Frame) -> None:
     """What was changed in place is from now on what its name, attribute or container holds."""
+    _, owner = m.holders.get(id(term.parts[0]), (None, None)) if term.op in ("store", "mutate") else (None, None)
+    if owner is not None:
+        objects.hold(m, owner, term)
+        return
     if isinstance(node, ast.Name) and expressions.name(node.id, frame, node.lineno).op == "name":
         return  # a module's name
     if isinstance(node, ast.Name) and node.id not in frame.vars and node.id not in frame.elsewhere:

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from fairway.audit.terms import calls, objects
-from fairway.audit.terms.elements import element
+from fairway.audit.terms.elements import element, entries
 from fairway.audit.terms.term import Term, alternatives
 from fairway.audit.terms.things import Bound, Function, constant
 
@@ -16,6 +16,9 @@ def attribute(m: "Machine", base: Term, word: str, file: str, line: int) -> Term
         if word in base.value.attrs:
             return base.value.attrs[word]
         found = base.value.kind.find(word)
+        within = objects.held(base)
+        if found is None and within is not None and base.value.kind.find("__getattr__") is not None:
+            found = (entries(within) or {}).get(word)  # names that are entries: class Settings(dict)
         if found is None:
             held = objects.table(base, file, line) if word == "__dict__" else None
             return held or Term("attr", (base,), word, file, line)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fairway.audit.settings import Settings
-from fairway.audit.terms import assigning, attributes, elements, expressions, foreign, items
+from fairway.audit.terms import assigning, attributes, elements, expressions, foreign, items, objects
 from fairway.audit.terms.term import Key, Term, alternatives
 from fairway.audit.terms.things import Bound, Class, Coroutine, Frame, Function, Instance, constant
 
@@ -332,6 +332,10 @@ def instantiate(
     instance = Instance(kind, depth=len(m.conditions), order=len(m.events))
     term = Term("object", (), instance, file, line)
     start = kind.find("__init__")
+    outside = objects.container(kind)
+    if outside:
+        given = (positional, named) if start is None else ([], {})
+        objects.hold(m, term, foreign.filled(m, outside, *given, file, line))
     if start is not None and start.op == "function":
         enter(m, start.value, [term, *positional], named, Term("call", (term, *positional), kind.name, file, line))
         return term

@@ -66,6 +66,9 @@ def _element(m: "Machine", term: Term, file: str, line: int) -> Term:
         found_call = calls.method(m, term, "__getitem__", [Term("free", (), "index", file, line)], file, line)
         if found_call is not None:
             return found_call
+        within = objects.held(term)
+        if within is not None:
+            return element(m, within, file, line)
     return Term("each", (term,), None, file, line)
 
 
@@ -106,6 +109,7 @@ _SOLID = frozenset(
 
 def spelt_items(term: Term) -> tuple[Term, ...] | None:
     """The elements of a short tuple, list or table that is written out; None for anything else."""
+    term = objects.held(term) or term
     for _ in range(40):
         if term.op in ("store", "merge") and term.parts and term.value is None:
             term = term.parts[0]
@@ -152,6 +156,7 @@ def _table_items(term: Term) -> tuple[Term, ...] | None:
 def entries(term: Term) -> dict[str | int, Term] | None:
     """A table with constant keys: written out, or filled key by key in the open; None for anything else."""
     added: list[dict[str | int, Term]] = []
+    term = objects.held(term) or term
     while len(added) < _DEFAULTS:
         if term.op == "store" and term.value is None and _is_word(term.parts[1]):
             added.append({term.parts[1].value: term.parts[2]})
@@ -177,6 +182,7 @@ def _is_word(key: Term) -> bool:
 
 def listing(term: Term, depth: int = 64) -> tuple[Term, ...] | None:
     """The elements of a list that is written out, or was filled step by step in the open; None for anything else."""
+    term = objects.held(term) or term
     if term.op in ("tuple", "list") and term.value != "comp":
         return term.parts
     if term.op != "mutate" or not depth or term.value not in (".append", ".insert", ".extend"):

@@ -5,8 +5,9 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from fairway.audit.settings import PURE, UNKNOWN, attempt
-from fairway.audit.terms import assigning, calls, elements, special
+from fairway.audit.terms import assigning, calls, elements, items, objects, special
 from fairway.audit.terms.term import Term
+from fairway.audit.terms.things import Frame, constant
 
 if TYPE_CHECKING:
     from fairway.audit.terms.calls import Here
@@ -118,8 +119,38 @@ def _added(table: Term, index: Term, amount: Term, here: "Here") -> Term:
     return Term("store", (table, index, total), None, here.file, here.line)
 
 
+def filled(m: "Machine", name: str, positional: list[Term], named: dict[str, Term], file: str, line: int) -> Term:
+    """What lies in a container that was made like this: a term of its own, known by no other name."""
+    here = calls.Here(None, Frame(file), None, False, line)
+    made = function(m, name, positional, named, here)
+    return Term(made.op, made.parts, made.value, file, line, made.keys)
+
+
+def _inherited(
+    m: "Machine", base: Term, word: str, positional: list[Term], named: dict[str, Term], here: "Here"
+) -> Term | None:
+    """What an object's own methods ask of the container that its class derives from: super().__setitem__(key, x)."""
+    owner = base.value[1] if base.op == "super" else base
+    if word == "__init__":
+        name = objects.container(owner.value.kind)
+        objects.hold(m, owner, filled(m, name, positional, named, here.file, here.line))
+    elif word == "__setitem__" and len(positional) == 2:
+        objects.hold(m, owner, Term("store", (owner.value.held, *positional), None, here.file, here.line))
+    elif word == "__getitem__" and positional:
+        return items.item(m, owner.value.held, positional[0], here.file, here.line)
+    else:
+        return None
+    return constant(None, here.file, here.line)
+
+
 def method(m: "Machine", base: Term, word: str, positional: list[Term], named: dict[str, Term], here: "Here") -> Term:
     """A method of a value that is not the script's own class."""
+    within = objects.held(base)
+    if within is not None:
+        found = _inherited(m, base, word, positional, named, here)
+        if found is not None:
+            return found
+        base = within
     handler = special.METHODS.get(word)
     if handler is not None:
         found = handler(m, base, positional, named, here)

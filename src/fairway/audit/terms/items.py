@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from fairway.audit.settings import UNKNOWN, attempt
-from fairway.audit.terms import calls
+from fairway.audit.terms import calls, objects
 from fairway.audit.terms.elements import element, fresh
 from fairway.audit.terms.term import Term, alternatives, layers
 from fairway.audit.terms.things import constant
@@ -120,6 +120,9 @@ def _item(m: "Machine", base: Term, index: Term, file: str, line: int) -> Term:
         looked = calls.method(m, base, "__getitem__", [index], file, line)
         if looked is not None:
             return looked
+        within = objects.held(base)
+        if within is not None:
+            return item(m, within, index, file, line)
     return Term("item", (base, index), None, file, line)
 
 

@@ -20,6 +20,7 @@ STEPS = 400_000  # expressions read in all: about 2 s
 OWN_STEPS = 30_000  # expressions of any one function: a model's forward is read often enough by then
 DEPTH = 14  # calls within calls
 _HANDLERS = 8
+_NAMES = 12  # of a tuple that is assigned to
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Machine:
         self.coroutines: dict[int, tuple[Term, Coroutine]] = {}  # by the list that stands for what they yield
         self.defined: dict[int, tuple[ast.AST, Function]] = {}  # by the node that defines them
         self.commands: dict[int, tuple[Term, list[Term]]] = {}  # of command lines, by the application
+        self.holders: dict[int, tuple[Term, Term]] = {}  # objects that are containers, by what lies in them
         self.items: dict[tuple[int, Any], tuple[Term, Term]] = {}
         self.elements: dict[tuple[int, str, int], tuple[Term, Term]] = {}  # with its term, which keeps the id
         self.events: list[Event] = []
@@ -121,8 +123,17 @@ class Machine:
 
     def on_Assign(self, node: ast.Assign, frame: Frame) -> None:
         term = self.value(node.value, frame)
+        if isinstance(node.targets[0], ast.Tuple) and term.op == "list" and term.value == "comp":
+            term = self.made_anew(term, node, len(node.targets[0].elts), frame)
         for target in node.targets:
             assigning.assign(self, target, term, frame)
+
+    def made_anew(self, term: Term, node: ast.Assign, names: int, frame: Frame) -> Term:
+        """a, b = (Table() for _ in range(2)): each name has an object of its own."""
+        if not isinstance(node.value, (ast.GeneratorExp, ast.ListComp)) or term.parts[0].op != "object":
+            return term
+        more = (self.value(node.value, frame).parts[0] for _ in range(min(names, _NAMES) - 1))
+        return Term("tuple", (term.parts[0], *more), None, frame.file, node.lineno)
 
     def on_AnnAssign(self, node: ast.AnnAssign, frame: Frame) -> None:
         if node.value is not None:
@@ -232,7 +243,8 @@ class Machine:
             s.target.id for s in node.body if isinstance(s, ast.AnnAssign) and isinstance(s.target, ast.Name)
         )
         own = tuple(base.value for base in bases if base.op == "class")
-        outside = tuple(str(base.value) for base in bases if base.op == "name")
+        plain = [base.parts[0] if base.op == "item" else base for base in bases]  # dict[str, int]: dict
+        outside = tuple(str(base.value) for base in plain if base.op == "name")
         made = Class(node.name, inside.vars, own, outside, fields)
         for statement in ast.walk(ast.Module(node.body, [])):
             _, function = self.defined.get(id(statement), (None, None))
@@ -318,6 +330,8 @@ class Machine:
     def holds(self, test: Term) -> bool | None:
         if test.op == "const":
             return truth(test.value)
+        if objects.held(test) is not None:
+            return None
         if test.op in ("object", "function", "class", "bound", "namespace"):
             return True
         if test.op in ("list", "tuple", "set", "dict") and test.value != "comp":

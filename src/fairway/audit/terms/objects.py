@@ -3,9 +3,9 @@
 import ast
 from typing import TYPE_CHECKING
 
-from fairway.audit.terms import attributes, calls
+from fairway.audit.terms import assigning, attributes, calls
 from fairway.audit.terms.term import Term, alternatives
-from fairway.audit.terms.things import Instance, constant
+from fairway.audit.terms.things import Class, Instance, constant
 
 if TYPE_CHECKING:
     from fairway.audit.terms.machine import Machine
@@ -28,6 +28,29 @@ def owned(term: Term, limit: int = 6) -> list[Term]:
     if term.op not in ("object", "choice", "merge"):
         return []
     return [one for one in alternatives(term, limit) if one.op == "object"]
+
+
+_CONTAINERS = frozenset("dict OrderedDict defaultdict UserDict Counter list UserList deque set".split())  # noqa: SIM905
+
+
+def container(kind: Class) -> str:
+    """The name of the container that a class derives from, or ""."""
+    own = next((name for name in kind.outside if name.rsplit(".", 1)[-1] in _CONTAINERS), "")
+    return own or next((name for base in kind.bases if (name := container(base))), "")
+
+
+def held(term: Term) -> Term | None:
+    """What lies in an object that is a container itself, or in what `super()` stands for; None for all else."""
+    owner = term.value[1] if term.op == "super" else term
+    found: Term | None = owner.value.held if owner.op == "object" else None
+    return found
+
+
+def hold(m: "Machine", owner: Term, content: Term) -> None:
+    """From now on this lies in the object."""
+    instance: Instance = owner.value
+    instance.held = assigning.weakly(m, instance.depth, content, instance.held)
+    m.holders[id(instance.held)] = (instance.held, owner)
 
 
 def operated(

@@ -182,7 +182,8 @@ def _fields(term: Term, label: str = "", depth: int = 8) -> list[tuple[Term, str
         words = "".join(str(p.value) for p in term.parts if p.op == "const" and isinstance(p.value, str))
         return [pair for p in term.parts for pair in _fields(p, words or label, depth - 1)]
     if term.op == "object":
-        return [pair for name, p in term.value.attrs.items() for pair in _fields(p, name, depth - 1)]
+        held = [] if term.value.held is None else _fields(term.value.held, label, depth - 1)
+        return held + [pair for name, p in term.value.attrs.items() for pair in _fields(p, name, depth - 1)]
     return [(term, label[:400])]
 
 

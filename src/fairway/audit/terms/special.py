@@ -80,6 +80,7 @@ def _empty(m: "Machine", name: str, positional: list[Term], named: dict[str, Ter
     if name == "dict" and not positional:
         parts = tuple(part for key, term in named.items() for part in (constant(key, here.file, here.line), term))
         return Term("dict", parts, None, here.file, here.line)
+    positional = [objects.held(term) or term for term in positional]
     if not positional and not named:
         return Term(name, (), None, here.file, here.line)
     if positional and positional[0].op == "object" and name in ("list", "tuple", "set"):

@@ -81,6 +81,7 @@ class Instance:
     attrs: dict[str, Term] = field(default_factory=dict)
     depth: int = 0  # conditions that held when it was made
     order: int = 0  # events recorded before it was made
+    held: Term | None = None  # what lies in it, where its class derives from a container: class Registry(dict)
 
 
 @dataclass(frozen=True, eq=False)
