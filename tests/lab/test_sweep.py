@@ -76,7 +76,7 @@ def test_what_is_resolved_is_the_recipe_with_that_seed(recipes):
 
 def test_the_proof_and_the_compressors_are_for_the_first_seed_alone(recipes):
     found = {(one.recipe, one.seed): (r.proof_bytes, r.baselines) for one, r in planned(recipes)}
-    assert found["wide", 1] == found["plain", 1] == (8000, True)
+    assert found["wide", 1] == found["plain", 1] == (300, True)
     assert found["wide", 2] == found["plain", 2] == (0, False)
 
 
@@ -87,7 +87,7 @@ def test_more_seeds_and_recipes_extend_a_plan_whichever_is_named_first(recipes):
     assert {r.proof_bytes for one, r in after if one.seed == 7} == {0}, "seed 1 was the first, and stays it"
     (recipes / "new.toml").write_text('extends = "plain.toml"\n[model]\nhidden = 48\n')
     new = [(one.seed, r.proof_bytes) for one, r in planned(recipes, seeds=(7, 1), known=before) if one.recipe == "new"]
-    assert new == [(7, 8000), (1, 0)]
+    assert new == [(7, 300), (1, 0)]
 
 
 def test_without_seeds_each_recipe_has_its_own(recipes):
