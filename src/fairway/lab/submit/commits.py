@@ -55,8 +55,9 @@ def _taken_out(commit: str, house: Path, place: Path) -> Path | None:
     if packed is None:
         return None
     with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
-        # Python 3.11.0 to 3.11.3 know no filters; what git packs of a folder holds no path out of it.
-        archive.extractall(place / house.name, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+        if hasattr(tarfile, "data_filter"):  # Python 3.11.0 to 3.11.3 have none; no path that git packs leads out
+            archive.extraction_filter = tarfile.data_filter
+        archive.extractall(place / house.name)
     return place / house.name
 
 
