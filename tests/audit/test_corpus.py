@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 
 CORPUS = Path(__file__).parent / "corpus"
-PARTS = sorted(folder.parent for folder in CORPUS.glob("*/hands"))
+PARTS = sorted({cases.parent for cases in CORPUS.glob("*/*.cases")})
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.audit.order import broken, doubted
+from tests.audit.order import broken, doubted, trace_of
 
 SCRIPT = """
 import glob, math, os
@@ -96,3 +96,21 @@ def test_a_hint_knows_the_positions_before_it_unless_its_answer_was_entered_firs
     built = BUILT["parameters"]
     assert doubted(script(built, LOOKED_UP + ENTERED)) == set()
     assert "two-pass-cache" in broken(script(built, ENTERED + LOOKED_UP))
+
+
+APART = """
+import os, torch
+P = {"shared": torch.nn.Parameter(torch.zeros(8, 8))}
+for name in os.environ["NAMES"].split(","):
+    P[name] = torch.nn.Parameter(torch.zeros(8, 8))
+x = torch.randint(0, 8, (4, 8))
+torch.nn.functional.cross_entropy(torch.nn.functional.embedding(x, P[NAME]).flatten(0, 1), x.flatten())
+"""
+
+
+def test_leaves_that_different_lines_make_under_keys_of_one_dict_are_told_apart() -> None:
+    (shared,) = {state for score in trace_of(APART.replace("NAME]", "'shared']")).scores for state in score.states}
+    others = {state for score in trace_of(APART.replace("NAME]", "input()]")).scores for state in score.states}
+    assert shared.place is not None
+    assert shared.place.line == 3
+    assert 5 in {state.place.line for state in others if state.place is not None}

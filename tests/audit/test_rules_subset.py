@@ -183,3 +183,24 @@ def test_a_rate_chosen_by_trials_on_validation_is_a_choice() -> None:
     )
     assert broken(head + MAIN.replace(EVAL, body + EVAL)) == {"choice-by-validation"}
     assert doubted(head + MAIN.replace(EVAL, "    args.lr = min((5e-4, 1e-3, 2e-3), key=abs)\n" + EVAL)) == set()
+
+
+ONE_BY_ONE = """
+def one_by_one(args, model, val):
+    total, count, width = 0.0, 0, 2048
+    with torch.no_grad():
+        for s in range(0, val.numel() - 1, width):
+            x, y = val[s : s + width][None], val[s + 1 : s + width + 1][None]
+            chances = torch.softmax(model.forward_logits(x), -1)
+            for j in range(min(width, val.numel() - 1 - s)):
+                gold = int(FOUND)
+                total -= math.log(chances[0, j, gold])
+                count += 1
+    return total / count
+"""
+
+
+def test_a_window_that_is_gone_through_target_by_target_is_no_part_of_the_text() -> None:
+    main = MAIN.replace(EVAL, "    final = one_by_one(args, model, val)\n")
+    assert doubted(HEAD + ONE_BY_ONE.replace("FOUND", "y[0, j]") + main) == set()
+    assert "subset-as-full" in broken(HEAD + ONE_BY_ONE.replace("FOUND", "val[j + 1]") + main)

@@ -2,6 +2,7 @@
 
 text_at(texts, path)    the text of the file that a path in a script or a command means, or None
 table_of(text)          the table that a JSON text spells, or UNKNOWN
+table_at(texts, path)   the table in that file, or UNKNOWN
 """
 
 import json
@@ -35,6 +36,12 @@ def table_of(text: str) -> Any:
     except (ValueError, RecursionError):
         return UNKNOWN
     return found if isinstance(found, dict) and _is_told(found, _DEPTH) else UNKNOWN
+
+
+def table_at(texts: Mapping[str, str], path: Any) -> Any:
+    """The table that lies in the file that a path means; UNKNOWN where none does."""
+    text = text_at(texts, path)
+    return UNKNOWN if text is None else table_of(text)
 
 
 def _is_told(value: Any, deep: int) -> bool:

@@ -12,8 +12,6 @@ from fairway.audit.flow.values import CLOCK, GRAD, LENGTH, MISSING, NONE, NOTHIN
 _SAME = frozenset(("data", "module", "_orig_mod", "T", "mT", "mH", "H", "real", "flat", "values", "_forward_module"))
 _PLAIN = frozenset(("dtype", "device", "layout", "is_cuda", "itemsize", "__name__", "__class__", "requires_grad"))
 _SIZES = frozenset(("shape", "ndim", "size", "nbytes"))
-
-
 _CONTAINERS = frozenset("dict OrderedDict defaultdict UserDict Counter list UserList deque set".split())  # noqa: SIM905
 
 

@@ -27,6 +27,8 @@ from fairway.audit.flow.values import (
     same,
 )
 
+_WINDOW = 10_000  # tokens: a constant up to this is the length of a window, not a share of the text
+
 
 class Containers(Classes):
     """Reading and writing by index."""
@@ -394,8 +396,10 @@ class Containers(Classes):
             if any(RANKED & each.env for each in ends):
                 tok = replace(tok, ranked=True)
             if not part.slice:
-                if part.value is not None and part.value.limit is not None and not (tok.part or behind):
-                    tok = replace(tok, part=part_of(part.value.limit))
+                limit = part.value.limit if part.value is not None else None
+                in_row = len(parts) > 1 and part is parts[-1] and not parts[0].slice  # x[row, j]: a place of a window
+                if limit is not None and not (tok.part or behind or (in_row and limit <= _WINDOW)):
+                    tok = replace(tok, part=part_of(limit))
                 continue
             if part.low is not None and part.high is not None and overlaps(part.low, part.high):
                 tok = replace(tok, wide=True, step=int(part.low.unit))
@@ -410,7 +414,7 @@ class Containers(Classes):
                 limit = bound.limit
                 if limit is None and isinstance(bound.const, int) and bound is part.high and len(bounds) == 1:
                     limit = bound.const
-                if limit is not None and (limit > 10_000 or bound.flags & INDEXED):
+                if limit is not None and (limit > _WINDOW or bound.flags & INDEXED):
                     tok = replace(tok, part=part_of(limit))
         return tok
 

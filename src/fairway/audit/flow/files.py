@@ -6,7 +6,7 @@ import ast
 import fnmatch
 import posixpath
 
-from fairway.audit.beside import table_of, text_at
+from fairway.audit.beside import table_at, text_at
 from fairway.audit.flow import events
 from fairway.audit.flow.heap import Obj
 from fairway.audit.flow.names import sides_of
@@ -134,10 +134,9 @@ class Files(Operations):
                 if cell.kind == "tensor":
                     self.write(cell, found, node, strong=True)
             return Value(flags=LENGTH)
-        if name in ("read", "read_text") and self.text_of(path) not in self.files.slots:
-            text = text_at(self.settings.tables, path.const)
-            if text is not None and table_of(text) is not UNKNOWN:
-                return Value(const=text)
+        unwritten = name in ("read", "read_text") and self.text_of(path) not in self.files.slots
+        if unwritten and table_at(self.settings.tables, path.const) is not UNKNOWN:
+            return Value(const=text_at(self.settings.tables, path.const))
         if name in ("read", "readline", "read_text", "read_bytes", "readlines", "getvalue", "getbuffer"):
             return self.read_from(path, node, live=True)
         if name in ("exists", "is_file", "is_dir"):

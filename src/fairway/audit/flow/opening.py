@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from typing import Any
 
-from fairway.audit.beside import table_of, text_at
+from fairway.audit.beside import table_at, table_of
 from fairway.audit.flow.methods import Methods
 from fairway.audit.flow.values import (
     NONE,
@@ -73,9 +73,9 @@ class Opening(Methods):
     def _do_load(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
         if name.startswith("json") and args:
             written = self.text_of(self.path_of(args[0])) in self.files.slots
-            text = None if written else text_at(self.settings.tables, self.path_of(args[0]).const)
-            if text is not None and table_of(text) is not UNKNOWN:
-                return self.spelt(table_of(text), node)
+            table = UNKNOWN if written else table_at(self.settings.tables, self.path_of(args[0]).const)
+            if table is not UNKNOWN:
+                return self.spelt(table, node)
         if name.startswith(("json", "pickle", "yaml", "toml", "marshal")) and args:
             return self.read_from(self.path_of(args[0]), node)
         if args and self._buffer(args[0]) is not None:

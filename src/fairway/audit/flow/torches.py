@@ -45,7 +45,7 @@ class Torches(Builtins):
     def _as_weights(self, value: Value, node: Any, deep: int = 4) -> Value:
         if not value.refs:
             known = value.toks or value.states or value.losses or value.items is not None or value.flags & GRAD
-            return value if known else self.ref(self._leaf(value, node))
+            return value if known else self.grown(value, node)
         for obj in value.refs:
             if obj.kind == "tensor" and not self.learner(obj) and not self.content(obj).toks:
                 self.grow(obj)
@@ -61,12 +61,6 @@ class Torches(Builtins):
             made = self._as_weights(held, node, deep)
         if made is not held:
             self.heap.set(obj, key, made)
-
-    def _leaf(self, value: Value, node: Any) -> Obj:
-        leaf = self.new("tensor", None, node)
-        leaf.slots["#content"] = value.but(const=MISSING)
-        leaf.slots["#leaf"] = 1
-        return leaf
 
     def _do_apply_updates(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
         """optax.apply_updates(weights, steps): new weights that have learned"""

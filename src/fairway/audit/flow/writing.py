@@ -119,12 +119,15 @@ class Writing(Containers):
 
     def _leaf_under_every_key(self, obj: Obj, value: Value) -> bool:
         """`for k in list(P): P[k] = P[k].to(device).requires_grad_()`: one leaf stands for all, in the place of the
-        tensors that it was made of. False for a dict without known keys: its leaves are told apart."""
-        if not any("#leaf" in each.slots for each in value.refs):
+        tensors that it was made of. False for a dict without known keys, and for leaves that different lines make:
+        they are told apart."""
+        made = {each.place for each in value.refs if "#leaf" in each.slots}
+        if not made:
             return False
         known = [(key, held) for key, held in obj.slots.items() if isinstance(key, tuple) and isinstance(held, Value)]
-        if any("#leaf" in each.slots for _, held in known for each in held.refs):
-            return True
+        leaves = [each for _, held in known for each in held.refs if "#leaf" in each.slots]
+        if leaves:
+            return any(each.place in made for each in leaves)
         for key, held in known:
             flat = self.flat(held)
             if not (flat.toks or flat.losses or flat.const is not MISSING):

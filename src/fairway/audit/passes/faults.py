@@ -47,6 +47,7 @@ class Passes:
         taught = [update for update in trace.updates if any(tok.data == "train" for tok in update.learned)]
         self.train_places = {update.place for update in taught}
         self.trained = {update.state for update in taught}  # weights, if need be in a dict of tensors: no slots
+        self.last_trained = max((update.number for update in taught if update.how == "gradient"), default=None)
 
     def faults(self, said: tuple[Said, ...]) -> list[Fault]:
         """All faults of these numbers, in the order of the script."""
@@ -261,12 +262,7 @@ class Passes:
 
     def _before_artifact(self, score: Score, update: Update) -> bool:
         """Whether the first file of weights after the training was written with what this update learned in it."""
-        trained = [
-            each.number
-            for each in self.trace.updates
-            if each.how == "gradient" and any(tok.data == "train" for tok in each.learned)
-        ]
-        last = max(trained, default=None)
+        last = self.last_trained
         if last is None or last > update.number or not self._in_artifact(score, update):
             return False
         return not any(last < saved < update.number for saved in self.trace.saved)

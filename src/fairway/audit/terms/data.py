@@ -113,8 +113,6 @@ def stored(root: Term) -> Iterator[Term]:
 
 
 _SUMMARIES = frozenset("item mean sum len max min numel format str join median count_nonzero any all".split())  # noqa: SIM905
-
-
 _TALLIES = frozenset(("bincount", "unique", "unique_consecutive", "histogram", "histc", "Counter"))
 
 
