@@ -207,10 +207,10 @@ def altered(case: Case, text: str) -> tuple[str, list[int]]:
 
 
 def spots(case: Case, texts: dict[str, str], touched: list[int]) -> list[Spot]:
-    """Where the fault may be shown: the marked lines, else every line that the case touches."""
+    """Where the fault may be shown: the marked lines, else every line that the case touches and that is not empty."""
     if not case.marks:
         lines = texts[SCRIPT].split("\n")
-        return [Spot(SCRIPT, i, lines[i - 1].strip()) for i in touched]
+        return [Spot(SCRIPT, i, lines[i - 1].strip()) for i in touched if lines[i - 1].strip()]
     found = []
     for mark in case.marks:
         file, _, text = mark.rpartition(" :: ")
