@@ -9,6 +9,7 @@ from fairway.audit.flow.classes import Classes
 from fairway.audit.flow.events import bits
 from fairway.audit.flow.heap import Obj
 from fairway.audit.flow.indices import Part, bound_of, overlaps, sparse, step_of, sym_of
+from fairway.audit.flow.shares import before_share, first_of, indexed, limited, of_rank
 from fairway.audit.flow.tokens import START, Cut, Span, Tok, narrowed, part_of
 from fairway.audit.flow.values import (
     GRAD,
@@ -258,40 +259,21 @@ class Containers(Classes):
         elem = self.tagged(self.element_of(obj), spans)
         cuts = self.cuts_of(parts)
         if not spans and cuts:
-            elem = self._indexed(self.cut(elem, cuts, node), cuts)
+            elem = indexed(self.cut(elem, cuts, node), cuts)
         if any(RANKED & each.env for each in (part.low, part.high) if each is not None):
-            elem = self._of_rank(elem)
+            elem = of_rank(elem)
         limit = part.high.limit if part.high and part.high.limit is not None else high
         named = bool(elem.words) and self.plain(elem)  # of several files, the first
         if part.low is None and isinstance(limit, (int, float)) and (limit > 1 or (named and limit == 1)) and not spans:
             if named:
                 self.trace.files.setdefault(part_of(limit), self.place(node))
-            elem = self._limited(elem, float(limit))
+            elem = limited(elem, float(limit))
         elif part.step > 1:
             if named:
                 self.trace.files.setdefault(part_of(1 / part.step), self.place(node))
-            elem = self._limited(elem, 1 / part.step)
+            elem = limited(elem, 1 / part.step)
         new.slots["#elem"] = elem
         return self.ref(new, spans=spans)
-
-    def _of_rank(self, value: Value) -> Value:
-        """One process's share of a list."""
-        items = tuple(self._of_rank(item) for item in value.items) if value.items is not None else None
-        toks = frozenset(replace(tok, ranked=True) for tok in value.toks) if value.raw else value.toks
-        return value.but(items=items, toks=toks, env=value.env | RANKED)
-
-    def _limited(self, value: Value, limit: float) -> Value:
-        """A place in the data of which a constant lets only so many through."""
-        items = tuple(self._limited(item, limit) for item in value.items) if value.items is not None else None
-        plain = not (value.toks or value.refs or isinstance(value.const, (str, bool)))
-        return value.but(items=items, limit=limit, flags=value.flags | INDEXED) if plain else value.but(items=items)
-
-    def _indexed(self, value: Value, cuts: frozenset[Cut]) -> Value:
-        """A place in the data that a slice of a list let through."""
-        items = tuple(self._indexed(item, cuts) for item in value.items) if value.items is not None else None
-        if value.toks or value.refs or isinstance(value.const, (str, bool)):
-            return value.but(items=items)
-        return value.but(items=items, cuts=value.cuts | cuts, flags=value.flags | INDEXED)
 
     def _looked_up(self, obj: Obj, keys: list[Value], spans: tuple[Span, ...], node: ast.AST | None) -> Value:
         key = keys[0] if keys else NOTHING
@@ -305,6 +287,8 @@ class Containers(Classes):
                 found = items[key.const]
         if found is None:
             found = self.element_of(obj)
+            if key.const == 0:
+                found = first_of(found)
             if found is NOTHING and "#factory" in obj.slots:
                 found = self.call(obj.slots["#factory"], [], {}, node)
                 self.add_content(obj, found, "#elem")
@@ -360,6 +344,7 @@ class Containers(Classes):
         masks = [cut for key in keys for cut in key.cuts]
         masks += [cut for part in parts if part.low is not None and part.low.flags & INDEXED for cut in part.low.cuts]
         cuts = self.cuts_of(parts) if not self._cuts_stream(value, parts) else frozenset()
+        cuts |= before_share(parts[0]) if parts and value.flags & RAW else frozenset()
         if result.losses:  # the losses of one row are of its tokens alone
             result = result.but(toks=frozenset(narrowed(tok, spans) for tok in result.toks))
         result = self.cut(result, [*cuts, *masks], node)

@@ -86,7 +86,7 @@ class Passes:
         how = {related(tok, target, order) for tok in learned for target in score.targets}
         if how & {"same", "later"}:
             return self._doubted(self._classified(score, update, learned), learned, order)
-        if "apart" in how and self._shared(score, update, learned):
+        if "apart" in how and update.how != "table" and self._shared(score, update, learned):
             return Fault("slot-shared-delta", score, update)
         return None
 
