@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterable
 from dataclasses import replace
 
 from fairway.audit.flow.classes import Classes
@@ -268,6 +269,7 @@ class Containers(Classes):
             if named:
                 self.trace.files.setdefault(part_of(limit), self.place(node))
             elem = limited(elem, float(limit))
+            self.limit_here({part_of(float(limit))}, node)
         elif part.step > 1:
             if named:
                 self.trace.files.setdefault(part_of(1 / part.step), self.place(node))
@@ -350,9 +352,16 @@ class Containers(Classes):
         result = self.cut(result, [*cuts, *masks], node)
         if result.toks and not result.losses:
             self._gaps(parts, node)
+            old = {tok.part for tok in result.toks}
             toks = frozenset(self._part(narrowed(tok, spans), parts) for tok in result.toks)
+            self.limit_here({tok.part for tok in toks} - old, node)
             result = result.but(toks=toks, spans=())
         return result.but(const=MISSING, unit="")
+
+    def limit_here(self, parts: Iterable[str], node: ast.AST | None) -> None:
+        """The first line in which a constant lets only so many through."""
+        for part in parts:
+            self.trace.limits.setdefault(part, self.place(node))
 
     def _gaps(self, parts: list[Part], node: ast.AST | None) -> None:
         """Windows [w : w + length] that a loop cuts in longer steps: what lies between them is never read."""

@@ -136,6 +136,7 @@ class Trace:
     picked: dict[int, Place | None] = field(default_factory=dict)  # loss -> the condition that leaves others out
     gaps: dict[int, Place] = field(default_factory=dict)  # loop -> the slice that is shorter than its step
     files: dict[str, Place] = field(default_factory=dict)  # "1" -> where only the first of several files is taken
+    limits: dict[str, Place] = field(default_factory=dict)  # a Tok's part -> where a constant lets only so many through
     reads: list[tuple[tuple[Place, ...], bool]] = field(default_factory=list)  # data read: the calls, training and val
     gathered: list[tuple[int, int]] = field(default_factory=list)  # sums over all ranks: (events before, their losses)
     saved: list[int] = field(default_factory=list)  # numbers of the events that follow a model's writing to a file

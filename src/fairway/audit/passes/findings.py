@@ -81,7 +81,7 @@ def _clearest(faults: list[Fault]) -> Fault:
 def place_of(case: Case, fault: Fault) -> Place:
     """Where a reader should look."""
     if fault.kind == "two-pass-cache" and isinstance(fault.cause, Update):
-        filled = _filled(case.trace, fault.cause)
+        filled = _filled(case.trace, fault.cause, fault.score)
         if filled is not None:
             return filled
     if fault.kind in ("rescoring-after-adaptation", "two-pass-cache") and isinstance(fault.cause, Update):
@@ -125,12 +125,15 @@ def _taken_in(case: Case, update: Update, score: Score) -> Place | None:
     return next((place for place in stack if place not in others), None)
 
 
-def _filled(trace: Trace, update: Update) -> Place | None:
-    """The line of the loop that fills a table; None where that loop scores too, and the second pass is the fault."""
+def _filled(trace: Trace, update: Update, score: Score) -> Place | None:
+    """Where a table is filled: the line of its loop, or the call that fills it at once; None where the loop that fills
+    it scores too, and the second pass is the fault."""
     cutting = {loop for tok in update.learned for loop, _, _ in tok.spans}
     own = [each for each in update.nest if each[0] in cutting]
-    if not own or any(own[0] in score.nest for score in trace.scores):
+    if own and any(own[0] in each.nest for each in trace.scores):
         return None
+    if not own:
+        return None if {loop for loop, _ in update.nest} & {loop for loop, _ in score.nest} else _parting(update, score)
     depth = trace.depth.get(own[0][0], 0)
     return update.stack[depth - 1] if 0 < depth <= len(update.stack) < 12 else None
 
