@@ -120,6 +120,16 @@ class Unknown(Event):
     why: str = ""
 
 
+@dataclass(frozen=True)
+class Read:
+    """Where data is read. stack: the calls; mixed: training and validation files; pattern: one that fits both kinds
+    alike, or ""."""
+
+    stack: tuple[Place, ...]
+    mixed: bool = False
+    pattern: str = ""
+
+
 @dataclass(eq=False)
 class Trace:
     """All that happened. `scores`, `updates` and `choices` are indexed by the bit of their event."""
@@ -137,7 +147,7 @@ class Trace:
     gaps: dict[int, Place] = field(default_factory=dict)  # loop -> the slice that is shorter than its step
     files: dict[str, Place] = field(default_factory=dict)  # "1" -> where only the first of several files is taken
     limits: dict[str, Place] = field(default_factory=dict)  # a Tok's part -> where a constant lets only so many through
-    reads: list[tuple[tuple[Place, ...], bool]] = field(default_factory=list)  # data read: the calls, training and val
+    reads: list[Read] = field(default_factory=list)
     gathered: list[tuple[int, int]] = field(default_factory=list)  # sums over all ranks: (events before, their losses)
     saved: list[int] = field(default_factory=list)  # numbers of the events that follow a model's writing to a file
     steps: int = 0

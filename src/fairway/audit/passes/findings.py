@@ -7,6 +7,7 @@ import weakref
 from fairway.audit.case import Case
 from fairway.audit.flow.events import Event, Forward, Said, Score, Trace, Update, bits
 from fairway.audit.passes.faults import Fault, Passes
+from fairway.audit.passes.patterns import pattern_at
 from fairway.audit.passes.reported import Reported, is_diagnosis, reported
 from fairway.audit.verdict import Finding, Place, Step, Verdict
 
@@ -118,11 +119,12 @@ def _taken_in(case: Case, update: Update, score: Score) -> Place | None:
     own, reads = _own_reads(case, update, score), case.trace.reads
     if not own:
         return None
-    stack, mixed = reads[own[0]]
-    if mixed:  # one read of both: where its file is asked for
-        return stack[-2] if len(stack) > 1 else stack[-1]
-    others = {place for n, (places, _) in enumerate(reads) if n not in own for place in places}
-    return next((place for place in stack if place not in others), None)
+    first = reads[own[0]]
+    if first.mixed:  # one read of both: where its pattern is written, else where its file is asked for
+        asked = first.stack[-2] if len(first.stack) > 1 else first.stack[-1]
+        return (pattern_at(case, first.pattern) if first.pattern else None) or asked
+    others = {place for n, read in enumerate(reads) if n not in own for place in read.stack}
+    return next((place for place in first.stack if place not in others), None)
 
 
 def _filled(trace: Trace, update: Update, score: Score) -> Place | None:
@@ -151,7 +153,7 @@ def _calibrated(case: Case, update: Update, score: Score) -> Place:
     fitting = [event for event in runs if any((tok.data, tok.spans) in learned for tok in event.toks)]
     run = fitting[-1] if fitting else runs[-1] if runs else update
     for origin in _own_reads(case, update, score)[:1]:
-        read = case.trace.reads[origin][0]
+        read = case.trace.reads[origin].stack
         return next((mine for mine, other in zip(read, run.stack, strict=False) if mine != other), read[-1])
     return called_at(run)
 
