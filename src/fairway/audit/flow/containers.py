@@ -186,6 +186,10 @@ class Containers(Classes):
         if obj.kind in ("instance", "thing") and "#module" in obj.slots:
             layers = obj.slots.get("#content")
             if isinstance(layers, Value) and (layers.refs or layers.items) and obj.kind == "thing":
+                if (
+                    parts and parts[0].slice
+                ):  # model.blocks[-2:]: still a list of its layers, and what it learns is theirs
+                    return self.ref(obj)
                 if keys and isinstance(keys[0].const, int):
                     for listed in layers.refs:
                         return self._looked_up(listed, keys, (), node)
