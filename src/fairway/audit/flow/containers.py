@@ -356,6 +356,8 @@ class Containers(Classes):
             self._gaps(parts, node)
             toks = frozenset(self._part(narrowed(tok, spans), parts) for tok in result.toks)
             result = result.but(toks=toks, spans=())
+        elif self.plain(result):  # places in the data: which of them, the loops tell
+            result = result.but(spans=spans)
         return result.but(const=MISSING, unit="")
 
     def _gaps(self, parts: list[Part], node: ast.AST | None) -> None:
