@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.audit.order import broken
+from tests.audit.order import HEAD, broken, doubted
 
 SCRIPT = """
 import glob, math, os
@@ -97,3 +97,39 @@ def test_what_stands_before_the_own_share_may_be_counted(plan: str, fill: str) -
 )
 def test_the_own_share_may_not(plan: str, fill: str) -> None:
     assert "two-pass-cache" in broken(script(plan, fill))
+
+
+DOCUMENTS = """
+def walk(args, model, val):
+    opt = torch.optim.SGD(model.parameters(), lr=1e-3)
+    total, count = 0.0, 0
+    starts = STARTS
+    for first in range(0, len(starts), 4):
+        for start in starts[first : first + 4]:
+            piece = val[start : start + 1025]
+            nll = model(piece[:-1], piece[1:])
+            total += nll.item() * 1024
+            count += 1024
+            opt.zero_grad()
+            nll.backward()
+            opt.step()
+    return total / count
+
+if __name__ == "__main__":
+    args = Hyperparameters()
+    val, model = load(args.val_files), GPT()
+    train(args, model)
+    WALK
+    print("final val_loss", final, "val_bpb", final / math.log(2) / 2.4)
+"""
+ONCE, TWICE = "final = walk(args, model, val)", "walk(args, model, val); final = walk(args, model, val)"
+
+
+@pytest.mark.parametrize(
+    "starts",
+    ["(val == 1).nonzero().flatten().tolist()", "torch.nonzero(val == 1)[:, 0]", "list(range(0, val.numel(), 1024))"],
+)
+def test_batches_of_document_starts_are_told_apart_and_a_second_walk_over_them_is_not(starts: str) -> None:
+    text = HEAD + DOCUMENTS.replace("STARTS", starts)
+    assert doubted(text.replace("WALK", ONCE)) == set()
+    assert "rescoring-after-adaptation" in broken(text.replace("WALK", TWICE))

@@ -187,6 +187,10 @@ class Containers(Classes):
         if obj.kind in ("instance", "thing") and "#module" in obj.slots:
             layers = obj.slots.get("#content")
             if isinstance(layers, Value) and (layers.refs or layers.items) and obj.kind == "thing":
+                if (
+                    parts and parts[0].slice
+                ):  # model.blocks[-2:]: still a list of its layers, and what it learns is theirs
+                    return self.ref(obj)
                 if keys and isinstance(keys[0].const, int):
                     for listed in layers.refs:
                         return self._looked_up(listed, keys, (), node)
@@ -356,6 +360,8 @@ class Containers(Classes):
             toks = frozenset(self._part(narrowed(tok, spans), parts) for tok in result.toks)
             self.limit_here({tok.part for tok in toks} - old, node)
             result = result.but(toks=toks, spans=())
+        elif self.plain(result):  # places in the data: which of them, the loops tell
+            result = result.but(spans=spans)
         return result.but(const=MISSING, unit="")
 
     def limit_here(self, parts: Iterable[str], node: ast.AST | None) -> None:

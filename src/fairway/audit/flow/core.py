@@ -80,6 +80,7 @@ class Core:
         self.forwards = 0  # models whose forward is under way
         self.stopped = NOTHING  # what the last generator to end returned
         self.said_unknown: set[tuple[str, int, str]] = set()
+        self.handles: dict[tuple[tuple[Place, ...], str], Obj] = {}  # of hooks, by the calls that put them on
 
     # What the classes above do.
     def evaluate(self, node: ast.expr) -> Value:

@@ -21,6 +21,7 @@ from fairway.audit.flow.values import (
     hashable,
     join,
 )
+from fairway.audit.verdict import Place
 
 _TEXT = frozenset(
     ("lower", "upper", "strip", "lstrip", "rstrip", "split", "startswith", "endswith", "replace", "join", "encode",
@@ -207,17 +208,23 @@ class Methods(Files):
 
     # Models.
     def _hooked(self, obj: Obj, key: str, hook: Value, node: ast.AST | None) -> Value:
-        """What takes a hook off its module again: its handle."""
+        """What takes hooks off their modules again: one handle for all turns of the loop over the modules, of which a
+        list could hold only the first few."""
         self.add_content(obj, hook, key)
-        handle = self.new("thing", "hook", node)
-        handle.slots.update({"#on": self.ref(obj), "#key": Value(const=key), "#hook": hook})
+        site = tuple(Place(each.script.path, each.line) for each in self.frames)
+        handle = self.handles.get((site, key))
+        if handle is None:
+            handle = self.handles[site, key] = self.new("thing", "hook", node)
+            handle.slots["#key"] = Value(const=key)
+        self.add_content(handle, self.ref(obj), "#on")
+        self.add_content(handle, hook, "#hook")
         return self.ref(handle)
 
     def _unhooked(self, handle: Obj) -> Value:
         key = handle.slots["#key"].const
-        for module in handle.slots["#on"].refs:
+        for module in handle.slots.get("#on", NOTHING).refs:
             hooks = module.slots.get(key, NOTHING)
-            self.heap.set(module, key, hooks.but(refs=hooks.refs - handle.slots["#hook"].refs))
+            self.heap.set(module, key, hooks.but(refs=hooks.refs - handle.slots.get("#hook", NOTHING).refs))
         return NONE
 
     def module_method(

@@ -8,6 +8,7 @@ from typing import Literal
 
 from fairway.audit.flow.events import Choice, Clock, Event, Said, Score, Trace, Update, bits
 from fairway.audit.flow.tokens import Tok, perhaps_apart, related
+from fairway.audit.passes.past import by_the_past
 from fairway.audit.passes.reported import Reported, scores_of
 
 Kind = Literal[
@@ -269,12 +270,14 @@ class Passes:
 
     # Choices.
     def _choices(self, said: tuple[Said, ...], scores: list[Score]) -> Iterator[Fault]:
-        shown = 0
+        shown, past = 0, dict[int, bool]()
         for each in said:
             shown |= each.value.choices
         for score in scores:
             order = [loop for loop, _ in score.nest]
             for choice in self.trace.chosen(score.choices | shown):
+                if choice.bit not in past:
+                    past[choice.bit] = by_the_past(self.trace, choice)
                 seen = [
                     other
                     for other in self.trace.scored(choice.losses)
@@ -289,7 +292,7 @@ class Passes:
                         for target in score.targets
                     )
                 ]
-                if not about:
+                if not about or past[choice.bit]:
                     continue
                 family = self._family(choice.losses)
                 direct = any(

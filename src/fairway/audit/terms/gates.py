@@ -141,6 +141,11 @@ class Gates:
                 yield term
             waiting.extend(reads(term, self.of.streams))
 
+    def looks_up(self, term: Term) -> bool:
+        """Whether a switch looks its target up in a table, whatever else it reads."""
+        test = forked(term)
+        return test is None or any(self._looks_up_target(one) for one in self.of.below(test[0]))
+
     def origin(self, term: Term) -> Term:
         """The lookup by the target that a switch or a weight goes back to; the term itself where there is none."""
         test = forked(term)
