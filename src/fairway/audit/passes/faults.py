@@ -95,7 +95,8 @@ class Passes:
         if update.how == "table":
             return Fault(self._table_kind(score, update, learned), score, update)
         if update.how == "computed":
-            return Fault("calibration-on-validation", score, update)
+            kind: Kind = "validation-in-training" if self._trained_on(score, learned) else "calibration-on-validation"
+            return Fault(kind, score, update)
         alone = state is not None and state.kind == "tensor" and state.owner is None and state not in self.trained
         if alone and score.scaled:
             return Fault("temperature-from-validation", score, update)
@@ -116,6 +117,12 @@ class Passes:
         if self._in_training(score, update):
             return Fault("validation-in-training", score, update)
         return Fault("training-before-scoring", score, update)
+
+    def _trained_on(self, score: Score, learned: list[Tok]) -> bool:
+        """Whether the training took its steps on the same read of these tokens: its stream goes on, calibrated or not."""
+        steps = [each for each in self.trace.learned(score.knows) if each.place in self.train_places]
+        taken = {tok.origin for each in steps if each.how == "gradient" for tok in each.learned if tok.data in self.data}
+        return all(tok.origin >= 0 and tok.origin in taken for tok in learned)
 
     @staticmethod
     def _doubted(fault: Fault, learned: list[Tok], order: list[int]) -> Fault:
