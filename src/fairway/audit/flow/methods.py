@@ -207,10 +207,16 @@ class Methods(Files):
 
     # Models.
     def _hooked(self, obj: Obj, key: str, hook: Value, node: ast.AST | None) -> Value:
-        """What takes a hook off its module again: its handle."""
+        """What takes a hook off its module again: its handle. Those of one line, in one call of its function, are one:
+        they are kept in a list and taken off together."""
         self.add_content(obj, hook, key)
-        handle = self.new("thing", "hook", node)
-        handle.slots.update({"#on": self.ref(obj), "#key": Value(const=key), "#hook": hook})
+        mine = (id(node), self.frame.obj.number)
+        handle = self.handles.get(mine)
+        if handle is None:
+            handle = self.handles[mine] = self.new("thing", "hook", node)
+            handle.slots.update({"#on": NOTHING, "#key": Value(const=key), "#hook": NOTHING})
+        for name, refs in (("#on", frozenset((obj,))), ("#hook", hook.refs)):
+            self.heap.set(handle, name, Value(refs=handle.slots[name].refs | refs))
         return self.ref(handle)
 
     def _unhooked(self, handle: Obj) -> Value:

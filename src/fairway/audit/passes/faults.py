@@ -105,6 +105,9 @@ class Passes:
         if self._before_artifact(score, update):
             return Fault("training-before-scoring", score, update)  # whichever number was looked at before
         before = self._companion(score, update, learned)
+        called = self._first_call(score, update, learned)
+        if called is not None:
+            return Fault("rescoring-after-adaptation", score, update, called)
         if self._is_delta(score, update, alone) and not self._passes_again(score, update):
             return Fault("slot-on-scored", score, update)
         if before is not None:
@@ -119,9 +122,11 @@ class Passes:
         return Fault("training-before-scoring", score, update)
 
     def _trained_on(self, score: Score, learned: list[Tok]) -> bool:
-        """Whether the training took its steps on the same read of these tokens: its stream goes on, calibrated or not."""
+        """Whether the training took its steps on the same read of these tokens: its stream goes on."""
         steps = [each for each in self.trace.learned(score.knows) if each.place in self.train_places]
-        taken = {tok.origin for each in steps if each.how == "gradient" for tok in each.learned if tok.data in self.data}
+        taken = {
+            tok.origin for each in steps if each.how == "gradient" for tok in each.learned if tok.data in self.data
+        }
         return all(tok.origin >= 0 and tok.origin in taken for tok in learned)
 
     @staticmethod
@@ -145,6 +150,8 @@ class Passes:
         same = bool(inner) and set(inner) <= set(score.nest)
         depth = self.trace.depth.get(inner[0][0], 1) if inner else 1
         same = same and update.stack[: depth - 1] == score.stack[: depth - 1]  # else the same loop of an earlier call
+        turns = dict(update.nest)
+        same = same and all(turns.get(loop, turn) == turn or loop in cut for loop, turn in score.nest)  # or pass
         return "training-before-scoring" if same else "two-pass-cache"
 
     def _companion(self, score: Score, update: Update, learned: list[Tok]) -> Score | None:
@@ -176,6 +183,18 @@ class Passes:
             if first.place != score.place or _common(first, update, score) < 2:
                 continue
             if any(related(tok, target) == "same" for tok in learned for target in first.targets):
+                return first
+        return None
+
+    def _first_call(self, score: Score, update: Update, learned: list[Tok]) -> Score | None:
+        """A scoring of what was learned, in a call that scored and learned, where this scoring is in another call of
+        the same lines: a vector that one pass has learned is handed to the next."""
+        for first in self.booked:
+            if first.number >= update.number:
+                break
+            again = first.place == score.place and first.stack != score.stack
+            again = again and _common(first, update) > _common(update, score)
+            if again and any(related(tok, target) == "same" for tok in learned for target in first.targets):
                 return first
         return None
 
