@@ -44,6 +44,13 @@ class Passes:
             for score in trace.scores
             if score.bit not in followed and any(tok.data in self.data for tok in score.targets)
         ]
+        self.wide = {
+            loop
+            for score in self.booked
+            for tok in score.targets
+            for loop, low, high in tok.spans
+            if high > low and any(loop == each for each, _ in score.nest)
+        }  # loops whose windows overlap
         taught = [update for update in trace.updates if any(tok.data == "train" for tok in update.learned)]
         self.train_places = {update.place for update in taught}
         self.trained = {update.state for update in taught}  # weights, if need be in a dict of tensors: no slots
@@ -83,12 +90,20 @@ class Passes:
         learned = [tok for tok in update.learned if tok.data in self.data]
         if not learned:
             return None
-        how = {related(tok, target, order) for tok in learned for target in score.targets}
+        targets = [self._begun(target) for target in score.targets]
+        how = {related(self._begun(tok), target, order) for tok in learned for target in targets}
         if how & {"same", "later"}:
             return self._doubted(self._classified(score, update, learned), learned, order)
         if "apart" in how and self._shared(score, update, learned):
             return Fault("slot-shared-delta", score, update)
         return None
+
+    def _begun(self, tok: Tok) -> Tok:
+        """A window that overlaps the next one, as the place where it begins."""
+        if not self.wide:
+            return tok
+        spans = tuple((loop, low, low if loop in self.wide else high) for loop, low, high in tok.spans)
+        return replace(tok, spans=spans)
 
     def _classified(self, score: Score, update: Update, learned: list[Tok]) -> Fault:
         state = update.state
@@ -105,6 +120,8 @@ class Passes:
         if self._before_artifact(score, update):
             return Fault("training-before-scoring", score, update)  # whichever number was looked at before
         before = self._companion(score, update, learned)
+        if before is not None and _earlier_turn(before, score):  # of this very pass: what reaches on was not scored yet
+            return Fault("training-before-scoring", score, update)
         called = self._first_call(score, update, learned)
         if called is not None:
             return Fault("rescoring-after-adaptation", score, update, called)
@@ -369,6 +386,16 @@ def _common(*events: Event) -> int:
             break
         count += 1
     return count
+
+
+def _earlier_turn(before: Score, score: Score) -> bool:
+    """Whether a loss was made in an earlier turn of the same pass, of the tokens of that turn."""
+    turns = dict(score.nest)
+    cut = {loop for tok in score.targets for loop, _, _ in tok.spans}
+    moved = [loop for loop, turn in before.nest if turns.get(loop, turn) != turn]
+    order = [loop for loop, _ in score.nest]
+    lies = {related(mine, other, order) for mine in before.targets for other in score.targets}
+    return before.stack[:-1] == score.stack[:-1] and bool(moved) and set(moved) <= cut and lies == {"earlier"}
 
 
 def _apart(one: Score, other: Score) -> bool:
