@@ -77,12 +77,21 @@ class Containers(Classes):
         if low and part.low is not None and part.low.less:
             low = self._ending(low, high)
         if low:
+            part_of = {loop: 0 if self._holds_end(loop, low, high) else 1 for loop, _, _ in low}
             return tuple(
-                (loop, a, max(b, high[loop][1] - 1) if loop in high and high[loop][1] > b else b) for loop, a, b in low
+                (loop, a, max(b, high[loop][1] - part_of[loop]) if loop in high and high[loop][1] > b else b)
+                for loop, a, b in low
             )
         if part.low is None or part.low.const == 0:
             return tuple((loop, START, a - 1) if a == b else (loop, START, b) for loop, (a, b) in high.items())
         return tuple((loop, a, b) for loop, (a, b) in high.items())
+
+    def _holds_end(self, loop: int, low: tuple[Span, ...], high: dict[int, tuple[int, int]]) -> bool:
+        """Whether an end is the end of what a list holds for a turn, as a start is the start of it: `chunks[c][0].begin
+        : chunks[c + 1][-1].end`; an end that is where the next one starts holds nothing of it."""
+        under_way = {each for each, _ in self.nest}
+        ended = [(each, a) for each, a, _ in low if each != loop and each not in under_way]
+        return any(each in high and high[each][0] > a for each, a in ended)
 
     def _ending(self, low: tuple[Span, ...], high: dict[int, tuple[int, int]]) -> tuple[Span, ...]:
         """`[end - context : end]`, where `end` is where the next turn begins: what comes last in it is this turn's."""

@@ -35,6 +35,8 @@ class Functions(Foreign):
         self._bind(obj, code.args, local, args, kwargs)
         if _is_coroutine(code):
             return self.ref(self.new("generator", frame, node))
+        if id(node) in self.entering and _is_context(code):
+            frame.within = self.entering.pop(id(node))
         nest, frame.line = len(self.nest), code.lineno
         self.frames.append(frame)
         try:
@@ -129,6 +131,11 @@ def _is_generator(code: Any) -> bool:
                 waiting += ast.iter_child_nodes(each)
         code._fairway_yields = cached
     return bool(cached)
+
+
+def _is_context(code: Any) -> bool:
+    """Whether a function is a @contextmanager."""
+    return any(ast.unparse(each).endswith("contextmanager") for each in getattr(code, "decorator_list", ()))
 
 
 def _is_coroutine(code: Any) -> bool:

@@ -21,7 +21,6 @@ from fairway.audit.flow.values import (
     hashable,
     join,
 )
-from fairway.audit.verdict import Place
 
 _TEXT = frozenset(
     ("lower", "upper", "strip", "lstrip", "rstrip", "split", "startswith", "endswith", "replace", "join", "encode",
@@ -208,16 +207,16 @@ class Methods(Files):
 
     # Models.
     def _hooked(self, obj: Obj, key: str, hook: Value, node: ast.AST | None) -> Value:
-        """What takes hooks off their modules again: one handle for all turns of the loop over the modules, of which a
-        list could hold only the first few."""
+        """What takes a hook off its module again: its handle. Those of one line, in one call of its function, are one:
+        they are kept in a list and taken off together."""
         self.add_content(obj, hook, key)
-        site = tuple(Place(each.script.path, each.line) for each in self.frames)
-        handle = self.handles.get((site, key))
+        mine = (id(node), self.frame.obj.number)
+        handle = self.handles.get(mine)
         if handle is None:
-            handle = self.handles[site, key] = self.new("thing", "hook", node)
-            handle.slots["#key"] = Value(const=key)
-        self.add_content(handle, self.ref(obj), "#on")
-        self.add_content(handle, hook, "#hook")
+            handle = self.handles[mine] = self.new("thing", "hook", node)
+            handle.slots.update({"#on": NOTHING, "#key": Value(const=key), "#hook": NOTHING})
+        for name, refs in (("#on", frozenset((obj,))), ("#hook", hook.refs)):
+            self.heap.set(handle, name, Value(refs=handle.slots[name].refs | refs))
         return self.ref(handle)
 
     def _unhooked(self, handle: Obj) -> Value:

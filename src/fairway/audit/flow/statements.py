@@ -321,23 +321,6 @@ class Statements(Loops):
         ended.slots["value"] = self.stopped
         return self.ref(ended)
 
-    def _do_With_(self, node: ast.With) -> bool:
-        for item in node.items:
-            value = self.evaluate(item.context_expr)
-            entered = value
-            for obj in value.refs:
-                if obj.kind == "instance":
-                    found = self.find(obj.data, "__enter__")
-                    if found is not None:
-                        entered = self.call(self.bound(found[0], self.ref(obj), obj.data), [], {}, node)
-                elif obj.kind == "generator":
-                    entered = self.element_of(obj)
-            if item.optional_vars is not None:
-                self.assign(item.optional_vars, entered)
-        return self.block(node.body)
-
-    _do_AsyncWith_ = _do_With_
-
 
 def _every_nth(test: ast.expr) -> bool:
     """`if i % 4:`, `if i % 4 != 0:`, where both numbers are written out."""

@@ -90,7 +90,7 @@ def place_of(case: Case, fault: Fault) -> Place:
         return _repeated(case.trace, fault) if place == fault.score.place else place
     if fault.kind == "multi-epoch-last":
         return _loop_again(case.trace, fault)
-    if isinstance(fault.cause, Update) and fault.cause.how == "computed":
+    if fault.kind == "calibration-on-validation" and isinstance(fault.cause, Update):
         return _calibrated(case, fault.cause, fault.score)
     if fault.kind == "slot-on-scored" and isinstance(fault.cause, Update):
         return _objective(case.trace, fault.cause)
