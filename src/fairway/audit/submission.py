@@ -105,13 +105,17 @@ def _files(root: Path) -> Iterator[tuple[str, int]]:
 
 
 def _is_text(name: str) -> bool:
-    return name.lower().endswith((".md", ".sh", ".log", ".txt", ".out")) or name.lower() == "readme"
+    return name.lower().endswith((".md", ".sh", ".log", ".txt", ".out", ".jsonl")) or name.lower() == "readme"
 
 
 def _is_log(name: str, text: str) -> bool:
     if name.rpartition("/")[2].lower() in _NO_LOGS or name.endswith((".md", ".sh")):
         return False
-    return name.endswith(".log") or bool(_RESULT.search(text))
+    if name.endswith(".log") or _RESULT.search(text):
+        return True
+    from fairway.audit.records.log import tells_of_a_run  # the records read submissions
+
+    return tells_of_a_run(text)
 
 
 def _text(path: Path) -> str:

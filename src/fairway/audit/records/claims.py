@@ -5,6 +5,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fairway.audit.verdict import Place
+
+FILE = "submission.json"
+_DIGITS = re.compile(r"\d[\d,]*(?:\.\d+)?")
 _TOTAL = ("bytes_total", "total_bytes", "total_submission_bytes", "submission_bytes", "size_bytes", "total_size_bytes")
 _CODE = ("bytes_code", "code_bytes", "code_size_bytes", "code_size")
 _ARTIFACT = (
@@ -32,9 +36,17 @@ _CHANCE = ("p_value", "p", "p_val")
 
 @dataclass(frozen=True)
 class Claims:
-    """table: the whole file. What it does not claim is None."""
+    """table: the whole file; text: as it was written. What it does not claim is None."""
 
     table: Mapping[str, Any]
+    text: str = ""
+
+    def at(self, value: float | None) -> Place:
+        """Where a number is claimed: the first line that gives it."""
+        for number, row in enumerate(self.text.split("\n"), 1):
+            if value is not None and any(_float(text) == value for text in _DIGITS.findall(row)):
+                return Place(FILE, number)
+        return Place(FILE)
 
     @property
     def total(self) -> float | None:

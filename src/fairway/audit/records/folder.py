@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from fairway.audit.reading import Script
-from fairway.audit.records.claims import Claims
+from fairway.audit.records.claims import FILE, Claims
 from fairway.audit.records.log import Log, read
 from fairway.audit.submission import Submission
 
@@ -72,8 +72,9 @@ class Record:
 def record_of(submission: Submission) -> Record:
     """The numbers of one submission; read once for all rules."""
     logs = tuple(read(path, text) for path, text in sorted(submission.logs.items()))
+    claims = Claims(submission.claims, submission.tables.get(FILE, ""))
     results = tuple(log for log in logs if log.scores or log.totals or log.steps)
-    return Record(submission.entry, submission.sizes, Claims(submission.claims), results)
+    return Record(submission.entry, submission.sizes, claims, results)
 
 
 def same_code(left: str, right: str) -> bool:

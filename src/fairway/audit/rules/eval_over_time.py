@@ -12,6 +12,7 @@ CLAUSE = "R3: evaluation <= 600 s"
 WITHOUT_SCRIPT = True
 
 LIMIT = 600.0  # seconds
+_NEXT = 3  # lines between a score and the time that was taken for it
 EXEMPTION = "diagnostics-beside-the-clock"
 _SUM = re.compile(r"total[_ ]?eval[_ a-z]*time", re.IGNORECASE)
 _OUTSIDE = re.compile(
@@ -54,7 +55,7 @@ def _spent(log: Log) -> tuple[float, Place, tuple[Step, ...]] | None:
     if sums:
         return sums[-1].value, Place(log.path, sums[-1].line), (_step(log, sums[-1]),)
     if final is None or final.seconds is None:
-        return None
+        return _beside(log)
     outside = [timer for timer in log.timers if timer.line < final.line and _is_outside(timer, final)]
     parts = [_step(log, timer) for timer in outside]
     own = Step(Place(log.path, final.line), f"{final.seconds:.1f} s for {final.stage or 'the score'}"[:90])
@@ -69,6 +70,17 @@ def _timed(log: Log) -> Score | None:
         s for s in log.scores if s.seconds is not None and final and abs(s.bits_per_byte - final.bits_per_byte) < 6e-4
     ]
     return same[-1] if same else None
+
+
+def _beside(log: Log) -> tuple[float, Place, tuple[Step, ...]] | None:
+    """Where no score has a time on its own line: the longest of those printed next to the score that is reported."""
+    final = log.final
+    near = [t for t in log.timers if final is not None and -_NEXT <= t.line - final.line <= _NEXT]
+    own = [t for t in near if not _BEFORE.search(t.says) and not re.search("train", t.says, re.IGNORECASE)]
+    if final is None or final.step is not None or not own:
+        return None
+    longest = max(own, key=lambda timer: timer.value)
+    return longest.value, Place(log.path, longest.line), (_step(log, longest),)
 
 
 def _is_outside(timer: Amount, final: Score) -> bool:

@@ -26,7 +26,7 @@ def check(case: Case) -> Finding:
 def _over(record: Record) -> Finding | None:
     """A logged or claimed sum above the limit."""
     sums_ = [(log.total.value, Place(log.path, log.total.line)) for log in record.logs if log.total]
-    sums_ += [(record.claims.total, Place("submission.json"))] if record.claims.total else []
+    sums_ += [(record.claims.total, record.claims.at(record.claims.total))] if record.claims.total else []
     over = [(value, place) for value, place in sums_ if value > LIMIT]
     if not over:
         return None
@@ -52,7 +52,7 @@ def _without_code(record: Record) -> Finding | None:
         evidence = (
             f"submission.json claims {total:,.0f} bytes in all and for the artifact alike: {code} of code are left out"
         )
-        return Finding(ID, _judged(total + record.code_bytes), evidence, CLAUSE, Place("submission.json"))
+        return Finding(ID, _judged(total + record.code_bytes), evidence, CLAUSE, record.claims.at(total))
     return None
 
 
@@ -66,11 +66,11 @@ def _claimed(record: Record) -> Finding | None:
     if less:
         value, code = less[0]
         evidence = f"submission.json claims {total:,.0f} bytes, the logged {value:,.0f} less the code's {code:,.0f}"
-        return Finding(ID, _judged(value), evidence, CLAUSE, Place("submission.json"))
+        return Finding(ID, _judged(value), evidence, CLAUSE, record.claims.at(total))
     if total < min(value for value, _ in logged) - 1:
         low = min(value for value, _ in logged)
         evidence = f"submission.json claims {total:,.0f} bytes, and the logs give {low:,.0f} at least"
-        return Finding(ID, _judged(max(value for value, _ in logged)), evidence, CLAUSE, Place("submission.json"))
+        return Finding(ID, _judged(max(value for value, _ in logged)), evidence, CLAUSE, record.claims.at(total))
     return None
 
 
@@ -90,7 +90,7 @@ def _weighed(record: Record) -> Finding | None:
         f"{record.code_bytes + sum(record.neighbours.values()):,} bytes of code by stat() and {model:,.0f} bytes of "
         f"artifact make {total:,.0f}, over 16,000,000"
     )
-    claimed = Place("submission.json") if record.claims.total else None
+    claimed = record.claims.at(record.claims.total) if record.claims.total else None
     logged_at = next((Place(log.path, log.total.line) for log in record.logs if log.total), place)
     return Finding(ID, "violates", evidence, CLAUSE, claimed or logged_at)
 
