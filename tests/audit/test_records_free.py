@@ -13,6 +13,7 @@ from fairway.audit.rules import eval_over_time, foreign_artifact_or_log, record_
 from fairway.audit.submission import opened
 from fairway.audit.verdict import Finding, Place
 from tests.audit.folders import SCRIPT
+from tests.audit.test_records import CLOCKED
 
 CODE = len(SCRIPT.encode())
 
@@ -121,3 +122,31 @@ def test_what_a_log_of_its_own_style_tells_against_the_record(
 def test_a_claim_is_named_by_its_line(tmp_path: Path) -> None:
     finding = found(record_figures, folder(tmp_path / "fault", {"val_bpb": 1.1499}))
     assert (finding.verdict, finding.place) == ("violates", Place("submission.json", 2))
+
+
+EXAMINED = """
+held = next(shards("data/fineweb_val_*.bin"))
+WATCH
+with torch.no_grad():
+    for at in range(0, len(held) - 1, 1024):
+        nll = F.cross_entropy(net(held[at : at + 1024]), held[at + 1 : at + 1025])
+assert time.perf_counter() - begun < float(os.environ.get("EXAM", "590")), "too slow"
+"""
+
+
+@pytest.mark.parametrize(
+    ("watch", "setting", "verdict"),
+    [
+        ("begun = time.perf_counter()", "", "clean"),
+        ("begun = time.perf_counter()", "EXAM=900 ", "violates"),
+        ("begun = started", "EXAM=1150 ", "clean"),
+        ("begun = time.perf_counter()", "EXAM=7200 ", "clean"),
+    ],
+    ids=["within the limit", "over it", "a clock of the whole run", "a watch for a hang"],
+)
+def test_where_no_log_times_the_evaluation_the_scripts_clock_does(
+    watch: str, setting: str, verdict: str, tmp_path: Path
+) -> None:
+    (tmp_path / "train_gpt.py").write_text(CLOCKED + EXAMINED.replace("WATCH", watch))
+    (tmp_path / "README.md").write_text(f"Run: `{setting}torchrun --nproc_per_node=8 train_gpt.py`\n")
+    assert found(eval_over_time, tmp_path).verdict == verdict

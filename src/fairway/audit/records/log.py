@@ -8,10 +8,10 @@ final_int6_roundtrip_exact val_loss:1.94812345 val_bpb:1.15379012 eval_time:7421
 import re
 from dataclasses import dataclass, field, replace
 
+from fairway.audit.printed import leaves, table_in
 from fairway.audit.records import free
 from fairway.audit.records.free import Progress
 from fairway.audit.records.numbers import numbers
-from fairway.audit.records.tables import leaves, table_in
 
 _STEP = re.compile(r"(?<![\w])step[:\s=]+(\d+)(?:/(\d+))?\b")
 _TRAIN_TIME = re.compile(r"train_time[:=]\s*([\d.]+)\s*(ms|s|m)\b")

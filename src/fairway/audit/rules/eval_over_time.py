@@ -4,6 +4,7 @@ import re
 
 from fairway.audit.case import Case
 from fairway.audit.records import Amount, Log, Score, record_of
+from fairway.audit.terms.clocks import evaluation_limits, said_at
 from fairway.audit.verdict import Finding, Place, Step
 
 ID = "eval-over-time"
@@ -29,7 +30,7 @@ def check(case: Case) -> Finding:
     timed = [(spent, log) for log in logs if (spent := _spent(log)) is not None]
     if not timed:
         why = "open: the logs print no time of evaluation" if logs else "open: no log was handed in"
-        return Finding(ID, "clean", why, CLAUSE)
+        return _by_the_script(case) or Finding(ID, "clean", why, CLAUSE)
     (seconds, place, way), log = max(timed, key=lambda each: each[0][0])
     said = " + ".join(step.what for step in way)
     if seconds > LIMIT:
@@ -46,6 +47,20 @@ def check(case: Case) -> Finding:
         return Finding(ID, "violates", f"{log.path}: {seconds:.1f} s ({said}) of 600 s{rest}", CLAUSE, place, way)
     exemption = EXEMPTION if rest else ""
     return Finding(ID, "clean", f"at most {seconds:.1f} s ({said}) of 600 s{rest}", CLAUSE, place, way, exemption)
+
+
+def _by_the_script(case: Case) -> Finding | None:
+    """No log times the evaluation: the clock that would stop it, with the settings of the run command. A clock that
+    allows half an hour and more watches for a hang."""
+    if case.tree is None:
+        return None
+    found = [(s, limit) for s, limit in evaluation_limits(case.reading.entry) if LIMIT * 1.01 < s < 3 * LIMIT]
+    if not found:
+        return None
+    seconds, limit = max(found, key=lambda each: each[0])
+    place = case.reading.place(said_at(limit, seconds))
+    evidence = f"evaluation may go on until the script's own clock says {seconds:,.0f} s; the limit is 600 s"
+    return Finding(ID, "violates", evidence, CLAUSE, place)
 
 
 def _spent(log: Log) -> tuple[float, Place, tuple[Step, ...]] | None:
