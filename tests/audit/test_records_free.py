@@ -124,6 +124,96 @@ def test_a_claim_is_named_by_its_line(tmp_path: Path) -> None:
     assert (finding.verdict, finding.place) == ("violates", Place("submission.json", 2))
 
 
+TABLE = """
+OPTIONS = {"wide": 512, "deep": 9, "rate": 0.02, "cap": 30.0, "keep": 10, "word": "on", "seed": 5}
+"""
+
+
+@pytest.mark.parametrize(
+    ("readme", "verdict"),
+    [
+        ("Run: `torchrun train_gpt.py --seed 5`", "violates"),
+        ("Run: `torchrun train_gpt.py --seed 5 --wide 640`", "clean"),
+        ("Run: `torchrun train_gpt.py --seed 5`, with wide at 640", "clean"),
+        ("No command is given.", "clean"),
+    ],
+    ids=["said by nobody", "said by the command", "told in words", "no command"],
+)
+def test_settings_that_the_logs_have_of_nobody(readme: str, verdict: str, tmp_path: Path) -> None:
+    script = SCRIPT + TABLE
+    at = folder(tmp_path / "it", script=script, code=len(script.encode()), config={"wide": 640})
+    (at / "README.md").write_text(readme + "\n")
+    finding = found(foreign_artifact_or_log, at)
+    assert finding.verdict == verdict, finding.evidence
+    assert finding.place == (Place("run.out", 1) if verdict == "violates" else None)
+
+
+def test_two_logs_of_one_seed_are_not_of_two(tmp_path: Path) -> None:
+    at = folder(tmp_path / "it", {"seeds": [5, 6]})
+    (at / "run.out").rename(at / "run_5.out")
+    (at / "run_6.out").write_text(free_log(config={"seed": 6}))
+    assert found(foreign_artifact_or_log, at).verdict == "clean"
+    (at / "run_6.out").write_text(free_log(bits=1.1557))
+    finding = found(foreign_artifact_or_log, at)
+    assert (finding.verdict, finding.place) == ("violates", Place("run_6.out", 1))
+
+
+def test_a_setting_of_a_table_that_differs_between_seeds(tmp_path: Path) -> None:
+    at = folder(tmp_path / "it", script=SCRIPT + TABLE, code=len((SCRIPT + TABLE).encode()))
+    other = free_log(config={"seed": 6, "keep": 12}, code=len((SCRIPT + TABLE).encode()))
+    (at / "second.out").write_text(other)
+    finding = found(foreign_artifact_or_log, at)
+    assert (finding.verdict, finding.place) == ("violates", Place("second.out", 1))
+    assert "keep = 12" in finding.evidence
+
+
+@pytest.mark.parametrize(
+    ("claims", "size", "verdict"),
+    [
+        ({}, 15_100_200, "clean"),
+        ({}, 15_600_200, "violates"),
+        ({"bytes_total": 14_900_000}, 15_100_200, "violates"),
+        ({"bytes_total": 15_100_200, "bytes_model": 15_100_200, "bytes_code": CODE}, None, "violates"),
+        ({"bytes_total": 15_100_200 + CODE, "artifact_bytes": 15_100_200 + CODE, "bytes_code": CODE}, None, "clean"),
+    ],
+    ids=[
+        "as told",
+        "larger than any log says",
+        "a claim below the files",
+        "a claim without its code",
+        "all is called artifact",
+    ],
+)
+def test_claims_are_held_against_files_and_parts(
+    claims: dict[str, Any], size: int | None, verdict: str, tmp_path: Path
+) -> None:
+    at = folder(tmp_path / "it", claims)
+    if size is not None:
+        with (at / "weights.parcel").open("wb") as file:
+            file.truncate(size)
+    finding = found(size_sum, at)
+    assert finding.verdict == verdict, finding.evidence
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "verdict"),
+    [
+        ("LIMIT = 16_000_000", 'LIMIT = dict(most=16_000_000)["most"]', "clean"),
+        ("assert total <= LIMIT", 'assert total <= OPTIONS["most"]', "violates"),
+        ('len(code.encode("utf-8"))', "len(zlib.compress(code.encode()))", "violates"),
+        ('len(code.encode("utf-8"))', "len(base64.b85encode(zlib.compress(code.encode())))", "clean"),
+        ('+ len(code.encode("utf-8"))', "+ len(Path(sys.argv[1]).read_bytes())", "clean"),
+    ],
+    ids=["a dict's entry", "MiB in a table", "the code compressed", "a wrapper of the code", "another file is added"],
+)
+def test_what_the_sum_is_made_of(old: str, new: str, verdict: str, tmp_path: Path) -> None:
+    assert old in SCRIPT
+    table = 'OPTIONS = {"most": 16 * 1024 * 1024}\n'
+    (tmp_path / "train_gpt.py").write_text(SCRIPT.replace(old, new).replace("LIMIT =", table + "LIMIT ="))
+    finding = found(size_sum, tmp_path)
+    assert finding.verdict == verdict, finding.evidence
+
+
 EXAMINED = """
 held = next(shards("data/fineweb_val_*.bin"))
 WATCH

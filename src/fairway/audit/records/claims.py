@@ -11,14 +11,8 @@ FILE = "submission.json"
 _DIGITS = re.compile(r"\d[\d,]*(?:\.\d+)?")
 _TOTAL = ("bytes_total", "total_bytes", "total_submission_bytes", "submission_bytes", "size_bytes", "total_size_bytes")
 _CODE = ("bytes_code", "code_bytes", "code_size_bytes", "code_size")
-_ARTIFACT = (
-    "artifact_bytes",
-    "bytes_artifact",
-    "model_bytes",
-    "bytes_model",
-    "compressed_model_bytes",
-    "artifact_size",
-)
+_MODEL = ("model_bytes", "bytes_model", "compressed_model_bytes", "bytes_weights", "weights_bytes", "model_size_bytes")
+_ARTIFACT = ("artifact_bytes", "bytes_artifact", "artifact_size", "artifact_size_bytes")
 _SCORE = ("val_bpb", "mean_val_bpb", "val_bpb_mean", "bpb", "score", "val_bpb_exact", "bits_per_byte")
 _DEVIATION = ("val_bpb_std", "std_val_bpb", "val_bpb_sd", "std", "stdev", "val_bpb_std_dev")
 _BAR = (
@@ -57,7 +51,12 @@ class Claims:
         return self._number(_CODE)
 
     @property
+    def model(self) -> float | None:
+        return self._number(_MODEL)
+
+    @property
     def artifact(self) -> float | None:
+        """What is called an artifact: the model's file, or all that is handed in."""
         return self._number(_ARTIFACT)
 
     @property

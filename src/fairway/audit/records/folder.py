@@ -28,6 +28,10 @@ _BINARY = (
 )
 
 
+_TEXTS = (".py", ".ipynb", ".json", ".jsonl", ".md", ".txt", ".log", ".out", ".csv", ".parquet", ".png", ".pdf")
+_LARGE = 5_000_000  # bytes: what is no text and larger is an artifact, whatever it is called
+
+
 @dataclass(frozen=True, eq=False)
 class Record:
     """sizes: bytes by stat(); entry: the script whose score is claimed."""
@@ -57,8 +61,12 @@ class Record:
 
     @property
     def artifacts(self) -> dict[str, int]:
-        """Files that may be the artifact: path -> bytes."""
-        return {path: size for path, size in self.sizes.items() if path.lower().endswith(_BINARY)}
+        """Files that may be the artifact, by their ending or by their size: path -> bytes."""
+        return {
+            path: size
+            for path, size in self.sizes.items()
+            if path.lower().endswith(_BINARY) or (size > _LARGE and not path.lower().endswith(_TEXTS))
+        }
 
     def code_counts(self) -> set[int]:
         """Honest counts of the code: the files by stat(), with Unix line ends, and what was unpacked out of them."""

@@ -64,11 +64,14 @@ class Amount:
 class Log:
     """source: the script printed at the head, or ""; artifact_hash: a sha256 printed for the artifact, or "".
 
+    settings: what is printed before the first step, by name; tabled: the names that stand in a table of settings.
+
     progress: the lines of the training; timers: seconds printed after it, beside no score.
     """
 
     path: str
     seed: int | None = None
+    seed_line: int = 0
     steps: int | None = None
     stop_line: int = 0
     train_seconds: float | None = None
@@ -81,6 +84,7 @@ class Log:
     timers: tuple[Amount, ...] = ()
     hashes: dict[str, str] = field(default_factory=dict)
     settings: dict[str, str] = field(default_factory=dict)
+    tabled: frozenset[str] = frozenset()
     artifact_hash: str = ""
     source: str = ""
 
@@ -105,11 +109,14 @@ def read(path: str, text: str) -> Log:
     way = _progress(told)
     end = way[-1].line if way else 0
     codes, models, totals = _sizes(told)
+    settings, tabled = _settings(rows[start : way[0].line if way else None])
+    seed, seed_line = _seed(path, told)
     scores = _scores(told, end)
     after = [(number, row) for number, row in told if number > end and all(score.line != number for score in scores)]
     return Log(
         path,
-        seed=_seed(path, told),
+        seed=seed,
+        seed_line=seed_line,
         steps=way[-1].steps if way else None,
         stop_line=end,
         train_seconds=way[-1].seconds if way else None,
@@ -121,7 +128,8 @@ def read(path: str, text: str) -> Log:
         totals=totals,
         timers=tuple(_timers(after)),
         hashes={(m[1] or m[3] or "").lower(): m[2] or m[4] for _, row in told for m in _SHA.finditer(row)},
-        settings=_settings(rows[start:]),
+        settings=settings,
+        tabled=tabled,
         artifact_hash=next((m[1] or m[2] for _, row in reversed(told) if (m := _ARTIFACT.search(row))), "").lower(),
         source=source,
     )
@@ -165,9 +173,13 @@ def _source_end(rows: list[str]) -> int:
     return 0
 
 
-def _seed(path: str, told: list[tuple[int, str]]) -> int | None:
-    found = next((m for _, row in told if (m := _SEED.search(row))), None) or _SEED_IN_NAME.search(path)
-    return int(found[1]) if found else None
+def _seed(path: str, told: list[tuple[int, str]]) -> tuple[int | None, int]:
+    """(seed, line that gives it); by the file's name where no line does."""
+    printed = next(((m, number) for number, row in told if (m := _SEED.search(row))), None)
+    if printed is not None:
+        return int(printed[0][1]), printed[1]
+    named = _SEED_IN_NAME.search(path)
+    return (int(named[1]) if named else None), 0
 
 
 def _scores(told: list[tuple[int, str]], end: int) -> list[Score]:
@@ -218,18 +230,21 @@ def _seconds(found: re.Match[str] | None) -> float | None:
     return float(found[1]) * _UNITS[found[2]] if found else None
 
 
-def _settings(rows: list[str]) -> dict[str, str]:
-    """name -> printed value, of the lines before the first step: `name: value`, and the tables of JSON among them."""
+def _settings(rows: list[str]) -> tuple[dict[str, str], frozenset[str]]:
+    """name -> printed value, of the lines before the first step: `name: value`, and the tables of JSON among them; the
+    names of these."""
     found: dict[str, str] = {}
+    tabled: set[str] = set()
     for row in rows:
         if len(row) > _WIDEST:
             continue
         table = table_in(row)
         if table:
             found.update({name: str(value) for name, value in leaves(table).items()})
+            tabled |= set(leaves(table))
             continue
         if _STEP.search(row) or _WARMING.search(row):  # "warmup_steps:20" is a setting
             break
         if "|" not in row:
             found.update(re.findall(r"(?<![\w./-])([A-Za-z_]\w*)\s*[:=]\s*([\w.+-]+)(?![\w./])", row[:_LONGEST]))
-    return found
+    return found, frozenset(tabled)
