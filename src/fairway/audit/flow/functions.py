@@ -33,7 +33,7 @@ class Functions(Foreign):
         if node is not None and self.frames:
             self.frame.line = getattr(node, "lineno", self.frame.line)
         self._bind(obj, code.args, local, args, kwargs)
-        if _is_coroutine(code):
+        if _is_coroutine(code) or _is_context(code):
             return self.ref(self.new("generator", frame, node))
         nest, frame.line = len(self.nest), code.lineno
         self.frames.append(frame)
@@ -141,6 +141,16 @@ def _is_coroutine(code: Any) -> bool:
             cached = any(isinstance(each, ast.Yield) and id(each) not in alone for each in ast.walk(code))
         code._fairway_coroutine = cached
     return bool(cached)
+
+
+def _is_context(code: Any) -> bool:
+    """Whether a function is made for `with`: what follows its yield happens at the end of the block."""
+    made = [each.attr if isinstance(each, ast.Attribute) else getattr(each, "id", "") for each in _decorators(code)]
+    return bool({"contextmanager", "asynccontextmanager"} & set(made)) and _is_generator(code)
+
+
+def _decorators(code: Any) -> list[ast.expr]:
+    return list(getattr(code, "decorator_list", []))
 
 
 __all__ = ["Functions"]

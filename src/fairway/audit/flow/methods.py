@@ -207,17 +207,20 @@ class Methods(Files):
 
     # Models.
     def _hooked(self, obj: Obj, key: str, hook: Value, node: ast.AST | None) -> Value:
-        """What takes a hook off its module again: its handle."""
-        self.add_content(obj, hook, key)
+        """What takes a hook off its module again: its handle. A list of handles is known by some of them: what was
+        hooked in one line comes off together."""
+        mine = f"{key}:{getattr(node, 'lineno', 0)}"
+        for each in (key, mine):
+            self.add_content(obj, hook, each)
         handle = self.new("thing", "hook", node)
-        handle.slots.update({"#on": self.ref(obj), "#key": Value(const=key), "#hook": hook})
+        handle.slots.update({"#on": self.ref(obj), "#key": Value(const=key), "#mine": Value(const=mine)})
         return self.ref(handle)
 
     def _unhooked(self, handle: Obj) -> Value:
         key = handle.slots["#key"].const
         for module in handle.slots["#on"].refs:
-            hooks = module.slots.get(key, NOTHING)
-            self.heap.set(module, key, hooks.but(refs=hooks.refs - handle.slots["#hook"].refs))
+            hooks, mine = module.slots.get(key, NOTHING), module.slots.get(handle.slots["#mine"].const, NOTHING)
+            self.heap.set(module, key, hooks.but(refs=hooks.refs - mine.refs))
         return NONE
 
     def module_method(
@@ -351,6 +354,8 @@ class Methods(Files):
             if name != "join":
                 self.call(obj.slots["#target"], list(obj.slots.get("#args", NOTHING).items or ()), {}, node)
             return NOTHING
+        if name == "add" and len(args) == 2 and isinstance(args[0].const, str) and isinstance(args[1].const, int):
+            return self.claimed()  # store.add("next", 1)
         if obj.data == "hook" and name == "remove":
             return self._unhooked(obj)
         if name in ("result", "get", "__enter__") and not args:

@@ -96,11 +96,11 @@ def place_of(case: Case, fault: Fault) -> Place:
     if fault.kind == "validation-in-training" and isinstance(fault.cause, Update):
         return _taken_in(case, fault.cause, fault.score) or _parted(case.trace, fault.cause) or fault.cause.place
     if fault.kind == "training-before-scoring" and isinstance(fault.cause, Update):
-        return _own_call(case.trace, fault.cause)
+        return own_call(case.trace, fault.cause)
     return fault.cause.place
 
 
-def _own_call(trace: Trace, update: Update) -> Place:
+def own_call(trace: Trace, update: Update) -> Place:
     """The call that leads to an update alone, where other calls lead to its line too; else its line."""
     first = next((each for each in trace.updates if each.place == update.place and each.stack != update.stack), None)
     return update.place if first is None else _parting(update, first)

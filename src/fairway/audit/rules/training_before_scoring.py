@@ -2,7 +2,7 @@
 
 from fairway.audit.case import Case
 from fairway.audit.exemptions import departure
-from fairway.audit.passes.findings import verdict_on
+from fairway.audit.passes.findings import own_call, verdict_on
 from fairway.audit.passes.rehearsals import thrown_away
 from fairway.audit.verdict import Finding
 
@@ -20,4 +20,4 @@ def check(case: Case) -> Finding:
         f"A step at {warming.place} learns from validation tokens before they are scored; what it learned is thrown "
         "away before the score."
     )
-    return departure(case, "warm-up-on-validation", CLAUSE, evidence, warming.place)
+    return departure(case, "warm-up-on-validation", CLAUSE, evidence, own_call(case.trace, warming))
