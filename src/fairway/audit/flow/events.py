@@ -138,6 +138,7 @@ class Trace:
     files: dict[str, Place] = field(default_factory=dict)  # "1" -> where only the first of several files is taken
     reads: list[tuple[tuple[Place, ...], bool]] = field(default_factory=list)  # data read: the calls, training and val
     gathered: list[tuple[int, int]] = field(default_factory=list)  # sums over all ranks: (events before, their losses)
+    orders: list[tuple[int, Place]] = field(default_factory=list)  # sorts by lengths: (events before, where)
     averaged: list[int] = field(default_factory=list)  # gradients or weights made one over all ranks: events before
     saved: list[int] = field(default_factory=list)  # numbers of the events that follow a model's writing to a file
     steps: int = 0

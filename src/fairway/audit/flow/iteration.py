@@ -10,6 +10,7 @@ from fairway.audit.flow.heap import Obj
 from fairway.audit.flow.indices import Elements, Part, sym_of
 from fairway.audit.flow.tokens import Cut
 from fairway.audit.flow.values import (
+    INDEXED,
     LENGTH,
     MISSING,
     NOTHING,
@@ -117,10 +118,15 @@ class Iteration(Writing):
             start.spans or start.flags & LENGTH
         )  # range(length - stride, n)
         cuts: frozenset[Cut] = frozenset((("tail", start.sym, start.less),)) if inside else frozenset()
+        inherited = start.flags & INDEXED  # places in a document that a slice of their list let through
+        if inherited:
+            cuts |= start.cuts
         spans = start.spans
         if start.const == 0 and stop.unit and stop.spans:  # range(0, end of this chunk, step): all that lies before it
             spans = self.slice_spans(Part(None, None, stop, slice=True))
-        any_of = Value(unit=sym_of(step), limit=limit, env=env, spans=spans, choices=stop.choices, cuts=cuts)
+        any_of = Value(
+            unit=sym_of(step), limit=limit, env=env, spans=spans, choices=stop.choices, cuts=cuts, flags=inherited
+        )
         consts = (start.const, stop.const, step.const)
         if all(isinstance(each, int) for each in consts) and step.const:
             turns = range(*consts)

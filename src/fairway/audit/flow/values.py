@@ -35,6 +35,9 @@ CLAIMED: a number that processes count up together: another one whenever it is a
 RANKED = frozenset(("RANK",))
 """In `env`: it depends on which of several processes this is."""
 
+ORDERED = frozenset(("#order",))
+"""In `env`: it stands where a sort by lengths has put it."""
+
 _REFS, _WORDS = 12, 10  # objects and literal texts that one value remembers
 
 NO_OBJECTS: frozenset[Any] = frozenset()

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from fairway.audit.case import Case
 from fairway.audit.flow.events import Update
 from fairway.audit.passes.findings import passes_of
+from fairway.audit.passes.reported import scores_of
 from fairway.audit.verdict import Place
 
 
@@ -32,6 +33,17 @@ def learning_in(case: Case, function: str) -> tuple[list[Update], Update | None]
     return (steps, last) if steps else None
 
 
+def sorted_by_length(case: Case) -> Place | None:
+    """Where documents are sorted by their lengths, of which what scores them learns; None where they are not."""
+    which = passes_of(case)[0]
+    for score in reversed(scores_of(case.trace, which.score, which.data)):
+        learned = any(tok.data in which.data for each in case.trace.learned(score.knows) for tok in each.learned)
+        if learned and any(tok.ordered for tok in score.targets):
+            before = [place for number, place in case.trace.orders if number <= score.number]
+            return before[-1] if before else score.place
+    return None
+
+
 def _loops(case: Case, function: str) -> Iterator[Place]:
     """The loops that stand in functions of this name."""
     for script in case.script.all():
@@ -42,4 +54,4 @@ def _loops(case: Case, function: str) -> Iterator[Place]:
                         yield Place(script.path, script.line(each.lineno))
 
 
-__all__ = ["learning_in"]
+__all__ = ["learning_in", "sorted_by_length"]

@@ -2,7 +2,7 @@
 
 from fairway.audit.case import Case
 from fairway.audit.exemptions import departure
-from fairway.audit.passes.claims import learning_in
+from fairway.audit.passes.claims import learning_in, sorted_by_length
 from fairway.audit.terms.program import Program
 from fairway.audit.terms.term import Term, walk
 from fairway.audit.terms.things import Event
@@ -33,6 +33,13 @@ def check(case: Case) -> Finding:
     steps = [event for event in program.called(*_STEPS) if event.path]
     claims = [event for event in _claims(program) if any(_together(event, step) for step in steps)]
     if not claims:
+        sorted_at = sorted_by_length(case)
+        if sorted_at is not None:
+            evidence = (
+                f"Documents are sorted by their lengths at {sorted_at}, and what scores them learns in that order: "
+                "lengths are not known before the text is read."
+            )
+            return departure(case, "documents-by-length", CLAUSE, evidence, sorted_at)
         return clean_as_read(case, ID, CLAUSE, "no lock, claim file or shared queue stands in a loop that adapts")
     claim = claims[-1]
     place, way = case.reading.place(claim.term), case.reading.way(claim.term)
