@@ -3,6 +3,7 @@
 Each has a name. A rule that finds one says so in its verdict, which stays clean; with --strict it is a violation.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fairway.audit.case import Case
@@ -25,6 +26,12 @@ _KNOWN = (
         "adaptation-order-race",
         "documents sorted by length and claimed by ranks from a shared counter, each with an adapter of its own",
         "#1530 and its heirs, merged",
+    ),
+    Departure(
+        "documents-by-length",
+        "adaptation-order-race",
+        "documents scored and learned from in the order of their lengths, which only the whole text tells",
+        "#77, #1530 and their heirs, merged",
     ),
     Departure(
         "phased-adaptation",
@@ -66,6 +73,29 @@ _KNOWN = (
 DEPARTURES = {departure.name: departure for departure in _KNOWN}
 
 
+@dataclass(frozen=True)
+class Made:
+    """A departure that a submission makes: its name, a sentence with its evidence, and where it is."""
+
+    name: str
+    evidence: str
+    place: Place | None = None
+    way: tuple[Step, ...] = ()
+
+
+def departures(case: Case, clause: str, made: Sequence[Made]) -> Finding:
+    """The verdict on what is accepted under one rule: clean under the names of all of them, a violation where the
+    audit is strict. The place is the first one's."""
+    first = made[0]
+    rule = DEPARTURES[first.name].rule
+    way = (*first.way, *(Step(each.place, each.evidence) for each in made[1:] if each.place is not None))
+    if case.strict:
+        return Finding(rule, "violates", " ".join(each.evidence for each in made), clause, first.place, way)
+    accepted = [f"{each.evidence} Accepted so far ({DEPARTURES[each.name].precedent})." for each in made]
+    names = ", ".join(each.name for each in made)
+    return Finding(rule, "clean", " ".join(accepted), clause, first.place, way, exemption=names)
+
+
 def departure(
     case: Case,
     name: str,
@@ -75,8 +105,4 @@ def departure(
     way: tuple[Step, ...] = (),
 ) -> Finding:
     """The verdict on an accepted departure: clean under its name, a violation where the audit is strict."""
-    known = DEPARTURES[name]
-    if case.strict:
-        return Finding(known.rule, "violates", evidence, clause, place, way)
-    accepted = f"{evidence} Accepted so far ({known.precedent})."
-    return Finding(known.rule, "clean", accepted, clause, place, way, exemption=name)
+    return departures(case, clause, [Made(name, evidence, place, way)])

@@ -10,6 +10,7 @@ from fairway.audit.flow.classes import Classes
 from fairway.audit.flow.events import bits
 from fairway.audit.flow.heap import Obj
 from fairway.audit.flow.indices import Part, bound_of, overlaps, sparse, step_of, sym_of
+from fairway.audit.flow.ordering import in_order
 from fairway.audit.flow.shares import before_share, first_of, indexed, limited, of_rank
 from fairway.audit.flow.tokens import START, Cut, Span, Tok, narrowed, part_of
 from fairway.audit.flow.values import (
@@ -19,6 +20,7 @@ from fairway.audit.flow.values import (
     MISSING,
     NOTHING,
     ONE_ROW,
+    ORDERED,
     RANKED,
     RAW,
     WEIGHTS,
@@ -132,6 +134,8 @@ class Containers(Classes):
         result = found[0]
         for each in found[1:]:
             result = join(result, each)
+        if any(part.value is not None and ORDERED & part.value.env for part in parts):
+            result = in_order(result)
         choices = base.choices
         for part in parts:
             choices |= part.value.choices if part.value else 0
@@ -404,6 +408,8 @@ class Containers(Classes):
             ends = [each for each in (part.low, part.high, part.value) if each is not None]
             if any(RANKED & each.env for each in ends):
                 tok = replace(tok, ranked=True)
+            if any(ORDERED & each.env for each in ends):
+                tok = replace(tok, ordered=True)
             if not part.slice:
                 limit = part.value.limit if part.value is not None else None
                 in_row = len(parts) > 1 and part is parts[-1] and not parts[0].slice  # x[row, j]: a place of a window

@@ -149,6 +149,8 @@ class Trace:
     limits: dict[str, Place] = field(default_factory=dict)  # a Tok's part -> where a constant lets only so many through
     reads: list[Read] = field(default_factory=list)
     gathered: list[tuple[int, int]] = field(default_factory=list)  # sums over all ranks: (events before, their losses)
+    orders: list[tuple[int, Place]] = field(default_factory=list)  # sorts by lengths: (events before, where)
+    averaged: list[int] = field(default_factory=list)  # gradients or weights made one over all ranks: events before
     saved: list[int] = field(default_factory=list)  # numbers of the events that follow a model's writing to a file
     steps: int = 0
     complete: bool = True

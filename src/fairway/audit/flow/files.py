@@ -13,6 +13,7 @@ from fairway.audit.flow.names import sides_of
 from fairway.audit.flow.operations import Operations
 from fairway.audit.flow.tokens import UNNAMED, UNTOLD, Tok, part_of
 from fairway.audit.flow.values import (
+    CLAIMED,
     LENGTH,
     MISSING,
     NONE,
@@ -120,8 +121,14 @@ class Files(Operations):
         event = self.note(events.Said, node, value=value, text=" ".join(texts)[:400], how=how)
         self.trace.said.append(event)
 
+    def claimed(self) -> Value:
+        """A number out of a counter that several processes share."""
+        return Value(spans=self.here(), flags=CLAIMED)
+
     def file_method(self, obj: Obj, name: str, args: list[Value], node: ast.AST | None) -> Value | None:
         path = obj.slots["#path"]
+        if "#shared" in obj.slots and name in ("read", "readline", "write"):
+            return self.claimed() if name != "write" else NOTHING
         if name in ("write", "writelines", "write_bytes", "write_text") and args:
             told = self.flat(args[0])
             if "#grows" in obj.slots and told.flags & TEXT and not told.losses:
@@ -147,6 +154,10 @@ class Files(Operations):
             inner = self.new("thing", "path", node)
             inner.slots["#path"] = self.flat(blend(_as_words(path), *map(_as_words, args)))
             return self._list_of(self.ref(inner), node)
+        if name == "open" and args and _shared(args[0]):
+            counter = self.new("thing", "file", node)
+            counter.slots.update({"#path": path, "#shared": 1})
+            return self.ref(counter)
         if name in ("open", "resolve", "absolute", "expanduser", "as_posix", "__enter__"):
             return self.ref(obj)
         if name in ("with_suffix", "joinpath", "with_name"):
@@ -156,6 +167,11 @@ class Files(Operations):
         if name in ("flush", "close", "mkdir", "unlink", "__exit__", "touch"):
             return NONE
         return None
+
+
+def _shared(mode: Value) -> bool:
+    """Read and written through one handle: "r+b", "a+". Data and weights are not."""
+    return isinstance(mode.const, str) and "+" in mode.const
 
 
 _PIECES = {

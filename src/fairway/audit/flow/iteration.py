@@ -120,6 +120,7 @@ class Iteration(Writing):
         )  # range(length - stride, n)
         cuts: frozenset[Cut] = frozenset((("tail", start.sym, start.less),)) if inside else frozenset()
         share = share_of(start, stop)
+        within = bool(start.flags & INDEXED)  # a place in a document that a slice of their list let through
         spans = start.spans
         if start.const == 0 and stop.unit and stop.spans:  # range(0, end of this chunk, step): all that lies before it
             spans = self.slice_spans(Part(None, None, stop, slice=True))
@@ -127,9 +128,10 @@ class Iteration(Writing):
             spans = self.slice_spans(Part(None, start, stop, slice=True))
         elif any(high > low for _, low, high in stop.spans):  # of the length of several chunks
             spans = stop.spans
-        flags = INDEXED if share else 0
+        flags = INDEXED if share or within else 0
+        cuts |= share | (start.cuts if within else frozenset())
         any_of = Value(
-            unit=sym_of(step), limit=limit, env=env, spans=spans, choices=stop.choices, cuts=cuts | share, flags=flags
+            unit=sym_of(step), limit=limit, env=env, spans=spans, choices=stop.choices, cuts=cuts, flags=flags
         )
         consts = (start.const, stop.const, step.const)
         if all(isinstance(each, int) for each in consts) and step.const:

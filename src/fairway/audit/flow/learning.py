@@ -254,6 +254,21 @@ class Learning(Core):
         self.heap.set(obj, "#fresh", tuple(self.nest))
         if root is not obj and gone:
             self.heap.set(root, "#family", root.slots.get("#family", 0) & ~gone)
+        if root is not obj:
+            self._made_anew(root)
+
+    def _made_anew(self, root: Obj) -> None:
+        """A model whose every weight was set anew in this turn of a loop has forgotten all it learned."""
+        weights = [part for part in self.parts_of(root) if part.kind == "tensor"]
+        nests = [part.slots.get("#fresh", part.born) for part in weights]
+        fresh = nests[0] if nests else ()
+        for nest in nests[1:]:
+            fresh = fresh[: next((n for n, (a, b) in enumerate(zip(fresh, nest, strict=False)) if a != b), len(nest))]
+        old = root.slots.get("#fresh", root.born)
+        if fresh and old[: len(fresh)] != fresh:
+            self.heap.set(root, "#learned", 0)
+            self.heap.set(root, "#family", 0)
+            self.heap.set(root, "#fresh", fresh)
 
     def load(self, model: Value, weights: Value, node: ast.AST | None) -> None:
         """load_state_dict: the model is now what the weights are."""

@@ -9,7 +9,7 @@ from typing import Any
 from fairway.audit.flow.core import Loop
 from fairway.audit.flow.definitions import Definitions
 from fairway.audit.flow.indices import Elements
-from fairway.audit.flow.values import LENGTH, MISSING, NONE, Value
+from fairway.audit.flow.values import CLAIMED, LENGTH, MISSING, NONE, Value
 
 
 class Loops(Definitions):
@@ -149,7 +149,7 @@ class Loops(Definitions):
             if not isinstance(value, Value) or not self.plain(value) or value.choices:
                 continue
             number = isinstance(value.const, (int, float)) and not isinstance(value.const, bool)
-            if number or (value.const is MISSING and value.spans):
+            if number or (value.const is MISSING and (value.spans or value.flags & CLAIMED)):
                 spans = tuple((each, a, b) for each, a, b in value.spans if each != loop)
                 spans = tuple(sorted((*spans, (loop, turn, turn))))
                 drifted = value.but(

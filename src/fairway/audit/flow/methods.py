@@ -8,6 +8,7 @@ from fairway.audit.flow.classes import _is_layer
 from fairway.audit.flow.containers import is_same
 from fairway.audit.flow.files import Files
 from fairway.audit.flow.heap import Obj
+from fairway.audit.flow.ordering import in_order
 from fairway.audit.flow.values import (
     GRAD,
     MISSING,
@@ -119,6 +120,12 @@ class Methods(Files):
             mask = self.choose("sort", [elem], node)
             self.loosen(obj)
             self.heap.set(obj, "#elem", self._chosen_from(elem, mask))
+            return
+        keys = getattr(node, "keywords", [])
+        key = next((self.evaluate(each.value) for each in keys if each.arg == "key"), None)
+        if key is not None and self.sorts_by_length(key, elem, node):
+            self.loosen(obj)
+            self.heap.set(obj, "#elem", in_order(elem))
 
     def dict_method(
         self, obj: Obj, base: Value, name: str, args: list[Value], kwargs: dict[str, Value], node: ast.AST | None
@@ -357,6 +364,8 @@ class Methods(Files):
             if name != "join":
                 self.call(obj.slots["#target"], list(obj.slots.get("#args", NOTHING).items or ()), {}, node)
             return NOTHING
+        if name == "add" and len(args) == 2 and isinstance(args[0].const, str) and isinstance(args[1].const, int):
+            return self.claimed()  # store.add("next", 1)
         if obj.data == "hook" and name == "remove":
             return self._unhooked(obj)
         if name in ("result", "get", "__enter__") and not args:

@@ -27,6 +27,8 @@ class Opening(Methods):
         mode = (args[1] if len(args) > 1 else kwargs.get("mode", NOTHING)).const
         if isinstance(mode, str) and "a" in mode:
             file.slots["#grows"] = 1
+        if isinstance(mode, str) and "+" in mode:
+            file.slots["#shared"] = 1  # a counter: data and weights are not read and written through one handle
         return self.ref(file)
 
     def _do_Path(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:

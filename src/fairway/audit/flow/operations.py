@@ -26,6 +26,7 @@ from fairway.audit.flow.known import (
     SIZES,
     VIEWS,
 )
+from fairway.audit.flow.ordering import by_length, in_order
 from fairway.audit.flow.shares import before_share
 from fairway.audit.flow.tokens import Span, Tok
 from fairway.audit.flow.values import (
@@ -294,11 +295,16 @@ class Operations(Arithmetic):
                 if keyed.losses:
                     result.choices |= self.choose(name, [keyed], node)
             picked = self._chosen_from(elem, result.choices)
+            if key is not None and name == "sorted" and self.sorts_by_length(key, elem, node):
+                picked = in_order(picked)
             if name in ("sorted", "nsmallest", "nlargest"):
                 new = self.new("list", None, node)
                 new.slots["#elem"] = picked
                 return self.ref(new)
             return picked
+        if "sort" in name and flats and by_length(flats[0]):
+            self.trace.orders.append((len(self.trace.events), self.place(node)))
+            return in_order(result)
         result.less = _less(args)
         result.limit = next((float(c) for c in consts if isinstance(c, (int, float)) and name == "min"), None)
         limits = [each.limit for each in args if each.limit is not None]
@@ -317,6 +323,14 @@ class Operations(Arithmetic):
         if result.toks and not result.flags & LENGTH and result.flags & RAW and name == "max":
             result = result.but(toks=frozenset(), flags=0)
         return result
+
+    def sorts_by_length(self, key: Value, elem: Value, node: ast.AST | None) -> bool:
+        """Whether the key of a sort is the length of what is sorted; where it stands is kept."""
+        keyed = self.call(key, [elem], {}, node)
+        found = by_length(keyed if keyed.items else self.flat(keyed), self.flat(elem))
+        if found:
+            self.trace.orders.append((len(self.trace.events), self.place(node)))
+        return found
 
     def _where(self, flats: list[Value], node: ast.AST | None) -> Value:
         condition, one, two = flats[:3]

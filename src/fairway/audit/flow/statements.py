@@ -10,7 +10,7 @@ from fairway.audit.flow.heap import Obj
 from fairway.audit.flow.indices import Part
 from fairway.audit.flow.loops import Loops
 from fairway.audit.flow.patterns import Bound
-from fairway.audit.flow.values import CAPPED, GRAD, MISSING, NO_TOKENS, NOTHING, RANKED, Value, blend
+from fairway.audit.flow.values import CAPPED, GRAD, MISSING, NO_TOKENS, NOTHING, ORDERED, RANKED, Value, blend
 from fairway.audit.verdict import Place
 
 
@@ -241,7 +241,7 @@ class Statements(Loops):
             self.caps.append(self.nest[-1][0])
         if test.choices:
             self.control.append(test.choices)
-        guarded = bool(test.env - RANKED)
+        guarded = bool(test.env - RANKED - ORDERED)
         if guarded:
             self.guards.append(self.place(node))
         asked = self.flat(test)

@@ -119,13 +119,16 @@ class Torches(Builtins):
 
     # Ranks.
     def together(self, args: list[Value]) -> None:
-        """A sum over all ranks, or what they gather: of losses, counts and what else is no weight."""
+        """A sum over all ranks, or what they gather: of losses, counts and what else is no weight; or of gradients
+        and weights, which are the same on all ranks then."""
         flats = [self.flat(each) for each in args]
         if flats and not any(each.flags & (GRAD | WEIGHTS) for each in flats):
             mask = 0
             for each in flats:
                 mask |= each.losses
             self.trace.gathered.append((len(self.trace.events), mask))
+        elif flats:
+            self.trace.averaged.append(len(self.trace.events))
 
     def _do_get_rank(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:
         return Value(const=0, env=RANKED)

@@ -101,6 +101,12 @@ def place_of(case: Case, fault: Fault) -> Place:
     return fault.cause.place
 
 
+def own_call(trace: Trace, update: Update) -> Place:
+    """The call that leads to an update alone, where other calls lead to its line too; else its line."""
+    first = next((each for each in trace.updates if each.place == update.place and each.stack != update.stack), None)
+    return update.place if first is None else _parting(update, first)
+
+
 def _own_reads(case: Case, update: Update, score: Score) -> list[int]:
     """The reads of validation tokens that an update learned from and that the evaluation did not make."""
     kinds = passes_of(case)[0].data

@@ -1,11 +1,14 @@
 """Steps on validation tokens that nothing has scored yet and that no reported number has seen: warm-ups that are thrown
 away. An accepted departure (RULES.md (b), last list), which a strict audit names."""
 
+import ast
+
 from fairway.audit.case import Case
 from fairway.audit.flow.events import Event, Score, Update
 from fairway.audit.flow.tokens import related
 from fairway.audit.passes.findings import passes_of
 from fairway.audit.passes.reported import scores_of
+from fairway.audit.verdict import Place
 
 
 def thrown_away(case: Case) -> Update | None:
@@ -20,34 +23,54 @@ def thrown_away(case: Case) -> Update | None:
     for score in scores:
         knows |= score.knows
     said = scores_of(trace, tuple(trace.said), which.data)
+    functions = _Functions(case)
     for update in trace.updates:
         if update.number > scores[-1].number:
             break
         mine = [tok for tok in update.learned if tok.data in which.data]
         forgotten = update.how == "gradient" and not (knows >> update.bit) & 1
-        if mine and forgotten and not any(_scored_before(first, update) for first in said):
+        if not mine or not forgotten:
+            continue
+        near = max((functions.shared(score, update) for score in scores if score.number > update.number), default=0)
+        if not any(_scored_before(first, update, functions, near) for first in said):
             return update
     return None
 
 
-def _scored_before(first: Score, update: Update) -> bool:
-    """Whether a loss was booked before the update, on tokens that it learned from, as a step of the same evaluation."""
-    if first.number >= update.number or not (_in_one_turn(first, update) or _calls_shared(first, update) > 1):
+class _Functions:
+    """Which function of the script a place stands in."""
+
+    def __init__(self, case: Case) -> None:
+        self._spans: dict[str, list[tuple[int, int]]] = {}
+        for script in case.script.all():
+            nodes = list(ast.walk(script.tree)) if script.tree is not None else []
+            made = [each for each in nodes if isinstance(each, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))]
+            self._spans[script.path] = [(each.lineno, each.end_lineno or each.lineno) for each in made]
+
+    def of(self, place: Place) -> tuple[int, int]:
+        """Its first and last line: (0, 0) for the main program."""
+        around = [span for span in self._spans.get(place.file, ()) if span[0] <= place.line <= span[1]]
+        return max(around, default=(0, 0))
+
+    def shared(self, one: Event, other: Event) -> int:
+        """How many calls two events stand in together: one line may call several functions, one after the other."""
+        for count, (mine, its) in enumerate(zip(one.stack, other.stack, strict=False)):
+            if mine != its:
+                return count if self.of(mine) == self.of(its) else max(count - 1, 0)
+        return min(len(one.stack), len(other.stack))
+
+
+def _scored_before(first: Score, update: Update, functions: _Functions, near: int) -> bool:
+    """Whether a loss was booked before the update, on tokens that it learned from, as a step of the same evaluation.
+
+    near: how many calls the update has in common with the score itself: what has fewer was another evaluation.
+    """
+    if first.number >= update.number:
+        return False
+    shared = functions.shared(first, update)
+    if not set(first.nest) & set(update.nest) and (shared < 2 or shared < near):
         return False
     return any(related(tok, target) != "apart" for tok in update.learned for target in first.targets)
-
-
-def _in_one_turn(first: Event, update: Event) -> bool:
-    return bool(set(first.nest) & set(update.nest))
-
-
-def _calls_shared(first: Event, update: Event) -> int:
-    count = 0
-    for mine, other in zip(first.stack, update.stack, strict=False):
-        if mine != other:
-            break
-        count += 1
-    return count
 
 
 __all__ = ["thrown_away"]

@@ -2,11 +2,12 @@
 
 from fairway.audit.case import Case
 from fairway.audit.exemptions import departure
+from fairway.audit.passes.claims import learning_in, sorted_by_length
 from fairway.audit.terms.program import Program
 from fairway.audit.terms.term import Term, walk
 from fairway.audit.terms.things import Event
 from fairway.audit.terms.verdicts import clean_as_read
-from fairway.audit.verdict import Finding
+from fairway.audit.verdict import Finding, Step
 
 ID = "adaptation-order-race"
 CHARGE = "the order of adaptation is decided by a race for a lock, a file or a queue"
@@ -32,10 +33,22 @@ def check(case: Case) -> Finding:
     steps = [event for event in program.called(*_STEPS) if event.path]
     claims = [event for event in _claims(program) if any(_together(event, step) for step in steps)]
     if not claims:
+        sorted_at = sorted_by_length(case)
+        if sorted_at is not None:
+            evidence = (
+                f"Documents are sorted by their lengths at {sorted_at}, and what scores them learns in that order: "
+                "lengths are not known before the text is read."
+            )
+            return departure(case, "documents-by-length", CLAUSE, evidence, sorted_at)
         return clean_as_read(case, ID, CLAUSE, "no lock, claim file or shared queue stands in a loop that adapts")
     claim = claims[-1]
     place, way = case.reading.place(claim.term), case.reading.way(claim.term)
-    carried = _carried(claim, [step for step in steps if _together(claim, step)])
+    walked = learning_in(case, claim.path[claim.within - 1]) if claim.within else None
+    if walked is not None:
+        carried = walked[1].place if walked[1] is not None else None
+    else:
+        kept = _carried(claim, [step for step in steps if _together(claim, step)])
+        carried = case.reading.place(kept.term) if kept is not None else None
     if carried is None:
         evidence = (
             "Documents are claimed in the order in which workers come, each with an adapter of its own; the order is "
@@ -46,7 +59,7 @@ def check(case: Case) -> Finding:
         "Parts of the text are claimed by whichever worker comes first, and the state that learns from them is carried "
         "on to the next claim: scores depend on a race that nobody can replay."
     )
-    return Finding(ID, "violates", evidence, CLAUSE, place, (*way, *case.reading.way(carried.term)[1:]))
+    return Finding(ID, "violates", evidence, CLAUSE, place, (*way, Step(carried, "what is carried on learns here")))
 
 
 def _claims(program: Program) -> list[Event]:

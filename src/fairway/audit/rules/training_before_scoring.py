@@ -1,8 +1,11 @@
 """The model is trained on validation tokens before it scores them."""
 
+from collections.abc import Iterator
+
 from fairway.audit.case import Case
-from fairway.audit.exemptions import departure
-from fairway.audit.passes.findings import verdict_on
+from fairway.audit.exemptions import Made, departures
+from fairway.audit.passes.findings import own_call, verdict_on
+from fairway.audit.passes.phases import phase_of
 from fairway.audit.passes.rehearsals import thrown_away
 from fairway.audit.verdict import Finding
 
@@ -13,11 +16,22 @@ CLAUSE = 'RULES.md (b) conditions 1 and 3, R5, R6; (c) "Pre-eval TTT", "Pre-quan
 
 def check(case: Case) -> Finding:
     found = verdict_on(case, ID, CLAUSE, "Nothing that scores had been trained on the tokens that it scores.")
-    warming = thrown_away(case) if found.verdict == "clean" else None
-    if warming is None:
-        return found
-    evidence = (
-        f"A step at {warming.place} learns from validation tokens before they are scored; what it learned is thrown "
-        "away before the score."
-    )
-    return departure(case, "warm-up-on-validation", CLAUSE, evidence, warming.place)
+    made = list(_departures(case)) if found.verdict == "clean" else []
+    return departures(case, CLAUSE, made) if made else found
+
+
+def _departures(case: Case) -> Iterator[Made]:
+    phase = phase_of(case)
+    if phase is not None:
+        evidence = (
+            f"At {phase.place} the model itself learns from documents that were scored, beside the adapters that are "
+            "made for each of them, and scores the rest with what it learned."
+        )
+        yield Made("phased-adaptation", evidence, own_call(case.trace, phase))
+    warming = thrown_away(case)
+    if warming is not None:
+        evidence = (
+            f"A step at {warming.place} learns from validation tokens before they are scored; what it learned is "
+            "thrown away before the score."
+        )
+        yield Made("warm-up-on-validation", evidence, own_call(case.trace, warming))

@@ -1,0 +1,291 @@
+"""Accepted departures, each made in several hands: named and clean, a violation where the audit is strict, and nothing
+said of scripts that do almost the same and keep to the text of the rules."""
+
+from pathlib import Path
+
+import pytest
+
+from fairway.audit.examine import audit
+from fairway.audit.verdict import Finding
+from tests.audit.order import HEAD, MAIN
+
+EVAL = "    final = eval_ttt(args, model, val)\n"
+
+
+def script(walk: str, call: str = "documents(args, model, val)") -> str:
+    """The honest script with another evaluation."""
+    return HEAD + walk + MAIN.replace(EVAL, f"    final = {call}\n")
+
+
+def told(folder: Path, text: str, strict: bool = False) -> dict[str, Finding]:
+    """What is not plainly clean, by its rule; the script's bytes for a token are a number, which is not at issue."""
+    (folder / "train_gpt.py").write_text(text, encoding="utf-8")
+    report = audit(folder, strict)
+    assert not report.facts["failed"], report.facts["failed"]
+    return {f.id: f for f in report.rules if (f.verdict != "clean" or f.exemption) and f.id != "byte-constant"}
+
+
+def accepted(folder: Path, text: str) -> dict[str, str]:
+    """Rule -> exemption; a strict audit must accuse of exactly these, at the same places."""
+    lenient, strict = told(folder, text), told(folder, text, strict=True)
+    assert all(f.exemption and f.verdict in ("clean", "suspect") for f in lenient.values()), lenient
+    assert {(f.id, f.verdict, f.place) for f in strict.values()} == {
+        (f.id, "violates", f.place) for f in lenient.values()
+    }
+    return {f.id: f.exemption for f in lenient.values()}
+
+
+# ---- documents by length, claimed by ranks
+
+FIND = """
+import fcntl, threading
+from collections import deque
+class Lora(nn.Module):
+    def __init__(self, rows):
+        super().__init__()
+        self.a = nn.Parameter(torch.zeros(rows, 64, 8))
+        self.b = nn.Parameter(torch.zeros(rows, 8, 1024))
+    def forward(self, h):
+        return h @ self.a @ self.b
+    def reset(self):
+        with torch.no_grad():
+            self.a.normal_()
+            self.b.zero_()
+def find(val):
+    starts = (val == 1).nonzero(as_tuple=True)[0].tolist()
+    found = []
+    for i, start in enumerate(starts):
+        end = starts[i + 1] if i + 1 < len(starts) else val.numel()
+        found.append((start, end - start))
+    return found
+def claimed(path, most):
+    with open(path, "r+b") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        n = int.from_bytes(f.read(4), "little")
+        f.seek(0)
+        f.write((n + 1).to_bytes(4, "little"))
+        f.flush()
+    return n if n < most else most
+"""
+
+BATCH = """
+        starts, lengths = [d[0] for d in group], [d[1] for d in group]
+        for k in range(0, max(lengths), 256):
+            x = torch.stack([val[s + k : s + k + 256] for s in starts])
+            y = torch.stack([val[s + k + 1 : s + k + 257] for s in starts])
+            logits = model.head(model.hidden(x)) + lora(model.hidden(x))
+            nll = F.cross_entropy(logits.transpose(1, 2), y, reduction="none")
+            total += nll.detach().sum().item()
+            count += y.numel()
+            opt.zero_grad()
+            nll.mean().backward()
+            opt.step()
+"""
+NEW = "lora = Lora(len(group)); opt = torch.optim.AdamW(lora.parameters(), lr=1e-3)"
+
+COUNTER = (
+    """
+def documents(args, model, val):
+    model.requires_grad_(False)
+    total, count, docs = 0.0, 0, sorted(find(val), key=lambda d: d[1])
+    batches = [docs[i : i + 32] for i in range(0, len(docs), 32)]
+    BEFORE
+    while True:
+        n = claimed("/tmp/next", len(batches))
+        if n >= len(batches):
+            break
+        group = batches[n]
+        FRESH"""
+    + BATCH
+    + "    return total / count\n"
+)
+
+STORE = (
+    """
+def documents(args, model, val):
+    store = torch.distributed.TCPStore("localhost", 1234)
+    model.requires_grad_(False)
+    total, count, docs = 0.0, 0, find(val)
+    docs.sort(key=lambda d: -d[1])
+    BEFORE
+    at = (store.add("next", 1) - 1) * 16
+    while at < len(docs):
+        group = docs[at : at + 16]
+        FRESH"""
+    + BATCH
+    + """        at = (store.add("next", 1) - 1) * 16
+    return total / count
+"""
+)
+
+IN_TURN = (
+    """
+def documents(args, model, val):
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    model.requires_grad_(False)
+    total, count, docs = 0.0, 0, SOURCE
+    BEFORE
+    for i in range(rank * 16, len(docs), world * 16):
+        group = docs[i : i + 16]
+        FRESH"""
+    + BATCH
+    + """
+    sums = torch.tensor([total, count])
+    torch.distributed.all_reduce(sums)
+    return (sums[0] / sums[1]).item()
+"""
+)
+BY_LENGTH = "sorted(find(val), key=lambda d: d[1], reverse=True)"
+ARGSORTED = "(lambda docs: [docs[j] for j in np.argsort([n for _, n in docs])])(find(val))"
+
+REUSED = (
+    "lora = Lora(32); opt = torch.optim.AdamW(lora.parameters(), lr=1e-3)",
+    "lora.reset(); opt.state.clear()",
+)
+CARRIED = ("lora = Lora(32); opt = torch.optim.AdamW(lora.parameters(), lr=1e-3)", "pass")
+
+
+def put(text: str, before: str = "pass", fresh: str = NEW, source: str = BY_LENGTH) -> str:
+    return script(FIND + text.replace("BEFORE", before).replace("FRESH", fresh).replace("SOURCE", source))
+
+
+@pytest.mark.parametrize("walk", [COUNTER, STORE], ids=["a locked file", "a store"])
+@pytest.mark.parametrize("own", [("pass", NEW), REUSED], ids=["new", "put back"])
+def test_documents_claimed_by_ranks_with_adapters_of_their_own_are_accepted(
+    tmp_path: Path, walk: str, own: tuple[str, str]
+) -> None:
+    assert accepted(tmp_path, put(walk, *own)) == {"adaptation-order-race": "documents-claimed-by-ranks"}
+
+
+@pytest.mark.parametrize("walk", [COUNTER, STORE], ids=["a locked file", "a store"])
+def test_an_adapter_carried_from_claim_to_claim_is_a_race(tmp_path: Path, walk: str) -> None:
+    found = told(tmp_path, put(walk, *CARRIED))
+    assert {f.id: f.verdict for f in found.values()} == {"adaptation-order-race": "violates"}
+
+
+@pytest.mark.parametrize("source", [BY_LENGTH, ARGSORTED], ids=["sorted", "argsort"])
+def test_documents_in_the_order_of_their_lengths_are_accepted(tmp_path: Path, source: str) -> None:
+    assert accepted(tmp_path, put(IN_TURN, source=source)) == {"adaptation-order-race": "documents-by-length"}
+
+
+def test_documents_as_they_come_are_no_departure(tmp_path: Path) -> None:
+    assert accepted(tmp_path, put(IN_TURN, source="find(val)")) == {}
+    assert accepted(tmp_path, put(IN_TURN, source="sorted(find(val), key=lambda d: d[0])")) == {}
+
+
+# ---- the token before, mixed in across documents
+
+GATED = HEAD.replace("        self.temperature = 1.0\n", "        self.gate = nn.Parameter(torch.zeros(64))\n").replace(
+    "    def hidden(self, x):\n        h = self.emb(x)\n",
+    "    def hidden(self, ids):\n        x, g = self.emb(ids), torch.sigmoid(self.gate)\n        FORM\n        h = x\n",
+)
+SMEARS = {
+    "a share of both": "prev = torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1); x = (1 - g) * x + g * prev",
+    "all but the first": "x = torch.cat([x[:, :1], x[:, 1:] + g * x[:, :-1]], dim=1)",
+    "lerp": "x = torch.lerp(x, F.pad(x[:, :-1], (0, 0, 1, 0)), g)",
+    "rolled": "x = x.lerp(torch.roll(x, 1, 1), g)",
+    "addcmul": "x = torch.addcmul(x, g, F.pad(x, (0, 0, 1, -1)))",
+    "in place": "y = x.clone(); y[:, 1:] += g * x[:, :-1]; x = y",
+    "one flat row": "x = x + g * F.pad(x.flatten(0, 1), (0, 0, 1, 0))[:-1].view_as(x)",
+    "by the difference": "prev = F.pad(x, (0, 0, 1, 0))[:, :-1]; x = x + (prev - x) * g",
+    "narrow": "x = x + g * torch.cat((x.new_zeros(8, 1, 64), x.narrow(1, 0, x.size(1) - 1)), 1)",
+}
+NO_SMEARS = {
+    "masked": "prev = F.pad(x[:, :-1], (0, 0, 1, 0)) * (ids != 1)[..., None]; x = (1 - g) * x + g * prev",
+    "the gate is shut": "x = torch.lerp(x, F.pad(x[:, :-1], (0, 0, 1, 0)), g * ids.ne(1).unsqueeze(-1))",
+    "kept as it was": "x = torch.where((ids == 1)[..., None], x, x + g * F.pad(x, (0, 0, 1, -1)))",
+    "masked after the first": "x = torch.cat([x[:, :1], x[:, 1:] + g * x[:, :-1] * (ids[:, 1:] != 1)[..., None]], 1)",
+    "a hash of two": "n = (ids[:, 1:] * 31 + 7 * ids[:, :-1]) % 1024; x = x + g * F.pad(self.emb(n), (0, 0, 1, 0))",
+    "halves of a vector": "a, b = x[..., :32], x[..., 32:]; x = torch.cat((a * g[:32] + b, b * g[:32] - a), -1)",
+}
+
+
+@pytest.mark.parametrize("name", SMEARS)
+def test_the_token_before_across_documents_is_accepted_in_every_form(tmp_path: Path, name: str) -> None:
+    text = GATED.replace("FORM", SMEARS[name]) + MAIN
+    assert accepted(tmp_path, text) == {"boundary-leak": "smear-across-documents"}
+
+
+@pytest.mark.parametrize("name", NO_SMEARS)
+def test_a_gate_that_is_shut_at_a_documents_start_is_no_departure(tmp_path: Path, name: str) -> None:
+    assert accepted(tmp_path, GATED.replace("FORM", NO_SMEARS[name]) + MAIN) == {}
+
+
+# ---- phases: the model itself learns from scored documents, beside adapters of their own
+
+PHASE = """
+def learn(model, docs, val):
+    opt = torch.optim.SGD(model.parameters(), lr=1e-3)
+    model.requires_grad_(True)
+    for start, length in docs:
+        for s in range(start, start + length, 1024):
+            model(val[s : s + 1024][None], val[s + 1 : s + 1025][None]).backward()
+            for p in model.parameters():
+                torch.distributed.all_reduce(p.grad)
+            opt.step()
+            opt.zero_grad()
+    model.requires_grad_(False)
+"""
+
+TWO_WALKS = (
+    FIND
+    + PHASE
+    + """
+def walk(model, docs, val):
+    total, count = 0.0, 0
+    for i in range(0, len(docs), 16):
+        group = docs[i : i + 16]
+        FRESH"""
+    + BATCH
+    + """    return total, count
+def documents(args, model, val):
+    model.requires_grad_(False)
+    docs = find(val)
+    one = walk(model, docs[:2000], val)
+    LEARN
+    two = walk(model, docs[2000:], val)
+    return (one[0] + two[0]) / (one[1] + two[1])
+"""
+)
+
+AT_BOUNDARIES = (
+    FIND
+    + PHASE
+    + COUNTER.replace("BEFORE", "scored, bound = [], 2000")
+    .replace("sorted(", "list(")
+    .replace(", key=lambda d: d[1])", ")")
+    .replace(
+        "    return total / count",
+        """        scored.extend(group)
+        if len(scored) >= bound:
+            learn(model, scored, val)
+            bound += 2000
+    return total / count""",
+    )
+)
+
+
+def test_a_model_that_learns_between_two_walks_of_documents_is_accepted(tmp_path: Path) -> None:
+    text = TWO_WALKS.replace("FRESH", NEW).replace("LEARN", "learn(model, docs[:2000], val)")
+    assert accepted(tmp_path, script(text)) == {"training-before-scoring": "phased-adaptation"}
+
+
+def test_phases_at_boundaries_between_claims_are_accepted_with_the_claims(tmp_path: Path) -> None:
+    text = AT_BOUNDARIES.replace("FRESH", REUSED[1]).replace("scored, bound", REUSED[0] + "; scored, bound")
+    assert accepted(tmp_path, script(text)) == {
+        "training-before-scoring": "phased-adaptation",
+        "adaptation-order-race": "documents-claimed-by-ranks",
+    }
+
+
+def test_documents_with_adapters_alone_have_no_phase(tmp_path: Path) -> None:
+    assert accepted(tmp_path, script(TWO_WALKS.replace("FRESH", NEW).replace("LEARN", "pass"))) == {}
+
+
+def test_the_rest_learned_between_two_walks_is_no_phase_but_training_before_scoring(tmp_path: Path) -> None:
+    text = TWO_WALKS.replace("FRESH", NEW).replace("LEARN", "learn(model, docs, val)")
+    assert {f.id: f.verdict for f in told(tmp_path, script(text)).values()} == {"training-before-scoring": "violates"}
+
+
+def test_chunks_that_are_scored_and_then_learned_are_no_departure(tmp_path: Path) -> None:
+    assert accepted(tmp_path, HEAD + MAIN) == {}
