@@ -139,6 +139,7 @@ class Trace:
     reads: list[tuple[tuple[Place, ...], bool]] = field(default_factory=list)  # data read: the calls, training and val
     gathered: list[tuple[int, int]] = field(default_factory=list)  # sums over all ranks: (events before, their losses)
     saved: list[int] = field(default_factory=list)  # numbers of the events that follow a model's writing to a file
+    begun: list[tuple[Obj, Nest]] = field(default_factory=list)  # weights set anew: of which model, in which loops
     steps: int = 0
     complete: bool = True
 

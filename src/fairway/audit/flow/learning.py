@@ -245,6 +245,7 @@ class Learning(Core):
     def reset(self, obj: Obj) -> None:
         """A state forgets all it learned."""
         root = obj.root
+        self.trace.begun.append((root, tuple(self.nest)))
         gone = obj.slots.get("#learned", 0)
         for part in self.parts_of(obj):
             gone |= part.slots.get("#learned", 0)

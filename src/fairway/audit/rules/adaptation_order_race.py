@@ -1,12 +1,15 @@
 """What a document is scored with depends on which rank, thread or process happened to claim which part first."""
 
+import functools
+
 from fairway.audit.case import Case
 from fairway.audit.exemptions import departure
+from fairway.audit.flow.events import Update
 from fairway.audit.terms.program import Program
 from fairway.audit.terms.term import Term, walk
 from fairway.audit.terms.things import Event
 from fairway.audit.terms.verdicts import clean_as_read
-from fairway.audit.verdict import Finding
+from fairway.audit.verdict import Finding, Place
 
 ID = "adaptation-order-race"
 CHARGE = "the order of adaptation is decided by a race for a lock, a file or a queue"
@@ -35,7 +38,7 @@ def check(case: Case) -> Finding:
         return clean_as_read(case, ID, CLAUSE, "no lock, claim file or shared queue stands in a loop that adapts")
     claim = claims[-1]
     place, way = case.reading.place(claim.term), case.reading.way(claim.term)
-    carried = _carried(claim, [step for step in steps if _together(claim, step)])
+    carried = _carried(case, claim, [step for step in steps if _together(claim, step)])
     if carried is None:
         evidence = (
             "Documents are claimed in the order in which workers come, each with an adapter of its own; the order is "
@@ -83,12 +86,27 @@ def _together(claim: Event, step: Event) -> bool:
     return claim.path[: claim.within] == step.path[: claim.within] and step.loops >= claim.loops
 
 
-def _carried(claim: Event, steps: list[Event]) -> Event | None:
-    """The last step whose state was made before the claim."""
+def _carried(case: Case, claim: Event, steps: list[Event]) -> Event | None:
+    """The last step whose state was made before the claim, and not set to its beginning since."""
     for step in reversed(steps):
         if step.order < claim.order or step.term.called != "step":
             continue
         made = [t.value.order for t in walk(step.term) if t.op == "object"]
-        if any(order < claim.order for order in made):
+        if any(order < claim.order for order in made) and not _begun_anew(case, case.reading.place(step.term)):
             return step
     return None
+
+
+def _begun_anew(case: Case, step: Place) -> bool:
+    """Whether all that learns in a line is made, or set to its beginning, in a loop around it: an adapter that is
+    used again."""
+    updates = [update for update in case.trace.updates if update.place == step and update.state is not None]
+    return bool(updates) and all(map(functools.partial(_begun, case), updates))
+
+
+def _begun(case: Case, update: Update) -> bool:
+    assert update.state is not None
+    root = update.state.root
+    if root.born:
+        return True
+    return any(one is root and nest[:1] == update.nest[:1] and nest for one, nest in case.trace.begun)
