@@ -472,3 +472,23 @@ def test_counts_that_follow_the_scoring_into_a_file_are_no_prefix(tmp_path: Path
         torch.save(seen, "seen.pt")
 """
     assert verdict(tmp_path, "paid_prefix", script(loss=loss, state="seen = torch.zeros(V, V)")).verdict == "clean"
+
+
+AGAIN = """
+    def begin(self):
+        for part in self.parameters():
+            with torch.no_grad():
+                part.zero_()
+"""
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_state_that_is_set_to_its_beginning_for_each_claim_is_one_of_its_own(tmp_path: Path, begun: bool) -> None:
+    claimed = CLAIMED.replace("torch.zeros(V))\n", f"torch.zeros(V))\n{AGAIN}", 1)
+    text = script(
+        extra=claimed, state=MAKE, loss=ADAPTS.format(fresh="note.begin()" if begun else "rule.state.clear()")
+    )
+    finding = verdict(tmp_path, "adaptation_order_race", text)
+    assert (finding.verdict, finding.exemption or "") == (
+        ("clean", "documents-claimed-by-ranks") if begun else ("violates", "")
+    )
