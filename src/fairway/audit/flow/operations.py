@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from fairway.audit.flow.arithmetic import Arithmetic
 from fairway.audit.flow.heap import Obj
-from fairway.audit.flow.indices import Part
+from fairway.audit.flow.indices import Part, sym_of
 from fairway.audit.flow.known import (
     CASTS,
     CLOCKS,
@@ -310,6 +310,9 @@ class Operations(Arithmetic):
             result.sym = varying[0].sym
         if len(moving) == 1:
             result.spans, result.unit, result.sym = moving[0].spans, moving[0].unit, moving[0].sym
+            length = next((each for each in args if not each.spans and each.const is not MISSING), None)
+            if name == "min" and length is not None and moving[0].sym.startswith("sub(") and moving[0].less:
+                result.sym, result.flags = sym_of(length), result.flags | CLIPPED  # min(length, total - start)
         elif len(moving) == 2 and name in ("min", "max"):  # min(at + step, end of the chunk)
             result.spans = _clamped(min if name == "min" else max, moving[0].spans, moving[1].spans)
         if result.toks and not result.flags & LENGTH and result.flags & RAW and name == "max":
