@@ -1,6 +1,7 @@
 """Overlapping windows count all their targets, so that most tokens are counted several times."""
 
 import ast
+import re
 from collections.abc import Iterator
 
 from fairway.audit.case import Case
@@ -14,6 +15,8 @@ from fairway.audit.verdict import Finding, Place
 ID = "twice-counted-tokens"
 CHARGE = "tokens are counted in more than one window"
 CLAUSE = "RULES.md (b) condition 4: every token contributes exactly one loss"
+
+_OWN_PLACE = re.compile(r"\bsub\(\w+,\w+\)")
 
 
 def check(case: Case) -> Finding:
@@ -74,9 +77,14 @@ def _between(tok: Tok) -> int:
 
 
 def _tail_window(tok: Tok) -> bool:
-    """Whether the last `step` targets of each window are counted, from an end that is the data's in the last ones."""
-    clipped = [less for side, end, less in tok.cuts if side == "tail" and end.startswith("~")]
-    return bool(tok.step) and not tok.pushed and any(str(tok.step) in less for less in clipped)
+    """Whether the last `step` targets of each window are counted, from an end that is the data's in the last ones: not
+    from the window's own place, `w - begin + ...`, wherever the window itself begins."""
+    clipped = [
+        less
+        for side, end, less in tok.cuts
+        if side == "tail" and end.startswith("~") and not (tok.pushed and _OWN_PLACE.search(end))
+    ]
+    return bool(tok.step) and any(str(tok.step) in less for less in clipped)
 
 
 def _pushed_back(tok: Tok) -> bool:
