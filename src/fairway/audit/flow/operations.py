@@ -121,7 +121,7 @@ class Operations(Arithmetic):
         if name in ("randint", "randperm", "random_integers"):
             drawn = frozenset((Tok("random"),))
             return Value(toks=drawn, flags=RAW, spans=self._arranged(args)) if name == "randint" else NOTHING
-        if name in ("multinomial", "sample") and flats and flats[0].active:
+        if name in ("multinomial", "sample") and flats and _said_by_a_model(flats[0]):
             return Value(toks=frozenset((Tok("generated"),)), flags=RAW, knows=0)
         if name == "tobytes" and flats:
             return flats[0].but(flags=flats[0].flags | DIGEST, const=MISSING)
@@ -406,6 +406,11 @@ class Operations(Arithmetic):
             self.heap.set(obj, "#content", kept)
         elif flats:
             self.write(obj, blend(*flats), node)
+
+
+def _said_by_a_model(value: Value) -> bool:
+    """What a model made of tokens, or of a start that is none."""
+    return bool(value.states) and not value.flags & RAW
 
 
 def _clamped(least: Callable[..., int], one: Sequence[Span], other: Sequence[Span]) -> tuple[Span, ...]:
