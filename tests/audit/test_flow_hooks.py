@@ -47,3 +47,56 @@ def test_an_adapter_that_was_taken_off_scores_nothing() -> None:
 def test_a_hook_that_answers_nothing_leaves_the_output_as_it_is() -> None:
     watching = script(LEARN, SCORE).replace("return out + self.delta", "self.seen = out.detach()")
     assert doubted(watching) == set()
+
+
+WATCHED = """
+class Wide(GPT):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.ModuleList([nn.Linear(64, 64, bias=False) for _ in range(4)])
+        self.one, self.two, self.three = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64)
+        self.four, self.five, self.six = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64)
+    def hidden(self, x):
+        h = self.six(self.five(self.four(self.three(self.two(self.one(self.emb(x)))))))
+        for block, up in zip(self.blocks, self.up):
+            h = h + up(F.relu(block(h)))
+        return h
+
+def watched(model, loader):
+    sums, handles = {}, []
+    def hook_for(key):
+        def hook(module, args, out):
+            rows = args[0].detach().flatten(0, -2).float()
+            if key not in sums:
+                sums[key] = torch.zeros(rows.size(1), rows.size(1))
+            sums[key].addmm_(rows.T, rows)
+        return hook
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            handles.append(module.register_forward_hook(hook_for(name)))
+    with torch.no_grad():
+        for _ in range(8):
+            model.forward_logits(loader.next(4096)[0])
+    TAKEN_OFF
+    return sums
+
+if __name__ == "__main__":
+    args = Hyperparameters()
+    val, model = load(args.val_files), Wide()
+    train(args, model)
+    sums = watched(model, Loader(args.train_files))
+    print("before quantisation", eval_val(args, model, val))
+    state = {k: (v / sums[k].diag().mean()).round() if k in sums else v for k, v in model.state_dict().items()}
+    torch.save(state, "model.pt")
+    model.load_state_dict(torch.load("model.pt"))
+    print("final val_loss", eval_val(args, model, val))
+"""
+
+
+def test_hooks_of_many_modules_are_taken_off_in_a_loop() -> None:
+    taken = HEAD + WATCHED.replace("TAKEN_OFF", "for each in handles:\n        each.remove()")
+    assert "calibration-on-validation" not in doubted(taken)
+
+
+def test_hooks_of_many_modules_that_stay_on_see_the_evaluation_too() -> None:
+    assert "calibration-on-validation" in broken(HEAD + WATCHED.replace("TAKEN_OFF", "pass"))

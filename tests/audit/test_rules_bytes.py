@@ -56,12 +56,12 @@ def test_a_canonical_count_is_clean_in_every_style(tmp_path: Path, rule: str, ta
         (
             TABLE.replace('len(piece.encode("utf-8"))', 'len(piece.encode("utf-8")) + int(lead[i])'),
             COUNT,
-            "int(lead[i])",
+            "lead[i] = ",
         ),
-        (TABLE.replace("piece = piece[1:]", 'piece = piece.replace("\\u2581", " ")'), COUNT, "(lead[y]"),
-        (TABLE.replace("return size, lead", "size = size + lead\n    return size, lead"), COUNT, "(lead[y]"),
-        (METHOD.replace('removeprefix("▁")', 'replace("▁", " ")'), COUNT, "(lead[y]"),
-        (COMPREHENSION.replace('lstrip("▁")', 'replace("▁", " ")'), COUNT, "(lead[y]"),
+        (TABLE.replace("piece = piece[1:]", 'piece = piece.replace("\\u2581", " ")'), COUNT, "piece.replace("),
+        (TABLE.replace("return size, lead", "size = size + lead\n    return size, lead"), COUNT, "lead[i] = "),
+        (METHOD.replace('removeprefix("▁")', 'replace("▁", " ")'), COUNT, 'replace("▁"'),
+        (COMPREHENSION.replace('lstrip("▁")', 'replace("▁", " ")'), COUNT, 'replace("▁"'),
     ],
     ids=["in-the-store", "as-a-space", "vectorised", "in-a-method", "in-a-comprehension"],
 )
@@ -72,7 +72,7 @@ def test_a_space_in_the_table_and_in_the_loop_is_counted_twice(
     finding = verdict(tmp_path, "byte_double_space", text)
     assert finding.verdict == "violates"
     assert finding.place is not None
-    assert finding.place.line in {line_of(text, place), line_of(text, "octets += ")}
+    assert finding.place.line == line_of(text, place)  # where it is counted without asking what stands before
 
 
 def test_a_space_that_the_table_counts_and_the_loop_takes_off_again_is_counted_once(tmp_path: Path) -> None:

@@ -16,19 +16,22 @@ _LAUNCH = re.compile(
 _ASSIGNMENT = re.compile(r"""(?<![\w-])([A-Za-z_]\w*)=("[^"\n]*"|'[^'\n]*'|[^\s`"';&|]*)""")
 _EXPORT = re.compile(r"^\s*(?:\$\s*)?(?:export|ENV)\s+(.*)$")
 _BARE = re.compile(r"""^\s*[A-Z_][A-Z0-9_]*=(?:"[^"\n]*"|'[^'\n]*'|\S*)\s*(?:#.*)?$""")
+_WORD = re.compile(r"(?<=\s)\+{0,2}([A-Za-z_][\w.]*)=([^\s`\"']+)")
 _PRINTED = re.compile(r"""(?<![\w.'"\[])['"]?([A-Za-z_]\w*)['"]?\s*[:=]\s*('[^'\n]*'|"[^"\n]*"|[^\s,;}]+)""")
 _LOGGED_LINES = 4_000  # settings are printed at the start; source text before them may be 4,000 lines long
 
 
 @dataclass(frozen=True)
 class Command:
-    """One line that starts a script. environment and arguments as texts; a bare flag is True."""
+    """One line that starts a script. environment and arguments as texts; a bare flag is True; assigned: the words
+    `part.name=text` among the arguments."""
 
     file: str
     line: int
     script: str
     environment: dict[str, Any] = field(default_factory=dict)
     arguments: dict[str, Any] = field(default_factory=dict)
+    assigned: dict[str, str] = field(default_factory=dict)
 
 
 def commands_in(path: str, text: str, script: str) -> list[Command]:
@@ -44,7 +47,10 @@ def commands_in(path: str, text: str, script: str) -> list[Command]:
             if match["script"].rsplit("/", 1)[-1] != script.rsplit("/", 1)[-1]:
                 continue
             environment = {**exported, **_assignments(match["env"]), **_assignments(_env_of(match["launcher"]))}
-            commands.append(Command(path, number, match["script"], environment, _arguments(match["rest"])))
+            rest = match["rest"]
+            commands.append(
+                Command(path, number, match["script"], environment, _arguments(rest), dict(_WORD.findall(rest)))
+            )
     return commands
 
 

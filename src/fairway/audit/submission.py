@@ -10,6 +10,7 @@ from typing import Any
 
 from fairway.audit.beside import BYTES
 from fairway.audit.reading import Folder, Reader, Script, bounds
+from fairway.audit.told import Told, settle
 from fairway.base.errors import DataError
 
 _STARTED = re.compile(r"(?:torchrun|python3?|accelerate launch|srun)\b[^\n`;&|]*?\s([\w./-]+\.(?:py|ipynb))\b")
@@ -29,6 +30,7 @@ class Submission:
     record: whether it is a record folder (it claims a score: submission.json or a log lies there)
     flaw: what of the claims could not be read, or ""
     tables: the texts of small JSON files, by path: a command may name one as its settings
+    told: the settings that the scripts' trees have by a command or by the logs, and not as they are written
     """
 
     root: Path
@@ -43,6 +45,7 @@ class Submission:
     record: bool = False
     flaw: str = ""
     tables: Mapping[str, str] = field(default_factory=dict)
+    told: tuple[Told, ...] = ()
 
 
 def opened(path: Path) -> Submission:
@@ -83,12 +86,14 @@ def _folder(root: Path) -> Submission:
         raise DataError(f"{root}: no Python script here; name a script, a record folder or a folder of these")
     reader = Reader(Folder(root))
     entry = reader.script(_entry(root, scripts, [command, readme, *logs.values()]))
+    trees = [script.tree for script in entry.all() if script.tree is not None]
+    told = settle(trees, entry.path, [("README.md", readme), ("run.sh", command)], logs)
     others = [name for name in scripts if name != entry.path]
     read = (entry, *(reader.script(name) for name in sorted(others)[:50]))
     record = bool(claims or flaw or logs)
     tables = {name: _text(root / name) for name, size in sizes.items() if name.endswith(".json") and size <= BYTES}
     name = root.resolve().name
-    return Submission(root, name, entry, read, sizes, claims, logs, readme, command, record, flaw, tables)
+    return Submission(root, name, entry, read, sizes, claims, logs, readme, command, record, flaw, tables, told)
 
 
 def _files(root: Path) -> Iterator[tuple[str, int]]:
@@ -105,13 +110,17 @@ def _files(root: Path) -> Iterator[tuple[str, int]]:
 
 
 def _is_text(name: str) -> bool:
-    return name.lower().endswith((".md", ".sh", ".log", ".txt", ".out")) or name.lower() == "readme"
+    return name.lower().endswith((".md", ".sh", ".log", ".txt", ".out", ".jsonl")) or name.lower() == "readme"
 
 
 def _is_log(name: str, text: str) -> bool:
     if name.rpartition("/")[2].lower() in _NO_LOGS or name.endswith((".md", ".sh")):
         return False
-    return name.endswith(".log") or bool(_RESULT.search(text))
+    if name.endswith(".log") or _RESULT.search(text):
+        return True
+    from fairway.audit.records.log import tells_of_a_run  # the records read submissions
+
+    return tells_of_a_run(text)
 
 
 def _text(path: Path) -> str:

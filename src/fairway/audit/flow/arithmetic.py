@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fairway.audit.flow import events
@@ -46,6 +46,7 @@ _ORDER: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.NotEq: operator.ne, ast.Is: lambda a, b: a is b or a == b, ast.IsNot: lambda a, b: not (a is b or a == b),
 }  # fmt: skip
 _DIGITS = (ast.RShift, ast.BitAnd, ast.FloorDiv)
+_MOST_STEPS = 4  # more is a context of many tokens, no neighbouring turn
 _LONGEST = 20_000  # characters of a constant text
 
 
@@ -242,8 +243,9 @@ class Arithmetic(Iteration):
             turn = 1 if isinstance(op, ast.Add) else -1
             for number, other, text in ((one, two, syms[1]), (two, one, syms[0])):
                 if number.spans and not other.spans and number.unit:
-                    if text == number.unit and (number is one or turn == 1):
-                        return self._next(number.spans, turn), number.unit
+                    steps = _steps(other, text, number.unit) if number is one or turn == 1 else 0
+                    if steps:
+                        return self._next(number.spans, turn * steps), number.unit
                     return number.spans, number.unit
         if isinstance(op, ast.Mult):
             for number, other, text in ((one, two, syms[1]), (two, one, syms[0])):
@@ -252,7 +254,7 @@ class Arithmetic(Iteration):
         if isinstance(op, ast.Sub) and one.spans and two.spans:  # a length: end - start of one chunk
             both = {loop for loop, _, _ in one.spans} & {loop for loop, _, _ in two.spans}
             rest = [span for span in (*one.spans, *two.spans) if span[0] not in both]
-            return tuple(sorted(rest)), ""
+            return tuple(sorted([*rest, *_several(one.spans, two.spans)])), ""
         return merged_spans(one.spans, two.spans), ""
 
     def _next(self, spans: tuple[Span, ...], turn: int) -> tuple[Span, ...]:
@@ -381,6 +383,25 @@ class Arithmetic(Iteration):
         below = isinstance(op, (ast.Lt, ast.LtE)) is first
         name = sym_of(bound, text)
         return frozenset((("head" if below else "tail", bound_of(bound, name), bound.less),)) if name else frozenset()
+
+
+def _steps(other: Value, text: str, unit: str) -> int:
+    """How many steps a number is: 2 for `c + 2` where c counts by one, and for `start + 2 * chunk`; 0 where none."""
+    if text == unit:
+        return 1
+    if unit == "1" and type(other.const) is int and 1 < other.const <= _MOST_STEPS:
+        return other.const
+    times = re.fullmatch(r"mult\((\d),(\w+)\)|mult\((\w+),(\d)\)", text)
+    if times is None or (times[2] or times[3]) != unit:
+        return 0
+    return int(times[1] or times[4])
+
+
+def _several(ends: Sequence[Span], starts: Sequence[Span]) -> list[Span]:
+    """Of a length, the turns that it goes through where there are several: from the start of one chunk to the end of
+    the next one."""
+    begun = {loop: a for loop, a, b in starts if a == b}
+    return [(loop, begun[loop], a - 1) for loop, a, b in ends if a == b and loop in begun and a - begun[loop] >= 2]
 
 
 def _picks(value: Value, bound: Value) -> bool:

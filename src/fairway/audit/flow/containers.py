@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterable
 from dataclasses import replace
 
 from fairway.audit.flow.classes import Classes
@@ -10,6 +11,7 @@ from fairway.audit.flow.events import bits
 from fairway.audit.flow.heap import Obj
 from fairway.audit.flow.indices import Part, bound_of, overlaps, sparse, step_of, sym_of
 from fairway.audit.flow.ordering import in_order
+from fairway.audit.flow.shares import before_share, first_of, indexed, limited, of_rank
 from fairway.audit.flow.tokens import START, Cut, Span, Tok, narrowed, part_of
 from fairway.audit.flow.values import (
     CLIPPED,
@@ -78,12 +80,21 @@ class Containers(Classes):
         if low and part.low is not None and part.low.less:
             low = self._ending(low, high)
         if low:
+            part_of = {loop: 0 if self._holds_end(loop, low, high) else 1 for loop, _, _ in low}
             return tuple(
-                (loop, a, max(b, high[loop][1] - 1) if loop in high and high[loop][1] > b else b) for loop, a, b in low
+                (loop, a, max(b, high[loop][1] - part_of[loop]) if loop in high and high[loop][1] > b else b)
+                for loop, a, b in low
             )
         if part.low is None or part.low.const == 0:
             return tuple((loop, START, a - 1) if a == b else (loop, START, b) for loop, (a, b) in high.items())
         return tuple((loop, a, b) for loop, (a, b) in high.items())
+
+    def _holds_end(self, loop: int, low: tuple[Span, ...], high: dict[int, tuple[int, int]]) -> bool:
+        """Whether an end is the end of what a list holds for a turn, as a start is the start of it: `chunks[c][0].begin
+        : chunks[c + 1][-1].end`; an end that is where the next one starts holds nothing of it."""
+        under_way = {each for each, _ in self.nest}
+        ended = [(each, a) for each, a, _ in low if each != loop and each not in under_way]
+        return any(each in high and high[each][0] > a for each, a in ended)
 
     def _ending(self, low: tuple[Span, ...], high: dict[int, tuple[int, int]]) -> tuple[Span, ...]:
         """`[end - context : end]`, where `end` is where the next turn begins: what comes last in it is this turn's."""
@@ -190,6 +201,10 @@ class Containers(Classes):
         if obj.kind in ("instance", "thing") and "#module" in obj.slots:
             layers = obj.slots.get("#content")
             if isinstance(layers, Value) and (layers.refs or layers.items) and obj.kind == "thing":
+                if (
+                    parts and parts[0].slice
+                ):  # model.blocks[-2:]: still a list of its layers, and what it learns is theirs
+                    return self.ref(obj)
                 if keys and isinstance(keys[0].const, int):
                     for listed in layers.refs:
                         return self._looked_up(listed, keys, (), node)
@@ -264,40 +279,22 @@ class Containers(Classes):
         elem = self.tagged(self.element_of(obj), spans)
         cuts = self.cuts_of(parts)
         if not spans and cuts:
-            elem = self._indexed(self.cut(elem, cuts, node), cuts)
+            elem = indexed(self.cut(elem, cuts, node), cuts)
         if any(RANKED & each.env for each in (part.low, part.high) if each is not None):
-            elem = self._of_rank(elem)
+            elem = of_rank(elem)
         limit = part.high.limit if part.high and part.high.limit is not None else high
         named = bool(elem.words) and self.plain(elem)  # of several files, the first
         if part.low is None and isinstance(limit, (int, float)) and (limit > 1 or (named and limit == 1)) and not spans:
             if named:
                 self.trace.files.setdefault(part_of(limit), self.place(node))
-            elem = self._limited(elem, float(limit))
+            elem = limited(elem, float(limit))
+            self.limit_here({part_of(float(limit))}, node)
         elif part.step > 1:
             if named:
                 self.trace.files.setdefault(part_of(1 / part.step), self.place(node))
-            elem = self._limited(elem, 1 / part.step)
+            elem = limited(elem, 1 / part.step)
         new.slots["#elem"] = elem
         return self.ref(new, spans=spans)
-
-    def _of_rank(self, value: Value) -> Value:
-        """One process's share of a list."""
-        items = tuple(self._of_rank(item) for item in value.items) if value.items is not None else None
-        toks = frozenset(replace(tok, ranked=True) for tok in value.toks) if value.raw else value.toks
-        return value.but(items=items, toks=toks, env=value.env | RANKED)
-
-    def _limited(self, value: Value, limit: float) -> Value:
-        """A place in the data of which a constant lets only so many through."""
-        items = tuple(self._limited(item, limit) for item in value.items) if value.items is not None else None
-        plain = not (value.toks or value.refs or isinstance(value.const, (str, bool)))
-        return value.but(items=items, limit=limit, flags=value.flags | INDEXED) if plain else value.but(items=items)
-
-    def _indexed(self, value: Value, cuts: frozenset[Cut]) -> Value:
-        """A place in the data that a slice of a list let through."""
-        items = tuple(self._indexed(item, cuts) for item in value.items) if value.items is not None else None
-        if value.toks or value.refs or isinstance(value.const, (str, bool)):
-            return value.but(items=items)
-        return value.but(items=items, cuts=value.cuts | cuts, flags=value.flags | INDEXED)
 
     def _looked_up(self, obj: Obj, keys: list[Value], spans: tuple[Span, ...], node: ast.AST | None) -> Value:
         key = keys[0] if keys else NOTHING
@@ -311,6 +308,8 @@ class Containers(Classes):
                 found = items[key.const]
         if found is None:
             found = self.element_of(obj)
+            if key.const == 0:
+                found = first_of(found)
             if found is NOTHING and "#factory" in obj.slots:
                 found = self.call(obj.slots["#factory"], [], {}, node)
                 self.add_content(obj, found, "#elem")
@@ -366,14 +365,24 @@ class Containers(Classes):
         masks = [cut for key in keys for cut in key.cuts]
         masks += [cut for part in parts if part.low is not None and part.low.flags & INDEXED for cut in part.low.cuts]
         cuts = self.cuts_of(parts) if not self._cuts_stream(value, parts) else frozenset()
+        cuts |= before_share(parts[0]) if parts and value.flags & RAW else frozenset()
         if result.losses:  # the losses of one row are of its tokens alone
             result = result.but(toks=frozenset(narrowed(tok, spans) for tok in result.toks))
         result = self.cut(result, [*cuts, *masks], node)
         if result.toks and not result.losses:
             self._gaps(parts, node)
+            old = {tok.part for tok in result.toks}
             toks = frozenset(self._part(narrowed(tok, spans), parts) for tok in result.toks)
+            self.limit_here({tok.part for tok in toks} - old, node)
             result = result.but(toks=toks, spans=())
+        elif self.plain(result):  # places in the data: which of them, the loops tell
+            result = result.but(spans=spans)
         return result.but(const=MISSING, unit="")
+
+    def limit_here(self, parts: Iterable[str], node: ast.AST | None) -> None:
+        """The first line in which a constant lets only so many through."""
+        for part in parts:
+            self.trace.limits.setdefault(part, self.place(node))
 
     def _gaps(self, parts: list[Part], node: ast.AST | None) -> None:
         """Windows [w : w + length] that a loop cuts in longer steps: what lies between them is never read."""

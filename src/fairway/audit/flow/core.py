@@ -54,6 +54,7 @@ class Frame:
     loops: list[Loop] = field(default_factory=list)
     line: int = 0
     sent: Value | None = None  # what a coroutine that goes on was sent
+    within: Callable[[Value], None] | None = None  # of a context manager: what stands in the `with`, for its yield
 
 
 class Core:
@@ -78,6 +79,8 @@ class Core:
         self.quiet = False  # an element is read only to be written anew
         self.logs = 0  # losses (bits) that a logarithm made: of rows of probabilities, until a target is picked
         self.forwards = 0  # models whose forward is under way
+        self.entering: dict[int, Callable[[Value], None]] = {}  # call of a `with` -> what is to be walked at its yield
+        self.handles: dict[tuple[int, int], Obj] = {}  # (line, call) that registers hooks -> what takes them off
         self.stopped = NOTHING  # what the last generator to end returned
         self.said_unknown: set[tuple[str, int, str]] = set()
 

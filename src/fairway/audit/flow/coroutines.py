@@ -106,27 +106,10 @@ def _yields(node: ast.AST) -> bool:
     return any(isinstance(each, (ast.Yield, ast.YieldFrom)) for each in ast.walk(node))
 
 
-def _straight(body: list[ast.stmt]) -> list[ast.stmt]:
-    """The body with what is tried, and what comes at its end, one after the other, where a yield stands in it."""
-    found: list[ast.stmt] = []
-    for each in body:
-        if isinstance(each, ast.Try) and any(isinstance(part, ast.Expr) and _yields(part) for part in each.body):
-            found += [*each.body, *each.orelse, *each.finalbody]
-        else:
-            found.append(each)
-    return found
-
-
-def _ends_there(statement: ast.stmt) -> bool:
-    """if nothing is to be done: yield; return"""
-    return isinstance(statement, ast.If) and isinstance(statement.body[-1], ast.Return)
-
-
 def _plan(code: ast.FunctionDef) -> Plan:
     """How the body of a generator is walked."""
-    body = _straight(code.body)
-    at = [n for n, each in enumerate(body) if _yields(each)] or [len(body)]
-    n = next((n for n in at if n == at[-1] or not _ends_there(body[n])), at[0])
+    body = code.body
+    n = next((n for n, each in enumerate(body) if _yields(each)), len(body))
     once, rest = body[:n], body[n:]
     loop = rest[0] if rest and isinstance(rest[0], (ast.While, ast.For)) else None
     inner = loop.body if loop is not None else rest

@@ -120,6 +120,16 @@ class Unknown(Event):
     why: str = ""
 
 
+@dataclass(frozen=True)
+class Read:
+    """Where data is read. stack: the calls; mixed: training and validation files; pattern: one that fits both kinds
+    alike, or ""."""
+
+    stack: tuple[Place, ...]
+    mixed: bool = False
+    pattern: str = ""
+
+
 @dataclass(eq=False)
 class Trace:
     """All that happened. `scores`, `updates` and `choices` are indexed by the bit of their event."""
@@ -136,7 +146,8 @@ class Trace:
     picked: dict[int, Place | None] = field(default_factory=dict)  # loss -> the condition that leaves others out
     gaps: dict[int, Place] = field(default_factory=dict)  # loop -> the slice that is shorter than its step
     files: dict[str, Place] = field(default_factory=dict)  # "1" -> where only the first of several files is taken
-    reads: list[tuple[tuple[Place, ...], bool]] = field(default_factory=list)  # data read: the calls, training and val
+    limits: dict[str, Place] = field(default_factory=dict)  # a Tok's part -> where a constant lets only so many through
+    reads: list[Read] = field(default_factory=list)
     gathered: list[tuple[int, int]] = field(default_factory=list)  # sums over all ranks: (events before, their losses)
     orders: list[tuple[int, Place]] = field(default_factory=list)  # sorts by lengths: (events before, where)
     averaged: list[int] = field(default_factory=list)  # gradients or weights made one over all ranks: events before

@@ -96,6 +96,9 @@ class Expressions(Comprehensions):
             return frame.sent
         value = self.evaluate(node.value) if node.value else NONE
         frame.yields.append(value)
+        within, frame.within = frame.within, None
+        if within is not None:
+            within(value)
         return NOTHING
 
     def _on_YieldFrom(self, node: ast.YieldFrom) -> Value:

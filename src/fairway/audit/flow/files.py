@@ -88,19 +88,19 @@ class Files(Operations):
                 return found
         spans = path.spans if not live else self.here()
         part = part_of(path.limit) if path.limit is not None and kinds == ("val",) else ""
-        origin = self.read_here(len(kinds) > 1)
+        origin = self.read_here(len(kinds) > 1, "" if sides_of(_texts(path)) else _fits_both(path))
         if kinds[0].startswith(UNNAMED) and not isinstance(path.const, str):
             kinds = (f"{UNTOLD}{origin}",)
         toks = frozenset(Tok(each, spans, part=part, origin=origin) for each in kinds)
         return Value(toks=toks, flags=RAW, env=path.env)
 
-    def read_here(self, mixed: bool) -> int:
-        """The number of this read among the places of the script that read data. mixed: training and validation."""
+    def read_here(self, mixed: bool, pattern: str) -> int:
+        """The number of this read among the places of the script that read data. mixed, pattern: see Read."""
         stack = tuple(Place(each.script.path, each.script.line(each.line)) for each in self.frames)
-        reads = self.trace.reads
-        if (stack, mixed) not in reads:
-            reads.append((stack, mixed))
-        return reads.index((stack, mixed))
+        read, reads = events.Read(stack, mixed, pattern), self.trace.reads
+        if read not in reads:
+            reads.append(read)
+        return reads.index(read)
 
     def write_to(self, path: Value, value: Value, node: ast.AST | None) -> None:
         """The script writes a file."""
@@ -190,18 +190,21 @@ def _as_words(value: Value) -> Value:
 
 def data_kinds(path: Value) -> tuple[str, ...]:
     """The data sets that a path names: by the last literal text that says training or validation."""
-    texts = [path.const] if isinstance(path.const, str) else [str(word) for word in path.words]
+    texts = _texts(path)
     found = sides_of(texts)
     if found:
         return tuple(found)
     text = "~".join(texts)
-    return ("train", "val") if _takes_both(path) else (f"{UNNAMED}{text[:80]}",)
+    return ("train", "val") if _fits_both(path) else (f"{UNNAMED}{text[:80]}",)
 
 
-def _takes_both(path: Value) -> bool:
-    """Whether a pattern fits training and validation shards alike: `fineweb_*_*.bin`."""
-    texts = [path.const] if isinstance(path.const, str) else [str(word) for word in path.words]
-    for text in reversed(texts):
+def _texts(path: Value) -> list[str]:
+    return [path.const] if isinstance(path.const, str) else [str(word) for word in path.words]
+
+
+def _fits_both(path: Value) -> str:
+    """The pattern that fits training and validation shards alike, `fineweb_*_*.bin`; "" where there is none."""
+    for text in reversed(_texts(path)):
         piece = str(text).rsplit("/", 1)[-1].lower()
         if "*" in piece and piece != "*":
             stem = piece.split("*", 1)[0]
@@ -211,5 +214,5 @@ def _takes_both(path: Value) -> bool:
                 for suffix in (".bin", ".npy", ".pt", ".bin.zst")
             ]
             fits = [fnmatch.fnmatchcase(shard, piece) for shard in shards]
-            return any(fits[:4]) and any(fits[4:])
-    return False
+            return str(text) if any(fits[:4]) and any(fits[4:]) else ""
+    return ""

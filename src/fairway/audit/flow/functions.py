@@ -33,8 +33,10 @@ class Functions(Foreign):
         if node is not None and self.frames:
             self.frame.line = getattr(node, "lineno", self.frame.line)
         self._bind(obj, code.args, local, args, kwargs)
-        if _is_coroutine(code) or _is_context(code):
+        if _is_coroutine(code):
             return self.ref(self.new("generator", frame, node))
+        if id(node) in self.entering and _is_context(code):
+            frame.within = self.entering.pop(id(node))
         nest, frame.line = len(self.nest), code.lineno
         self.frames.append(frame)
         try:
@@ -131,6 +133,11 @@ def _is_generator(code: Any) -> bool:
     return bool(cached)
 
 
+def _is_context(code: Any) -> bool:
+    """Whether a function is a @contextmanager."""
+    return any(ast.unparse(each).endswith("contextmanager") for each in getattr(code, "decorator_list", ()))
+
+
 def _is_coroutine(code: Any) -> bool:
     """Whether a function uses what is sent to it: a yield that is not a statement of its own."""
     cached = getattr(code, "_fairway_coroutine", None)
@@ -141,16 +148,6 @@ def _is_coroutine(code: Any) -> bool:
             cached = any(isinstance(each, ast.Yield) and id(each) not in alone for each in ast.walk(code))
         code._fairway_coroutine = cached
     return bool(cached)
-
-
-def _is_context(code: Any) -> bool:
-    """Whether a function is made for `with`: what follows its yield happens at the end of the block."""
-    made = [each.attr if isinstance(each, ast.Attribute) else getattr(each, "id", "") for each in _decorators(code)]
-    return bool({"contextmanager", "asynccontextmanager"} & set(made)) and _is_generator(code)
-
-
-def _decorators(code: Any) -> list[ast.expr]:
-    return list(getattr(code, "decorator_list", []))
 
 
 __all__ = ["Functions"]

@@ -8,6 +8,7 @@ from dataclasses import replace
 from fairway.audit.flow.core import Frame
 from fairway.audit.flow.heap import Obj
 from fairway.audit.flow.indices import Elements, Part, sym_of
+from fairway.audit.flow.shares import share_of
 from fairway.audit.flow.tokens import Cut
 from fairway.audit.flow.values import (
     INDEXED,
@@ -118,14 +119,19 @@ class Iteration(Writing):
             start.spans or start.flags & LENGTH
         )  # range(length - stride, n)
         cuts: frozenset[Cut] = frozenset((("tail", start.sym, start.less),)) if inside else frozenset()
-        inherited = start.flags & INDEXED  # places in a document that a slice of their list let through
-        if inherited:
-            cuts |= start.cuts
+        share = share_of(start, stop)
+        within = bool(start.flags & INDEXED)  # a place in a document that a slice of their list let through
         spans = start.spans
         if start.const == 0 and stop.unit and stop.spans:  # range(0, end of this chunk, step): all that lies before it
             spans = self.slice_spans(Part(None, None, stop, slice=True))
+        elif start.spans and _later(stop, start):  # range(start, end of the chunk after this one, step)
+            spans = self.slice_spans(Part(None, start, stop, slice=True))
+        elif any(high > low for _, low, high in stop.spans):  # of the length of several chunks
+            spans = stop.spans
+        flags = INDEXED if share or within else 0
+        cuts |= share | (start.cuts if within else frozenset())
         any_of = Value(
-            unit=sym_of(step), limit=limit, env=env, spans=spans, choices=stop.choices, cuts=cuts, flags=inherited
+            unit=sym_of(step), limit=limit, env=env, spans=spans, choices=stop.choices, cuts=cuts, flags=flags
         )
         consts = (start.const, stop.const, step.const)
         if all(isinstance(each, int) for each in consts) and step.const:
@@ -134,6 +140,12 @@ class Iteration(Writing):
                 return Elements(None, any_of, 0)
             return Elements(None, any_of, len(turns), len(turns) <= 32, turns[0], turns[-1])
         return Elements(None, any_of)
+
+
+def _later(one: Value, other: Value) -> bool:
+    """Whether a place lies turns after another one, in a loop that both hang on."""
+    ends = {loop: high for loop, _, high in other.spans}
+    return any(loop in ends and low > ends[loop] for loop, low, _ in one.spans)
 
 
 def _setting(item: Value) -> bool:

@@ -6,8 +6,8 @@ import ast
 import sys
 from typing import Any
 
+from fairway.audit.flow.contexts import Contexts
 from fairway.audit.flow.core import FUEL, Frame, OutOfFuel
-from fairway.audit.flow.coroutines import Coroutines
 from fairway.audit.flow.events import Trace, Unknown
 from fairway.audit.flow.values import NOTHING, Value
 from fairway.audit.reading.script import Layer, Script
@@ -17,7 +17,7 @@ from fairway.audit.verdict import Place
 _STACK = 12_000  # Python frames; a call of the script takes about ten
 
 
-class Machine(Coroutines):
+class Machine(Contexts):
     """The interpreter, with the texts that a script executes and imports."""
 
     def __init__(self, script: Script, settings: Settings, fuel: int = FUEL) -> None:

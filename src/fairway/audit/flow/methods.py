@@ -214,20 +214,23 @@ class Methods(Files):
 
     # Models.
     def _hooked(self, obj: Obj, key: str, hook: Value, node: ast.AST | None) -> Value:
-        """What takes a hook off its module again: its handle. A list of handles is known by some of them: what was
-        hooked in one line comes off together."""
-        mine = f"{key}:{getattr(node, 'lineno', 0)}"
-        for each in (key, mine):
-            self.add_content(obj, hook, each)
-        handle = self.new("thing", "hook", node)
-        handle.slots.update({"#on": self.ref(obj), "#key": Value(const=key), "#mine": Value(const=mine)})
+        """What takes a hook off its module again: its handle. Those of one line, in one call of its function, are one:
+        they are kept in a list and taken off together."""
+        self.add_content(obj, hook, key)
+        mine = (id(node), self.frame.obj.number)
+        handle = self.handles.get(mine)
+        if handle is None:
+            handle = self.handles[mine] = self.new("thing", "hook", node)
+            handle.slots.update({"#on": NOTHING, "#key": Value(const=key), "#hook": NOTHING})
+        for name, refs in (("#on", frozenset((obj,))), ("#hook", hook.refs)):
+            self.heap.set(handle, name, Value(refs=handle.slots[name].refs | refs))
         return self.ref(handle)
 
     def _unhooked(self, handle: Obj) -> Value:
         key = handle.slots["#key"].const
-        for module in handle.slots["#on"].refs:
-            hooks, mine = module.slots.get(key, NOTHING), module.slots.get(handle.slots["#mine"].const, NOTHING)
-            self.heap.set(module, key, hooks.but(refs=hooks.refs - mine.refs))
+        for module in handle.slots.get("#on", NOTHING).refs:
+            hooks = module.slots.get(key, NOTHING)
+            self.heap.set(module, key, hooks.but(refs=hooks.refs - handle.slots.get("#hook", NOTHING).refs))
         return NONE
 
     def module_method(

@@ -27,12 +27,14 @@ from fairway.audit.flow.known import (
     VIEWS,
 )
 from fairway.audit.flow.ordering import by_length, in_order
+from fairway.audit.flow.shares import before_share
 from fairway.audit.flow.tokens import Span, Tok
 from fairway.audit.flow.values import (
     CLIPPED,
     CLOCK,
     DIGEST,
     GRAD,
+    INDEXED,
     LENGTH,
     MISSING,
     MOVED,
@@ -83,9 +85,15 @@ class Operations(Arithmetic):
                 return Value(const=len(args[0].const), env=args[0].env)
             return Value(flags=LENGTH | flat.flags & ONE_ROW, sym="size")
         if name == "arange":
-            return Value(flags=POSITIONS, spans=self._arranged(args))
+            return self._arrangement(args)
         flats = [self.flat(each) for each in (*args, *kwargs.values())]
         return self._computed(name, args, flats, kwargs, node)
+
+    def _arrangement(self, args: list[Value]) -> Value:
+        """arange(low, high): places in the data, of a share where low is one of its places, or before it."""
+        low, high = (self.flat(each) for each in args[:2]) if len(args) > 1 else (NOTHING, NOTHING)
+        cuts = low.cuts if low.flags & INDEXED else before_share(Part(None, low, high, slice=True))
+        return Value(flags=POSITIONS | (INDEXED if cuts else 0), spans=self._arranged(args), cuts=cuts, env=low.env)
 
     def _arranged(self, args: list[Value]) -> tuple[Span, ...]:
         """The iterations that arange(low, high) is cut by: those of the slice [low:high]."""

@@ -6,12 +6,11 @@ import ast
 from collections.abc import Callable
 from typing import Any
 
-from fairway.audit.flow.core import Frame
 from fairway.audit.flow.heap import Obj
 from fairway.audit.flow.indices import Part
 from fairway.audit.flow.loops import Loops
 from fairway.audit.flow.patterns import Bound
-from fairway.audit.flow.values import CAPPED, GRAD, MISSING, NO_TOKENS, NONE, NOTHING, ORDERED, RANKED, Value, blend
+from fairway.audit.flow.values import CAPPED, GRAD, MISSING, NO_TOKENS, NOTHING, ORDERED, RANKED, Value, blend
 from fairway.audit.verdict import Place
 
 
@@ -321,30 +320,6 @@ class Statements(Loops):
         ended = self.new("thing", "stop", handler)
         ended.slots["value"] = self.stopped
         return self.ref(ended)
-
-    def _do_With_(self, node: ast.With) -> bool:
-        waiting: list[Obj] = []
-        for item in node.items:
-            value = self.evaluate(item.context_expr)
-            entered = value
-            for obj in value.refs:
-                if obj.kind == "instance":
-                    found = self.find(obj.data, "__enter__")
-                    if found is not None:
-                        entered = self.call(self.bound(found[0], self.ref(obj), obj.data), [], {}, node)
-                elif isinstance(obj.data, Frame) and "#primed" not in obj.slots:
-                    entered = self.advance(obj, NONE)
-                    waiting.append(obj)
-                elif obj.kind == "generator":
-                    entered = self.element_of(obj)
-            if item.optional_vars is not None:
-                self.assign(item.optional_vars, entered)
-        alive = self.block(node.body)
-        for obj in reversed(waiting):
-            self.advance(obj, NONE)
-        return alive
-
-    _do_AsyncWith_ = _do_With_
 
 
 def _every_nth(test: ast.expr) -> bool:

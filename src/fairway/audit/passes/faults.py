@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from fairway.audit.flow.events import Choice, Clock, Event, Said, Score, Trace, Update, bits
+from fairway.audit.flow.events import Choice, Event, Said, Score, Trace, Update, bits
 from fairway.audit.flow.tokens import Tok, perhaps_apart, related
+from fairway.audit.passes.past import by_the_past
 from fairway.audit.passes.reported import Reported, scores_of
 
 Kind = Literal[
@@ -44,6 +45,13 @@ class Passes:
             for score in trace.scores
             if score.bit not in followed and any(tok.data in self.data for tok in score.targets)
         ]
+        self.wide = {
+            loop
+            for score in self.booked
+            for tok in score.targets
+            for loop, low, high in tok.spans
+            if high > low and any(loop == each for each, _ in score.nest)
+        }  # loops whose windows overlap
         taught = [update for update in trace.updates if any(tok.data == "train" for tok in update.learned)]
         self.train_places = {update.place for update in taught}
         self.trained = {update.state for update in taught}  # weights, if need be in a dict of tensors: no slots
@@ -83,19 +91,28 @@ class Passes:
         learned = [tok for tok in update.learned if tok.data in self.data]
         if not learned:
             return None
-        how = {related(tok, target, order) for tok in learned for target in score.targets}
+        targets = [self._begun(target) for target in score.targets]
+        how = {related(self._begun(tok), target, order) for tok in learned for target in targets}
         if how & {"same", "later"}:
             return self._doubted(self._classified(score, update, learned), learned, order)
-        if "apart" in how and self._shared(score, update, learned):
+        if "apart" in how and update.how != "table" and self._shared(score, update, learned):
             return Fault("slot-shared-delta", score, update)
         return None
+
+    def _begun(self, tok: Tok) -> Tok:
+        """A window that overlaps the next one, as the place where it begins."""
+        if not self.wide:
+            return tok
+        spans = tuple((loop, low, low if loop in self.wide else high) for loop, low, high in tok.spans)
+        return replace(tok, spans=spans)
 
     def _classified(self, score: Score, update: Update, learned: list[Tok]) -> Fault:
         state = update.state
         if update.how == "table":
             return Fault(self._table_kind(score, update, learned), score, update)
         if update.how == "computed":
-            return Fault("calibration-on-validation", score, update)
+            kind: Kind = "validation-in-training" if self._trained_on(score, learned) else "calibration-on-validation"
+            return Fault(kind, score, update)
         alone = state is not None and state.kind == "tensor" and state.owner is None and state not in self.trained
         if alone and score.scaled:
             return Fault("temperature-from-validation", score, update)
@@ -104,6 +121,11 @@ class Passes:
         if self._before_artifact(score, update):
             return Fault("training-before-scoring", score, update)  # whichever number was looked at before
         before = self._companion(score, update, learned)
+        if before is not None and _earlier_turn(before, score):  # of this very pass: what reaches on was not scored yet
+            return Fault("training-before-scoring", score, update)
+        called = self._first_call(score, update, learned)
+        if called is not None:
+            return Fault("rescoring-after-adaptation", score, update, called)
         if self._is_delta(score, update, alone) and not self._passes_again(score, update):
             return Fault("slot-on-scored", score, update)
         if before is not None:
@@ -116,6 +138,14 @@ class Passes:
         if self._in_training(score, update):
             return Fault("validation-in-training", score, update)
         return Fault("training-before-scoring", score, update)
+
+    def _trained_on(self, score: Score, learned: list[Tok]) -> bool:
+        """Whether the training took its steps on the same read of these tokens: its stream goes on."""
+        steps = [each for each in self.trace.learned(score.knows) if each.place in self.train_places]
+        taken = {
+            tok.origin for each in steps if each.how == "gradient" for tok in each.learned if tok.data in self.data
+        }
+        return all(tok.origin >= 0 and tok.origin in taken for tok in learned)
 
     @staticmethod
     def _doubted(fault: Fault, learned: list[Tok], order: list[int]) -> Fault:
@@ -138,6 +168,8 @@ class Passes:
         same = bool(inner) and set(inner) <= set(score.nest)
         depth = self.trace.depth.get(inner[0][0], 1) if inner else 1
         same = same and update.stack[: depth - 1] == score.stack[: depth - 1]  # else the same loop of an earlier call
+        turns = dict(update.nest)
+        same = same and all(turns.get(loop, turn) == turn or loop in cut for loop, turn in score.nest)  # or pass
         return "training-before-scoring" if same else "two-pass-cache"
 
     def _companion(self, score: Score, update: Update, learned: list[Tok]) -> Score | None:
@@ -169,6 +201,18 @@ class Passes:
             if first.place != score.place or _common(first, update, score) < 2:
                 continue
             if any(related(tok, target) == "same" for tok in learned for target in first.targets):
+                return first
+        return None
+
+    def _first_call(self, score: Score, update: Update, learned: list[Tok]) -> Score | None:
+        """A scoring of what was learned, in a call that scored and learned, where this scoring is in another call of
+        the same lines: a vector that one pass has learned is handed to the next."""
+        for first in self.booked:
+            if first.number >= update.number:
+                break
+            again = first.place == score.place and first.stack != score.stack
+            again = again and _common(first, update) > _common(update, score)
+            if again and any(related(tok, target) == "same" for tok in learned for target in first.targets):
                 return first
         return None
 
@@ -269,12 +313,14 @@ class Passes:
 
     # Choices.
     def _choices(self, said: tuple[Said, ...], scores: list[Score]) -> Iterator[Fault]:
-        shown = 0
+        shown, past = 0, dict[int, bool]()
         for each in said:
             shown |= each.value.choices
         for score in scores:
             order = [loop for loop, _ in score.nest]
             for choice in self.trace.chosen(score.choices | shown):
+                if choice.bit not in past:
+                    past[choice.bit] = by_the_past(self.trace, choice)
                 seen = [
                     other
                     for other in self.trace.scored(choice.losses)
@@ -289,7 +335,7 @@ class Passes:
                         for target in score.targets
                     )
                 ]
-                if not about:
+                if not about or past[choice.bit]:
                     continue
                 family = self._family(choice.losses)
                 direct = any(
@@ -345,6 +391,16 @@ def _common(*events: Event) -> int:
     return count
 
 
+def _earlier_turn(before: Score, score: Score) -> bool:
+    """Whether a loss was made in an earlier turn of the same pass, of the tokens of that turn."""
+    turns = dict(score.nest)
+    cut = {loop for tok in score.targets for loop, _, _ in tok.spans}
+    moved = [loop for loop, turn in before.nest if turns.get(loop, turn) != turn]
+    order = [loop for loop, _ in score.nest]
+    lies = {related(mine, other, order) for mine in before.targets for other in score.targets}
+    return before.stack[:-1] == score.stack[:-1] and bool(moved) and set(moved) <= cut and lies == {"earlier"}
+
+
 def _apart(one: Score, other: Score) -> bool:
     """Whether two scores of the same tokens belong to two passes."""
     if one.stack != other.stack or one.states != other.states or one.knows != other.knows:
@@ -354,62 +410,4 @@ def _apart(one: Score, other: Score) -> bool:
     return any(loop in turns and turns[loop] != turn and loop not in cut for loop, turn in other.nest)
 
 
-@dataclass(frozen=True)
-class Late:
-    """Training data read after the training clock: the update or choice, and the clock's limit (None: not known)."""
-
-    update: Update | Choice
-    clock: Clock | None
-
-
-def late_calibration(trace: Trace, reported: Reported, kinds: Container[str] = ("train",)) -> Late | None:
-    """What the score's weights were calibrated on, of data of these kinds, after the training time was used up."""
-    scores = scores_of(trace, reported.score, reported.data)
-    knows = chosen = 0
-    for score in scores:
-        knows |= score.knows
-        chosen |= score.choices
-    updates = list(trace.learned(knows))
-    trained = [
-        update for update in updates if update.how == "gradient" and any(tok.data == "train" for tok in update.learned)
-    ]
-    last = trained[-1].number if trained else len(trace.events)
-    late: list[Update | Choice] = [
-        update
-        for update in updates
-        if update.how == "computed" and update.number > last and any(tok.data in kinds for tok in update.learned)
-    ]
-    if "train" in kinds:
-        late += [choice for choice in trace.chosen(chosen) if _by_training(trace, choice, last)]
-    if not late:
-        return None
-    loops = {loop for update in trained for loop, _ in update.nest}
-    clocks = [
-        event for event in trace.events if isinstance(event, Clock) and any(loop in loops for loop, _ in event.nest)
-    ]
-    known = [clock for clock in clocks if clock.limit is not None]
-    full = [clock for clock in known if full_cap(clock.limit or 0.0)]
-    stops = max(known, key=lambda clock: clock.limit or 0.0) if known else None
-    if full:
-        return Late(late[0], full[0])
-    return None if stops is not None else Late(late[0], None)
-
-
-def _by_training(trace: Trace, choice: Choice, last: int) -> bool:
-    """Whether a choice was made by losses on training text alone that were computed after event `last`: a fit of its
-    own. By the losses of the training steps themselves it reads nothing anew."""
-    scores = list(trace.scored(choice.losses))
-    kinds = {tok.data for score in scores for tok in score.targets}
-    return choice.number > last and kinds == {"train"} and any(score.number > last for score in scores)
-
-
-def full_cap(limit: float) -> bool:
-    """Whether a limit is the whole 600 s, in seconds or milliseconds."""
-    return 599.0 <= limit <= 700.0 or 599_000.0 <= limit <= 700_000.0
-
-
-def turns_of(event: Event) -> dict[int, int]:
-    return dict(event.nest)
-
-
-__all__ = ["Fault", "Kind", "Late", "Passes", "bits", "late_calibration"]
+__all__ = ["Fault", "Kind", "Passes", "bits"]

@@ -7,6 +7,7 @@ import weakref
 from fairway.audit.case import Case
 from fairway.audit.flow.events import Event, Forward, Said, Score, Trace, Update, bits
 from fairway.audit.passes.faults import Fault, Passes
+from fairway.audit.passes.patterns import pattern_at
 from fairway.audit.passes.reported import Reported, is_diagnosis, reported
 from fairway.audit.verdict import Finding, Place, Step, Verdict
 
@@ -81,7 +82,7 @@ def _clearest(faults: list[Fault]) -> Fault:
 def place_of(case: Case, fault: Fault) -> Place:
     """Where a reader should look."""
     if fault.kind == "two-pass-cache" and isinstance(fault.cause, Update):
-        filled = _filled(case.trace, fault.cause)
+        filled = _filled(case.trace, fault.cause, fault.score)
         if filled is not None:
             return filled
     if fault.kind in ("rescoring-after-adaptation", "two-pass-cache") and isinstance(fault.cause, Update):
@@ -89,14 +90,14 @@ def place_of(case: Case, fault: Fault) -> Place:
         return _repeated(case.trace, fault) if place == fault.score.place else place
     if fault.kind == "multi-epoch-last":
         return _loop_again(case.trace, fault)
-    if isinstance(fault.cause, Update) and fault.cause.how == "computed":
+    if fault.kind == "calibration-on-validation" and isinstance(fault.cause, Update):
         return _calibrated(case, fault.cause, fault.score)
     if fault.kind == "slot-on-scored" and isinstance(fault.cause, Update):
         return _objective(case.trace, fault.cause)
     if fault.kind == "validation-in-training" and isinstance(fault.cause, Update):
         return _taken_in(case, fault.cause, fault.score) or _parted(case.trace, fault.cause) or fault.cause.place
     if fault.kind == "training-before-scoring" and isinstance(fault.cause, Update):
-        return own_call(case.trace, fault.cause)
+        return _parting(fault.cause, fault.score)
     return fault.cause.place
 
 
@@ -118,19 +119,23 @@ def _taken_in(case: Case, update: Update, score: Score) -> Place | None:
     own, reads = _own_reads(case, update, score), case.trace.reads
     if not own:
         return None
-    stack, mixed = reads[own[0]]
-    if mixed:  # one read of both: where its file is asked for
-        return stack[-2] if len(stack) > 1 else stack[-1]
-    others = {place for n, (places, _) in enumerate(reads) if n not in own for place in places}
-    return next((place for place in stack if place not in others), None)
+    first = reads[own[0]]
+    if first.mixed:  # one read of both: where its pattern is written, else where its file is asked for
+        asked = first.stack[-2] if len(first.stack) > 1 else first.stack[-1]
+        return (pattern_at(case, first.pattern) if first.pattern else None) or asked
+    others = {place for n, read in enumerate(reads) if n not in own for place in read.stack}
+    return next((place for place in first.stack if place not in others), None)
 
 
-def _filled(trace: Trace, update: Update) -> Place | None:
-    """The line of the loop that fills a table; None where that loop scores too, and the second pass is the fault."""
+def _filled(trace: Trace, update: Update, score: Score) -> Place | None:
+    """Where a table is filled: the line of its loop, or the call that fills it at once; None where the loop that fills
+    it scores too, and the second pass is the fault."""
     cutting = {loop for tok in update.learned for loop, _, _ in tok.spans}
     own = [each for each in update.nest if each[0] in cutting]
-    if not own or any(own[0] in score.nest for score in trace.scores):
+    if own and any(own[0] in each.nest for each in trace.scores):
         return None
+    if not own:
+        return None if {loop for loop, _ in update.nest} & {loop for loop, _ in score.nest} else _parting(update, score)
     depth = trace.depth.get(own[0][0], 0)
     return update.stack[depth - 1] if 0 < depth <= len(update.stack) < 12 else None
 
@@ -148,7 +153,7 @@ def _calibrated(case: Case, update: Update, score: Score) -> Place:
     fitting = [event for event in runs if any((tok.data, tok.spans) in learned for tok in event.toks)]
     run = fitting[-1] if fitting else runs[-1] if runs else update
     for origin in _own_reads(case, update, score)[:1]:
-        read = case.trace.reads[origin][0]
+        read = case.trace.reads[origin].stack
         return next((mine for mine, other in zip(read, run.stack, strict=False) if mine != other), read[-1])
     return called_at(run)
 

@@ -5,16 +5,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fairway.audit.verdict import Place
+
+FILE = "submission.json"
+_DIGITS = re.compile(r"\d[\d,]*(?:\.\d+)?")
 _TOTAL = ("bytes_total", "total_bytes", "total_submission_bytes", "submission_bytes", "size_bytes", "total_size_bytes")
 _CODE = ("bytes_code", "code_bytes", "code_size_bytes", "code_size")
-_ARTIFACT = (
-    "artifact_bytes",
-    "bytes_artifact",
-    "model_bytes",
-    "bytes_model",
-    "compressed_model_bytes",
-    "artifact_size",
-)
+_MODEL = ("model_bytes", "bytes_model", "compressed_model_bytes", "bytes_weights", "weights_bytes", "model_size_bytes")
+_ARTIFACT = ("artifact_bytes", "bytes_artifact", "artifact_size", "artifact_size_bytes")
 _SCORE = ("val_bpb", "mean_val_bpb", "val_bpb_mean", "bpb", "score", "val_bpb_exact", "bits_per_byte")
 _DEVIATION = ("val_bpb_std", "std_val_bpb", "val_bpb_sd", "std", "stdev", "val_bpb_std_dev")
 _BAR = (
@@ -32,9 +30,17 @@ _CHANCE = ("p_value", "p", "p_val")
 
 @dataclass(frozen=True)
 class Claims:
-    """table: the whole file. What it does not claim is None."""
+    """table: the whole file; text: as it was written. What it does not claim is None."""
 
     table: Mapping[str, Any]
+    text: str = ""
+
+    def at(self, value: float | None) -> Place:
+        """Where a number is claimed: the first line that gives it."""
+        for number, row in enumerate(self.text.split("\n"), 1):
+            if value is not None and any(_float(text) == value for text in _DIGITS.findall(row)):
+                return Place(FILE, number)
+        return Place(FILE)
 
     @property
     def total(self) -> float | None:
@@ -45,7 +51,12 @@ class Claims:
         return self._number(_CODE)
 
     @property
+    def model(self) -> float | None:
+        return self._number(_MODEL)
+
+    @property
     def artifact(self) -> float | None:
+        """What is called an artifact: the model's file, or all that is handed in."""
         return self._number(_ARTIFACT)
 
     @property

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from fairway.audit.reading import Script
-from fairway.audit.records.claims import Claims
+from fairway.audit.records.claims import FILE, Claims
 from fairway.audit.records.log import Log, read
 from fairway.audit.submission import Submission
 
@@ -26,6 +26,10 @@ _BINARY = (
     ".safetensors",
     ".artifact",
 )
+
+
+_TEXTS = (".py", ".ipynb", ".json", ".jsonl", ".md", ".txt", ".log", ".out", ".csv", ".parquet", ".png", ".pdf")
+_LARGE = 5_000_000  # bytes: what is no text and larger is an artifact, whatever it is called
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,8 +61,12 @@ class Record:
 
     @property
     def artifacts(self) -> dict[str, int]:
-        """Files that may be the artifact: path -> bytes."""
-        return {path: size for path, size in self.sizes.items() if path.lower().endswith(_BINARY)}
+        """Files that may be the artifact, by their ending or by their size: path -> bytes."""
+        return {
+            path: size
+            for path, size in self.sizes.items()
+            if path.lower().endswith(_BINARY) or (size > _LARGE and not path.lower().endswith(_TEXTS))
+        }
 
     def code_counts(self) -> set[int]:
         """Honest counts of the code: the files by stat(), with Unix line ends, and what was unpacked out of them."""
@@ -72,8 +80,9 @@ class Record:
 def record_of(submission: Submission) -> Record:
     """The numbers of one submission; read once for all rules."""
     logs = tuple(read(path, text) for path, text in sorted(submission.logs.items()))
+    claims = Claims(submission.claims, submission.tables.get(FILE, ""))
     results = tuple(log for log in logs if log.scores or log.totals or log.steps)
-    return Record(submission.entry, submission.sizes, Claims(submission.claims), results)
+    return Record(submission.entry, submission.sizes, claims, results)
 
 
 def same_code(left: str, right: str) -> bool:

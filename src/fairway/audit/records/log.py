@@ -6,7 +6,12 @@ final_int6_roundtrip_exact val_loss:1.94812345 val_bpb:1.15379012 eval_time:7421
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+from fairway.audit.printed import leaves, table_in
+from fairway.audit.records import free
+from fairway.audit.records.free import Progress
+from fairway.audit.records.numbers import numbers
 
 _STEP = re.compile(r"(?<![\w])step[:\s=]+(\d+)(?:/(\d+))?\b")
 _TRAIN_TIME = re.compile(r"train_time[:=]\s*([\d.]+)\s*(ms|s|m)\b")
@@ -31,6 +36,7 @@ _RULE = re.compile(r"={40,}$")
 _WARMING = re.compile(r"warmup_step[:\s=]+\d+(?:/|\s*$)")
 _UNITS = {"ms": 0.001, "s": 1.0, "sec": 1.0, "secs": 1.0, "seconds": 1.0, "m": 60.0}
 _LONGEST = 2_000  # characters of a line that is looked at
+_WIDEST = 20_000  # characters of one that holds a table of settings
 
 
 @dataclass(frozen=True)
@@ -58,15 +64,19 @@ class Amount:
 class Log:
     """source: the script printed at the head, or ""; artifact_hash: a sha256 printed for the artifact, or "".
 
-    timers: seconds printed after training, beside no score.
+    settings: what is printed before the first step, by name; tabled: the names that stand in a table of settings.
+
+    progress: the lines of the training; timers: seconds printed after it, beside no score.
     """
 
     path: str
     seed: int | None = None
+    seed_line: int = 0
     steps: int | None = None
     stop_line: int = 0
     train_seconds: float | None = None
     step_ms: float | None = None
+    progress: tuple[Progress, ...] = ()
     scores: tuple[Score, ...] = ()
     codes: tuple[Amount, ...] = ()
     models: tuple[Amount, ...] = ()
@@ -74,6 +84,7 @@ class Log:
     timers: tuple[Amount, ...] = ()
     hashes: dict[str, str] = field(default_factory=dict)
     settings: dict[str, str] = field(default_factory=dict)
+    tabled: frozenset[str] = frozenset()
     artifact_hash: str = ""
     source: str = ""
 
@@ -89,31 +100,68 @@ class Log:
 
 
 def read(path: str, text: str) -> Log:
-    """All that a log says. Lines of the source at its head say nothing."""
+    """All that a log says. Lines of the source at its head say nothing. Where the challenge's own phrases stand nowhere
+    in it, its numbers are told by words, units and sums."""
     rows = text.split("\n")
     start = _source_end(rows)
     source = "\n".join(rows[: start - 1]) if start else ""
     told = [(number, row[:_LONGEST]) for number, row in enumerate(rows, 1) if number > start]
-    trained = [(number, row) for number, row in told if _TRAIN_TIME.search(row) and _STEP.search(row)]
-    last = trained[-1] if trained else None
-    end = last[0] if last else 0
+    way = _progress(told)
+    end = way[-1].line if way else 0
+    codes, models, totals = _sizes(told)
+    settings, tabled = _settings(rows[start : way[0].line if way else None])
+    seed, seed_line = _seed(path, told)
+    scores = _scores(told, end)
+    after = [(number, row) for number, row in told if number > end and all(score.line != number for score in scores)]
     return Log(
         path,
-        seed=_seed(path, told),
-        steps=int(_STEP.search(last[1])[1]) if last else None,  # type: ignore[index]
+        seed=seed,
+        seed_line=seed_line,
+        steps=way[-1].steps if way else None,
         stop_line=end,
-        train_seconds=_seconds(_TRAIN_TIME.search(last[1])) if last else None,
-        step_ms=next((float(m[1]) for _, row in reversed(trained) if (m := _STEP_AVERAGE.search(row))), None),
-        scores=tuple(_scores(told)),
-        codes=_amounts(_CODE, told),
-        models=_amounts(_MODEL, told),
-        totals=_amounts(_TOTAL, told),
-        timers=tuple(_timers([(number, row) for number, row in told if number > end])),
+        train_seconds=way[-1].seconds if way else None,
+        step_ms=next((each.each for each in reversed(way) if each.each is not None), None),
+        progress=tuple(way),
+        scores=tuple(scores),
+        codes=codes,
+        models=models,
+        totals=totals,
+        timers=tuple(_timers(after)),
         hashes={(m[1] or m[3] or "").lower(): m[2] or m[4] for _, row in told for m in _SHA.finditer(row)},
-        settings=_settings(told, end),
+        settings=settings,
+        tabled=tabled,
         artifact_hash=next((m[1] or m[2] for _, row in reversed(told) if (m := _ARTIFACT.search(row))), "").lower(),
         source=source,
     )
+
+
+def tells_of_a_run(text: str) -> bool:
+    """Whether a text is a log: some line gives steps and their time, or bits per byte, beside other lines that do."""
+    rows = list(enumerate(text.split("\n"), 1))
+    told = [(number, row[:_LONGEST]) for number, row in (rows if len(rows) < 2000 else rows[:500] + rows[-1500:])]
+    return len(free.progress(told)) > 1 or (len(told) > 5 and sum(1 for _ in free.scored(told)) > 1)
+
+
+def _progress(told: list[tuple[int, str]]) -> list[Progress]:
+    """The lines of the training: with `train_time`, else all that count steps and seconds before a size is given."""
+    found = []
+    for number, row in told:
+        step, time, average = _STEP.search(row), _seconds(_TRAIN_TIME.search(row)), _STEP_AVERAGE.search(row)
+        if step and time is not None:
+            found.append(Progress(number, int(step[1]), time, float(average[1]) if average else None))
+    return found or free.progress(told)
+
+
+def _sizes(told: list[tuple[int, str]]) -> tuple[tuple[Amount, ...], ...]:
+    """(codes, models, totals)"""
+    codes, models, totals = (_amounts(pattern, told) for pattern in (_CODE, _MODEL, _TOTAL))
+    if models or totals:
+        return codes, models, totals
+    said = free.sizes(told)
+    parted = [
+        tuple(Amount(s.line, s.row, s.value) for s in said if s.role == role) for role in ("code", "model", "total")
+    ]
+    return codes or parted[0], parted[1], parted[2]
 
 
 def _source_end(rows: list[str]) -> int:
@@ -125,12 +173,18 @@ def _source_end(rows: list[str]) -> int:
     return 0
 
 
-def _seed(path: str, told: list[tuple[int, str]]) -> int | None:
-    found = next((m for _, row in told if (m := _SEED.search(row))), None) or _SEED_IN_NAME.search(path)
-    return int(found[1]) if found else None
+def _seed(path: str, told: list[tuple[int, str]]) -> tuple[int | None, int]:
+    """(seed, line that gives it); by the file's name where no line does."""
+    printed = next(((m, number) for number, row in told if (m := _SEED.search(row))), None)
+    if printed is not None:
+        return int(printed[0][1]), printed[1]
+    named = _SEED_IN_NAME.search(path)
+    return (int(named[1]) if named else None), 0
 
 
-def _scores(told: list[tuple[int, str]]) -> list[Score]:
+def _scores(told: list[tuple[int, str]], end: int) -> list[Score]:
+    """Lines with `val_bpb`, and the time beside each; other lines with bits per byte where none of these comes after
+    the training."""
     found = []
     for number, row in told:
         score = _SCORE.search(row)
@@ -141,7 +195,14 @@ def _scores(told: list[tuple[int, str]]) -> list[Score]:
             nats = float(loss[1].rstrip(".")) if loss else None
             bits = float(score[1].rstrip("."))
             found.append(Score(number, stage, bits, nats, seconds, int(step[1]) if step else None))
-    return found
+    free_ones = [
+        Score(line, stage, bits.value, nats.value if nats else None, seconds, step)
+        for line, stage, bits, nats, seconds, step in free.scored(told)
+    ]
+    if not any(score.line > end for score in found):
+        return free_ones or found
+    times = {score.line: score.seconds for score in free_ones}
+    return [replace(score, seconds=score.seconds or times.get(score.line)) for score in found]
 
 
 def _amounts(pattern: re.Pattern[str], told: list[tuple[int, str]]) -> tuple[Amount, ...]:
@@ -154,11 +215,14 @@ def _whole(text: str) -> int:
 
 
 def _timers(told: list[tuple[int, str]]) -> list[Amount]:
+    """The longest time of each line that gives no score: not what it is held against (`of 600s`)."""
     found = []
     for number, row in told:
-        times = _TIMER.findall(row)
-        if times and not _SCORE.search(row) and not _TRAIN_TIME.search(row):
-            found.append(Amount(number, row.strip()[:160], max(float(t) * _UNITS[unit] for t, unit in times)))
+        if not _TIMER.search(row) or _SCORE.search(row) or _TRAIN_TIME.search(row):
+            continue
+        times = [time for each in numbers(row) if (time := each.seconds) is not None]
+        if times:
+            found.append(Amount(number, row.strip()[:160], max(times)))
     return found
 
 
@@ -166,12 +230,21 @@ def _seconds(found: re.Match[str] | None) -> float | None:
     return float(found[1]) * _UNITS[found[2]] if found else None
 
 
-def _settings(told: list[tuple[int, str]], end: int) -> dict[str, str]:
-    """name -> printed value, of the lines before the first step."""
+def _settings(rows: list[str]) -> tuple[dict[str, str], frozenset[str]]:
+    """name -> printed value, of the lines before the first step: `name: value`, and the tables of JSON among them; the
+    names of these."""
     found: dict[str, str] = {}
-    for _, row in told:
+    tabled: set[str] = set()
+    for row in rows:
+        if len(row) > _WIDEST:
+            continue
+        table = table_in(row)
+        if table:
+            found.update({name: str(value) for name, value in leaves(table).items()})
+            tabled |= set(leaves(table))
+            continue
         if _STEP.search(row) or _WARMING.search(row):  # "warmup_steps:20" is a setting
             break
         if "|" not in row:
-            found.update(re.findall(r"(?<![\w./-])([A-Za-z_]\w*)\s*[:=]\s*([\w.+-]+)(?![\w./])", row))
-    return found
+            found.update(re.findall(r"(?<![\w./-])([A-Za-z_]\w*)\s*[:=]\s*([\w.+-]+)(?![\w./])", row[:_LONGEST]))
+    return found, frozenset(tabled)

@@ -146,8 +146,49 @@ def _is_code(node: ast.AST) -> bool:
     if isinstance(node, ast.Name):
         return node.id == "__file__"
     if isinstance(node, ast.Attribute):
-        return node.attr in ("getsource", "argv", "getsourcefile", "__file__")
+        return node.attr in ("getsource", "getsourcefile", "__file__")
+    if isinstance(node, ast.Subscript):  # sys.argv[0]: the other words are arguments
+        return _called(node.value) == "argv" and isinstance(node.slice, ast.Constant) and node.slice.value == 0
     return isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.endswith(".py")
+
+
+def _called(node: ast.AST) -> str:
+    """The last part of a name."""
+    return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
+
+
+def squeezed(script: Script) -> ast.expr | None:
+    """len(compress(the script's own text)), which no file has that could run: neither the script, nor a wrapper of it,
+    which would be encoded as text. None where the code is weighed as it is."""
+    for each in script.all():
+        if each.tree is None:
+            continue
+        sources = _Sources(each.tree)
+        written = {
+            ast.dump(inner.func)
+            for call in ast.walk(each.tree)
+            if isinstance(call, ast.Call) and _called(call.func) in ("write", "write_bytes")
+            for inner in call.args
+            if isinstance(inner, ast.Call)
+        }
+        for node in ast.walk(each.tree):
+            if not (isinstance(node, ast.Call) and _called(node.func) == "len" and node.args):
+                continue
+            for packed in [node.args[0], *sources.of(node.args[0])]:
+                if not isinstance(packed, ast.Call) or not packed.args or not _is_own_text(packed.args[0], sources):
+                    continue
+                if _called(packed.func).endswith("compress") or ast.dump(packed.func) in written:
+                    return node
+    return None
+
+
+def _is_own_text(node: ast.expr, sources: "_Sources") -> bool:
+    """The script's text, read here or under a name that is given nothing else."""
+    given = [sources.of(part) for part in ast.walk(node) if isinstance(part, ast.Name)]
+    texts = [part for one in (node, *(each[0] for each in given if len(each) == 1)) for part in ast.walk(one)]
+    plain = {"Path", "open", "read", "read_bytes", "read_text", "encode", "getsource", "abspath", "resolve", "str"}
+    called = {_called(part.func) for part in texts if isinstance(part, ast.Call)}
+    return all(len(each) < 2 for each in given) and any(map(_is_code, texts)) and called <= plain
 
 
 def _alone(node: ast.expr, sources: "_Sources") -> bool:
@@ -159,7 +200,8 @@ def _alone(node: ast.expr, sources: "_Sources") -> bool:
 
 
 class _Sources:
-    """name -> the expressions that a script ever gives it, by assignment, by argument or as a function's value."""
+    """name -> the expressions that a script ever gives it, by assignment, by argument or as a function's value; [key]:
+    what dicts hold under it."""
 
     def __init__(self, tree: ast.Module) -> None:
         self.given: dict[str, list[ast.expr]] = {}
@@ -172,8 +214,15 @@ class _Sources:
                     self._give(target, node.value)
             elif isinstance(node, (ast.For, ast.comprehension)):
                 self._give(node.target, node.iter)
+            elif isinstance(node, ast.Dict):
+                for key, value in zip(node.keys, node.values, strict=True):
+                    if isinstance(key, ast.Constant) and isinstance(key.value, str):
+                        self.given.setdefault(f"[{key.value}]", []).append(value)
             elif isinstance(node, ast.withitem) and node.optional_vars is not None:
                 self._give(node.optional_vars, node.context_expr)
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict":
+                for each in node.keywords:
+                    self.given.setdefault(f"[{each.arg}]", []).append(each.value)
             elif isinstance(node, ast.Call):
                 function = functions.get(
                     node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
@@ -190,6 +239,12 @@ class _Sources:
             return self.given.get(node.id, [])[:20]
         if isinstance(node, ast.Attribute):
             return self.given.get(node.attr, [])[:20]
+        if (
+            isinstance(node, ast.Subscript)
+            and isinstance(node.slice, ast.Constant)
+            and isinstance(node.slice.value, str)
+        ):
+            return self.given.get(f"[{node.slice.value}]", [])[:20]
         if isinstance(node, ast.Call):
             name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
             return self.given.get(f"{name}()", [])[:20]

@@ -2,7 +2,7 @@
 
 from fairway.audit.case import Case
 from fairway.audit.terms.octets import counts_bytes
-from fairway.audit.terms.report import is_assumed
+from fairway.audit.terms.report import is_assumed, used_at
 from fairway.audit.terms.verdicts import byte_factors, clean, unseen
 from fairway.audit.verdict import Finding
 
@@ -16,14 +16,14 @@ TOTALS = (151_080_891, 151_074_309)
 
 def check(case: Case) -> Finding:
     seen = False
-    for _number, fraction in case.reading.fractions:
+    for number, fraction in case.reading.fractions:
         if any(counts_bytes(term) for term in (*fraction.down, *fraction.up) if not case.reading.is_loss(term)):
             seen = True
             continue
         constant = is_assumed(fraction)
         if constant is None:
             continue
-        place = case.reading.place(constant)
+        place = case.reading.place(used_at(number.term, constant))
         if constant.value in TOTALS:
             seen = True
         elif isinstance(constant.value, (int, float)) and constant.value > 1e6:

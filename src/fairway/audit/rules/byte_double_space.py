@@ -1,7 +1,7 @@
 """The space that a piece's mark stands for is counted in the table and again in the loop: 17 % too many bytes."""
 
 from fairway.audit.case import Case
-from fairway.audit.terms.spaces import SpaceCount
+from fairway.audit.terms.spaces import SpaceCount, is_conditional
 from fairway.audit.terms.verdicts import byte_factors, clean, counted_otherwise
 from fairway.audit.verdict import Finding
 
@@ -17,6 +17,8 @@ def check(case: Case) -> Finding:
         if found.count >= 2:
             terms = sorted(found.added.values(), key=lambda term: (term.file, term.line))
             first, last = case.reading.place(terms[0]), case.reading.place(terms[-1])
+            whole = [term for term in terms if not is_conditional(term)]
+            at = case.reading.place(whole[-1]) if len(whole) == 1 else last
             where = (
                 f"at line {first.line} and again at line {last.line}"
                 if first != last
@@ -25,7 +27,7 @@ def check(case: Case) -> Finding:
             evidence = (
                 f"A token that begins with a space has that byte counted {where}, so the denominator is too large."
             )
-            return Finding(ID, "violates", evidence, CLAUSE, last, case.reading.way(*terms[::-1]))
+            return Finding(ID, "violates", evidence, CLAUSE, at, case.reading.way(*terms[::-1]))
     if not factors:
         return counted_otherwise(case, ID, CLAUSE)
     return clean(ID, CLAUSE, "the byte of a leading space is counted at most once for each token")

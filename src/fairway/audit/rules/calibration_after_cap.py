@@ -3,8 +3,8 @@
 from fairway.audit.case import Case
 from fairway.audit.exemptions import departure
 from fairway.audit.flow.events import Choice, Forward, Update
-from fairway.audit.passes.faults import late_calibration
 from fairway.audit.passes.findings import called_at, passes_of, unseen
+from fairway.audit.passes.late import late_calibration
 from fairway.audit.verdict import Finding, Place
 
 ID = "calibration-after-cap"

@@ -4,6 +4,7 @@ import re
 
 from fairway.audit.case import Case
 from fairway.audit.records import Amount, Log, Score, record_of
+from fairway.audit.terms.clocks import evaluation_limits, said_at
 from fairway.audit.verdict import Finding, Place, Step
 
 ID = "eval-over-time"
@@ -12,6 +13,7 @@ CLAUSE = "R3: evaluation <= 600 s"
 WITHOUT_SCRIPT = True
 
 LIMIT = 600.0  # seconds
+_NEXT = 3  # lines between a score and the time that was taken for it
 EXEMPTION = "diagnostics-beside-the-clock"
 _SUM = re.compile(r"total[_ ]?eval[_ a-z]*time", re.IGNORECASE)
 _OUTSIDE = re.compile(
@@ -28,7 +30,7 @@ def check(case: Case) -> Finding:
     timed = [(spent, log) for log in logs if (spent := _spent(log)) is not None]
     if not timed:
         why = "open: the logs print no time of evaluation" if logs else "open: no log was handed in"
-        return Finding(ID, "clean", why, CLAUSE)
+        return _by_the_script(case) or Finding(ID, "clean", why, CLAUSE)
     (seconds, place, way), log = max(timed, key=lambda each: each[0][0])
     said = " + ".join(step.what for step in way)
     if seconds > LIMIT:
@@ -47,6 +49,20 @@ def check(case: Case) -> Finding:
     return Finding(ID, "clean", f"at most {seconds:.1f} s ({said}) of 600 s{rest}", CLAUSE, place, way, exemption)
 
 
+def _by_the_script(case: Case) -> Finding | None:
+    """No log times the evaluation: the clock that would stop it, with the settings of the run command. A clock that
+    allows half an hour and more watches for a hang."""
+    if case.tree is None:
+        return None
+    found = [(s, limit) for s, limit in evaluation_limits(case.reading.entry) if LIMIT * 1.01 < s < 3 * LIMIT]
+    if not found:
+        return None
+    seconds, limit = max(found, key=lambda each: each[0])
+    place = case.reading.place(said_at(limit, seconds))
+    evidence = f"evaluation may go on until the script's own clock says {seconds:,.0f} s; the limit is 600 s"
+    return Finding(ID, "violates", evidence, CLAUSE, place)
+
+
 def _spent(log: Log) -> tuple[float, Place, tuple[Step, ...]] | None:
     """(seconds, place, parts) of the score that is reported: its own timer and work for it outside that timer."""
     final = _timed(log)
@@ -54,7 +70,7 @@ def _spent(log: Log) -> tuple[float, Place, tuple[Step, ...]] | None:
     if sums:
         return sums[-1].value, Place(log.path, sums[-1].line), (_step(log, sums[-1]),)
     if final is None or final.seconds is None:
-        return None
+        return _beside(log)
     outside = [timer for timer in log.timers if timer.line < final.line and _is_outside(timer, final)]
     parts = [_step(log, timer) for timer in outside]
     own = Step(Place(log.path, final.line), f"{final.seconds:.1f} s for {final.stage or 'the score'}"[:90])
@@ -69,6 +85,17 @@ def _timed(log: Log) -> Score | None:
         s for s in log.scores if s.seconds is not None and final and abs(s.bits_per_byte - final.bits_per_byte) < 6e-4
     ]
     return same[-1] if same else None
+
+
+def _beside(log: Log) -> tuple[float, Place, tuple[Step, ...]] | None:
+    """Where no score has a time on its own line: the longest of those printed next to the score that is reported."""
+    final = log.final
+    near = [t for t in log.timers if final is not None and -_NEXT <= t.line - final.line <= _NEXT]
+    own = [t for t in near if not _BEFORE.search(t.says) and not re.search("train", t.says, re.IGNORECASE)]
+    if final is None or final.step is not None or not own:
+        return None
+    longest = max(own, key=lambda timer: timer.value)
+    return longest.value, Place(log.path, longest.line), (_step(log, longest),)
 
 
 def _is_outside(timer: Amount, final: Score) -> bool:

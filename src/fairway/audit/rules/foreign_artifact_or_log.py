@@ -35,7 +35,7 @@ def check(case: Case) -> Finding:
         each for log in record.logs for each in (_source(record, log), _hash(record, log), _size(record, log)) if each
     ]
     found += [each for path, text in sorted(case.submission.logs.items()) if (each := _unknown(record, path, text))]
-    found += [*_settings(case, record), *_artifact(case, record)]
+    found += [*_settings(case, record), *_artifact(case, record), *_of_nobody(case), *_seed_of_another(record)]
     violating = [each for each in found if each.verdict == "violates"]
     if violating or found:
         first = (violating or found)[0]
@@ -98,7 +98,8 @@ def _settings(case: Case, record: Record) -> list[Finding]:
     for other in others:
         both = [name for name in first.settings if name in other.settings and not _of_the_run(name)]
         differing = [name for name in both if not agree(first.settings[name], other.settings[name])]
-        own = [name for name in differing if is_setting(name, trees)]
+        tabled = first.tabled & other.tabled
+        own = [name for name in differing if name in tabled or is_setting(name, trees)]
         if not own or len(differing) > _OTHERS:
             continue
         commands = case.settings.commands
@@ -136,7 +137,39 @@ def _said(name: str, logs: tuple[Log, Log], commands: Sequence[Command]) -> bool
 
 def _line_of(name: str, text: str) -> int:
     rows = enumerate(text.split("\n"), 1)
-    return next((number for number, row in rows if re.search(rf"\b{re.escape(name)}\s*[:=]", row)), 1)
+    return next((number for number, row in rows if re.search(rf"\b{re.escape(name)}['\"]?\s*[:=]", row)), 1)
+
+
+def _of_nobody(case: Case) -> list[Finding]:
+    """Settings that every log tells alike, and that neither the script nor a command nor the README has."""
+    submission = case.submission
+    lines = "\n".join((submission.readme, submission.command)).lower().split("\n")
+    for told in (each for each in submission.told if each.file and case.settings.commands):
+        name = told.name.rpartition(".")[2]
+        spoken = any(re.search(rf"(?<![a-z]){re.escape(name.lower())}(?![a-z])", line) for line in lines)
+        if spoken or told.name in case.settings.arguments or name in case.settings.arguments:
+            continue
+        evidence = (
+            f"{told.file} ran with {told.name} = {told.value}; the script's own value is {told.default}, and no "
+            "command gives another"
+        )
+        place = Place(told.file, _line_of(name, submission.logs[told.file]))
+        return [Finding(ID, "violates", evidence, CLAUSE, place)]
+    return []
+
+
+def _seed_of_another(record: Record) -> list[Finding]:
+    """The log that is named after one claimed seed and was made with the seed of another log."""
+    claimed = record.claims.seeds()
+    for log in record.logs:
+        named = [int(digits) for digits in re.findall(r"\d+", log.path.rpartition("/")[2]) if int(digits) in claimed]
+        if log.seed is None or not named or log.seed in named:
+            continue
+        other = next((each for each in record.logs if each.seed == log.seed and each is not log), None)
+        if other is not None and all(each.seed not in named for each in record.logs):
+            evidence = f"{log.path} was run with seed {log.seed}, as {other.path} was; no log is of seed {named[0]}"
+            return [Finding(ID, "violates", evidence, CLAUSE, Place(log.path, log.seed_line))]
+    return []
 
 
 def _artifact(case: Case, record: Record) -> list[Finding]:

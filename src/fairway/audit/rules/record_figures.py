@@ -40,17 +40,25 @@ def _finding(verdict: Verdict, evidence: str, place: Place) -> Finding:
 
 
 def _products(record: Record) -> list[Finding]:
-    """Steps times the average of one is the time of training."""
+    """Steps times the average of one is the time of training; where the last average is an older one, the steps since
+    then cannot have run at twice the pace."""
     found = []
     for log in record.logs:
-        if log.steps and log.step_ms and log.train_seconds:
-            made = log.steps * log.step_ms / 1000
-            if abs(made - log.train_seconds) > 0.02 * log.train_seconds + log.steps * 0.005 / 1000:
-                evidence = (
-                    f"{log.path}: {log.steps:,} steps of {log.step_ms} ms make {made:.1f} s, and the line says "
-                    f"{log.train_seconds:.1f} s"
-                )
-                found.append(_finding("violates", evidence, Place(log.path, log.stop_line)))
+        rated = next((each for each in reversed(log.progress) if each.each), None)
+        if rated is None or rated.each is None or not log.steps or not log.train_seconds:
+            continue
+        made = log.steps * rated.each / 1000
+        if rated.steps >= 0.99 * log.steps:
+            fits = abs(made - log.train_seconds) <= 0.02 * log.train_seconds + log.steps * 0.005 / 1000
+        else:
+            since, spent = (log.steps - rated.steps) * rated.each / 1000, log.train_seconds - rated.seconds
+            fits = since <= 2 * spent + 1
+        if not fits:
+            evidence = (
+                f"{log.path}: {log.steps:,} steps of {rated.each:g} ms make {made:.1f} s, and the line says "
+                f"{log.train_seconds:.1f} s"
+            )
+            found.append(_finding("violates", evidence, Place(log.path, log.stop_line)))
     return found
 
 
@@ -83,7 +91,7 @@ def _scores(record: Record) -> list[Finding]:
     for seed, score in record.claims.seeds().items():
         if score is not None and seed in logged and not _near(score, [s.bits_per_byte for s in logged[seed][1].scores]):
             evidence = f"seed {seed} is claimed with {score}, and {logged[seed][1].path} ends with {logged[seed][0]}"
-            found.append(_finding("violates", evidence, _JSON))
+            found.append(_finding("violates", evidence, record.claims.at(score)))
     claimed, mean = record.claims.score, record.claims.mean
     scores = [log.final.bits_per_byte for log in record.logs if log.final]
     if claimed is not None and scores:
@@ -91,11 +99,11 @@ def _scores(record: Record) -> list[Finding]:
         means = [statistics.fmean(scores), *_mean_of_claims(record)]
         if not _near(claimed, [*every, *means]):
             evidence = f"submission.json claims {claimed}, and the logs end with {', '.join(map(str, scores))}"
-            found.append(_finding("violates", evidence, _JSON))
+            found.append(_finding("violates", evidence, record.claims.at(claimed)))
     if mean is not None and len(scores) > 1 and not _near(mean, [statistics.fmean(scores)]):
         made = statistics.fmean(scores)
         evidence = f"submission.json gives {mean} as the mean, and that of the {len(scores)} logs is {made:.5f}"
-        found.append(_finding("violates", evidence, _JSON))
+        found.append(_finding("violates", evidence, record.claims.at(mean)))
     return found
 
 
@@ -115,13 +123,13 @@ def _means(record: Record) -> list[Finding]:
         evidence = (
             f"submission.json claims {claimed}; the mean of its {len(values)} seeds is {statistics.fmean(values):.5f}"
         )
-        found.append(_finding("violates", evidence, _JSON))
+        found.append(_finding("violates", evidence, record.claims.at(claimed)))
     spreads = [statistics.stdev(values), statistics.pstdev(values)]
     if deviation is not None and not _near(deviation, spreads):
         evidence = (
             f"submission.json claims a deviation of {deviation}; that of its {len(values)} seeds is {spreads[0]:.5f}"
         )
-        found.append(_finding("violates", evidence, _JSON))
+        found.append(_finding("violates", evidence, record.claims.at(deviation)))
     return found
 
 
@@ -135,7 +143,7 @@ def _spread_of_logs(record: Record) -> list[Finding]:
     if _near(deviation, [made, statistics.pstdev(values)]):
         return []
     evidence = f"submission.json claims a deviation of {deviation}; that of the {len(values)} logs is {made:.5f}"
-    return [_finding("violates" if deviation < made / 2 else "suspect", evidence, _JSON)]
+    return [_finding("violates" if deviation < made / 2 else "suspect", evidence, record.claims.at(deviation))]
 
 
 def _seeds(record: Record) -> list[Finding]:
@@ -158,7 +166,7 @@ def _bar(record: Record) -> list[Finding]:
     if chance is None or verdict is None or chance >= CHANCE or verdict[0] < CHANCE:
         return []
     p, says = verdict
-    return [_finding("violates", f"submission.json claims p = {chance}; {says}: p = {p:.2g}", _JSON)]
+    return [_finding("violates", f"submission.json claims p = {chance}; {says}: p = {p:.2g}", record.claims.at(chance))]
 
 
 def significance(record: Record) -> tuple[float, str] | None:

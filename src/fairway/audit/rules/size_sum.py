@@ -2,7 +2,7 @@
 
 from fairway.audit.case import Case
 from fairway.audit.records import Record, record_of
-from fairway.audit.records.sums import LIMIT, MIB, Sum, sums
+from fairway.audit.records.sums import LIMIT, MIB, Sum, squeezed, sums
 from fairway.audit.verdict import Finding, Place, Verdict
 
 ID = "size-sum"
@@ -15,7 +15,8 @@ def check(case: Case) -> Finding:
     """The folder's numbers first, then the sum that the script itself makes."""
     record = record_of(case.submission)
     found = _written(case, record)
-    found += [each for each in (_over(record), _without_code(record), _claimed(record), _weighed(record)) if each]
+    checks = (_over, _without_code, _claimed, _weighed, _less_than_files, _of_another_size)
+    found += [each for check_ in checks if (each := check_(record))]
     if found:
         first = next((each for each in found if each.verdict == "violates"), found[0])
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
@@ -26,7 +27,7 @@ def check(case: Case) -> Finding:
 def _over(record: Record) -> Finding | None:
     """A logged or claimed sum above the limit."""
     sums_ = [(log.total.value, Place(log.path, log.total.line)) for log in record.logs if log.total]
-    sums_ += [(record.claims.total, Place("submission.json"))] if record.claims.total else []
+    sums_ += [(record.claims.total, record.claims.at(record.claims.total))] if record.claims.total else []
     over = [(value, place) for value, place in sums_ if value > LIMIT]
     if not over:
         return None
@@ -47,13 +48,17 @@ def _without_code(record: Record) -> Finding | None:
                 f"{log.path}: the total of {log.total.value:,.0f} bytes is the model alone, without {code} of code"
             )
             return Finding(ID, "violates", evidence, CLAUSE, Place(log.path, log.total.line))
-    total, artifact = record.claims.total, record.claims.artifact
-    if total and artifact and total == artifact:
-        evidence = (
-            f"submission.json claims {total:,.0f} bytes in all and for the artifact alike: {code} of code are left out"
-        )
-        return Finding(ID, _judged(total + record.code_bytes), evidence, CLAUSE, Place("submission.json"))
-    return None
+    total, claims = record.claims.total, record.claims
+    logged = any(log.total and log.total.value == total for log in record.logs)
+    if not total or total not in (claims.model, claims.artifact) or (logged and total != claims.model):
+        return None
+    evidence = (
+        f"submission.json claims {total:,.0f} bytes in all and for the artifact alike: {code} of code are left out"
+    )
+    verdict: Verdict = "suspect"  # the whole may be called an artifact
+    if total == claims.model:
+        verdict = "violates" if claims.code is not None else _judged(total + record.code_bytes)
+    return Finding(ID, verdict, evidence, CLAUSE, record.claims.at(total))
 
 
 def _claimed(record: Record) -> Finding | None:
@@ -66,11 +71,11 @@ def _claimed(record: Record) -> Finding | None:
     if less:
         value, code = less[0]
         evidence = f"submission.json claims {total:,.0f} bytes, the logged {value:,.0f} less the code's {code:,.0f}"
-        return Finding(ID, _judged(value), evidence, CLAUSE, Place("submission.json"))
+        return Finding(ID, _judged(value), evidence, CLAUSE, record.claims.at(total))
     if total < min(value for value, _ in logged) - 1:
         low = min(value for value, _ in logged)
         evidence = f"submission.json claims {total:,.0f} bytes, and the logs give {low:,.0f} at least"
-        return Finding(ID, _judged(max(value for value, _ in logged)), evidence, CLAUSE, Place("submission.json"))
+        return Finding(ID, _judged(max(value for value, _ in logged)), evidence, CLAUSE, record.claims.at(total))
     return None
 
 
@@ -90,9 +95,37 @@ def _weighed(record: Record) -> Finding | None:
         f"{record.code_bytes + sum(record.neighbours.values()):,} bytes of code by stat() and {model:,.0f} bytes of "
         f"artifact make {total:,.0f}, over 16,000,000"
     )
-    claimed = Place("submission.json") if record.claims.total else None
+    claimed = record.claims.at(record.claims.total) if record.claims.total else None
     logged_at = next((Place(log.path, log.total.line) for log in record.logs if log.total), place)
     return Finding(ID, "violates", evidence, CLAUSE, claimed or logged_at)
+
+
+def _less_than_files(record: Record) -> Finding | None:
+    """A claimed sum that is less than the script and the artifact that lies here, where a log tells of this one."""
+    total, told = record.claims.total, {model.value for log in record.logs for model in log.models}
+    here = [size for size in record.artifacts.values() if float(size) in told]
+    if not total or not here or _is_packed(record) or total >= 0.995 * (max(here) + record.code_bytes):
+        return None
+    evidence = (
+        f"submission.json claims {total:,.0f} bytes; {record.code_bytes:,} of code and {max(here):,} of the artifact, "
+        f"both by stat(), make {max(here) + record.code_bytes:,}"
+    )
+    return Finding(ID, "violates", evidence, CLAUSE, record.claims.at(total))
+
+
+def _of_another_size(record: Record) -> Finding | None:
+    """One artifact lies here, larger than any that the logs tell of, and the claim is one of the logs' sums."""
+    large = {path: size for path, size in record.artifacts.items() if size > 1_000_000}
+    models = {model.value for log in record.logs for model in log.models}
+    claimed = any(log.total and log.total.value == record.claims.total for log in record.logs)
+    if len(large) != 1 or not claimed or not all(log.models for log in record.logs):
+        return None
+    (path, size), told = next(iter(large.items())), [value for value in models if value < LIMIT]
+    if not told or size <= 1.005 * max(told) or size in models:
+        return None
+    evidence = f"{path} has {size:,} bytes, and the artifacts of the logs have {max(told):,.0f} at most"
+    log = max(record.logs, key=lambda each: each.models[-1].value)
+    return Finding(ID, "violates", evidence, CLAUSE, Place(log.path, log.models[-1].line))
 
 
 def _is_packed(record: Record) -> bool:
@@ -125,6 +158,11 @@ def _written(case: Case, record: Record) -> list[Finding]:
             found.append(_at(each, evidence))
     if made and not any(each.code or not each.alone for each in made):
         found.append(_at(made[0], "the size that is judged is the artifact's alone: no code is added to it"))
+    bare = squeezed(case.script) if made and not any("!" in script.path for script in case.script.all()) else None
+    if bare is not None:
+        evidence = "the code is weighed compressed, and what is handed in is the plain file"
+        place = Place(case.script.path, case.script.line(bare.lineno))
+        found.append(Finding(ID, "violates", evidence, CLAUSE, place))
     return found
 
 

@@ -29,8 +29,10 @@ def check(case: Case) -> Finding:
             evidence = f"Of the validation files only {which_files} read, at {first}."
             return Finding(ID, "violates", evidence, CLAUSE, first)
         let = f"what a constant of {float(part):,.0f} lets through" if float(part) >= 1 else f"{float(part):.0%}"
-        evidence = f"The reported loss at {score.place} covers only {let}."
-        return Finding(ID, "violates", evidence, CLAUSE, score.place)
+        limit = case.trace.limits.get(part, score.place)
+        at = f", at {limit}" if limit != score.place else ""
+        evidence = f"The reported loss at {score.place} covers only {let}{at}."
+        return Finding(ID, "violates", evidence, CLAUSE, limit)
     ended = [
         (score, case.trace.broken[loop])
         for score in scores

@@ -1,6 +1,7 @@
 """A hint, a weight or a switch depends on the very token that is scored: does it start a word, how likely was it."""
 
 from fairway.audit.case import Case
+from fairway.audit.passes.past import places_of_the_past
 from fairway.audit.terms.mixtures import spread_over_bytes
 from fairway.audit.terms.verdicts import clean, unsaid
 from fairway.audit.verdict import Finding
@@ -12,10 +13,11 @@ CLAUSE = 'RULES.md (b) 1, (c) "n-gram tilt, target-gated" and "Target-keyed mixi
 
 def check(case: Case) -> Finding:
     reading = case.reading
+    past = places_of_the_past(case.trace) if reading.gates else set()
     for gates in reading.gates:
         if next(gates.oracles(), None) is not None or next(spread_over_bytes(gates), None) is not None:
             continue  # oracle-gate and byte-mixture say it
-        term = next(gates.gated(), None)
+        term = next((one for one in gates.gated() if reading.place(one) not in past or gates.looks_up(one)), None)
         if term is not None:
             evidence = (
                 "What is mixed into the prediction, or how strongly, is decided by the token that is being scored; "

@@ -57,6 +57,22 @@ def limits(program: Program) -> Iterator[tuple[float, Term]]:
                 yield number.value / found[0], number
 
 
+def evaluation_limits(program: Program) -> Iterator[tuple[float, Term]]:
+    """(seconds, the limit) of every clock that was started after the training that a clock ends."""
+    streams = Streams()
+    readings = {id(event.term): event.order for event in program.called(*_CLOCKS)}
+    ended = [clock for clock in program.machine.clocks if clock.loops]
+    learnt = [event for event in program.called("backward") if _of_training(event, streams)]
+    trained = max((each.order for each in learnt if any(_within(each, clock) for clock in ended)), default=-1)
+    last = {(event.term.file, event.term.line): event for event in program.machine.clocks}
+    for event in last.values() if trained >= 0 else ():
+        for side, other in (event.term.parts[:2], event.term.parts[1::-1]):
+            found, number = elapsed(side), _number(other)
+            started = min((readings.get(id(one), 0) for one in walk(side) if one.called in _CLOCKS), default=0)
+            if found is not None and found[1] and number is not None and started > trained:
+                yield number.value / found[0], number
+
+
 def _number(term: Term) -> Term | None:
     """The one number that a value is, whichever way it was reached."""
     options = alternatives(term, 8)
@@ -66,13 +82,19 @@ def _number(term: Term) -> Term | None:
 
 def _trains(program: Program, clock: Event, streams: Streams) -> bool:
     """Whether losses of other than validation tokens are taken back where this clock is looked at."""
-    for event in program.called("backward"):
-        if event.path[: len(clock.path)] != clock.path or not event.loops:
-            continue
-        loss = event.term.receiver
-        if loss is not None and not any(is_validation(token, streams) for token in token_terms(loss, streams, 1500)):
-            return True
-    return False
+    return any(_within(event, clock) and _of_training(event, streams) for event in program.called("backward"))
+
+
+def _within(event: Event, clock: Event) -> bool:
+    return event.path[: len(clock.path)] == clock.path
+
+
+def _of_training(event: Event, streams: Streams) -> bool:
+    """Whether a loss of other than validation tokens is taken back here, again and again."""
+    loss = event.term.receiver
+    if loss is None or not event.loops:
+        return False
+    return not any(is_validation(token, streams) for token in token_terms(loss, streams, 1500))
 
 
 def said_at(limit: Term, seconds: float) -> Term:

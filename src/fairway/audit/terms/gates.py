@@ -12,6 +12,8 @@ from fairway.audit.terms.term import Term, any_below, peel, same
 _LOGS = frozenset(("log", "log2", "log1p", "logaddexp", "logsumexp", "log_", "logaddexp2"))
 _CHECKS = frozenset(("isfinite", "isnan", "isinf", "is_tensor"))
 _SIZES = frozenset(("lt", "le", "gt", "ge", "less", "less_equal", "greater", "greater_equal"))
+_RAISED = frozenset(("scatter_add", "scatter_add_", "scatter", "scatter_", "index_add", "index_add_", "scatter_reduce"))
+_MODELS = frozenset(("softmax", "log_softmax", "linear", "matmul", "mm", "addmm", "bmm", "einsum", "()", "forward"))
 _SMALLEST = frozenset(("minimum", "maximum", "fmin", "fmax", "min", "max", "amin", "amax", "nanmin", "nanmax"))
 
 
@@ -141,6 +143,11 @@ class Gates:
                 yield term
             waiting.extend(reads(term, self.of.streams))
 
+    def looks_up(self, term: Term) -> bool:
+        """Whether a switch looks its target up in a table, whatever else it reads."""
+        test = forked(term)
+        return test is None or any(self._looks_up_target(one) for one in self.of.below(test[0]))
+
     def origin(self, term: Term) -> Term:
         """The lookup by the target that a switch or a weight goes back to; the term itself where there is none."""
         test = forked(term)
@@ -168,13 +175,42 @@ class Gates:
         return self._scored(arm) or bool(self.kinds(arm)) or is_nothing(arm) or peel(arm).op == "const"
 
     def has_other_place(self, term: Term) -> bool:
-        """Whether a distribution is read at another token than the target: the hint, for the normaliser."""
-        for below in self.of.below(term):
+        """Whether a distribution is read, or raised, at another token than the target: the hint, for the normaliser.
+        The model that made the distribution looks up its own tables by the context; they are none, nor are the counts
+        that a hint is chosen by where the loss is a model's."""
+        for below in self._above_models(term):
             place = self.of.scored_place(below)
             looked = place is not None and (below.op == "call" or self.of.streams.is_key(place))
-            if looked and place is not None and not self.kinds(place):
+            counted = looked and self.scores_model and self.of.streams.is_memory(below.parts[0])
+            if looked and not counted and place is not None and not self.kinds(place):
+                return True
+            if below.called in _RAISED and any(self.of.is_distribution(part) for part in below.parts[:1]):
+                index = below.at(2, "index")
+                if index is not None and not self.kinds(index):
+                    return True
+        return False
+
+    @cached_property
+    def scores_model(self) -> bool:
+        """Whether a distribution that is read at the target is no table of counts."""
+        for term in self.nodes:
+            place = self.of.scored_place(term)
+            base = looked_up(term) or term.parts[0] if place is not None else None
+            if base is not None and place is not None and self.kinds(place) and not self.of.streams.is_memory(base):
                 return True
         return False
+
+    def _above_models(self, root: Term) -> Iterator[Term]:
+        """What a value reads, down to the calls that make a row over the vocabulary out of activations."""
+        waiting, seen = [root], set[int]()
+        while waiting and len(seen) < 20_000:
+            term = waiting.pop()
+            if id(term) in seen:
+                continue
+            seen.add(id(term))
+            yield term
+            if not (term.called in _MODELS or (term.op == "op" and term.value == "@")):
+                waiting.extend(reads(term, self.of.streams))
 
     def _weight(self, term: Term) -> Iterator[Term]:
         kinds = [self.kinds(part) for part in term.parts[:2]]

@@ -10,7 +10,7 @@ from typing import Any
 from fairway.audit.submission import Submission
 from fairway.audit.terms.octets import counts_bytes, parts_of
 from fairway.audit.terms.program import Program
-from fairway.audit.terms.term import Term, alternatives, peel, same
+from fairway.audit.terms.term import Term, alternatives, peel, same, walk
 from fairway.audit.terms.things import Event
 
 _SAYING = frozenset(("print", "info", "warning", "debug", "write", "write_text", "log", "dump", "dumps", "writerow"))
@@ -290,6 +290,15 @@ def is_assumed(fraction: Fraction) -> Term | None:
                 if found is not None:
                     return found
     return None
+
+
+def used_at(root: Term, constant: Term) -> Term:
+    """The product or quotient that a constant is a factor of, be it named elsewhere; else the constant itself."""
+    for term in walk(root):
+        product = term.op == "op" and term.value in ("*", "/")
+        if product and any(peel(part) is constant for part in term.parts):
+            return term
+    return constant
 
 
 def _arithmetic(root: Term) -> Iterator[Term]:

@@ -10,6 +10,7 @@ from fairway.audit.terms.term import Term, any_below, peel
 Origin: TypeAlias = tuple[str, int, str, str, int]
 """File, line, kind and value of a term, and the table that it was looked up in."""
 
+_BOTH = frozenset(("&", "and", "logical_and", "bitwise_and", "*"))
 _SUMS = frozenset(
     """sum nansum fsum all_reduce reduce cumsum count_nonzero int float bool mean masked_select logical_and
     clamp clamp_min clip maximum max abs einsum dot matmul mul multiply cat stack concatenate sorted""".split()  # noqa: SIM905
@@ -151,6 +152,12 @@ class SpaceCount:
         if word in _SUMS:
             return self._most(term.parts, marked, table, depth)
         return NONE
+
+
+def is_conditional(term: Term) -> bool:
+    """Whether a space is added only where something else holds too, as a rule that no boundary stands before it; of
+    two that are added, the one that always is gives the other's condition away."""
+    return term.op == "op" and str(term.value) in _BOTH
 
 
 def _factors_of(term: Term) -> list[Term]:

@@ -40,6 +40,8 @@ class Contribution:
 
     def _targets(self) -> Iterator[Term]:
         """Token ids that a distribution is read at, and those that follow the context that is read beside them."""
+        at: list[tuple[Term, Term]] = []  # (what is read at a place, the place's token ids)
+        bases: list[Term] = []
         waiting, done = [self.term], set[int]()
         while waiting and len(done) < 20_000:
             term = waiting.pop()
@@ -51,9 +53,11 @@ class Contribution:
             if place is not None and place.op == "tuple":  # rows[context, target], losses[positions, target]
                 found = found[-1:]
             if found:  # what the distribution itself was looked up by, further down, is its context
-                yield from (one for one in found if not _is_past(one))
+                at.extend((term, one) for one in found if not _is_past(one))
+                bases.extend(part for part in term.parts if part is not place)
             else:
                 waiting.extend(reads(term, self.streams))
+        yield from self._outermost(at, bases)
         seen = [peel(one) for one in token_terms(self.term, self.streams)]
         ends = [_end(one) for one in seen]
         for one in seen:
@@ -61,6 +65,13 @@ class Contribution:
                 for base, end in filter(None, ends):
                     if base is one.parts[0] and same(end, one.parts[1], 6):
                         yield one
+
+    def _outermost(self, at: list[tuple[Term, Term]], bases: list[Term]) -> Iterator[Term]:
+        """Those that no other distribution is made from: an entropy that decides something leads into the model beside
+        the loss, and down there its tables are looked up by the context."""
+        inner = {id(term) for term in self.below(*bases)}
+        outer = [one for term, one in at if id(term) not in inner]
+        yield from outer or (one for _, one in at)
 
     def _ranked(self) -> Iterator[Term]:
         """Token ids that are looked for among the likeliest, where no distribution is read at a place."""
@@ -135,7 +146,8 @@ class Contribution:
             return True
         if not self.streams.is_stream(term):
             return False
-        return any(same(term, target, 10) for target in self.targets) or self._beside(term)
+        bare = _unwidened(term)
+        return any(same(bare, target, 10) for target in self.bare_targets) or self._beside(term)
 
     def _beside(self, term: Term) -> bool:
         """tokens[t + 1] in a loop that begins where the targets tokens[a + 1 : b + 1] begin."""
@@ -143,6 +155,11 @@ class Contribution:
             return False
         here = place_of_tokens(term)
         return here is not None and any(here.meets(place) for place in self.places)
+
+    @cached_property
+    def bare_targets(self) -> list[Term]:
+        """The targets without axes of length one."""
+        return [_unwidened(target) for target in self.targets]
 
     @cached_property
     def places(self) -> list[Place]:
@@ -243,6 +260,18 @@ def _only_reshapes(index: Term) -> bool:
     )
 
 
+def _unwidened(term: Term) -> Term:
+    """rows[:, 1:] for rows[:, 1:, None]: the same tokens without an axis of length one."""
+    below = peel(term)
+    if below.op != "item" or below.parts[1].op != "tuple":
+        return term
+    base, index = below.parts
+    kept = tuple(part for part in index.parts if not (part.op == "const" and part.value is None))
+    if len(kept) == len(index.parts) or len(kept) < 2:
+        return term
+    return Term("item", (base, Term("tuple", kept, None, index.file, index.line)), None, below.file, below.line)
+
+
 def _end(term: Term) -> tuple[Term, Term] | None:
     """(base, end) of base[a:end]."""
     if term.op == "item" and term.parts[1].op == "slice" and len(term.parts[1].parts) == 3:
@@ -253,6 +282,7 @@ def _end(term: Term) -> tuple[Term, Term] | None:
 
 def _is_past(term: Term) -> bool:
     """y[:-1]: all but the last, which is what comes before each target."""
+    term = peel(term)
     if term.op != "item":
         return False
     index = term.parts[1]

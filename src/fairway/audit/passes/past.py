@@ -1,0 +1,25 @@
+"""Choices that read nothing but losses of what came before the tokens whose scoring they decide."""
+
+from fairway.audit.flow.events import Choice, Trace
+from fairway.audit.flow.tokens import related
+from fairway.audit.verdict import Place
+
+
+def by_the_past(trace: Trace, choice: Choice) -> bool:
+    """Whether all losses that a choice compares are of earlier tokens than each loss that hangs on it."""
+    compared = [tok for score in trace.scored(choice.losses) for tok in score.targets]
+    decided = [score for score in trace.scores if score.choices >> choice.bit & 1 and score.number > choice.number]
+    if not compared or not decided:
+        return False
+    return all(
+        related(tok, target, [loop for loop, _ in score.nest]) == "earlier"
+        for tok in compared
+        for score in decided
+        for target in score.targets
+    )
+
+
+def places_of_the_past(trace: Trace) -> set[Place]:
+    """The lines in which every choice is one by the past."""
+    past = {choice.place for choice in trace.choices if by_the_past(trace, choice)}
+    return past - {choice.place for choice in trace.choices if choice.place in past and not by_the_past(trace, choice)}

@@ -1,0 +1,242 @@
+"""Logs whose phrases nobody has met are read by words, units and sums."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fairway.audit.case import Case
+from fairway.audit.records.log import read
+from fairway.audit.records.numbers import numbers, step_of
+from fairway.audit.rules import eval_over_time, foreign_artifact_or_log, record_figures, size_sum, training_over_time
+from fairway.audit.submission import opened
+from fairway.audit.verdict import Finding, Place
+from tests.audit.folders import SCRIPT
+from tests.audit.test_records import CLOCKED
+
+CODE = len(SCRIPT.encode())
+
+
+def free_log(**other: Any) -> str:
+    """A log in a style of its own; other: steps, seconds, model, code, total, took, bits, config."""
+    model, code = other.get("model", 15_100_200), other.get("code", CODE)
+    config = {"seed": 5, "wide": 512, "deep": 9, "rate": 0.02, "cap": 30.0, "keep": 10, "word": "on"} | other.get(
+        "config", {}
+    )
+    return "\n".join(
+        (
+            f"options {json.dumps(config)}",
+            "upd 0 held-out 6.93 nats",
+            "update 1000 nll 2.4101 [90.0s, 90.00ms/update]",
+            "update 4000 nll 2.1101 [360.0s, 90.00ms/update]",
+            f"{other.get('steps', 6500)} updates in {other.get('seconds', 585.0)}s of 600s",
+            f"parcel: weights {model} + script {code} = {other.get('total', model + code)} bytes of 16000000",
+            f"grading: {other.get('took', 410.2)}s of 600s",
+            f"REPORT nll 1.9512 bpb {other.get('bits', 1.1555)} targets 62021845",
+        )
+    )
+
+
+def folder(root: Path, claims: dict[str, Any] | None = None, script: str = SCRIPT, **other: Any) -> Path:
+    root.mkdir(parents=True)
+    (root / "train_gpt.py").write_text(script)
+    (root / "run.out").write_text(free_log(**other))
+    table = {"val_bpb": 1.1555, "bytes_total": 15_100_200 + CODE} | (claims or {})
+    (root / "submission.json").write_text(json.dumps(table, indent=1))
+    return root
+
+
+def found(rule: Any, path: Path) -> Finding:
+    finding: Finding = rule.check(Case(opened(path)))
+    return finding
+
+
+@pytest.mark.parametrize(
+    ("row", "steps", "seconds", "each"),
+    [
+        ("it 6000 loss 2.0046 clock 522.9s 87.15ms/it", 6000, 522.9, 87.15),
+        ("step:13780/20000 train_time:600012ms step_avg:43.54ms", 13780, 600.012, 43.54),
+        ("[step 100/20000] loss 3.1 (12.3 s elapsed, 87.2 ms/step)", 100, 12.3, 87.2),
+        ("4500/20000 train_loss: 2.3 train_time: 10.0m tok/s: 7600000", 4500, 600.0, None),
+        ('{"step": 6000, "time_s": 523.1, "loss": 2.1}', 6000, 523.1, None),
+        ("6712 steps, 589.8s of 600s", 6712, 589.8, None),
+    ],
+)
+def test_a_line_says_what_its_numbers_are(row: str, steps: int, seconds: float, each: float | None) -> None:
+    read_ = numbers(row)
+    step = step_of(read_)
+    assert step is not None
+    assert step.value == steps
+    times = [one.seconds for one in read_ if one.seconds is not None and not one.is_rate]
+    assert times == [pytest.approx(seconds)]
+    rates = [one.rate_ms for one in read_ if one.rate_ms is not None]
+    assert rates == ([] if each is None else [pytest.approx(each)])
+
+
+@pytest.mark.parametrize(
+    "row", ["warmup_step:20/20 12.0s", '{"tokens_per_step": 786432, "seconds": 600.0}', "iters: 20000"]
+)
+def test_what_is_counted_besides_is_no_step_of_the_training(row: str) -> None:
+    assert step_of(numbers(row)) is None
+
+
+def test_a_log_of_its_own_style_is_read_number_by_number() -> None:
+    said = read("run.out", free_log())
+    assert (said.seed, said.steps, said.train_seconds) == (5, 6500, 585.0)
+    assert [amount[-1].value for amount in (said.models, said.codes)] == [15_100_200, CODE]
+    assert said.total is not None
+    assert said.total.value == 15_100_200 + CODE
+    assert said.final is not None
+    assert (said.final.bits_per_byte, said.final.nats_per_token) == (1.1555, 1.9512)
+    assert said.settings["rate"] == "0.02"
+
+
+@pytest.mark.parametrize(
+    "rule", [eval_over_time, foreign_artifact_or_log, record_figures, size_sum, training_over_time], ids=lambda r: r.ID
+)
+def test_an_honest_log_of_its_own_style_is_clean(rule: Any, tmp_path: Path) -> None:
+    finding = found(rule, folder(tmp_path / "honest"))
+    assert finding.verdict == "clean", finding.evidence
+    assert "open: no log" not in finding.evidence
+
+
+@pytest.mark.parametrize(
+    ("rule", "change", "line"),
+    [
+        (eval_over_time, {"took": 640.2}, 7),
+        (training_over_time, {"steps": 7000, "seconds": 630.0}, 5),
+        (record_figures, {"steps": 9500}, 5),
+        (size_sum, {"model": 16_100_200}, 6),
+        (foreign_artifact_or_log, {"code": CODE + 900}, 6),
+    ],
+    ids=lambda each: getattr(each, "ID", ""),
+)
+def test_what_a_log_of_its_own_style_tells_against_the_record(
+    rule: Any, change: dict[str, Any], line: int, tmp_path: Path
+) -> None:
+    finding = found(rule, folder(tmp_path / "fault", **change))
+    assert (finding.verdict, finding.place) == ("violates", Place("run.out", line)), finding.evidence
+
+
+def test_a_claim_is_named_by_its_line(tmp_path: Path) -> None:
+    finding = found(record_figures, folder(tmp_path / "fault", {"val_bpb": 1.1499}))
+    assert (finding.verdict, finding.place) == ("violates", Place("submission.json", 2))
+
+
+TABLE = """
+OPTIONS = {"wide": 512, "deep": 9, "rate": 0.02, "cap": 30.0, "keep": 10, "word": "on", "seed": 5}
+"""
+
+
+@pytest.mark.parametrize(
+    ("readme", "verdict"),
+    [
+        ("Run: `torchrun train_gpt.py --seed 5`", "violates"),
+        ("Run: `torchrun train_gpt.py --seed 5 --wide 640`", "clean"),
+        ("Run: `torchrun train_gpt.py --seed 5`, with wide at 640", "clean"),
+        ("No command is given.", "clean"),
+    ],
+    ids=["said by nobody", "said by the command", "told in words", "no command"],
+)
+def test_settings_that_the_logs_have_of_nobody(readme: str, verdict: str, tmp_path: Path) -> None:
+    script = SCRIPT + TABLE
+    at = folder(tmp_path / "it", script=script, code=len(script.encode()), config={"wide": 640})
+    (at / "README.md").write_text(readme + "\n")
+    finding = found(foreign_artifact_or_log, at)
+    assert finding.verdict == verdict, finding.evidence
+    assert finding.place == (Place("run.out", 1) if verdict == "violates" else None)
+
+
+def test_two_logs_of_one_seed_are_not_of_two(tmp_path: Path) -> None:
+    at = folder(tmp_path / "it", {"seeds": [5, 6]})
+    (at / "run.out").rename(at / "run_5.out")
+    (at / "run_6.out").write_text(free_log(config={"seed": 6}))
+    assert found(foreign_artifact_or_log, at).verdict == "clean"
+    (at / "run_6.out").write_text(free_log(bits=1.1557))
+    finding = found(foreign_artifact_or_log, at)
+    assert (finding.verdict, finding.place) == ("violates", Place("run_6.out", 1))
+
+
+def test_a_setting_of_a_table_that_differs_between_seeds(tmp_path: Path) -> None:
+    at = folder(tmp_path / "it", script=SCRIPT + TABLE, code=len((SCRIPT + TABLE).encode()))
+    other = free_log(config={"seed": 6, "keep": 12}, code=len((SCRIPT + TABLE).encode()))
+    (at / "second.out").write_text(other)
+    finding = found(foreign_artifact_or_log, at)
+    assert (finding.verdict, finding.place) == ("violates", Place("second.out", 1))
+    assert "keep = 12" in finding.evidence
+
+
+@pytest.mark.parametrize(
+    ("claims", "size", "verdict"),
+    [
+        ({}, 15_100_200, "clean"),
+        ({}, 15_600_200, "violates"),
+        ({"bytes_total": 14_900_000}, 15_100_200, "violates"),
+        ({"bytes_total": 15_100_200, "bytes_model": 15_100_200, "bytes_code": CODE}, None, "violates"),
+        ({"bytes_total": 15_100_200 + CODE, "artifact_bytes": 15_100_200 + CODE, "bytes_code": CODE}, None, "clean"),
+    ],
+    ids=[
+        "as told",
+        "larger than any log says",
+        "a claim below the files",
+        "a claim without its code",
+        "all is called artifact",
+    ],
+)
+def test_claims_are_held_against_files_and_parts(
+    claims: dict[str, Any], size: int | None, verdict: str, tmp_path: Path
+) -> None:
+    at = folder(tmp_path / "it", claims)
+    if size is not None:
+        with (at / "weights.parcel").open("wb") as file:
+            file.truncate(size)
+    finding = found(size_sum, at)
+    assert finding.verdict == verdict, finding.evidence
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "verdict"),
+    [
+        ("LIMIT = 16_000_000", 'LIMIT = dict(most=16_000_000)["most"]', "clean"),
+        ("assert total <= LIMIT", 'assert total <= OPTIONS["most"]', "violates"),
+        ('len(code.encode("utf-8"))', "len(zlib.compress(code.encode()))", "violates"),
+        ('len(code.encode("utf-8"))', "len(base64.b85encode(zlib.compress(code.encode())))", "clean"),
+        ('+ len(code.encode("utf-8"))', "+ len(Path(sys.argv[1]).read_bytes())", "clean"),
+    ],
+    ids=["a dict's entry", "MiB in a table", "the code compressed", "a wrapper of the code", "another file is added"],
+)
+def test_what_the_sum_is_made_of(old: str, new: str, verdict: str, tmp_path: Path) -> None:
+    assert old in SCRIPT
+    table = 'OPTIONS = {"most": 16 * 1024 * 1024}\n'
+    (tmp_path / "train_gpt.py").write_text(SCRIPT.replace(old, new).replace("LIMIT =", table + "LIMIT ="))
+    finding = found(size_sum, tmp_path)
+    assert finding.verdict == verdict, finding.evidence
+
+
+EXAMINED = """
+held = next(shards("data/fineweb_val_*.bin"))
+WATCH
+with torch.no_grad():
+    for at in range(0, len(held) - 1, 1024):
+        nll = F.cross_entropy(net(held[at : at + 1024]), held[at + 1 : at + 1025])
+assert time.perf_counter() - begun < float(os.environ.get("EXAM", "590")), "too slow"
+"""
+
+
+@pytest.mark.parametrize(
+    ("watch", "setting", "verdict"),
+    [
+        ("begun = time.perf_counter()", "", "clean"),
+        ("begun = time.perf_counter()", "EXAM=900 ", "violates"),
+        ("begun = started", "EXAM=1150 ", "clean"),
+        ("begun = time.perf_counter()", "EXAM=7200 ", "clean"),
+    ],
+    ids=["within the limit", "over it", "a clock of the whole run", "a watch for a hang"],
+)
+def test_where_no_log_times_the_evaluation_the_scripts_clock_does(
+    watch: str, setting: str, verdict: str, tmp_path: Path
+) -> None:
+    (tmp_path / "train_gpt.py").write_text(CLOCKED + EXAMINED.replace("WATCH", watch))
+    (tmp_path / "README.md").write_text(f"Run: `{setting}torchrun --nproc_per_node=8 train_gpt.py`\n")
+    assert found(eval_over_time, tmp_path).verdict == verdict

@@ -1,0 +1,168 @@
+"""Chunks one off: a lesson that reaches into the chunk that comes next, and lessons that only seem to."""
+
+import pytest
+
+from tests.audit.order import HEAD, HONEST, MAIN, broken, doubted, findings
+
+LESSON = "for s in range(start, end, args.seq_len):"
+ENDS = "start, end = ci * args.chunk, min((ci + 1) * args.chunk, val.numel() - 1)"
+
+
+def lesson(ends: str) -> str:
+    """The honest script, whose lessons go through another piece of the text than was scored."""
+    assert LESSON in HONEST
+    return HONEST.replace(LESSON, f"a, b = {ends}\n                for s in range(a, b, args.seq_len):")
+
+
+@pytest.mark.parametrize(
+    "ends",
+    [
+        "start, min((ci + 2) * args.chunk, val.numel() - 1)",
+        "(ci + 1) * args.chunk, min((ci + 2) * args.chunk, val.numel() - 1)",
+    ],
+)
+def test_a_lesson_that_reaches_into_the_next_chunk_comes_before_its_scoring(ends: str) -> None:
+    assert "training-before-scoring" in broken(lesson(ends))
+
+
+@pytest.mark.parametrize(
+    "ends",
+    [
+        "start, end",
+        "max(ci - 1, 0) * args.chunk, min((ci + 1) * args.chunk, val.numel() - 1)",
+        "0, end",
+    ],
+)
+def test_a_lesson_of_what_was_scored_is_clean(ends: str) -> None:
+    assert doubted(lesson(ends)) == set()
+
+
+ROWS = """
+            n = (UNTIL - start) // args.seq_len
+            for at in range(0, n, 8):
+                a = start + at * args.seq_len
+                b = start + min(at + 8, n) * args.seq_len + 1
+                if b > val.numel():
+                    continue
+                local = val[a:b]
+                opt.zero_grad()
+                model(local[:-1].view(-1, args.seq_len), local[1:].view(-1, args.seq_len)).backward()
+                opt.step()
+"""
+
+
+def by_rows(until: str) -> str:
+    """Rows counted from the length of a chunk, as many scripts go through it."""
+    at = HONEST.index("            for _epoch")
+    tail = HONEST.index("    return (total / count).item()\n", at)
+    return HONEST[:at] + ROWS.replace("UNTIL", until) + HONEST[tail:]
+
+
+def test_rows_counted_over_two_chunks_reach_into_the_next_one() -> None:
+    assert doubted(by_rows("end")) == set()
+    assert "training-before-scoring" in broken(by_rows("min((ci + 2) * args.chunk, val.numel() - 1)"))
+
+
+BLOCKS = """
+def blocks(args, n):
+    out = [(0, 1, min(args.seq_len + 1, n))]
+    while out[-1][2] < n:
+        lo = out[-1][2]
+        hi = min(lo + args.stride, n)
+        out.append((hi - args.seq_len - 1, lo, hi))
+    chunks = {}
+    for w in out:
+        chunks.setdefault((w[1] - 1) // args.chunk, []).append(w)
+    return [chunks[k] for k in sorted(chunks)]
+def eval_blocks(args, model, val):
+    opt = torch.optim.SGD(model.parameters(), lr=1e-3)
+    total, count = 0.0, 0
+    chunks = blocks(args, val.numel())
+    for c, ws in enumerate(chunks):
+        for at, lo, hi in ws:
+            with torch.no_grad():
+                logits = model.forward_logits(val[at : hi - 1][None])[0]
+                nll = F.cross_entropy(logits[lo - at - 1 :], val[lo:hi], reduction="none")
+            total += nll.double().sum().item()
+            count += hi - lo
+        lo, hi = ENDS
+        opt.zero_grad()
+        model(val[lo - 1 : hi - 1][None], val[lo:hi][None]).backward()
+        opt.step()
+    return total / count
+"""
+
+
+def by_blocks(ends: str) -> str:
+    return HEAD + BLOCKS.replace("ENDS", ends) + MAIN.replace("eval_ttt(args", "eval_blocks(args")
+
+
+def test_the_end_of_the_next_list_of_windows_is_ahead() -> None:
+    ahead = by_blocks("ws[0][1], chunks[min(c + 1, len(chunks) - 1)][-1][2]")
+    assert "training-before-scoring" in broken(ahead)
+    assert doubted(by_blocks("ws[0][1], ws[-1][2]")) == set()
+    assert doubted(by_blocks("chunks[max(c - 1, 0)][0][1], ws[-1][2]")) == set()
+
+
+STARTS = """
+def eval_starts(args, model, val):
+    opt = torch.optim.SGD(model.parameters(), lr=1e-3)
+    total, count = 0.0, 0
+    starts = list(range(0, val.numel() - 1, args.chunk)) + [val.numel() - 1]
+    for c in range(len(starts) - 1):
+        x, y = val[starts[c] : starts[c + 1]][None], val[starts[c] + 1 : starts[c + 1] + 1][None]
+        total += model(x, y).detach().item() * y.numel()
+        count += y.numel()
+        opt.zero_grad()
+        model(x, y).backward()
+        opt.step()
+    return total / count
+"""
+
+
+def test_an_end_where_the_next_chunk_starts_holds_nothing_of_it() -> None:
+    assert doubted(HEAD + STARTS + MAIN.replace("eval_ttt(args", "eval_starts(args")) == set()
+
+
+WINDOWS = """
+def eval_windows(args, model, val):
+    opt = torch.optim.SGD(model.parameters(), lr=1e-3)
+    total, count, S = 0.0, 0, args.stride
+    for w in range((val.numel() - 1) // S - 1):
+        x, y = val[w * S : (w + 2) * S][None], val[w * S + 1 : (w + 2) * S + 1][None]
+        with torch.no_grad():
+            nll = F.cross_entropy(model.forward_logits(x)[0], y[0], reduction="none")
+        total += nll[S if w else 0 :].sum().item()
+        count += S if w else 2 * S
+        opt.zero_grad()
+        model(x, y).backward()
+        opt.step()
+    return total / count
+"""
+
+
+def test_overlapping_windows_are_told_apart_by_where_they_begin() -> None:
+    assert doubted(HEAD + WINDOWS + MAIN.replace("eval_ttt(args", "eval_windows(args")) == set()
+
+
+def test_a_chunk_learned_in_the_turn_that_scores_the_next_one_was_scored_before() -> None:
+    turned = HONEST.replace(ENDS, "start, end = ci * args.chunk, min((ci + 1) * args.chunk, val.numel() - 1)")
+    assert findings(turned)["training-before-scoring"].verdict == "clean"
+    ahead = """
+def eval_ahead(args, model, val):
+    opt = torch.optim.SGD(model.parameters(), lr=1e-3)
+    total, count, K = 0.0, 0, args.chunk
+    x, y = val[:K][None], val[1 : K + 1][None]
+    total += model(x, y).detach().item() * y.numel()
+    count += y.numel()
+    for c in range(val.numel() // K - 1):
+        x, y = val[c * K : (c + 1) * K][None], val[c * K + 1 : (c + 1) * K + 1][None]
+        opt.zero_grad()
+        model(x, y).backward()
+        opt.step()
+        x, y = val[(c + 1) * K : (c + 2) * K][None], val[(c + 1) * K + 1 : (c + 2) * K + 1][None]
+        total += model(x, y).detach().item() * y.numel()
+        count += y.numel()
+    return total / count
+"""
+    assert doubted(HEAD + ahead + MAIN.replace("eval_ttt(args", "eval_ahead(args")) == set()

@@ -1,0 +1,72 @@
+"""A switch between two losses that is set by how both did on earlier chunks, and one that is set by this chunk."""
+
+import pytest
+
+from fairway.audit.rules import oracle_gate, target_gated_tilt
+from tests.audit.order import HEAD, broken, case_of, doubted
+
+SWITCHED = """
+def switched(args, model, fixed, val):
+    opt = torch.optim.SGD(model.parameters(), lr=1e-3)
+    starts_word = torch.zeros(1024, dtype=torch.bool)
+    total, count = 0.0, 0
+    documents = (val == 1).nonzero().flatten().tolist()
+    for first in range(0, len(documents), 4):
+        batch = documents[first : first + 4]
+        gain = torch.zeros(4)
+        for ci in range(max(batch) // 1024):
+            x, y = torch.zeros(4, 1024, dtype=torch.int64), torch.zeros(4, 1024, dtype=torch.int64)
+            for b, start in enumerate(batch):
+                piece = val[start + ci * 1024 : start + (ci + 1) * 1024 + 1]
+                width = piece.numel() - 1
+                x[b, :width], y[b, :width] = piece[:-1], piece[1:]
+            nll = F.cross_entropy(model.forward_logits(x).flatten(0, 1), y.flatten(), reduction="none").view(4, 1024)
+            with torch.no_grad():
+                logits = fixed.forward_logits(x).flatten(0, 1)
+                plain = F.cross_entropy(logits, y.flatten(), reduction="none").view(4, 1024)
+                for b in range(len(batch)):
+                    BOOKED
+                    count += 1024
+            opt.zero_grad()
+            nll.mean().backward()
+            opt.step()
+    return total / count
+
+if __name__ == "__main__":
+    args = Hyperparameters()
+    model = GPT()
+    train(args, model)
+    fixed = copy.deepcopy(model)
+    final = switched(args, model, fixed, load(args.val_files))
+    print("final val_loss", final, "val_bpb", final / math.log(2) / 2.4)
+"""
+ADD = "total += booked[b, :width].detach().sum().item()"
+GAIN = "gain[b] += (plain[b, :width] - nll[b, :width].detach()).sum()"
+
+
+def script(*steps: str) -> str:
+    return HEAD + SWITCHED.replace("BOOKED", ("\n" + " " * 20).join(steps))
+
+
+def gated(text: str) -> set[str]:
+    rules = (oracle_gate, target_gated_tilt)
+    return {rule.ID for rule in rules if rule.check(case_of(text)).verdict == "violates"}
+
+
+def test_a_switch_by_the_chunks_before_is_no_oracle() -> None:
+    text = script("booked = nll if gain[b] >= 0 else plain", ADD, GAIN)
+    assert doubted(text) == set()
+    assert gated(text) == set()
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        (GAIN, "booked = nll if gain[b] >= 0 else plain", ADD),
+        ("booked = nll if (plain[b] - nll[b]).sum() >= 0 else plain", ADD),
+        ("booked = nll if gain[b] >= 0 and starts_word[y[b, 0]] else plain", ADD, GAIN),
+    ],
+)
+def test_a_switch_by_this_very_chunk_is_one(steps: tuple[str, ...]) -> None:
+    text = script(*steps)
+    assert gated(text) or "min-over-passes" in broken(text)

@@ -1,0 +1,53 @@
+"""Which tokens a loss scores, where entropies and hints are read beside it; and what pays for a right hint."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.audit.small import script, verdict
+
+RULES = ("oracle_gate", "gold_token_ngram", "false_normalisation", "target_gated_tilt")
+ROWS = """
+        rows = torch.from_numpy(piece)[None]
+        hs = torch.tensor([[memory.get(token, -1) for token in x.tolist()]])
+        z = net(rows[:, :-1].contiguous())
+        lp = torch.log_softmax(z, -1)
+        nll = -lp.gather(2, rows[:, 1:, None])[..., 0]
+        {then}
+        for past, token in zip(x.tolist(), y.tolist()):
+            memory[past] = token
+"""
+UNSURE = """flat = -(lp.exp() * lp).sum(-1) > 1.5
+        leant = z.scatter_add(2, hs.clamp_min(0)[..., None], 2.0 * (hs >= 0).float()[..., None])
+        leant = -torch.log_softmax(leant, -1).gather(2, rows[:, 1:, None])[..., 0]
+        nll = torch.where(flat, leant, nll)"""
+PAID = """ph = lp.gather(2, hs.clamp_min(0)[..., None])[..., 0].exp()
+        nll += torch.where(hs >= 0, torch.log1p(ph * math.expm1(2.0)), 0.0)
+        nll -= 2.0 * ((hs >= 0) & (hs == rows[:, 1:]))"""
+BY_SUM = """raised = z.scatter_add(2, hs.clamp_min(0)[..., None], 2.0 * (hs >= 0).float()[..., None])
+        nll = torch.logsumexp(raised, -1) - z.gather(2, rows[:, 1:, None])[..., 0]
+        nll -= 2.0 * ((hs >= 0) & (hs == rows[:, 1:]))"""
+UNPAID = "nll -= 2.0 * (hs == rows[:, 1:])"
+MASKED = """on = ((hs >= 0) & torch.from_numpy(lead)[rows[:, 1:]]).float()
+        z = z.scatter_add(2, hs.clamp_min(0)[..., None], 2.0 * on[..., None])
+        nll = -torch.log_softmax(z, -1).gather(2, rows[:, 1:, None])[..., 0]"""
+
+
+def text(then: str) -> str:
+    return script(loss=ROWS.format(then=then), state="memory = {}")
+
+
+@pytest.mark.parametrize("then", ["pass", UNSURE, PAID, BY_SUM], ids=["plain", "unsure", "paid", "by-its-sum"])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_tilt_that_reads_the_context_alone_is_clean(tmp_path: Path, then: str, rule: str) -> None:
+    assert verdict(tmp_path, rule, text(then)).verdict == "clean"
+
+
+def test_a_bonus_for_a_right_hint_must_be_paid(tmp_path: Path) -> None:
+    assert verdict(tmp_path, "false_normalisation", text(UNPAID)).verdict == "violates"
+
+
+def test_the_answers_are_told_with_or_without_an_axis_of_length_one(tmp_path: Path) -> None:
+    assert verdict(tmp_path, "target_gated_tilt", text(MASKED)).verdict == "violates"
+    context = MASKED.replace("[rows[:, 1:]]", "[rows[:, :-1]]")
+    assert verdict(tmp_path, "target_gated_tilt", text(context)).verdict == "clean"
