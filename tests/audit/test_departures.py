@@ -289,3 +289,93 @@ def test_the_rest_learned_between_two_walks_is_no_phase_but_training_before_scor
 
 def test_chunks_that_are_scored_and_then_learned_are_no_departure(tmp_path: Path) -> None:
     assert accepted(tmp_path, HEAD + MAIN) == {}
+
+
+# ---- calibration text of the model's own, written after the clock
+
+HESSIANS = """
+def hessians_of(model, texts):
+    found, hooks = {}, []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            found[name] = torch.zeros(module.weight.size(1), module.weight.size(1))
+            def make(which):
+                def hook(module, inputs, output):
+                    x = inputs[0].detach().float().flatten(0, -2)
+                    found[which] += x.T @ x
+                return hook
+            hooks.append(module.register_forward_hook(make(name)))
+    with torch.inference_mode():
+        for text in texts:
+            model(text[:, :-1], text[:, 1:])
+    for hook in hooks:
+        hook.remove()
+    return found
+def pack(model, hessians):
+    out = {}
+    for name, weight in model.state_dict().items():
+        h = hessians.get(name.removesuffix(".weight"))
+        out[name] = weight if h is None else (weight @ torch.linalg.inv(h)).round()
+    buffer = io.BytesIO()
+    torch.save(out, buffer)
+    with open("model.z", "wb") as f:
+        f.write(zlib.compress(buffer.getvalue()))
+def unpack(model):
+    with open("model.z", "rb") as f:
+        model.load_state_dict(torch.load(io.BytesIO(zlib.decompress(f.read()))))
+"""
+SAMPLED = """
+def written(model):
+    model.eval()
+    chance, texts = torch.Generator().manual_seed(42), []
+    with torch.inference_mode():
+        for start in range(0, 64, 8):
+            text = torch.randint(0, 1024, (8, 1), generator=chance)
+            for _ in range(1023):
+                odds = torch.softmax(model.forward_logits(text)[:, -1, :] / 0.8, dim=-1)
+                text = torch.cat([text, torch.multinomial(odds, 1, generator=chance)], dim=1)
+            for i in range(8):
+                texts.append(text[i : i + 1])
+    return texts
+"""
+YIELDED = """
+def written(model):
+    for _ in range(64):
+        text = torch.full((4, 1), 1)
+        for _ in range(1023):
+            text = torch.cat((text, torch.multinomial(model.forward_logits(text)[:, -1].softmax(-1), 1)), 1)
+        yield text
+"""
+FILLED = """
+@torch.no_grad()
+def written(model):
+    rows = torch.zeros(32, 1024, dtype=torch.long)
+    rows[:, 0] = 1
+    for at in range(1, 1024):
+        spread = torch.distributions.Categorical(logits=model.forward_logits(rows[:, :at])[:, -1])
+        rows[:, at] = spread.sample()
+    return rows.split(4)
+"""
+OF_TRAINING = """
+def written(model):
+    loader = Loader(Hyperparameters.train_files)
+    return [loader.next(8192)[0] for _ in range(16)]
+"""
+TRAIN = "    train(args, model)\n"
+
+
+def calibrated(text: str, cap: str) -> str:
+    kept = "    pack(model, hessians_of(model, written(model)))\n    unpack(model)\n"
+    head = HEAD.replace("args.cap - args.reserve", cap)
+    return head + HESSIANS + text + MAIN.replace(TRAIN, TRAIN + kept)
+
+
+@pytest.mark.parametrize("text", [SAMPLED, YIELDED, FILLED], ids=["sampled", "yielded", "filled in"])
+def test_text_of_its_own_after_the_whole_training_time_is_accepted(tmp_path: Path, text: str) -> None:
+    assert accepted(tmp_path, calibrated(text, "args.cap")) == {"calibration-after-cap": "self-generated-calibration"}
+    assert accepted(tmp_path, calibrated(text, "args.cap - args.reserve")) == {}
+
+
+def test_training_text_after_the_whole_training_time_is_no_accepted_departure(tmp_path: Path) -> None:
+    found = told(tmp_path, calibrated(OF_TRAINING, "args.cap"))
+    assert {f.id: f.verdict for f in found.values()} == {"calibration-after-cap": "violates"}

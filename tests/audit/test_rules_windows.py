@@ -66,6 +66,32 @@ def slide(args, model, val):
     return nats / count
 """
 
+BROKEN_OFF = """
+def slide(args, model, val):
+    seq, stride, total = args.seq_len, args.stride, val.numel() - 1
+    nats, count = 0.0, 0
+    for w in range(0, total, stride):
+        end = min(w + seq, total)
+        if FILTER:
+            break
+        nll = F.cross_entropy(model.forward_logits(val[w:end][None])[0], val[w + 1 : end + 1], reduction="none")
+        first = FIRST
+        nats += nll[first : end - w].sum().item()
+        count += end - w - first
+    return nats / count
+"""
+REMAINING = LISTED.replace("starts = [w for", "starts = [0, *(w for").replace(
+    "stride) if FILTER]", "stride) if FILTER)][3:]"
+)
+REMAINING = REMAINING.replace("end = min(w + seq, total)", "left = min(seq, total - w)").replace("end - w", "left")
+REMAINING = REMAINING.replace("val[w:end]", "val[w : w + left]").replace(
+    "val[w + 1 : end + 1]", "val[w + 1 : w + left + 1]"
+)
+PUSHED = LISTED.replace("end = min(w + seq, total)", "begin = min(w, total - seq)").replace("end - w", "seq")
+PUSHED = PUSHED.replace("val[w:end]", "val[begin : begin + seq]").replace(
+    "w + 1 : end + 1", "begin + 1 : begin + seq + 1"
+)
+
 LAST = "0 if w == 0 else max(length - stride, 0)"
 SHORT_TAILS = {
     "the early form": (
@@ -75,10 +101,15 @@ SHORT_TAILS = {
     ),
     "no filter": (LISTED, "True", LAST),
     "rows": (ROWS, "", "max(begin, row.end - args.stride)"),
+    "a length held against the stride": (BROKEN_OFF, "end - w < stride", "0 if w == 0 else max(end - w - stride, 0)"),
+    "as long as what is left": (REMAINING, "min(seq, total - w) >= stride", LAST),
+    "pushed back into the data": (PUSHED, "min(w + seq, total) - w >= stride", "0 if w == 0 else seq - stride"),
 }
 EVERY_TOKEN_ONCE = {
     "from the window's place": (LISTED, "w == 0 or w + seq - stride < total", "0 if w == 0 else seq - stride"),
     "whole windows alone": (LISTED, "w + seq <= total", LAST),
+    "broken off at the end": (BROKEN_OFF, "w + seq > total", "0 if w == 0 else max(end - w - stride, 0)"),
+    "pushed back, from its own place": (PUSHED, "True", "0 if w == 0 else w - begin + seq - stride"),
     "up to the end": (ENDS, "", "start - begin"),
 }
 TWO_STRIDES = {

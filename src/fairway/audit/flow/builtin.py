@@ -145,6 +145,17 @@ class Builtins(Opening):
             new.slots["#factory"] = args[0]
         return self.ref(new)
 
+    def _do_field(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        """A field of a dataclass: its default, or what makes one for each instance."""
+        maker = kwargs.get("default_factory", kwargs.get("factory"))
+        if maker is None:
+            return kwargs.get("default")
+        made = self.new("thing", "factory", node)
+        made.slots["#factory"] = maker
+        return self.ref(made)
+
+    _do_Field = _do_field
+
     def _do_fields(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
         """dataclasses.fields(cls)"""
         if "dataclasses" not in name or not args:

@@ -86,10 +86,17 @@ class Classes(Learning):
         for name in names:
             if name not in obj.slots:
                 default = self.find(cls, name)
-                obj.slots[name] = default[0] if default else NOTHING
+                obj.slots[name] = self._default(default[0]) if default else NOTHING
         rest = [*args[len(names) :]]
         if rest:
             self.add_content(obj, blend(*(self.flat(each) for each in rest)))
+
+    def _default(self, value: Value) -> Value:
+        """A field's default; what field(default_factory=...) makes is made anew for each instance."""
+        for obj in value.refs:
+            if obj.kind == "thing" and "#factory" in obj.slots:
+                return self.call(obj.slots["#factory"], [], {}, None)
+        return value
 
     def row_of(self, value: Value) -> tuple[Value, ...] | None:
         """The fields of a named tuple, in order; of one of several, what each field may be; None for all else."""

@@ -14,6 +14,7 @@ from fairway.audit.flow.ordering import in_order
 from fairway.audit.flow.shares import before_share, first_of, indexed, limited, of_rank
 from fairway.audit.flow.tokens import START, Cut, Span, Tok, narrowed, part_of
 from fairway.audit.flow.values import (
+    CLIPPED,
     GRAD,
     INDEXED,
     LENGTH,
@@ -271,7 +272,8 @@ class Containers(Classes):
         low, high = (part.low.const if part.low else None), (part.high.const if part.high else None)
         new = self.new("list", None, node)
         constant = all(each is None or isinstance(each, int) for each in (low, high))
-        if isinstance(exact, Value) and exact.items is not None and not spans and constant:
+        whole = "#open" not in obj.slots
+        if isinstance(exact, Value) and exact.items is not None and not spans and constant and whole:
             new.slots["#items"] = Value(items=exact.items[low : high : part.step or 1])
             return self.ref(new)
         elem = self.tagged(self.element_of(obj), spans)
@@ -416,6 +418,8 @@ class Containers(Classes):
                 if limit is not None and not (tok.part or behind or (in_row and limit <= _WINDOW)):
                     tok = replace(tok, part=part_of(limit))
                 continue
+            if part.low is not None and part.low.flags & CLIPPED:
+                tok = replace(tok, pushed=True)
             if part.low is not None and part.high is not None and overlaps(part.low, part.high):
                 tok = replace(tok, wide=True, step=int(part.low.unit))
             elif part.low is not None and part.high is not None and step_of(part.low, part.high):

@@ -27,6 +27,8 @@ class Definitions(Patterns):
                 if last in ("setter", "getter", "deleter"):
                     return
         for each in reversed(node.decorator_list):
+            if _only_names(each):
+                continue
             decorator = self.evaluate(each)
             if any(obj.kind in ("function", "bound", "class", "partial", "instance") for obj in decorator.refs):
                 made = self.call(decorator, [value], {}, each)
@@ -102,3 +104,9 @@ class Definitions(Patterns):
 
     def imported(self, name: str, node: ast.AST) -> Value | None:
         raise NotImplementedError
+
+
+def _only_names(decorator: ast.expr) -> bool:
+    """@functools.wraps(method): what is decorated has the name of another, and stays what it is."""
+    called = decorator.func if isinstance(decorator, ast.Call) else None
+    return (called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")) == "wraps"

@@ -310,6 +310,8 @@ class Expressions(Comprehensions):
                 self.add_content(new, each, "#elem")
         else:
             new.slots["#items"] = Value(items=tuple(items))
+            if starred and len(items) == len(node.elts):  # [0, *later]: one item stands for many
+                new.slots["#open"] = 1
         return self.ref(new)
 
     def _on_Set(self, node: ast.Set) -> Value:

@@ -364,6 +364,8 @@ class Methods(Files):
             if name != "join":
                 self.call(obj.slots["#target"], list(obj.slots.get("#args", NOTHING).items or ()), {}, node)
             return NOTHING
+        if name == "sample" and self.content(obj).states:  # Categorical(logits=...).sample()
+            return self.operation("sample", [self.content(obj)], {}, node) or NOTHING
         if name == "add" and len(args) == 2 and isinstance(args[0].const, str) and isinstance(args[1].const, int):
             return self.claimed()  # store.add("next", 1)
         if obj.data == "hook" and name == "remove":

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from fairway.audit.flow.arithmetic import Arithmetic
 from fairway.audit.flow.heap import Obj
-from fairway.audit.flow.indices import Part
+from fairway.audit.flow.indices import Part, sym_of
 from fairway.audit.flow.known import (
     CASTS,
     CLOCKS,
@@ -129,7 +129,7 @@ class Operations(Arithmetic):
         if name in ("randint", "randperm", "random_integers"):
             drawn = frozenset((Tok("random"),))
             return Value(toks=drawn, flags=RAW, spans=self._arranged(args)) if name == "randint" else NOTHING
-        if name in ("multinomial", "sample") and flats and flats[0].active:
+        if name in ("multinomial", "sample") and flats and _said_by_a_model(flats[0]):
             return Value(toks=frozenset((Tok("generated"),)), flags=RAW, knows=0)
         if name == "tobytes" and flats:
             return flats[0].but(flags=flats[0].flags | DIGEST, const=MISSING)
@@ -318,6 +318,9 @@ class Operations(Arithmetic):
             result.sym = varying[0].sym
         if len(moving) == 1:
             result.spans, result.unit, result.sym = moving[0].spans, moving[0].unit, moving[0].sym
+            length = next((each for each in args if not each.spans and each.const is not MISSING), None)
+            if name == "min" and length is not None and moving[0].sym.startswith("sub(") and moving[0].less:
+                result.sym, result.flags = sym_of(length), result.flags | CLIPPED  # min(length, total - start)
         elif len(moving) == 2 and name in ("min", "max"):  # min(at + step, end of the chunk)
             result.spans = _clamped(min if name == "min" else max, moving[0].spans, moving[1].spans)
         if result.toks and not result.flags & LENGTH and result.flags & RAW and name == "max":
@@ -411,6 +414,11 @@ class Operations(Arithmetic):
             self.heap.set(obj, "#content", kept)
         elif flats:
             self.write(obj, blend(*flats), node)
+
+
+def _said_by_a_model(value: Value) -> bool:
+    """What a model made of tokens, or of a start that is none."""
+    return bool(value.states) and not value.flags & RAW
 
 
 def _clamped(least: Callable[..., int], one: Sequence[Span], other: Sequence[Span]) -> tuple[Span, ...]:

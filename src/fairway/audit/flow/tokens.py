@@ -33,7 +33,7 @@ class Tok:
     shift: 1 for `[1:]`, which is what follows the tokens of shift 0
     wide: windows longer than the step from one to the next: they overlap; step: that step, where it is a number
     ranked: the share of one process among several; origin: which of the trace's reads it came from
-    ordered: cut out where a sort by lengths has put it
+    ordered: cut out where a sort by lengths has put it; pushed: from a beginning that the end of the data pushes back
     """
 
     data: str
@@ -46,6 +46,7 @@ class Tok:
     ranked: bool = False
     origin: int = -1
     ordered: bool = False
+    pushed: bool = False
 
 
 def part_of(limit: float) -> str:
@@ -188,8 +189,8 @@ def _hull(group: list[Tok]) -> Tok:
     part = first.part if all(tok.part for tok in group) else ""
     wide, ranked = all(tok.wide for tok in group), all(tok.ranked for tok in group)
     step, origin = max(tok.step for tok in group), min(tok.origin for tok in group)
-    ordered = any(tok.ordered for tok in group)
-    return Tok(first.data, spans, cuts, part, first.shift, wide, step, ranked, origin, ordered)
+    ordered, pushed = any(tok.ordered for tok in group), all(tok.pushed for tok in group)
+    return Tok(first.data, spans, cuts, part, first.shift, wide, step, ranked, origin, ordered, pushed)
 
 
 def _has(spans: Sequence[Span], loop: int) -> bool:

@@ -1,6 +1,7 @@
 """Overlapping windows count all their targets, so that most tokens are counted several times."""
 
 import ast
+import re
 from collections.abc import Iterator
 
 from fairway.audit.case import Case
@@ -15,6 +16,8 @@ ID = "twice-counted-tokens"
 CHARGE = "tokens are counted in more than one window"
 CLAUSE = "RULES.md (b) condition 4: every token contributes exactly one loss"
 
+_OWN_PLACE = re.compile(r"\bsub\(\w+,\w+\)")
+
 
 def check(case: Case) -> Finding:
     which, _, _ = passes_of(case)
@@ -23,7 +26,7 @@ def check(case: Case) -> Finding:
     booked = 0
     for said in which.score:
         booked |= said.value.losses
-    tails = None
+    tails, how = None, ""
     for bit in bits(booked):
         score = case.trace.scores[bit]
         whole = [tok for tok in score.targets if tok.data in which.data]
@@ -33,13 +36,14 @@ def check(case: Case) -> Finding:
         if again:
             place = _in_the_windows_loop(case, score)
             return Finding(ID, "violates", again.format(place=score.place), CLAUSE, place)
-        if tails is None and all(_tail_window(tok) for tok in whole):
+        if tails is None and all(_tail_window(tok) for tok in whole) and not _only_whole_windows(case):
             tails = score
-    if tails is not None and not _only_whole_windows(case):
-        evidence = (
-            f"At the end of the data windows grow shorter, and the loss at {tails.place} counts the last "
-            f"{next(iter(tails.targets)).step} tokens of each of them again."
-        )
+            how = f"windows grow shorter, and the loss at {{place}} counts the last {whole[0].step} tokens of each"
+        elif tails is None and all(_pushed_back(tok) for tok in whole):
+            tails = score
+            how = "a window is pushed back into the data, and the loss at {place} counts as many of its targets as ever"
+    if tails is not None:
+        evidence = f"At the end of the data {how.format(place=tails.place)}: some are counted again."
         return departure(case, "small-tail", CLAUSE, evidence, _in_the_windows_loop(case, tails))
     return Finding(ID, "clean", "No window counts targets that another one counts.", CLAUSE, which.score[0].place)
 
@@ -73,9 +77,21 @@ def _between(tok: Tok) -> int:
 
 
 def _tail_window(tok: Tok) -> bool:
-    """Whether the last `step` targets of each window are counted, from an end that is the data's in the last ones."""
-    clipped = [less for side, end, less in tok.cuts if side == "tail" and end.startswith("~")]
+    """Whether the last `step` targets of each window are counted, from an end that is the data's in the last ones: not
+    from the window's own place, `w - begin + ...`, wherever the window itself begins."""
+    clipped = [
+        less
+        for side, end, less in tok.cuts
+        if side == "tail" and end.startswith("~") and not (tok.pushed and _OWN_PLACE.search(end))
+    ]
     return bool(tok.step) and any(str(tok.step) in less for less in clipped)
+
+
+def _pushed_back(tok: Tok) -> bool:
+    """Whether a window begins earlier than its turn says, so as to end with the data, and a number says from which of
+    its targets on they are counted."""
+    tails = [less for side, end, less in tok.cuts if side == "tail" and not end.startswith("~")]
+    return tok.pushed and len(tails) == 1 and bool(tails[0]) and all(each.isdigit() for each in tails[0])
 
 
 def _only_whole_windows(case: Case) -> bool:
@@ -102,12 +118,14 @@ def _strided(node: ast.AST) -> Iterator[tuple[str, list[ast.AST]]]:
 
 
 def _holds(test: ast.AST, name: str) -> bool:
-    """w + length <= total; not min(w + length, total) - w >= stride, which holds a length against the stride."""
+    """w + length <= total; not min(w + length, total) - w >= stride or end - w < stride, which holds a length against
+    the stride."""
     if not isinstance(test, ast.Compare) or len(test.ops) != 1 or isinstance(test.ops[0], (ast.Eq, ast.NotEq)):
         return False
     return any(
         isinstance(side, ast.BinOp)
         and any(isinstance(part, ast.Name) and part.id == name for part in ast.walk(side))
+        and not (isinstance(side.op, ast.Sub) and isinstance(side.right, ast.Name) and side.right.id == name)
         and not any(isinstance(part, ast.Call) for part in ast.walk(side))
         for side in (test.left, *test.comparators)
     )
