@@ -9,7 +9,14 @@ import pytest
 from fairway.audit.case import Case
 from fairway.audit.records.log import read
 from fairway.audit.records.numbers import numbers, step_of
-from fairway.audit.rules import eval_over_time, foreign_artifact_or_log, record_figures, size_sum, training_over_time
+from fairway.audit.rules import (
+    eval_over_time,
+    foreign_artifact_or_log,
+    record_figures,
+    size_sum,
+    subset_as_full,
+    training_over_time,
+)
 from fairway.audit.submission import opened
 from fairway.audit.verdict import Finding, Place
 from tests.audit.folders import SCRIPT
@@ -122,6 +129,24 @@ def test_what_a_log_of_its_own_style_tells_against_the_record(
 def test_a_claim_is_named_by_its_line(tmp_path: Path) -> None:
     finding = found(record_figures, folder(tmp_path / "fault", {"val_bpb": 1.1499}))
     assert (finding.verdict, finding.place) == ("violates", Place("submission.json", 2))
+
+
+@pytest.mark.parametrize(
+    ("counts", "figures", "subset"),
+    [
+        ("targets 62021845 bytes 151080891", "clean", False),
+        ("targets 62021845 bytes 145080891", "violates", False),
+        ("targets 12404369 bytes 30216178", "clean", True),
+        ("targets 7752730 bytes 18885111", "clean", False),
+    ],
+    ids=["all of them", "counts that do not make the score", "a fifth of them", "one rank's share"],
+)
+def test_what_was_counted_beside_a_score(counts: str, figures: str, subset: bool, tmp_path: Path) -> None:
+    at = folder(tmp_path / "it")
+    text = (at / "run.out").read_text().replace("targets 62021845", counts)
+    (at / "run.out").write_text(text)
+    assert found(record_figures, at).verdict == figures
+    assert (found(subset_as_full, at).verdict == "violates") == subset  # else it tells that the script scores nothing
 
 
 TABLE = """

@@ -84,6 +84,13 @@ def scored(told: Rows) -> Iterator[tuple[int, str, Number, Number | None, float 
         yield line, before, bits, nats, times[-1] if times and step is None else None, int(step.value) if step else None
 
 
+def counted(row: str) -> tuple[float | None, float | None]:
+    """(tokens, bytes) that a line of a score counts, where it counts millions of them."""
+    read = [each for each in numbers(row) if each.whole and each.value >= 1e6 and not each.bound]
+    tokens = next((each.value for each in read if each.said & {"tokens", "targets", "positions", "toks"}), None)
+    return tokens, next((each.value for each in read if each.said & {"bytes", "nbytes"}), None)
+
+
 def _of_evaluation(time: Number) -> bool:
     return not time.is_rate and not any(word.startswith("train") for word in time.near)
 

@@ -41,7 +41,8 @@ _WIDEST = 20_000  # characters of one that holds a table of settings
 
 @dataclass(frozen=True)
 class Score:
-    """One printed score. stage: the words before it; seconds: the time printed beside it, or None."""
+    """One printed score. stage: the words before it; seconds: the time printed beside it, or None;
+    tokens, bytes: what the line says was counted."""
 
     line: int
     stage: str
@@ -49,6 +50,8 @@ class Score:
     nats_per_token: float | None
     seconds: float | None
     step: int | None
+    tokens: float | None = None
+    bytes: float | None = None
 
 
 @dataclass(frozen=True)
@@ -194,9 +197,10 @@ def _scores(told: list[tuple[int, str]], end: int) -> list[Score]:
             seconds = _seconds(_EVAL_TIME.search(row))
             nats = float(loss[1].rstrip(".")) if loss else None
             bits = float(score[1].rstrip("."))
-            found.append(Score(number, stage, bits, nats, seconds, int(step[1]) if step else None))
+            found.append(Score(number, stage, bits, nats, seconds, int(step[1]) if step else None, *free.counted(row)))
+    rows = dict(told)
     free_ones = [
-        Score(line, stage, bits.value, nats.value if nats else None, seconds, step)
+        Score(line, stage, bits.value, nats.value if nats else None, seconds, step, *free.counted(rows[line]))
         for line, stage, bits, nats, seconds, step in free.scored(told)
     ]
     if not any(score.line > end for score in found):

@@ -58,6 +58,11 @@ class Number:
         return self.label[-_REACH:]
 
     @property
+    def said(self) -> set[str]:
+        """What it counts: the word before it, or behind it."""
+        return {*self.label[-1:], self.unit}
+
+    @property
     def is_step(self) -> bool:
         """Counts steps: `step 6000`, `it:6000`, `8211 steps`; not those of a schedule or a warm-up."""
         said = self.unit in _STEPS or (bool(self.called) and self.called[-1] in _STEP)

@@ -27,7 +27,15 @@ def check(case: Case) -> Finding:
         return Finding(ID, "suspect", f"{submission.flaw}: the claims cannot be read", CLAUSE, _JSON)
     if not record.logs and not record.claims.table:
         return Finding(ID, "clean", "open: no figures are claimed", CLAUSE)
-    found = [*_products(record), *_ratios(record), *_scores(record), *_means(record), *_seeds(record), *_bar(record)]
+    found = [
+        *_products(record),
+        *_ratios(record),
+        *_parts(record),
+        *_scores(record),
+        *_means(record),
+        *_seeds(record),
+        *_bar(record),
+    ]
     if found:
         first = next((each for each in found if each.verdict == "violates"), found[0])
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
@@ -76,6 +84,24 @@ def _ratios(record: Record) -> list[Finding]:
                     f"{usual:.4f}: its bytes or tokens are counted otherwise"
                 )
                 found.append(_finding("suspect", evidence, Place(log.path, score.line)))
+    return found
+
+
+def _parts(record: Record) -> list[Finding]:
+    """Bits per byte are nats per token over ln 2, times tokens over bytes, where one line gives all four."""
+    found = []
+    for log in record.logs:
+        for score in log.scores:
+            if score.nats_per_token and score.tokens and score.bytes:
+                made = score.nats_per_token / math.log(2) * score.tokens / score.bytes
+                if abs(made - score.bits_per_byte) > 0.01 * score.bits_per_byte:
+                    evidence = (
+                        f"{log.path}: {score.nats_per_token} nats per token, {score.tokens:,.0f} tokens and "
+                        f"{score.bytes:,.0f} bytes make {made:.4f} bits per byte, and the line says "
+                        f"{score.bits_per_byte}"
+                    )
+                    found.append(_finding("violates", evidence, Place(log.path, score.line)))
+                    break
     return found
 
 

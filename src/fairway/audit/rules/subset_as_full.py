@@ -4,19 +4,22 @@ from fairway.audit.case import Case
 from fairway.audit.flow.events import Score
 from fairway.audit.passes.findings import passes_of, unseen
 from fairway.audit.passes.reported import Reported, scores_of
+from fairway.audit.records import record_of
 from fairway.audit.verdict import Finding, Place
 
 ID = "subset-as-full"
 CHARGE = "a part of the validation tokens is reported as all"
 CLAUSE = 'RULES.md R7; (c) "Subset reported as full"'
 
+BYTES = 151_080_891  # of the validation split (RULES.md R7)
+RANKS = 8  # a rank that tells of its own share tells of an eighth
 FULL = 30_000_000  # tokens: the split has 40 to 62 million, by vocabulary (TECHNIQUES.md 1)
 
 
 def check(case: Case) -> Finding:
     which, _, _ = passes_of(case)
     if not which.score:
-        return unseen(case, ID, CLAUSE)
+        return _counted(case) or unseen(case, ID, CLAUSE)
     scores = scores_of(case.trace, which.score, which.data)
     cut = [(score, tok.part) for score in scores for tok in score.targets if tok.part and float(tok.part) < FULL]
     whole = [score for score in scores if all(not tok.part for tok in score.targets)]
@@ -77,7 +80,26 @@ def check(case: Case) -> Finding:
             f"losses of {score.place} are reported as all."
         )
         return Finding(ID, "violates", evidence, CLAUSE, where)
+    counted = _counted(case)
+    if counted is not None:
+        return counted
     return Finding(ID, "clean", "No constant cuts the validation tokens short.", CLAUSE, which.score[0].place)
+
+
+def _counted(case: Case) -> Finding | None:
+    """The bytes that a log counts beside the score that it ends with: fewer than the split has, and no rank's share."""
+    record = record_of(case.submission)
+    for log in record.logs:
+        final, claimed = log.final, record.claims.score
+        if final is not None and claimed is not None and abs(final.bits_per_byte - claimed) > 0.005:
+            continue  # of another run than the claim's
+        if final is None or final.step is not None or not final.bytes or final.bytes > 0.9 * BYTES:
+            continue
+        if abs(BYTES / final.bytes / RANKS - 1) < 0.1:
+            continue
+        evidence = f"{log.path}: the score is that of {final.bytes:,.0f} bytes, and the validation split has {BYTES:,}"
+        return Finding(ID, "violates", evidence, CLAUSE, Place(log.path, final.line))
+    return None
 
 
 def _of_one_rank(case: Case, which: Reported, score: Score) -> bool:
