@@ -143,6 +143,7 @@ def test_only_an_end_that_numbers_do_not_compare_is_doubtful() -> None:
     scored = tok(("tail", "first", ""))
     assert perhaps_apart(tok(("head", "bound", "")), scored)
     assert not perhaps_apart(tok(), scored)
+    assert not perhaps_apart(tok(("head", "add(first,64)", "+64")), scored)
     assert not perhaps_apart(tok(("head", "1000", "")), tok(("tail", "960", "")))
     assert not perhaps_apart(tok(("head", "bound", ""), ("tail", "first", "")), scored)
 
