@@ -67,6 +67,37 @@ def test_one_vector_for_all_windows_knows_the_targets_of_others() -> None:
     assert "slot-on-scored" not in found
 
 
+STEPPED = """    opt = torch.optim.AdamW([d], lr=0.01)
+    for _ in range(4):
+        opt.zero_grad()
+        (losses(h, d, y) * where).sum().backward()
+        opt.step()
+    total +="""
+
+
+def stepped(learnt: str) -> str:
+    """The same with an optimizer."""
+    begin, end = WALK.index("    for _ in range(4)"), WALK.index("    total +=")
+    return HEAD + (WALK[:begin] + STEPPED + WALK[end + 12 :]).replace("LEARNT", learnt).replace("ROWS", "x.size(0)")
+
+
+def test_the_mean_of_the_vectors_of_all_windows_is_one_vector_for_all() -> None:
+    own = stepped(BEGINS["the least place of the mask"])
+    assert broken(own) == set()
+    for mean in ("d.detach().mean(dim=0, keepdim=True)", "d.detach().mean(0)[None]"):
+        text = own.replace("losses(h, d.detach(), y)[mine]", f"losses(h, {mean}, y)[mine]")
+        assert "slot-shared-delta" in broken(text)
+
+
+def test_vectors_of_their_own_may_begin_where_an_earlier_window_ended() -> None:
+    text = stepped(BEGINS["the least place of the mask"])
+    text = text.replace("windows = [", "last = torch.zeros(1, 1, 64)\nwindows = [", 1)
+    text = text.replace("    total += losses", "    last = d.detach()[:1]\n    total += losses", 1)
+    warm = text.replace("d = torch.zeros(x.size(0), 1, 64, requires_grad=True)", "d = last.START.requires_grad_()")
+    assert broken(warm.replace("START", "expand(x.size(0), 1, 64).clone()")) == set()
+    assert "slot-shared-delta" in broken(warm.replace("START", "clone()"))
+
+
 def test_a_bound_that_nothing_holds_against_the_score_is_only_doubted() -> None:
     finding = findings(walk("where = places + group[0][0] < limit_of(group)"))["slot-on-scored"]
     assert finding.verdict == "suspect"
@@ -112,6 +143,7 @@ def test_only_an_end_that_numbers_do_not_compare_is_doubtful() -> None:
     scored = tok(("tail", "first", ""))
     assert perhaps_apart(tok(("head", "bound", "")), scored)
     assert not perhaps_apart(tok(), scored)
+    assert not perhaps_apart(tok(("head", "add(first,64)", "+64")), scored)
     assert not perhaps_apart(tok(("head", "1000", "")), tok(("tail", "960", "")))
     assert not perhaps_apart(tok(("head", "bound", ""), ("tail", "first", "")), scored)
 

@@ -125,4 +125,6 @@ def joined_slot(one: Any, other: Any) -> Any:
         return one | other
     if isinstance(one, tuple) and isinstance(other, tuple):
         return one if len(one) >= len(other) else other
+    if isinstance(one, str) and isinstance(other, str):
+        return max(one, other)  # of #rows: "one" for all windows on either side
     return other

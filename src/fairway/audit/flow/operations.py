@@ -27,6 +27,7 @@ from fairway.audit.flow.known import (
     VIEWS,
 )
 from fairway.audit.flow.ordering import by_length, in_order
+from fairway.audit.flow.rows import over_rows, rows_of, spread
 from fairway.audit.flow.shares import before_share
 from fairway.audit.flow.tokens import Span, Tok
 from fairway.audit.flow.values import (
@@ -44,6 +45,7 @@ from fairway.audit.flow.values import (
     ONE_ROW,
     POSITIONS,
     RAW,
+    SPREAD,
     WEIGHTS,
     Value,
     blend,
@@ -60,7 +62,7 @@ class Operations(Arithmetic):
             return self._view(name, args, node)
         if name in CASTS and args:
             return self._cast(args[0])
-        if name == "repeat_interleave" and args:  # a row for several windows
+        if args and (name == "repeat_interleave" or over_rows(name, args, kwargs)):  # a row for several windows
             for obj in args[0].refs:
                 if "#leaf" in obj.slots:
                     self.heap.set(obj, "#rows", "one")
@@ -157,6 +159,8 @@ class Operations(Arithmetic):
             return base if len(args) > 1 and args[1].const is False else self._started(base, node)
         first = args[1].const if len(args) > 1 else MISSING
         row = (name in MAKES_ROW and first == 0) or (name in ("reshape", "view") and first == 1)
+        if name == "expand" and spread(args[1:]):
+            return base.but(flags=base.flags & ~ONE_ROW | SPREAD)
         return base.but(flags=base.flags | ONE_ROW) if row else base
 
     def _started(self, base: Value, node: ast.AST | None) -> Value:
@@ -182,8 +186,8 @@ class Operations(Arithmetic):
         if base.flags & WEIGHTS or (tensors and len(tensors) == len(base.refs)):
             made = self.snapshot(base)
             rows = {obj.slots["#rows"] for obj in tensors if "#rows" in obj.slots}
-            for cell in made.refs if len(rows) == 1 else ():
-                cell.slots["#rows"] = min(rows)
+            for cell in made.refs if len(rows) == 1 or base.flags & SPREAD else ():
+                cell.slots["#rows"] = "many" if base.flags & SPREAD else min(rows)
             return made.but(flags=base.flags & (WEIGHTS | ONE_ROW), spans=base.spans)
         if not base.refs:
             if base.const is not MISSING or base.items is not None:
@@ -207,7 +211,7 @@ class Operations(Arithmetic):
     def _made(self, name: str, args: list[Value], kwargs: dict[str, Value], node: ast.AST | None) -> Value:
         cell = self.new("tensor", None, node)
         shape = args[1:] if name.startswith("new_") else args
-        rows = self._rows(shape, kwargs)
+        rows = rows_of(shape, kwargs)
         if name in LIKE or name in ("tensor", "array", "new_tensor"):
             content = self.flat(args[0]) if args else NOTHING
             if name in LIKE:
@@ -239,16 +243,6 @@ class Operations(Arithmetic):
                 joined = join(joined, each)
             columns.append(joined)
         return tuple(columns) if all(map(self.plain, columns)) else ()
-
-    def _rows(self, shape: list[Value], kwargs: dict[str, Value]) -> str:
-        """Whether a tensor has one row for all windows of a batch, or one for each."""
-        if len(shape) == 1 and shape[0].items is not None:
-            shape = list(shape[0].items)
-        if not shape and "size" in kwargs and kwargs["size"].items is not None:
-            shape = list(kwargs["size"].items or ())
-        if not shape:
-            return "one"
-        return "one" if len(shape) == 1 or shape[0].const == 1 else "many"
 
     # Losses and choices.
     def _loss(self, name: str, flats: list[Value], node: ast.AST | None) -> Value | None:

@@ -114,7 +114,9 @@ def perhaps_apart(learned: Tok, scored: Tok) -> bool:
 
 
 def _comparable(one: Cut, other: Cut) -> bool:
-    """Whether numbers say how two ends lie to each other."""
+    """Whether numbers, or the one being the other and more, say how two ends lie to each other."""
+    if one[1].startswith(f"add({other[1]},"):
+        return True
     if all(each[1].lstrip("-").isdigit() for each in (one, other)):
         return one[1].startswith("-") is other[1].startswith("-")
     named, named_b = _apart_from_numbers(one[2])[0], _apart_from_numbers(other[2])[0]
