@@ -28,6 +28,8 @@ class Definitions(Patterns):
                     return
         for each in reversed(node.decorator_list):
             decorator = self.evaluate(each)
+            if _keeps_names(each):
+                continue
             if any(obj.kind in ("function", "bound", "class", "partial", "instance") for obj in decorator.refs):
                 made = self.call(decorator, [value], {}, each)
                 value = made if made.refs else value
@@ -102,3 +104,11 @@ class Definitions(Patterns):
 
     def imported(self, name: str, node: ast.AST) -> Value | None:
         raise NotImplementedError
+
+
+def _keeps_names(decorator: ast.expr) -> bool:
+    """@functools.wraps(other): what it decorates stays what it is, under the other's name."""
+    if not isinstance(decorator, ast.Call):
+        return False
+    function = decorator.func
+    return (function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")) == "wraps"
