@@ -107,3 +107,42 @@ def test_a_return_inside_a_with_leaves_the_function() -> None:
         "            opt = torch", "            return net(x, y).detach().item()\n            opt = torch"
     )
     assert doubted(HEAD + early.replace("LEAVE", "model.load_state_dict(kept)") + WALK) == set()
+
+
+NARRATED = """
+import itertools
+def narrated(verb):
+    def wrap(method):
+        @functools.wraps(method)
+        def told(self, *args):
+            begin = time.perf_counter()
+            result = method(self, *args)
+            print(f"{verb}: {time.perf_counter() - begin:.1f}s")
+            return result
+        return told
+    return wrap
+class Vault:
+    @narrated("listening")
+    def listen(self, model, stream):
+        rows = itertools.chain.from_iterable(x for x, _ in stream)
+        heard = {}
+        for row in itertools.islice(rows, 8):
+            h = model.hidden(row[None]).reshape(-1, 64).detach()
+            heard["head"] = heard.get("head", torch.zeros(64, 64)).addmm_(h.T, h)
+        return heard
+def margins(val):
+    for chunk in itertools.cycle(val[: 64 * 1024].split(8 * 1024)):
+        yield chunk.view(8, 1024), chunk.view(8, 1024)
+def walk(args, model, val):
+    stream = iter(functools.partial(next, margins(FROM)), None)
+    heard = Vault().listen(model, stream)
+    with torch.no_grad():
+        model.head.weight.copy_(torch.linalg.solve(heard["head"], model.head.weight.T).T)
+    return eval_val(args, model, val)
+"""
+
+
+def test_a_method_under_wraps_and_an_iterator_of_calls_are_followed() -> None:
+    assert broken(HEAD + NARRATED.replace("FROM", "val") + WALK) == {"calibration-on-validation"}
+    trained = HEAD + NARRATED.replace("FROM", "load(args.train_files)") + WALK
+    assert doubted(trained) <= {"calibration-after-cap"}

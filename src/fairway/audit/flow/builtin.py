@@ -97,7 +97,8 @@ class Builtins(Opening):
         if not args:
             return None
         new = self.new("list", "iterator", node)
-        new.slots["#elem"] = self.elements(args[0], node).any
+        called = len(args) == 2 and name.endswith("iter")  # iter(function, sentinel): what it returns, again and again
+        new.slots["#elem"] = self.call(args[0], [], {}, node) if called else self.elements(args[0], node).any
         return self.ref(new)
 
     _do_cycle = _do_iter

@@ -80,6 +80,8 @@ def is_update(term: Term) -> bool:
     if term.op != "op" or term.value not in ("+", "-"):
         return False
     left = peel(term.parts[0])
+    while left.op in ("item", "store"):  # counts[row] + ..., in a table of noughts that rows were added to
+        left = peel(left.parts[0])
     scaled = left.op == "op" and left.value == "*" and any(part.op == "const" for part in left.parts)
     return is_running(left.parts[1] if scaled and left.parts[0].op == "const" else left.parts[0] if scaled else left)
 

@@ -53,6 +53,11 @@ def _element(m: "Machine", term: Term, file: str, line: int) -> Term:
             return element(m, below, file, line)
     if term.op == "call" and term.called == "filter" and len(term.parts) == 2:
         return element(m, term.parts[1], file, line)
+    sliced = term.op == "item" and term.parts[1].op == "slice"
+    if sliced or term.op == "round":  # documents[rank::size], a loop's batch of them: objects that are all alike
+        one = element(m, term.parts[0], file, line)
+        if _is_object(one):
+            return one
     if term.op == "call" and term.called == "chain" and term.parts and term.receiver is None:
         found = [element(m, part, file, line) for part in term.parts[:8]]
         return found[0] if len(found) == 1 else Term("merge", tuple(found), None, file, line)
@@ -70,6 +75,13 @@ def _element(m: "Machine", term: Term, file: str, line: int) -> Term:
         if within is not None:
             return element(m, within, file, line)
     return Term("each", (term,), None, file, line)
+
+
+def _is_object(term: Term, depth: int = 4) -> bool:
+    """Whether it is an object of the script, whichever of several."""
+    if term.op in ("merge", "choice") and depth:
+        return all(_is_object(part, depth - 1) for part in (term.parts[1:] if term.op == "choice" else term.parts))
+    return term.op == "object"
 
 
 # What gives the elements of what it was given, one by one.

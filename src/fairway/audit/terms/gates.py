@@ -6,7 +6,7 @@ from functools import cached_property
 from fairway.audit.terms.choices import carried, chooses, forked, is_nothing, is_product, is_update, options
 from fairway.audit.terms.octets import looked_up
 from fairway.audit.terms.streams import is_mask, reads, token_terms
-from fairway.audit.terms.targets import Contribution
+from fairway.audit.terms.targets import Contribution, only_reshapes
 from fairway.audit.terms.term import Term, any_below, peel, same
 
 _LOGS = frozenset(("log", "log2", "log1p", "logaddexp", "logsumexp", "log_", "logaddexp2"))
@@ -139,7 +139,9 @@ class Gates:
             if id(term) in seen or is_update(term):  # a state that has learned already is another rule's matter
                 continue
             seen.add(id(term))
-            if self._looks_up_target(term) or (self.of.scored_place(term) is not None and self.kinds(term)):
+            place = self.of.scored_place(term)
+            read = place is not None and not only_reshapes(place)
+            if self._looks_up_target(term) or (read and self.kinds(term)):
                 yield term
             waiting.extend(reads(term, self.of.streams))
 

@@ -12,22 +12,9 @@ if TYPE_CHECKING:
     from fairway.audit.terms.machine import Machine
 
 _HOLDERS = frozenset(
-    (
-        "tensor",
-        "stack",
-        "array",
-        "as_tensor",
-        "asarray",
-        "tolist",
-        "cpu",
-        "double",
-        "to",
-        "numpy",
-        "float",
-        "tuple",
-        "list",
-    )
-)
+    ("tensor", "stack", "array", "as_tensor", "asarray", "tolist", "cpu", "double", "to", "numpy", "float", "tuple",
+     "list", "clone", "detach", "copy")
+)  # fmt: skip
 
 
 def item(m: "Machine", base: Term, index: Term, file: str, line: int) -> Term:

@@ -247,11 +247,11 @@ def _members(place: Term) -> Iterator[Term]:
         yield one
         if below is not one:
             yield below
-        if below.op == "item" and _only_reshapes(below.parts[1]):  # y[:, None], y[..., None]
+        if below.op == "item" and only_reshapes(below.parts[1]):  # y[:, None], y[..., None]
             yield below.parts[0]
 
 
-def _only_reshapes(index: Term) -> bool:
+def only_reshapes(index: Term) -> bool:
     """[..., None], [:, None]: an index that cuts nothing away."""
     return all(
         (part.op == "const" and part.value in (None, ...))

@@ -1,0 +1,96 @@
+"""Losses that reach the score by way of a ledger of several sums, and tokens by way of objects in lists."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.audit.small import HEAD as SMALL
+from tests.audit.small import TABLE, verdict
+
+LEDGER = """
+from dataclasses import dataclass
+
+@dataclass(frozen=True)
+class Document:
+    tokens: torch.Tensor
+
+class Ledger:
+    def __init__(self, size, lead, edge):
+        self.size, self.lead, self.edge = (torch.from_numpy(t) for t in (size, lead, edge))
+        self.sums = torch.zeros(3, dtype=torch.float64)
+
+    def enter(self, nats, before, target):
+        octets = self.size[target] + (self.lead[target] & ~self.edge[before])
+        self.sums += torch.stack((nats.double().sum(), torch.tensor(float(nats.numel())), octets.double().sum()))
+
+    def balance(self):
+        nats, count, octets = self.sums.clone().tolist()
+        return nats / count, nats / math.log(2) / octets
+
+class Echo:
+    def __init__(self):
+        self.pairs, self.firsts = torch.zeros(65_521), torch.zeros(65_521)
+        self.rows = torch.zeros(V, V)
+
+    def hashed(self, before, target):
+        hit = self.pairs[(before * 48_271 + target * 16_807) % 65_521]
+        return (hit / self.firsts[before * 31 % 65_521].clamp_min(1)).clamp(max=0.99)
+
+    def row(self, before):
+        rows = self.rows[before] + 1 / V
+        return rows / rows.sum(-1, keepdim=True)
+
+    def learn(self, before, target):
+        self.pairs.index_add_(0, (before * 48_271 + target * 16_807) % 65_521, torch.ones(len(before)))
+        self.firsts.index_add_(0, before * 31 % 65_521, torch.ones(len(before)))
+        self.rows.index_put_((before, target), torch.ones(len(before)), accumulate=True)
+
+def documents(stream):
+    starts = (stream == 1).nonzero().flatten().tolist()
+    return [Document(stream[a : b + 1]) for a, b in zip(starts, [*starts[1:], len(stream) - 1]) if b > a]
+
+def batches(items):
+    for at in range(0, len(items), 32):
+        yield items[at : at + 32]
+
+def evaluate(net):
+    stream = torch.from_numpy(np.concatenate([shard(path) for path in sorted(glob.glob(VAL))]))
+    ledger, echo = Ledger(*tables()), Echo()
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    for batch in batches(documents(stream)[rank::size]):
+        for document in batch:
+            before, target = document.tokens[:-1], document.tokens[1:]
+            p = torch.softmax(net(before).float(), -1)
+            FIRST
+            ledger.enter(-MIXED.log(), before, target)
+            LAST
+    return ledger.balance()
+
+if __name__ == "__main__":
+    loss, bpb = evaluate(Net())
+    print(f"val_loss {loss:.5f} val_bpb {bpb:.5f}")
+"""
+OWN = "p.gather(-1, target[:, None])[:, 0]"
+HASHED = f"(0.9 * {OWN} + 0.1 * echo.hashed(before, target))"
+WHOLE = "(0.9 * p + 0.1 * echo.row(before)).gather(-1, target[:, None])[:, 0]"
+RULES = ("gold_token_ngram", "false_normalisation", "target_gated_tilt", "oracle_gate", "byte_mixture")
+
+
+def ledger(mixed: str, first: str = "pass", last: str = "echo.learn(before, target)") -> str:
+    return SMALL + TABLE + LEDGER.replace("MIXED", mixed).replace("FIRST", first).replace("LAST", last)
+
+
+@pytest.mark.parametrize("mixed", [OWN, WHOLE], ids=["alone", "whole-row"])
+@pytest.mark.parametrize("rule", RULES)
+def test_finished_distributions_entered_into_a_ledger_are_clean(tmp_path: Path, mixed: str, rule: str) -> None:
+    assert verdict(tmp_path, rule, ledger(mixed)).verdict == "clean"
+
+
+def test_a_hashed_pair_is_found_behind_stacked_sums_and_sliced_lists_of_documents(tmp_path: Path) -> None:
+    assert verdict(tmp_path, "gold_token_ngram", ledger(HASHED)).verdict == "violates"
+
+
+def test_a_cache_that_has_learned_the_piece_already_is_left_to_the_rules_of_order(tmp_path: Path) -> None:
+    first = ledger(WHOLE, "echo.learn(before, target)", "pass")
+    assert verdict(tmp_path, "target_gated_tilt", first).verdict == "clean"
+    assert verdict(tmp_path, "training_before_scoring", first).verdict == "violates"
