@@ -71,7 +71,47 @@ PADDED = """
         nll = torch.where(b != 0, losses, torch.zeros_like(losses)).clamp(max=80.0)
 """
 
+EXPERTS = """
+class Mixer:
+    def __init__(self):
+        self.counts, self.weights = np.zeros((1 << 16, V)), np.zeros((1, 2))
+
+    def state(self):
+        return self.counts, self.weights, 0.02
+
+def mix(before, after, log_p, counts, weights, rate, out):
+    for j in range(len(after)):
+        row = (before[j] * 36313) & 65535
+        top = weights[0, 0]
+        for e in range(1, 2):
+            top = max(top, weights[0, e])
+        share, total = np.empty(2), 0.0
+        for e in range(2):
+            share[e] = math.exp(weights[0, e] - top)
+            total += share[e]
+        chance = np.empty((2, V))
+        for a in range(V):
+            chance[0, a] = math.exp(log_p[j, a])
+            chance[1, a] = (counts[row, a] + 0.1) / (counts[row].sum() + 0.1 * V)
+        pool = (share[0] * chance[0] + share[1] * chance[1]) / total
+        token = after[j]
+        out[j] = -math.log(max(pool[token], 1e-12))
+        for e in range(2):
+            weights[0, e] += rate * (chance[e, token] / pool[token] - 1.0)
+        counts[row, token] += 1
+        if counts[row, token] > 255:
+            counts[row] = counts[row] // 2
+"""
+
+LEARNING = """
+        out = np.empty(len(y))
+        log_p = torch.log_softmax(net(torch.from_numpy(x)).float(), -1).numpy()
+        mix(x, y, log_p, *mixer.state(), out)
+        nll = torch.from_numpy(out)
+"""
+
 HONEST = {
+    "experts-that-learn-token-by-token": (LEARNING, "mixer = Mixer()", EXPERTS),
     "plain": (PLAIN, "pass", ""),
     "blended-rows": (BLEND, "rows = Rows()", CACHE),
     "token-only-tilt": (TILT, "memory = {}", ""),
@@ -449,3 +489,11 @@ WALKED = """
 def test_what_followed_most_often_may_be_kept_by_comparing_counts(tmp_path: Path) -> None:
     text = script(loss=WALKED, state="best, most, seen = {}, {}, {}")
     assert {rule: verdict(tmp_path, rule, text).verdict for rule in RULES} == dict.fromkeys(RULES, "clean")
+
+
+def test_experts_that_learn_token_by_token_may_not_ask_for_the_token_first(tmp_path: Path) -> None:
+    asks = EXPERTS.replace(
+        "share[e] = math.exp(weights[0, e] - top)", "share[e] = math.exp(weights[0, after[j] % 2] - top)"
+    )
+    text = script(loss=LEARNING, state="mixer = Mixer()", extra=asks)
+    assert verdict(tmp_path, "target_gated_tilt", text).verdict == "violates"

@@ -189,19 +189,21 @@ def _entered(
     changed: dict[str, Term] = {}
     result = enter(m, function, positional, named, closed, changed)
     if here.node is not None and changed:
-        _copy_out(m, function, here, changed, owners + len(before))
+        _copy_out(m, function, here, changed, owners + len(before), len(positional))
     return result
 
 
-def _copy_out(m: "Machine", function: Function, here: Here, changed: dict[str, Term], skip: int) -> None:
-    """A container that a function filled in place is filled for its caller, too."""
+def _copy_out(m: "Machine", function: Function, here: Here, changed: dict[str, Term], skip: int, count: int) -> None:
+    """A container that a function filled in place is filled for its caller, too. skip: parameters that the call does
+    not write; count: positional arguments with them."""
     assert here.node is not None
     names = [a.arg for a in (*function.node.args.posonlyargs, *function.node.args.args)]
-    arguments: list[tuple[str, ast.expr]] = [
-        (name, argument)
-        for name, argument in zip(names[skip:], here.node.args, strict=False)
-        if not isinstance(argument, ast.Starred)
-    ]
+    given = here.node.args
+    stars = [n for n, argument in enumerate(given) if isinstance(argument, ast.Starred)]
+    before = given[: stars[0]] if stars else given
+    after = given[stars[-1] + 1 :] if stars else []
+    arguments: list[tuple[str, ast.expr]] = list(zip(names[skip:], before, strict=False))
+    arguments += zip(names[count - len(after) :] if after else (), after, strict=False)
     arguments += [(keyword.arg, keyword.value) for keyword in here.node.keywords if keyword.arg]
     for name, argument in arguments:
         if name in changed and isinstance(argument, (ast.Name, ast.Attribute, ast.Subscript)):

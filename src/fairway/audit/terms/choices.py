@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-from fairway.audit.terms.targets import is_running
 from fairway.audit.terms.term import Term, alternatives, peel
 
 _PRODUCTS = frozenset(("mul", "multiply", "dot", "matmul", "einsum", "lerp", "mm", "bmm", "average"))
@@ -73,17 +72,6 @@ def chooses(operand: Term) -> bool:
     if below.op in ("list", "tuple"):
         return below.value != "comp"
     return below.op == "item"
-
-
-def is_update(term: Term) -> bool:
-    """decay * state + what is learned: the next value of something that began as nought and is carried along."""
-    if term.op != "op" or term.value not in ("+", "-"):
-        return False
-    left = peel(term.parts[0])
-    while left.op in ("item", "store"):  # counts[row] + ..., in a table of noughts that rows were added to
-        left = peel(left.parts[0])
-    scaled = left.op == "op" and left.value == "*" and any(part.op == "const" for part in left.parts)
-    return is_running(left.parts[1] if scaled and left.parts[0].op == "const" else left.parts[0] if scaled else left)
 
 
 def is_product(term: Term) -> bool:

@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from functools import cached_property
 
-from fairway.audit.terms.choices import carried, chooses, forked, is_nothing, is_product, is_update, options
+from fairway.audit.terms.choices import carried, chooses, forked, is_nothing, is_product, options
 from fairway.audit.terms.octets import looked_up
 from fairway.audit.terms.streams import is_mask, reads, token_terms
-from fairway.audit.terms.targets import Contribution, only_reshapes
+from fairway.audit.terms.targets import Contribution, only_reshapes, unlearned
 from fairway.audit.terms.term import Term, any_below, peel, same
 
 _LOGS = frozenset(("log", "log2", "log1p", "logaddexp", "logsumexp", "log_", "logaddexp2"))
@@ -23,10 +23,16 @@ class Gates:
     def __init__(self, contribution: Contribution) -> None:
         self.of = contribution
         self.kinds = contribution.kinds
+        self._now: dict[int, tuple[Term, bool]] = {}
 
     @cached_property
     def nodes(self) -> list[Term]:
         return list(self.of.below(self.of.term))
+
+    @cached_property
+    def present(self) -> list[Term]:
+        """The nodes that are reached otherwise than through what a state has learned."""
+        return list(self.without_learning(self.of.term))
 
     @cached_property
     def inside(self) -> set[int]:
@@ -42,7 +48,7 @@ class Gates:
 
     def oracles(self) -> Iterator[Term]:
         """Choices between losses (or probabilities) of one target by comparing them."""
-        for term in self.nodes:
+        for term in self.present:
             fork = forked(term)
             if fork is not None:
                 test, yes, no = fork
@@ -95,7 +101,7 @@ class Gates:
     def _scored(self, term: Term) -> bool:
         if not self.of.targets:  # answers of yes and no, worked out of the token's bits, are no place in a row
             return any_below(term, lambda t: t.called.startswith("binary_cross_entropy"))
-        return bool(self.kinds(term) & {"score", "key"})
+        return bool(self.kinds(term) & {"score", "key"}) and self._reads_target(term)
 
     def _compared(self, test: Term) -> Iterator[Term]:
         """Comparisons by size of two losses; `better = a - b; better > 0` is one, too."""
@@ -115,13 +121,13 @@ class Gates:
 
     def gated(self) -> Iterator[Term]:
         """Switches and weights that read the target in another way than as a place or by matching a hint."""
-        for term in self.nodes:
+        for term in self.present:
             fork = forked(term)
             if fork is not None:
                 yield from self._switch(term, *fork)
             elif is_product(term):
                 yield from self._weight(term)
-        for term in self.nodes:
+        for term in self.present:
             if id(term) in self.inside and self._looks_up_target(term):
                 yield term
             place = self.of.scored_place(term)
@@ -133,17 +139,23 @@ class Gates:
         """What in a distribution reads the target before the distribution is read at it."""
         if not self.kinds(distribution) & {"score", "read"}:
             return
-        waiting, seen = [distribution], set[int]()
-        while waiting and len(seen) < 20_000:
-            term = waiting.pop()
-            if id(term) in seen or is_update(term):  # a state that has learned already is another rule's matter
-                continue
-            seen.add(id(term))
+        for term in self.without_learning(distribution):
             place = self.of.scored_place(term)
             read = place is not None and not only_reshapes(place)
-            if self._looks_up_target(term) or (read and self.kinds(term)):
+            if self._looks_up_target(term) or (read and self._reads_target(term)):
                 yield term
-            waiting.extend(reads(term, self.of.streams))
+
+    def _reads_target(self, root: Term) -> bool:
+        """Whether a value reads the target otherwise than through what a state has learned."""
+        if id(root) not in self._now:
+            below = self.without_learning(root) if self.kinds(root) else ()
+            found = any(self.of.streams.is_stream(term) and bool(self.kinds(term)) for term in below)
+            self._now[id(root)] = (root, found)
+        return self._now[id(root)][1]
+
+    def without_learning(self, root: Term) -> Iterator[Term]:
+        """All that a value reads now; what a state has learned is another rule's matter."""
+        return unlearned(root, lambda term: reads(term, self.of.streams))
 
     def looks_up(self, term: Term) -> bool:
         """Whether a switch looks its target up in a table, whatever else it reads."""
@@ -240,7 +252,7 @@ class Gates:
         """table[target] where the table is no distribution and no memory of contexts."""
         if term.op != "item" or self.of.scored_place(term) is not None or is_mask(term.parts[1]):
             return False
-        reads_it = "read" in self.kinds(term) & self.kinds(term.parts[1]) and not self.kinds(term.parts[0])
+        reads_it = "read" in self.kinds(term) & self.kinds(term.parts[1]) and not self._reads_target(term.parts[0])
         return reads_it and not self.of.streams.is_stream(term)
 
     # ---- ratios of counts

@@ -170,7 +170,7 @@ def _is_whole(term: Term) -> bool:
 
 def spread_over_bytes(gates: Gates) -> Iterator[Term]:
     """p ** (1 / bytes of the target), or nll / bytes inside the logarithm of a mixture."""
-    for term in gates.nodes:
+    for term in gates.present:
         if len(term.parts) < 2:
             continue
         power = (term.op == "op" and term.value == "**") or term.called in ("pow", "power", "float_power")
@@ -184,4 +184,9 @@ def _depends(gates: Gates, base: Term, other: Term) -> bool:
 
 
 def _is_length(term: Term) -> bool:
-    return any_below(term, lambda t: t.op == "call" and t.called in ("len", "encode", "numel"))
+    """Whether a length is in it; not that of what a loop goes through."""
+    return any_below(term, lambda t: t.op == "call" and t.called in ("len", "encode", "numel"), _is_no_turn)
+
+
+def _is_no_turn(term: Term) -> bool:
+    return term.op != "each" and term.called != "range"

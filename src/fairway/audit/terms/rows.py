@@ -60,7 +60,19 @@ def _sums(term: Term, rows: list[tuple[Term, Term]]) -> bool:
     """A sum over the same counts."""
     if term.op != "call" or term.called not in ("sum", "nansum", "norm", "fsum", "softmax"):
         return False
-    return any(any_below(term, lambda t, row=row: t is row or same(t, row, 8)) for row, _ in rows)  # type: ignore[misc]
+    return any(any_below(term, lambda t, row=row: _is_of(row, t)) for row, _ in rows)  # type: ignore[misc]
+
+
+def _is_of(row: Term, term: Term) -> bool:
+    """Whether this is the row, or the whole of which it is a place: counts[context] for counts[context, token]."""
+    if term is row or same(term, row, 8):
+        return True
+    if term.op != "item" or row.op != "item" or row.parts[1].op != "tuple":
+        return False
+    context = row.parts[1].parts[:-1]
+    own = term.parts[1].parts if term.parts[1].op == "tuple" else (term.parts[1],)
+    alike = len(own) == len(context) and all(same(a, b, 8) for a, b in zip(own, context, strict=True))
+    return alike and same(peel(term.parts[0]), peel(row.parts[0]), 6)
 
 
 def is_summed(term: Term) -> bool:
@@ -101,7 +113,7 @@ def greatest(gates: Gates) -> Iterator[Term]:
     """The larger of several distributions token by token, which nothing divides by its sum afterwards."""
     whole = {id(below) for term in gates.nodes for below in made_whole(term)}
     whole |= {id(b) for t in gates.nodes if t.called in _SOFTENING for b in gates.of.below(*t.parts)}
-    for term in gates.nodes:
+    for term in gates.present:
         if id(term) not in gates.inside or id(term) in whole or term.called not in ("maximum", "fmax", "max", "amax"):
             continue
         among = options(term)
@@ -109,9 +121,10 @@ def greatest(gates: Gates) -> Iterator[Term]:
             stacked = peel(among[0])
             listed = stacked.operand("tensors", "arrays") if stacked.called in ("stack", "cat") else None
             among = list(listed.parts) if listed is not None and listed.op in ("list", "tuple") else []
-        if sum(any_below(part, lambda t: t.called in ("softmax", "log_softmax")) for part in among) >= 2 and not any(
-            gates.kinds(part) for part in among
-        ):
+        soft = [
+            part for part in among if any(t.called in ("softmax", "log_softmax") for t in gates.without_learning(part))
+        ]
+        if len(soft) >= 2 and not any(gates.kinds(part) for part in among):
             yield term
 
 

@@ -9,7 +9,7 @@ cross entropy, the index of a gather), or compared with a hint. `Target.kinds` s
     read     in any other way: looked up in a table, compared in size, computed with
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 
 from fairway.audit.terms.octets import looked_up
@@ -113,7 +113,10 @@ class Contribution:
             if self.streams.is_stream(base):
                 self.wide[id(base)] = (base, False)
             else:
-                made = any_below(base, _makes_distribution) and self.streams.from_tokens(base)
+                learned_apart = not is_learned(base) and any_below(
+                    base, _makes_distribution, lambda t: not is_learned(t)
+                )
+                made = learned_apart and self.streams.from_tokens(base)
                 row = self.streams.is_memory(base) and bool(reads_of_memory(base))
                 self.wide[id(base)] = (base, made or row)
         return self.wide[id(base)][1]
@@ -375,6 +378,52 @@ def is_running(term: Term) -> bool:
         if one.op in ("merge", "choice"):
             waiting.extend(one.parts[1:] if one.op == "choice" else one.parts)
         elif one.op in ("op", "mutate") and one.parts:
+            waiting.append(one.parts[0])
+    return False
+
+
+def is_update(term: Term) -> bool:
+    """decay * state + what is learned: the next value of something that began as nought and is carried along."""
+    if term.op != "op" or term.value not in ("+", "-"):
+        return False
+    left = peel(term.parts[0])
+    while left.op in ("item", "store"):  # counts[row] + ..., in a table of noughts that rows were added to
+        left = peel(left.parts[0])
+    scaled = left.op == "op" and left.value == "*" and any(part.op == "const" for part in left.parts)
+    return is_running(left.parts[1] if scaled and left.parts[0].op == "const" else left.parts[0] if scaled else left)
+
+
+def is_learned(term: Term) -> bool:
+    """An update of what is kept: a tensor, a moving average, a place in a table that is stored again; no number that a
+    loop only adds to, and no sum with a place of a table, which is only read."""
+    if term.op == "store":
+        return is_update(term.parts[2])
+    return is_update(term) and not _is_number(term.parts[0]) and peel(term.parts[0]).op != "item"
+
+
+def unlearned(root: Term, parts: Callable[[Term], Iterable[Term]] = lambda term: term.parts) -> Iterator[Term]:
+    """All that a value is made of, each once, without what a state of it has learned. parts: what a term reads."""
+    waiting, seen = [root], set[int]()
+    while waiting and len(seen) < 20_000:
+        term = waiting.pop()
+        if id(term) in seen or (is_learned(term) and term.op != "store" and term is not root):
+            continue
+        seen.add(id(term))
+        yield term
+        waiting.extend(term.parts[:2] if is_learned(term) and term.op == "store" else parts(term))
+
+
+def _is_number(total: Term) -> bool:
+    """Whether a running total began as the number nought."""
+    waiting, steps = [total], 0
+    while waiting and steps < 40:
+        one = peel(waiting.pop())
+        steps += 1
+        if one.op == "const":
+            return True
+        if one.op in ("merge", "choice"):
+            waiting.extend(one.parts[1:] if one.op == "choice" else one.parts)
+        elif one.op == "op" and one.value in ("+", "-") and one.parts:
             waiting.append(one.parts[0])
     return False
 
