@@ -149,6 +149,23 @@ def test_what_was_counted_beside_a_score(counts: str, figures: str, subset: bool
     assert (found(subset_as_full, at).verdict == "violates") == subset  # else it tells that the script scores nothing
 
 
+@pytest.mark.parametrize(
+    ("row", "verdict"),
+    [
+        ("| 5 | 6500 | 1.15550 |", "clean"),
+        ("| 5 | 1.9512 | **1.1555** |", "clean"),
+        ("| 5 | 1.1501 | 15.1 MB |", "violates"),
+        ("| 6 | 1.1501 |", "clean"),
+        ("5 of 6 runs gave 1.1501", "clean"),
+    ],
+)
+def test_a_seeds_row_in_the_readme_is_what_its_log_prints(row: str, verdict: str, tmp_path: Path) -> None:
+    at = folder(tmp_path / "it")
+    (at / "README.md").write_text(f"# Run\n\n| seed | score |\n|---|---|\n{row}\n")
+    finding = found(record_figures, at)
+    assert (finding.verdict, finding.place) == (verdict, Place("README.md", 5) if verdict == "violates" else None)
+
+
 TABLE = """
 OPTIONS = {"wide": 512, "deep": 9, "rate": 0.02, "cap": 30.0, "keep": 10, "word": "on", "seed": 5}
 """

@@ -8,7 +8,7 @@ final_int6_roundtrip_exact val_loss:1.94812345 val_bpb:1.15379012 eval_time:7421
 import re
 from dataclasses import dataclass, field, replace
 
-from fairway.audit.printed import leaves, table_in
+from fairway.audit.printed import leaves, source_end, table_in
 from fairway.audit.records import free
 from fairway.audit.records.free import Progress
 from fairway.audit.records.numbers import numbers
@@ -32,7 +32,6 @@ _ARTIFACT = re.compile(
     re.IGNORECASE,
 )
 _TIMER = re.compile(r"\b(\d+(?:\.\d+)?)\s*(ms|s|sec|secs|seconds)\b")
-_RULE = re.compile(r"={40,}$")
 _WARMING = re.compile(r"warmup_step[:\s=]+\d+(?:/|\s*$)")
 _UNITS = {"ms": 0.001, "s": 1.0, "sec": 1.0, "secs": 1.0, "seconds": 1.0, "m": 60.0}
 _LONGEST = 2_000  # characters of a line that is looked at
@@ -106,7 +105,7 @@ def read(path: str, text: str) -> Log:
     """All that a log says. Lines of the source at its head say nothing. Where the challenge's own phrases stand nowhere
     in it, its numbers are told by words, units and sums."""
     rows = text.split("\n")
-    start = _source_end(rows)
+    start = source_end(rows)
     source = "\n".join(rows[: start - 1]) if start else ""
     told = [(number, row[:_LONGEST]) for number, row in enumerate(rows, 1) if number > start]
     way = _progress(told)
@@ -165,15 +164,6 @@ def _sizes(told: list[tuple[int, str]]) -> tuple[tuple[Amount, ...], ...]:
         tuple(Amount(s.line, s.row, s.value) for s in said if s.role == role) for role in ("code", "model", "total")
     ]
     return codes or parted[0], parted[1], parted[2]
-
-
-def _source_end(rows: list[str]) -> int:
-    """The line of `=` that closes the source at the head; 0 where there is none."""
-    for number, row in enumerate(rows[:6_000], 1):
-        if _RULE.match(row.strip()) and number > 20:
-            head = rows[: number - 1]
-            return number if any(line.startswith(("import ", "from ", "def ", "exec")) for line in head) else 0
-    return 0
 
 
 def _seed(path: str, told: list[tuple[int, str]]) -> tuple[int | None, int]:
