@@ -26,6 +26,9 @@ _CODE = re.compile(r"code\s*size[^:=\d]*[:=]\s*" + _BYTES, re.IGNORECASE)
 _MODEL = re.compile(r"serialized\s*model[^:=]*[:=]\s*" + _BYTES, re.IGNORECASE)
 _TOTAL = re.compile(r"total\s*submission\s*size[^:=]*[:=]\s*" + _BYTES, re.IGNORECASE)
 _SHA = re.compile(r"sha256[\s:=]*(\w+)?[\s:=]+([0-9a-f]{64})\b|(\w+)[_\s]sha256[\s:=]+([0-9a-f]{64})\b", re.IGNORECASE)
+_SHORT = re.compile(
+    r"\b(code|script|source|train_gpt)(?:\.py)?[\s:=]+(?:sha\w*[\s:=]+)?([0-9a-f]{12,64})\b", re.IGNORECASE
+)
 _ARTIFACT = re.compile(
     r"sha256\b[^:=\n]{0,40}\b(?:artifact|model|archive|weights)\b[^:=\n]{0,40}[:=]\s*([0-9a-f]{64})\b"
     r"|\b(?:artifact|model|archive|weights)\b[^:=\n]{0,40}sha256[^:=\n]{0,20}[:=]\s*([0-9a-f]{64})\b",
@@ -129,7 +132,7 @@ def read(path: str, text: str) -> Log:
         models=models,
         totals=totals,
         timers=tuple(_timers(after)),
-        hashes={(m[1] or m[3] or "").lower(): m[2] or m[4] for _, row in told for m in _SHA.finditer(row)},
+        hashes=_hashes(told),
         settings=settings,
         tabled=tabled,
         artifact_hash=next((m[1] or m[2] for _, row in reversed(told) if (m := _ARTIFACT.search(row))), "").lower(),
@@ -164,6 +167,14 @@ def _sizes(told: list[tuple[int, str]]) -> tuple[tuple[Amount, ...], ...]:
         tuple(Amount(s.line, s.row, s.value) for s in said if s.role == role) for role in ("code", "model", "total")
     ]
     return codes or parted[0], parted[1], parted[2]
+
+
+def _hashes(told: list[tuple[int, str]]) -> dict[str, str]:
+    """name -> hash, in small letters: sha256 of 64 digits, and the first digits of any on a line that speaks of it."""
+    found = {(m[1] or m[3] or "").lower(): (m[2] or m[4]).lower() for _, row in told for m in _SHA.finditer(row)}
+    rows = [row for _, row in told if re.search(r"sha\d|hash|digest|md5", row, re.IGNORECASE)]
+    short = [m for row in rows for m in _SHORT.finditer(row) if re.search(r"[a-f]", m[2]) and re.search(r"\d", m[2])]
+    return {m[1].lower(): m[2].lower() for m in short} | found
 
 
 def _seed(path: str, told: list[tuple[int, str]]) -> tuple[int | None, int]:

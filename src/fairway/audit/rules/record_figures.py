@@ -135,12 +135,13 @@ def _scores(record: Record) -> list[Finding]:
 
 
 def _rows(record: Record, readme: str) -> list[Finding]:
-    """Rows of a table in the README that begin with a seed and give a score: one that the seed's log prints."""
-    found = []
+    """Rows of a table of seeds in the README that give a score: one that the seed's log prints."""
+    found, head = [], ""
     logs = {log.seed: log for log in record.logs if log.seed is not None and log.scores}
     for line, row in enumerate(readme.split("\n"), 1):
+        head = (head or row.lower()) if "|" in row else ""
         cells = [cell.strip(" *`") for cell in row.strip().strip("|").split("|")]
-        log = logs.get(int(cells[0])) if len(cells) > 1 and cells[0].isdecimal() and "|" in row else None
+        log = logs.get(int(cells[0])) if "seed" in head.strip(" |").split("|")[0] and cells[0].isdecimal() else None
         told = [float(cell) for cell in cells[1:] if re.fullmatch(r"[0-3]\.\d{4,}", cell)]
         if log is None or not told:
             continue
