@@ -1,5 +1,6 @@
 """Logs whose phrases nobody has met are read by words, units and sums."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,41 @@ def test_what_was_counted_beside_a_score(counts: str, figures: str, subset: bool
     (at / "run.out").write_text(text)
     assert found(record_figures, at).verdict == figures
     assert (found(subset_as_full, at).verdict == "violates") == subset  # else it tells that the script scores nothing
+
+
+@pytest.mark.parametrize(
+    ("row", "verdict"),
+    [
+        ("| 5 | 6500 | 1.15550 |", "clean"),
+        ("| 5 | 1.9512 | **1.1555** |", "clean"),
+        ("| 5 | 1.1501 | 15.1 MB |", "violates"),
+        ("| 6 | 1.1501 |", "clean"),
+        ("5 of 6 runs gave 1.1501", "clean"),
+    ],
+)
+def test_a_seeds_row_in_the_readme_is_what_its_log_prints(row: str, verdict: str, tmp_path: Path) -> None:
+    at = folder(tmp_path / "it")
+    (at / "README.md").write_text(f"# Run\n\n| seed | score |\n|---|---|\n{row}\n")
+    finding = found(record_figures, at)
+    assert (finding.verdict, finding.place) == (verdict, Place("README.md", 5) if verdict == "violates" else None)
+
+
+@pytest.mark.parametrize(
+    ("digits", "verdict"),
+    [(hashlib.sha256(SCRIPT.encode()).hexdigest()[:16], "clean"), ("0123456789abcdef", "violates")],
+    ids=["the script's", "another's"],
+)
+def test_the_first_digits_of_a_hash_name_the_script(digits: str, verdict: str, tmp_path: Path) -> None:
+    at = folder(tmp_path / "it")
+    (at / "run.out").write_text((at / "run.out").read_text() + f"\nsha256 model fedcba9876543210 code {digits}\n")
+    finding = found(foreign_artifact_or_log, at)
+    assert (finding.verdict, finding.place) == (verdict, Place("run.out", 9) if verdict == "violates" else None)
+
+
+def test_a_table_of_other_things_than_seeds_is_none_of_scores(tmp_path: Path) -> None:
+    at = folder(tmp_path / "it")
+    (at / "README.md").write_text("| layers | score |\n|---|---|\n| 5 | 1.1501 |\n")
+    assert found(record_figures, at).verdict == "clean"
 
 
 TABLE = """

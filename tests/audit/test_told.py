@@ -96,3 +96,16 @@ def test_a_list_of_settings_is_a_table_and_a_printed_result_is_none() -> None:
     listed = "\n".join(("  data: ./d", "  wide: 640", "  deep: 9", "  keep: 11.0", "  clock: 600.0", "  word: on"))
     assert run(OPTIONS, log=listed)[1] == [("wide", 512, 640)]
     assert run(OPTIONS, log="wide: 640 deep: 9 keep: 11.0\nclock: 590.0\n")[1] == []
+
+
+def test_the_source_at_the_head_of_a_log_is_no_table_of_settings() -> None:
+    source = ["import os", *(f"    {name} = 3" for name in ("wide", "deep", "keep", "clock", "data", "word"))]
+    listed = [*source, *["pass"] * 20, "=" * 80, "wide of 512"]
+    assert run(OPTIONS, log="\n".join(listed))[1] == []
+
+
+def test_a_table_of_results_is_none_of_settings() -> None:
+    table = {"wide": 512, "deep": 9, "keep": 3.0, "clock": 588.2, "word": "on", "data": "./d"}
+    assert run(OPTIONS, log=json.dumps(table))[1] == [("clock", 600.0, 588.2), ("keep", 11.0, 3.0)]
+    assert run(OPTIONS, log=json.dumps(table | {"val_bpb": 1.2}))[1] == []
+    assert run(OPTIONS, log="step 100 loss 3.1\n" + json.dumps(table))[1] == []

@@ -1,9 +1,12 @@
-"""Tables of settings that a log prints on one line: JSON, or what Python prints of a dict."""
+"""What a log prints before the first step: the script's source, and tables of settings on one line (JSON, or what
+Python prints of a dict)."""
 
 import ast
 import json
+import re
 from typing import Any
 
+_RULE = re.compile(r"={40,}$")
 _FEWEST = 6  # settings: a smaller table is a result
 
 
@@ -34,3 +37,12 @@ def leaves(table: dict[str, Any]) -> dict[str, Any]:
         elif value is None or isinstance(value, (str, int, float, bool)):
             found[key] = value
     return found
+
+
+def source_end(rows: list[str]) -> int:
+    """The line of `=` that closes the source at the head; 0 where there is none."""
+    for number, row in enumerate(rows[:6_000], 1):
+        if _RULE.match(row.strip()) and number > 20:
+            head = rows[: number - 1]
+            return number if any(line.startswith(("import ", "from ", "def ", "exec")) for line in head) else 0
+    return 0

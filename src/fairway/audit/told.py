@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from fairway.audit.commands import commands_in
-from fairway.audit.printed import table_in
+from fairway.audit.printed import source_end, table_in
 
 _FEWEST = 6  # entries: a smaller dict, or class, is no table of settings
 _HEAD = 400  # lines of a log in which its settings stand
 _LINE = re.compile(r"""^\s*['"]?([A-Za-z_]\w*)['"]?\s*[:=]\s*('[^']*'|"[^"]*"|[\w.+/*-]+)\s*,?\s*$""")
+_BEGUN = re.compile(r"\b(?:step|it|iter|iteration|update)\b['\"\]]?\s*[:=]?\s*\d", re.IGNORECASE)
 _OF_A_RUN = frozenset(
     ("seed", "run", "name", "path", "dir", "file", "out", "log", "logs", "id", "time", "date", "port")
 )
@@ -181,7 +182,11 @@ def _table_of(log: str) -> dict[str, Any]:
     """The settings at a log's head: a table on one line, or a line for each."""
     found: dict[str, Any] = {}
     listed: dict[str, Any] = {}
-    for row in log.split("\n", _HEAD)[:_HEAD]:
+    rows = log.split("\n")
+    start = source_end(rows)
+    for row in rows[start : start + _HEAD]:
+        if _BEGUN.search(row[:200]) or "bpb" in row.lower():
+            break  # what is printed from here on are results
         if len(row) < 20_000 and (table := table_in(row)):
             found = found or _dotted(table)
         elif one := _LINE.match(row[:200]):

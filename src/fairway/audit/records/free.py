@@ -21,6 +21,7 @@ _COUNTED = """
 """
 _NO_SIZE = frozenset(_COUNTED.split())
 _SIZED = re.compile(r"\bbytes?\b|bytes_|_bytes|\bsizes?\b|\d\s?B\b", re.IGNORECASE)
+_BITS = re.compile(r"bpb|bits.{0,5}byte", re.IGNORECASE)
 _ASIDE = re.compile(r"warm-?up|rehears|compil", re.IGNORECASE)
 
 
@@ -70,7 +71,7 @@ def progress(told: Rows) -> list[Progress]:
 def scored(told: Rows) -> Iterator[tuple[int, str, Number, Number | None, float | None, int | None]]:
     """(line, text before, bits per byte, nats per token, seconds, step) of the lines that give bits per byte."""
     for line, row in told:
-        if not any(sign.isdigit() for sign in row):
+        if not _BITS.search(row):
             continue
         read = numbers(row)
         bits = next((each for each in read if each.is_bits), None)

@@ -8,7 +8,7 @@ final_int6_roundtrip_exact val_loss:1.94812345 val_bpb:1.15379012 eval_time:7421
 import re
 from dataclasses import dataclass, field, replace
 
-from fairway.audit.printed import leaves, table_in
+from fairway.audit.printed import leaves, source_end, table_in
 from fairway.audit.records import free
 from fairway.audit.records.free import Progress
 from fairway.audit.records.numbers import numbers
@@ -26,13 +26,15 @@ _CODE = re.compile(r"code\s*size[^:=\d]*[:=]\s*" + _BYTES, re.IGNORECASE)
 _MODEL = re.compile(r"serialized\s*model[^:=]*[:=]\s*" + _BYTES, re.IGNORECASE)
 _TOTAL = re.compile(r"total\s*submission\s*size[^:=]*[:=]\s*" + _BYTES, re.IGNORECASE)
 _SHA = re.compile(r"sha256[\s:=]*(\w+)?[\s:=]+([0-9a-f]{64})\b|(\w+)[_\s]sha256[\s:=]+([0-9a-f]{64})\b", re.IGNORECASE)
+_SHORT = re.compile(
+    r"\b(code|script|source|train_gpt)(?:\.py)?[\s:=]+(?:sha\w*[\s:=]+)?([0-9a-f]{12,64})\b", re.IGNORECASE
+)
 _ARTIFACT = re.compile(
     r"sha256\b[^:=\n]{0,40}\b(?:artifact|model|archive|weights)\b[^:=\n]{0,40}[:=]\s*([0-9a-f]{64})\b"
     r"|\b(?:artifact|model|archive|weights)\b[^:=\n]{0,40}sha256[^:=\n]{0,20}[:=]\s*([0-9a-f]{64})\b",
     re.IGNORECASE,
 )
 _TIMER = re.compile(r"\b(\d+(?:\.\d+)?)\s*(ms|s|sec|secs|seconds)\b")
-_RULE = re.compile(r"={40,}$")
 _WARMING = re.compile(r"warmup_step[:\s=]+\d+(?:/|\s*$)")
 _UNITS = {"ms": 0.001, "s": 1.0, "sec": 1.0, "secs": 1.0, "seconds": 1.0, "m": 60.0}
 _LONGEST = 2_000  # characters of a line that is looked at
@@ -106,7 +108,7 @@ def read(path: str, text: str) -> Log:
     """All that a log says. Lines of the source at its head say nothing. Where the challenge's own phrases stand nowhere
     in it, its numbers are told by words, units and sums."""
     rows = text.split("\n")
-    start = _source_end(rows)
+    start = source_end(rows)
     source = "\n".join(rows[: start - 1]) if start else ""
     told = [(number, row[:_LONGEST]) for number, row in enumerate(rows, 1) if number > start]
     way = _progress(told)
@@ -130,7 +132,7 @@ def read(path: str, text: str) -> Log:
         models=models,
         totals=totals,
         timers=tuple(_timers(after)),
-        hashes={(m[1] or m[3] or "").lower(): m[2] or m[4] for _, row in told for m in _SHA.finditer(row)},
+        hashes=_hashes(told),
         settings=settings,
         tabled=tabled,
         artifact_hash=next((m[1] or m[2] for _, row in reversed(told) if (m := _ARTIFACT.search(row))), "").lower(),
@@ -167,13 +169,12 @@ def _sizes(told: list[tuple[int, str]]) -> tuple[tuple[Amount, ...], ...]:
     return codes or parted[0], parted[1], parted[2]
 
 
-def _source_end(rows: list[str]) -> int:
-    """The line of `=` that closes the source at the head; 0 where there is none."""
-    for number, row in enumerate(rows[:6_000], 1):
-        if _RULE.match(row.strip()) and number > 20:
-            head = rows[: number - 1]
-            return number if any(line.startswith(("import ", "from ", "def ", "exec")) for line in head) else 0
-    return 0
+def _hashes(told: list[tuple[int, str]]) -> dict[str, str]:
+    """name -> hash, in small letters: sha256 of 64 digits, and the first digits of any on a line that speaks of it."""
+    found = {(m[1] or m[3] or "").lower(): (m[2] or m[4]).lower() for _, row in told for m in _SHA.finditer(row)}
+    rows = [row for _, row in told if re.search(r"sha\d|hash|digest|md5", row, re.IGNORECASE)]
+    short = [m for row in rows for m in _SHORT.finditer(row) if re.search(r"[a-f]", m[2]) and re.search(r"\d", m[2])]
+    return {m[1].lower(): m[2].lower() for m in short} | found
 
 
 def _seed(path: str, told: list[tuple[int, str]]) -> tuple[int | None, int]:

@@ -23,6 +23,7 @@ _HEAD = 400  # lines in which settings are printed
 _LONGEST = 20_000  # characters of such a line
 _OTHERS = 12  # names on which two logs differ: beyond that they are logs of two scripts, and other checks say so
 _SETTINGS = 4  # fewer names on a line are no dump of settings
+_SCRIPTS = ("script", "train_gpt", "source", "code", "code_file")
 _OF_THE_RUN = ("seed", "path", "dir", "file", "id", "name", "host", "time", "date", "rank", "port", "device", "memory")
 
 
@@ -32,7 +33,10 @@ def check(case: Case) -> Finding:
     if not record.logs:
         return Finding(ID, "clean", "open: no log was handed in", CLAUSE)
     found = [
-        each for log in record.logs for each in (_source(record, log), _hash(record, log), _size(record, log)) if each
+        each
+        for log in record.logs
+        for each in (_source(record, log), _hash(case, record, log), _size(record, log))
+        if each
     ]
     found += [each for path, text in sorted(case.submission.logs.items()) if (each := _unknown(record, path, text))]
     found += [*_settings(case, record), *_artifact(case, record), *_of_nobody(case), *_seed_of_another(record)]
@@ -61,19 +65,22 @@ def _source(record: Record, log: Log) -> Finding | None:
     return Finding(ID, "violates", evidence, CLAUSE, Place(log.path, line or len(left)))
 
 
-def _hash(record: Record, log: Log) -> Finding | None:
-    """A sha256 that the log gives for the script."""
+def _hash(case: Case, record: Record, log: Log) -> Finding | None:
+    """A hash that the log gives for the script, whole or its first digits."""
     texts = [script.text.encode() for script in record.entry.all()]
-    own = {hashlib.sha256(text).hexdigest() for text in texts}
-    named = {
-        name: value for name, value in log.hashes.items() if name in ("script", "train_gpt", "source", "code_file")
-    }
-    wrong = {name: value for name, value in named.items() if value not in own}
+    path = case.submission.root / record.entry.path
+    texts += [path.read_bytes()] if path.is_file() else []
+    own = {hashlib.new(kind, text).hexdigest() for kind in ("sha256", "sha1", "md5") for text in texts}
+    named = {name: value for name, value in log.hashes.items() if name in _SCRIPTS}
+    wrong = {name: value for name, value in named.items() if not any(each.startswith(value) for each in own)}
     if not wrong:
         return None
     name, value = next(iter(wrong.items()))
-    evidence = f"{log.path} gives sha256 {value[:12]}… for the {name}, and {record.entry.path} has {min(own)[:12]}…"
-    return Finding(ID, "violates", evidence, CLAUSE, Place(log.path))
+    shown = hashlib.sha256(texts[0]).hexdigest()[:12]
+    kind = "sha256" if len(value) == 64 else "the hash"
+    evidence = f"{log.path} gives {kind} {value[:12]}… for the {name}, and {record.entry.path} has {shown}… (sha256)"
+    text = case.submission.logs[log.path].lower()
+    return Finding(ID, "violates", evidence, CLAUSE, Place(log.path, text[: text.find(value)].count("\n") + 1))
 
 
 def _size(record: Record, log: Log) -> Finding | None:

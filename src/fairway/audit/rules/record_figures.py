@@ -35,6 +35,7 @@ def check(case: Case) -> Finding:
         *_means(record),
         *_seeds(record),
         *_bar(record),
+        *_rows(record, submission.readme),
     ]
     if found:
         first = next((each for each in found if each.verdict == "violates"), found[0])
@@ -130,6 +131,25 @@ def _scores(record: Record) -> list[Finding]:
         made = statistics.fmean(scores)
         evidence = f"submission.json gives {mean} as the mean, and that of the {len(scores)} logs is {made:.5f}"
         found.append(_finding("violates", evidence, record.claims.at(mean)))
+    return found
+
+
+def _rows(record: Record, readme: str) -> list[Finding]:
+    """Rows of a table of seeds in the README that give a score: one that the seed's log prints."""
+    found, head = [], ""
+    logs = {log.seed: log for log in record.logs if log.seed is not None and log.scores}
+    for line, row in enumerate(readme.split("\n"), 1):
+        head = (head or row.lower()) if "|" in row else ""
+        cells = [cell.strip(" *`") for cell in row.strip().strip("|").split("|")]
+        log = logs.get(int(cells[0])) if "seed" in head.strip(" |").split("|")[0] and cells[0].isdecimal() else None
+        told = [float(cell) for cell in cells[1:] if re.fullmatch(r"[0-3]\.\d{4,}", cell)]
+        if log is None or not told:
+            continue
+        printed = [n for s in log.scores for n in (s.bits_per_byte, s.nats_per_token) if n is not None]
+        if not any(_near(score, printed) for score in told):
+            final = log.scores[-1].bits_per_byte
+            evidence = f"the README gives {told[0]} for seed {log.seed}, and {log.path} ends with {final}"
+            found.append(_finding("violates", evidence, Place("README.md", line)))
     return found
 
 
