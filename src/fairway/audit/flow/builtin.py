@@ -63,8 +63,9 @@ class Builtins(Opening):
     def _do_divmod(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
         if len(args) != 2:
             return None
-        rest = self.again(*args, self.binop(ast.Mod(), *args, None), node.args[1])
-        return Value(items=(self.binop(ast.FloorDiv(), *args, None), rest))
+        count, size = args
+        rest = self.again(count, size, self.binop(ast.Mod(), count, size, None), node.args[1])
+        return Value(items=(self.binop(ast.FloorDiv(), count, size, None), rest))
 
     def _turned_over(self, args: list[Value], node: Any) -> Value | None:
         """zip(*rows), where one value stands for all rows: a list for each of its columns."""
