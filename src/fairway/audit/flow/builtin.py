@@ -60,6 +60,13 @@ class Builtins(Opening):
             new.slots["#elem"] = Value(items=tuple(each.any for each in parts))
         return self.ref(new)
 
+    def _do_divmod(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        if len(args) != 2:
+            return None
+        count, size = args
+        rest = self.again(count, size, self.binop(ast.Mod(), count, size, None), node.args[1])
+        return Value(items=(self.binop(ast.FloorDiv(), count, size, None), rest))
+
     def _turned_over(self, args: list[Value], node: Any) -> Value | None:
         """zip(*rows), where one value stands for all rows: a list for each of its columns."""
         given = getattr(node, "args", [])

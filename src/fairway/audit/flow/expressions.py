@@ -181,8 +181,9 @@ class Expressions(Comprehensions):
 
     # Operators.
     def _on_BinOp(self, node: ast.BinOp) -> Value:
-        left = self.evaluate(node.left)
-        return self.binop(node.op, left, self.evaluate(node.right), node)
+        left, right = self.evaluate(node.left), self.evaluate(node.right)
+        result = self.binop(node.op, left, right, node)
+        return self.again(left, right, result, node.right) if isinstance(node.op, ast.Mod) else result
 
     def _on_UnaryOp(self, node: ast.UnaryOp) -> Value:
         value = self.evaluate(node.operand)

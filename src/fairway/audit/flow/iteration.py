@@ -109,6 +109,14 @@ class Iteration(Writing):
         content = obj.slots.get("#content", NOTHING)
         return Elements(None, self.tagged(content, value.spans))
 
+    def again(self, count: Value, size: Value, rest: Value, node: ast.AST | None) -> Value:
+        """count % size, where the count goes through range(rounds * size): the same places come in every round."""
+        if size.const is not MISSING or not self.plain(rest):
+            return rest
+        names = {sym_of(size), ast.unparse(node) if node is not None else ""} - {"", "size"}
+        over = {loop for loop, _, _ in count.spans if any(_product(self.ends.get(loop, ()), name) for name in names)}
+        return rest.but(spans=tuple(span for span in rest.spans if span[0] not in over)) if over else rest
+
     def _range(self, obj: Obj) -> Elements:
         start, stop, step = obj.data
         limit = stop.limit
@@ -146,6 +154,16 @@ def _later(one: Value, other: Value) -> bool:
     """Whether a place lies turns after another one, in a loop that both hang on."""
     ends = {loop: high for loop, _, high in other.spans}
     return any(loop in ends and low > ends[loop] for loop, low, _ in one.spans)
+
+
+def _product(ends: tuple[str, ...], factor: str) -> bool:
+    """Whether an end is a product of which this is a factor: "n * rounds", or "mult(n,2)", cut after 120 letters."""
+    return any(
+        (end.startswith("mult(") and (factor in end or end[5:].startswith(factor[:90])))
+        or end.startswith(f"{factor} * ")
+        or end.endswith(f" * {factor}")
+        for end in ends
+    )
 
 
 def _setting(item: Value) -> bool:

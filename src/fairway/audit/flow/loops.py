@@ -61,7 +61,8 @@ class Loops(Definitions):
 
     # Loops.
     def _do_For_(self, node: ast.For) -> bool:
-        elements = self.elements(self.evaluate(node.iter), node)
+        through = self.evaluate(node.iter)
+        elements = self.elements(through, node)
         if elements.count == 0:
             return self.block(node.orelse)
         turns = self._turns(elements)
@@ -69,6 +70,10 @@ class Loops(Definitions):
             turns = turns[:1] if elements.exact is None else turns
         loop = self.loop_id(node)
         self.turns[loop] = elements.count if elements.count is not None else 2
+        written = ast.unparse(node.iter.args[-1]) if isinstance(node.iter, ast.Call) and node.iter.args else ""
+        for obj in through.refs:
+            if obj.kind == "range":
+                self.ends[loop] = obj.data[1].sym, written
         shared = elements.exact is not None and _shared(elements.exact)
         if _strides(node.iter):
             self.strided.add(loop)

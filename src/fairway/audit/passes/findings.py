@@ -6,6 +6,7 @@ import weakref
 
 from fairway.audit.case import Case
 from fairway.audit.flow.events import Event, Forward, Said, Score, Trace, Update, bits
+from fairway.audit.passes.consequences import without_consequences
 from fairway.audit.passes.faults import Fault, Passes
 from fairway.audit.passes.patterns import pattern_at
 from fairway.audit.passes.reported import Reported, is_diagnosis, reported
@@ -21,7 +22,10 @@ def passes_of(case: Case) -> tuple[Reported, list[Fault], list[Fault]]:
     if found is None:
         which = reported(trace, case.submission)
         passes = Passes(trace, which)
-        found = _SEEN[trace] = which, passes.faults(which.score), passes.faults(which.others)
+        own, beside = (
+            without_consequences(trace, passes.faults(said), which.data) for said in (which.score, which.others)
+        )
+        found = _SEEN[trace] = which, own, beside
     return found
 
 
