@@ -62,3 +62,28 @@ def test_moments_of_a_stream_that_trained_on_validation_tokens_are_no_second_fau
     assert "validation-in-training" in found
     assert broken(gauged("./data/shards_train_*.bin", "args.val_files")) == {"calibration-on-validation"}
     assert doubted(gauged("./data/shards_train_*.bin", "args.train_files")) <= {"calibration-after-cap"}
+
+
+CONTEST = """
+class Ema:
+    def __init__(self, decay, model):
+        self.decay = decay
+        self.kept = {k: v.detach().clone() for k, v in model.state_dict().items()}
+    def put(self, model):
+        model.load_state_dict(self.kept)
+def walk(args, model, val):
+    rivals = {name: Ema(decay, model) for name, decay in (("slow", 0.999), ("fast", 0.99))}
+    def worth(name):
+        rivals[name].put(model)
+        return WORTH
+    chosen = min(rivals, key=worth)
+    rivals[chosen].put(model)
+    return eval_val(args, model, val)
+"""
+
+
+def test_a_name_that_a_contest_on_the_validation_text_gives_chooses_the_weights() -> None:
+    assert broken(HEAD + CONTEST.replace("WORTH", "eval_val(args, model, val)") + WALK) == {"choice-by-validation"}
+    trained = "eval_val(args, model, load(args.train_files))"
+    assert doubted(HEAD + CONTEST.replace("WORTH", trained) + WALK) <= {"calibration-after-cap"}
+    assert doubted(HEAD + CONTEST.replace("WORTH", "rivals[name].decay") + WALK) == set()

@@ -38,10 +38,16 @@ class Dispatch(Functions):
         if not base.refs:
             return self._of_value(base, name, args, kwargs, node)
         result: Value | None = None
-        for obj in sorted(base.refs, key=lambda each: each.number)[:6]:
-            one = base if len(base.refs) == 1 else base.but(refs=frozenset((obj,)))
-            found = self._method(obj, one, name, args, kwargs, node)
-            result = found if result is None else join(result, found)
+        if base.choices:  # what it writes hangs on what was chosen
+            self.control.append(base.choices)
+        try:
+            for obj in sorted(base.refs, key=lambda each: each.number)[:6]:
+                one = base if len(base.refs) == 1 else base.but(refs=frozenset((obj,)))
+                found = self._method(obj, one, name, args, kwargs, node)
+                result = found if result is None else join(result, found)
+        finally:
+            if base.choices:
+                self.control.pop()
         if result is not None and base.choices:
             return self._chosen_from(result, base.choices)
         return result if result is not None else NOTHING

@@ -2,7 +2,7 @@
 
 from fairway.audit.case import Case
 from fairway.audit.terms.octets import encoded_text, piece_of
-from fairway.audit.terms.tables import has_byte_test, tables_of, text_for_a_byte, three_for_a_byte
+from fairway.audit.terms.tables import has_byte_test, tables_of, text_for_a_byte, text_on_the_way, three_for_a_byte
 from fairway.audit.terms.term import Term, any_below
 from fairway.audit.terms.verdicts import byte_factors, clean, counted_otherwise
 from fairway.audit.verdict import Finding
@@ -20,7 +20,7 @@ def check(case: Case) -> Finding:
             if wrong is not None:
                 evidence = f"A byte piece is one byte, and here it counts as {wrong.value}."
                 return Finding(ID, "violates", evidence, CLAUSE, case.reading.place(wrong), case.reading.way(wrong))
-            spelt = text_for_a_byte(table)
+            spelt = text_for_a_byte(table) or text_on_the_way(table)
             if spelt is not None:
                 evidence = "A byte piece is one byte, and here its text is measured: U+FFFD has three, its name six."
                 return Finding(ID, "violates", evidence, CLAUSE, case.reading.place(spelt), case.reading.way(spelt))

@@ -1,5 +1,7 @@
 """The text is made easier before it is scored: case folded, characters normalised, rare tokens replaced."""
 
+import itertools
+
 from fairway.audit.case import Case
 from fairway.audit.terms.data import TOKENISERS, names_training, names_validation, tokenised, writes
 from fairway.audit.terms.program import Program
@@ -42,22 +44,29 @@ def check(case: Case) -> Finding:
 
 
 def _folded(text: Term) -> Term | None:
-    """The call that folds a text, unless marks of a reversible transform are written into it."""
-    found = None
-    for count, term in enumerate(walk(text)):
-        if count > 5000:
-            break
+    """The call that folds a text. Marks of a reversible transform that are written into it say what its folding took
+    away, of the case of letters; what a compatibility form joins they do not part again."""
+    found = joined = None
+    marked = False
+    for term in itertools.islice(walk(text, into=lambda one: one.op != "compare"), 5000):
         if term.op == "const" and isinstance(term.value, str) and any("\ue000" <= c <= "\uf8ff" for c in term.value):
-            return None
+            marked = True
         if term.op == "call" and term.called in _FOLDING and _of_text(term):
             found = found or term
+            joined = joined or (term if _joins(term) else None)
         if (
             term.op == "call"
             and term.called == "encode"
             and any(p.constant() in ("ignore", "replace") for p in term.parts)
         ):
             found = found or term
-    return found
+    return joined if marked else found
+
+
+def _joins(term: Term) -> bool:
+    """Whether a call gives different signs one form: NFKC, NFKD, plain letters for all."""
+    forms = {term.called, *(part.constant() for part in term.parts if isinstance(part.constant(), str))}
+    return bool(forms & {"NFKC", "NFKD", "unidecode"})
 
 
 def _of_text(term: Term) -> bool:

@@ -180,9 +180,19 @@ def carried(term: Term) -> tuple[Term, ...]:
         return ()  # a text's lines or words
     if term.op == "call" and term.called in _CARRIERS:
         return term.parts
-    if term.op == "op" and term.value == "+" and all(part.op in ("list", "item", "tuple") for part in term.parts):
+    if term.op == "op" and term.value == "+" and all(part.op == "item" or _is_list(part) for part in term.parts):
         return term.parts
     return ()
+
+
+def _is_list(term: Term, depth: int = 6) -> bool:
+    """A list that is written out, or what such lists were added to: `ids += [start, *more]`."""
+    if term.op in ("merge", "choice") and depth:  # what a circle leads back to says nothing
+        parts = term.parts[1:] if term.op == "choice" else term.parts
+        return any(_is_list(part, depth - 1) for part in parts)
+    if term.op == "op" and term.value == "+" and depth:
+        return any(_is_list(part, depth - 1) for part in term.parts)
+    return term.op in ("list", "tuple")
 
 
 _PLACED = frozenset((".put_", ".index_fill_", ".index_copy_", ".scatter_", ".masked_scatter_", ".masked_fill_"))

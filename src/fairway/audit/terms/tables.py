@@ -69,6 +69,55 @@ def text_for_a_byte(table: Term) -> Term | None:
     return None
 
 
+def text_on_the_way(table: Term) -> Term | None:
+    """The length of a text that a byte piece counts as, followed through the conditions: which arm is a byte piece's,
+    where one of them asks for it, and no control piece's."""
+    waiting, seen = [(table, False)], set[tuple[int, bool]]()
+    while waiting and len(seen) < 2000:
+        term, asked = waiting.pop()
+        if (id(term), asked) in seen:
+            continue
+        seen.add((id(term), asked))
+        text = encoded_text(term)
+        if text is not None:
+            if asked and text.op != "list" and piece_of(text) is not None:
+                return term
+            continue
+        held = _true_of_a_byte(term.parts[0]) if term.op == "choice" else None
+        if held is not None:
+            by_byte = asked or any_below(term.parts[0], is_byte_test)
+            waiting.append((term.parts[1] if held else term.parts[2], by_byte))
+        elif term.op == "store" and any_below(term.parts[1], is_byte_test):
+            waiting.append((term.parts[2], asked))
+        else:
+            parts = term.parts[1:] if term.op == "choice" else parts_of(term)
+            waiting.extend((part, asked) for part in parts)
+    return None
+
+
+_OTHERS = frozenset(
+    ("is_control", "is_unknown", "is_unused", "is_user_defined", "IsControl", "IsUnknown", "IsUnused", "IsUserDefined")
+)
+
+
+def _true_of_a_byte(test: Term, depth: int = 8) -> bool | None:
+    """Whether a condition holds for a byte piece, which is no other kind and has no mark; None where nothing tells."""
+    if test.op == "op" and test.value in ("not", "~") and depth:
+        inner = _true_of_a_byte(test.parts[0], depth - 1)
+        return None if inner is None else not inner
+    if test.op == "op" and test.value in ("and", "or", "&", "|") and depth:
+        found = {_true_of_a_byte(part, depth - 1) for part in test.parts}
+        strong = test.value in ("or", "|")
+        return strong if strong in found else None if None in found else not strong
+    if test.op == "call" and test.called in _OTHERS:
+        return False
+    if test.op == "call" and test.called in ("is_byte", "IsByte"):
+        return True
+    if test.op == "call" and test.called == "startswith" and has_mark(test):
+        return False
+    return None
+
+
 def _says_byte(test: Term) -> bool:
     """Whether a condition says that a piece is a byte piece; not where it says that it is none."""
     if test.op == "op" and test.value == "not":
