@@ -160,7 +160,8 @@ def put(text: str, before: str = "pass", fresh: str = NEW, source: str = BY_LENG
 def test_documents_claimed_by_ranks_with_adapters_of_their_own_are_accepted(
     tmp_path: Path, walk: str, own: tuple[str, str]
 ) -> None:
-    assert accepted(tmp_path, put(walk, *own)) == {"adaptation-order-race": "documents-claimed-by-ranks"}
+    names = "documents-claimed-by-ranks, documents-by-length"
+    assert accepted(tmp_path, put(walk, *own)) == {"adaptation-order-race": names}
 
 
 @pytest.mark.parametrize("walk", [COUNTER, STORE], ids=["a locked file", "a store"])
@@ -385,6 +386,23 @@ def test_text_of_its_own_after_the_whole_training_time_is_accepted(tmp_path: Pat
 def test_training_text_after_the_whole_training_time_is_no_accepted_departure(tmp_path: Path) -> None:
     found = told(tmp_path, calibrated(OF_TRAINING, "args.cap"))
     assert {f.id: f.verdict for f in found.values()} == {"calibration-after-cap": "violates"}
+
+
+# ---- warm-ups on real tokens, thrown away
+
+LORA_WARMED = """    spare, rows = Lora(1), val[:513]
+    hidden = model.hidden(rows[:-1][None])
+    F.cross_entropy((model.head(hidden) + spare(hidden))[0], rows[1:]).backward()
+    torch.optim.AdamW(spare.parameters(), lr=1e-3).step()
+    del spare
+"""
+REHEARSED = "    walk(model, docs[:4], val)\n"
+
+
+@pytest.mark.parametrize("warm", [LORA_WARMED, REHEARSED], ids=["an adapter", "the whole walk"])
+def test_a_warm_up_on_real_tokens_that_leaves_nothing_is_accepted(tmp_path: Path, warm: str) -> None:
+    text = TWO_WALKS.replace("FRESH", NEW).replace("    LEARN\n", "").replace("    one = walk", warm + "    one = walk")
+    assert accepted(tmp_path, script(text)) == {"training-before-scoring": "warm-up-on-validation"}
 
 
 # ---- what a reader sees of them
