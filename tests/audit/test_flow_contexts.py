@@ -1,109 +1,87 @@
-"""A `with` does first what its manager does on the way in, then its body, then what stands behind the yield."""
+"""What `with` puts on and takes off again, decorators that only rename, and fields that are made for each instance."""
 
-import pytest
-
-from tests.audit.order import HEAD, broken, doubted
+from fairway.audit.flow.events import Clock
+from tests.audit.order import HEAD, broken, doubted, trace_of
 from tests.audit.test_flow_language import CHUNKS, WALK
 
-LENT = """
+ATTACHED = """
 import contextlib
-class Adapters(nn.Module):
-    def __init__(self, model):
+class Adapter(nn.Module):
+    def __init__(self, width):
         super().__init__()
-        self.model = [model]
-        self.deltas = {name: nn.Parameter(torch.zeros(1024)) for name, part in model.named_modules()}
-    def extra(self, name, part, args, out):
-        return out + self.deltas[name]
-    def on(self):
-        parts = self.model[0].named_modules()
-        return [part.register_forward_hook(functools.partial(self.extra, name)) for name, part in parts]
-    MANAGER
-def study(model, x, y):
-    adapters = Adapters(model)
-    opt = torch.optim.SGD(list(adapters.deltas.values()), lr=1e-3)
-    nats = 0.0
-    with adapters.attached():
-        for s in range(0, 1024, 128):
-            a, b = x[:, s : s + 128], y[0, s : s + 128]
-            ONE
-            TWO
-    return nats
+        self.delta = nn.Parameter(torch.zeros(width))
+    def extra(self, part, args, out):
+        return out + self.delta
+    @contextlib.contextmanager
+    def on(self, *modules):
+        handles = [module.register_forward_hook(self.extra) for module in modules]
+        try:
+            yield self
+        finally:
+            for handle in handles:
+                handle.remove()
 def walk(args, model, val):
     model.requires_grad_(False)
+    adapter = Adapter(1024)
+    opt = torch.optim.SGD([adapter.delta], lr=1e-3)
     total, count = 0.0, 0
-    parts = [val[s : s + 1025][None] for s in range(0, val.numel() - 1024, 1024)]
-    while (number := claim()) < len(parts):
-        total += study(model, parts[number][:, :-1], parts[number][:, 1:])
-        count += 1024
-    return total / count
-def claim():
-    with open("claims.txt", "r+") as file:
-        return int(file.read())
-"""
-BY_YIELD = """@contextlib.contextmanager
-    def attached(self):
-        hooks = self.on()
-        try:
-            yield
-        finally:
-            LEAVE
-"""
-BY_CLASS = """def attached(self):
-        return self
-    def __enter__(self):
-        self.hooks = self.on()
-    def __exit__(self, *caught):
-        hooks = self.hooks
-        LEAVE
-"""
-SCORE = "nats += F.cross_entropy(model.forward_logits(a)[0], b, reduction='none').detach().sum()"
-LEARN = "opt.zero_grad(); F.cross_entropy(model.forward_logits(a)[0], b).backward(); opt.step()"
-OFF = "for hook in hooks: hook.remove()"
-
-
-def lent(manager: str, one: str, two: str, leave: str = OFF) -> str:
-    own = manager.replace("LEAVE", leave)
-    return HEAD + LENT.replace("MANAGER", own).replace("ONE", one).replace("TWO", two) + WALK
-
-
-@pytest.mark.parametrize("manager", [BY_YIELD, BY_CLASS], ids=["yield", "class"])
-def test_adapters_that_are_taken_off_again_do_not_reach_the_next_documents(manager: str) -> None:
-    assert doubted(lent(manager, SCORE, LEARN)) == set()
-
-
-@pytest.mark.parametrize("manager", [BY_YIELD, BY_CLASS], ids=["yield", "class"])
-def test_inside_the_with_the_adapters_are_on(manager: str) -> None:
-    assert broken(lent(manager, LEARN, SCORE))
-
-
-SWAPPED = """
-import contextlib
-@contextlib.contextmanager
-def swapped(model):
-    kept = {k: v.detach().clone() for k, v in model.state_dict().items()}
-    yield model
-    LEAVE
-def walk(args, model, val):
-    total, count = 0.0, 0
-CHUNKS        with swapped(model) as net:
-            opt = torch.optim.SGD(net.parameters(), lr=1e-3)
-            opt.zero_grad()
-            net(x, y).backward()
-            opt.step()
-        total += model(x, y).detach().item() * 1024
+CHUNKS        ONE
+        TWO
         count += 1024
     return total / count
 """.replace("CHUNKS", CHUNKS)
+SCORE = "total += model(x, y).detach().item() * 1024"
+LEARN = "with adapter.on(model.head): opt.zero_grad(); model(x, y).backward(); opt.step()"
 
 
-def test_what_stands_behind_the_yield_is_done_after_the_body() -> None:
-    restored = HEAD + SWAPPED.replace("LEAVE", "model.load_state_dict(kept)") + WALK
-    assert doubted(restored) == set()
-    assert broken(HEAD + SWAPPED.replace("LEAVE", "pass") + WALK)
+def script(one: str, two: str) -> str:
+    return HEAD + ATTACHED.replace("ONE", one).replace("TWO", two) + WALK
 
 
-def test_a_return_inside_a_with_leaves_the_function() -> None:
-    early = SWAPPED.replace(
-        "            opt = torch", "            return net(x, y).detach().item()\n            opt = torch"
-    )
-    assert doubted(HEAD + early.replace("LEAVE", "model.load_state_dict(kept)") + WALK) == set()
+def test_what_a_context_puts_on_works_inside_it() -> None:
+    inside = f"with adapter.on(model.head): {SCORE}"
+    assert broken(script(LEARN, inside)) & {"training-before-scoring", "slot-on-scored"}
+    assert doubted(script(inside, LEARN)) == set()
+
+
+def test_what_a_context_puts_on_is_taken_off_behind_it() -> None:
+    assert doubted(script(LEARN, SCORE)) == set()
+
+
+def test_a_decorator_that_only_takes_a_name_over_leaves_the_method_as_it_is() -> None:
+    told = """
+def told(word):
+    def wrap(method):
+        @functools.wraps(method)
+        def inner(*args):
+            print(word)
+            return method(*args)
+        return inner
+    return wrap
+@told("walk")
+def walk"""
+    text = script(LEARN, f"with adapter.on(model.head): {SCORE}").replace("\ndef walk", told)
+    assert broken(text) & {"training-before-scoring", "slot-on-scored"}
+
+
+NESTED = """
+import time
+from dataclasses import dataclass, field
+@dataclass
+class Recipe:
+    seconds: float = 600.0
+    reserve: float = 14.0
+@dataclass
+class Job:
+    recipe: Recipe = field(default_factory=Recipe)
+    seeds: list = field(default_factory=lambda: [1, 2])
+job, begin = Job(), time.perf_counter()
+while True:
+    if time.perf_counter() - begin > job.recipe.seconds - job.recipe.reserve:
+        break
+"""
+
+
+def test_a_field_has_what_its_factory_makes() -> None:
+    clocks = [event for event in trace_of(NESTED).events if isinstance(event, Clock)]
+    assert {clock.limit for clock in clocks} == {586.0}
