@@ -1,12 +1,18 @@
 """Accepted departures, each made in several hands: named and clean, a violation where the audit is strict, and nothing
 said of scripts that do almost the same and keep to the text of the rules."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from fairway.audit.comment import comment
+from fairway.audit.departures import DEPARTURES
 from fairway.audit.examine import audit
+from fairway.audit.page import page
 from fairway.audit.verdict import Finding
+from fairway.cli import main as fairway
 from tests.audit.order import HEAD, MAIN
 
 EVAL = "    final = eval_ttt(args, model, val)\n"
@@ -154,7 +160,8 @@ def put(text: str, before: str = "pass", fresh: str = NEW, source: str = BY_LENG
 def test_documents_claimed_by_ranks_with_adapters_of_their_own_are_accepted(
     tmp_path: Path, walk: str, own: tuple[str, str]
 ) -> None:
-    assert accepted(tmp_path, put(walk, *own)) == {"adaptation-order-race": "documents-claimed-by-ranks"}
+    names = "documents-claimed-by-ranks, documents-by-length"
+    assert accepted(tmp_path, put(walk, *own)) == {"adaptation-order-race": names}
 
 
 @pytest.mark.parametrize("walk", [COUNTER, STORE], ids=["a locked file", "a store"])
@@ -379,3 +386,61 @@ def test_text_of_its_own_after_the_whole_training_time_is_accepted(tmp_path: Pat
 def test_training_text_after_the_whole_training_time_is_no_accepted_departure(tmp_path: Path) -> None:
     found = told(tmp_path, calibrated(OF_TRAINING, "args.cap"))
     assert {f.id: f.verdict for f in found.values()} == {"calibration-after-cap": "violates"}
+
+
+# ---- warm-ups on real tokens, thrown away
+
+LORA_WARMED = """    spare, rows = Lora(1), val[:513]
+    hidden = model.hidden(rows[:-1][None])
+    F.cross_entropy((model.head(hidden) + spare(hidden))[0], rows[1:]).backward()
+    torch.optim.AdamW(spare.parameters(), lr=1e-3).step()
+    del spare
+"""
+REHEARSED = "    walk(model, docs[:4], val)\n"
+
+
+@pytest.mark.parametrize("warm", [LORA_WARMED, REHEARSED], ids=["an adapter", "the whole walk"])
+def test_a_warm_up_on_real_tokens_that_leaves_nothing_is_accepted(tmp_path: Path, warm: str) -> None:
+    text = TWO_WALKS.replace("FRESH", NEW).replace("    LEARN\n", "").replace("    one = walk", warm + "    one = walk")
+    assert accepted(tmp_path, script(text)) == {"training-before-scoring": "warm-up-on-validation"}
+
+
+# ---- what a reader sees of them
+
+WARMED = (
+    "    spare = copy.deepcopy(model)\n"
+    "    spare(val[:1024][None], val[1:1025][None]).backward()\n"
+    "    torch.optim.SGD(spare.parameters(), lr=1e-3).step()\n"
+)
+BOTH = script(TWO_WALKS.replace("FRESH", NEW).replace("LEARN", "learn(model, docs[:2000], val)")).replace(
+    "    final = documents", WARMED + "    final = documents"
+)
+
+
+def test_two_departures_under_one_rule_have_a_place_each(tmp_path: Path) -> None:
+    (tmp_path / "train_gpt.py").write_text(BOTH, encoding="utf-8")
+    report = audit(tmp_path)
+    places = {each.name: place for f in report.accepted for each, place in f.departed() if place is not None}
+    lines = BOTH.split("\n")
+    assert "opt.step()" in lines[places["phased-adaptation"].line - 1]
+    assert "SGD(spare" in lines[places["warm-up-on-validation"].line - 1]
+
+
+def test_departures_are_named_in_text_json_review_and_page(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "train_gpt.py").write_text(BOTH, encoding="utf-8")
+    report = audit(tmp_path)
+    charges = {finding.id: "the charge" for finding in report.rules}
+    names = {"phased-adaptation", "warm-up-on-validation"}
+    assert {each["name"] for each in report.plain()["accepted"]} == names
+    with pytest.raises(SystemExit):
+        fairway(["audit", str(tmp_path)])
+    for said in (capsys.readouterr().out, comment(report, charges), page([report], charges, "records")):
+        shown = " ".join(said.split())
+        for each in report.plain()["accepted"]:
+            assert each["name"] in shown
+            assert f"{each['file']}:{each['line']}" in shown
+        assert "ccepted departure" in shown
+        assert "strict" in shown
+    assert (
+        json.loads(json.dumps(report.plain()))["accepted"][0]["precedent"] == DEPARTURES["phased-adaptation"].precedent
+    )

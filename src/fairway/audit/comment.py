@@ -24,7 +24,7 @@ def comment(report: Report, charges: Mapping[str, str], disagreements: Sequence[
         if found:
             parts += ["", f"**{_HEADS[verdict]}**", ""]
             parts += [line for finding in merged(found) for line in _lines(finding, charges)]
-    parts += _listed("Accepted departures", [f for f in report.rules if f.exemption])
+    parts += _departures(report.accepted)
     parts += _listed("Record checks still open", [f for f in report.rules if f.evidence.startswith(OPEN)])
     if disagreements:
         parts += ["", "**Where the other review differs**", ""]
@@ -71,13 +71,25 @@ def _lines(finding: Finding, charges: Mapping[str, str]) -> list[str]:
     return lines
 
 
+def _departures(findings: Sequence[Finding]) -> list[str]:
+    """What departs from the text of the rules and is accepted practice: which, where, and since when."""
+    if not findings:
+        return []
+    lines = [
+        "",
+        "**Accepted departures** (practice of merged records; violations only where the rules are read strictly)",
+        "",
+    ]
+    for finding in findings:
+        names = ", ".join(f"*{each.name}*{f' at `{place}`' if place else ''}" for each, place in finding.departed())
+        lines.append(f"- {names} ({finding.id}): {_safe(finding.evidence)}")
+    return lines
+
+
 def _listed(title: str, findings: list[Finding]) -> list[str]:
     if not findings:
         return []
-    rows = [
-        f"- {f.id}: {f'*{f.exemption}*, ' if f.exemption else ''}{_safe(f.evidence.removeprefix(OPEN))}"
-        for f in findings
-    ]
+    rows = [f"- {f.id}: {_safe(f.evidence.removeprefix(OPEN))}" for f in findings]
     return ["", f"**{title}**", "", *rows]
 
 

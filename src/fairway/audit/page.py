@@ -33,7 +33,7 @@ def page(reports: Sequence[Report], charges: Mapping[str, str], title: str) -> s
 <p class="quiet">Read as text; nothing was executed. "Cannot tell" accuses nobody: something was not followed.</p>
 {_tally(reports)}
 <table>
-{pages.head(("verdict", "submission", "rules broken or in doubt", "seconds"), ("seconds",))}
+{pages.head(("verdict", "submission", "rules broken, in doubt or departed from", "seconds"), ("seconds",))}
 <tbody>
 {rows}
 </tbody>
@@ -57,6 +57,11 @@ def _row(number: int, report: Report) -> str:
     unknown = sum(finding.verdict == "cannot tell" for finding in report.rules)
     said = [f"{escape(f.id)}{f' <code>{escape(str(f.place))}</code>' if f.place else ''}" for f in shown]
     said += [f"{unknown} cannot be told"] if unknown else []
+    said += [
+        f'<span class="quiet">accepted: {escape(each.name)}</span>' + (f" <code>{escape(str(at))}</code>" if at else "")
+        for f in report.accepted
+        for each, at in f.departed()
+    ]
     name = f'<a href="#s{number}">{escape(report.name)}</a>'
     seconds = f'<td class="number" data-name="seconds">{escape(str(report.facts.get("seconds") or ""))}</td>'
     return f"<tr><td>{_tag(report.verdict)}</td><td>{name}</td><td>{'<br>'.join(said) or 'none'}</td>{seconds}</tr>"
@@ -82,7 +87,11 @@ def _details(number: int, report: Report, charges: Mapping[str, str]) -> str:
 def _rule(finding: Finding, charges: Mapping[str, str]) -> str:
     place = f" <code>{escape(str(finding.place))}</code>" if finding.place else ""
     way = "".join(f"<li><code>{escape(str(step.place))}</code> {escape(step.what)}</li>" for step in finding.way)
-    exempt = f'<p class="quiet">accepted departure: {escape(finding.exemption)}</p>' if finding.exemption else ""
+    exempt = "".join(
+        f"<p><b>Accepted departure: {escape(each.name)}</b>{f' <code>{escape(str(at))}</code>' if at else ''}, "
+        f"{escape(each.what)} ({escape(each.precedent)}). Read strictly it is a violation.</p>"
+        for each, at in finding.departed()
+    )
     head = f"<h3>{_tag(finding.verdict)} {escape(finding.id)}{place}</h3>"
     return (
         f'<div class="rule {finding.verdict.replace(" ", "-")}">{head}'

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+from fairway.audit.departures import Departure, named
+
 Verdict: TypeAlias = Literal["clean", "violates", "suspect", "cannot tell"]
 
 
@@ -32,7 +34,8 @@ class Finding:
     """One rule's verdict on one submission.
 
     evidence: one sentence that a maintainer can paste; way: how the reported number is reached, last step first;
-    exemption: the accepted departure (its name) that keeps a breach of the strict text from being a violation.
+    exemption: the accepted departure (its name) that keeps a breach of the strict text from being a violation; of
+    several, their names with commas between them, the first at `place`, the others at the last steps of the way.
     """
 
     id: str
@@ -42,6 +45,12 @@ class Finding:
     place: Place | None = None
     way: tuple[Step, ...] = ()
     exemption: str = ""
+
+    def departed(self) -> list[tuple[Departure, Place | None]]:
+        """The accepted departures, each with its place."""
+        found = list(named(self.exemption))
+        others = [step.place for step in self.way[len(self.way) + 1 - len(found) :]] if len(found) > 1 else []
+        return list(zip(found, [self.place, *others], strict=False))
 
     def plain(self) -> dict[str, Any]:
         """For JSON: id, verdict, file, line, evidence, clause, way, exemption."""
@@ -72,10 +81,28 @@ class Report:
         order: tuple[Verdict, ...] = ("violates", "suspect", "cannot tell")
         return next((verdict for verdict in order if verdict in found), "clean")
 
+    @property
+    def accepted(self) -> tuple[Finding, ...]:
+        """The findings that an accepted departure keeps from being violations."""
+        return tuple(finding for finding in self.rules if finding.exemption)
+
     def plain(self) -> dict[str, Any]:
+        """For JSON: name, verdict, rules, accepted (each departure: name, rule, file, line, what, precedent), facts."""
         return {
             "name": self.name,
             "verdict": self.verdict,
             "rules": [finding.plain() for finding in self.rules],
+            "accepted": [
+                {
+                    "name": each.name,
+                    "rule": finding.id,
+                    "file": place.file if place else None,
+                    "line": place.line if place else None,
+                    "what": each.what,
+                    "precedent": each.precedent,
+                }
+                for finding in self.accepted
+                for each, place in finding.departed()
+            ],
             "facts": dict(self.facts),
         }

@@ -90,7 +90,7 @@ def _console() -> Console:
 
 
 def _graded(findings: Sequence[Finding]) -> list[Finding]:
-    return sorted(findings, key=lambda finding: _ORDER.index(finding.verdict))
+    return sorted(findings, key=lambda finding: (_ORDER.index(finding.verdict), not finding.exemption))
 
 
 def _show(report: Report, differing: Sequence[Disagreement], unmatched: Sequence[Opinion]) -> None:
@@ -100,17 +100,25 @@ def _show(report: Report, differing: Sequence[Disagreement], unmatched: Sequence
     for name in ("verdict", "rule", "place", "evidence"):
         table.add_column(name, overflow="fold", no_wrap=name in ("verdict", "rule"))
     for finding in _graded(report.rules):
+        plain = finding.verdict == "clean" and not finding.exemption
+        style, colour = "dim" if plain else "", _COLOURS[finding.verdict]
         evidence = f"{finding.evidence} [{finding.exemption}]" if finding.exemption else finding.evidence
-        style = "" if finding.verdict != "clean" else "dim"
-        colour = _COLOURS[finding.verdict]
+        verdict = f"{finding.verdict} (accepted)" if finding.exemption else finding.verdict
         place = Text(str(finding.place or ""), style)
-        table.add_row(Text(finding.verdict, colour), Text(finding.id, style), place, Text(evidence, style))
+        table.add_row(Text(verdict, colour), Text(finding.id, style), place, Text(evidence, style))
     console.print(table)
     for finding in _graded(report.rules):
         if finding.way and finding.verdict in ("violates", "suspect"):
             console.print(Text(f"\n{finding.id}: {finding.clause}", "bold"))
             for number, step in enumerate(finding.way, 1):
                 console.print(Text(f"  {number}. {step.place}  {step.what}"))
+    if report.accepted:
+        console.print(
+            Text("\nAccepted departures (practice of merged records; --strict makes them violations)", "bold")
+        )
+    for finding in report.accepted:
+        for departure, at in finding.departed():
+            console.print(Text(f"  {departure.name} at {at or finding.id}: {departure.what}"))
     for each in differing:
         console.print(Text(f"\n{each.id}: here {each.ours}, there {each.theirs}", "bold"))
         console.print(Text(f"  here:  {each.our_evidence}\n  there: {each.their_evidence or 'no reason given'}"))
@@ -126,7 +134,7 @@ def _show_many(reports: Sequence[Report]) -> None:
     """A folder of submissions: one line each, the gravest first."""
     console = _console()
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("verdict", "submission", "broken or in doubt", "s"):
+    for name in ("verdict", "submission", "broken, in doubt or departed from", "s"):
         table.add_column(name, overflow="fold", no_wrap=name == "verdict", justify="right" if name == "s" else "left")
     for report in sorted(reports, key=lambda each: (_ORDER.index(each.verdict), each.name)):
         said = [
@@ -134,6 +142,7 @@ def _show_many(reports: Sequence[Report]) -> None:
         ]
         unknown = sum(finding.verdict == "cannot tell" for finding in report.rules)
         said += [f"{unknown} cannot be told"] if unknown else []
+        said += [f"accepted: {d.name} {at or ''}".strip() for f in report.accepted for d, at in f.departed()]
         seconds = f"{report.facts.get('seconds', 0.0):.1f}"
         table.add_row(Text(report.verdict, _COLOURS[report.verdict]), Text(report.name), Text("; ".join(said)), seconds)
     console.print(table)

@@ -31,9 +31,9 @@ def _by_one_loader(trace: Trace, origin: int, reads: set[int], scored: set[int])
     """Whether a read shares more of its innermost calls with a read of the training than with one of the evaluation."""
     if origin < 0 or not reads:
         return False
-    stack = trace.reads[origin][0]
-    taught = max(_alike(stack, trace.reads[each][0]) for each in reads if each >= 0)
-    return taught > max((_alike(stack, trace.reads[each][0]) for each in scored if each >= 0), default=0)
+    stack = trace.reads[origin].stack
+    taught = max(_alike(stack, trace.reads[each].stack) for each in reads if each >= 0)
+    return taught > max((_alike(stack, trace.reads[each].stack) for each in scored if each >= 0), default=0)
 
 
 def _alike(one: Sequence[Place], other: Sequence[Place]) -> int:

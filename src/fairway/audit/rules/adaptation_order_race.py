@@ -1,7 +1,9 @@
 """What a document is scored with depends on which rank, thread or process happened to claim which part first."""
 
+from collections.abc import Iterator
+
 from fairway.audit.case import Case
-from fairway.audit.exemptions import departure
+from fairway.audit.exemptions import Made, departures
 from fairway.audit.passes.claims import learning_in, sorted_by_length
 from fairway.audit.terms.program import Program
 from fairway.audit.terms.term import Term, walk
@@ -32,14 +34,10 @@ def check(case: Case) -> Finding:
     program = case.reading.entry
     steps = [event for event in program.called(*_STEPS) if event.path]
     claims = [event for event in _claims(program) if any(_together(event, step) for step in steps)]
+    ordered = list(_by_length(case))
     if not claims:
-        sorted_at = sorted_by_length(case)
-        if sorted_at is not None:
-            evidence = (
-                f"Documents are sorted by their lengths at {sorted_at}, and what scores them learns in that order: "
-                "lengths are not known before the text is read."
-            )
-            return departure(case, "documents-by-length", CLAUSE, evidence, sorted_at)
+        if ordered:
+            return departures(case, CLAUSE, ordered)
         return clean_as_read(case, ID, CLAUSE, "no lock, claim file or shared queue stands in a loop that adapts")
     claim = claims[-1]
     place, way = case.reading.place(claim.term), case.reading.way(claim.term)
@@ -54,12 +52,22 @@ def check(case: Case) -> Finding:
             "Documents are claimed in the order in which workers come, each with an adapter of its own; the order is "
             "not fixed beforehand."
         )
-        return departure(case, "documents-claimed-by-ranks", CLAUSE, evidence, place, way)
+        return departures(case, CLAUSE, [Made("documents-claimed-by-ranks", evidence, place, way), *ordered])
     evidence = (
         "Parts of the text are claimed by whichever worker comes first, and the state that learns from them is carried "
         "on to the next claim: scores depend on a race that nobody can replay."
     )
     return Finding(ID, "violates", evidence, CLAUSE, place, (*way, Step(carried, "what is carried on learns here")))
+
+
+def _by_length(case: Case) -> Iterator[Made]:
+    place = sorted_by_length(case)
+    if place is not None:
+        evidence = (
+            f"Documents are sorted by their lengths at {place}, and what scores them learns in that order: lengths are "
+            "not known before the text is read."
+        )
+        yield Made("documents-by-length", evidence, place)
 
 
 def _claims(program: Program) -> list[Event]:

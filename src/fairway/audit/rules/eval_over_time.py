@@ -3,6 +3,7 @@
 import re
 
 from fairway.audit.case import Case
+from fairway.audit.exemptions import departure
 from fairway.audit.records import Amount, Log, Score, record_of
 from fairway.audit.terms.clocks import evaluation_limits, said_at
 from fairway.audit.verdict import Finding, Place, Step
@@ -14,7 +15,6 @@ WITHOUT_SCRIPT = True
 
 LIMIT = 600.0  # seconds
 _NEXT = 3  # lines between a score and the time that was taken for it
-EXEMPTION = "diagnostics-beside-the-clock"
 _SUM = re.compile(r"total[_ ]?eval[_ a-z]*time", re.IGNORECASE)
 _OUTSIDE = re.compile(
     r"precomput|n-?gram|hint|tilt|cache|index|ppm|mixer|prepar|suffix|adapt|ttt|lora|hash", re.IGNORECASE
@@ -42,11 +42,12 @@ def check(case: Case) -> Finding:
             place,
             way,
         )
-    rest = _others(log)
-    if rest and case.strict:
-        return Finding(ID, "violates", f"{log.path}: {seconds:.1f} s ({said}) of 600 s{rest}", CLAUSE, place, way)
-    exemption = EXEMPTION if rest else ""
-    return Finding(ID, "clean", f"at most {seconds:.1f} s ({said}) of 600 s{rest}", CLAUSE, place, way, exemption)
+    for (own, at, steps), each in timed:
+        rest = _others(each)
+        if rest:
+            evidence = f"{each.path}: {own:.1f} s ({' + '.join(step.what for step in steps)}) of 600 s{rest}."
+            return departure(case, "diagnostics-beside-the-clock", CLAUSE, evidence, at, steps)
+    return Finding(ID, "clean", f"at most {seconds:.1f} s ({said}) of 600 s", CLAUSE, place, way)
 
 
 def _by_the_script(case: Case) -> Finding | None:

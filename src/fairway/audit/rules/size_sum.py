@@ -1,6 +1,7 @@
 """A size that leaves the code out, is held against MiB, or disagrees with the files."""
 
 from fairway.audit.case import Case
+from fairway.audit.exemptions import departure
 from fairway.audit.records import Record, record_of
 from fairway.audit.records.sums import LIMIT, MIB, Sum, squeezed, sums
 from fairway.audit.verdict import Finding, Place, Verdict
@@ -8,7 +9,6 @@ from fairway.audit.verdict import Finding, Place, Verdict
 ID = "size-sum"
 CHARGE = "The size is not code plus artifact within 16,000,000 bytes."
 CLAUSE = "R1: code bytes + compressed model bytes <= 16,000,000, decimal"
-EXEMPTION = "packed-code-count"
 
 
 def check(case: Case) -> Finding:
@@ -142,9 +142,7 @@ def _packed(case: Case, record: Record) -> Finding | None:
         f"{said:,.0f} bytes are counted for the code, about what it weighs packed; the file handed in has "
         f"{record.code_bytes:,}"
     )
-    if case.strict:
-        return Finding(ID, "violates", evidence, CLAUSE, Place(record.entry.path))
-    return Finding(ID, "clean", evidence, CLAUSE, Place(record.entry.path), exemption=EXEMPTION)
+    return departure(case, "packed-code-count", CLAUSE, f"{evidence}.", Place(record.entry.path))
 
 
 def _written(case: Case, record: Record) -> list[Finding]:
