@@ -153,7 +153,7 @@ class Iteration(Writing):
 def _later(one: Value, other: Value) -> bool:
     """Whether a place lies turns after another one, in a loop that both hang on."""
     ends = {loop: high for loop, _, high in other.spans}
-    return any(loop in ends and low > ends[loop] for loop, low, _ in one.spans)
+    return any(loop in ends and high > ends[loop] for loop, _, high in one.spans)
 
 
 def _product(ends: tuple[str, ...], factor: str) -> bool:
