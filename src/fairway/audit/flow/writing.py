@@ -167,7 +167,7 @@ class Writing(Containers):
         value = self.repeats(self.earlier_dropped(value), obj.born)
         exact = obj.slots.get("#items")
         if isinstance(exact, Value) and exact.items is not None:
-            if tuple(self.nest) == obj.born and len(exact.items) < 24:
+            if len(self.nest) == len(obj.born) and len(exact.items) < 24:
                 end = len(exact.items) if at is None else at
                 self.heap.set(obj, "#items", Value(items=(*exact.items[:end], value, *exact.items[end:])))
                 return
