@@ -196,9 +196,10 @@ OPTIONS = {"wide": 512, "deep": 9, "rate": 0.02, "cap": 30.0, "keep": 10, "word"
         ("Run: `torchrun train_gpt.py --seed 5`", "violates"),
         ("Run: `torchrun train_gpt.py --seed 5 --wide 640`", "clean"),
         ("Run: `torchrun train_gpt.py --seed 5`, with wide at 640", "clean"),
+        ("Run: `torchrun train_gpt.py --seed 5 --options wide.yaml`", "clean"),
         ("No command is given.", "clean"),
     ],
-    ids=["said by nobody", "said by the command", "told in words", "no command"],
+    ids=["said by nobody", "said by the command", "told in words", "a file", "no command"],
 )
 def test_settings_that_the_logs_have_of_nobody(readme: str, verdict: str, tmp_path: Path) -> None:
     script = SCRIPT + TABLE
