@@ -101,6 +101,16 @@ def test_a_log_of_its_own_style_is_read_number_by_number() -> None:
 
 
 @pytest.mark.parametrize(
+    "text",
+    ["", "{" * 3000, "step " * 2000 + "9" * 5000, "\0" * 99, "it 1e999999 bpb 1e400 3 s", "9" * 400 + " bytes total 5"],
+    ids=["empty", "brackets", "long", "noughts", "infinite", "digits"],
+)
+def test_noise_is_read_as_nothing(text: str) -> None:
+    said = read("noise.log", text)
+    assert (said.steps, said.scores, said.totals) == (None, (), ())
+
+
+@pytest.mark.parametrize(
     "rule", [eval_over_time, foreign_artifact_or_log, record_figures, size_sum, training_over_time], ids=lambda r: r.ID
 )
 def test_an_honest_log_of_its_own_style_is_clean(rule: Any, tmp_path: Path) -> None:
