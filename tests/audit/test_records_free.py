@@ -101,6 +101,16 @@ def test_a_log_of_its_own_style_is_read_number_by_number() -> None:
 
 
 @pytest.mark.parametrize(
+    "text",
+    ["", "{" * 3000, "step " * 2000 + "9" * 5000, "\0" * 99, "it 1e999999 bpb 1e400 3 s", "9" * 400 + " bytes total 5"],
+    ids=["empty", "brackets", "long", "noughts", "infinite", "digits"],
+)
+def test_noise_is_read_as_nothing(text: str) -> None:
+    said = read("noise.log", text)
+    assert (said.steps, said.scores, said.totals) == (None, (), ())
+
+
+@pytest.mark.parametrize(
     "rule", [eval_over_time, foreign_artifact_or_log, record_figures, size_sum, training_over_time], ids=lambda r: r.ID
 )
 def test_an_honest_log_of_its_own_style_is_clean(rule: Any, tmp_path: Path) -> None:
@@ -196,9 +206,10 @@ OPTIONS = {"wide": 512, "deep": 9, "rate": 0.02, "cap": 30.0, "keep": 10, "word"
         ("Run: `torchrun train_gpt.py --seed 5`", "violates"),
         ("Run: `torchrun train_gpt.py --seed 5 --wide 640`", "clean"),
         ("Run: `torchrun train_gpt.py --seed 5`, with wide at 640", "clean"),
+        ("Run: `torchrun train_gpt.py --seed 5 --options wide.yaml`", "clean"),
         ("No command is given.", "clean"),
     ],
-    ids=["said by nobody", "said by the command", "told in words", "no command"],
+    ids=["said by nobody", "said by the command", "told in words", "a file", "no command"],
 )
 def test_settings_that_the_logs_have_of_nobody(readme: str, verdict: str, tmp_path: Path) -> None:
     script = SCRIPT + TABLE

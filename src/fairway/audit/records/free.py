@@ -22,6 +22,9 @@ _COUNTED = """
 _NO_SIZE = frozenset(_COUNTED.split())
 _SIZED = re.compile(r"\bbytes?\b|bytes_|_bytes|\bsizes?\b|\d\s?B\b", re.IGNORECASE)
 _BITS = re.compile(r"bpb|bits.{0,5}byte", re.IGNORECASE)
+_STEPPED = re.compile(r"\b(?:step|it|iter|iteration|update)s?\b|_step\b|^\W{0,3}\d+/\d", re.IGNORECASE)
+_LONG = re.compile(r"(?:\d{3}|\d[,_]\d{3}).*(?:\d{3}|\d[,_]\d{3})|(?:byte|size).*\d{3}|\d{3}.*byte", re.IGNORECASE)
+_MOST = 3_000  # lines of one kind that are looked at: the first and the last ones
 _ASIDE = re.compile(r"warm-?up|rehears|compil", re.IGNORECASE)
 
 
@@ -49,9 +52,7 @@ def progress(told: Rows) -> list[Progress]:
     """The lines that give both a count of steps and the time that they took, as far as the count grows; a warm-up's and
     a schedule's counts are none."""
     found: list[Progress] = []
-    for line, row in told:
-        if not any(sign.isdigit() for sign in row) or _ASIDE.search(row):
-            continue
+    for line, row in _ends([(line, row) for line, row in told if _STEPPED.search(row) and not _ASIDE.search(row)]):
         read = numbers(row)
         step = step_of(read)
         if step is None or (found and step.value < found[-1].steps):
@@ -68,11 +69,14 @@ def progress(told: Rows) -> list[Progress]:
     return found
 
 
+def _ends(rows: list[tuple[int, str]]) -> list[tuple[int, str]]:
+    """The first and the last of many lines."""
+    return rows if len(rows) <= _MOST else rows[: _MOST // 4] + rows[-3 * _MOST // 4 :]
+
+
 def scored(told: Rows) -> Iterator[tuple[int, str, Number, Number | None, float | None, int | None]]:
     """(line, text before, bits per byte, nats per token, seconds, step) of the lines that give bits per byte."""
-    for line, row in told:
-        if not _BITS.search(row):
-            continue
+    for line, row in _ends([(line, row) for line, row in told if _BITS.search(row)]):
         read = numbers(row)
         bits = next((each for each in read if each.is_bits), None)
         if bits is None:
@@ -99,9 +103,7 @@ def _of_evaluation(time: Number) -> bool:
 def sizes(told: Rows) -> list[Said]:
     """Sizes of code, model and both together: by the words before them, or because two of a line make the third."""
     found: list[Said] = []
-    for line, row in told:
-        if not re.search(r"\d{4}|\d,\d{3}", row):
-            continue
+    for line, row in _ends([(line, row) for line, row in told if _LONG.search(row)]):
         read = [each for each in numbers(row) if _may_be_size(each)]
         made = _summed(read)
         if not made and not _SIZED.search(row):

@@ -6,6 +6,7 @@ it 6000 loss 2.0046 clock 522.9s 87.15ms/it        step, loss, seconds, millisec
 artifact: model 15204331 + code 45786 = 15250117 bytes of 16000000
 """
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ _TIMES = frozenset(("time", "elapsed", "took", "clock", "duration", "wall", "wal
 _RATES = frozenset(("avg", "average", "mean", "per", "each"))
 _BITS = (("bpb",), ("bits", "per", "byte"), ("bits", "byte"))
 _NATS = frozenset(("loss", "nll", "ce", "xent", "nats", "entropy"))
+_DIGITS = 24  # characters of a number: a longer one is a hash or noise
 _REACH = 5  # words before a number that speak of it
 
 
@@ -119,14 +121,19 @@ def step_of(row: list[Number]) -> Number | None:
 def _read(row: str) -> Iterator[Number]:
     last = 0
     for found in _NUMBER.finditer(row):
+        if len(found[0]) > _DIGITS:
+            continue
         between = row[last : found.start()]
         unit = _unit(row, found.end())
         if unit is None and found.end() < len(row) and row[found.end()].isalpha():
             continue  # 2k, 3rd, 11L: a part of a word
         called = _words(name[1]) if (name := _CALLED.search(between)) else ()
         last = unit.end() if unit and _is_unit(unit) else found.end()
+        value = float(found[0].replace(",", "").replace("_", ""))
+        if not math.isfinite(value):
+            continue
         yield Number(
-            value=float(found[0].replace(",", "").replace("_", "")),
+            value=value,
             text=found[0],
             label=_words(between),
             called=called,

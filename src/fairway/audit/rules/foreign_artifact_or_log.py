@@ -24,6 +24,7 @@ _LONGEST = 20_000  # characters of such a line
 _OTHERS = 12  # names on which two logs differ: beyond that they are logs of two scripts, and other checks say so
 _SETTINGS = 4  # fewer names on a line are no dump of settings
 _SCRIPTS = ("script", "train_gpt", "source", "code", "code_file")
+_FILES = (".json", ".yaml", ".yml", ".toml", ".cfg", ".ini", ".py")
 _OF_THE_RUN = ("seed", "path", "dir", "file", "id", "name", "host", "time", "date", "rank", "port", "device", "memory")
 
 
@@ -150,7 +151,10 @@ def _line_of(name: str, text: str) -> int:
 def _of_nobody(case: Case) -> list[Finding]:
     """Settings that every log tells alike, and that neither the script nor a command nor the README has."""
     submission = case.submission
-    lines = "\n".join((submission.readme, submission.command)).lower().split("\n")
+    lines = "\n".join((submission.readme, submission.command, *submission.tables.values())).lower().split("\n")
+    given = [value for command in case.settings.commands for value in command.arguments.items()]
+    if any("config" in name or str(value).endswith(_FILES) for name, value in given):
+        return []  # a file says what ran
     for told in (each for each in submission.told if each.file and case.settings.commands):
         name = told.name.rpartition(".")[2]
         spoken = any(re.search(rf"(?<![a-z]){re.escape(name.lower())}(?![a-z])", line) for line in lines)

@@ -1,14 +1,16 @@
 """The data script keeps fewer documents for validation than are scored: the rest of the scored text is trained on."""
 
+import re
 from collections.abc import Iterator
 
 from fairway.audit.case import Case
+from fairway.audit.records.splits import splits
 from fairway.audit.terms.data import TOKENISERS, names_training, names_validation, words, writes
 from fairway.audit.terms.program import Program
 from fairway.audit.terms.streams import Streams
 from fairway.audit.terms.term import Term, peel, walk
 from fairway.audit.terms.verdicts import clean
-from fairway.audit.verdict import Finding
+from fairway.audit.verdict import Finding, Place
 
 ID = "overlap-default"
 CHARGE = "the data script holds back fewer validation documents than are scored"
@@ -34,9 +36,29 @@ def check(case: Case) -> Finding:
                 f"the other {SCORED - number.value:,} are trained on."
             )
             return Finding(ID, "violates", evidence, CLAUSE, case.reading.place(number), case.reading.way(number))
+    written = None if looked else _written(case)
+    if written is not None:
+        return written
     if looked:
         return clean(ID, CLAUSE, f"{looked[0]} holds back as many documents as are scored")
     return clean(ID, CLAUSE, "no script that parts documents into training and validation lies here")
+
+
+def _written(case: Case) -> Finding | None:
+    """Where no values were followed: the count in the condition that turns to training text, unless a command gives
+    another."""
+    said = "\n".join((case.submission.readme, case.submission.command))
+    for script in (each for each in case.submission.scripts if each.tree is not None):
+        for split in splits(script.tree) if script.tree is not None else ():
+            name = re.escape(split.name).replace("_", "[-_]")
+            if split.count >= SCORED or (name and re.search(rf"{name}[ =]+\d", said, re.IGNORECASE)):
+                continue
+            evidence = (
+                f"{script.path} keeps {split.count:,} documents out of the training text while {SCORED:,} are scored: "
+                f"the other {SCORED - split.count:,} are trained on."
+            )
+            return Finding(ID, "violates", evidence, CLAUSE, Place(script.path, script.line(split.line)))
+    return None
 
 
 def _split(program: Program) -> list[Term] | None:

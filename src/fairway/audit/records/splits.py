@@ -1,0 +1,124 @@
+"""The count of documents at which a script that writes shards goes over from validation to training, as written."""
+
+import ast
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+FEWEST = 500  # below it a number is no count of held-out documents
+
+
+@dataclass(frozen=True)
+class Split:
+    """The count, where it is written, and what it is called: a name, a field, a key."""
+
+    count: int
+    line: int
+    name: str
+
+
+def splits(tree: ast.Module) -> list[Split]:
+    """Of every condition on a counter of documents that turns to training text: `if n == held: split = "train"`, or
+    that passes over the first ones where only training text is written: `if n < held: continue`."""
+    given = _given(tree)
+    if not _tokenises(tree):
+        return []
+    found = []
+    for loop in ast.walk(tree):
+        counters = _counters(loop) if isinstance(loop, (ast.For, ast.While)) else set()
+        for node in ast.walk(loop) if counters else ():
+            if not isinstance(node, ast.If):
+                continue
+            for compared in (each for each in ast.walk(node.test) if isinstance(each, ast.Compare)):
+                sides = [compared.left, *compared.comparators]
+                if len(sides) != 2 or not any(isinstance(side, ast.Name) and side.id in counters for side in sides):
+                    continue
+                other = sides[1] if isinstance(sides[0], ast.Name) and sides[0].id in counters else sides[0]
+                name = _called(other)
+                number = _number(other, given)
+                if number is not None and (_turns(node) or (_passes(node) and re.search("val|held", name.lower()))):
+                    found.append(Split(number.value, number.lineno, name))  # type: ignore[arg-type]
+    return found
+
+
+def _tokenises(tree: ast.Module) -> bool:
+    called = (each.func for each in ast.walk(tree) if isinstance(each, ast.Call))
+    calls = {each.attr for each in called if isinstance(each, ast.Attribute)}
+    return bool(calls & {"encode", "encode_ordinary", "encode_as_ids", "encode_batch"}) and bool(
+        calls & {"write", "tofile", "tobytes", "write_bytes"}
+    )
+
+
+def _counters(loop: ast.For | ast.While) -> set[str]:
+    """Names that a loop counts with: enumerate, or n += 1."""
+    found = {
+        each.target.id
+        for each in ast.walk(loop)
+        if isinstance(each, ast.AugAssign)
+        and isinstance(each.op, ast.Add)
+        and isinstance(each.target, ast.Name)
+        and isinstance(each.value, ast.Constant)
+        and each.value.value == 1
+    }
+    listed = isinstance(loop, ast.For) and isinstance(loop.iter, ast.Call) and _called(loop.iter.func) == "enumerate"
+    first = loop.target.elts[0] if listed and isinstance(loop.target, ast.Tuple) else None  # type: ignore[union-attr]
+    return found | ({first.id} if isinstance(first, ast.Name) else set())
+
+
+def _turns(node: ast.If) -> bool:
+    """Whether a branch names training text in what it assigns."""
+    assigned = [each.value for part in node.body for each in ast.walk(part) if isinstance(each, ast.Assign)]
+    texts = [each.value for value in assigned for each in ast.walk(value) if isinstance(each, ast.Constant)]
+    return any(isinstance(text, str) and "train" in text.lower() for text in texts)
+
+
+def _passes(node: ast.If) -> bool:
+    return len(node.body) == 1 and isinstance(node.body[0], ast.Continue)
+
+
+def _called(node: ast.AST) -> str:
+    """The last part of a name; the key of a dict's entry."""
+    if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+        return str(node.slice.value)
+    return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
+
+
+def _number(node: ast.expr, given: dict[str, list[ast.expr]]) -> ast.Constant | None:
+    """The one whole number that an expression is: written there, or under its name."""
+    values = [node] if isinstance(node, ast.Constant) else given.get(_called(node), [])
+    found = [number for value in values for number in _numbers(value)]
+    return found[0] if len(values) == 1 and len(found) == 1 else None
+
+
+def _numbers(value: ast.expr) -> Iterator[ast.Constant]:
+    """Whole numbers in a value, also as the text of a default: int(os.environ.get("HELD", "10000"))."""
+    for each in ast.walk(value):
+        if isinstance(each, ast.Constant):
+            text = each.value
+            if isinstance(text, str) and text.replace("_", "").isdecimal() and len(text) < 9:
+                each = ast.copy_location(ast.Constant(int(text)), each)
+            if type(each.value) is int and FEWEST <= each.value <= 1_000_000:
+                yield each
+
+
+def _given(tree: ast.Module) -> dict[str, list[ast.expr]]:
+    """name -> what it is given: an assignment, a field, an entry of a dict, a parameter's default, an option's."""
+    found: dict[str, list[ast.expr]] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and len(node.targets) == 1:
+            found.setdefault(_called(node.targets[0]), []).append(node.value)
+        elif isinstance(node, ast.AnnAssign) and node.value is not None:
+            found.setdefault(_called(node.target), []).append(node.value)
+        elif isinstance(node, ast.Dict):
+            for key, value in zip(node.keys, node.values, strict=True):
+                if isinstance(key, ast.Constant):
+                    found.setdefault(str(key.value), []).append(value)
+        elif isinstance(node, ast.arguments):
+            names = [*node.posonlyargs, *node.args]
+            first = len(names) - len(node.defaults)
+            pairs = [*zip(names[first:], node.defaults, strict=True)]
+            keyed = zip(node.kwonlyargs, node.kw_defaults, strict=True)
+            pairs += [(name, default) for name, default in keyed if default is not None]
+            for name, default in pairs:
+                found.setdefault(name.arg, []).append(default)
+    return found

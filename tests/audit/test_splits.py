@@ -1,0 +1,70 @@
+"""The count of held-out documents, where only its being written tells of it."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from fairway.audit.case import Case
+from fairway.audit.records.splits import splits
+from fairway.audit.rules import overlap_default
+from fairway.audit.submission import opened
+
+SHARDS = """
+import json, os, sys
+import numpy as np
+import sentencepiece
+
+OPTIONS = {"docs": "d.jsonl", "held": 10_000}
+
+
+def prepare(options):
+    sp = sentencepiece.SentencePieceProcessor(model_file="t.model")
+    tokens, split, count, shard = [], "val", 0, 0
+    with open(options["docs"]) as lines:
+        for line in lines:
+            TURN
+            tokens.extend(sp.encode(json.loads(line)["text"]))
+            count += 1
+            if len(tokens) >= 100_000_000:
+                np.asarray(tokens, dtype="<u2").tofile(f"{split}_{shard:04d}.bin")
+                tokens, shard = [], shard + 1
+
+
+if __name__ == "__main__":
+    prepare(OPTIONS)
+"""
+
+
+@pytest.mark.parametrize(
+    ("turn", "counts"),
+    [
+        ('if split == "val" and count == options["held"]: split, shard = "train", 0', [10_000]),
+        ('if count >= 10_000 and split == "val": split = "train"', [10_000]),
+        ('if count < options["held"]: continue', [10_000]),
+        ('if count >= options["held"]: break', []),
+        ("if count % 10_000 == 0: print(count)", []),
+        ('if len(tokens) == 10_000: split = "train"', []),
+        ("if count < 10_000: continue", []),
+    ],
+)
+def test_a_counter_that_turns_to_training_text_tells_the_split(turn: str, counts: list[int]) -> None:
+    assert [split.count for split in splits(ast.parse(SHARDS.replace("TURN", turn)))] == counts
+
+
+@pytest.mark.parametrize(
+    ("held", "readme", "verdict"),
+    [
+        ("10_000", "", "violates"),
+        ("50_000", "", "clean"),
+        ("10_000", "python train_gpt.py --held 50000", "clean"),
+    ],
+)
+def test_fewer_held_out_documents_than_are_scored(held: str, readme: str, verdict: str, tmp_path: Path) -> None:
+    turn = 'if split == "val" and count == options["held"]: split, shard = "train", 0'
+    script = SHARDS.replace("TURN", turn).replace("10_000", held).replace("prepare(OPTIONS)", "prepare(told(sys.argv))")
+    (tmp_path / "train_gpt.py").write_text("import torch\n")
+    (tmp_path / "shards.py").write_text(script)
+    (tmp_path / "README.md").write_text(readme)
+    finding = overlap_default.check(Case(opened(tmp_path)))
+    assert finding.verdict == verdict, finding.evidence
