@@ -137,6 +137,7 @@ class Trace:
     gaps: dict[int, Place] = field(default_factory=dict)  # loop -> the slice that is shorter than its step
     files: dict[str, Place] = field(default_factory=dict)  # "1" -> where only the first of several files is taken
     reads: list[tuple[tuple[Place, ...], bool]] = field(default_factory=list)  # data read: the calls, training and val
+    read_at: list[int] = field(default_factory=list)  # of each of these reads: how many events came before the first
     gathered: list[tuple[int, int]] = field(default_factory=list)  # sums over all ranks: (events before, their losses)
     saved: list[int] = field(default_factory=list)  # numbers of the events that follow a model's writing to a file
     begun: list[tuple[Obj, Nest]] = field(default_factory=list)  # weights set anew: of which model, in which loops

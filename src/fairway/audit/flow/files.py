@@ -99,6 +99,7 @@ class Files(Operations):
         reads = self.trace.reads
         if (stack, mixed) not in reads:
             reads.append((stack, mixed))
+            self.trace.read_at.append(len(self.trace.events))
         return reads.index((stack, mixed))
 
     def write_to(self, path: Value, value: Value, node: ast.AST | None) -> None:

@@ -1,0 +1,89 @@
+"""Training text that is read when the time for it is over: after the training clock, or while the score is made."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from dataclasses import dataclass
+
+from fairway.audit.flow.events import Choice, Clock, Trace, Update
+from fairway.audit.passes.reported import Reported, scores_of
+
+
+@dataclass(frozen=True)
+class Late:
+    """Training data read after the training clock: the update or choice, and the clock's limit (None: not known)."""
+
+    update: Update | Choice
+    clock: Clock | None
+
+
+def late_calibration(trace: Trace, reported: Reported, kinds: Container[str] = ("train",)) -> Late | None:
+    """What the score's weights were calibrated on, of data of these kinds, after the training time was used up."""
+    scores = scores_of(trace, reported.score, reported.data)
+    knows = chosen = 0
+    for score in scores:
+        knows |= score.knows
+        chosen |= score.choices
+    updates = list(trace.learned(knows))
+    trained = [
+        update for update in updates if update.how == "gradient" and any(tok.data == "train" for tok in update.learned)
+    ]
+    last = trained[-1].number if trained else len(trace.events)
+    late: list[Update | Choice] = [
+        update
+        for update in updates
+        if update.how == "computed" and update.number > last and any(tok.data in kinds for tok in update.learned)
+    ]
+    if "train" in kinds:
+        late += [choice for choice in trace.chosen(chosen) if _by_training(trace, choice, last)]
+    if not late:
+        return None
+    loops = {loop for update in trained for loop, _ in update.nest}
+    clocks = [
+        event for event in trace.events if isinstance(event, Clock) and any(loop in loops for loop, _ in event.nest)
+    ]
+    known = [clock for clock in clocks if clock.limit is not None]
+    full = [clock for clock in known if full_cap(clock.limit or 0.0)]
+    stops = max(known, key=lambda clock: clock.limit or 0.0) if known else None
+    if full:
+        return Late(late[0], full[0])
+    return None if stops is not None else Late(late[0], None)
+
+
+def _by_training(trace: Trace, choice: Choice, last: int) -> bool:
+    """Whether a choice was made by losses on training text alone that were computed after event `last`: a fit of its
+    own. By the losses of the training steps themselves it reads nothing anew."""
+    scores = list(trace.scored(choice.losses))
+    kinds = {tok.data for score in scores for tok in score.targets}
+    return choice.number > last and kinds == {"train"} and any(score.number > last for score in scores)
+
+
+def full_cap(limit: float) -> bool:
+    """Whether a limit is the whole 600 s, in seconds or milliseconds."""
+    return 599.0 <= limit <= 700.0 or 599_000.0 <= limit <= 700_000.0
+
+
+def taught_at_evaluation(trace: Trace, reported: Reported) -> Update | None:
+    """What the score learned from training text that was read after the last file of weights had been written: by
+    steps or counts that are none of the training's own (which a checkpoint in its loop may precede), and that no clock
+    holds. What was read before may lie in that file, and is paid for."""
+    for score in scores_of(trace, reported.score, reported.data):
+        written = max((number for number in trace.saved if number <= score.number), default=0)
+        before = {(each.place, each.stack) for each in trace.updates if each.number < written}
+        for update in trace.learned(score.knows) if before else ():
+            new = update.number >= written and (update.place, update.stack) not in before
+            new = new and update.how in ("gradient", "table") and {tok.data for tok in update.learned} == {"train"}
+            if new and _read_after(trace, update, written) and not _clocked(trace, update):
+                return update
+    return None
+
+
+def _read_after(trace: Trace, update: Update, written: int) -> bool:
+    """Whether some of what was learned was first read after an event."""
+    return any(tok.origin >= 0 and trace.read_at[tok.origin] >= written for tok in update.learned)
+
+
+def _clocked(trace: Trace, update: Update) -> bool:
+    """Whether a loop that an update stands in asks the clock."""
+    loops = {loop for loop, _ in update.nest}
+    return any(isinstance(event, Clock) and any(loop in loops for loop, _ in event.nest) for event in trace.events)
