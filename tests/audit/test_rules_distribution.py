@@ -228,6 +228,24 @@ def test_hashed_counts_read_at_the_target_alone(tmp_path: Path, loss: str, state
     }
 
 
+COUNTS = """
+        before, after = torch.from_numpy(x), torch.from_numpy(y)
+        from_net = F.cross_entropy(net(before).float(), after, reduction="none")
+        key = (before * 36313 + after * 27191) % 65_537
+        share = pairs[key] / alone[before].clamp_min(1.0)
+        weight = 0.1 * (alone[before] >= 8)
+        nll = -torch.log((1 - weight) * torch.exp(-from_net) + weight * share.clamp(1e-9, 1.0))
+        pairs.index_add_(0, key, torch.ones_like(share))
+        alone.index_add_(0, before, torch.ones_like(share))
+"""
+
+
+def test_a_ratio_of_hashed_counts_is_charged_once(tmp_path: Path) -> None:
+    text = script(loss=COUNTS, state="pairs, alone = torch.zeros(65_537), torch.zeros(65_536)")
+    found = {rule for rule in RULES if verdict(tmp_path, rule, text).verdict == "violates"}
+    assert found == {"gold_token_ngram"}
+
+
 def test_what_a_switch_turns_off_is_not_accused(tmp_path: Path) -> None:
     body = "\n".join("    " + line for line in VECTOR.strip("\n").split("\n"))
     loss = f"{PLAIN}        if int(os.environ.get('NGRAM', '0')):\n{body}\n"

@@ -100,6 +100,7 @@ class Files(Operations):
         read, reads = events.Read(stack, mixed, pattern), self.trace.reads
         if read not in reads:
             reads.append(read)
+            self.trace.read_at.append(len(self.trace.events))
         return reads.index(read)
 
     def write_to(self, path: Value, value: Value, node: ast.AST | None) -> None:

@@ -1,4 +1,4 @@
-"""Training data that is read for calibration after the training time."""
+"""Training text that is read when the time for it is over: after the training clock, or while the score is made."""
 
 from __future__ import annotations
 
@@ -63,4 +63,27 @@ def full_cap(limit: float) -> bool:
     return 599.0 <= limit <= 700.0 or 599_000.0 <= limit <= 700_000.0
 
 
-__all__ = ["Late", "late_calibration"]
+def taught_at_evaluation(trace: Trace, reported: Reported) -> Update | None:
+    """What the score learned from training text that was read after the last file of weights had been written: by
+    steps or counts that are none of the training's own (which a checkpoint in its loop may precede), and that no clock
+    holds. What was read before may lie in that file, and is paid for."""
+    for score in scores_of(trace, reported.score, reported.data):
+        written = max((number for number in trace.saved if number <= score.number), default=0)
+        before = {(each.place, each.stack) for each in trace.updates if each.number < written}
+        for update in trace.learned(score.knows) if before else ():
+            new = update.number >= written and (update.place, update.stack) not in before
+            new = new and update.how in ("gradient", "table") and {tok.data for tok in update.learned} == {"train"}
+            if new and _read_after(trace, update, written) and not _clocked(trace, update):
+                return update
+    return None
+
+
+def _read_after(trace: Trace, update: Update, written: int) -> bool:
+    """Whether some of what was learned was first read after an event."""
+    return any(tok.origin >= 0 and trace.read_at[tok.origin] >= written for tok in update.learned)
+
+
+def _clocked(trace: Trace, update: Update) -> bool:
+    """Whether a loop that an update stands in asks the clock."""
+    loops = {loop for loop, _ in update.nest}
+    return any(isinstance(event, Clock) and any(loop in loops for loop, _ in event.nest) for event in trace.events)

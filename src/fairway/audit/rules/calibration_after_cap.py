@@ -4,7 +4,7 @@ from fairway.audit.case import Case
 from fairway.audit.exemptions import departure
 from fairway.audit.flow.events import Choice, Forward, Update
 from fairway.audit.passes.findings import called_at, passes_of, unseen
-from fairway.audit.passes.late import late_calibration
+from fairway.audit.passes.late import late_calibration, taught_at_evaluation
 from fairway.audit.verdict import Finding, Place
 
 ID = "calibration-after-cap"
@@ -29,6 +29,13 @@ def check(case: Case) -> Finding:
         return Finding(ID, "suspect", evidence, CLAUSE, _place(case, late.update))
     if not which.score:
         return unseen(case, ID, CLAUSE)
+    taught = taught_at_evaluation(case.trace, which)
+    if taught is not None:
+        evidence = (
+            f"What scores learns from training text at {taught.place} after the model's file was written: training "
+            "data is read during the evaluation."
+        )
+        return Finding(ID, "violates", evidence, CLAUSE, called_at(taught))
     own = late_calibration(case.trace, which, ("generated", "random"))
     if own is not None and own.clock is not None:
         evidence = (

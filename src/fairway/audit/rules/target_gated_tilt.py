@@ -2,7 +2,7 @@
 
 from fairway.audit.case import Case
 from fairway.audit.passes.past import places_of_the_past
-from fairway.audit.terms.mixtures import spread_over_bytes
+from fairway.audit.terms.mixtures import gold_ratios, spread_over_bytes
 from fairway.audit.terms.verdicts import clean, unsaid
 from fairway.audit.verdict import Finding
 
@@ -15,8 +15,10 @@ def check(case: Case) -> Finding:
     reading = case.reading
     past = places_of_the_past(case.trace) if reading.gates else set()
     for gates in reading.gates:
-        if next(gates.oracles(), None) is not None or next(spread_over_bytes(gates), None) is not None:
-            continue  # oracle-gate and byte-mixture say it
+        if any(
+            next(found, None) is not None for found in (gates.oracles(), spread_over_bytes(gates), gold_ratios(gates))
+        ):
+            continue  # oracle-gate, byte-mixture and gold-token-ngram say it
         term = next((one for one in gates.gated() if reading.place(one) not in past or gates.looks_up(one)), None)
         if term is not None:
             evidence = (

@@ -94,7 +94,7 @@ class Gates:
             low, high = _bounds(term)
             inside = id(term) in self.inside
             if (not inside and high is not None and 0 < high <= _HIGHEST) or (
-                inside and low is not None and low >= _LOWEST
+                inside and low is not None and _LOWEST <= low < 1.0  # from 1 on it guards a count that is divided by
             ):
                 yield term
 

@@ -1,0 +1,64 @@
+"""Training text that is read again while the score is made, after the model's file was written."""
+
+import pytest
+
+from tests.audit.order import HEAD, broken, doubted
+
+EVALUATED = """
+def settle(model, loader):
+    opt = torch.optim.SGD([p for p in model.parameters() if p.ndim < 2], lr=1e-4)
+    for _ in range(100):
+        opt.zero_grad()
+        model(*loader.next(4096)).backward()
+        opt.step()
+
+if __name__ == "__main__":
+    args = Hyperparameters()
+    val, model = load(args.val_files), GPT()
+    train(args, model)
+    BEFORE
+    torch.save(model.state_dict(), "model.pt")
+    model.load_state_dict(torch.load("model.pt"))
+    AFTER
+    print("final val_loss", eval_val(args, model, val))
+"""
+SETTLE = "settle(model, Loader(args.train_files))"
+KEPT = "kept = {k: v.clone() for k, v in model.state_dict().items()}"
+
+
+def script(before: str = "pass", after: str = "pass") -> str:
+    return HEAD + EVALUATED.replace("BEFORE", before).replace("AFTER", after)
+
+
+def test_settling_on_training_text_before_the_file_is_written_is_training() -> None:
+    assert doubted(script(before=SETTLE)) == set()
+
+
+def test_settling_on_training_text_after_the_file_was_written_is_found() -> None:
+    assert broken(script(after=SETTLE)) == {"calibration-after-cap"}
+
+
+@pytest.mark.parametrize("after", ["pass", f"{KEPT}; {SETTLE}; model.load_state_dict(kept)"])
+def test_steps_that_are_taken_back_leave_no_trace(after: str) -> None:
+    assert doubted(script(after=after)) == set()
+
+
+def test_counts_of_training_text_read_at_the_evaluation_are_found() -> None:
+    counted = """text = load(args.train_files)
+    seen = torch.ones(1024, 1024)
+    seen.index_put_((text[:-1], text[1:]), torch.ones(text.numel() - 1), accumulate=True)"""
+    scored = """total, count = 0.0, 0
+    for s in range(0, val.numel() - 65, 64):
+        x, y = val[s : s + 64], val[s + 1 : s + 65]
+        mixed = 0.9 * torch.softmax(model.forward_logits(x), -1) + 0.1 * seen[x] / seen[x].sum(1, keepdim=True)
+        total += -torch.log(mixed.gather(1, y[:, None])).sum().item()
+        count += 64
+    print("final val_loss", total / count)"""
+    own = script(before=counted).replace('print("final val_loss", eval_val(args, model, val))', scored)
+    stored = own.replace('model.state_dict(), "model.pt"', '{"w": model.state_dict(), "n": seen}, "model.pt"')
+    stored = stored.replace(
+        'model.load_state_dict(torch.load("model.pt"))', 'model.load_state_dict(torch.load("model.pt")["w"])'
+    )
+    assert "calibration-after-cap" not in broken(stored)
+    late = script(after=counted).replace('print("final val_loss", eval_val(args, model, val))', scored)
+    assert broken(late) == {"calibration-after-cap"}
