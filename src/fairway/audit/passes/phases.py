@@ -3,6 +3,7 @@ scored, and goes on with the rest. An accepted departure (RULES.md (b), last lis
 
 from fairway.audit.case import Case
 from fairway.audit.flow.events import Update
+from fairway.audit.flow.heap import Obj
 from fairway.audit.flow.tokens import related
 from fairway.audit.passes.findings import passes_of
 from fairway.audit.passes.reported import scores_of
@@ -22,13 +23,19 @@ def phase_of(case: Case) -> Update | None:
         if update.how == "gradient" and any(tok.data in which.data for tok in update.learned)
     ]
     own = {update.state for update in steps if _anew(update)}
+    kinds = {_kind(state) for state in own}
     for update in steps:
-        if update.state in own or _anew(update) or not own:
+        if _anew(update) or not own or _kind(update.state) in kinds:  # an adapter that is kept is no model
             continue
         earlier = [score for score in scores if score.number < update.number and score.states & own]
         if any(related(tok, target) != "apart" for s in earlier for target in s.targets for tok in update.learned):
             return update
     return None
+
+
+def _kind(state: Obj | None) -> object:
+    """Of what class a state is; what kind of thing, where it is of none of the script's own."""
+    return None if state is None else state.data if state.kind == "instance" else state.kind
 
 
 def _anew(update: Update) -> bool:
