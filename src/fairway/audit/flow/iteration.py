@@ -121,7 +121,7 @@ class Iteration(Writing):
         if start.const == 0 and stop.unit and stop.spans:  # range(0, end of this chunk, step): all that lies before it
             spans = self.slice_spans(Part(None, None, stop, slice=True))
         elif start.spans and stop.spans:  # range(start, end of the chunk after this one, step)
-            spans = self.slice_spans(Part(None, start, stop, slice=True))
+            spans = self.reaching(start.spans, {loop: (a, b) for loop, a, b in stop.spans})
         elif any(high > low for _, low, high in stop.spans):  # of the length of several chunks
             spans = stop.spans
         any_of = Value(unit=sym_of(step), limit=limit, env=env, spans=spans, choices=stop.choices, cuts=cuts)
