@@ -80,14 +80,18 @@ class Containers(Classes):
         if low and part.low is not None and part.low.less:
             low = self._ending(low, high)
         if low:
-            part_of = {loop: 0 if self._holds_end(loop, low, high) else 1 for loop, _, _ in low}
-            return tuple(
-                (loop, a, max(b, high[loop][1] - part_of[loop]) if loop in high and high[loop][1] > b else b)
-                for loop, a, b in low
-            )
+            return self.reaching(low, high)
         if part.low is None or part.low.const == 0:
             return tuple((loop, START, a - 1) if a == b else (loop, START, b) for loop, (a, b) in high.items())
         return tuple((loop, a, b) for loop, (a, b) in high.items())
+
+    def reaching(self, low: tuple[Span, ...], high: dict[int, tuple[int, int]]) -> tuple[Span, ...]:
+        """The iterations from a start as far as an end."""
+        part_of = {loop: 0 if self._holds_end(loop, low, high) else 1 for loop, _, _ in low}
+        return tuple(
+            (loop, a, max(b, high[loop][1] - part_of[loop]) if loop in high and high[loop][1] > b else b)
+            for loop, a, b in low
+        )
 
     def _holds_end(self, loop: int, low: tuple[Span, ...], high: dict[int, tuple[int, int]]) -> bool:
         """Whether an end is the end of what a list holds for a turn, as a start is the start of it: `chunks[c][0].begin

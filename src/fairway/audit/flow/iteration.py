@@ -132,8 +132,8 @@ class Iteration(Writing):
         spans = start.spans
         if start.const == 0 and stop.unit and stop.spans:  # range(0, end of this chunk, step): all that lies before it
             spans = self.slice_spans(Part(None, None, stop, slice=True))
-        elif start.spans and _later(stop, start):  # range(start, end of the chunk after this one, step)
-            spans = self.slice_spans(Part(None, start, stop, slice=True))
+        elif start.spans and stop.spans:  # range(start, end of the chunk after this one, step)
+            spans = self.reaching(start.spans, {loop: (a, b) for loop, a, b in stop.spans})
         elif any(high > low for _, low, high in stop.spans):  # of the length of several chunks
             spans = stop.spans
         flags = INDEXED if share or within else 0
@@ -148,12 +148,6 @@ class Iteration(Writing):
                 return Elements(None, any_of, 0)
             return Elements(None, any_of, len(turns), len(turns) <= 32, turns[0], turns[-1])
         return Elements(None, any_of)
-
-
-def _later(one: Value, other: Value) -> bool:
-    """Whether a place lies turns after another one, in a loop that both hang on."""
-    ends = {loop: high for loop, _, high in other.spans}
-    return any(loop in ends and high > ends[loop] for loop, _, high in one.spans)
 
 
 def _product(ends: tuple[str, ...], factor: str) -> bool:
