@@ -36,17 +36,13 @@ _BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.BitAnd: operator.and_, ast.BitOr: operator.or_,
     ast.BitXor: operator.xor,
 }  # fmt: skip
-_ORDER: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
-    ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge, ast.Eq: operator.eq,
-    ast.NotEq: operator.ne, ast.Is: lambda a, b: a is b or a == b, ast.IsNot: lambda a, b: not (a is b or a == b),
-}  # fmt: skip
 _DIGITS = (ast.RShift, ast.BitAnd, ast.FloorDiv)
 _MOST_STEPS = 4  # more is a context of many tokens, no neighbouring turn
 _LONGEST = 20_000  # characters of a constant text
 
 
 class Arithmetic(Comparisons):
-    """Binary operators and comparisons."""
+    """Binary operators."""
 
     def binop(self, op: ast.operator, left: Value, right: Value, node: ast.AST | None) -> Value:
         """left op right"""

@@ -27,24 +27,15 @@ from fairway.audit.flow.values import (
     blend,
 )
 
-_BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
-    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.BitAnd: operator.and_, ast.BitOr: operator.or_,
-    ast.BitXor: operator.xor,
-}  # fmt: skip
 _ORDER: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge, ast.Eq: operator.eq,
     ast.NotEq: operator.ne, ast.Is: lambda a, b: a is b or a == b, ast.IsNot: lambda a, b: not (a is b or a == b),
 }  # fmt: skip
-_DIGITS = (ast.RShift, ast.BitAnd, ast.FloorDiv)
-_MOST_STEPS = 4  # more is a context of many tokens, no neighbouring turn
-_LONGEST = 20_000  # characters of a constant text
 
 
 class Comparisons(Iteration):
     """compare(op, left, right)"""
 
-    # Comparisons.
     def compare(self, op: ast.cmpop, left: Value, right: Value, node: ast.AST | None, texts: Any) -> Value:
         """left op right"""
         known = self._known(op, left, right, texts)

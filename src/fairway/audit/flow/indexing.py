@@ -11,8 +11,6 @@ from fairway.audit.flow.values import (
     Value,
 )
 
-_WINDOW = 10_000  # tokens: a constant up to this is the length of a window, not a share of the text
-
 
 class Indexing(Classes):
     """parts(node), slice_spans(part), cuts_of(parts)"""
