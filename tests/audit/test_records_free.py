@@ -275,8 +275,13 @@ def test_claims_are_held_against_files_and_parts(
         ('len(code.encode("utf-8"))', "len(zlib.compress(code.encode()))", "violates"),
         ('len(code.encode("utf-8"))', "len(base64.b85encode(zlib.compress(code.encode())))", "clean"),
         ('+ len(code.encode("utf-8"))', "+ len(Path(sys.argv[1]).read_bytes())", "clean"),
+        (
+            "assert total <= LIMIT",
+            'print(f"{len(zlib.compress(code.encode()))} packed"); assert total <= LIMIT',
+            "clean",
+        ),
     ],
-    ids=["a dict's entry", "MiB in a table", "the code compressed", "a wrapper of the code", "another file is added"],
+    ids=["a dict's entry", "MiB in a table", "the code compressed", "a wrapper of it", "another file", "only shown"],
 )
 def test_what_the_sum_is_made_of(old: str, new: str, verdict: str, tmp_path: Path) -> None:
     assert old in SCRIPT

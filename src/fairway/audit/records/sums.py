@@ -159,7 +159,8 @@ def _called(node: ast.AST) -> str:
 
 def squeezed(script: Script) -> ast.expr | None:
     """len(compress(the script's own text)), which no file has that could run: neither the script, nor a wrapper of it,
-    which would be encoded as text. None where the code is weighed as it is."""
+    which would be encoded as text. None where the code is weighed as it is, and where this is only shown in a message.
+    """
     for each in script.all():
         if each.tree is None:
             continue
@@ -171,8 +172,9 @@ def squeezed(script: Script) -> ast.expr | None:
             for inner in call.args
             if isinstance(inner, ast.Call)
         }
+        shown = {id(node.value) for node in ast.walk(each.tree) if isinstance(node, ast.FormattedValue)}
         for node in ast.walk(each.tree):
-            if not (isinstance(node, ast.Call) and _called(node.func) == "len" and node.args):
+            if not (isinstance(node, ast.Call) and _called(node.func) == "len" and node.args) or id(node) in shown:
                 continue
             for packed in [node.args[0], *sources.of(node.args[0])]:
                 if not isinstance(packed, ast.Call) or not packed.args or not _is_own_text(packed.args[0], sources):
