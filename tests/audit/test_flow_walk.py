@@ -239,3 +239,36 @@ print(f"val_loss:{total / len(val):.6f}")
     assert not doubted(honest)
     assert broken(other) <= {"training-before-scoring", "validation-in-training"}
     assert broken(other)
+
+
+GROWN = """
+import glob, os
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+def load(pattern):
+    return torch.cat([torch.from_numpy(np.fromfile(p, "<u2").astype(np.int64)) for p in sorted(glob.glob(pattern))])
+
+held, text = load("data/shards_val_*.bin"), load("data/shards_train_*.bin")
+model, heads = nn.Sequential(nn.Embedding(1024, 64), nn.Linear(64, 1024)), nn.ModuleList()
+optimizers = [torch.optim.AdamW([model[0].weight]), torch.optim.AdamW([model[1].weight])]
+if os.environ["HEADS"] == "on":
+    optimizers.GROW
+for i in range(9000):
+    piece = text[i * 1024 : (i + 1) * 1024 + 1]
+    F.cross_entropy(model(piece[:-1]), piece[1:]).backward()
+    for each in optimizers:
+        each.step()
+print("final val_loss", F.cross_entropy(model(held[:-1]), held[1:]).item())
+"""
+
+
+@pytest.mark.parametrize(
+    "grow",
+    ["insert(1, torch.optim.Adam(heads.parameters()))", "append(torch.optim.Adam(heads.parameters()))", "pop()"],
+)
+def test_a_list_that_grows_or_shrinks_on_one_way_alone_keeps_what_it_holds(grow: str) -> None:
+    updates = trace_of(GROWN.replace("GROW", grow)).updates
+    assert any(update.how == "gradient" and any(tok.data == "train" for tok in update.learned) for update in updates)

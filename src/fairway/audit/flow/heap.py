@@ -98,13 +98,27 @@ class Heap:
             for (obj, key), value in outcomes[0].items():
                 self._put(obj, key, value)
             return
+        uneven: list[tuple[Obj, list[Any]]] = []
         for obj, key in {each: None for outcome in outcomes for each in outcome}:
             base = obj.slots.get(key, MISSING)
             values = [outcome.get((obj, key), base) for outcome in outcomes]
             joined = values[0]
             for value in values[1:]:
                 joined = joined_slot(joined, value)
+            if key == "#items" and isinstance(joined, Value) and joined.items is None:
+                uneven.append((obj, values))
             self._put(obj, key, joined)
+        for obj, values in uneven:
+            self._pour(obj, values)
+
+    def _pour(self, obj: Obj, lists: list[Any]) -> None:
+        """A list of another length on each way: what it may hold is known, how many of it is not."""
+        self.drop(obj, "#items")
+        found = obj.slots.get("#elem", MISSING)
+        for each in lists:
+            for item in (each.items or ()) if isinstance(each, Value) else ():
+                found = joined_slot(found, item)
+        self._put(obj, "#elem", found)
 
     def _put(self, obj: Obj, key: Any, value: Any) -> None:
         if value is MISSING:
