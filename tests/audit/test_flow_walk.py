@@ -5,7 +5,7 @@ import time
 import pytest
 
 from fairway.audit.flow.events import Said, Score, Trace, Unknown, Update
-from tests.audit.order import HONEST, broken, doubted, line_of, trace_of
+from tests.audit.order import HONEST, broken, doubted, findings, line_of, trace_of
 
 START = """
 import functools, os, glob, numpy as np, torch, torch.nn as nn, torch.nn.functional as F
@@ -272,3 +272,9 @@ print("final val_loss", F.cross_entropy(model(held[:-1]), held[1:]).item())
 def test_a_list_that_grows_or_shrinks_on_one_way_alone_keeps_what_it_holds(grow: str) -> None:
     updates = trace_of(GROWN.replace("GROW", grow)).updates
     assert any(update.how == "gradient" and any(tok.data == "train" for tok in update.learned) for update in updates)
+
+
+def test_a_training_that_is_not_followed_is_not_called_clean() -> None:
+    lost = GROWN.replace("for each in optimizers:\n        each.step()", "apply(*map(type(model).step_of, optimizers))")
+    assert findings(lost)["validation-in-training"].verdict == "cannot tell"
+    assert findings(GROWN)["validation-in-training"].verdict == "clean"
