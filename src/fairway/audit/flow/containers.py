@@ -11,7 +11,7 @@ from fairway.audit.flow.heap import Obj
 from fairway.audit.flow.indexing import Indexing
 from fairway.audit.flow.indices import Part, overlaps, sparse, step_of, sym_of
 from fairway.audit.flow.ordering import in_order
-from fairway.audit.flow.shares import before_share, first_of, indexed, limited, of_rank
+from fairway.audit.flow.shares import WINDOW, before_share, first_of, indexed, limited, of_rank
 from fairway.audit.flow.tokens import Span, Tok, narrowed, part_of
 from fairway.audit.flow.values import (
     CLIPPED,
@@ -31,8 +31,6 @@ from fairway.audit.flow.values import (
     join,
     same,
 )
-
-_WINDOW = 10_000  # tokens: a constant up to this is the length of a window, not a share of the text
 
 
 class Containers(Indexing):
@@ -328,6 +326,7 @@ class Containers(Indexing):
         """What constants say of a slice: the shift by one, the first N alone."""
         behind = bool(parts) and parts[0].value is not None and parts[0].value.const is ...  # of the last axis
         for part in parts:
+            in_row = len(parts) > 1 and part is parts[-1] and not parts[0].slice  # x[row, j]: a place of a window
             ends = [each for each in (part.low, part.high, part.value) if each is not None]
             if any(RANKED & each.env for each in ends):
                 tok = replace(tok, ranked=True)
@@ -335,8 +334,7 @@ class Containers(Indexing):
                 tok = replace(tok, ordered=True)
             if not part.slice:
                 limit = part.value.limit if part.value is not None else None
-                in_row = len(parts) > 1 and part is parts[-1] and not parts[0].slice  # x[row, j]: a place of a window
-                if limit is not None and not (tok.part or behind or (in_row and limit <= _WINDOW)):
+                if limit is not None and not (tok.part or behind or (in_row and limit <= WINDOW)):
                     tok = replace(tok, part=part_of(limit))
                 continue
             if part.low is not None and part.low.flags & CLIPPED:
@@ -354,7 +352,7 @@ class Containers(Indexing):
                 limit = bound.limit
                 if limit is None and isinstance(bound.const, int) and bound is part.high and len(bounds) == 1:
                     limit = bound.const
-                if limit is not None and (limit > _WINDOW or bound.flags & INDEXED):
+                if limit is not None and (limit > WINDOW or (bound.flags & INDEXED and not in_row)):
                     tok = replace(tok, part=part_of(limit))
         return tok
 

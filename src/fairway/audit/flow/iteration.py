@@ -8,7 +8,7 @@ from dataclasses import replace
 from fairway.audit.flow.core import Frame
 from fairway.audit.flow.heap import Obj
 from fairway.audit.flow.indices import Elements, Part, sym_of
-from fairway.audit.flow.shares import share_of
+from fairway.audit.flow.shares import WINDOW, share_of
 from fairway.audit.flow.tokens import Cut
 from fairway.audit.flow.values import (
     INDEXED,
@@ -137,6 +137,8 @@ class Iteration(Writing):
         elif any(high > low for _, low, high in stop.spans):  # of the length of several chunks
             spans = stop.spans
         flags = INDEXED if share or within else 0
+        if flags and limit is not None and limit <= WINDOW:  # the length of a window, whichever the list let through
+            limit = None
         cuts |= share | (start.cuts if within else frozenset())
         any_of = Value(
             unit=sym_of(step), limit=limit, env=env, spans=spans, choices=stop.choices, cuts=cuts, flags=flags

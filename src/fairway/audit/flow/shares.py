@@ -8,7 +8,7 @@ from fairway.audit.flow.indices import Part, sym_of
 from fairway.audit.flow.tokens import Cut
 from fairway.audit.flow.values import FIRST, INDEXED, LENGTH, RANKED, Value
 
-_WINDOW = 8192  # tokens: a first window, scored from its beginning or after its context
+WINDOW = 10_000  # tokens: a constant up to this is the length of a window, not a share of the text
 
 
 def of_rank(value: Value) -> Value:
@@ -59,6 +59,6 @@ def before_share(part: Part) -> frozenset[Cut]:
     if not high.flags & FIRST:
         return frozenset() if high.spans else frozenset((("head", sym_of(high), high.less),))
     added = sum(int(each) for each in high.less if each.lstrip("+").isdigit() and each.startswith("+"))
-    if added > _WINDOW:
+    if added > WINDOW:
         return frozenset()
     return frozenset(("head", text, less) for kind, text, less in high.cuts if kind == "tail")
