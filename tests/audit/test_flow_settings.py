@@ -4,7 +4,8 @@ that are repeated with what was made before them."""
 
 import pytest
 
-from tests.audit.order import HEAD, HONEST, MAIN, broken, doubted, findings, line_of
+from fairway.audit.flow.events import Clock
+from tests.audit.order import HEAD, HONEST, MAIN, broken, doubted, findings, line_of, trace_of
 
 EVAL = "    final = eval_ttt(args, model, val)\n"
 SPEC = """
@@ -130,3 +131,26 @@ def test_a_step_taken_by_a_helper_is_shown_where_the_loss_is_made() -> None:
     assert finding.place is not None
     assert abs(finding.place.line - line_of(text, "                    own = F")) <= 1
     assert doubted(HONEST) == set()
+
+
+NESTED = """
+import time
+from dataclasses import dataclass, field
+@dataclass
+class Recipe:
+    seconds: float = 600.0
+    reserve: float = 14.0
+@dataclass
+class Job:
+    recipe: Recipe = field(default_factory=Recipe)
+    seeds: list = field(default_factory=lambda: [1, 2])
+job, begin = Job(), time.perf_counter()
+while True:
+    if time.perf_counter() - begin > job.recipe.seconds - job.recipe.reserve:
+        break
+"""
+
+
+def test_a_field_has_what_its_factory_makes() -> None:
+    clocks = [event for event in trace_of(NESTED).events if isinstance(event, Clock)]
+    assert {clock.limit for clock in clocks} == {586.0}

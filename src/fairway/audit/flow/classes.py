@@ -7,7 +7,7 @@ from typing import Any
 
 from fairway.audit.flow.heap import Obj
 from fairway.audit.flow.learning import Learning
-from fairway.audit.flow.values import CLOCK, GRAD, LENGTH, MISSING, NONE, NOTHING, ONE_ROW, WEIGHTS, Value, blend, join
+from fairway.audit.flow.values import GRAD, LENGTH, MISSING, NONE, NOTHING, ONE_ROW, WEIGHTS, Value, blend, join
 
 _SAME = frozenset(("data", "module", "_orig_mod", "T", "mT", "mH", "H", "real", "flat", "values", "_forward_module"))
 _PLAIN = frozenset(("dtype", "device", "layout", "is_cuda", "itemsize", "__name__", "__class__", "requires_grad"))
@@ -349,10 +349,6 @@ class Classes(Learning):
         cell = self.new("tensor")
         cell.slots["#content"] = held.but(const=MISSING)
         return self.ref(cell)
-
-    @staticmethod
-    def is_clock(value: Value) -> bool:
-        return bool(value.flags & CLOCK)
 
 
 def _last(name: str) -> str:

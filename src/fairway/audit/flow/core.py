@@ -73,9 +73,7 @@ class Core:
         self.turns: dict[int, int] = {}  # loop -> iterations walked
         self.caps: list[int] = []  # loops under way that a branch leaves when a counter or the clock says so
         self.picks = False  # a length, a loss or the clock was held against a constant since the last condition
-        self.ends: dict[
-            int, tuple[str, ...]
-        ] = {}  # loop -> where its range ends: how it was computed, how it is written
+        self.ends: dict[int, tuple[str, ...]] = {}  # loop -> the end of its range: as computed, as written
         self.strided: set[int] = set()  # loops whose step has a number written out
         self.backwards: set[int] = set()  # loops that go from the end to the beginning
         self.booked: list[int] = []  # losses (bits) in the order in which they were first added to anything

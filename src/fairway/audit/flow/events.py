@@ -123,11 +123,12 @@ class Unknown(Event):
 @dataclass(frozen=True)
 class Read:
     """Where data is read. stack: the calls; mixed: training and validation files; pattern: one that fits both kinds
-    alike, or ""."""
+    alike, or ""; after: how many events came before the first time."""
 
     stack: tuple[Place, ...]
     mixed: bool = False
     pattern: str = ""
+    after: int = field(default=0, compare=False)
 
 
 @dataclass(eq=False)
@@ -148,7 +149,6 @@ class Trace:
     files: dict[str, Place] = field(default_factory=dict)  # "1" -> where only the first of several files is taken
     limits: dict[str, Place] = field(default_factory=dict)  # a Tok's part -> where a constant lets only so many through
     reads: list[Read] = field(default_factory=list)
-    read_at: list[int] = field(default_factory=list)  # of each of these reads: how many events came before the first
     gathered: list[tuple[int, int]] = field(default_factory=list)  # sums over all ranks: (events before, their losses)
     orders: list[tuple[int, Place]] = field(default_factory=list)  # sorts by lengths: (events before, where)
     averaged: list[int] = field(default_factory=list)  # gradients or weights made one over all ranks: events before

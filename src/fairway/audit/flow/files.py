@@ -97,10 +97,9 @@ class Files(Operations):
     def read_here(self, mixed: bool, pattern: str) -> int:
         """The number of this read among the places of the script that read data. mixed, pattern: see Read."""
         stack = tuple(Place(each.script.path, each.script.line(each.line)) for each in self.frames)
-        read, reads = events.Read(stack, mixed, pattern), self.trace.reads
+        read, reads = events.Read(stack, mixed, pattern, len(self.trace.events)), self.trace.reads
         if read not in reads:
             reads.append(read)
-            self.trace.read_at.append(len(self.trace.events))
         return reads.index(read)
 
     def write_to(self, path: Value, value: Value, node: ast.AST | None) -> None:

@@ -7,9 +7,7 @@ import ast
 from fairway.audit.flow.classes import Classes
 from fairway.audit.flow.indices import Part, bound_of, sym_of
 from fairway.audit.flow.tokens import START, Cut, Span
-from fairway.audit.flow.values import (
-    Value,
-)
+from fairway.audit.flow.values import Value
 
 
 class Indexing(Classes):

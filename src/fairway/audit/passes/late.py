@@ -80,7 +80,7 @@ def taught_at_evaluation(trace: Trace, reported: Reported) -> Update | None:
 
 def _read_after(trace: Trace, update: Update, written: int) -> bool:
     """Whether some of what was learned was first read after an event."""
-    return any(tok.origin >= 0 and trace.read_at[tok.origin] >= written for tok in update.learned)
+    return any(tok.origin >= 0 and trace.reads[tok.origin].after >= written for tok in update.learned)
 
 
 def _clocked(trace: Trace, update: Update) -> bool:

@@ -88,7 +88,3 @@ def _always(case: Case, fetching: Event) -> bool:
 def _counts_with(case: Case, fetched: Term) -> bool:
     """Whether the bytes are counted by what was fetched: by a tokenizer that lies on no disk here."""
     return any(any_below(term, lambda t: t is fetched) for term in byte_factors(case))
-
-
-def events_of(program: Program) -> list[Event]:
-    return [event for event in program.events if _network(event.term) is not None]
