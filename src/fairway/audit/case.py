@@ -12,6 +12,7 @@ from fairway.audit.submission import Submission
 
 if TYPE_CHECKING:
     from fairway.audit.terms.reading import Reading
+    from fairway.audit.trial import Trial
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,13 @@ class Case:
     def trace(self) -> Trace:
         """What the script does, in order."""
         from fairway.audit.flow.machine import run
+
+        return run(self.script, self.settings)
+
+    @cached_property
+    def trial(self) -> "Trial":
+        """What the script's own arithmetic makes of a short text."""
+        from fairway.audit.trial import run
 
         return run(self.script, self.settings)
 

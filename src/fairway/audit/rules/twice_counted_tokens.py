@@ -10,6 +10,8 @@ from fairway.audit.flow.events import Score, bits
 from fairway.audit.flow.linear import difference
 from fairway.audit.flow.tokens import Tok
 from fairway.audit.passes.findings import passes_of, unseen
+from fairway.audit.passes.reported import Reported, scores_of
+from fairway.audit.passes.trials import counts_of, repeated
 from fairway.audit.verdict import Finding, Place
 
 ID = "twice-counted-tokens"
@@ -42,10 +44,19 @@ def check(case: Case) -> Finding:
         elif tails is None and all(_pushed_back(tok) for tok in whole):
             tails = score
             how = "a window is pushed back into the data, and the loss at {place} counts as many of its targets as ever"
+    counts = counts_of(case, which)
+    shown = repeated(counts) if counts is not None else ""
+    if shown:
+        return Finding(ID, "violates", shown, CLAUSE, _in_the_windows_loop(case, which_score(case, which)))
     if tails is not None:
         evidence = f"At the end of the data {how.format(place=tails.place)}: some are counted again."
         return departure(case, "small-tail", CLAUSE, evidence, _in_the_windows_loop(case, tails))
     return Finding(ID, "clean", "No window counts targets that another one counts.", CLAUSE, which.score[0].place)
+
+
+def which_score(case: Case, which: Reported) -> Score:
+    """The last loss that the score sums."""
+    return scores_of(case.trace, which.score, which.data)[-1]
 
 
 def _in_the_windows_loop(case: Case, score: Score) -> Place:

@@ -1,0 +1,105 @@
+"""What a trial over a short text shows of the score: how often each target counts, and what was learned before."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fairway.audit.case import Case
+from fairway.audit.passes.reported import Reported
+from fairway.audit.trial.text import LENGTH, UNIT
+from fairway.audit.trial.told import Lesson, Told, Trial
+from fairway.audit.verdict import Place
+
+_ENDS = 2 * UNIT  # tokens at the end of the text: what windows make of them is a rule of its own
+_FEW = 32  # targets: fewer that count otherwise are edges of documents
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of the score: how often each target of the text counts, and how much of that came after a lesson."""
+
+    times: NDArray[np.float64]
+    late: NDArray[np.float64]
+    trial: Trial
+
+    @property
+    def more(self) -> NDArray[np.int64]:
+        """The targets before the end of the text that count more than once."""
+        found: NDArray[np.int64] = np.flatnonzero(self.times[: LENGTH - _ENDS] > 1.01)
+        return found
+
+    @property
+    def missing(self) -> NDArray[np.int64]:
+        """The targets before the end of the text that do not count; the first token is no target."""
+        found: NDArray[np.int64] = np.flatnonzero(self.times[1 : LENGTH - _ENDS] < 0.01) + 1
+        return found
+
+    @property
+    def lessons(self) -> list[Lesson]:
+        """Those whose targets were scored, or scored again, after them."""
+        return [lesson for lesson in self.trial.lessons if lesson.asked is not None]
+
+
+def counts_of(case: Case, which: Reported) -> Counts | None:
+    """None where the trial came to no end, or the number that is reported is not among those that it told."""
+    trial = case.trial
+    if not trial.complete or trial.unsure or not trial.told:
+        return None
+    lines = {said.place.line for said in which.score}
+    named = [told for told in trial.told if told.line in lines]
+    told: Told = (named or trial.told)[-1]
+    times, late = trial.counts(told)
+    if not (times > 0).any():
+        return None
+    return Counts(times, late, trial)
+
+
+def repeated(counts: Counts) -> str:
+    """How many targets count more than once, as a sentence; "" where so few do that it is an edge."""
+    more = counts.more
+    if len(more) < _FEW:
+        return ""
+    most = counts.times[more].max()
+    return (
+        f"Worked out for a text of {LENGTH - 1:,} targets, {len(more):,} of them count more than once in the score (up "
+        f"to {most:.3g} times), the first of them at place {more[0]:,}."
+    )
+
+
+def unscored(counts: Counts) -> str:
+    """How many targets do not count at all, as a sentence; "" where so few do that it is an edge."""
+    missing = counts.missing
+    if len(missing) < max(_FEW, (LENGTH - _ENDS) // 200):
+        return ""
+    return (
+        f"Worked out for a text of {LENGTH - 1:,} targets, {len(missing):,} of them do not count in the score, the "
+        f"first of them at place {missing[0]:,}."
+    )
+
+
+def lesson_before(counts: Counts, again: bool) -> tuple[str, Place] | None:
+    """Targets of the score from which something learned before: a sentence, and where the order is decided."""
+    after = np.flatnonzero(counts.late > 0)
+    lessons = [lesson for lesson in counts.lessons if lesson.again is again]
+    if len(after) < _FEW or not lessons or len(lessons) * 2 < len(counts.lessons):
+        return None
+    lesson = lessons[0]
+    assert lesson.asked is not None
+    line = parting(lesson.stack, lesson.asked)
+    how = "had been scored, were learned from and are scored again" if again else "were learned from before that"
+    evidence = (
+        f"Worked out for a text of {LENGTH - 1:,} targets, {len(after):,} of those that the score counts {how}: the "
+        f"step at line {lesson.stack[-1]} comes before the loss at line {lesson.asked[-1]}."
+    )
+    return evidence, Place("", line)
+
+
+def parting(one: tuple[int, ...], other: tuple[int, ...]) -> int:
+    """The line of `one` in the function in which the two ways part."""
+    for mine, theirs in zip(one, other, strict=False):
+        if mine != theirs:
+            return mine
+    return one[-1]

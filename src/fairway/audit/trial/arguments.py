@@ -1,0 +1,50 @@
+"""TODO"""
+
+from __future__ import annotations
+
+from fairway.audit.settings import UNKNOWN as UNSET
+from fairway.audit.trial.core import Core
+from fairway.audit.trial.values import UNKNOWN, Class, Obj, Value
+
+RANKS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+
+
+def environ(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
+    name, default = args[0], args[1] if len(args) > 1 else kwargs.get("default")
+    if name in RANKS:
+        return RANKS[name]
+    found = machine.settings.environ(name, default)
+    return UNKNOWN if found is UNSET else found
+
+
+def _argument(machine: Core, option: str, default: Value, kind: Value) -> Value:
+    turn = {"int": int, "float": float}.get(getattr(kind, "name", ""))
+    found = machine.settings.argument(option, default, turn)
+    return UNKNOWN if found is UNSET else found
+
+
+class Parser:
+    """argparse.ArgumentParser: the options with what the run command or their default gives."""
+
+    def __init__(self, machine: Core) -> None:
+        self.machine = machine
+        self.values: dict[str, Value] = {}
+
+    def add_argument(self, *names: Value, **kwargs: Value) -> None:
+        plain = [str(each) for each in names if isinstance(each, str)]
+        if plain:
+            option = max(plain, key=len)
+            name = kwargs.get("dest") or option.lstrip("-").replace("-", "_")
+            default = kwargs.get("default", False if kwargs.get("action") == "store_true" else None)
+            self.values[name] = _argument(self.machine, option, default, kwargs.get("type"))
+
+    def add_argument_group(self, *_: Value, **__: Value) -> Parser:
+        return self
+
+    add_mutually_exclusive_group = add_argument_group
+
+    def parse_args(self, *_: Value, **__: Value) -> Obj:
+        return Obj(Class("Namespace", [], {}), dict(self.values))
+
+    def parse_known_args(self, *_: Value, **__: Value) -> tuple[Obj, list[Value]]:
+        return self.parse_args(), []

@@ -1,0 +1,347 @@
+"""Arrays: numbers, the places that token ids have in the text, or losses with the targets that they are of."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fairway.audit.trial.sums import Sum
+from fairway.audit.trial.values import NET, UNKNOWN, Unknown, Value, mixed
+
+LARGEST = 3_000_000  # elements: what is larger is a table of counts or of weights, and not known
+
+Numbers = NDArray[Any]
+
+
+class Array:
+    """A tensor or array. One of:
+
+    numbers: `num`, of any shape; `pos`, of the same shape or None: the place in the text of each token id, -1 for none
+    losses: `num` is None; `pos` as above, `coef` how much each counts
+    sums: `num` of dtype object, of Sums
+    Slices are views of all of these, as in torch and numpy.
+    """
+
+    __slots__ = ("coef", "num", "pos")
+
+    def __init__(self, num: Numbers | None, pos: Numbers | None = None, coef: Numbers | None = None) -> None:
+        self.num = num
+        self.pos = pos
+        self.coef = coef
+
+    @property
+    def body(self) -> Numbers:
+        """The array that has the shape."""
+        if self.num is not None:
+            return self.num
+        assert self.pos is not None
+        return self.pos
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.body.shape
+
+    @property
+    def lossy(self) -> bool:
+        return self.coef is not None
+
+    def all(self, turn: Callable[[Numbers], Numbers]) -> Array:
+        """The same change of shape for all that it holds."""
+        return Array(*(None if each is None else turn(each) for each in (self.num, self.pos, self.coef)))
+
+    def __len__(self) -> int:
+        return len(self.body)
+
+    def __repr__(self) -> str:
+        return f"Array{self.shape}{'of losses' if self.lossy else ''}"
+
+
+class TooLarge(ValueError):
+    """An array, a text, a number of a size that a trial does not hold."""
+
+
+def limited(count: float) -> None:
+    """TooLarge beyond LARGEST elements."""
+    if count > LARGEST:
+        raise TooLarge
+
+
+def array_of(value: Value) -> Array | None:
+    """A number, list or array as an Array; None for what is none."""
+    if isinstance(value, Array):
+        return value
+    if isinstance(value, Sum):
+        return Array(_objects([value]).reshape(()))
+    if isinstance(value, (bool, int, float, np.number)):
+        return Array(np.asarray(value))
+    if isinstance(value, (list, tuple, range)):
+        return _listed(list(value))
+    return None
+
+
+def _listed(items: list[Value]) -> Array | None:
+    if any(isinstance(item, (Array, list, tuple)) for item in items):
+        parts = [array_of(item) for item in items]
+        return (
+            stacked([part for part in parts if part is not None]) if all(part is not None for part in parts) else None
+        )
+    if any(isinstance(item, Sum) for item in items):
+        return Array(_objects(items))
+    if not all(isinstance(item, (bool, int, float, np.number)) for item in items):
+        return None
+    return Array(np.asarray(items))
+
+
+def _objects(items: list[Value]) -> Numbers:
+    made = np.empty(len(items), dtype=object)
+    made[:] = items
+    return made
+
+
+def stacked(parts: list[Array], axis: int | None = None) -> Array | None:
+    """torch.stack (axis None or the new one) of arrays of one shape."""
+    if not parts or len({part.shape for part in parts}) > 1:
+        return None
+    return joined([part.all(lambda body: np.expand_dims(body, axis or 0)) for part in parts], axis or 0)
+
+
+def joined(parts: list[Array], axis: int = 0) -> Array:
+    """torch.cat."""
+    limited(sum(part.body.size for part in parts))
+    if any(part.lossy for part in parts):
+        full = [as_losses(part) for part in parts]
+        return Array(
+            None,
+            np.concatenate([part.pos for part in full], axis),
+            np.concatenate([part.coef for part in full], axis),
+        )
+    num = np.concatenate([part.body for part in parts], axis)
+    if all(part.pos is None for part in parts):
+        return Array(num)
+    return Array(num, np.concatenate([places(part) for part in parts], axis))
+
+
+def places(array: Array) -> Numbers:
+    """The places of an array's tokens, made where it has none."""
+    if array.pos is None:
+        array.pos = np.full(array.shape, -1, dtype=np.int32)
+    return array.pos
+
+
+def as_losses(array: Array) -> Array:
+    """An array of numbers as one of losses of nothing."""
+    if array.coef is None:
+        return Array(None, np.full(array.shape, -1, np.int32), np.zeros(array.shape))
+    return array
+
+
+def turn_into_losses(array: Array) -> None:
+    """In place: zeros that losses are about to be written to."""
+    array.pos = np.full(array.shape, -1, np.int32)
+    array.coef = np.zeros(array.shape)
+    array.num = None
+
+
+_PLAIN: dict[str, Callable[[Any, Any], Any]] = {
+    "Add": operator.add,
+    "Sub": operator.sub,
+    "Mult": operator.mul,
+    "Div": operator.truediv,
+    "FloorDiv": operator.floordiv,
+    "Mod": operator.mod,
+    "Pow": operator.pow,
+    "BitAnd": operator.and_,
+    "BitOr": operator.or_,
+    "BitXor": operator.xor,
+    "LShift": operator.lshift,
+    "RShift": operator.rshift,
+    "Eq": operator.eq,
+    "NotEq": operator.ne,
+    "Lt": operator.lt,
+    "LtE": operator.le,
+    "Gt": operator.gt,
+    "GtE": operator.ge,
+}
+_COMPARES = ("Eq", "NotEq", "Lt", "LtE", "Gt", "GtE")
+
+
+def binary(name: str, left: Value, right: Value) -> Value:
+    """left `name` right where one of them is an Array."""
+    if isinstance(left, Unknown) or isinstance(right, Unknown):
+        held = left if isinstance(left, Array) else right
+        if isinstance(held, Array) and (held.lossy or _sums(held)) and name not in _COMPARES:
+            return held
+        return mixed(left, right)
+    one, two = array_of(left), array_of(right)
+    if one is None or two is None:
+        return UNKNOWN
+    if one.lossy or two.lossy:
+        return NET if name in _COMPARES else _of_losses(name, one, two)
+    assert one.num is not None
+    assert two.num is not None
+    if (_sums(one) or _sums(two)) and name in _COMPARES:
+        return NET
+    limited(float(np.prod(np.broadcast_shapes(one.shape, two.shape))))
+    with np.errstate(all="ignore"):
+        return Array(np.asarray(_PLAIN[name](one.num, two.num)))
+
+
+def _sums(array: Array) -> bool:
+    return array.num is not None and array.num.dtype == object
+
+
+def _of_losses(name: str, one: Array, two: Array) -> Value:
+    """Losses with losses of the same targets, or with numbers: weights are multiplied, whatever else keeps them."""
+    if one.lossy and two.lossy:
+        return merged(one, two, add=name in ("Add", "Sub"))
+    loss, plain = (one, two) if one.lossy else (two, one)
+    assert loss.pos is not None
+    assert loss.coef is not None
+    assert plain.num is not None
+    if _sums(plain):
+        return UNKNOWN
+    shape = np.broadcast_shapes(loss.shape, plain.shape)
+    limited(float(np.prod(shape)))
+    pos = np.broadcast_to(loss.pos, shape)
+    coef = np.broadcast_to(loss.coef, shape)
+    if name == "Mult":
+        return Array(None, pos, coef * plain.num)
+    if name == "Div" and loss is one:
+        with np.errstate(all="ignore"):
+            return Array(None, pos, np.where(plain.num == 0, 0.0, coef / plain.num))
+    return Array(None, pos, coef)
+
+
+def merged(one: Array, two: Array, add: bool) -> Value:
+    """Two arrays of losses as one of both: added, or mixed into one loss of each target."""
+    assert one.pos is not None
+    assert two.pos is not None
+    assert one.coef is not None
+    assert two.coef is not None
+    a, b = one.pos, two.pos
+    if np.any((a >= 0) & (b >= 0) & (a != b) & (one.coef != 0) & (two.coef != 0)):
+        return NET
+    coef = one.coef + two.coef if add else np.maximum(np.abs(one.coef), np.abs(two.coef))
+    return Array(None, np.maximum(a, b), coef)
+
+
+def summed(array: Array, axis: Any = None, keep: bool = False) -> Value:
+    """sum(): of losses a Sum, or an array of them along an axis."""
+    if array.lossy:
+        if axis is None:
+            return sum_of(array)
+        return _along(array, axis, keep)
+    assert array.num is not None
+    if _sums(array) and axis is None:
+        total: Any = 0.0
+        for each in array.num.ravel():
+            total = total + each
+        return total
+    return Array(np.asarray(array.num.sum(axis=axis, keepdims=keep)))
+
+
+def sum_of(array: Array) -> Sum:
+    """The Sum of all losses of an array."""
+    assert array.pos is not None
+    assert array.coef is not None
+    counted = (array.pos >= 0) & (array.coef != 0)
+    return Sum(array.pos[counted].astype(np.int32), array.coef[counted].astype(np.float64))
+
+
+def _along(array: Array, axis: Any, keep: bool) -> Array:
+    axes = axis if isinstance(axis, tuple) else (axis,)
+    axes = tuple(each % array.body.ndim for each in axes)
+    kept = [n for n in range(array.body.ndim) if n not in axes]
+    order = [*kept, *axes]
+    shape = tuple(array.shape[n] for n in kept)
+    turned = array.all(lambda body: body.transpose(order).reshape(*shape, -1))
+    rows = int(np.prod(shape, dtype=np.int64))
+    limited(rows * 50)
+    flat = turned.all(lambda body: body.reshape(rows, -1))
+    sums = _objects([sum_of(flat.all(lambda body, n=n: body[n])) for n in range(rows)])  # type: ignore[misc]
+    made = sums.reshape(shape)
+    return Array(np.expand_dims(made, axes) if keep else made)
+
+
+def taken(array: Array, index: Any) -> Value:
+    """array[index]; an element comes out as an Array without dimensions."""
+    return array.all(lambda body: np.asarray(body[index]) if not _scalar(body, index) else _one(body, index))
+
+
+def _scalar(body: Numbers, index: Any) -> bool:
+    return body.dtype == object
+
+
+def _one(body: Numbers, index: Any) -> Numbers:
+    """An element of an array of objects, which numpy would unpack."""
+    found = body[index]
+    if isinstance(found, np.ndarray):
+        return found
+    made = np.empty((), dtype=object)
+    made[()] = found
+    return made
+
+
+def put(array: Array, index: Any, value: Value) -> None:
+    """array[index] = value, in place."""
+    if isinstance(value, Unknown):
+        return  # a row of unknown numbers: what stood there is as good
+    other = array_of(value)
+    if other is None:
+        return
+    if other.lossy and not array.lossy:
+        turn_into_losses(array)
+    if array.lossy:
+        other = as_losses(other) if not other.lossy else other
+        assert array.pos is not None
+        assert array.coef is not None
+        assert other.pos is not None
+        assert other.coef is not None
+        array.pos[index] = other.pos
+        array.coef[index] = other.coef
+        return
+    assert array.num is not None
+    assert other.num is not None
+    if other.num.dtype == object and array.num.dtype != object:
+        array.num = array.num.astype(object)
+    array.num[index] = other.num
+    if other.pos is not None:
+        places(array)[index] = other.pos
+    elif array.pos is not None:
+        array.pos[index] = -1
+
+
+def scalar(value: Value) -> Value:
+    """.item(), float(): a number, a Sum, or UNKNOWN."""
+    if not isinstance(value, Array):
+        return value
+    if value.body.size != 1:
+        return UNKNOWN
+    if value.lossy:
+        return sum_of(value)
+    assert value.num is not None
+    found = value.num.reshape(-1)[0]
+    return found.item() if isinstance(found, np.generic) else found
+
+
+__all__ = [
+    "Array",
+    "array_of",
+    "as_losses",
+    "binary",
+    "joined",
+    "limited",
+    "merged",
+    "places",
+    "put",
+    "scalar",
+    "stacked",
+    "sum_of",
+    "summed",
+    "taken",
+    "turn_into_losses",
+]

@@ -1,0 +1,370 @@
+"""Attributes, elements, items and truth of any value."""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fairway.audit.trial.arrays import Array, limited, put, taken
+from fairway.audit.trial.files import Raw
+from fairway.audit.trial.given import index_of, key_of
+from fairway.audit.trial.operators import PLAIN
+from fairway.audit.trial.sums import Sum
+from fairway.audit.trial.tensors import Arrays, array_attribute
+from fairway.audit.trial.values import (
+    NET,
+    UNKNOWN,
+    Bound,
+    Class,
+    Frame,
+    Func,
+    Lib,
+    Obj,
+    Raised,
+    Super,
+    Undecided,
+    Unknown,
+    Value,
+    Wrapped,
+    mixed,
+)
+
+if TYPE_CHECKING:
+    pass
+
+_ITSELF = {
+    "to",
+    "cuda",
+    "cpu",
+    "eval",
+    "train",
+    "float",
+    "double",
+    "half",
+    "bfloat16",
+    "requires_grad_",
+    "share_memory",
+}
+_ITSELF |= {"set_dtype", "freeze", "unfreeze", "compile"}
+_SUM_ITSELF = _ITSELF | {"detach", "clone", "sum", "mean", "item", "numpy", "double", "contiguous", "type", "astype"}
+_SUM_ITSELF |= {"view", "reshape", "squeeze", "unsqueeze", "exp", "log", "abs", "neg", "tolist", "data", "long", "log2"}
+_WIDE = {"ljust", "rjust", "center", "zfill", "expandtabs"}
+
+
+class Attributes(Arrays):
+    """A part of the machine."""
+
+    def name(self, frame: Frame, name: str) -> Value:
+        """A name's value: of the script, else Python's own."""
+        found = frame.find(name)
+        if found is not None:
+            return found.vars[name]
+        if name == "__class__":
+            return frame.owner
+        if name == "super":
+            owner, me = self.inside(frame)
+            return functools.partial(_super, owner, me)
+        return Lib(name)
+
+    def inside(self, frame: Frame) -> tuple[Value, Value]:
+        """The class and the object of the method that a frame stands in."""
+        each: Frame | None = frame
+        while each is not None and each.owner is None:
+            each = each.parent
+        return (each.owner, each.me) if each is not None else (None, None)
+
+    # -- attributes -----------------------------------------------------------------------------------------------
+
+    def attribute(self, value: Value, name: str) -> Value:
+        if isinstance(value, Unknown):
+            return functools.partial(self.learn_unknown, value) if name == "backward" else value
+        if isinstance(value, Obj):
+            return self.of_object(value, name)
+        if isinstance(value, Lib):
+            return _CONSTANTS.get(f"{value.path}.{name}", Lib(f"{value.path}.{name}"))
+        if isinstance(value, Array):
+            return array_attribute(self, value, name)
+        if isinstance(value, Sum):
+            return self.of_sum(value, name)
+        if isinstance(value, Class):
+            return self.of_class(value, name)
+        if isinstance(value, Func):
+            return value.attributes.get(name, value.name if name in ("__name__", "__qualname__") else UNKNOWN)
+        if isinstance(value, Super):
+            found = value.me.kind.after(value.owner, name) if isinstance(value.me, Obj) else None
+            if found is None:
+                return functools.partial(_nothing)
+            return self.tied(found, value.me, value.owner)
+        if isinstance(value, str) and name in ("format", *_WIDE):
+            return (
+                functools.partial(self.told_by_format, value)
+                if name == "format"
+                else functools.partial(_widened, getattr(value, name))
+            )
+        if isinstance(value, Bound):
+            return UNKNOWN
+        if name.startswith("__") or not (
+            isinstance(value, (*PLAIN, random.Random, functools.partial, Raised)) or _ours(value)
+        ):
+            return {"__name__": "", "__len__": UNKNOWN}.get(name, UNKNOWN)
+        return getattr(value, name, UNKNOWN)
+
+    def of_object(self, me: Obj, name: str) -> Value:
+        if name in me.vars:
+            return me.vars[name]
+        found = me.kind.find(name)
+        if found is not None:
+            return self.tied(found, me, me.kind)
+        if name == "__dict__":
+            return me.vars
+        if name == "__class__":
+            return me.kind
+        if name == "_asdict":
+            return lambda: dict(me.vars)
+        if name in ("_replace",):
+            return lambda **new: Obj(me.kind, {**me.vars, **new})
+        if name == "module" and me.kind.is_module:
+            return me
+        if me.kind.foreign:
+            if name in _ITSELF:
+                return lambda *args, **kwargs: me
+            if name in ("register_buffer", "register_parameter", "add_module"):
+                return lambda key, new=None, **kwargs: me.vars.__setitem__(key, new)
+            if name == "load_state_dict":
+                return lambda *args, **kwargs: self.restored()
+            return UNKNOWN
+        other = me.kind.find("__getattr__")
+        if other is not None:
+            return other(me, name)
+        if me.kind.name == "module":
+            return UNKNOWN
+        raise Raised("AttributeError", name)
+
+    def tied(self, found: Value, me: Value, kind: Class) -> Value:
+        """A class's attribute as its instance has it."""
+        if isinstance(found, Func):
+            return Bound(me, found, self.method)
+        if isinstance(found, Wrapped):
+            if found.kind == "property":
+                return self.call(found.func, (me,), {}, 0)
+            return found.func if found.kind == "staticmethod" else functools.partial(found.func, kind)
+        return found
+
+    def method(self, bound: Bound, args: tuple[Value, ...], kwargs: dict[str, Value]) -> Value:
+        if isinstance(bound.me, Obj) and bound.me.kind.is_module and bound.what.name != "__init__":
+            return self.of_module(bound.what, (bound.me, *args), kwargs)
+        return self.call_function(bound.what, (bound.me, *args), kwargs)
+
+    def of_class(self, kind: Class, name: str) -> Value:
+        found = kind.find(name)
+        if found is None:
+            if name in ("__name__", "__qualname__"):
+                return kind.name
+            if name == "__dict__":
+                return kind.vars
+            return NET if kind.foreign else UNKNOWN
+        if isinstance(found, Wrapped):
+            return functools.partial(found.func, kind) if found.kind == "classmethod" else found.func
+        return found
+
+    def of_sum(self, value: Sum, name: str) -> Value:
+        if name == "backward":
+            return lambda *args, **kwargs: self.learn(value)
+        if name in ("shape",):
+            return ()
+        if name == "add_" or name in ("dtype", "device", "requires_grad", "grad_fn"):
+            return UNKNOWN
+        return lambda *args, **kwargs: value
+
+    def learn_unknown(self, value: Unknown, *_: Value, **__: Value) -> None:
+        self.learn(value)
+
+    def told_by_format(self, text: str, *args: Value, **kwargs: Value) -> str:
+        for each in (*args, *kwargs.values()):
+            self.shown(each, 0)
+        return text[:1000]
+
+    def assign_attribute(self, value: Value, name: str, new: Value) -> None:
+        if isinstance(value, Obj):
+            found = value.kind.find(name)
+            if isinstance(found, Wrapped) and found.kind == "property":
+                return
+            value.vars[name] = new
+        elif isinstance(value, Class):
+            value.vars[name] = new
+        elif isinstance(value, Func):
+            value.attributes[name] = new
+
+    # -- elements -------------------------------------------------------------------------------------------------
+
+    def item(self, value: Value, index: Value) -> Value:
+        if isinstance(value, Unknown):
+            return self.picked(value, index)
+        if isinstance(value, Array):
+            place = index_of(index)
+            if isinstance(place, Unknown):
+                return mixed(place)
+            try:
+                return taken(value, place)
+            except IndexError as error:
+                raise Raised("IndexError", str(error)) from None
+        if isinstance(value, (Sum, Lib, Class)):
+            return value
+        if isinstance(value, Raw):
+            return value[key_of(index)]
+        if isinstance(value, Obj):
+            method = value.kind.find("__getitem__")
+            if method is not None:
+                return self.call(method, (value, index), {}, 0)
+            if any(each.made == "tuple" for each in value.kind.line()):
+                return self.item(tuple(value.vars.values()), index)
+            return UNKNOWN
+        if isinstance(value, PLAIN):
+            key = key_of(index)
+            if isinstance(key, (Unknown, Array)):
+                return mixed(key)
+            if isinstance(value, dict) and UNKNOWN in value and key not in value:
+                return UNKNOWN  # it may be among the keys that nobody knows
+            try:
+                found: Value = value
+                return found[key]
+            except (LookupError, TypeError, ValueError) as error:
+                raise Raised(type(error).__name__, str(error)) from None
+        return UNKNOWN
+
+    def picked(self, value: Unknown, index: Value) -> Value:
+        """Unknown numbers at the places that token ids name: of a model, what it says of these targets."""
+        parts = index if isinstance(index, tuple) else (index,)
+        arrays = [part for part in parts if isinstance(part, Array) and part.num is not None and part.num.dtype != bool]
+        tokens = [part for part in arrays if part.pos is not None]
+        if not value.net or not tokens:
+            return value
+        shape = np.broadcast_shapes(*[part.shape for part in arrays])
+        return self.losses(tokens[-1].all(lambda body: np.broadcast_to(body, shape)))
+
+    def assign_item(self, value: Value, index: Value, new: Value) -> None:
+        if isinstance(value, Array):
+            place = index_of(index)
+            if not isinstance(place, Unknown):
+                try:
+                    put(value, place, new)
+                except IndexError as error:
+                    raise Raised("IndexError", str(error)) from None
+                except (ValueError, TypeError):
+                    return
+        elif isinstance(value, Obj):
+            method = value.kind.find("__setitem__")
+            if method is not None:
+                self.call(method, (value, index, new), {}, 0)
+        elif isinstance(value, (list, dict, bytearray)):
+            key = key_of(index)
+            if isinstance(key, Unknown) and isinstance(value, dict):
+                value[UNKNOWN] = new
+            elif not isinstance(key, (Unknown, Array)):
+                try:
+                    value[key] = list(self.items(new)) if isinstance(key, slice) else new
+                except (LookupError, TypeError, ValueError) as error:
+                    raise Raised(type(error).__name__, str(error)) from None
+
+    def delete_item(self, value: Value, index: Value) -> None:
+        key = key_of(index)
+        if isinstance(value, (list, dict)) and not isinstance(key, (Unknown, Array)):
+            try:
+                del value[key]
+            except (LookupError, TypeError) as error:
+                raise Raised(type(error).__name__, str(error)) from None
+
+    # -- items, truth ---------------------------------------------------------------------------------------------
+
+    def items(self, value: Value) -> Iterator[Value]:
+        """What a loop goes over. Of what nobody knows: once."""
+        if isinstance(value, Unknown):
+            return iter((value,))
+        if isinstance(value, Array):
+            return (taken(value, n) for n in range(len(value.body) if value.body.ndim else 0))
+        if isinstance(value, Obj):
+            return self._items_of(value)
+        if isinstance(value, (Lib, Class, Func, Sum)) or not hasattr(value, "__iter__"):
+            return iter(())
+        return iter(value)
+
+    def _items_of(self, me: Obj) -> Iterator[Value]:
+        start = me.kind.find("__iter__")
+        if start is not None:
+            found = start(me)
+            if isinstance(found, Obj) and found.kind.find("__next__") is not None:
+                return self._nexts(found)
+            return self.items(found)
+        if any(each.made == "tuple" for each in me.kind.line()):
+            return iter(list(me.vars.values()))
+        length, element = me.kind.find("__len__"), me.kind.find("__getitem__")
+        if length is not None and element is not None:
+            count = length(me)
+            return (element(me, n) for n in range(count if isinstance(count, int) else 1))
+        return iter((NET if me.kind.is_module else UNKNOWN,))
+
+    def _nexts(self, me: Obj) -> Iterator[Value]:
+        after = me.kind.find("__next__")
+        while True:
+            try:
+                value = after(me)
+            except Raised as error:
+                if error.kind == "StopIteration":
+                    return
+                raise
+            yield value
+
+    def truth(self, value: Value) -> bool:
+        """Undecided where it hangs on what is not known."""
+        if isinstance(value, (Unknown, Sum)):
+            raise Undecided
+        if isinstance(value, Array):
+            if value.lossy or value.body.size != 1 or value.num is None or value.num.dtype == object:
+                raise Undecided
+            return bool(value.num.reshape(-1)[0])
+        if isinstance(value, Obj):
+            for name in ("__bool__", "__len__"):
+                method = value.kind.find(name)
+                if method is not None:
+                    return bool(self.truth(method(value)))
+            return True
+        return bool(value)
+
+
+def _super(owner: Value, me: Value, *args: Value) -> Value:
+    return Super(args[0] if args else owner, args[1] if len(args) > 1 else me)
+
+
+def _nothing(*args: Value, **kwargs: Value) -> Value:
+    return UNKNOWN
+
+
+def _widened(turn: Callable[..., str], width: int, *args: Value) -> str:
+    limited(1000.0 * int(width))
+    return turn(width, *args)
+
+
+def _ours(value: Value) -> bool:
+    return type(value).__module__.startswith("fairway.audit.trial")
+
+
+_CONSTANTS: dict[str, Value] = {
+    "math.pi": float(np.pi),
+    "math.e": float(np.e),
+    "math.inf": float("inf"),
+    "math.nan": float("nan"),
+    "numpy.pi": float(np.pi),
+    "numpy.inf": float("inf"),
+    "torch.inf": float("inf"),
+    "numpy.newaxis": None,
+    "sys.argv": ["train_gpt.py"],
+    "sys.maxsize": 2**63 - 1,
+    "os.sep": "/",
+    "sys.byteorder": "little",
+    "sys.version": "3.12",
+    "sys.version_info": (3, 12, 0),
+}

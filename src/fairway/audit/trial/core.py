@@ -1,0 +1,163 @@
+"""What all parts of the machine share: the state of a trial, and what each part asks of the others."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fairway.audit.reading.script import Layer, Script
+from fairway.audit.settings import Settings
+from fairway.audit.trial.arrays import Array, scalar, sum_of
+from fairway.audit.trial.sums import LATE, Sum
+from fairway.audit.trial.text import LENGTH
+from fairway.audit.trial.told import Lesson, Told, Trial
+from fairway.audit.trial.values import Frame, Func, Raised, Spent, Value
+from fairway.audit.trial.vocabulary import size_in
+
+STEPS = 400_000
+
+
+class Core:
+    """The state."""
+
+    def __init__(self, script: Script, settings: Settings) -> None:
+        self.entry = script
+        self.script = script
+        self.settings = settings
+        self.trial = Trial()
+        self.modules: dict[str, Value] = {}
+        self.depth = 0
+        self.stack: list[int] = []  # lines of the calls around it
+        self.handlers = 0  # `try` statements that stand around
+        self.made = 0  # losses of the text so far
+        self.line = 0  # of the statement that is being worked out
+        self.clock = 0.0
+        self.vocabulary = size_in(script.text)
+        self.in_thread = 0
+        self.trained = 0  # how often something learned from what is not of the text
+        self.scored: NDArray[np.int32] = np.zeros(LENGTH, dtype=np.int32)  # how often, since a number of all was told
+        self.taught: NDArray[np.int32] = np.full(LENGTH, -1, dtype=np.int32)  # the lesson of each place
+        self.lessons = self.trial.lessons
+        self.learned: NDArray[np.bool_] = np.zeros(LENGTH, dtype=bool)
+        self.library: dict[str, Callable[..., Value]] = {}
+        self.forms: dict[Value, tuple[str, int]] = {}
+
+    def step(self, line: int = 0) -> None:
+        self.line = line or self.line
+        self.trial.steps += 1
+        if self.trial.steps > STEPS:
+            raise Spent
+
+    def passed_over(self, error: Raised, node: ast.stmt, made: int) -> bool:
+        """Whether a statement that raises is left out: the script ran, so what the trial does not know is to blame."""
+        if self.handlers or error.kind in ("SystemExit", "StopIteration", "Empty", "KeyboardInterrupt"):
+            return False
+        self.trial.left_out[node.lineno] = f"{error.kind} ({error.value})"
+        if self.made > made:
+            self.trial.unsure.add(node.lineno)
+        return True
+
+    def doubt(self, line: int) -> None:
+        self.trial.doubts.add(line)
+
+    def shown(self, value: Value, line: int) -> None:
+        """A value becomes text: a sum of losses among them is told."""
+        found = self.single(value)
+        if isinstance(found, Sum):
+            self.trial.told.append(Told(line, found, len(self.trial.told)))
+            self.scored[:] = 0
+
+    def learn(self, value: Value) -> None:
+        """backward(): something learns from the targets of these losses."""
+        found = self.single(value)
+        if not isinstance(found, Sum):
+            self.trained += 1
+            return
+        total, _ = found.counts(LENGTH)
+        if not total.any():
+            self.trained += 1
+            return
+        fresh = (total > 0) & ~self.learned
+        if fresh.any():
+            self.learned |= fresh
+            again = bool((self.scored[fresh] > 1).mean() > 0.5)
+            self.lessons.append(Lesson((*self.stack, self.line), again))
+            self.taught[fresh] = len(self.lessons) - 1
+
+    def booked(self, value: Value) -> Value:
+        """A sum of losses is made."""
+        if isinstance(value, Sum) and value.places is not None:
+            self.scored[np.unique(value.places & (LATE - 1))] += 1
+        return value
+
+    def marked(self, pos: NDArray[np.int32]) -> NDArray[np.int32]:
+        """The places of targets that are being scored: marked where something learned from them before."""
+        self.made += 1
+        clean = np.where(pos >= 0, pos & (LATE - 1), -1).astype(np.int32)
+        late = (clean >= 0) & self.learned[np.clip(clean, 0, LENGTH - 1)]
+        for each in np.unique(self.taught[clean[late]]):
+            lesson = self.lessons[each]
+            if lesson.asked is None:
+                self.lessons[each] = replace(lesson, asked=(*self.stack, self.line))
+        return np.where(late, clean + LATE, clean).astype(np.int32)
+
+    def restored(self) -> None:
+        """Weights are put back: what was learned before may be gone. The trial takes it for gone."""
+        self.learned[:] = False
+        self.taught[:] = -1
+
+    def single(self, value: Value) -> Value:
+        """A number or Sum out of an array of one."""
+        if isinstance(value, Array) and value.lossy and value.body.size > 1:
+            return sum_of(value)
+        return scalar(value)
+
+    def losses(self, target: Array) -> Array:
+        """What a model says of these targets, one loss for each."""
+        pos = target.pos if target.pos is not None else np.full(target.shape, -1, np.int32)
+        return Array(None, self.marked(pos), np.ones(target.shape))
+
+    # -- what the parts ask of each other -------------------------------------------------------------------------
+
+    def call(self, func: Value, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
+        raise NotImplementedError
+
+    def call_function(self, func: Func, args: tuple[Value, ...], kwargs: dict[str, Value]) -> Value:
+        raise NotImplementedError
+
+    def of_module(self, func: Func, args: tuple[Value, ...], kwargs: dict[str, Value]) -> Value:
+        raise NotImplementedError
+
+    def of_array(self, name: str, args: tuple[Value, ...], kwargs: dict[str, Value]) -> Value:
+        raise NotImplementedError
+
+    def enter(self, manager: Value) -> Value:
+        raise NotImplementedError
+
+    def leave(self, manager: Value, error: Raised | None) -> bool:
+        raise NotImplementedError
+
+    def attribute(self, value: Value, name: str) -> Value:
+        raise NotImplementedError
+
+    def assign_attribute(self, value: Value, name: str, new: Value) -> None:
+        raise NotImplementedError
+
+    def item(self, value: Value, index: Value) -> Value:
+        raise NotImplementedError
+
+    def items(self, value: Value) -> Iterator[Value]:
+        raise NotImplementedError
+
+    def truth(self, value: Value) -> bool:
+        raise NotImplementedError
+
+    def layer(self, how: tuple[str, ...], fits: Callable[[Layer], bool]) -> Layer | None:
+        raise NotImplementedError
+
+    def body(self, script: Script, frame: Frame) -> None:
+        raise NotImplementedError

@@ -1,0 +1,344 @@
+"""Expressions, turned into closures once: `compiled(node)(frame)` is the value."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+from fairway.audit.trial.arrays import Array
+from fairway.audit.trial.operators import combine, contained, name_of, negated
+from fairway.audit.trial.sums import Sum
+from fairway.audit.trial.values import UNKNOWN, Frame, Undecided, Unknown, Value
+
+Compute = Callable[[Frame], Value]
+
+
+class Host(Protocol):
+    """What expressions ask of the machine."""
+
+    def step(self, line: int = 0) -> None: ...
+    def truth(self, value: Value) -> bool: ...
+    def items(self, value: Value) -> Iterator[Value]: ...
+    def call(self, func: Value, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value: ...
+    def attribute(self, value: Value, name: str) -> Value: ...
+    def item(self, value: Value, index: Value) -> Value: ...
+    def name(self, frame: Frame, name: str) -> Value: ...
+    def shown(self, value: Value, line: int) -> None: ...
+
+
+class Expressions:
+    """host: the machine. Mixed into the compiler."""
+
+    host: Host
+
+    def compiled(self, node: ast.expr) -> Compute:
+        made: Compute = getattr(self, f"_{type(node).__name__.lower()}", self._strange)(node)
+        return made
+
+    def _strange(self, node: ast.expr) -> Compute:
+        return lambda frame: UNKNOWN
+
+    def _constant(self, node: ast.Constant) -> Compute:
+        value = node.value
+        return lambda frame: value
+
+    def _name(self, node: ast.Name) -> Compute:
+        name, find = node.id, self.host.name
+        return lambda frame: find(frame, name)
+
+    def _attribute(self, node: ast.Attribute) -> Compute:
+        value, name, find = self.compiled(node.value), node.attr, self.host.attribute
+        return lambda frame: find(value(frame), name)
+
+    def _subscript(self, node: ast.Subscript) -> Compute:
+        value, index, find = self.compiled(node.value), self.compiled(node.slice), self.host.item
+        return lambda frame: find(value(frame), index(frame))
+
+    def _slice(self, node: ast.Slice) -> Compute:
+        parts = [self.compiled(part) if part is not None else None for part in (node.lower, node.upper, node.step)]
+        return lambda frame: slice(*[None if part is None else part(frame) for part in parts])
+
+    def _binop(self, node: ast.BinOp) -> Compute:
+        left, right, name = self.compiled(node.left), self.compiled(node.right), name_of(node.op)
+        return lambda frame: combine(name, left(frame), right(frame))
+
+    def _unaryop(self, node: ast.UnaryOp) -> Compute:
+        value, name, truth = self.compiled(node.operand), name_of(node.op), self.host.truth
+        if name == "Not":
+
+            def refused(frame: Frame) -> Value:
+                found = value(frame)
+                try:
+                    return not truth(found)
+                except Undecided:
+                    return UNKNOWN
+
+            return refused
+        return lambda frame: negated(name, value(frame))
+
+    def _boolop(self, node: ast.BoolOp) -> Compute:
+        parts, truth = [self.compiled(each) for each in node.values], self.host.truth
+        stops = isinstance(node.op, ast.Or)
+
+        def joined(frame: Frame) -> Value:
+            found: Value = None
+            unsure = False
+            for part in parts:
+                found = part(frame)
+                try:
+                    if truth(found) is stops:
+                        return found
+                except Undecided:
+                    unsure = True
+            return UNKNOWN if unsure else found
+
+        return joined
+
+    def _compare(self, node: ast.Compare) -> Compute:
+        first = self.compiled(node.left)
+        rest = [(name_of(op), self.compiled(each)) for op, each in zip(node.ops, node.comparators, strict=True)]
+        truth = self.host.truth
+
+        def compared(frame: Frame) -> Value:
+            left = first(frame)
+            found: Value = True
+            for name, part in rest:
+                right = part(frame)
+                found = _compared(name, left, right)
+                if len(rest) > 1:
+                    try:
+                        if not truth(found):
+                            return False
+                    except Undecided:
+                        return UNKNOWN
+                left = right
+            return found
+
+        return compared
+
+    def _ifexp(self, node: ast.IfExp) -> Compute:
+        test, one, other = self.compiled(node.test), self.compiled(node.body), self.compiled(node.orelse)
+        truth = self.host.truth
+
+        def chosen(frame: Frame) -> Value:
+            try:
+                return one(frame) if truth(test(frame)) else other(frame)
+            except Undecided:
+                return _either(one(frame), other(frame))
+
+        return chosen
+
+    def _call(self, node: ast.Call) -> Compute:
+        func, call, line = self.compiled(node.func), self.host.call, node.lineno
+        args = [
+            (
+                isinstance(arg, ast.Starred),
+                self.compiled(getattr(arg, "value", arg) if isinstance(arg, ast.Starred) else arg),
+            )
+            for arg in node.args
+        ]
+        kwargs = [(each.arg, self.compiled(each.value)) for each in node.keywords]
+        items = self.host.items
+
+        def called(frame: Frame) -> Value:
+            what = func(frame)
+            given: list[Value] = []
+            for starred, arg in args:
+                given.extend(items(arg(frame))) if starred else given.append(arg(frame))
+            named: dict[str, Value] = {}
+            for key, value in kwargs:
+                found = value(frame)
+                if key is not None:
+                    named[key] = found
+                elif isinstance(found, dict):
+                    named.update(found)
+            return call(what, tuple(given), named, line)
+
+        return called
+
+    def _list(self, node: ast.List) -> Compute:
+        return self._gathered(node.elts, list)
+
+    def _tuple(self, node: ast.Tuple) -> Compute:
+        return self._gathered(node.elts, tuple)
+
+    def _set(self, node: ast.Set) -> Compute:
+        return self._gathered(node.elts, lambda items: set(hashables(items)))
+
+    def _gathered(self, nodes: list[ast.expr], made: Callable[[list[Value]], Value]) -> Compute:
+        parts = [
+            (isinstance(each, ast.Starred), self.compiled(each.value if isinstance(each, ast.Starred) else each))
+            for each in nodes
+        ]
+        items = self.host.items
+
+        def gathered(frame: Frame) -> Value:
+            found: list[Value] = []
+            for starred, part in parts:
+                found.extend(items(part(frame))) if starred else found.append(part(frame))
+            return made(found)
+
+        return gathered
+
+    def _dict(self, node: ast.Dict) -> Compute:
+        parts = [
+            (None if key is None else self.compiled(key), self.compiled(value))
+            for key, value in zip(node.keys, node.values, strict=True)
+        ]
+
+        def made(frame: Frame) -> Value:
+            found: dict[Value, Value] = {}
+            for key, value in parts:
+                if key is None:
+                    inner = value(frame)
+                    if isinstance(inner, dict):
+                        found.update(inner)
+                else:
+                    name = key(frame)
+                    found[name if hashable(name) else id(name)] = value(frame)
+            return found
+
+        return made
+
+    def _lambda(self, node: ast.Lambda) -> Compute:
+        return self.function(node, node.args, "lambda", None)
+
+    def function(self, node: ast.AST, args: ast.arguments, name: str, body: Any) -> Compute:
+        raise NotImplementedError
+
+    def _namedexpr(self, node: ast.NamedExpr) -> Compute:
+        value, name = self.compiled(node.value), node.target.id
+
+        def bound(frame: Frame) -> Value:
+            found = value(frame)
+            frame.bind(name, found)
+            return found
+
+        return bound
+
+    def _joinedstr(self, node: ast.JoinedStr) -> Compute:
+        parts = [self.compiled(each) for each in node.values]
+
+        def joined(frame: Frame) -> Value:
+            found = [part(frame) for part in parts]
+            return UNKNOWN if any(isinstance(each, Unknown) for each in found) else "".join(found)[:10_000]
+
+        return joined
+
+    def _formattedvalue(self, node: ast.FormattedValue) -> Compute:
+        value, shown, line = self.compiled(node.value), self.host.shown, node.lineno
+        spec = self.compiled(node.format_spec) if node.format_spec is not None else None
+
+        def formatted(frame: Frame) -> Value:
+            found = value(frame)
+            shown(found, line)
+            return _formatted(found, str(spec(frame)) if spec is not None else "")
+
+        return formatted
+
+    def _starred(self, node: ast.Starred) -> Compute:
+        return self.compiled(node.value)
+
+    def _listcomp(self, node: ast.ListComp) -> Compute:
+        made = self._comprehended(node.generators, node.elt)
+        return lambda frame: list(made(frame))
+
+    def _generatorexp(self, node: ast.GeneratorExp) -> Compute:
+        made = self._comprehended(node.generators, node.elt)
+        return lambda frame: made(frame)
+
+    def _setcomp(self, node: ast.SetComp) -> Compute:
+        made = self._comprehended(node.generators, node.elt)
+        return lambda frame: set(hashables(made(frame)))
+
+    def _dictcomp(self, node: ast.DictComp) -> Compute:
+        made = self._comprehended(node.generators, ast.Tuple([node.key, node.value], ast.Load()))
+        return lambda frame: {key if hashable(key) else id(key): value for key, value in made(frame)}
+
+    def _comprehended(self, generators: list[ast.comprehension], elt: ast.expr) -> Callable[[Frame], Iterator[Value]]:
+        value = self.compiled(elt)
+        host = self.host
+        turns = [
+            (self.compiled(each.iter), self.target(each.target), [self.compiled(test) for test in each.ifs])
+            for each in generators
+        ]
+
+        def run(frame: Frame, depth: int) -> Iterator[Value]:
+            if depth == len(turns):
+                yield value(frame)
+                return
+            source, bind, tests = turns[depth]
+            for item in host.items(source(frame)):
+                host.step()
+                bind(frame, item)
+                if all(_holds(host, test(frame)) for test in tests):
+                    yield from run(frame, depth + 1)
+
+        def made(frame: Frame) -> Iterator[Value]:
+            inner = Frame(frame)
+            inner.owner, inner.me = frame.owner, frame.me
+            return run(inner, 0)
+
+        return made
+
+    def target(self, node: ast.expr) -> Callable[[Frame, Value], None]:
+        raise NotImplementedError
+
+
+def _holds(host: Host, value: Value) -> bool:
+    """A filter of a comprehension; one that is not decided lets through."""
+    try:
+        return host.truth(value)
+    except Undecided:
+        return True
+
+
+def _compared(name: str, left: Value, right: Value) -> Value:
+    if name in ("Is", "IsNot"):
+        if isinstance(left, Unknown) or isinstance(right, Unknown):
+            return UNKNOWN if left is not None and right is not None else name == "IsNot"
+        same = left is right or (isinstance(left, (bool, type(None), int, str)) and left == right)
+        return same if name == "Is" else not same
+    if name in ("In", "NotIn"):
+        found = contained(left, right)
+        return found if isinstance(found, Unknown) or name == "In" else not found
+    return combine(name, left, right)
+
+
+def _either(one: Value, other: Value) -> Value:
+    """What a condition that nobody knows chooses: what is known of the two, where only one is."""
+    for value in (one, other):
+        if isinstance(value, (Array, Sum)):
+            return value
+    return one if isinstance(other, Unknown) or one is None else other if one is UNKNOWN else one
+
+
+def hashable(value: Value) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
+
+
+def hashables(items: Iterator[Value] | list[Value]) -> list[Value]:
+    return [item for item in items if hashable(item)]
+
+
+def _formatted(value: Value, spec: str) -> Value:
+    if isinstance(value, Unknown):
+        return value
+    if (
+        isinstance(value, (int, float, str))
+        and len(spec) < 12
+        and not any(part.isdigit() and int(part) > 200 for part in spec.replace(".", " ").split())
+    ):
+        try:
+            return format(value, spec)
+        except (ValueError, TypeError):
+            return str(value)[:1000]
+    return str(value)[:200] if isinstance(value, (int, float, str)) else "?"
+
+
+__all__ = ["Compute", "Expressions", "Host", "hashable", "hashables"]

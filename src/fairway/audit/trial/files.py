@@ -1,0 +1,231 @@
+"""The files that a trial has: shards of a training and of a validation text, and the script itself."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+
+from fairway.audit.trial.arrays import Array, scalar
+from fairway.audit.trial.text import LENGTH, TRAIN, tokens
+from fairway.audit.trial.values import UNKNOWN, Value
+
+_HEADER = 256
+_MAGIC = 20240520
+NAMES = ("fineweb_train_000001.bin", "fineweb_train_000002.bin", "fineweb_val_000000.bin")
+_VAL = re.compile(r"val|valid|held|eval|test", re.I)
+
+
+class Path:
+    """pathlib.Path, as a text."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    @property
+    def name(self) -> str:
+        return self.text.rpartition("/")[2]
+
+    @property
+    def stem(self) -> str:
+        return self.name.rpartition(".")[0] or self.name
+
+    @property
+    def suffix(self) -> str:
+        return "." + self.name.rpartition(".")[2] if "." in self.name else ""
+
+    @property
+    def parent(self) -> Path:
+        return Path(self.text.rpartition("/")[0] or ".")
+
+    def resolve(self, *_: Value) -> Path:
+        return self
+
+    expanduser = absolute = resolve
+
+    def joinpath(self, *parts: Value) -> Path:
+        return Path("/".join([self.text, *map(str, parts)]))
+
+    def with_suffix(self, suffix: str) -> Path:
+        return Path(self.text.removesuffix(self.suffix) + suffix)
+
+    def with_name(self, name: str) -> Path:
+        return self.parent.joinpath(name)
+
+    def exists(self) -> bool:
+        return True
+
+    is_file = is_dir = exists
+
+    def as_posix(self) -> str:
+        return self.text
+
+    def glob(self, pattern: str) -> Value:
+        return [Path(each) for each in found(f"{self.text}/{pattern}")]
+
+    rglob = glob
+
+    def mkdir(self, *_: Value, **__: Value) -> None:
+        return None
+
+    unlink = touch = mkdir
+
+    def stat(self) -> Stat:
+        return Stat(self.text)
+
+    def read_bytes(self, *_: Value, **__: Value) -> Value:
+        return File(self.text).read()
+
+    def read_text(self, *_: Value, **__: Value) -> Value:
+        return UNKNOWN
+
+    def iterdir(self) -> Value:
+        return [Path(f"{self.text}/{name}") for name in NAMES]
+
+    def write_bytes(self, *_: Value, **__: Value) -> Value:
+        return UNKNOWN
+
+    write_text = write_bytes
+
+    def open(self, mode: str = "r", *_: Value, **__: Value) -> File:
+        return File(self.text)
+
+    def __str__(self) -> str:
+        return self.text
+
+    __fspath__ = __repr__ = __str__
+
+    def __eq__(self, other: Any) -> bool:
+        return isinstance(other, Path) and other.text == self.text
+
+    def __hash__(self) -> int:
+        return hash(self.text)
+
+    def __lt__(self, other: Path) -> bool:
+        return self.text < other.text
+
+
+class Stat:
+    """os.stat: a shard has the size that its header says; of others nobody knows."""
+
+    def __init__(self, text: str) -> None:
+        size = size_of(text)
+        self.st_size: Value = UNKNOWN if size is None else size
+
+
+class File:
+    """An open file."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.at = 0
+
+    def entered(self) -> File:
+        return self
+
+    def left(self, error: Value) -> bool:
+        return False
+
+    def read(self, count: Value = -1, *_: Value) -> Value:
+        size = size_of(self.text)
+        if size is None:
+            return UNKNOWN
+        number = scalar(count)
+        stop = min(self.at + number, size) if isinstance(number, int) and number >= 0 else size
+        found = Raw(self.text, self.at, stop)
+        self.at = stop
+        return found
+
+    def readlines(self, *_: Value) -> Value:
+        return UNKNOWN
+
+    readline = readlines
+
+    def fileno(self) -> File:
+        return self
+
+    def seek(self, place: Value, whence: Value = 0, *_: Value) -> None:
+        number = scalar(place)
+        if isinstance(number, int):
+            self.at = {0: 0, 1: self.at, 2: size_of(self.text) or 0}.get(whence, 0) + number
+
+    def tell(self) -> int:
+        return self.at
+
+    def write(self, *_: Value) -> None:
+        return None
+
+    close = flush = write
+
+
+def text_of(value: Value) -> str | None:
+    """A path as text; None for what is none."""
+    return value.text if isinstance(value, (Path, File)) else value if isinstance(value, str) else None
+
+
+def found(pattern: str) -> list[str]:
+    """glob: one validation shard or three training shards, by the words of the pattern; else nothing."""
+    name = pattern.rpartition("/")[2]
+    if not name.endswith(".bin") and "*" not in name:
+        return [pattern]
+    if _VAL.search(name):
+        return [pattern.replace("*", "000000")]
+    if "train" in name:
+        return [pattern.replace("*", f"{n:06d}") for n in range(1, 4)]
+    return []
+
+
+def count_of(path: str) -> int:
+    """The tokens of a shard; 0 for what is none."""
+    name = path.rpartition("/")[2]
+    if _VAL.search(name) and "train" not in name:
+        return LENGTH
+    return TRAIN if "train" in name or name.endswith(".bin") else 0
+
+
+class Raw:
+    """Bytes of a file: which, from where to where."""
+
+    def __init__(self, text: str, start: int, stop: int) -> None:
+        self.text = text
+        self.start = start
+        self.stop = stop
+
+    def __len__(self) -> int:
+        return max(self.stop - self.start, 0)
+
+    def __getitem__(self, index: Any) -> Value:
+        if not isinstance(index, slice):
+            return UNKNOWN
+        first, last, _ = slice(index.start, index.stop).indices(len(self))
+        return Raw(self.text, self.start + first, self.start + last)
+
+
+def size_of(path: str) -> int | None:
+    """The bytes of a shard; None for what is none."""
+    count = count_of(path)
+    return _HEADER * 4 + 2 * count if count else None
+
+
+def read(raw: Raw, width: int, count: int | None, offset: int, vocabulary: int) -> Value:
+    """Integers of `width` bytes out of a shard: the header's, or ids with their places."""
+    length = count_of(raw.text)
+    if not length or width not in (2, 4):
+        return UNKNOWN
+    first = (raw.start + offset) // width
+    last = raw.stop // width if count is None or count < 0 else min(first + count, raw.stop // width)
+    header = np.zeros(_HEADER, np.int32)
+    header[:3] = (_MAGIC, 1, length)
+    if width == 4:
+        return Array(header[first:last])
+    head = header.view(np.uint16)
+    ids = tokens(vocabulary) if length == LENGTH else np.full(length, 5, np.uint16)
+    both = np.concatenate([head, ids])[first:last]
+    if length != LENGTH:
+        return Array(both)
+    places = np.concatenate([np.full(len(head), -1, np.int32), np.arange(length, dtype=np.int32)])
+    return Array(both, places[first:last])
+
+
+__all__ = ["File", "Path", "Raw", "Stat", "count_of", "found", "read", "size_of", "text_of"]

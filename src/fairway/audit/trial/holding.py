@@ -1,0 +1,146 @@
+"""TODO"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from fairway.audit.trial.acting import Act, all_items
+from fairway.audit.trial.arrays import Array, limited, scalar
+from fairway.audit.trial.calls import Decorator, Field
+from fairway.audit.trial.core import Core
+from fairway.audit.trial.expressions import hashable
+from fairway.audit.trial.operators import combine
+from fairway.audit.trial.values import UNKNOWN, Class, Obj, Unknown, Value
+
+
+def held(kind: Callable[..., Any]) -> Act:
+    """list, tuple, set, deque of what can be gone over."""
+
+    def act(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
+        if not args:
+            return kind(**kwargs)
+        values = []
+        for each in machine.items(args[0]):
+            machine.step()
+            values.append(each)
+        if kind in (set, frozenset):
+            values = [each for each in values if hashable(each)]
+        return kind(values, *args[1:], **kwargs)
+
+    return act
+
+
+def made_dict(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
+    pairs: Any = ()
+    if args:
+        if isinstance(args[0], Unknown):
+            return UNKNOWN
+        pairs = (
+            args[0] if isinstance(args[0], dict) else [tuple(machine.items(each)) for each in machine.items(args[0])]
+        )
+    return dict(pairs, **kwargs)
+
+
+def deepcopy(value: Value, *_: Value, **__: Value) -> Value:
+    memory: dict[int, Value] = {}
+
+    def copied(each: Value, depth: int = 0) -> Value:
+        if id(each) in memory or depth > 30:
+            return memory.get(id(each), each)
+        if isinstance(each, Array):
+            found: Value = each.all(np.array)
+        elif isinstance(each, Obj):
+            found = memory[id(each)] = Obj(each.kind)
+            found.vars = {key: copied(one, depth + 1) for key, one in each.vars.items()}
+        elif isinstance(each, dict):
+            found = type(each)() if type(each) is dict else each.copy()
+            found.update({key: copied(one, depth + 1) for key, one in each.items()})
+        elif isinstance(each, (list, collections.deque)):
+            found = type(each)(copied(one, depth + 1) for one in each)
+        elif isinstance(each, tuple):
+            found = tuple(copied(one, depth + 1) for one in each)
+        else:
+            return each
+        memory[id(each)] = found
+        return found
+
+    return copied(value)
+
+
+def counter(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
+    return collections.Counter([each for each in all_items(machine, args[0]) if hashable(each)] if args else [])
+
+
+def named_tuple(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
+    names = args[1].replace(",", " ").split() if isinstance(args[1], str) else list(args[1])
+    return Class(str(args[0]), [], {}, "tuple", [(name, None) for name in names])
+
+
+def dataclass_field(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
+    factory = kwargs.get("default_factory")
+    if factory is not None:
+        return Field(lambda: machine.call(factory, (), {}, line))
+    return Field(lambda: kwargs.get("default"))
+
+
+def dataclass_kind(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
+    def act(kind: Value) -> Value:
+        if isinstance(kind, Class):
+            kind.made = "dataclass"
+        return kind
+
+    return act(args[0]) if args else Decorator(act)
+
+
+def partial(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
+    func, *given = args
+
+    def called(*more: Value, **named: Value) -> Value:
+        return machine.call(func, (*given, *more), {**kwargs, **named}, line)
+
+    return called
+
+
+def reduced_by(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
+    values = all_items(machine, args[1])
+    total = args[2] if len(args) > 2 else values.pop(0)
+    for each in values:
+        total = machine.call(args[0], (total, each), {}, line)
+    return total
+
+
+def iterated(name: str) -> Act:
+    """itertools: what it is given is gone over by the machine."""
+
+    def act(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
+        given: list[Value] = [
+            machine.items(each)
+            if hasattr(each, "__iter__") or isinstance(each, (Obj, Array, Unknown))
+            else scalar(each)
+            for each in args
+        ]
+        if name == "product":
+            given = [list(each) for each in given]
+            limited(10.0 * math.prod([len(each) for each in given]))
+        return getattr(itertools, name)(*given, **kwargs)
+
+    return act
+
+
+def chained(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
+    return itertools.chain.from_iterable(machine.items(each) for each in machine.items(args[0]))
+
+
+def accumulated(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
+    total: Value = kwargs.get("initial")
+    found = [] if total is None else [total]
+    for each in machine.items(args[0]):
+        total = each if total is None else combine("Add", total, each)
+        found.append(total)
+    return iter(found)

@@ -1,0 +1,231 @@
+"""Functions of Python and of libraries that a trial has its own of. Each takes (machine, args, kwargs, line)."""
+
+from __future__ import annotations
+
+import bisect
+import collections
+import functools
+import heapq
+import math
+import random
+
+from fairway.audit.trial import files
+from fairway.audit.trial.acting import Act, numeric, plain
+from fairway.audit.trial.arguments import Parser, environ
+from fairway.audit.trial.arrays import scalar
+from fairway.audit.trial.builtin import BUILTIN, printed
+from fairway.audit.trial.calls import Decorator
+from fairway.audit.trial.core import Core
+from fairway.audit.trial.files import text_of
+from fairway.audit.trial.holding import (
+    accumulated,
+    chained,
+    counter,
+    dataclass_field,
+    dataclass_kind,
+    deepcopy,
+    held,
+    iterated,
+    made_dict,
+    named_tuple,
+    partial,
+    reduced_by,
+)
+from fairway.audit.trial.losses import (
+    cross_entropy,
+    first_of,
+    gather_losses,
+    gather_objects,
+    learned_from,
+    mlx_cross_entropy,
+)
+from fairway.audit.trial.making import Dtype, arange, full, like, made, tensor
+from fairway.audit.trial.reading import frombuffer, fromfile, joined_path, memmap, path_of, paths, unpacked
+from fairway.audit.trial.reducing import add_at, numpy_nonzero
+from fairway.audit.trial.threads import Executor, Queue, Stack, Thread
+from fairway.audit.trial.values import UNKNOWN, Bound, Class, Func, Obj, Raised, Value
+from fairway.audit.trial.vocabulary import Processor
+
+# -- Python's own -----------------------------------------------------------------------------------------------------
+
+
+# -- the world --------------------------------------------------------------------------------------------------------
+
+
+def _clock(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
+    machine.clock += 1e-4
+    return machine.clock
+
+
+# -- losses -----------------------------------------------------------------------------------------------------------
+
+
+_WORLD: dict[str, Act] = {
+    "os.environ.get": environ,
+    "os.getenv": environ,
+    "os.environ.setdefault": environ,
+    "os.path.join": plain(joined_path),
+    "os.path.exists": lambda machine, args, kwargs, line: True,
+    "os.path.isfile": lambda machine, args, kwargs, line: True,
+    "os.path.isdir": lambda machine, args, kwargs, line: True,
+    "os.path.basename": plain(lambda path: path.rpartition("/")[2] if isinstance(path, str) else UNKNOWN),
+    "os.path.getsize": plain(lambda path: files.Stat(text_of(path) or "").st_size),
+    "pathlib.Path": plain(path_of),
+    "glob.glob": paths,
+    "glob.iglob": paths,
+    "numpy.fromfile": lambda machine, args, kwargs, line: fromfile(machine, *args, **kwargs),
+    **dict.fromkeys(
+        ["numpy.frombuffer", "torch.frombuffer"],
+        lambda machine, args, kwargs, line: frombuffer(machine, *args, **kwargs),
+    ),
+    **dict.fromkeys(
+        ["struct.unpack", "struct.unpack_from"], lambda machine, args, kwargs, line: unpacked(machine, *args)
+    ),
+    "os.listdir": lambda machine, args, kwargs, line: list(files.NAMES),
+    "numpy.memmap": lambda machine, args, kwargs, line: memmap(machine, *args, **kwargs),
+    **dict.fromkeys(["time.time", "time.perf_counter", "time.monotonic", "time.process_time"], _clock),
+    "copy.deepcopy": plain(deepcopy),
+    "copy.copy": plain(lambda value: value.copy() if isinstance(value, (list, dict, set)) else value),
+    "collections.deque": held(collections.deque),
+    "collections.OrderedDict": made_dict,
+    "collections.Counter": counter,
+    "collections.defaultdict": lambda machine, args, kwargs, line: collections.defaultdict(
+        functools.partial(machine.call, args[0], (), {}, line) if args and args[0] is not None else None, *args[1:]
+    ),
+    "collections.namedtuple": named_tuple,
+    "types.SimpleNamespace": lambda machine, args, kwargs, line: Obj(Class("Namespace", [], {}), dict(kwargs)),
+    "argparse.Namespace": lambda machine, args, kwargs, line: Obj(Class("Namespace", [], {}), dict(kwargs)),
+    "argparse.ArgumentParser": lambda machine, args, kwargs, line: Parser(machine),
+    "dataclasses.field": dataclass_field,
+    "dataclasses.dataclass": dataclass_kind,
+    "functools.partial": partial,
+    "functools.reduce": reduced_by,
+    **dict.fromkeys(
+        [
+            "functools.wraps",
+            "functools.lru_cache",
+            "functools.cache",
+            "torch.no_grad",
+            "torch.compile",
+            "torch.inference_mode",
+            "torch.jit.script",
+            "torch.compiler.disable",
+            "torch.enable_grad",
+            "functools.update_wrapper",
+        ],
+        lambda machine, args, kwargs, line: (
+            args[0]
+            if args and isinstance(args[0], (Obj, Bound))
+            else Decorator(lambda value: value)
+            if not args or not isinstance(args[0], Func)
+            else (Decorator(lambda value: value) if kwargs or len(args) > 1 else args[0])
+        ),
+    ),
+    "functools.wraps": lambda machine, args, kwargs, line: Decorator(lambda value: value),
+    "itertools.chain.from_iterable": chained,
+    "itertools.accumulate": accumulated,
+    **{
+        f"itertools.{name}": iterated(name)
+        for name in (
+            "chain",
+            "islice",
+            "count",
+            "repeat",
+            "product",
+            "zip_longest",
+            "cycle",
+            "pairwise",
+            "tee",
+            "batched",
+        )
+    },
+    **{f"heapq.{name}": plain(getattr(heapq, name)) for name in ("heappush", "heappop", "heapify")},
+    **{f"bisect.{name}": plain(getattr(bisect, name)) for name in ("bisect_left", "bisect_right", "bisect", "insort")},
+    **{
+        f"math.{name}": numeric(getattr(math, name))
+        for name in (
+            "log",
+            "log2",
+            "log10",
+            "exp",
+            "sqrt",
+            "ceil",
+            "floor",
+            "cos",
+            "sin",
+            "isnan",
+            "isfinite",
+            "gcd",
+            "isclose",
+            "tanh",
+            "isinf",
+            "log1p",
+            "trunc",
+        )
+    },
+    "random.Random": lambda machine, args, kwargs, line: random.Random(scalar(args[0]) if args else 0),
+    **{
+        f"random.{name}": plain(getattr(random.Random(5), name))
+        for name in ("shuffle", "sample", "choice", "randint", "random", "randrange")
+    },
+    "json.dump": printed,
+    "json.dumps": lambda machine, args, kwargs, line: printed(machine, args, kwargs, line) or UNKNOWN,
+    "contextlib.ExitStack": lambda machine, args, kwargs, line: Stack(machine),
+    "contextlib.nullcontext": lambda machine, args, kwargs, line: args[0] if args else UNKNOWN,
+    "concurrent.futures.ThreadPoolExecutor": lambda machine, args, kwargs, line: Executor(machine),
+    "threading.Thread": lambda machine, args, kwargs, line: Thread(machine, kwargs),
+    **{
+        f"queue.{name}": lambda machine, args, kwargs, line: Queue(machine)
+        for name in ("Queue", "SimpleQueue", "LifoQueue")
+    },
+    "multiprocessing.pool.ThreadPool": lambda machine, args, kwargs, line: Executor(machine),
+    "sentencepiece.SentencePieceProcessor": lambda machine, args, kwargs, line: Processor(machine.vocabulary),
+    "sys.exit": lambda machine, args, kwargs, line: _leave(),
+    # of arrays
+    **dict.fromkeys(
+        ["torch.nn.functional.cross_entropy", "torch.nn.functional.nll_loss", "torch.nn.functional.kl_div"],
+        cross_entropy,
+    ),
+    "mlx.nn.losses.cross_entropy": mlx_cross_entropy,
+    "torch.autograd.grad": learned_from,
+    **dict.fromkeys(
+        ["torch.nn.parallel.DistributedDataParallel", "mlx.core.compile", "torch.nn.DataParallel"], first_of
+    ),
+    "torch.cuda.is_available": lambda machine, args, kwargs, line: True,
+    "torch.distributed.is_available": lambda machine, args, kwargs, line: True,
+    "torch.distributed.is_initialized": lambda machine, args, kwargs, line: True,
+    "torch.distributed.get_rank": lambda machine, args, kwargs, line: 0,
+    "torch.distributed.get_world_size": lambda machine, args, kwargs, line: 1,
+    "torch.distributed.all_gather_object": plain(gather_objects),
+    "torch.distributed.all_gather": plain(gather_objects),
+    "torch.distributed.gather_object": lambda machine, args, kwargs, line: (
+        gather_objects(args[1], args[0]) if len(args) > 1 else None
+    ),
+    "torch.distributed.all_gather_into_tensor": lambda machine, args, kwargs, line: machine.of_array("copy_", args, {}),
+    "numpy.add.at": plain(add_at),
+    "numpy.nonzero": plain(numpy_nonzero),
+    **dict.fromkeys(["*.gather", "*.take_along_dim", "*.take_along_axis"], gather_losses),
+    "*.zeros": plain(made(0)),
+    "*.empty": plain(made(0)),
+    "*.ones": plain(made(1)),
+    "*.full": plain(full),
+    "*.zeros_like": plain(like(0)),
+    "*.empty_like": plain(like(0)),
+    "*.ones_like": plain(like(1)),
+    "*.dtype": plain(Dtype),
+    "*.arange": plain(arange),
+    **dict.fromkeys(["*.tensor", "*.as_tensor", "*.from_numpy", "*.array", "*.asarray"], plain(tensor)),
+    **{
+        f"*.{name}": numeric(kind)
+        for name, kind in (("int64", int), ("int32", int), ("uint16", int), ("float64", float), ("float32", float))
+    },
+}
+
+
+def _leave() -> Value:
+    raise Raised("SystemExit")
+
+
+def library() -> dict[str, Act]:
+    """Path -> function; `*.name` for one that several array libraries have."""
+    return {**BUILTIN, **_WORLD}

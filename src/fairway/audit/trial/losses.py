@@ -1,0 +1,54 @@
+"""TODO"""
+
+from __future__ import annotations
+
+from fairway.audit.trial.arrays import Array, put, sum_of
+from fairway.audit.trial.calls import Decorator, losses_mean
+from fairway.audit.trial.core import Core
+from fairway.audit.trial.values import NET, UNKNOWN, Unknown, Value
+
+
+def cross_entropy(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
+    """F.cross_entropy, F.nll_loss: the loss of each target, or their mean or sum."""
+    target = kwargs.get("target", kwargs.get("targets", args[1] if len(args) > 1 else None))
+    if not isinstance(target, Array) or target.num is None:
+        return NET
+    losses = machine.losses(target)
+    reduction = kwargs.get("reduction", "none" if kwargs.get("reduce") is False else "mean")
+    if isinstance(reduction, Unknown):
+        return NET
+    if reduction == "none":
+        return losses
+    return machine.booked(sum_of(losses) if reduction == "sum" else losses_mean(losses))
+
+
+def mlx_cross_entropy(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
+    return cross_entropy(machine, args, {"reduction": "none", **kwargs}, line)
+
+
+def gather_losses(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
+    """torch.gather(x, dim, index) of a model's numbers at tokens: losses. Else of known numbers."""
+    index = next((each for each in (*args[1:], kwargs.get("index")) if isinstance(each, Array)), None)
+    if isinstance(args[0], Unknown):
+        return machine.losses(index) if args[0].net and index is not None and index.pos is not None else args[0]
+    return machine.of_array("gather", args, kwargs)
+
+
+def learned_from(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
+    """torch.autograd.grad(loss, ...)."""
+    machine.learn(args[0])
+    return UNKNOWN
+
+
+def gather_objects(parts: Value, mine: Value, *_: Value, **__: Value) -> None:
+    """dist.all_gather_object(parts, mine), of a world of one."""
+    if isinstance(parts, list) and parts:
+        if isinstance(parts[0], Array) and isinstance(mine, Array):
+            put(parts[0], Ellipsis, mine)
+        else:
+            parts[0] = mine
+
+
+def first_of(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
+    """torch.compile(f), DistributedDataParallel(model): what they wrap."""
+    return args[0] if args else Decorator(lambda value: value)

@@ -1,0 +1,91 @@
+"""run: a script from its first line to its last, over a short text of our own."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import numpy as np
+
+from fairway.audit.reading.script import Layer, Script
+from fairway.audit.settings import Settings
+from fairway.audit.trial.calls import Calls
+from fairway.audit.trial.generators import Generators
+from fairway.audit.trial.library import library
+from fairway.audit.trial.told import Trial
+from fairway.audit.trial.values import Class, Frame, Lib, Obj, Raised, Spent, Value
+
+_STACK = 20_000  # Python frames; a call of the script takes about twenty
+_MODULE = Class("module", [], {})
+
+
+class Compiler(Generators):
+    """Trees into closures, for one machine."""
+
+    def __init__(self, host: Machine) -> None:
+        self.host = host
+
+
+class Machine(Calls):
+    """All parts together."""
+
+    def __init__(self, script: Script, settings: Settings) -> None:
+        super().__init__(script, settings)
+        self.compiler = Compiler(self)
+        self.library = library()
+
+    def run(self) -> Trial:
+        try:
+            self.module(self.entry, "__main__")
+            self.trial.complete = True
+        except Spent:
+            self.trial.why = "it is too long for a trial"
+        except Raised as error:
+            self.trial.complete = error.kind == "SystemExit"
+            self.trial.why = f"line {self.line} raises {error.kind} ({error.value})"
+        except RecursionError:
+            self.trial.why = "it is nested too deeply"
+        return self.trial
+
+    def module(self, script: Script, name: str) -> Value:
+        """A module's body; an object that has its names."""
+        frame = Frame(None)
+        frame.vars.update({"__name__": name, "__file__": script.path, "__doc__": None})
+        made = Obj(_MODULE, frame.vars)
+        self.modules[name] = made
+        self.body(script, frame)
+        return made
+
+    def body(self, script: Script, frame: Frame) -> None:
+        if script.tree is None:
+            return
+        before, self.script = self.script, script
+        try:
+            self.compiler.block(script.tree.body)(frame)
+        finally:
+            self.script = before
+
+    def layer(self, how: tuple[str, ...], fits: Callable[[Layer], bool]) -> Layer | None:
+        return next((each for each in self.entry.layers if each.how in how and fits(each)), None)
+
+    def imported(self, name: str, line: int) -> Value:
+        """A module of the submission itself, or a library."""
+        if name in self.modules:
+            return self.modules[name]
+        stem = name.rsplit(".", 1)[-1]
+        layer = self.layer(("import",), lambda each: each.script.path.rsplit("/", 1)[-1].endswith(f"{stem}.py"))
+        return self.module(layer.script, name) if layer is not None else Lib(name)
+
+
+def run(script: Script, settings: Settings) -> Trial:
+    """The trial of a script. It never raises on what a script holds."""
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(max(before, _STACK))
+    try:
+        with np.errstate(all="ignore"):
+            return Machine(script, settings).run()
+    finally:
+        sys.setrecursionlimit(before)
+
+
+__all__ = ["Machine", "run"]

@@ -1,0 +1,125 @@
+"""TODO"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fairway.audit.trial.arrays import Array, array_of, limited, scalar
+from fairway.audit.trial.given import Act, body_of, sizes_of
+from fairway.audit.trial.sums import Sum
+from fairway.audit.trial.values import UNKNOWN, Lib, Unknown, Value, mixed
+
+
+def same(array: Value, *_: Value, **__: Value) -> Value:
+    return array
+
+
+def copied(array: Value, *_: Value, **__: Value) -> Value:
+    return array.all(np.array) if isinstance(array, Array) else array
+
+
+_TYPES = {
+    "long": np.int64,
+    "int": np.int32,
+    "short": np.int16,
+    "bool": np.bool_,
+    "bool_": np.bool_,
+    "float": np.float32,
+    "double": np.float64,
+    "half": np.float32,
+    "bfloat16": np.float32,
+    "float16": np.float32,
+}
+
+
+def cast(array: Value, *args: Value, **kwargs: Value) -> Value:
+    """to(dtype), astype(dtype): ids and bytes keep their numbers, as the dtype holds them."""
+    if not isinstance(array, Array) or array.num is None or array.num.dtype == object:
+        return array
+    for each in (*args, kwargs.get("dtype")):
+        dtype = dtype_of(each)
+        if dtype is not None and dtype != array.num.dtype:
+            return Array(array.num.astype(dtype), array.pos)
+    return array
+
+
+def dtype_of(value: Value) -> Any:
+    name = value.name if isinstance(value, (Lib, Dtype)) else value if isinstance(value, str) else ""
+    if name in _TYPES:
+        return np.dtype(_TYPES[name])
+    try:
+        return np.dtype(name.lstrip("<")) if name.lstrip("<")[:1] in ("i", "u", "f", "b") and name else None
+    except TypeError:
+        return None
+
+
+class Dtype:
+    """np.dtype."""
+
+    def __init__(self, name: Value, *_: Value, **__: Value) -> None:
+        kind = dtype_of(name)
+        self.name: Value = kind.name if kind is not None else UNKNOWN
+        self.itemsize: Value = kind.itemsize if kind is not None else UNKNOWN
+
+    def newbyteorder(self, *_: Value) -> Dtype:
+        return self
+
+
+def typed(name: str) -> Act:
+    return lambda array, *args, **kwargs: cast(array, Lib(name))
+
+
+def made(fill: float) -> Act:
+    def act(*shape: Value, **kwargs: Value) -> Value:
+        size = kwargs.get("size", kwargs.get("shape"))
+        sizes = list(shape) if size is None else [size]
+        dtype = kwargs.get("dtype")
+        while sizes and isinstance(sizes[-1], (Lib, str)):  # np.zeros(n, np.int64)
+            dtype = sizes.pop()
+        if dtype is not None and not isinstance(dtype, (Lib, str)):
+            dtype = None
+        numbers = sizes_of(tuple(sizes))
+        limited(np.prod(numbers, dtype=np.float64))
+        return _new(np.full(numbers, fill), dtype)
+
+    return act
+
+
+def full(shape: Value, fill: Value, dtype: Value = None, **_: Value) -> Value:
+    numbers = sizes_of((shape,))
+    limited(np.prod(numbers, dtype=np.float64))
+    value = scalar(fill)
+    return _new(np.full(numbers, value if isinstance(value, (int, float)) else 0), dtype)
+
+
+def _new(body: Any, dtype: Value) -> Array:
+    kind = dtype_of(dtype)
+    array = Array(body.astype(kind) if kind is not None else body.astype(np.float64))
+    if array.num is not None and array.num.dtype.kind in "iu" and array.num.ndim and array.num.size < 5_000_000:
+        array.pos = np.full(array.shape, -1, np.int32)  # ids may be written to it, and to views of it
+    return array
+
+
+def like(fill: float) -> Act:
+    def act(array: Value, dtype: Value = None, **_: Value) -> Value:
+        held = body_of(array)
+        kind = dtype if dtype is not None else (Lib(f"x.{held.num.dtype.name}") if held.num is not None else None)
+        return _new(np.full(held.shape, fill), kind)
+
+    return act
+
+
+def arange(*args: Value, **kwargs: Value) -> Value:
+    numbers = [scalar(each) for each in args if not isinstance(each, Lib)]
+    limited(max(abs(each) for each in numbers))
+    return Array(np.arange(*numbers))
+
+
+def tensor(value: Value, dtype: Value = None, **_: Value) -> Value:
+    """torch.tensor, np.array, from_numpy, as_tensor: an array of numbers, ids or sums."""
+    if isinstance(value, (Unknown, Sum)):
+        return value
+    held = array_of(value)
+    return mixed() if held is None else cast(held, dtype) if dtype is not None else held

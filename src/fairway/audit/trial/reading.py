@@ -1,0 +1,85 @@
+"""TODO"""
+
+from __future__ import annotations
+
+from fairway.audit.trial import files
+from fairway.audit.trial.arrays import Array, scalar
+from fairway.audit.trial.core import Core
+from fairway.audit.trial.files import Path, text_of
+from fairway.audit.trial.making import dtype_of
+from fairway.audit.trial.values import UNKNOWN, Unknown, Value
+
+
+def paths(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
+    text = text_of(args[0])
+    return UNKNOWN if text is None else files.found(text)
+
+
+def joined_path(*parts: Value) -> Value:
+    texts = [text_of(each) for each in parts]
+    return UNKNOWN if any(each is None for each in texts) else "/".join(str(each) for each in texts)
+
+
+def path_of(*parts: Value) -> Value:
+    found = joined_path(*parts)
+    return UNKNOWN if isinstance(found, Unknown) else Path(found)
+
+
+def fromfile(
+    machine: Core,
+    source: Value,
+    dtype: Value = None,
+    count: Value = -1,
+    sep: Value = "",
+    offset: Value = 0,
+    **_: Value,
+) -> Value:
+    """np.fromfile of a path or an open file, np.frombuffer of what was read of one."""
+    text = text_of(source)
+    width = dtype_of(dtype)
+    if width is None:
+        return UNKNOWN
+    number, start = scalar(count), scalar(offset)
+    if not isinstance(start, int):
+        return UNKNOWN
+    limit = number if isinstance(number, int) else None
+    if isinstance(source, files.Raw):
+        return files.read(source, width.itemsize, limit, start, machine.vocabulary)
+    size = files.size_of(text) if text is not None else None
+    if size is None:
+        return UNKNOWN
+    at = source.at if isinstance(source, files.File) else 0
+    found = files.read(files.Raw(str(text), at, size), width.itemsize, limit, start, machine.vocabulary)
+    if isinstance(source, files.File) and isinstance(found, Array):
+        source.at = at + start + len(found) * width.itemsize
+    return found
+
+
+def frombuffer(machine: Core, source: Value, *args: Value, **kwargs: Value) -> Value:
+    if not isinstance(source, files.Raw):
+        return UNKNOWN
+    named = dict(zip(("dtype", "count", "offset"), args, strict=False))
+    return fromfile(machine, source, **{**named, **kwargs})
+
+
+def unpacked(machine: Core, form: Value, source: Value, offset: Value = 0) -> Value:
+    """struct.unpack("<256i", header)."""
+    if not isinstance(source, files.Raw):
+        return UNKNOWN
+    found = files.read(source, 4, None, scalar(offset), machine.vocabulary)
+    return tuple(found.num.tolist()) if isinstance(found, Array) and found.num is not None else UNKNOWN
+
+
+def memmap(
+    machine: Core,
+    source: Value,
+    dtype: Value = None,
+    mode: Value = "r",
+    offset: Value = 0,
+    shape: Value = None,
+    **_: Value,
+) -> Value:
+    count = None
+    if shape is not None:
+        count = scalar(shape[0]) if isinstance(shape, tuple) else scalar(shape)
+    return fromfile(machine, source, dtype, -1 if count is None else count, offset=offset)

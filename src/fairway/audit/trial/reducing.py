@@ -1,0 +1,212 @@
+"""TODO"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fairway.audit.trial.arrays import Array, binary, limited, merged, put, scalar, summed
+from fairway.audit.trial.given import Act, body_of, index_of, kept, numbers_of, sizes_of
+from fairway.audit.trial.growing import grown_in_place
+from fairway.audit.trial.operators import combine
+from fairway.audit.trial.sums import Sum
+from fairway.audit.trial.values import NET, Lib, Unknown, Value, mixed
+
+
+def reduction(name: str) -> Act:
+    def act(
+        array: Value, dim: Value = None, keepdim: Value = False, axis: Value = None, keepdims: Value = False, **_: Value
+    ) -> Value:
+        along = dim if dim is not None else axis
+        along = sizes_of((along,)) if isinstance(along, (tuple, list)) else scalar(along)
+        keep = bool(keepdim or keepdims)
+        if isinstance(array, Sum):
+            return array
+        held = body_of(array)
+        if held.lossy or (held.num is not None and held.num.dtype == object):
+            if name not in ("sum", "mean", "nansum", "nanmean"):
+                return NET
+            if isinstance(along, (bool, Lib)):
+                along = None
+            found = summed(held, along, keep)
+            if name.endswith("sum"):
+                return found
+            axes = along if isinstance(along, tuple) else (along,)
+            count = held.body.size if along is None else int(np.prod([held.shape[each] for each in axes]))
+            return found / count if isinstance(found, Sum) else binary("Div", found, count)
+        assert held.num is not None
+        if name in ("max", "min") and isinstance(along, int) and not isinstance(along, bool):
+            return Array(getattr(held.num, name)(axis=along, keepdims=keep))
+        turn = {"nansum": "sum", "nanmean": "mean", "amax": "max", "amin": "min"}.get(name, name)
+        return Array(np.asarray(getattr(np, turn)(held.num, axis=along, keepdims=keep)))
+
+    return act
+
+
+def elementwise(name: str) -> Act:
+    """A function of each number; of losses, losses of the same targets."""
+
+    def act(array: Value, *args: Value, **kwargs: Value) -> Value:
+        if isinstance(array, Sum) or (isinstance(array, Array) and array.lossy):
+            return array
+        with np.errstate(all="ignore"):
+            return Array(np.asarray(getattr(np, name)(numbers_of(array))))
+
+    return act
+
+
+def pairwise(name: str) -> Act:
+    """A function of two arrays: of losses of the same targets, losses of them."""
+
+    def act(one: Value, two: Value, *_: Value, **__: Value) -> Value:
+        for held in (one, two):
+            if isinstance(held, Unknown):
+                return kept((one, two)) if not isinstance(one, Unknown) or not isinstance(two, Unknown) else held
+        if isinstance(one, Sum) or isinstance(two, Sum):
+            return one if isinstance(one, Sum) else two
+        left, right = body_of(one), body_of(two)
+        if left.lossy and right.lossy:
+            return merged(left, right, add=False)
+        if left.lossy or right.lossy:
+            return left if left.lossy else right
+        return Array(np.asarray(getattr(np, name)(numbers_of(left), numbers_of(right))))
+
+    return act
+
+
+def operated(name: str) -> Act:
+    def act(one: Value, two: Value, *_: Value, **kwargs: Value) -> Value:
+
+        return combine(name, one, two)
+
+    return act
+
+
+def in_place(name: str) -> Act:
+    """add_, mul_: and what it came to is the array itself."""
+
+    def act(array: Value, other: Value, *_: Value, **kwargs: Value) -> Value:
+
+        return grown_in_place(name, array, other) if isinstance(array, Array) else array
+
+    return act
+
+
+def clamp(array: Value, *args: Value, **kwargs: Value) -> Value:
+    """clamp, clip, and their one-sided forms."""
+    if isinstance(array, Sum) or (isinstance(array, Array) and array.lossy):
+        return array
+    low = kwargs.get("min", kwargs.get("a_min", args[0] if args else None))
+    high = kwargs.get("max", kwargs.get("a_max", args[1] if len(args) > 1 else None))
+    held = body_of(array)
+    found = np.clip(
+        numbers_of(held), None if low is None else numbers_of(low), None if high is None else numbers_of(high)
+    )
+    return Array(found, held.pos)
+
+
+def clamp_max(array: Value, high: Value) -> Value:
+    return clamp(array, max=high)
+
+
+def where(*args: Value, **_: Value) -> Value:
+    """where(mask), where(mask, one, other)."""
+    mask = args[0]
+    if len(args) == 1:
+        return tuple(Array(each) for each in np.nonzero(numbers_of(mask)))
+    one, other = args[1], args[2]
+    if isinstance(mask, Unknown):
+        return kept((one, other))
+    if isinstance(one, Unknown) and isinstance(other, Unknown):
+        return mixed(one, other)
+    chosen = numbers_of(mask).astype(bool)
+    if isinstance(one, Unknown) or isinstance(other, Unknown):
+        return kept((one, other))
+    left, right = body_of(one), body_of(other)
+    if left.lossy or right.lossy:
+        first = binary("Mult", left, Array(chosen.astype(np.float64))) if left.lossy else None
+        second = binary("Mult", right, Array((~chosen).astype(np.float64))) if right.lossy else None
+        if first is None or second is None:
+            return first if second is None else second
+        return merged(first, second, add=True)
+    pos = None
+    if left.pos is not None or right.pos is not None:
+        nothing = np.asarray(-1, np.int32)
+        pos = np.where(chosen, nothing if left.pos is None else left.pos, nothing if right.pos is None else right.pos)
+    return Array(np.where(chosen, numbers_of(left), numbers_of(right)), pos)
+
+
+def masked_fill(array: Value, mask: Value, value: Value) -> Value:
+    return where(binary("Eq", mask, False), array, value)
+
+
+def put_values(array: Value, index: Value, values: Value, **_: Value) -> Value:
+    put(array, numbers_of(index), values)
+    return array
+
+
+def copy_(array: Value, other: Value, *_: Value, **__: Value) -> Value:
+    if isinstance(array, Array):
+        put(array, Ellipsis, other)
+    return array
+
+
+def fill_(array: Value, value: Value) -> Value:
+    return copy_(array, value)
+
+
+def zero_(array: Value) -> Value:
+    return copy_(array, 0)
+
+
+def add_at(array: Value, index: Value, values: Value) -> Value:
+    """np.add.at(array, index, values)."""
+
+    at = index_of(index)
+    if isinstance(array, Array) and array.num is not None and not isinstance(at, Unknown):
+        np.add.at(array.num, at, numbers_of(values))
+    return None
+
+
+def bincount(array: Value, weights: Value = None, minlength: Value = 0, **_: Value) -> Value:
+    numbers = numbers_of(array)
+    limited(float(numbers.max(initial=0)))
+    held = None if weights is None else numbers_of(weights)
+    return Array(np.bincount(numbers, held, scalar(minlength)))
+
+
+def by_numpy(name: str) -> Act:
+    """A function of numbers, as numpy has it."""
+
+    def act(*args: Value, **kwargs: Value) -> Value:
+        if any(isinstance(each, (Unknown, Sum)) for each in args):
+            return mixed(*args)
+        given = [
+            numbers_of(each) if isinstance(each, (Array, list, tuple)) else scalar(each)
+            for each in args
+            if not isinstance(each, Lib)
+        ]
+        named = {key: scalar(each) for key, each in kwargs.items() if key in _KEYWORDS}
+        if "dim" in named:
+            named["axis"] = named.pop("dim")
+        found = getattr(np, name)(*given, **named)
+        if isinstance(found, tuple):
+            return tuple(Array(np.asarray(each)) for each in found)
+        return Array(np.asarray(found))
+
+    return act
+
+
+_KEYWORDS = {"axis", "dim", "side", "return_index", "return_counts", "return_inverse", "kind", "stable", "prepend"}
+
+
+def nonzero(array: Value, as_tuple: Value = False, **_: Value) -> Value:
+    found = np.nonzero(numbers_of(array))
+    return tuple(Array(each) for each in found) if as_tuple else Array(np.stack(found, -1))
+
+
+def numpy_nonzero(array: Value) -> Value:
+    return tuple(Array(each) for each in np.nonzero(numbers_of(array)))
+
+
+def equal(one: Value, two: Value, **_: Value) -> Value:
+    return bool(np.array_equal(numbers_of(one), numbers_of(two)))

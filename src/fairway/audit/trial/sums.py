@@ -1,0 +1,89 @@
+"""Sums of losses: which targets of the text count in a number, and how much each."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+LATE: Final = 1 << 28
+"""Added to a target's place where something that scores it had already learned from it."""
+
+
+class Sum:
+    """sum over targets of weight x loss. Immutable; a sum of sums keeps them and is worked out once, at the end."""
+
+    __slots__ = ("parts", "places", "weights")
+
+    def __init__(
+        self,
+        places: NDArray[np.int32] | None = None,
+        weights: NDArray[np.float64] | None = None,
+        parts: tuple[tuple[Sum, float], ...] = (),
+    ) -> None:
+        self.places = places
+        self.weights = weights
+        self.parts = parts
+
+    def counts(self, length: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """For each place of a text of `length` tokens: the weight in all, and that of late ones among it."""
+        gathered: dict[int, float] = {}
+        order: list[Sum] = []
+        waiting: list[tuple[Sum, float]] = [(self, 1.0)]
+        heavy: dict[int, Sum] = {}
+        while waiting:
+            each, factor = waiting.pop()
+            if each.places is not None:
+                gathered[id(each)] = gathered.get(id(each), 0.0) + factor
+                if id(each) not in heavy:
+                    heavy[id(each)] = each
+                    order.append(each)
+            waiting += [(part, factor * times) for part, times in each.parts]
+        total, late = np.zeros(length), np.zeros(length)
+        for each in order:
+            assert each.places is not None
+            assert each.weights is not None
+            weights = np.abs(each.weights * gathered[id(each)])
+            place = each.places & (LATE - 1)
+            inside = (each.places >= 0) & (place < length)
+            total += np.bincount(place[inside], weights[inside], length)
+            after = inside & (each.places >= LATE)
+            late += np.bincount(place[after], weights[after], length)
+        return total, late
+
+    def scaled(self, factor: float) -> Sum:
+        return Sum(parts=((self, factor),))
+
+    def __add__(self, other: Any) -> Sum:
+        return Sum(parts=((self, 1.0), (other, 1.0))) if isinstance(other, Sum) else self
+
+    __radd__ = __add__
+    __sub__ = __rsub__ = __add__
+
+    def __mul__(self, other: Any) -> Sum:
+        return self.scaled(float(other)) if isinstance(other, (int, float, np.number)) else self
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, other: Any) -> Sum:
+        ok = isinstance(other, (int, float, np.number)) and other
+        return self.scaled(1.0 / float(other)) if ok else self
+
+    def __neg__(self) -> Sum:
+        return self
+
+    def __pow__(self, other: Any) -> Sum:
+        return self
+
+    def __rtruediv__(self, other: Any) -> Sum:
+        return self
+
+    __rpow__ = __pow__
+    __abs__ = __neg__
+
+    def __format__(self, spec: str) -> str:
+        return "0.0"
+
+
+__all__ = ["LATE", "Sum"]

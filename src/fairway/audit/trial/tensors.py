@@ -1,0 +1,281 @@
+"""What arrays can do: the functions and methods of torch, numpy and their kin that scripts count tokens with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fairway.audit.trial.arrays import Array, limited, scalar, sum_of, taken
+from fairway.audit.trial.core import Core
+from fairway.audit.trial.given import body_of, kept, numbers_of
+from fairway.audit.trial.making import cast, copied, full, made, same, tensor, typed
+from fairway.audit.trial.reducing import (
+    bincount,
+    by_numpy,
+    clamp,
+    clamp_max,
+    copy_,
+    elementwise,
+    equal,
+    fill_,
+    in_place,
+    masked_fill,
+    nonzero,
+    operated,
+    pairwise,
+    reduction,
+    where,
+    zero_,
+)
+from fairway.audit.trial.shapes import (
+    cat,
+    chunk,
+    expand,
+    flatten,
+    flip,
+    gather,
+    index_select,
+    masked_select,
+    narrow,
+    pad,
+    repeat,
+    repeat_interleave,
+    reshape,
+    roll,
+    split,
+    squeeze,
+    stack,
+    swapped,
+    transposed,
+    unflatten,
+    unfold,
+    unsqueeze,
+)
+from fairway.audit.trial.values import UNKNOWN, Lib, Value, mixed
+
+
+class Size(int):
+    """numpy's x.size and torch's x.size(dim)."""
+
+    shape: tuple[int, ...]
+
+    def __call__(self, dim: Value = None) -> Value:
+        return self.shape if dim is None else self.shape[scalar(dim)]
+
+
+def array_attribute(machine: Core, array: Array, name: str) -> Value:
+    """array.name."""
+    if name == "shape":
+        return array.shape
+    if name == "size":
+        size = Size(array.body.size)
+        size.shape = array.shape
+        return size
+    if name == "ndim":
+        return array.body.ndim
+    if name in ("T", "mT"):
+        return array.all(lambda body: body.T)
+    if name in ("data", "real", "at"):
+        return array
+    if name == "itemsize":
+        return array.num.dtype.itemsize if array.num is not None else 4
+    if name == "nbytes":
+        return array.num.nbytes if array.num is not None else UNKNOWN
+    if name == "is_cuda":
+        return True
+    if name == "dtype":
+        return Lib(f"torch.{array.num.dtype.name}") if array.num is not None and array.num.dtype != object else UNKNOWN
+    if name in ("device", "grad", "requires_grad", "flags", "layout", "is_leaf"):
+        return UNKNOWN
+    if name == "backward":
+        return lambda *args, **kwargs: machine.learn(array)
+    return lambda *args, **kwargs: machine.of_array(name, (array, *args), kwargs)
+
+
+class Arrays(Core):
+    """A part of the machine."""
+
+    def of_array(self, name: str, args: tuple[Value, ...], kwargs: dict[str, Value]) -> Value:
+        """torch.name(array, ...), array.name(...): unknown where the trial has no such function."""
+        act = METHODS.get(name)
+        if act is None:
+            return kept(args) if name not in _LOSING else mixed(*args)
+        try:
+            return self.booked(act(*args, **kwargs))
+        except (ArithmeticError, TypeError, ValueError, LookupError, AttributeError, AssertionError):
+            return mixed(*args)
+
+
+_LOSING = {"argmax", "argmin", "argsort", "sort", "topk", "eq", "ne", "lt", "le", "gt", "ge", "isfinite", "isnan"}
+
+
+def tolist(array: Value, *_: Value) -> Value:
+    """Numbers or Sums as lists; ids lose their places."""
+    held = body_of(array)
+    limited(held.body.size * 10)
+    if held.lossy:
+        if held.body.ndim == 0:
+            return sum_of(held)
+        return [tolist(taken(held, n)) for n in range(len(held.body))]
+    assert held.num is not None
+    return held.num.tolist()
+
+
+def item(array: Value, *_: Value) -> Value:
+    return scalar(array)
+
+
+def numel(array: Value) -> Value:
+    return int(body_of(array).body.size)
+
+
+def dimensions(array: Value) -> Value:
+    return body_of(array).body.ndim
+
+
+METHODS: dict[str, Callable[..., Value]] = {
+    **dict.fromkeys(["reshape", "view"], reshape),
+    **dict.fromkeys(["view_as", "reshape_as", "expand_as"], lambda array, other: reshape(array, body_of(other).shape)),
+    "unflatten": unflatten,
+    "flatten": flatten,
+    "ravel": flatten,
+    **dict.fromkeys(["transpose", "permute"], transposed),
+    "t": transposed,
+    **dict.fromkeys(["swapaxes", "swapdims"], swapped),
+    "squeeze": squeeze,
+    **dict.fromkeys(["unsqueeze", "expand_dims"], unsqueeze),
+    **dict.fromkeys(["expand"], expand),
+    **dict.fromkeys(["broadcast_to"], expand),
+    **dict.fromkeys(["cuda", "cpu", "contiguous", "detach", "pin_memory", "requires_grad_", "numpy", "eval"], same),
+    **dict.fromkeys(["ascontiguousarray", "record_stream", "stop_gradient", "item_"], same),
+    **dict.fromkeys(["clone", "copy"], copied),
+    **dict.fromkeys(["to", "astype", "type", "view_dtype"], cast),
+    **{
+        name: typed(name)
+        for name in ("long", "int", "short", "bool", "float", "double", "half", "bfloat16", "int64", "int32")
+    },
+    **{
+        name: reduction(name)
+        for name in (
+            "sum",
+            "mean",
+            "nansum",
+            "nanmean",
+            "max",
+            "min",
+            "amax",
+            "amin",
+            "any",
+            "all",
+            "prod",
+            "median",
+            "std",
+            "var",
+        )
+    },
+    **{
+        name: elementwise(name)
+        for name in (
+            "exp",
+            "log",
+            "log2",
+            "log1p",
+            "abs",
+            "sqrt",
+            "floor",
+            "ceil",
+            "square",
+            "negative",
+            "logical_not",
+            "isnan",
+            "isfinite",
+            "round",
+            "expm1",
+        )
+    },
+    "neg": elementwise("negative"),
+    **{name: pairwise(name) for name in ("minimum", "maximum", "logaddexp", "logical_and", "logical_or")},
+    "fmin": pairwise("minimum"),
+    **{
+        name: operated(kind)
+        for name, kind in (
+            ("add", "Add"),
+            ("sub", "Sub"),
+            ("subtract", "Sub"),
+            ("mul", "Mult"),
+            ("multiply", "Mult"),
+            ("div", "Div"),
+            ("divide", "Div"),
+            ("true_divide", "Div"),
+            ("floor_divide", "FloorDiv"),
+            ("remainder", "Mod"),
+            ("eq", "Eq"),
+            ("ne", "NotEq"),
+            ("lt", "Lt"),
+            ("le", "LtE"),
+            ("gt", "Gt"),
+            ("ge", "GtE"),
+            ("equal_to", "Eq"),
+            ("bitwise_and", "BitAnd"),
+            ("bitwise_xor", "BitXor"),
+            ("bitwise_or", "BitOr"),
+            ("pow", "Pow"),
+            ("left_shift", "LShift"),
+            ("right_shift", "RShift"),
+        )
+    },
+    **{name: in_place(kind) for name, kind in (("add_", "Add"), ("sub_", "Sub"), ("mul_", "Mult"), ("div_", "Div"))},
+    **dict.fromkeys(["clamp", "clip", "clamp_min", "clamp_min_", "clamp_"], clamp),
+    "clamp_max": clamp_max,
+    "where": where,
+    "masked_fill": masked_fill,
+    "masked_select": masked_select,
+    "index_select": index_select,
+    **dict.fromkeys(["gather", "take_along_dim", "take_along_axis"], gather),
+    "take": lambda array, index, *_, **__: taken(body_of(array), numbers_of(index)),
+    "narrow": narrow,
+    "unfold": unfold,
+    "split": split,
+    "array_split": chunk,
+    "chunk": chunk,
+    "tolist": tolist,
+    **dict.fromkeys(["cat", "concatenate", "concat", "hstack"], cat),
+    "stack": stack,
+    "item": item,
+    **dict.fromkeys(["numel", "nelement"], numel),
+    "dim": dimensions,
+    "copy_": copy_,
+    "fill_": fill_,
+    "zero_": zero_,
+    "bincount": bincount,
+    **{
+        name: by_numpy(name)
+        for name in (
+            "cumsum",
+            "searchsorted",
+            "unique",
+            "argsort",
+            "sort",
+            "diff",
+            "flatnonzero",
+            "isin",
+            "linspace",
+            "argmax",
+            "argmin",
+            "repeat_",
+            "digitize",
+            "outer",
+        )
+    },
+    "new_tensor": lambda array, value, **kwargs: tensor(value),
+    "new_zeros": lambda array, *shape, **kwargs: made(0)(
+        *shape, **{"dtype": Lib(f"x.{numbers_of(array).dtype.name}"), **kwargs}
+    ),
+    "new_full": lambda array, shape, fill, **kwargs: full(shape, fill),
+    "nonzero": nonzero,
+    "roll": roll,
+    **dict.fromkeys(["flip", "flipud"], flip),
+    "repeat_interleave": repeat_interleave,
+    **dict.fromkeys(["repeat", "tile"], repeat),
+    "pad": pad,
+    **dict.fromkeys(["equal", "array_equal", "allclose"], equal),
+}

@@ -1,0 +1,29 @@
+"""The short text of a trial, and the small vocabulary that it is written in."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+BOS = 1
+UNIT = 2_048  # windows of most scripts; the text is a whole number of them, so that no tail is left
+LENGTH = 40 * UNIT + 1  # tokens: two and a half of the usual chunks of 32,768
+TRAIN = 400_000  # tokens of a training file
+_SHORTEST, _LONGEST = 40, 700  # tokens of a document
+
+
+@cache
+def tokens(vocabulary: int) -> NDArray[np.uint16]:
+    """The ids of a vocabulary, documents beginning with BOS; the last document ends with the text."""
+    generator = np.random.default_rng(7)
+    ids = generator.integers(3, min(vocabulary, 1_000), LENGTH).astype(np.uint16)
+    at = 0
+    while at < LENGTH - _SHORTEST:
+        ids[at] = BOS
+        at += int(generator.integers(_SHORTEST, _LONGEST))
+    return ids
+
+
+__all__ = ["BOS", "LENGTH", "TRAIN", "tokens"]

@@ -1,0 +1,154 @@
+"""Pools, threads, queues and stacks of contexts: in a trial all that is handed over is done at once."""
+
+from __future__ import annotations
+
+import collections
+
+from fairway.audit.trial.arrays import Array
+from fairway.audit.trial.core import Core
+from fairway.audit.trial.values import Obj, Raised, Value
+
+AHEAD = 24  # items: a producer of training data goes on for ever
+
+
+class _Enough(BaseException):
+    """A producer has made enough."""
+
+
+def _of_the_text(value: Value, deep: int = 0) -> bool:
+    if isinstance(value, Array):
+        return value.pos is not None and bool((value.pos >= 0).any())
+    parts = value.vars.values() if isinstance(value, Obj) else value if isinstance(value, (list, tuple)) else ()
+    return deep < 3 and any(_of_the_text(each, deep + 1) for each in parts)
+
+
+class Future:
+    def __init__(self, value: Value) -> None:
+        self.value = value
+
+    def result(self, *_: Value, **__: Value) -> Value:
+        return self.value
+
+    get = result
+
+    def done(self) -> bool:
+        return True
+
+
+class Executor:
+    """ThreadPoolExecutor, ThreadPool."""
+
+    def __init__(self, machine: Core) -> None:
+        self._machine = machine
+
+    def submit(self, func: Value, *args: Value, **kwargs: Value) -> Future:
+        return Future(self._machine.call(func, args, kwargs, 0))
+
+    def apply_async(self, func: Value, args: Value = (), kwargs: Value = None) -> Future:
+        return self.submit(func, *args, **(kwargs or {}))
+
+    def map(self, func: Value, *sources: Value, **_: Value) -> Value:
+        machine = self._machine
+        each = zip(*[machine.items(one) for one in sources], strict=False)
+        return iter([machine.call(func, args, {}, 0) for args in each])
+
+    imap = map
+
+    def shutdown(self, *_: Value, **__: Value) -> None:
+        return None
+
+    close = join = shutdown
+
+    def entered(self) -> Executor:
+        return self
+
+
+class Thread:
+    """threading.Thread: its function is run when it is started."""
+
+    def __init__(self, machine: Core, kwargs: dict[str, Value]) -> None:
+        self._machine = machine
+        self._given = kwargs
+        self.daemon = True
+
+    def start(self) -> None:
+        given = self._given
+        if given.get("target") is None:
+            return
+        self._machine.in_thread += 1
+        try:
+            self._machine.call(given["target"], tuple(given.get("args", ())), dict(given.get("kwargs") or {}), 0)
+        except _Enough:
+            return
+        finally:
+            self._machine.in_thread -= 1
+
+    def join(self, *_: Value, **__: Value) -> None:
+        return None
+
+    def is_alive(self) -> bool:
+        return False
+
+
+class Queue:
+    """queue.Queue, without an end: its producer has run to its last item before anybody asks."""
+
+    def __init__(self, machine: Core) -> None:
+        self._machine = machine
+        self._held: collections.deque[Value] = collections.deque()
+
+    def put(self, value: Value, *_: Value, **__: Value) -> None:
+        self._held.append(value)
+        if self._machine.in_thread and len(self._held) >= AHEAD and not _of_the_text(value):
+            raise _Enough
+
+    def get(self, *_: Value, **__: Value) -> Value:
+        if not self._held:
+            raise Raised("Empty")
+        return self._held.popleft()
+
+    put_nowait, get_nowait = put, get
+
+    def empty(self) -> bool:
+        return not self._held
+
+    def qsize(self) -> int:
+        return len(self._held)
+
+    __len__ = qsize
+
+    def task_done(self) -> None:
+        return None
+
+    join = task_done
+
+
+class Stack:
+    """contextlib.ExitStack."""
+
+    def __init__(self, machine: Core) -> None:
+        self._machine = machine
+        self._held: list[Value] = []
+
+    def entered(self) -> Stack:
+        return self
+
+    def enter_context(self, manager: Value) -> Value:
+        self._held.append(manager)
+        return self._machine.enter(manager)
+
+    def callback(self, func: Value, *args: Value, **kwargs: Value) -> Value:
+        return func
+
+    push = callback
+
+    def close(self) -> None:
+        self.left(None)
+
+    def left(self, error: Raised | None) -> bool:
+        while self._held:
+            self._machine.leave(self._held.pop(), error)
+        return False
+
+
+__all__ = ["Executor", "Future", "Queue", "Stack", "Thread"]

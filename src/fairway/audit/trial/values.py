@@ -1,0 +1,188 @@
+"""What a trial computes with: Python's own values, arrays, sums of losses, and what nobody knows."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeAlias
+
+Value: TypeAlias = Any
+"""A number, text, container, Array, Sum, Func, Class, Obj, Lib or UNKNOWN."""
+
+
+class Unknown:
+    """What the trial does not know. net: a model made it, so that picking one of its entries by a target is a loss."""
+
+    __slots__ = ("net",)
+
+    def __init__(self, net: bool) -> None:
+        self.net = net
+
+    def __repr__(self) -> str:
+        return "NET" if self.net else "UNKNOWN"
+
+    def __bool__(self) -> bool:
+        raise Undecided
+
+
+UNKNOWN: Final = Unknown(False)
+NET: Final = Unknown(True)
+
+
+class Undecided(Exception):
+    """A condition hangs on what is not known."""
+
+
+class Spent(BaseException):
+    """The trial's bounds are reached: steps, size, depth. No `except` of the script catches it."""
+
+
+class Raised(Exception):
+    """The script raises. kind: the name of the exception's class; value: the object."""
+
+    def __init__(self, kind: str, value: Value = None) -> None:
+        super().__init__(kind)
+        self.kind = kind
+        self.value = value
+
+
+@dataclass(frozen=True)
+class Lib:
+    """A name of a library, as `torch.nn.functional.cross_entropy`."""
+
+    path: str
+
+    @property
+    def name(self) -> str:
+        return self.path.rpartition(".")[2]
+
+
+class Frame:
+    """The names of one call, of a class body or of the module."""
+
+    __slots__ = ("elsewhere", "me", "owner", "parent", "top", "vars")
+
+    def __init__(self, parent: Frame | None) -> None:
+        self.vars: dict[str, Value] = {}
+        self.parent = parent
+        self.top: Frame = parent.top if parent is not None else self
+        self.elsewhere: dict[str, Frame] = {}  # names declared global or nonlocal
+        self.owner: Class | None = None
+        self.me: Value = None
+
+    def find(self, name: str) -> Frame | None:
+        """The frame that has this name."""
+        frame: Frame | None = self.elsewhere.get(name, self)
+        while frame is not None:
+            if name in frame.vars:
+                return frame
+            frame = frame.parent
+        return None
+
+    def bind(self, name: str, value: Value) -> None:
+        self.elsewhere.get(name, self).vars[name] = value
+
+
+@dataclass(eq=False)
+class Func:
+    """A function of the script. run: its body, given a frame with its arguments bound; frame: where it was made."""
+
+    name: str
+    args: ast.arguments
+    run: Callable[[Frame], Value]
+    frame: Frame
+    call: Callable[..., Value]  # the machine's own: call(self, args, kwargs)
+    defaults: list[Value] = field(default_factory=list)
+    keyword_defaults: dict[str, Value] = field(default_factory=dict)
+    owner: Class | None = None
+    yields: bool = False
+    managed: bool = False  # @contextmanager
+    attributes: dict[str, Value] = field(default_factory=dict)
+
+    def __call__(self, *args: Value, **kwargs: Value) -> Value:
+        return self.call(self, args, kwargs)
+
+
+@dataclass(eq=False)
+class Class:
+    """A class of the script. made: how an instance is made where the class says nothing: "" or "dataclass", "tuple"."""
+
+    name: str
+    bases: list[Value]
+    vars: dict[str, Value]
+    made: str = ""
+    fields: list[tuple[str, Callable[[], Value] | None]] = field(default_factory=list)
+
+    def line(self) -> Iterator[Class]:
+        """This class and those it inherits from, each once, nearest first."""
+        yield self
+        for base in self.bases:
+            if isinstance(base, Class):
+                yield from base.line()
+
+    def find(self, name: str) -> Value:
+        for each in self.line():
+            if name in each.vars:
+                return each.vars[name]
+        return None
+
+    def after(self, owner: Class, name: str) -> Value:
+        """What super() of `owner` finds."""
+        line = list(self.line())
+        for each in line[line.index(owner) + 1 :] if owner in line else []:
+            if name in each.vars:
+                return each.vars[name]
+        return None
+
+    @property
+    def foreign(self) -> list[Lib]:
+        """The libraries' classes that it inherits from."""
+        return [base for each in self.line() for base in each.bases if isinstance(base, Lib)]
+
+    @property
+    def is_module(self) -> bool:
+        return any(base.path.endswith("Module") for base in self.foreign)
+
+
+@dataclass(eq=False)
+class Obj:
+    """An instance of a class of the script."""
+
+    kind: Class
+    vars: dict[str, Value] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class Bound:
+    """A method with its object: of the script (`what` is a Func), or a name of an Array, Sum or instance."""
+
+    me: Value
+    what: Value
+    call: Callable[..., Value]
+
+    def __call__(self, *args: Value, **kwargs: Value) -> Value:
+        return self.call(self, args, kwargs)
+
+
+@dataclass(eq=False)
+class Wrapped:
+    """property, staticmethod, classmethod. kind: which."""
+
+    kind: str
+    func: Value
+
+
+@dataclass(eq=False)
+class Super:
+    owner: Class
+    me: Value
+
+
+def known(value: Value) -> bool:
+    return not isinstance(value, Unknown)
+
+
+def mixed(*values: Value) -> Unknown:
+    """Unknown, made of these: a model's where one of them is."""
+    return NET if any(isinstance(value, Unknown) and value.net for value in values) else UNKNOWN
