@@ -14,6 +14,7 @@ from fairway.audit.trial.told import Lesson, Told, Trial
 from fairway.audit.verdict import Place
 
 _ENDS = 2 * UNIT  # tokens at the end of the text: what windows make of them is a rule of its own
+_CONTEXT = 0.2  # of what is left out: the share that stands in the windows of what is scored
 _FEW = 32  # targets: fewer that count otherwise are edges of documents
 
 
@@ -24,6 +25,7 @@ class Counts:
     times: NDArray[np.float64]
     late: NDArray[np.float64]
     trial: Trial
+    said: tuple[Told, ...] = ()
 
     @property
     def more(self) -> NDArray[np.int64]:
@@ -50,11 +52,12 @@ def counts_of(case: Case, which: Reported) -> Counts | None:
         return None
     lines = {said.place.line for said in which.score}
     named = [told for told in trial.told if told.line in lines]
-    told: Told = (named or trial.told)[-1]
+    said = tuple(named or trial.told[-4:])
+    told: Told = said[-1]
     times, late = trial.counts(told)
     if not (times > 0).any():
         return None
-    return Counts(times, late, trial)
+    return Counts(times, late, trial, said)
 
 
 def repeated(counts: Counts) -> str:
@@ -74,6 +77,9 @@ def unscored(counts: Counts) -> str:
     missing = counts.missing
     if len(missing) < max(_FEW, (LENGTH - _ENDS) // 200):
         return ""
+    asked = next((told.asked for told in reversed(counts.said) if told.asked is not None), None)
+    if asked is None or asked[missing].mean() > _CONTEXT:
+        return ""  # it was asked of them, and the trial may have lost what came of it
     return (
         f"Worked out for a text of {LENGTH - 1:,} targets, {len(missing):,} of them do not count in the score, the "
         f"first of them at place {missing[0]:,}."
@@ -82,6 +88,8 @@ def unscored(counts: Counts) -> str:
 
 def lesson_before(counts: Counts, again: bool) -> tuple[str, Place] | None:
     """Targets of the score from which something learned before: a sentence, and where the order is decided."""
+    if counts.trial.fitted:
+        return None  # what is fitted to one window is nothing to another, and the trial does not tell them apart
     after = np.flatnonzero(counts.late > 0)
     lessons = [lesson for lesson in counts.lessons if lesson.again is again]
     if len(after) < _FEW or not lessons or len(lessons) * 2 < len(counts.lessons):

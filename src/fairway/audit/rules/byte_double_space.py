@@ -1,6 +1,7 @@
 """The space that a piece's mark stands for is counted in the table and again in the loop: 17 % too many bytes."""
 
 from fairway.audit.case import Case
+from fairway.audit.passes.octets import by_trial
 from fairway.audit.terms.spaces import SpaceCount, is_conditional
 from fairway.audit.terms.verdicts import byte_factors, clean, counted_otherwise
 from fairway.audit.verdict import Finding
@@ -11,6 +12,10 @@ CLAUSE = 'RULES.md R7 and (c) "Byte double count"'
 
 
 def check(case: Case) -> Finding:
+    return by_trial(case, _by_terms(case), ID)
+
+
+def _by_terms(case: Case) -> Finding:
     factors = byte_factors(case)
     for factor in factors:
         found = SpaceCount().of(factor)

@@ -1,6 +1,7 @@
 """A piece is measured with its mark on, which is three bytes of UTF-8 for one space: the denominator grows by 20 %."""
 
 from fairway.audit.case import Case
+from fairway.audit.passes.octets import by_trial
 from fairway.audit.terms.octets import encoded_text, named
 from fairway.audit.terms.tables import marked, tables_of
 from fairway.audit.terms.verdicts import byte_factors, clean, counted_otherwise
@@ -12,6 +13,10 @@ CLAUSE = 'RULES.md R7 and (c) "Tokenizer without ▁"'
 
 
 def check(case: Case) -> Finding:
+    return by_trial(case, _by_terms(case), ID)
+
+
+def _by_terms(case: Case) -> Finding:
     factors = byte_factors(case)
     for factor in factors:
         for table, length in tables_of(factor):

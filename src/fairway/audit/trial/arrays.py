@@ -224,7 +224,10 @@ def merged(one: Array, two: Array, add: bool) -> Value:
     assert two.coef is not None
     a, b = one.pos, two.pos
     if np.any((a >= 0) & (b >= 0) & (a != b) & (one.coef != 0) & (two.coef != 0)):
-        return NET
+        whole = [bool(np.all(each >= 0)) for each in (a, b)]
+        if whole[0] == whole[1]:
+            return NET
+        return one if whole[0] else two  # the other is of hints: not every place has one
     coef = one.coef + two.coef if add else np.maximum(np.abs(one.coef), np.abs(two.coef))
     return Array(None, np.maximum(a, b), coef)
 

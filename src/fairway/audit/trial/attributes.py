@@ -36,6 +36,7 @@ from fairway.audit.trial.values import (
 if TYPE_CHECKING:
     pass
 
+_PICKING = {"gather", "take_along_dim", "take_along_axis", "index_select", "take"}
 _ITSELF = {
     "to",
     "cuda",
@@ -81,6 +82,8 @@ class Attributes(Arrays):
 
     def attribute(self, value: Value, name: str) -> Value:
         if isinstance(value, Unknown):
+            if name in _PICKING and value.net:
+                return functools.partial(self.gathered, value)
             return functools.partial(self.learn_unknown, value) if name == "backward" else value
         if isinstance(value, Obj):
             return self.of_object(value, name)
@@ -180,6 +183,11 @@ class Attributes(Arrays):
             return UNKNOWN
         return lambda *args, **kwargs: value
 
+    def gathered(self, value: Unknown, *args: Value, **kwargs: Value) -> Value:
+        """A model's numbers at tokens, by gather(): losses."""
+        index = next((each for each in (*args, *kwargs.values()) if isinstance(each, Array)), None)
+        return value if index is None else self.picked(value, index)
+
     def learn_unknown(self, value: Unknown, *_: Value, **__: Value) -> None:
         self.learn(value)
 
@@ -208,6 +216,8 @@ class Attributes(Arrays):
             place = index_of(index)
             if isinstance(place, Unknown):
                 return mixed(place)
+            if value.pos is not None and value.pos.size and value.pos.flat[-1] >= 0:
+                self.touched += 1
             try:
                 return taken(value, place)
             except IndexError as error:
@@ -225,7 +235,7 @@ class Attributes(Arrays):
             return UNKNOWN
         if isinstance(value, PLAIN):
             key = key_of(index)
-            if isinstance(key, (Unknown, Array)):
+            if isinstance(key, (Unknown, Array)) or _open(key):
                 return mixed(key)
             if isinstance(value, dict) and UNKNOWN in value and key not in value:
                 return UNKNOWN  # it may be among the keys that nobody knows
@@ -249,6 +259,8 @@ class Attributes(Arrays):
     def assign_item(self, value: Value, index: Value, new: Value) -> None:
         if isinstance(value, Array):
             place = index_of(index)
+            if self.pieces and isinstance(new, int) and not isinstance(new, bool) and new > 1:
+                self.trial.table = self.line
             if not isinstance(place, Unknown):
                 try:
                     put(value, place, new)
@@ -262,7 +274,7 @@ class Attributes(Arrays):
                 self.call(method, (value, index, new), {}, 0)
         elif isinstance(value, (list, dict, bytearray)):
             key = key_of(index)
-            if isinstance(key, Unknown) and isinstance(value, dict):
+            if (isinstance(key, Unknown) or _open(key)) and isinstance(value, dict):
                 value[UNKNOWN] = new
             elif not isinstance(key, (Unknown, Array)):
                 try:
@@ -333,6 +345,11 @@ class Attributes(Arrays):
                     return bool(self.truth(method(value)))
             return True
         return bool(value)
+
+
+def _open(key: Value) -> bool:
+    """A key of which a part is not known."""
+    return isinstance(key, tuple) and any(isinstance(part, (Unknown, Array)) for part in key)
 
 
 def _super(owner: Value, me: Value, *args: Value) -> Value:

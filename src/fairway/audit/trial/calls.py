@@ -58,14 +58,12 @@ class Calls(Attributes):
         if isinstance(func, Obj):
             return self.call_object(func, args, kwargs)
         if isinstance(func, Unknown):
-            self.handed(args)
-            return mixed(func, *args, *kwargs.values())
+            given = (*args, *kwargs.values())
+            asked = any(isinstance(each, Array) and each.pos is not None for each in given)
+            return NET if asked else mixed(func, *given)  # a model that came out of a file
         if callable(func):
             return self.native(func, args, kwargs)
         return UNKNOWN
-
-    def handed(self, args: tuple[Value, ...]) -> None:
-        """Functions of the script that are handed to what nobody knows may be called by it: they are not."""
 
     def native(self, func: Callable[..., Value], args: tuple[Value, ...], kwargs: dict[str, Value]) -> Value:
         """A method of a Python value, or a function of ours: what goes wrong in it goes wrong in the script."""
@@ -206,6 +204,8 @@ class Calls(Attributes):
     def foreign(self, func: Lib, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
         """A library's function: one that the trial has its own of, or unknown."""
         path = func.path
+        if kwargs.get("requires_grad") is True and self.made:
+            self.trial.fitted = True
         act = self.library.get(path) or self.library.get(f"*.{func.name}" if _of_arrays(path) else "")
         if act is None:
             return self.of_array(func.name, args, kwargs) if _of_arrays(path) else mixed(*args)

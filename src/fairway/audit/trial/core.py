@@ -18,7 +18,9 @@ from fairway.audit.trial.told import Lesson, Told, Trial
 from fairway.audit.trial.values import Frame, Func, Raised, Spent, Value
 from fairway.audit.trial.vocabulary import size_in
 
-STEPS = 400_000
+STEPS = 250_000
+ELEMENTS = 8_000  # of an array: what is worked out in the time of a step
+IDLE = 60_000  # steps: a table over 8,192 pieces takes that
 
 
 class Core:
@@ -28,19 +30,24 @@ class Core:
         self.entry = script
         self.script = script
         self.settings = settings
-        self.trial = Trial()
+        self.vocabulary = size_in(script.text)
+        self.trial = Trial(vocabulary=self.vocabulary)
         self.modules: dict[str, Value] = {}
         self.depth = 0
         self.stack: list[int] = []  # lines of the calls around it
         self.handlers = 0  # `try` statements that stand around
+        self.pieces = 0  # the line of the last piece that was asked for
+        self.touched = 0  # uses of the text so far
         self.made = 0  # losses of the text so far
         self.line = 0  # of the statement that is being worked out
         self.clock = 0.0
-        self.vocabulary = size_in(script.text)
         self.in_thread = 0
         self.trained = 0  # how often something learned from what is not of the text
         self.scored: NDArray[np.int32] = np.zeros(LENGTH, dtype=np.int32)  # how often, since a number of all was told
         self.taught: NDArray[np.int32] = np.full(LENGTH, -1, dtype=np.int32)  # the lesson of each place
+        self.asked: NDArray[np.bool_] = np.zeros(LENGTH, dtype=bool)  # targets since a final number was told
+        self.shallow = 1_000  # calls around the outermost number so far
+        self.made_then = 0
         self.lessons = self.trial.lessons
         self.learned: NDArray[np.bool_] = np.zeros(LENGTH, dtype=bool)
         self.library: dict[str, Callable[..., Value]] = {}
@@ -52,9 +59,30 @@ class Core:
         if self.trial.steps > STEPS:
             raise Spent
 
+    def lost(self, line: int) -> None:
+        """Losses came to what is not known."""
+        self.trial.unsure.add(line)
+
+    def weigh(self, array: Array) -> None:
+        """A large array costs as many steps as it takes the time of."""
+        self.trial.steps += array.body.size // ELEMENTS
+
+    def piece_asked(self) -> None:
+        self.pieces = self.line
+
+    def mark(self) -> tuple[int, int, int]:
+        """Where a loop begins."""
+        return self.trial.steps, self.trained, self.made + self.touched
+
+    def aimless(self, since: tuple[int, int, int]) -> bool:
+        """Whether a loop may be left: it trains on another text, or has gone on for long without the text."""
+        steps, trained, used = since
+        return self.trained > trained + 1 or (self.trial.steps > steps + IDLE and self.made + self.touched == used)
+
     def passed_over(self, error: Raised, node: ast.stmt, made: int) -> bool:
         """Whether a statement that raises is left out: the script ran, so what the trial does not know is to blame."""
-        if self.handlers or error.kind in ("SystemExit", "StopIteration", "Empty", "KeyboardInterrupt"):
+        meant = error.kind in ("SystemExit", "KeyboardInterrupt") or (error.kind == "StopIteration" and error.value)
+        if self.handlers or meant:
             return False
         self.trial.left_out[node.lineno] = f"{error.kind} ({error.value})"
         if self.made > made:
@@ -68,8 +96,13 @@ class Core:
         """A value becomes text: a sum of losses among them is told."""
         found = self.single(value)
         if isinstance(found, Sum):
-            self.trial.told.append(Told(line, found, len(self.trial.told)))
+            told = Told(line, found, len(self.trial.told), self.asked.copy() if self.made > self.made_then else None)
+            self.trial.told.append(told)
             self.scored[:] = 0
+            self.made_then = self.made
+            if len(self.stack) <= self.shallow:
+                self.shallow = len(self.stack)
+                self.asked[:] = False
 
     def learn(self, value: Value) -> None:
         """backward(): something learns from the targets of these losses."""
@@ -97,6 +130,7 @@ class Core:
     def marked(self, pos: NDArray[np.int32]) -> NDArray[np.int32]:
         """The places of targets that are being scored: marked where something learned from them before."""
         self.made += 1
+        self.asked[pos[pos >= 0] & (LATE - 1)] = True
         clean = np.where(pos >= 0, pos & (LATE - 1), -1).astype(np.int32)
         late = (clean >= 0) & self.learned[np.clip(clean, 0, LENGTH - 1)]
         for each in np.unique(self.taught[clean[late]]):

@@ -18,6 +18,8 @@ class Host(Protocol):
     """What expressions ask of the machine."""
 
     def step(self, line: int = 0) -> None: ...
+    def lost(self, line: int) -> None: ...
+    def weigh(self, array: Array) -> None: ...
     def truth(self, value: Value) -> bool: ...
     def items(self, value: Value) -> Iterator[Value]: ...
     def call(self, func: Value, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value: ...
@@ -61,7 +63,18 @@ class Expressions:
 
     def _binop(self, node: ast.BinOp) -> Compute:
         left, right, name = self.compiled(node.left), self.compiled(node.right), name_of(node.op)
-        return lambda frame: combine(name, left(frame), right(frame))
+        weigh, lost, line = self.host.weigh, self.host.lost, node.lineno
+
+        def worked(frame: Frame) -> Value:
+            one, other = left(frame), right(frame)
+            found = combine(name, one, other)
+            if isinstance(found, Array):
+                weigh(found)
+            elif isinstance(found, Unknown) and _lossy(one) and _lossy(other):
+                lost(line)
+            return found
+
+        return worked
 
     def _unaryop(self, node: ast.UnaryOp) -> Compute:
         value, name, truth = self.compiled(node.operand), name_of(node.op), self.host.truth
@@ -312,6 +325,10 @@ def _either(one: Value, other: Value) -> Value:
         if isinstance(value, (Array, Sum)):
             return value
     return one if isinstance(other, Unknown) or one is None else other if one is UNKNOWN else one
+
+
+def _lossy(value: Value) -> bool:
+    return isinstance(value, Array) and value.lossy
 
 
 def hashable(value: Value) -> bool:

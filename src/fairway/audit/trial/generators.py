@@ -95,11 +95,12 @@ class Generators(Definitions):
         body, orelse, host = self._steps(node.body), self._steps(node.orelse), self.host
 
         def run(frame: Frame) -> Generator[Value, Value, Left | None]:
+            since = host.mark()
             for item in host.items(source(frame)):
                 host.step()
                 bind(frame, item)
                 left = yield from body(frame)
-                if left is BREAK:
+                if left is BREAK or host.aimless(since):
                     return None
                 if left is not None and left is not CONTINUE:
                     return left
@@ -112,7 +113,7 @@ class Generators(Definitions):
         test, body, host = self.compiled(node.test), self._steps(node.body), self.host
 
         def run(frame: Frame) -> Generator[Value, Value, Left | None]:
-            unsure = False
+            since, unsure = host.mark(), False
             while not unsure:
                 host.step()
                 try:
@@ -122,7 +123,7 @@ class Generators(Definitions):
                     host.doubt(node.lineno)
                     unsure = True
                 left = yield from body(frame)
-                if left is BREAK:
+                if left is BREAK or host.aimless(since):
                     return None
                 if left is not None and left is not CONTINUE:
                     return left

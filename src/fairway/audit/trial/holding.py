@@ -133,6 +133,19 @@ def iterated(name: str) -> Act:
     return act
 
 
+def grouped(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
+    """itertools.groupby: the groups as lists."""
+    key = kwargs.get("key", args[1] if len(args) > 1 else None)
+    found: list[tuple[Value, list[Value]]] = []
+    for each in machine.items(args[0]):
+        machine.step()
+        name = scalar(machine.call(key, (each,), {}, line)) if key is not None else scalar(each)
+        if not found or found[-1][0] != name:
+            found.append((name, []))
+        found[-1][1].append(each)
+    return iter([(name, iter(group)) for name, group in found])
+
+
 def chained(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
     return itertools.chain.from_iterable(machine.items(each) for each in machine.items(args[0]))
 

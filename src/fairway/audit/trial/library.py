@@ -24,6 +24,7 @@ from fairway.audit.trial.holding import (
     dataclass_field,
     dataclass_kind,
     deepcopy,
+    grouped,
     held,
     iterated,
     made_dict,
@@ -42,7 +43,7 @@ from fairway.audit.trial.losses import (
 from fairway.audit.trial.making import Dtype, arange, full, like, made, tensor
 from fairway.audit.trial.reading import frombuffer, fromfile, joined_path, memmap, path_of, paths, unpacked
 from fairway.audit.trial.reducing import add_at, numpy_nonzero
-from fairway.audit.trial.threads import Executor, Queue, Stack, Thread
+from fairway.audit.trial.threads import Executor, Queue, Stack, Suppress, Thread
 from fairway.audit.trial.values import UNKNOWN, Bound, Class, Func, Obj, Raised, Value
 from fairway.audit.trial.vocabulary import Processor
 
@@ -170,6 +171,8 @@ _WORLD: dict[str, Act] = {
     },
     "json.dump": printed,
     "json.dumps": lambda machine, args, kwargs, line: printed(machine, args, kwargs, line) or UNKNOWN,
+    "contextlib.suppress": lambda machine, args, kwargs, line: Suppress(),
+    "itertools.groupby": grouped,
     "contextlib.ExitStack": lambda machine, args, kwargs, line: Stack(machine),
     "contextlib.nullcontext": lambda machine, args, kwargs, line: args[0] if args else UNKNOWN,
     "concurrent.futures.ThreadPoolExecutor": lambda machine, args, kwargs, line: Executor(machine),
@@ -179,12 +182,17 @@ _WORLD: dict[str, Act] = {
         for name in ("Queue", "SimpleQueue", "LifoQueue")
     },
     "multiprocessing.pool.ThreadPool": lambda machine, args, kwargs, line: Executor(machine),
-    "sentencepiece.SentencePieceProcessor": lambda machine, args, kwargs, line: Processor(machine.vocabulary),
+    "sentencepiece.SentencePieceProcessor": lambda machine, args, kwargs, line: Processor(
+        machine.vocabulary, machine.piece_asked
+    ),
     "sys.exit": lambda machine, args, kwargs, line: _leave(),
     # of arrays
     **dict.fromkeys(
         ["torch.nn.functional.cross_entropy", "torch.nn.functional.nll_loss", "torch.nn.functional.kl_div"],
         cross_entropy,
+    ),
+    "torch.nn.CrossEntropyLoss": lambda machine, args, kwargs, line: (
+        lambda *given, **named: cross_entropy(machine, given, {**kwargs, **named}, line)
     ),
     "mlx.nn.losses.cross_entropy": mlx_cross_entropy,
     "torch.autograd.grad": learned_from,

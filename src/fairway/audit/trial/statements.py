@@ -9,6 +9,7 @@ from typing import Final, Protocol
 
 from fairway.audit.trial.expressions import Compute, Expressions, Host, hashable
 from fairway.audit.trial.operators import combine, name_of
+from fairway.audit.trial.threads import Suppress
 from fairway.audit.trial.values import UNKNOWN, Class, Frame, Func, Lib, Raised, Undecided, Unknown, Value
 
 Bind = Callable[[Frame, Value], None]
@@ -22,6 +23,9 @@ class Left:
     value: Value = None
 
 
+Since = tuple[int, int, int]
+"""Steps, lessons from other texts, and uses of the text, when a loop began."""
+
 BREAK: Final = Left("break")
 CONTINUE: Final = Left("continue")
 Run = Callable[[Frame], Left | None]
@@ -30,10 +34,11 @@ Run = Callable[[Frame], Left | None]
 class Machine(Host, Protocol):
     """What statements ask of the machine besides."""
 
-    trained: int
     made: int
     handlers: int
 
+    def mark(self) -> Since: ...
+    def aimless(self, since: Since) -> bool: ...
     def passed_over(self, error: Raised, node: ast.stmt, made: int) -> bool: ...
     def doubt(self, line: int) -> None: ...
     def assign_attribute(self, value: Value, name: str, new: Value) -> None: ...
@@ -167,7 +172,10 @@ class Statements(Expressions):
                 after = len(binds) - star - 1
                 found = [*found[:star], found[star : len(found) - after], *found[len(found) - after :]]
             if len(found) != len(binds):
-                raise Raised("ValueError", "unpacking")
+                if any(isinstance(item, Unknown) for item in found):
+                    found = [UNKNOWN] * len(binds)
+                else:
+                    raise Raised("ValueError", "unpacking")
             for each, item in zip(binds, found, strict=True):
                 each(frame, item)
 
@@ -194,7 +202,7 @@ class Statements(Expressions):
         host, line = self.host, node.lineno
 
         def run(frame: Frame) -> Left | None:
-            before, unsure = host.trained, False
+            since, unsure = host.mark(), False
             while not unsure:
                 host.step()
                 try:
@@ -204,7 +212,7 @@ class Statements(Expressions):
                     host.doubt(line)
                     unsure = True
                 left = body(frame)
-                if left is BREAK or host.trained > before + 1:
+                if left is BREAK or host.aimless(since):
                     return None
                 if left is not None and left is not CONTINUE:
                     return left
@@ -222,12 +230,12 @@ class Statements(Expressions):
         host = self.host
 
         def run(frame: Frame) -> Left | None:
-            before = host.trained
+            since = host.mark()
             for item in host.items(source(frame)):
                 host.step()
                 bind(frame, item)
                 left = body(frame)
-                if left is BREAK or host.trained > before + 1:
+                if left is BREAK or host.aimless(since):
                     return None
                 if left is not None and left is not CONTINUE:
                     return left
@@ -252,12 +260,16 @@ class Statements(Expressions):
             entered = host.enter(manager)
             if bind is not None:
                 bind(frame, entered)
+            holds_back = isinstance(manager, Suppress)
+            host.handlers += holds_back
             try:
                 left = run(frame, n + 1)
             except Raised as error:
                 if host.leave(manager, error):
                     return None
                 raise
+            finally:
+                host.handlers -= holds_back
             host.leave(manager, None)
             return left
 

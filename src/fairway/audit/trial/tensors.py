@@ -100,7 +100,10 @@ class Arrays(Core):
         if act is None:
             return kept(args) if name not in _LOSING else mixed(*args)
         try:
-            return self.booked(act(*args, **kwargs))
+            found = self.booked(act(*args, **kwargs))
+            if isinstance(found, Array):
+                self.weigh(found)
+            return found
         except (ArithmeticError, TypeError, ValueError, LookupError, AttributeError, AssertionError):
             return mixed(*args)
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 BOS = 1
 UNIT = 2_048  # windows of most scripts; the text is a whole number of them, so that no tail is left
 LENGTH = 40 * UNIT + 1  # tokens: two and a half of the usual chunks of 32,768
-TRAIN = 400_000  # tokens of a training file
+TRAIN = 600_000  # tokens of a training file
 _SHORTEST, _LONGEST = 40, 700  # tokens of a document
 
 

@@ -123,6 +123,13 @@ class Queue:
     join = task_done
 
 
+class Suppress:
+    """contextlib.suppress, of whatever is raised."""
+
+    def left(self, error: Raised | None) -> bool:
+        return error is not None
+
+
 class Stack:
     """contextlib.ExitStack."""
 
@@ -151,4 +158,4 @@ class Stack:
         return False
 
 
-__all__ = ["Executor", "Future", "Queue", "Stack", "Thread"]
+__all__ = ["Executor", "Future", "Queue", "Stack", "Suppress", "Thread"]

@@ -15,11 +15,13 @@ _COMMON = 32  # targets: what fewer have is no unit
 
 @dataclass(frozen=True)
 class Told:
-    """A sum of losses that the script prints or writes. line: of the text in which it stands; number: in order."""
+    """A sum of losses that the script prints or writes. line: of the text in which it stands; number: in order; asked:
+    of which targets a model was asked since the number before it, None where of none."""
 
     line: int
     sum: Sum
     number: int
+    asked: NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True)
@@ -37,15 +39,20 @@ class Trial:
     """What came of it. complete: the last line of the script was reached; why: else, what stopped it.
 
     doubts: lines of conditions that hang on what nobody knows; steps: how many were taken; left_out: lines of
-    statements that raise, and what; unsure: those among them that had scored before they did
+    statements that raise, and what; unsure: those among them that had scored before they did,
+    and those in which losses got lost; fitted: whether vectors of their own are fitted to windows;
+    table: the line that writes the length of a piece into a table
     """
 
+    vocabulary: int = 1_024
     told: list[Told] = field(default_factory=list)
     doubts: set[int] = field(default_factory=set)
     complete: bool = False
     why: str = ""
     steps: int = 0
     lessons: list[Lesson] = field(default_factory=list)
+    fitted: bool = False
+    table: int = 0
     left_out: dict[int, str] = field(default_factory=dict)
     unsure: set[int] = field(default_factory=set)
 
@@ -53,10 +60,16 @@ class Trial:
         """For each place of the text: how often its target counts in a number, where those that count least count once;
         and how much of that came after something had learned from it."""
         total, late = told.sum.counts(LENGTH)
-        counted = total[total > 1e-12]
+        unit = self.unit(total)
+        return (total / unit, late / unit) if unit else (total, late)
+
+    def unit(self, total: NDArray[np.float64]) -> float:
+        """What a target that counts once weighs in a number; 0 where none counts."""
+        counted = total[total > 1e-15]
         if not counted.size:
-            return total, late
+            return 0.0
         values, times = np.unique(np.round(counted / counted.max(), 6), return_counts=True)
-        common = values[(times >= _COMMON) & (values > 0.01)]
-        unit = (common[0] if common.size else values[times.argmax()]) * counted.max()
-        return total / unit, late / unit
+        common = np.flatnonzero((times >= _COMMON) & (values > 0.01))
+        level = values[common[0] if common.size else times.argmax()]
+        near = counted[np.abs(counted / counted.max() - level) < 1e-5]
+        return float(np.median(near))

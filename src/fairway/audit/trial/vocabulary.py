@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from fairway.audit.trial.arrays import Array, scalar
 from fairway.audit.trial.values import UNKNOWN, Value
@@ -23,8 +28,9 @@ class Processor:
     """sentencepiece.SentencePieceProcessor. Pieces after the bytes: every second begins a word; one is the mark alone,
     every fifth has a letter of two bytes."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, asked: Callable[[], None] = lambda: None) -> None:
         self._size = size
+        self._asked = asked
 
     def load(self, *_: Value, **__: Value) -> bool:
         return True
@@ -37,6 +43,7 @@ class Processor:
     get_piece_size = GetPieceSize = piece_size = __len__ = vocab_size
 
     def id_to_piece(self, index: Value) -> Value:
+        self._asked()
         n = scalar(index)
         if isinstance(n, list):
             return [self.id_to_piece(each) for each in n]
@@ -104,7 +111,7 @@ class Processor:
             elif n >= FIRST_PIECE:
                 held += self.id_to_piece(n).replace(MARK, " ").encode()
         text = held.decode(errors="replace")
-        return text.removeprefix(" ")
+        return text.removeprefix(" ") if ids and ids[0] >= FIRST_PIECE else text
 
     Decode = DecodeIds = decode_ids = decode
 
@@ -112,20 +119,38 @@ class Processor:
         return UNKNOWN
 
 
-def bytes_of(tokens: list[int], before: int, size: int) -> int:
-    """The bytes of a text of these tokens after `before`: a space is paid by the word that it begins, but after a
-    control token there is none (RULES.md)."""
+@dataclass(frozen=True)
+class Octets:
+    """Of each token of a text but its first: the bytes of its piece without the mark (of a byte token 1, of a control
+    token 0), whether it is a byte token, whether of a byte that is no character by itself, whether it has the mark, and whether that stands for a space: not after a
+    control token."""
+
+    base: NDArray[np.int64]
+    single: NDArray[np.bool_]
+    broken: NDArray[np.bool_]
+    mark: NDArray[np.bool_]
+    space: NDArray[np.bool_]
+
+    @property
+    def true(self) -> NDArray[np.int64]:
+        """The bytes of the text (RULES.md R7)."""
+        return self.base + self.space
+
+
+def octets(ids: NDArray[np.uint16], size: int) -> Octets:
     pieces = Processor(size)
-    total = 0
-    for token in tokens:
-        if FIRST_BYTE <= token < FIRST_PIECE:
-            total += 1
-        elif token >= FIRST_PIECE:
-            piece = str(pieces.id_to_piece(token))
-            total += len(piece.removeprefix(MARK).encode())
-            total += piece.startswith(MARK) and before not in (0, 1, 2)
-        before = token
-    return total
+    base = np.zeros(size, np.int64)
+    mark = np.zeros(size, bool)
+    single = np.zeros(size, bool)
+    single[FIRST_BYTE : min(FIRST_PIECE, size)] = True
+    base[single] = 1
+    for n in range(FIRST_PIECE, size):
+        piece = str(pieces.id_to_piece(n))
+        mark[n] = piece.startswith(MARK)
+        base[n] = len(piece.removeprefix(MARK).encode())
+    after = ids[1:].astype(np.int64)
+    broken = single & (np.arange(size) >= FIRST_BYTE + 128)
+    return Octets(base[after], single[after], broken[after], mark[after], mark[after] & (ids[:-1] >= FIRST_BYTE))
 
 
-__all__ = ["Processor", "bytes_of", "size_in"]
+__all__ = ["Octets", "Processor", "octets", "size_in"]

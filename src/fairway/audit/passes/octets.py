@@ -1,0 +1,87 @@
+"""The bytes that a score divides by, worked out for a short text: what weight a single loss has in bits per byte."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fairway.audit.case import Case
+from fairway.audit.passes.findings import passes_of
+from fairway.audit.passes.trials import counts_of
+from fairway.audit.trial.text import LENGTH, tokens
+from fairway.audit.trial.vocabulary import Octets, octets
+from fairway.audit.verdict import Finding, Place
+
+_NEAR = 1e-9  # relative: sums of integers, divided in double precision
+
+
+def by_trial(case: Case, found: Finding, rule: str) -> Finding:
+    """A rule's finding, as the trial bears it out: cleared where the score divides by the bytes of the text, a
+    violation where it divides by exactly the bytes that the rule's fault gives."""
+    named = divisor(case)
+    if named == "":
+        return found
+    if named == rule and found.verdict != "violates":
+        evidence = f"Worked out for a text of {LENGTH - 1:,} targets, the score divides by {_HOW[rule]}."
+        place = found.place or _table(case)
+        return replace(found, verdict="violates", evidence=evidence, place=place)
+    if named == "true" and found.verdict == "violates":
+        evidence = f"Worked out for a text of {LENGTH - 1:,} targets, the score divides by the bytes of that text."
+        return replace(found, verdict="clean", evidence=evidence)
+    return found
+
+
+def divisor(case: Case) -> str:
+    """What the score divides by: "true", the rule of a fault, or "" where the trial does not tell."""
+    which, _, _ = passes_of(case)
+    counts = counts_of(case, which)
+    if counts is None or len(counts.more) or len(counts.missing):
+        return ""
+    trial = counts.trial
+    text = octets(tokens(trial.vocabulary), trial.vocabulary)
+    for told in reversed(counts.said):
+        total, _ = told.sum.counts(LENGTH)
+        unit = trial.unit(total)
+        counted = total[1:] > 0
+        if not unit:
+            continue
+        bytes_said = 1.0 / (unit * math.log(2.0))
+        for name, each in _laws(text):
+            if abs(float(each[counted].sum()) / bytes_said - 1.0) < _NEAR:
+                return name
+    return ""
+
+
+def _laws(text: Octets) -> list[tuple[str, NDArray[np.int64]]]:
+    """The bytes of each token, as they are and as the known faults count them (RULES.md (c))."""
+    base, mark, space, single = text.base, text.mark, text.space, text.single
+    return [
+        ("true", text.true),
+        ("byte-double-space", base + mark + space),
+        ("byte-double-space", base + 2 * mark),
+        ("byte-double-space", base + 2 * space),
+        ("byte-fallback-three", text.true + 2 * single),
+        ("byte-fallback-three", text.true + 2 * text.broken),
+        ("byte-fallback-three", text.true + 5 * single),
+        ("byte-missing-mark", base + 3 * mark),
+        ("byte-missing-mark", base + 3 * mark + space),
+        ("byte-missing-mark", base + 2 * mark + space),
+    ]
+
+
+_HOW = {
+    "byte-double-space": "the bytes of its pieces and two for each leading space",
+    "byte-fallback-three": "bytes of which each byte token has three or six",
+    "byte-missing-mark": "the bytes of its pieces with their marks on, three for each space",
+}
+
+
+def _table(case: Case) -> Place:
+    """Where the table of bytes is made: the last line that writes a piece's length into it."""
+    return Place(case.script.path, case.trial.table)
+
+
+__all__ = ["by_trial", "divisor"]
