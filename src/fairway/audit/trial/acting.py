@@ -39,4 +39,8 @@ def numeric(func: Callable[..., Any]) -> Act:
 
 
 def all_items(machine: Core, value: Value) -> list[Value]:
-    return list(machine.items(value))
+    found = []
+    for each in machine.items(value):
+        machine.step()
+        found.append(each)
+    return found

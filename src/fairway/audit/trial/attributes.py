@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fairway.audit.trial.arrays import Array, limited, put, taken
+from fairway.audit.trial.arrays import LARGEST, Array, limited, put, taken
 from fairway.audit.trial.files import Raw
 from fairway.audit.trial.given import index_of, key_of
 from fairway.audit.trial.operators import PLAIN
@@ -300,9 +300,16 @@ class Attributes(Arrays):
             return (taken(value, n) for n in range(len(value.body) if value.body.ndim else 0))
         if isinstance(value, Obj):
             return self._items_of(value)
+        if isinstance(value, range) and abs(value.stop - value.start) > LARGEST:
+            return self._stepped(value)
         if isinstance(value, (Lib, Class, Func, Sum)) or not hasattr(value, "__iter__"):
             return iter(())
         return iter(value)
+
+    def _stepped(self, value: range) -> Iterator[Value]:
+        for each in value:
+            self.step()
+            yield each
 
     def _items_of(self, me: Obj) -> Iterator[Value]:
         start = me.kind.find("__iter__")

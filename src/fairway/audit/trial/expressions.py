@@ -63,10 +63,14 @@ class Expressions:
 
     def _binop(self, node: ast.BinOp) -> Compute:
         left, right, name = self.compiled(node.left), self.compiled(node.right), name_of(node.op)
-        weigh, lost, line = self.host.weigh, self.host.lost, node.lineno
+        weigh, lost, shown, line = self.host.weigh, self.host.lost, self.host.shown, node.lineno
 
         def worked(frame: Frame) -> Value:
             one, other = left(frame), right(frame)
+            if name == "Mod" and isinstance(one, str):
+                for each in other if isinstance(other, tuple) else (other,):
+                    shown(each, line)
+                return one
             found = combine(name, one, other)
             if isinstance(found, Array):
                 weigh(found)

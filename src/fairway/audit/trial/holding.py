@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -128,9 +128,16 @@ def iterated(name: str) -> Act:
         if name == "product":
             given = [list(each) for each in given]
             limited(10.0 * math.prod([len(each) for each in given]))
-        return getattr(itertools, name)(*given, **kwargs)
+        return stepped(machine, getattr(itertools, name)(*given, **kwargs))
 
     return act
+
+
+def stepped(machine: Core, source: Iterator[Value]) -> Iterator[Value]:
+    """What may have no end is gone over step by step."""
+    for each in source:
+        machine.step()
+        yield each
 
 
 def grouped(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:

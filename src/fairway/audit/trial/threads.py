@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+from collections.abc import Iterator
 
 from fairway.audit.trial.arrays import Array
 from fairway.audit.trial.core import Core
@@ -15,11 +16,19 @@ class _Enough(BaseException):
     """A producer has made enough."""
 
 
-def _of_the_text(value: Value, deep: int = 0) -> bool:
+def _of_another_text(value: Value) -> bool:
+    """Whether an item holds arrays, and none of them ids of the text."""
+    held = list(_arrays(value))
+    return bool(held) and not any(each.pos is not None and bool((each.pos >= 0).any()) for each in held)
+
+
+def _arrays(value: Value, deep: int = 0) -> Iterator[Array]:
     if isinstance(value, Array):
-        return value.pos is not None and bool((value.pos >= 0).any())
-    parts = value.vars.values() if isinstance(value, Obj) else value if isinstance(value, (list, tuple)) else ()
-    return deep < 3 and any(_of_the_text(each, deep + 1) for each in parts)
+        yield value
+    elif deep < 3:
+        parts = value.vars.values() if isinstance(value, Obj) else value if isinstance(value, (list, tuple)) else ()
+        for each in parts:
+            yield from _arrays(each, deep + 1)
 
 
 class Future:
@@ -99,7 +108,7 @@ class Queue:
 
     def put(self, value: Value, *_: Value, **__: Value) -> None:
         self._held.append(value)
-        if self._machine.in_thread and len(self._held) >= AHEAD and not _of_the_text(value):
+        if self._machine.in_thread and len(self._held) >= AHEAD and _of_another_text(value):
             raise _Enough
 
     def get(self, *_: Value, **__: Value) -> Value:

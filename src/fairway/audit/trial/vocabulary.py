@@ -122,8 +122,8 @@ class Processor:
 @dataclass(frozen=True)
 class Octets:
     """Of each token of a text but its first: the bytes of its piece without the mark (of a byte token 1, of a control
-    token 0), whether it is a byte token, whether of a byte that is no character by itself, whether it has the mark, and whether that stands for a space: not after a
-    control token."""
+    token 0), whether it is a byte token, whether of a byte that is no character by itself, whether it has the mark,
+    and whether that stands for a space: not after a control token."""
 
     base: NDArray[np.int64]
     single: NDArray[np.bool_]

@@ -1,0 +1,380 @@
+"""A trial: the script's own arithmetic over a short text. Counts are exact, lessons are seen in their order, what the
+trial does not know it does not claim, and no text makes it run for ever."""
+
+import ast
+import time
+
+import numpy as np
+import pytest
+
+from fairway.audit.reading.script import Script
+from fairway.audit.settings import Settings
+from fairway.audit.trial import Trial, run
+from fairway.audit.trial.sums import LATE, Sum
+from fairway.audit.trial.text import BOS, LENGTH, UNIT, tokens
+from fairway.audit.trial.vocabulary import Processor, octets
+
+HEAD = """
+import collections, contextlib, dataclasses, functools, glob, itertools, math, queue, threading
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(1024, 64)
+        self.blocks = nn.ModuleList([nn.Linear(64, 64) for _ in range(3)])
+
+    def logits(self, ids):
+        x = self.table(ids)
+        for block in self.blocks:
+            x = x + block(x)
+        return F.linear(x, self.table.weight)
+
+    def forward(self, ids, targets, reduction="mean"):
+        logits = self.logits(ids)
+        return F.cross_entropy(logits.reshape(-1, logits.size(-1)).float(), targets.reshape(-1), reduction=reduction)
+
+def load(pattern):
+    parts = []
+    for path in sorted(glob.glob(pattern)):
+        header = np.fromfile(path, dtype="<i4", count=256)
+        parts.append(torch.from_numpy(np.fromfile(path, dtype="<u2", count=int(header[2]), offset=1024).astype(np.int64)))
+    return torch.cat(parts)
+
+val = load("data/fineweb_val_*.bin")
+total = val.numel() - 1
+net = Net()
+"""
+
+ALL = {0.0: 1, 1.0: LENGTH - 1}  # the first token is no target
+
+
+def tried(body: str) -> Trial:
+    text = HEAD + body
+    return run(Script("train_gpt.py", text, ast.parse(text)), Settings())
+
+
+def counts(body: str) -> dict[float, int]:
+    """How many places of the text count how often in the last number that is told."""
+    trial = tried(body)
+    assert trial.complete, trial.why
+    assert trial.told
+    times, _ = trial.counts(trial.told[-1])
+    values, numbers = np.unique(np.round(times, 6), return_counts=True)
+    return dict(zip(values.tolist(), numbers.tolist(), strict=True))
+
+
+ROWS = """
+nats = torch.zeros((), dtype=torch.float64)
+count = 0
+for row in range(0, total // 2048, 8):
+    part = val[row * 2048 : (row + 8) * 2048 + 1]
+    x, y = part[:-1].reshape(-1, 2048), part[1:].reshape(-1, 2048)
+    nats += net(x, y).double() * y.numel()
+    count += y.numel()
+print(f"val_loss:{(nats / count).item():.4f}")
+"""
+
+SLIDE = """
+nats = 0.0
+for start in range(0, total - 2048 + 64, 64):
+    end = start + 2048
+    x = val[start:end].unsqueeze(0)
+    nll = F.cross_entropy(net.logits(x)[0], val[start + 1 : end + 1], reduction="none")
+    first = 0 if start == 0 else 2048 - STEP
+    nats += nll[first:].sum().item()
+print("val_loss", nats / total)
+"""
+
+BATCHED = """
+starts = list(range(0, total, 512))
+sums = torch.zeros(2)
+for at in range(0, len(starts), 16):
+    batch = starts[at : at + 16]
+    x = torch.zeros(len(batch), 2048, dtype=torch.int64)
+    y = torch.zeros(len(batch), 2048, dtype=torch.int64)
+    keep = torch.zeros(len(batch), 2048, dtype=torch.bool)
+    for i, start in enumerate(batch):
+        low = max(0, start + 512 - 2048)
+        n = start + 512 - low
+        x[i, :n] = val[low : low + n]
+        y[i, :n] = val[low + 1 : low + n + 1]
+        keep[i, n - 512 : n] = True
+    logp = F.log_softmax(net.logits(x), dim=-1)
+    nll = -logp.gather(-1, y.unsqueeze(-1)).squeeze(-1)
+    sums[0] += nll[keep].sum()
+    sums[1] += keep.sum()
+print(f"{sums[0] / sums[1]}")
+"""
+
+DOCUMENTS = """
+edges = (val == 1).nonzero().flatten().tolist() + [val.numel()]
+book = collections.defaultdict(float)
+for low, high in sorted(zip(edges, edges[1:]), key=lambda pair: pair[1] - pair[0]):
+    high = min(high + 1, val.numel())
+    nll = net(val[low : high - 1], val[low + 1 : high], reduction="none")
+    book[low] += nll.sum().item()
+print("%.4f" % (sum(book.values()) / total))
+"""
+
+
+def test_rows_side_by_side_count_every_target_once() -> None:
+    assert counts(ROWS) == ALL
+
+
+def test_windows_that_pay_for_their_last_stride_count_every_target_once() -> None:
+    assert counts(SLIDE.replace("STEP", "64")) == ALL
+
+
+def test_windows_that_pay_for_more_than_their_stride_count_targets_twice() -> None:
+    found = counts(SLIDE.replace("STEP", "96"))
+    assert found[2.0] > LENGTH // 3
+    assert found[1.0] > LENGTH // 3
+
+
+def test_masks_and_gathered_losses_in_padded_batches_are_counted() -> None:
+    assert counts(BATCHED) == ALL
+
+
+def test_a_mask_that_is_wider_than_the_stride_shows() -> None:
+    assert counts(BATCHED.replace("keep[i, n - 512 : n]", "keep[i, max(n - 700, 0) : n]"))[2.0] > 20_000
+
+
+def test_documents_sorted_by_length_are_followed_by_place() -> None:
+    assert counts(DOCUMENTS) == ALL
+
+
+def test_a_part_of_the_documents_leaves_the_rest_at_nothing() -> None:
+    found = counts(DOCUMENTS.replace("for low, high in sorted(", "for low, high in list(sorted(").replace(
+        "pair[1] - pair[0]):", "pair[1] - pair[0]))[::2]:"))  # fmt: skip
+    assert found[0.0] > LENGTH // 3
+
+
+def test_mixtures_keep_the_target_that_they_are_of() -> None:
+    mixed = """
+nats = 0.0
+for at in range(0, total, 2048):
+    x, y = val[at : at + 2048], val[at + 1 : at + 2049]
+    p = F.softmax(net.logits(x), -1)[torch.arange(2048), y]
+    q = torch.softmax(net.logits(x) / 2, -1).gather(-1, y[:, None]).squeeze(-1)
+    nats += -torch.log(0.5 * p + 0.5 * q).sum()
+print(nats.item())
+"""
+    assert counts(mixed) == ALL
+
+
+LANGUAGE = {
+    "a generator that yields windows": """
+def windows():
+    at = 0
+    while at < total:
+        yield at, min(at + 2048, total)
+        at += 2048
+for low, high in windows():
+    book(low, high)
+""",
+    "a context manager of a generator, and a class": """
+@contextlib.contextmanager
+def quiet(model):
+    model.eval()
+    try:
+        yield model
+    finally:
+        model.train()
+class Guard:
+    def __enter__(self):
+        return self
+    def __exit__(self, *error):
+        return False
+with quiet(net) as model, Guard():
+    for low in range(0, total, 2048):
+        book(low, low + 2048)
+""",
+    "dataclasses, properties and sorting": """
+@dataclasses.dataclass(frozen=True)
+class Window:
+    low: int
+    high: int = dataclasses.field(default=0)
+    @property
+    def span(self):
+        return slice(self.low, self.high)
+found = sorted([Window(at, at + 2048) for at in range(0, total, 2048)], key=lambda w: -w.low)
+for w in found:
+    book(w.span.start, w.span.stop)
+""",
+    "a queue that a thread fills": """
+waiting = queue.Queue(4)
+def fill():
+    for at in range(0, total, 2048):
+        waiting.put((at, at + 2048))
+    waiting.put(None)
+threading.Thread(target=fill, daemon=True).start()
+while (item := waiting.get()) is not None:
+    book(*item)
+""",
+    "partial functions, closures, comprehensions and unpacking": """
+pay = functools.partial(book)
+for low, *rest in [(at, 1, at + 2048) for at in range(0, total, 2048)]:
+    (lambda high: pay(low, high))(rest[-1])
+""",
+    "groups of windows": """
+for _, group in itertools.groupby(range(0, total, 2048), key=lambda at: at // 8192):
+    for at in group:
+        book(at, at + 2048)
+""",
+    "errors that are caught": """
+try:
+    import flash_attn_3
+    raise ImportError("none")
+except (ImportError, OSError):
+    pass
+for at in itertools.count(0, 2048):
+    try:
+        if at >= total:
+            raise KeyError(at)
+        book(at, at + 2048)
+    except LookupError:
+        break
+""",
+}
+
+
+@pytest.mark.parametrize("form", LANGUAGE)
+def test_the_language_of_scripts_is_walked(form: str) -> None:
+    book = """
+nats = [0.0]
+def book(low, high):
+    global nats
+    nats[0] += net(val[low:high], val[low + 1 : high + 1], reduction="sum")
+"""
+    assert counts(book + LANGUAGE[form] + "print(f'{nats[0] / total}')\n") == ALL
+
+
+ONLINE = """
+optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
+nats = 0.0
+def learn(low, high):
+    optimizer.zero_grad()
+    net(val[low:high], val[low + 1 : high + 1]).backward()
+    optimizer.step()
+def score(low, high):
+    global nats
+    with torch.no_grad():
+        nats += net(val[low:high], val[low + 1 : high + 1], reduction="none").sum().item()
+for low in range(0, total, 8192):
+    high = min(low + 8192, total)
+    ORDER
+print(f"val_loss {nats / total:.5f}")
+"""
+
+
+def late(order: str) -> int:
+    trial = tried(ONLINE.replace("ORDER", order))
+    assert trial.complete, trial.why
+    return int((trial.counts(trial.told[-1])[1] > 0).sum())
+
+
+def test_a_target_that_is_scored_before_anything_learns_from_it_is_not_late() -> None:
+    assert late("score(low, high); learn(low, high)") == 0
+
+
+def test_a_target_that_something_learned_from_first_is_late() -> None:
+    assert late("learn(low, high); score(low, high)") == LENGTH - 1
+
+
+def test_a_lesson_that_reaches_into_the_next_chunk_is_seen_by_that_much() -> None:
+    found = late("score(low, high); learn(low, min(high + 512, total))")
+    assert found == ((LENGTH - 1) // 8192 - 1) * 512  # the last chunk has no next
+
+
+def test_a_lesson_knows_whether_its_targets_had_been_booked_before() -> None:
+    first = tried(ONLINE.replace("ORDER", "learn(low, high); score(low, high)")).lessons
+    again = tried(ONLINE.replace("ORDER", "score(low, high); learn(low, high); score(low, high)")).lessons
+    assert {lesson.again for lesson in first} == {False}
+    assert {lesson.again for lesson in again} == {True}
+
+
+def test_training_on_another_text_is_cut_short_and_is_no_lesson() -> None:
+    training = """
+train = load("data/fineweb_train_*.bin")
+step = 0
+while True:
+    at = (step * 2048) % (train.numel() - 2049)
+    net(train[at : at + 2048], train[at + 1 : at + 2049]).backward()
+    step += 1
+    if step == 1_000_000:
+        break
+"""
+    trial = tried(training + ROWS)
+    assert trial.complete
+    assert not trial.lessons
+    assert trial.steps < 5_000
+
+
+@pytest.mark.parametrize(
+    "endless",
+    [
+        "while True:\n    pass\n",
+        "def again(n):\n    return again(n + 1)\nagain(0)\n",
+        "x = [0] * 10**12\ny = 'a' * 10**12\nz = 9 ** 9 ** 9\nw = 1 << 10**10\n",
+        "x = torch.zeros(10**6, 10**6)\ny = np.arange(10**15)\nz = f'{1:>999999999}'\n",
+        "for _ in itertools.count():\n    for _ in itertools.repeat(1):\n        pass\n",
+        "list(itertools.count())\n",
+        "sum(itertools.repeat(1))\n",
+        "sorted(itertools.cycle([1]))\n",
+        "max(itertools.count())\n",
+        "dict(zip(itertools.count(), itertools.count()))\n",
+        "x, *y = itertools.count()\n",
+        "print(*itertools.count())\n",
+        "[*itertools.count()]\n",
+        "''.join(str(n) for n in itertools.count())\n",
+        "[].extend(n for n in itertools.count())\n",
+        "collections.deque([1]).extend(itertools.count())\n",
+        "all(itertools.repeat(True))\n",
+        "next(n for n in itertools.count() if n < 0)\n",
+        "torch.stack([torch.zeros(3) for n in itertools.count()])\n",
+        "'{:999999999}'.format(1)\n",
+        "'x'.ljust(10**10)\n",
+        "a = []\na.append(a)\nprint(a, str(a), {1: a})\nfor x in a:\n    a.append(x)\n",
+    ],
+)
+def test_no_script_makes_a_trial_run_for_ever(endless: str) -> None:
+    began = time.process_time()
+    tried(endless)
+    assert time.process_time() - began < 20  # a bound on work: it ends by steps, within seconds
+
+
+def test_what_is_unknown_leaves_no_count_behind() -> None:
+    unread = ROWS.replace("net(x, y).double() * y.numel()", "strange.losses(net, x, y)")
+    trial = tried("import strange\n" + unread)
+    assert not any((trial.counts(told)[0] > 0).any() for told in trial.told)
+
+
+def test_a_sum_of_sums_weighs_each_target_by_all_ways_that_lead_to_it() -> None:
+    one = Sum(np.array([1, 2, 2], np.int32), np.array([1.0, 1.0, 1.0]))
+    two = Sum(np.array([2, 3 + LATE], np.int32), np.array([0.5, 0.5]))
+    total, after = ((one + two) * 2.0 + one.scaled(3.0) / 2.0).counts(5)
+    assert total.tolist() == [0.0, 3.5, 8.0, 1.0, 0.0]
+    assert after.tolist() == [0.0, 0.0, 0.0, 1.0, 0.0]
+
+
+def test_the_bytes_of_tokens_are_those_of_the_decoded_documents() -> None:
+    size = 1_024
+    ids = tokens(size).copy()
+    ids[(ids >= 131) & (ids < 259)] = 259  # bytes that are no characters by themselves
+    pieces = Processor(size)
+    edges = [*np.flatnonzero(ids == BOS).tolist(), LENGTH]
+    decoded = sum(
+        len(pieces.decode(ids[low:high].tolist()[1:]).encode()) for low, high in zip(edges, edges[1:], strict=False)
+    )
+    assert int(octets(ids, size).true.sum()) == decoded
+
+
+def test_the_text_is_whole_windows_of_documents() -> None:
+    ids = tokens(1_024)
+    assert ids[0] == BOS
+    assert (LENGTH - 1) % UNIT == 0
+    assert (ids == BOS).sum() > 100
