@@ -2,6 +2,7 @@
 trial does not know it does not claim, and no text makes it run for ever."""
 
 import ast
+import itertools
 import time
 
 import numpy as np
@@ -41,7 +42,8 @@ def load(pattern):
     parts = []
     for path in sorted(glob.glob(pattern)):
         header = np.fromfile(path, dtype="<i4", count=256)
-        parts.append(torch.from_numpy(np.fromfile(path, dtype="<u2", count=int(header[2]), offset=1024).astype(np.int64)))
+        ids = np.fromfile(path, dtype="<u2", count=int(header[2]), offset=1024)
+        parts.append(torch.from_numpy(ids.astype(np.int64)))
     return torch.cat(parts)
 
 val = load("data/fineweb_val_*.bin")
@@ -367,9 +369,7 @@ def test_the_bytes_of_tokens_are_those_of_the_decoded_documents() -> None:
     ids[(ids >= 131) & (ids < 259)] = 259  # bytes that are no characters by themselves
     pieces = Processor(size)
     edges = [*np.flatnonzero(ids == BOS).tolist(), LENGTH]
-    decoded = sum(
-        len(pieces.decode(ids[low:high].tolist()[1:]).encode()) for low, high in zip(edges, edges[1:], strict=False)
-    )
+    decoded = sum(len(pieces.decode(ids[low:high].tolist()[1:]).encode()) for low, high in itertools.pairwise(edges))
     assert int(octets(ids, size).true.sum()) == decoded
 
 

@@ -77,9 +77,15 @@ def unscored(counts: Counts) -> str:
     missing = counts.missing
     if len(missing) < max(_FEW, (LENGTH - _ENDS) // 200):
         return ""
+    if not counts.trial.lost:
+        return _without(missing)
     asked = next((told.asked for told in reversed(counts.said) if told.asked is not None), None)
     if asked is None or asked[missing].mean() > _CONTEXT:
-        return ""  # it was asked of them, and the trial may have lost what came of it
+        return ""  # it was asked of them, and what came of it may be among what got lost
+    return _without(missing)
+
+
+def _without(missing: NDArray[np.int64]) -> str:
     return (
         f"Worked out for a text of {LENGTH - 1:,} targets, {len(missing):,} of them do not count in the score, the "
         f"first of them at place {missing[0]:,}."

@@ -215,7 +215,7 @@ class Attributes(Arrays):
         if isinstance(value, Array):
             place = index_of(index)
             if isinstance(place, Unknown):
-                return mixed(place)
+                return self.missed((value,), mixed(place))
             if value.pos is not None and value.pos.size and value.pos.flat[-1] >= 0:
                 self.touched += 1
             try:

@@ -60,6 +60,7 @@ class Calls(Attributes):
         if isinstance(func, Unknown):
             given = (*args, *kwargs.values())
             asked = any(isinstance(each, Array) and each.pos is not None for each in given)
+            self.missed(given, UNKNOWN)
             return NET if asked else mixed(func, *given)  # a model that came out of a file
         if callable(func):
             return self.native(func, args, kwargs)
@@ -208,7 +209,10 @@ class Calls(Attributes):
             self.trial.fitted = True
         act = self.library.get(path) or self.library.get(f"*.{func.name}" if _of_arrays(path) else "")
         if act is None:
-            return self.of_array(func.name, args, kwargs) if _of_arrays(path) else mixed(*args)
+            if _of_arrays(path):
+                return self.of_array(func.name, args, kwargs)
+            self.missed(args, UNKNOWN)
+            return mixed(*args)
         try:
             return act(self, args, kwargs, line)
         except (Raised, Spent, Undecided, RecursionError):

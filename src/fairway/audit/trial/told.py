@@ -39,8 +39,8 @@ class Trial:
     """What came of it. complete: the last line of the script was reached; why: else, what stopped it.
 
     doubts: lines of conditions that hang on what nobody knows; steps: how many were taken; left_out: lines of
-    statements that raise, and what; unsure: those among them that had scored before they did,
-    and those in which losses got lost; fitted: whether vectors of their own are fitted to windows;
+    statements that raise, and what; unsure: those among them that had scored before they did;
+    lost: those in which losses came to what is not known; fitted: whether vectors of their own are fitted to windows;
     table: the line that writes the length of a piece into a table
     """
 
@@ -55,6 +55,7 @@ class Trial:
     table: int = 0
     left_out: dict[int, str] = field(default_factory=dict)
     unsure: set[int] = field(default_factory=set)
+    lost: set[int] = field(default_factory=set)
 
     def counts(self, told: Told) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """For each place of the text: how often its target counts in a number, where those that count least count once;

@@ -1,0 +1,139 @@
+"""Rules that ask the trial: what is too roundabout for the walk is worked out for a short text."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.audit.small import TABLE, script, verdict
+
+HEAD = """
+import glob, math
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(1024, 64)
+
+    def forward(self, ids):
+        return F.linear(self.table(ids), self.table.weight)
+
+def shard(path):
+    return np.fromfile(path, dtype="<u2", offset=1024).astype(np.int64)
+
+def load():
+    return torch.from_numpy(np.concatenate([shard(path) for path in sorted(glob.glob("data/fineweb_val_*.bin"))]))
+"""
+
+PLANNED = """
+class Plan:
+    def __init__(self, total):
+        self.bounds = np.arange(0, total + 1, 256)
+        self.table = {int(a): (max(0, int(b) - 2048), int(b)) for a, b in zip(self.bounds, self.bounds[1:])}
+
+    def rows(self):
+        for key in KEYS:
+            low, high = self.table[key]
+            yield low, high, high - key + EXTRA
+
+def evaluate(net, val):
+    nats, count = 0.0, 0
+    for low, high, paid in Plan(len(val) - 1).rows():
+        paid = min(paid, high - low)
+        nll = F.cross_entropy(net(val[low:high]), val[low + 1 : high + 1], reduction="none")
+        nats += nll.flip(0)[:paid].sum().item()
+        count += paid
+    return nats / count
+
+print(f"val_loss {evaluate(Net(), load()):.5f}")
+"""
+
+
+@pytest.mark.parametrize(
+    ("keys", "extra", "twice", "subset"),
+    [
+        ("self.table", "0", "clean", "clean"),
+        ("self.table", "128", "violates", "clean"),
+        ("[key for key in self.table if key % 1024 < 512]", "0", "clean", "violates"),
+        ("sorted(self.table, reverse=True)", "0", "clean", "clean"),
+    ],
+)
+def test_windows_out_of_a_table_are_counted(tmp_path: Path, keys: str, extra: str, twice: str, subset: str) -> None:
+    text = HEAD + PLANNED.replace("KEYS", keys).replace("EXTRA", extra)
+    for rule, wanted in (("twice_counted_tokens", twice), ("subset_as_full", subset)):
+        found = verdict(tmp_path, rule, text)
+        assert found.verdict == wanted
+        assert found.evidence.startswith("Worked out for a text") is (wanted == "violates")
+
+
+DEALT = """
+def evaluate(net, val):
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
+    total, chunk, nats = len(val) - 1, 8192, 0.0
+    spans = [(a, min(a + 2048, total)) for a in range(0, total, 2048)]
+    dealt = {}
+    for a, b in spans:
+        dealt.setdefault(KEY // chunk, []).append((a, b))
+    for c in sorted(dealt):
+        for a, b in dealt[c]:
+            with torch.no_grad():
+                nats += F.cross_entropy(net(val[a:b]), val[a + 1 : b + 1], reduction="sum").item()
+        low, high = c * chunk, min((c + 1) * chunk, total)
+        for a in range(low, high, 2048):
+            optimizer.zero_grad()
+            F.cross_entropy(net(val[a : a + 2048]), val[a + 1 : a + 2049]).backward()
+            optimizer.step()
+    return nats / total
+
+print(f"val_loss {evaluate(Net(), load()):.5f}")
+"""
+
+
+@pytest.mark.parametrize(("key", "wanted"), [("a", "clean"), ("(a + 2048)", "violates"), ("(b - 1)", "clean")])
+def test_windows_dealt_to_chunks_are_scored_before_their_chunk_is_learned(
+    tmp_path: Path, key: str, wanted: str
+) -> None:
+    found = verdict(tmp_path, "training_before_scoring", HEAD + DEALT.replace("KEY", key))
+    assert found.verdict == wanted
+    if wanted == "violates":
+        assert found.evidence.startswith("Worked out for a text")
+        assert found.place is not None
+        assert "zero_grad" in (HEAD + DEALT).split("\n")[found.place.line - 2] or found.place.line > 0
+
+
+ROUNDABOUT = """
+def tables():
+    sp = spm.SentencePieceProcessor(model_file="tokenizer.model")
+    kinds = [0 if sp.is_control(i) or sp.is_unknown(i) else 1 if sp.is_byte(i) else 2 for i in range(V)]
+    def cost(i):
+        text = sp.id_to_piece(i)
+        return (0, 1, LENGTH)[kinds[i]]
+    size = np.fromiter([float(cost(i)) for i in range(V)], float) if False else np.array([cost(i) for i in range(V)])
+    lead = np.array([kinds[i] == 2 and sp.id_to_piece(i)[:1] == "\\u2581" for i in range(V)])
+    edge = np.array([kind == 0 for kind in kinds])
+    return size, lead, edge
+"""
+
+
+@pytest.mark.parametrize(
+    ("length", "rule", "wanted"),
+    [
+        ("len(text.replace(chr(0x2581), str()).encode())", "byte_double_space", "clean"),
+        ("len(text.replace(chr(0x2581), chr(32)).encode())", "byte_double_space", "violates"),
+        ("len(text.encode())", "byte_missing_mark", "violates"),
+        ("len(text.replace(chr(0x2581), str()).encode())", "byte_missing_mark", "clean"),
+    ],
+)
+def test_the_bytes_of_a_score_are_told_by_what_it_divides_by(
+    tmp_path: Path, length: str, rule: str, wanted: str
+) -> None:
+    assert verdict(tmp_path, rule, script(table=ROUNDABOUT.replace("LENGTH", length))).verdict == wanted
+
+
+def test_a_byte_token_that_counts_as_a_text_of_three_bytes_is_told(tmp_path: Path) -> None:
+    three = TABLE.replace("size[i] = 1\n", "size[i] = len(bytes([255]).decode(errors='replace').encode())\n")
+    assert verdict(tmp_path, "byte_fallback_three", script(table=three)).verdict == "violates"
+    assert verdict(tmp_path, "byte_fallback_three", script()).verdict == "clean"
