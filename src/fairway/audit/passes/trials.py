@@ -14,6 +14,7 @@ from fairway.audit.trial.told import Lesson, Told, Trial
 from fairway.audit.verdict import Place
 
 _ENDS = 2 * UNIT  # tokens at the end of the text: what windows make of them is a rule of its own
+_TWICE = 1.4  # times: what is less is a weight, as that of a window that is shorter than others
 _CONTEXT = 0.2  # of what is left out: the share that stands in the windows of what is scored
 _FEW = 32  # targets: fewer that count otherwise are edges of documents
 
@@ -30,7 +31,7 @@ class Counts:
     @property
     def more(self) -> NDArray[np.int64]:
         """The targets before the end of the text that count more than once."""
-        found: NDArray[np.int64] = np.flatnonzero(self.times[: LENGTH - _ENDS] > 1.01)
+        found: NDArray[np.int64] = np.flatnonzero(self.times[: LENGTH - _ENDS] > _TWICE)
         return found
 
     @property
@@ -50,14 +51,22 @@ def counts_of(case: Case, which: Reported) -> Counts | None:
     trial = case.trial
     if not trial.complete or trial.unsure or not trial.told:
         return None
-    lines = {said.place.line for said in which.score}
-    named = [told for told in trial.told if told.line in lines]
+    ways = [tuple(place.line for place in said.stack) for said in which.score]
+    named = [told for told in trial.told if any(_same_way(told.stack, way) for way in ways)]
+    if not named and which.others:
+        return None
     said = tuple(named or trial.told[-4:])
     told: Told = said[-1]
     times, late = trial.counts(told)
     if not (times > 0).any():
         return None
     return Counts(times, late, trial, said)
+
+
+def _same_way(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Whether one is the beginning of the other: a helper that prints knows one call more than who formats."""
+    shared = min(len(one), len(other))
+    return shared > 0 and one[:shared] == other[:shared]
 
 
 def repeated(counts: Counts) -> str:

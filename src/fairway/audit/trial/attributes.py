@@ -81,14 +81,15 @@ class Attributes(Arrays):
     # -- attributes -----------------------------------------------------------------------------------------------
 
     def attribute(self, value: Value, name: str) -> Value:
+        kind = type(value)
+        if kind is Obj:
+            return self.of_object(value, name)
+        if kind is Lib:
+            return _CONSTANTS.get(f"{value.path}.{name}", Lib(f"{value.path}.{name}"))
         if isinstance(value, Unknown):
             if name in _PICKING and value.net:
                 return functools.partial(self.gathered, value)
             return functools.partial(self.learn_unknown, value) if name == "backward" else value
-        if isinstance(value, Obj):
-            return self.of_object(value, name)
-        if isinstance(value, Lib):
-            return _CONSTANTS.get(f"{value.path}.{name}", Lib(f"{value.path}.{name}"))
         if isinstance(value, Array):
             return array_attribute(self, value, name)
         if isinstance(value, Sum):
@@ -339,6 +340,8 @@ class Attributes(Arrays):
 
     def truth(self, value: Value) -> bool:
         """Undecided where it hangs on what is not known."""
+        if type(value) is bool:
+            return value
         if isinstance(value, (Unknown, Sum)):
             raise Undecided
         if isinstance(value, Array):

@@ -102,7 +102,12 @@ class Core:
         """A value becomes text: a sum of losses among them is told."""
         found = self.single(value)
         if isinstance(found, Sum):
-            told = Told(line, found, len(self.trial.told), self.asked.copy() if self.made > self.made_then else None)
+            told = Told(
+                (*self.stack, self.line),
+                found,
+                len(self.trial.told),
+                self.asked.copy() if self.made > self.made_then else None,
+            )
             self.trial.told.append(told)
             self.scored[:] = 0
             self.made_then = self.made

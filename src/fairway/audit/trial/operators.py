@@ -56,6 +56,8 @@ _COMPARE: dict[str, Callable[[Any, Any], Any]] = {
     "Gt": operator.gt,
     "GtE": operator.ge,
 }
+_NUMBERS = {int, float, bool}
+_QUICK = {**_COMPARE, **{name: _BINARY[name] for name in ("Add", "Sub")}}  # what neither fails nor grows
 _UNARY: dict[str, Callable[[Any], Any]] = {"USub": operator.neg, "UAdd": operator.pos, "Invert": operator.invert}
 DUNDERS = {
     "Add": "add",
@@ -77,6 +79,8 @@ DUNDERS = {
 
 def combine(name: str, left: Value, right: Value) -> Value:
     """left `name` right, for the name of an ast operator, comparisons included."""
+    if type(left) in _NUMBERS and type(right) in _NUMBERS and name in _QUICK:
+        return _QUICK[name](left, right)
     for one, sign in ((left, "__{}__"), (right, "__r{}__")):
         if isinstance(one, Obj) and name in DUNDERS:
             method = one.kind.find(sign.format(DUNDERS[name]))

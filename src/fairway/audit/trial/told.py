@@ -10,15 +10,18 @@ from numpy.typing import NDArray
 from fairway.audit.trial.sums import Sum
 from fairway.audit.trial.text import LENGTH
 
-_COMMON = 32  # targets: what fewer have is no unit
+_COMMON = 0.01  # of the targets that count: what fewer have is no unit
 
 
 @dataclass(frozen=True)
 class Told:
-    """A sum of losses that the script prints or writes. line: of the text in which it stands; number: in order; asked:
-    of which targets a model was asked since the number before it, None where of none."""
+    """A sum of losses that the script prints or writes.
 
-    line: int
+    stack: the lines of the calls around it, outermost first, and of its own statement; number: in order; asked: of
+    which targets a model was asked since the number before it, None where of none
+    """
+
+    stack: tuple[int, ...]
     sum: Sum
     number: int
     asked: NDArray[np.bool_] | None = None
@@ -70,7 +73,7 @@ class Trial:
         if not counted.size:
             return 0.0
         values, times = np.unique(np.round(counted / counted.max(), 6), return_counts=True)
-        common = np.flatnonzero((times >= _COMMON) & (values > 0.01))
+        common = np.flatnonzero((times >= _COMMON * counted.size) & (values > 0.01))
         level = values[common[0] if common.size else times.argmax()]
         near = counted[np.abs(counted / counted.max() - level) < 1e-5]
         return float(np.median(near))

@@ -14,6 +14,7 @@ from fairway.audit.trial.values import UNKNOWN, Value
 
 FIRST_BYTE = 3
 FIRST_PIECE = FIRST_BYTE + 256
+PIECES = 1_024  # that the processor says it has: tables over many thousands of pieces would cost most of a trial
 MARK = "\u2581"
 _SIZE = re.compile(r"""vocab\w*["']?\s*[,:=]\s*(?:\w+\s*=\s*)?(?:int\()?["']?(\d{3,6})""", re.I)
 
@@ -29,7 +30,7 @@ class Processor:
     every fifth has a letter of two bytes."""
 
     def __init__(self, size: int, asked: Callable[[], None] = lambda: None) -> None:
-        self._size = size
+        self._size = min(size, PIECES)
         self._asked = asked
 
     def load(self, *_: Value, **__: Value) -> bool:
