@@ -12,6 +12,7 @@ from fairway.audit.flow.indexing import Indexing
 from fairway.audit.flow.indices import Part, overlaps, sparse, step_of, sym_of
 from fairway.audit.flow.ordering import in_order
 from fairway.audit.flow.shares import WINDOW, before_share, first_of, indexed, limited, of_rank
+from fairway.audit.flow.sorting import order_of
 from fairway.audit.flow.tokens import Span, Tok, narrowed, part_of
 from fairway.audit.flow.values import (
     CLIPPED,
@@ -296,7 +297,7 @@ class Containers(Indexing):
             result = result.but(toks=toks, spans=())
         elif self.plain(result):  # places in the data: which of them, the loops tell
             result = result.but(spans=spans)
-        return result.but(const=MISSING, unit="")
+        return result.but(const=MISSING, unit="", flags=result.flags | order_of(value, parts, keys))
 
     def limit_here(self, parts: Iterable[str], node: ast.AST | None) -> None:
         """The first line in which a constant lets only so many through."""

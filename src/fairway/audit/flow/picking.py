@@ -9,6 +9,7 @@ from fairway.audit.flow.arithmetic import Arithmetic
 from fairway.audit.flow.indices import sym_of
 from fairway.audit.flow.known import LOSSES, PAIRS
 from fairway.audit.flow.ordering import by_length, in_order
+from fairway.audit.flow.sorting import in_text_order, sorted_places
 from fairway.audit.flow.tokens import Span
 from fairway.audit.flow.values import (
     CLIPPED,
@@ -80,6 +81,8 @@ class Picking(Arithmetic):
         if "sort" in name and flats and by_length(flats[0]):
             self.trace.orders.append((len(self.trace.events), self.place(node)))
             return in_order(result)
+        if in_text_order(name, flats, kwargs):
+            return sorted_places(name, flats, kwargs)
         result.less = _less(args)
         result.limit = next((float(c) for c in consts if isinstance(c, (int, float)) and name == "min"), None)
         limits = [each.limit for each in args if each.limit is not None]
