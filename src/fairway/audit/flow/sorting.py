@@ -8,7 +8,7 @@ what stands behind it looks ahead.
 from __future__ import annotations
 
 from fairway.audit.flow.indices import Part
-from fairway.audit.flow.values import LATER, LENGTH, MASK, POSITIONS, SORTED, Value
+from fairway.audit.flow.values import LATER, LENGTH, MASK, POSITIONS, RAW, SORTED, Value
 
 _KEEPS = ("stable", "mergesort")
 
@@ -52,7 +52,10 @@ def looks_ahead(value: Value, parts: list[Part]) -> bool:
 
 
 def aligned(value: Value, parts: list[Part]) -> Value:
-    """What is written beside itself: no longer the next one."""
+    """What is written: beside itself, no longer the next one; back to the places of the text, tokens of other places,
+    which are no answers there."""
+    if any(part.value is not None and part.value.flags & SORTED and not part.value.flags & MASK for part in parts):
+        return value.but(flags=value.flags & ~(RAW | LATER | SORTED))
     return value.but(flags=value.flags & ~LATER) if value.flags & LATER and _all_but_first(parts) else value
 
 

@@ -67,10 +67,11 @@ class Writing(Containers):
 
     def _put_tensor(self, obj: Obj, parts: list[Part], value: Value, node: ast.AST | None) -> None:
         keys = self.token_keys([part.value for part in parts if part.value is not None])
-        flat = aligned(self.flat(value), parts)
+        flat = self.flat(value)
         if looks_ahead(flat, parts):
             self.learn(obj, flat.toks, "table", node)
             return
+        flat = aligned(flat, parts)
         if keys and "#leaf" not in obj.slots and obj.owner is None:
             if all(key.flags & MASK for key in keys):  # places, not entries of a table
                 self.write(obj, self.earlier_dropped(blend(flat, *keys)), node, part=True)
