@@ -358,6 +358,10 @@ class Methods(Files):
             return NOTHING
         if name == "scale" and args:
             return args[0]
+        if name in ("enter_context", "enter_async_context") and args and isinstance(node, ast.expr):
+            return self.enter(args[0], node)
+        if name == "replay" and "#captured" in obj.slots:
+            return self.replayed(obj)
         if name in ("submit", "apply_async", "map", "starmap", "imap", "apply") and args:
             return self.mapped(name, args, node)
         if name in ("start", "run", "join") and "#target" in obj.slots:

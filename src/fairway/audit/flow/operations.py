@@ -195,7 +195,8 @@ class Operations(Picking):
     def _shallow(self, base: Value) -> Value:
         refs = set()
         for obj in base.refs:
-            if obj.kind in ("list", "dict"):
+            settings = obj.kind == "instance" and not obj.slots.keys() & {"#module", "#targets"}
+            if obj.kind in ("list", "dict") or settings:
                 new = self.new(obj.kind, obj.data)
                 new.slots.update(obj.slots)
                 refs.add(new)

@@ -53,11 +53,14 @@ class Picking(Arithmetic):
             listed = self.new("list", None, node)
             listed.slots["#items"] = args[0].but(refs=frozenset())
             args = [self.ref(listed)]
+        if name in ("min", "max", "sorted"):  # named tuples are compared by their fields
+            flats = [each if (row := self.row_of(arg)) is None else blend(*map(self.flat, row))
+                     for each, arg in zip(flats, [*args, *kwargs.values()], strict=True)]  # fmt: skip
         result = blend(*flats) if flats else NOTHING
         losing = [each for each in flats if each.losses]
         stabiliser = len(args) == 1 and name.startswith(("max", "amax", "fmax", "nanmax")) and not args[0].refs
         if losing and not stabiliser and (len(losing) > 1 or len(args) == 1 or name not in PAIRS):
-            result.choices |= self.choose(name, args, node)
+            result.choices |= self.choose(name, flats[: len(args)], node)
             if "arg" in name:  # which one it is, not the loss
                 return Value(choices=result.choices, env=result.env)
         refs = [obj for each in args for obj in each.refs if obj.kind in ("list", "generator", "dict")]
