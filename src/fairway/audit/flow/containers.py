@@ -39,6 +39,8 @@ class Containers(Indexing):
 
     def item(self, base: Value, parts: list[Part], node: ast.AST | None) -> Value:
         """base[parts]"""
+        if base.states and base.refs and all(obj.kind in ("list", "dict") for obj in base.refs):
+            return self._out_of_entry(base, parts, node)
         if len(parts) == 1 and not parts[0].slice:
             exact = self._exact(base, parts[0].value or NOTHING)
             if exact is not None:
@@ -64,6 +66,14 @@ class Containers(Indexing):
             result = result.but(choices=result.choices | choices)
             self._left_out(base, parts, node)
         return result
+
+    def _out_of_entry(self, base: Value, parts: list[Part], node: ast.AST | None) -> Value:
+        """`table[context][0]`: what lies in a list or dict that was looked up in a table. What that has learned is
+        known; whose tokens they are, `knows` says."""
+        told = base.but(refs=frozenset(), items=None, const=MISSING)
+        inner = self.item(base.but(states=frozenset(), knows=0, toks=frozenset(), flags=0), parts, node)
+        held = self.flat(inner)
+        return blend(held if held.losses else held.but(toks=frozenset(), const=MISSING), told).but(refs=inner.refs)
 
     def _left_out(self, base: Value, parts: list[Part], node: ast.AST | None) -> None:
         """nll[nll <= limit]: losses are left out for being as large as they are."""

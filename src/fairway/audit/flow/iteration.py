@@ -130,7 +130,9 @@ class Iteration(Writing):
         share = share_of(start, stop)
         within = bool(start.flags & INDEXED)  # a place in a document that a slice of their list let through
         spans = start.spans
-        if start.const == 0 and stop.unit and stop.spans:  # range(0, end of this chunk, step): all that lies before it
+        if (
+            type(start.const) is int and stop.unit and stop.spans
+        ):  # range(0, end of this chunk): all that lies before it
             spans = self.slice_spans(Part(None, None, stop, slice=True))
         elif start.spans and stop.spans:  # range(start, end of the chunk after this one, step)
             spans = self.reaching(start.spans, {loop: (a, b) for loop, a, b in stop.spans})

@@ -137,7 +137,7 @@ class Operations(Picking):
             self.learn(table, flats[0].toks, "table", node)
             return self.ref(table)
         if name in ("log", "log2", "log10", "log1p") and len(flats) == 1:
-            return self._logarithm(flats[0], node)
+            return self._logarithm(name, flats[0], node)
         if name in CLOCKS and not any(flat.toks for flat in flats):
             return Value(flags=CLOCK)
         if name in ("functional_call", "call_functional"):

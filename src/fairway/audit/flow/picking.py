@@ -128,9 +128,11 @@ class Picking(Arithmetic):
             result.cuts = condition.cuts
         return result
 
-    def _logarithm(self, value: Value, node: ast.AST | None) -> Value:
+    def _logarithm(self, name: str, value: Value, node: ast.AST | None) -> Value:
+        """A logarithm of what tables say is a loss; log(1 + p(hint) · (e^b - 1)) is what a hint costs, and none."""
+        cost = name == "log1p" and any("#module" in state.slots for state in value.states)
         tables = [state for state in value.states if "#module" not in state.slots and state.slots.get("#learned")]
-        if value.active and not value.losses and tables:
+        if value.active and not value.losses and tables and not cost:
             toks = value.toks.union(*self.asked)
             loss = self.scored(value, Value(toks=self.newest(toks), flags=RAW), node)
             self.logs |= loss.losses

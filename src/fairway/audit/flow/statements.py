@@ -136,7 +136,9 @@ class Statements(Loops):
             return value
         base = self.evaluate(target.value)
         born = min((obj.born for obj in base.refs), key=len, default=())
-        return self.tagged(value, self.since(born)).but(const=MISSING)
+        ahead = {loop for loop, turn in self.nest for each, low, _ in value.spans if each == loop and low > turn}
+        moved = tuple(span for span in self.since(born) if span[0] not in ahead)  # it is where the next turn begins
+        return self.tagged(value, moved).but(const=MISSING)
 
     def _do_AnnAssign_(self, node: ast.AnnAssign) -> None:
         if node.value is not None:

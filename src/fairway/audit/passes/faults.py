@@ -352,10 +352,12 @@ class Passes:
                     yield Fault(kind, score, choice, about[0])
 
     def _repeated(self, scores: list[Score]) -> bool:
-        """Whether the losses come from more than one pass over the same tokens."""
+        """Whether the losses come from more than one pass over the same tokens: not one from the other, with what a
+        table says of the same token mixed in."""
+        made_of = {score.bit: self._family(1 << score.bit) for score in scores[:60]}
         for n, one in enumerate(scores[:60]):
             for other in scores[n + 1 : 60]:
-                if one.parts >> other.bit & 1 or other.parts >> one.bit & 1 or one.whole & other.whole:
+                if made_of[one.bit] & made_of[other.bit]:
                     continue
                 if any(related(a, b) == "same" for a in one.targets for b in other.targets) and _apart(one, other):
                     return True
