@@ -19,6 +19,7 @@ from fairway.audit.flow.values import (
     join,
 )
 from fairway.audit.flow.writing import Writing
+from fairway.audit.settings import is_setting
 
 UNROLLED = 6  # elements of a literal list that a loop takes one by one
 STAGES = 24  # the same, where they are functions: what they do, and in which order, is the script itself
@@ -43,7 +44,7 @@ class Iteration(Writing):
             return self._exactly(value.items, value)
         if isinstance(value.const, (str, bytes, tuple, list, dict, set, frozenset)) and not value.refs:
             held = list(value.const)
-            return self._exactly(tuple(Value(const=each) for each in held[:64]), value)
+            return self._exactly(tuple(Value(const=each) for each in held[:SETTINGS]), value)
         row = self.row_of(value) if value.refs else None
         if row is not None and not any(self.find(obj.data, "__iter__") for obj in value.refs):
             return self._exactly(row, value)
@@ -165,12 +166,14 @@ def _product(ends: tuple[str, ...], factor: str) -> bool:
 
 
 def _setting(item: Value) -> bool:
-    """Whether it is a name and its default, ("rank", 16), or a field of a dataclass."""
+    """Whether it is a name and its default, ("rank", 16) or "rank=16", or a field of a dataclass."""
     if any(obj.kind == "thing" and obj.data == "field" for obj in item.refs):
         return True
+    if isinstance(item.const, str):
+        return is_setting(item.const)
     pair = item.items or ()
     named = len(pair) == 2 and isinstance(pair[0].const, str)
-    return named and isinstance(pair[1].const, (bool, int, float, str))
+    return named and (pair[1].const is not MISSING or not (pair[1].refs or pair[1].toks or pair[1].losses))
 
 
 def _runs(value: Value) -> bool:
