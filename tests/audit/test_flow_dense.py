@@ -108,3 +108,49 @@ def test_the_last_pass_of_several_that_learn_says_the_score() -> None:
     text = whole(PASSES).removesuffix('\nprint(f"final val_loss:{total / count:.6f}")\n')
     assert broken(text.replace("ROUNDS", "3")) & {"multi-epoch-last", "rescoring-after-adaptation"}
     assert broken(text.replace("ROUNDS", "1")) == set()
+
+
+SECTIONS = """
+SETTINGS = {
+    "run": {"seed": 1, "id": ""}, "data": {"train": "data/shards_train_*.bin", "val": "data/shards_val_*.bin"},
+    "model": {"width": 64, "layers": 2, "heads": 4}, "train": {"rate": 0.001, "steps": 20, "clip": 1.0},
+    "pack": {"bits": 6, "limit": 16_000_000}, "ema": {"decay": 0.99, "on": 1}, "qat": {"on": 0, "bits": 6},
+    "adapt": {"on": ON, "rate": 0.001}, "log": {"every": 100, "dir": "."},
+}
+
+class Section:
+    def __init__(self, values):
+        self.__dict__.update(values)
+
+class Settings(Section):
+    def __init__(self, settings):
+        super().__init__({name: Section(values) for name, values in settings.items()})
+
+    @classmethod
+    def read(cls):
+        settings = copy.deepcopy(SETTINGS)
+        for name, values in settings.items():
+            for key, default in values.items():
+                given = os.environ.get(f"{name}_{key}".upper())
+                if given is not None:
+                    values[key] = type(default)(given)
+        return cls(settings)
+
+settings = Settings.read()
+train(net, load(settings.data.train))
+val = load(settings.data.val)
+opt = torch.optim.SGD(net.parameters(), lr=settings.adapt.rate)
+for s in range(0, n - 1024, 1024):
+    x, y = val[s : s + 1024], val[s + 1 : s + 1025]
+    if settings.adapt.on:
+        opt.zero_grad(); net(x, y).backward(); opt.step()
+    total += net(x, y).item() * 1024
+    count += 1024
+"""
+
+
+def test_settings_may_stand_in_sections_that_become_attributes() -> None:
+    assert broken(whole(SECTIONS.replace("ON", "1", 1))) == {"training-before-scoring"}
+    assert broken(whole(SECTIONS.replace("ON", "0", 1))) == set()
+    swapped = SECTIONS.replace("ON", "0", 1).replace("settings.data.train", "settings.data.val")
+    assert broken(whole(swapped)) & {"validation-in-training", "training-before-scoring"}

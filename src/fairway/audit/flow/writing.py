@@ -117,6 +117,7 @@ class Writing(Containers):
             old = obj.slots.get(("k", key.const))
             both = join(old, value) if isinstance(old, Value) and len(base.refs) > 1 else value
             self.heap.set(obj, ("k", key.const), both)
+            self.reflected(obj, key.const, both)
         else:
             if not self._leaf_under_every_key(obj, value):
                 self.add_content(obj, value, "#elem")
