@@ -11,6 +11,7 @@ constants; `truth` is three-valued. What nobody said and nothing decides is UNKN
 
 import ast
 import operator
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -104,6 +105,11 @@ def _agreed(said: list[dict[str, Any]]) -> dict[str, Value]:
         unsaid = isinstance(value, str) and "$" in value  # a shell variable: its value stands nowhere
         values[name] = UNKNOWN if unsaid or len(given) > 1 else value
     return values
+
+
+def is_setting(text: str) -> bool:
+    """Whether a text is a name and its value: "lr=0.02", "depth: 11"."""
+    return re.fullmatch(r"\s*[A-Za-z_][\w.-]*\s*[=:](?!=).*", text) is not None
 
 
 def truth(value: Value) -> bool | None:

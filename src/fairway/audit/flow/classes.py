@@ -232,7 +232,14 @@ class Classes(Learning):
         """What an object holds, by name: obj.__dict__, vars(obj)."""
         view = self.new("dict", "vars", node)
         view.slots.update({("k", key): value for key, value in obj.slots.items() if isinstance(value, Value)})
+        view.slots["#of"] = obj
         return self.ref(view)
+
+    def reflected(self, view: Obj, key: Any, value: Value) -> None:
+        """What is put into obj.__dict__ is an attribute of it."""
+        owner = view.slots.get("#of")
+        if owner is not None and isinstance(key, str):
+            self.put(self.ref(owner), key, value, None)
 
     def _groups(self, obj: Obj, node: ast.AST | None) -> Value:
         group = self.new("dict", "group", node)

@@ -17,6 +17,7 @@ from fairway.audit.flow.tokens import Cut
 from fairway.audit.flow.values import (
     CAPPED,
     CLOCK,
+    LATER,
     LENGTH,
     MASK,
     MISSING,
@@ -52,10 +53,10 @@ class Comparisons(Iteration):
             self.picks = self.picks or _picks(one, two) or _picks(two, one)
         if self._caps(op, one, two):
             result.flags |= CAPPED
-        if result.toks and not result.flags & POSITIONS:  # with positions it is a one-hot form
+        if result.toks and not (one.flags ^ two.flags) & POSITIONS:  # beside positions it is a one-hot form
             result.flags |= MASK
         result.losses = 0
-        result.flags &= ~POSITIONS
+        result.flags &= ~(POSITIONS | LATER)
         return result
 
     @staticmethod

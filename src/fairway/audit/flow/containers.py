@@ -12,6 +12,7 @@ from fairway.audit.flow.indexing import Indexing
 from fairway.audit.flow.indices import Part, overlaps, sparse, step_of, sym_of
 from fairway.audit.flow.ordering import in_order
 from fairway.audit.flow.shares import WINDOW, before_share, first_of, indexed, limited, of_rank
+from fairway.audit.flow.sorting import order_of
 from fairway.audit.flow.tokens import Span, Tok, narrowed, part_of
 from fairway.audit.flow.values import (
     CLIPPED,
@@ -38,6 +39,8 @@ class Containers(Indexing):
 
     def item(self, base: Value, parts: list[Part], node: ast.AST | None) -> Value:
         """base[parts]"""
+        if base.states and base.refs and all(obj.kind in ("list", "dict") for obj in base.refs):
+            return self._out_of_entry(base, parts, node)
         if len(parts) == 1 and not parts[0].slice:
             exact = self._exact(base, parts[0].value or NOTHING)
             if exact is not None:
@@ -63,6 +66,14 @@ class Containers(Indexing):
             result = result.but(choices=result.choices | choices)
             self._left_out(base, parts, node)
         return result
+
+    def _out_of_entry(self, base: Value, parts: list[Part], node: ast.AST | None) -> Value:
+        """`table[context][0]`: what lies in a list or dict that was looked up in a table. What that has learned is
+        known; whose tokens they are, `knows` says."""
+        told = base.but(refs=frozenset(), items=None, const=MISSING)
+        inner = self.item(base.but(states=frozenset(), knows=0, toks=frozenset(), flags=0), parts, node)
+        held = self.flat(inner)
+        return blend(held if held.losses else held.but(toks=frozenset(), const=MISSING), told).but(refs=inner.refs)
 
     def _left_out(self, base: Value, parts: list[Part], node: ast.AST | None) -> None:
         """nll[nll <= limit]: losses are left out for being as large as they are."""
@@ -296,7 +307,7 @@ class Containers(Indexing):
             result = result.but(toks=toks, spans=())
         elif self.plain(result):  # places in the data: which of them, the loops tell
             result = result.but(spans=spans)
-        return result.but(const=MISSING, unit="")
+        return result.but(const=MISSING, unit="", flags=result.flags | order_of(value, parts, keys))
 
     def limit_here(self, parts: Iterable[str], node: ast.AST | None) -> None:
         """The first line in which a constant lets only so many through."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable
 
+from fairway.audit.flow.core import Frame
 from fairway.audit.flow.coroutines import Coroutines
 from fairway.audit.flow.heap import Obj
+from fairway.audit.flow.stacks import stacks_of, unstacked
 from fairway.audit.flow.values import NONE, Value
 
 
@@ -14,7 +16,7 @@ class Contexts(Coroutines):
     """with a, b as c: ..."""
 
     def _do_With_(self, node: ast.With | ast.AsyncWith) -> bool:
-        return self._within(node.items, node.body)
+        return self._within(node.items, unstacked(node.body, stacks_of(node.items)))
 
     _do_AsyncWith_ = _do_With_
 
@@ -32,6 +34,7 @@ class Contexts(Coroutines):
         value = self._entered_by_yield(first.context_expr, inside)
         if done:  # the function that makes it has yielded, and gone on to its end
             return done[0]
+        self._captured(value, body)
         managers = sorted((obj for obj in value.refs if obj.kind == "instance"), key=lambda each: each.number)
         inside(self._entered(value, managers, first.context_expr))
         for obj in managers:
@@ -39,6 +42,28 @@ class Contexts(Coroutines):
             if left is not None:
                 self.call(self.bound(left[0], self.ref(obj), obj.data), [NONE, NONE, NONE], {}, first.context_expr)
         return done[0]
+
+    def _captured(self, value: Value, body: list[ast.stmt]) -> None:
+        """with torch.cuda.graph(g): g keeps what stands in it, and does it again on what its tensors hold by then."""
+        for obj in value.refs:
+            for graph in obj.slots["#graph"].refs if obj.data == "capture" else ():
+                self.heap.set(graph, "#captured", (self.frame, body))
+
+    def replayed(self, obj: Obj) -> Value:
+        """g.replay()"""
+        then, body = obj.slots["#captured"]
+        frame = Frame(then.obj, then.script, then.globals, then.closure, then.node, then.owner, then.outside)
+        self.frames.append(frame)
+        try:
+            self.block(body)
+        finally:
+            self.frames.pop()
+        return NONE
+
+    def enter(self, value: Value, node: ast.expr) -> Value:
+        """What a context gives that somebody enters by hand."""
+        managers = sorted((obj for obj in value.refs if obj.kind == "instance"), key=lambda each: each.number)
+        return self._entered(value, managers, node)
 
     def _entered(self, value: Value, managers: list[Obj], node: ast.expr) -> Value:
         """What `as` gives a name to."""

@@ -95,6 +95,12 @@ class Core:
     def assign(self, target: ast.expr, value: Value) -> None:
         raise NotImplementedError
 
+    def enter(self, value: Value, node: ast.expr) -> Value:
+        raise NotImplementedError
+
+    def replayed(self, obj: Obj) -> Value:
+        raise NotImplementedError
+
     def path(self, args: list[Value], node: ast.AST | None) -> Value:
         raise NotImplementedError
 
@@ -240,7 +246,8 @@ class Core:
         if value.items is not None and deep:
             parts += [self.flat(item, deep - 1) for item in value.items[:24]]
         for obj in value.refs:
-            parts += self._held(obj, deep)
+            held = self._held(obj, deep)
+            parts += [self.tagged(part, value.spans) for part in held] if obj.kind == "tensor" else held
         parts = [part for part in parts if part is not NOTHING]
         if len(parts) == 1:
             return parts[0]

@@ -214,7 +214,7 @@ class Expressions(Comprehensions):
         decisive = isinstance(node.op, ast.Or)
         found: list[Value] = []
         for each in node.values:
-            value = self.evaluate(each)
+            value = self._perhaps(found, each)
             held = self.truth(value)
             if held is decisive:
                 env = frozenset(name for one in (*found, value) for name in one.env)
@@ -233,6 +233,23 @@ class Expressions(Comprehensions):
             known = all(self.truth(each) is True for each in found)
             result = result.but(const=True) if known and not decisive and not result.refs else result
         return result
+
+    def _perhaps(self, before: list[Value], node: ast.expr) -> Value:
+        """A part of `a < b and model.load_state_dict(kept)`: done where what stands before it says so."""
+        if not before or not any(isinstance(each, ast.Call) for each in ast.walk(node)):
+            return self.evaluate(node)
+        done: list[Value] = []
+
+        def run() -> bool:
+            done.append(self.evaluate(node))
+            return True
+
+        test = before[0] if len(before) == 1 else blend(*map(self.flat, before))
+        self.branch(test, run, lambda: True, node)
+        return done[0]
+
+    def branch(self, test: Value, *branches_and_node: Any) -> bool:
+        raise NotImplementedError
 
     def truth(self, value: Value) -> bool | None:
         """Whether a value counts as true; None where that is not known."""

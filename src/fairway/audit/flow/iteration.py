@@ -19,9 +19,11 @@ from fairway.audit.flow.values import (
     join,
 )
 from fairway.audit.flow.writing import Writing
+from fairway.audit.settings import is_setting
 
 UNROLLED = 6  # elements of a literal list that a loop takes one by one
 STAGES = 24  # the same, where they are functions: what they do, and in which order, is the script itself
+SECTION = 64  # settings of one section, in a loop over sections
 SETTINGS = 200  # the same, where they are names with their defaults: each may switch something off
 
 
@@ -43,7 +45,7 @@ class Iteration(Writing):
             return self._exactly(value.items, value)
         if isinstance(value.const, (str, bytes, tuple, list, dict, set, frozenset)) and not value.refs:
             held = list(value.const)
-            return self._exactly(tuple(Value(const=each) for each in held[:64]), value)
+            return self._exactly(tuple(Value(const=each) for each in held[:SETTINGS]), value)
         row = self.row_of(value) if value.refs else None
         if row is not None and not any(self.find(obj.data, "__iter__") for obj in value.refs):
             return self._exactly(row, value)
@@ -64,10 +66,24 @@ class Iteration(Writing):
         for each in items[1:]:
             any_of = join(any_of, each)
         any_of = self.tagged(any_of, value.spans)
-        most = SETTINGS if all(map(_setting, items)) else STAGES if any(map(_runs, items)) else UNROLLED
+        most = SETTINGS if all(map(self._setting, items)) else STAGES if any(map(_runs, items)) else UNROLLED
         few = len(items) <= most
         exact = tuple(self.tagged(item, value.spans) for item in items) if few else None
         return Elements(exact, any_of, len(items))
+
+    @staticmethod
+    def _setting(item: Value) -> bool:
+        """Whether it is a name and its default, ("rank", 16) or "rank=16", a section of such, or a field of a
+        dataclass."""
+        if any(obj.kind == "thing" and obj.data == "field" for obj in item.refs):
+            return True
+        if isinstance(item.const, str):
+            return is_setting(item.const)
+        name, value = item.items if item.items is not None and len(item.items) == 2 else (NOTHING, NOTHING)
+        if not isinstance(name.const, str):
+            return False
+        section = bool(value.refs) and all(_plain_section(obj) for obj in value.refs)
+        return section or value.const is not MISSING or not (value.refs or value.toks or value.losses)
 
     def _elements_of(self, obj: Obj, value: Value, node: ast.AST | None) -> Elements:
         if obj.kind == "range":
@@ -130,7 +146,9 @@ class Iteration(Writing):
         share = share_of(start, stop)
         within = bool(start.flags & INDEXED)  # a place in a document that a slice of their list let through
         spans = start.spans
-        if start.const == 0 and stop.unit and stop.spans:  # range(0, end of this chunk, step): all that lies before it
+        if (
+            type(start.const) is int and stop.unit and stop.spans
+        ):  # range(0, end of this chunk): all that lies before it
             spans = self.slice_spans(Part(None, None, stop, slice=True))
         elif start.spans and stop.spans:  # range(start, end of the chunk after this one, step)
             spans = self.reaching(start.spans, {loop: (a, b) for loop, a, b in stop.spans})
@@ -162,17 +180,14 @@ def _product(ends: tuple[str, ...], factor: str) -> bool:
     )
 
 
-def _setting(item: Value) -> bool:
-    """Whether it is a name and its default, ("rank", 16), or a field of a dataclass."""
-    if any(obj.kind == "thing" and obj.data == "field" for obj in item.refs):
-        return True
-    pair = item.items or ()
-    named = len(pair) == 2 and isinstance(pair[0].const, str)
-    return named and isinstance(pair[1].const, (bool, int, float, str))
-
-
 def _runs(value: Value) -> bool:
     """Whether an element is a function, or a pair with one: a stage that is called in its turn."""
     if any(obj.kind in ("function", "bound", "partial") for obj in value.refs):
         return True
     return any(obj.kind in ("function", "bound", "partial") for item in value.items or () for obj in item.refs)
+
+
+def _plain_section(obj: Obj) -> bool:
+    """{"steps": 20, "rate": 0.1}"""
+    held = [value for key, value in obj.slots.items() if isinstance(key, tuple)]
+    return obj.kind == "dict" and bool(held) and all(isinstance(each, Value) and not each.refs for each in held)

@@ -8,8 +8,9 @@ LOSSES = re.compile(
 )
 PICKS = frozenset(("gather", "take_along_dim", "take_along_axis", "index_select", "take", "gather_nd", "pick"))
 LEAST = frozenset(
-    ("min", "amin", "argmin", "minimum", "fmin", "nanmin", "nanargmin", "topk", "sort", "argsort", "kthvalue", "sorted",
-     "cummin", "max", "amax", "argmax", "maximum", "fmax", "nanmax", "nanargmax", "nsmallest", "nlargest", "aminmax")
+    ("min", "amin", "argmin", "minimum", "fmin", "nanmin", "nanargmin", "topk", "sort", "argsort", "kthvalue",
+     "lexsort", "sorted", "cummin",
+     "max", "amax", "argmax", "maximum", "fmax", "nanmax", "nanargmax", "nsmallest", "nlargest", "aminmax")
 )  # fmt: skip
 MADE = frozenset(
     ("zeros", "ones", "empty", "full", "rand", "randn", "tensor", "zeros_like", "ones_like", "empty_like", "full_like",

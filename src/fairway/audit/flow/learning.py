@@ -277,7 +277,18 @@ class Learning(Core):
             held = held.but(choices=held.choices | self.chosen)
         for obj in sorted(model.refs, key=lambda each: each.number):
             self.heap.set(obj.root, "#choices", held.choices)
+            made = obj.slots.get("#fresh", obj.born)
             self._write_state(obj, held, node, strong=True)
+            if self._goes_on(held):
+                self.heap.set(obj, "#fresh", made)
+
+    def _goes_on(self, weights: Value) -> bool:
+        """Whether weights hold what was learned in an earlier turn of a loop under way: a state that was put aside and
+        comes back is not made anew."""
+        turns = dict(self.nest)
+        return any(
+            turns.get(loop, turn) > turn for update in self.trace.learned(weights.knows) for loop, turn in update.nest
+        )
 
     def parts_of(self, obj: Obj, deep: int = 12) -> list[Obj]:
         """The modules and tensors below a model."""

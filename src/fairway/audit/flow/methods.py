@@ -8,6 +8,7 @@ from fairway.audit.flow.classes import _is_layer
 from fairway.audit.flow.containers import is_same
 from fairway.audit.flow.files import Files
 from fairway.audit.flow.heap import Obj
+from fairway.audit.flow.iteration import SECTION
 from fairway.audit.flow.ordering import in_order
 from fairway.audit.flow.values import (
     GRAD,
@@ -29,6 +30,9 @@ _TEXT = frozenset(
      "count", "find", "zfill", "ljust", "rjust", "hex")
 )  # fmt: skip
 _GROW = frozenset(("append", "appendleft", "add", "put", "put_nowait", "push", "insert"))
+_KEEPS = frozenset(
+    ("train", "eval", "to", "cuda", "cpu", "float", "half", "bfloat16", "requires_grad_", "double", "compile")
+)
 _SHRINK = frozenset(("pop", "popleft", "get_nowait", "popitem"))
 
 
@@ -141,6 +145,7 @@ class Methods(Files):
                 self._update(obj, each, node)
             for word, value in kwargs.items():
                 self.heap.set(obj, ("k", word), value)
+                self.reflected(obj, word, value)
             return NONE
         if name == "clear":
             for each in list(obj.slots):
@@ -174,7 +179,8 @@ class Methods(Files):
 
     def _dict_view(self, obj: Obj, base: Value, name: str, node: ast.AST | None) -> Value:
         consts = [each for each in obj.slots if isinstance(each, tuple)]
-        settings = not self.nest and all(isinstance(obj.slots[each].const, (bool, int, float, str)) for each in consts)
+        settings = all(isinstance(obj.slots[each].const, (bool, int, float, str)) for each in consts)
+        settings = settings and (not self.nest or len(consts) <= SECTION)
         exact = "#elem" not in obj.slots and 0 < len(consts) <= (200 if settings else 24)  # a table of defaults
         pairs = [(Value(const=key[1]), obj.slots[key]) for key in consts]
         more = obj.slots.get("#keys", NOTHING)
@@ -203,6 +209,7 @@ class Methods(Files):
                 for key, value in list(each.slots.items()):
                     if isinstance(key, tuple):
                         self.heap.set(obj, key, value)
+                        self.reflected(obj, key[1], value)
                     elif isinstance(value, Value):
                         self.add_content(obj, value, key)
             elif each.kind in ("list", "generator"):
@@ -264,19 +271,7 @@ class Methods(Files):
             if isinstance(args[0].const, str):
                 self.put(this, args[0].const, args[1] if len(args) > 1 else kwargs.get("tensor", NOTHING), node)
             return NONE
-        if name in (
-            "train",
-            "eval",
-            "to",
-            "cuda",
-            "cpu",
-            "float",
-            "half",
-            "bfloat16",
-            "requires_grad_",
-            "double",
-            "compile",
-        ):
+        if name in _KEEPS:
             return this
         if name == "apply" and args:
             self.call(args[0], [Value(refs=frozenset([obj, *self.parts_of(obj)][:12]))], {}, node)
@@ -358,6 +353,10 @@ class Methods(Files):
             return NOTHING
         if name == "scale" and args:
             return args[0]
+        if name in ("enter_context", "enter_async_context") and args and isinstance(node, ast.expr):
+            return self.enter(args[0], node)
+        if name == "replay" and "#captured" in obj.slots:
+            return self.replayed(obj)
         if name in ("submit", "apply_async", "map", "starmap", "imap", "apply") and args:
             return self.mapped(name, args, node)
         if name in ("start", "run", "join") and "#target" in obj.slots:

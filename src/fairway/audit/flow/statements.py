@@ -42,6 +42,8 @@ class Statements(Loops):
         elif isinstance(target, ast.Subscript):
             base = self.evaluate(target.value)
             parts = self.parts(target.slice)
+            if not base.refs and isinstance(target.value, ast.Subscript):  # x[1:][mask] = v, x[row][:n] = v
+                base, parts = self._seen_through(target.value, parts)
             if base.refs:
                 self.put_item(base, parts, value, target)
             elif isinstance(target.value, (ast.Name, ast.Attribute)) and base is not NOTHING:
@@ -49,6 +51,12 @@ class Statements(Loops):
                 self.assign(target.value, blend(self.flat(base), entry).but(const=MISSING))
         elif isinstance(target, ast.Starred):
             self.assign(target.value, value)
+
+    def _seen_through(self, view: ast.Subscript, parts: list[Part]) -> tuple[Value, list[Part]]:
+        """The tensor that a part of it is written into, and the index of what is written."""
+        base = self.evaluate(view.value)
+        tensors = all(obj.kind == "tensor" for obj in base.refs)
+        return (base, [*self.parts(view.slice), *parts]) if base.refs and tensors else (NOTHING, parts)
 
     def scope(self, name: str) -> Obj:
         """Where a name is bound."""
@@ -128,7 +136,9 @@ class Statements(Loops):
             return value
         base = self.evaluate(target.value)
         born = min((obj.born for obj in base.refs), key=len, default=())
-        return self.tagged(value, self.since(born)).but(const=MISSING)
+        ahead = {loop for loop, turn in self.nest for each, low, _ in value.spans if each == loop and low > turn}
+        moved = tuple(span for span in self.since(born) if span[0] not in ahead)  # it is where the next turn begins
+        return self.tagged(value, moved).but(const=MISSING)
 
     def _do_AnnAssign_(self, node: ast.AnnAssign) -> None:
         if node.value is not None:

@@ -117,6 +117,17 @@ class Torches(Builtins):
                 self.backward(part, node)
         return NONE
 
+    def _do_graph(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        """torch.cuda.graph(g), which a `with` fills"""
+        if not name.endswith("cuda.graph") or not args:
+            return None
+        capture = self.new("thing", "capture", node)
+        capture.slots["#graph"] = args[0]
+        return self.ref(capture)
+
+    def _do_make_graphed_callables(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:
+        return args[0] if args else NOTHING
+
     # Ranks.
     def together(self, args: list[Value]) -> None:
         """A sum over all ranks, or what they gather: of losses, counts and what else is no weight; or of gradients

@@ -7,6 +7,7 @@ import ast
 from fairway.audit.flow.containers import Containers
 from fairway.audit.flow.heap import Obj
 from fairway.audit.flow.indices import Part
+from fairway.audit.flow.sorting import aligned, looks_ahead
 from fairway.audit.flow.tokens import Cut, Span
 from fairway.audit.flow.values import (
     DIGEST,
@@ -67,8 +68,12 @@ class Writing(Containers):
     def _put_tensor(self, obj: Obj, parts: list[Part], value: Value, node: ast.AST | None) -> None:
         keys = self.token_keys([part.value for part in parts if part.value is not None])
         flat = self.flat(value)
+        if looks_ahead(flat, parts):
+            self.learn(obj, flat.toks, "table", node)
+            return
+        flat = aligned(flat, parts)
         if keys and "#leaf" not in obj.slots and obj.owner is None:
-            if not flat.raw and all(key.flags & MASK for key in keys):  # places, not entries of a table
+            if all(key.flags & MASK for key in keys):  # places, not entries of a table
                 self.write(obj, self.earlier_dropped(blend(flat, *keys)), node, part=True)
             else:
                 self.entered(obj, keys, value, node)
@@ -112,6 +117,7 @@ class Writing(Containers):
             old = obj.slots.get(("k", key.const))
             both = join(old, value) if isinstance(old, Value) and len(base.refs) > 1 else value
             self.heap.set(obj, ("k", key.const), both)
+            self.reflected(obj, key.const, both)
         else:
             if not self._leaf_under_every_key(obj, value):
                 self.add_content(obj, value, "#elem")

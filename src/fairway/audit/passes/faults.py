@@ -55,6 +55,7 @@ class Passes:
         taught = [update for update in trace.updates if any(tok.data == "train" for tok in update.learned)]
         self.train_places = {update.place for update in taught}
         self.trained = {update.state for update in taught}  # weights, if need be in a dict of tensors: no slots
+        self.carried = {(update.place, update.state) for update in trace.updates if _older(update)}
         self.last_trained = max((update.number for update in taught if update.how == "gradient"), default=None)
 
     def faults(self, said: tuple[Said, ...]) -> list[Fault]:
@@ -251,7 +252,7 @@ class Passes:
     def _is_delta(self, score: Score, update: Update, alone: bool) -> bool:
         """Whether the state is made for the windows that are scored with it: a delta, not the model."""
         state = update.state
-        if state is None or "#copy" in state.slots:
+        if state is None or "#copy" in state.slots or (update.place, state) in self.carried:
             return False
         if alone:
             return True
@@ -351,10 +352,12 @@ class Passes:
                     yield Fault(kind, score, choice, about[0])
 
     def _repeated(self, scores: list[Score]) -> bool:
-        """Whether the losses come from more than one pass over the same tokens."""
+        """Whether the losses come from more than one pass over the same tokens: not one from the other, with what a
+        table says of the same token mixed in."""
+        made_of = {score.bit: self._family(1 << score.bit) for score in scores[:60]}
         for n, one in enumerate(scores[:60]):
             for other in scores[n + 1 : 60]:
-                if one.parts >> other.bit & 1 or other.parts >> one.bit & 1 or one.whole & other.whole:
+                if made_of[one.bit] & made_of[other.bit]:
                     continue
                 if any(related(a, b) == "same" for a in one.targets for b in other.targets) and _apart(one, other):
                     return True
@@ -399,6 +402,13 @@ def _earlier_turn(before: Score, score: Score) -> bool:
     order = [loop for loop, _ in score.nest]
     lies = {related(mine, other, order) for mine in before.targets for other in score.targets}
     return before.stack[:-1] == score.stack[:-1] and bool(moved) and set(moved) <= cut and lies == {"earlier"}
+
+
+def _older(update: Update) -> bool:
+    """Whether a state was last made anew in an earlier turn of a loop than the one in which it learns: it was put
+    aside meanwhile, and came back as it was."""
+    turns = dict(update.nest)
+    return any(turns.get(loop, turn) > turn for loop, turn in update.fresh)
 
 
 def _apart(one: Score, other: Score) -> bool:

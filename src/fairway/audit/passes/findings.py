@@ -149,8 +149,8 @@ def _taken_in(case: Case, update: Update, score: Score) -> Place | None:
 
 
 def _filled(trace: Trace, update: Update, score: Score) -> Place | None:
-    """Where a table is filled: the line of its loop, or the call that fills it at once; None where the loop that fills
-    it scores too, and the second pass is the fault."""
+    """Where a table is filled: the line of its loop, the call that fills it at once, or the one of several calls that
+    does it early; None where the loop that fills it scores too, and the second pass is the fault."""
     cutting = {loop for tok in update.learned for loop, _, _ in tok.spans}
     own = [each for each in update.nest if each[0] in cutting]
     if own and any(own[0] in each.nest for each in trace.scores):
@@ -158,6 +158,9 @@ def _filled(trace: Trace, update: Update, score: Score) -> Place | None:
     if not own:
         return None if {loop for loop, _ in update.nest} & {loop for loop, _ in score.nest} else _parting(update, score)
     depth = trace.depth.get(own[0][0], 0)
+    for other in trace.updates:
+        if own[0][0] in dict(other.nest) and other.stack[: depth - 1] != update.stack[: depth - 1]:
+            return _parting(update, other)
     return update.stack[depth - 1] if 0 < depth <= len(update.stack) < 12 else None
 
 

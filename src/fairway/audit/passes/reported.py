@@ -41,6 +41,7 @@ def reported(trace: Trace, submission: Submission | None) -> Reported:
         return Reported((), (), data)
     level = min(len(said.nest) for said in about)
     finals = _once([said for said in about if len(said.nest) == level])
+    finals += _of_the_last_pass(trace, [said for said in about if said.number > finals[-1].number], data)
     named = _by_record(_once(about), submission) if submission is not None else []
     if named:
         others = [said for said in finals if said not in named]
@@ -54,6 +55,24 @@ def reported(trace: Trace, submission: Submission | None) -> Reported:
 def is_diagnosis(said: Said) -> bool:
     """Whether the text of a number says that it is no score."""
     return bool(_DIAGNOSIS.search(said.text))
+
+
+def _of_the_last_pass(trace: Trace, later: list[Said], data: frozenset[str]) -> list[Said]:
+    """Of numbers that are said after the last one outside of loops: those of a loop over passes that learn, which goes
+    through no tokens itself. `for _ in range(passes): report(adapt(model, tokens))`"""
+    found: list[Said] = []
+    for said in later:
+        cut = {loop for score in trace.scored(said.value.losses) for tok in score.targets for loop, _, _ in tok.spans}
+        passes = {loop for loop, _ in said.nest}
+        learnt = any(
+            passes <= {loop for loop, _ in update.nest} and any(tok.data in data for tok in update.learned)
+            for update in trace.updates
+            if update.number < said.number
+        )
+        if passes and not passes & cut and learnt:
+            found.append(said)
+    level = min((len(said.nest) for said in found), default=0)
+    return _once([said for said in found if len(said.nest) == level])
 
 
 def _once(said: list[Said]) -> list[Said]:

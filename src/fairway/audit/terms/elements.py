@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from fairway.audit.settings import is_setting
 from fairway.audit.terms import calls, objects
 from fairway.audit.terms.term import Term
 from fairway.audit.terms.things import constant
@@ -128,7 +129,10 @@ def spelt_items(term: Term) -> tuple[Term, ...] | None:
     if term.op == "dict" and term.value != "comp" and 0 < len(term.parts) <= 2 * _SHORT:
         keys = term.parts[::2]
         return keys if all(key.op == "const" for key in keys) else None
-    listed = _table_items(term) or listing(term)
+    if term.op == "const" and isinstance(term.value, (tuple, list)):  # "seed=1337 depth=11".split()
+        listed: tuple[Term, ...] | None = tuple(constant(one, term.file, term.line) for one in term.value[:_DEFAULTS])
+    else:
+        listed = _table_items(term) or listing(term)
     if listed is None or not listed:
         return None
     called = all(part.op in ("function", "bound", "class") for part in listed)
@@ -142,7 +146,9 @@ _DEFAULTS = 400  # settings: a name and its default
 
 
 def _is_default(term: Term) -> bool:
-    """("DEPTH", 11), ("depth", "DEPTH", int, 11): a name, and what it is when nothing else is said."""
+    """("DEPTH", 11), ("depth", "DEPTH", int, 11), "depth=11": a name, and what it is when nothing else is said."""
+    if term.op == "const" and isinstance(term.value, str):
+        return is_setting(term.value)
     if term.op != "tuple" or len(term.parts) < 2 or not isinstance(term.parts[0].constant(), str):
         return False
     return all(_is_constant(part) or part.op in ("name", "function", "class") for part in term.parts[1:])
