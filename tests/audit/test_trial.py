@@ -222,6 +222,22 @@ pay = functools.partial(book)
 for low, *rest in [(at, 1, at + 2048) for at in range(0, total, 2048)]:
     (lambda high: pay(low, high))(rest[-1])
 """,
+    "a captured graph that is replayed over buffers": """
+class Captured:
+    def __init__(self, act):
+        self.x, self.y = torch.zeros(2048, dtype=torch.int64), torch.zeros(2048, dtype=torch.int64)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.out = act(self.x, self.y)
+    def __call__(self, x, y):
+        self.x.copy_(x)
+        self.y.copy_(y)
+        self.graph.replay()
+        return self.out.clone()
+captured = Captured(functools.partial(net, reduction="none"))
+for at in range(0, total, 2048):
+    nats[0] += captured(val[at : at + 2048], val[at + 1 : at + 2049]).sum()
+""",
     "groups of windows": """
 for _, group in itertools.groupby(range(0, total, 2048), key=lambda at: at // 8192):
     for at in group:

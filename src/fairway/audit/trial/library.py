@@ -43,7 +43,7 @@ from fairway.audit.trial.losses import (
 from fairway.audit.trial.making import Dtype, arange, full, like, made, tensor
 from fairway.audit.trial.reading import frombuffer, fromfile, joined_path, memmap, path_of, paths, unpacked
 from fairway.audit.trial.reducing import add_at, numpy_nonzero
-from fairway.audit.trial.threads import Executor, Queue, Stack, Suppress, Thread
+from fairway.audit.trial.threads import Capture, Executor, Graph, Queue, Stack, Suppress, Thread
 from fairway.audit.trial.values import UNKNOWN, Bound, Class, Func, Obj, Raised, Value
 from fairway.audit.trial.vocabulary import Processor
 
@@ -171,6 +171,8 @@ _WORLD: dict[str, Act] = {
     },
     "json.dump": printed,
     "json.dumps": lambda machine, args, kwargs, line: printed(machine, args, kwargs, line) or UNKNOWN,
+    "torch.cuda.CUDAGraph": lambda machine, args, kwargs, line: Graph(),
+    "torch.cuda.graph": lambda machine, args, kwargs, line: Capture(args[0] if args else kwargs.get("cuda_graph")),
     "contextlib.suppress": lambda machine, args, kwargs, line: Suppress(),
     "itertools.groupby": grouped,
     "contextlib.ExitStack": lambda machine, args, kwargs, line: Stack(machine),

@@ -9,7 +9,7 @@ from typing import Final, Protocol
 
 from fairway.audit.trial.expressions import Compute, Expressions, Host, hashable
 from fairway.audit.trial.operators import combine, name_of
-from fairway.audit.trial.threads import Suppress
+from fairway.audit.trial.threads import Capture, Graph, Suppress
 from fairway.audit.trial.values import UNKNOWN, Class, Frame, Func, Lib, Raised, Undecided, Unknown, Value
 
 Bind = Callable[[Frame, Value], None]
@@ -260,6 +260,8 @@ class Statements(Expressions):
             entered = host.enter(manager)
             if bind is not None:
                 bind(frame, entered)
+            if isinstance(manager, Capture) and isinstance(manager.graph, Graph):
+                manager.graph.body = lambda: body(frame)
             holds_back = isinstance(manager, Suppress)
             host.handlers += holds_back
             try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from fairway.audit.trial.arrays import Array
 from fairway.audit.trial.core import Core
@@ -132,6 +132,24 @@ class Queue:
     join = task_done
 
 
+class Graph:
+    """torch.cuda.CUDAGraph: what was captured is done again by replay()."""
+
+    def __init__(self) -> None:
+        self.body: Callable[[], Value] | None = None
+
+    def replay(self) -> None:
+        if self.body is not None:
+            self.body()
+
+
+class Capture:
+    """torch.cuda.graph(graph): the block under it is what the graph captures."""
+
+    def __init__(self, graph: Value) -> None:
+        self.graph = graph
+
+
 class Suppress:
     """contextlib.suppress, of whatever is raised."""
 
@@ -167,4 +185,4 @@ class Stack:
         return False
 
 
-__all__ = ["Executor", "Future", "Queue", "Stack", "Suppress", "Thread"]
+__all__ = ["Capture", "Executor", "Future", "Graph", "Queue", "Stack", "Suppress", "Thread"]
