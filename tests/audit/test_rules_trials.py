@@ -137,3 +137,14 @@ def test_a_byte_token_that_counts_as_a_text_of_three_bytes_is_told(tmp_path: Pat
     three = TABLE.replace("size[i] = 1\n", "size[i] = len(bytes([255]).decode(errors='replace').encode())\n")
     assert verdict(tmp_path, "byte_fallback_three", script(table=three)).verdict == "violates"
     assert verdict(tmp_path, "byte_fallback_three", script()).verdict == "clean"
+
+
+@pytest.mark.parametrize(
+    ("bpb", "wanted"), [("loss / math.log(2) / rate", "violates"), ("loss / math.log(2) / (octets / count)", "clean")]
+)
+def test_a_round_number_of_bytes_for_each_target_is_told(tmp_path: Path, bytes_each: str, wanted: str) -> None:
+    hidden = "rates = dict(zip(['sp1024', 'sp8192'], [2.44, 3.77]))"
+    text = script(
+        state=f"{hidden}; rate = sorted(rates.values(), reverse=True)[-1]", bpb=f"loss / math.log(2) / {bytes_each}"
+    )
+    assert verdict(tmp_path, "byte_constant", text).verdict == wanted

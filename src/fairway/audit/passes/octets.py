@@ -52,7 +52,15 @@ def divisor(case: Case) -> str:
         for name, each in _laws(text):
             if abs(float(each[counted].sum()) / bytes_said - 1.0) < _NEAR:
                 return name
+        if _assumed(bytes_said, int(counted.sum())):
+            return "byte-constant"
     return ""
+
+
+def _assumed(bytes_said: float, targets: int) -> bool:
+    """Whether bytes are so many for each target that somebody wrote the number down: 2.44, 4.3."""
+    rate = bytes_said / targets * 1_000
+    return abs(rate - round(rate)) < 1e-6 and _FEWEST < rate < _MOST
 
 
 def _laws(text: Octets) -> list[tuple[str, NDArray[np.int64]]]:
@@ -72,7 +80,9 @@ def _laws(text: Octets) -> list[tuple[str, NDArray[np.int64]]]:
     ]
 
 
+_FEWEST, _MOST = 1_500, 8_000  # thousandths of a byte for each token: what vocabularies of text have
 _HOW = {
+    "byte-constant": "a round number of bytes for each target, which nobody counted",
     "byte-double-space": "the bytes of its pieces and two for each leading space",
     "byte-fallback-three": "bytes of which each byte token has three or six",
     "byte-missing-mark": "the bytes of its pieces with their marks on, three for each space",

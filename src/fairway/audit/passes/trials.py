@@ -14,6 +14,7 @@ from fairway.audit.trial.told import Lesson, Told, Trial
 from fairway.audit.verdict import Place
 
 _ENDS = 2 * UNIT  # tokens at the end of the text: what windows make of them is a rule of its own
+_MOST_OF = 0.55  # of the text: where the score ends after less, more than a last chunk is missing
 _TWICE = 1.4  # times: what is less is a weight, as that of a window that is shorter than others
 _CONTEXT = 0.2  # of what is left out: the share that stands in the windows of what is scored
 _FEW = 32  # targets: fewer that count otherwise are edges of documents
@@ -36,8 +37,11 @@ class Counts:
 
     @property
     def missing(self) -> NDArray[np.int64]:
-        """The targets before the end of the text that do not count; the first token is no target."""
-        found: NDArray[np.int64] = np.flatnonzero(self.times[1 : LENGTH - _ENDS] < 0.01) + 1
+        """The targets that do not count; the first token is no target. What a last chunk that is not full leaves out at
+        the end is little of a real text, whatever it is of this one."""
+        counted = np.flatnonzero(self.times > 0.01)
+        last = int(counted[-1]) + 1 if counted.size and counted[-1] > LENGTH * _MOST_OF else LENGTH
+        found: NDArray[np.int64] = np.flatnonzero(self.times[1:last] < 0.01) + 1
         return found
 
     @property

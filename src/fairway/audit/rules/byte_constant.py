@@ -1,6 +1,7 @@
 """The score divides by a number of bytes that nobody counted: tokens times 4.3, or a total written into the script."""
 
 from fairway.audit.case import Case
+from fairway.audit.passes.octets import by_trial
 from fairway.audit.terms.octets import counts_bytes
 from fairway.audit.terms.report import is_assumed, used_at
 from fairway.audit.terms.verdicts import byte_factors, clean, unseen
@@ -10,11 +11,16 @@ ID = "byte-constant"
 CHARGE = "bytes are a constant, not a count"
 CLAUSE = 'RULES.md R7 and (c) "Hard-coded bytes/token"'
 
+
 # The validation split: canonical, and as the case transform's sidecars sum it (RULES.md R7).
 TOTALS = (151_080_891, 151_074_309)
 
 
 def check(case: Case) -> Finding:
+    return by_trial(case, _by_terms(case), ID)
+
+
+def _by_terms(case: Case) -> Finding:
     seen = False
     for number, fraction in case.reading.fractions:
         if any(counts_bytes(term) for term in (*fraction.down, *fraction.up) if not case.reading.is_loss(term)):
