@@ -45,6 +45,8 @@ class Machine(Calls):
             self.trial.why = f"line {self.line} raises {error.kind} ({error.value})"
         except RecursionError:
             self.trial.why = "it is nested too deeply"
+        except MemoryError:
+            self.trial.why = "its arrays are too large for a trial"
         return self.trial
 
     def module(self, script: Script, name: str) -> Value:
