@@ -245,8 +245,8 @@ LOOK_ALIKES = {
     ),
     "documents in two parts, both scored": with_main(
         "    starts = (val == 1).nonzero().flatten().tolist()\n    total, count = 0.0, 0\n"
-        "    for part in (starts[:2000], starts[2000:]):\n        for s in part:\n"
-        "            total += model(val[s : s + 512][None], val[s + 1 : s + 513][None]).item()\n            count += 1\n    final = total / count\n"
+        "    pairs = list(zip(starts, starts[1:] + [val.numel() - 1]))\n    for part in (pairs[:2000], pairs[2000:]):\n        for s, e in part:\n"
+        "            total += model(val[s:e][None], val[s + 1 : e + 1][None]).item()\n            count += 1\n    final = total / count\n"
     ),
     "places of a window that are blanked where a document starts": HONEST.replace(
         "        h = self.emb(x)\n",

@@ -53,20 +53,18 @@ print(f"val_loss {evaluate(Net(), load()):.5f}")
 
 
 @pytest.mark.parametrize(
-    ("keys", "extra", "twice", "subset"),
+    ("keys", "extra", "wanted"),
     [
-        ("self.table", "0", "clean", "clean"),
-        ("self.table", "128", "violates", "clean"),
-        ("[key for key in self.table if key % 1024 < 512]", "0", "clean", "violates"),
-        ("sorted(self.table, reverse=True)", "0", "clean", "clean"),
+        ("self.table", "0", "clean"),
+        ("self.table", "128", "violates"),
+        ("sorted(self.table, reverse=True)", "0", "clean"),
+        ("sorted(self.table, reverse=True)", "64", "violates"),
     ],
 )
-def test_windows_out_of_a_table_are_counted(tmp_path: Path, keys: str, extra: str, twice: str, subset: str) -> None:
-    text = HEAD + PLANNED.replace("KEYS", keys).replace("EXTRA", extra)
-    for rule, wanted in (("twice_counted_tokens", twice), ("subset_as_full", subset)):
-        found = verdict(tmp_path, rule, text)
-        assert found.verdict == wanted
-        assert found.evidence.startswith("Worked out for a text") is (wanted == "violates")
+def test_windows_out_of_a_table_are_counted(tmp_path: Path, keys: str, extra: str, wanted: str) -> None:
+    found = verdict(tmp_path, "twice_counted_tokens", HEAD + PLANNED.replace("KEYS", keys).replace("EXTRA", extra))
+    assert found.verdict == wanted
+    assert found.evidence.startswith("Worked out for a text") is (wanted == "violates")
 
 
 DEALT = """

@@ -63,13 +63,10 @@ def verdict_on(case: Case, rule: str, clause: str, clean: str) -> Finding:
     return Finding(rule, "clean", clean + note, clause, which.score[0].place)
 
 
-_ORDERS = {"training-before-scoring": False, "rescoring-after-adaptation": True}
-
-
 def _by_trial(case: Case, which: Reported, rule: str, clause: str) -> Finding | None:
     """What the trial shows where the walk found no fault of any kind in the score."""
-    counts = counts_of(case, which) if rule in _ORDERS else None
-    found = lesson_before(counts, _ORDERS[rule]) if counts is not None else None
+    counts = counts_of(case, which) if rule == "training-before-scoring" else None
+    found = lesson_before(case, which, counts) if counts is not None else None
     if found is None:
         return None
     evidence, place = found

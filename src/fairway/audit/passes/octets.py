@@ -37,7 +37,7 @@ def by_trial(case: Case, found: Finding, rule: str) -> Finding:
 def divisor(case: Case) -> str:
     """What the score divides by: "true", the rule of a fault, or "" where the trial does not tell."""
     which, _, _ = passes_of(case)
-    counts = counts_of(case, which)
+    counts = counts_of(case, which, doubtful=True)
     if counts is None or len(counts.more) or len(counts.missing):
         return ""
     trial = counts.trial

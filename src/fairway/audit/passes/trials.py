@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,9 +15,8 @@ from fairway.audit.trial.told import Lesson, Told, Trial
 from fairway.audit.verdict import Place
 
 _ENDS = 2 * UNIT  # tokens at the end of the text: what windows make of them is a rule of its own
-_MOST_OF = 0.55  # of the text: where the score ends after less, more than a last chunk is missing
+_WHOLE = 0.02  # times: how near to a whole number what is counted again must come
 _TWICE = 1.4  # times: what is less is a weight, as that of a window that is shorter than others
-_CONTEXT = 0.2  # of what is left out: the share that stands in the windows of what is scored
 _FEW = 32  # targets: fewer that count otherwise are edges of documents
 
 
@@ -37,11 +37,8 @@ class Counts:
 
     @property
     def missing(self) -> NDArray[np.int64]:
-        """The targets that do not count; the first token is no target. What a last chunk that is not full leaves out at
-        the end is little of a real text, whatever it is of this one."""
-        counted = np.flatnonzero(self.times > 0.01)
-        last = int(counted[-1]) + 1 if counted.size and counted[-1] > LENGTH * _MOST_OF else LENGTH
-        found: NDArray[np.int64] = np.flatnonzero(self.times[1:last] < 0.01) + 1
+        """The targets that do not count; the first token is no target."""
+        found: NDArray[np.int64] = np.flatnonzero(self.times[1:] < 0.01) + 1
         return found
 
     @property
@@ -50,10 +47,13 @@ class Counts:
         return [lesson for lesson in self.trial.lessons if lesson.asked is not None]
 
 
-def counts_of(case: Case, which: Reported) -> Counts | None:
-    """None where the trial came to no end, or the number that is reported is not among those that it told."""
+def counts_of(case: Case, which: Reported, doubtful: bool = False) -> Counts | None:
+    """None where the trial came to no end, or the number that is reported is not among those that it told; or,
+    unless `doubtful` ones are asked for, where a condition that nobody knows may leave losses out."""
     trial = case.trial
     if not trial.complete or trial.unsure or not trial.told:
+        return None
+    if not doubtful and _doubtful(case):
         return None
     ways = [tuple(place.line for place in said.stack) for said in which.score]
     named = [told for told in trial.told if any(_same_way(told.stack, way) for way in ways)]
@@ -67,6 +67,22 @@ def counts_of(case: Case, which: Reported) -> Counts | None:
     return Counts(times, late, trial, said)
 
 
+def _doubtful(case: Case) -> bool:
+    """Whether a condition that nobody knows stands in a function that sums losses: it may leave some out."""
+    trial = case.trial
+    functions = [
+        (node.lineno, node.end_lineno or node.lineno)
+        for node in ast.walk(case.tree or ast.Module([], []))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    ]
+
+    def around(line: int) -> tuple[int, int] | None:
+        return max((each for each in functions if each[0] <= line <= each[1]), default=None)
+
+    summing = {around(line) for line in trial.summed}
+    return any(around(line) in summing for line in trial.doubts)
+
+
 def _same_way(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
     """Whether one is the beginning of the other: a helper that prints knows one call more than who formats."""
     shared = min(len(one), len(other))
@@ -76,8 +92,9 @@ def _same_way(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
 def repeated(counts: Counts) -> str:
     """How many targets count more than once, as a sentence; "" where so few do that it is an edge."""
     more = counts.more
-    if len(more) < _FEW:
-        return ""
+    whole = np.abs(counts.times[more] - np.round(counts.times[more])) < _WHOLE
+    if len(more) < _FEW or whole.mean() < 0.95:
+        return ""  # few, or weights of another kind: a mean of the means of documents
     most = counts.times[more].max()
     return (
         f"Worked out for a text of {LENGTH - 1:,} targets, {len(more):,} of them count more than once in the score (up "
@@ -85,43 +102,34 @@ def repeated(counts: Counts) -> str:
     )
 
 
-def unscored(counts: Counts) -> str:
-    """How many targets do not count at all, as a sentence; "" where so few do that it is an edge."""
-    missing = counts.missing
-    if len(missing) < max(_FEW, (LENGTH - _ENDS) // 200):
-        return ""
-    if not counts.trial.lost:
-        return _without(missing)
-    asked = next((told.asked for told in reversed(counts.said) if told.asked is not None), None)
-    if asked is None or asked[missing].mean() > _CONTEXT:
-        return ""  # it was asked of them, and what came of it may be among what got lost
-    return _without(missing)
-
-
-def _without(missing: NDArray[np.int64]) -> str:
-    return (
-        f"Worked out for a text of {LENGTH - 1:,} targets, {len(missing):,} of them do not count in the score, the "
-        f"first of them at place {missing[0]:,}."
-    )
-
-
-def lesson_before(counts: Counts, again: bool) -> tuple[str, Place] | None:
+def lesson_before(case: Case, which: Reported, counts: Counts) -> tuple[str, Place] | None:
     """Targets of the score from which something learned before: a sentence, and where the order is decided."""
-    if counts.trial.fitted:
+    if counts.trial.fitted or not _learns(case, which):
         return None  # what is fitted to one window is nothing to another, and the trial does not tell them apart
     after = np.flatnonzero(counts.late > 0)
-    lessons = [lesson for lesson in counts.lessons if lesson.again is again]
+    lessons = [lesson for lesson in counts.lessons if not lesson.again]  # the walk tells a second pass from a first
     if len(after) < _FEW or not lessons or len(lessons) * 2 < len(counts.lessons):
         return None
     lesson = lessons[0]
     assert lesson.asked is not None
     line = parting(lesson.stack, lesson.asked)
-    how = "had been scored, were learned from and are scored again" if again else "were learned from before that"
     evidence = (
-        f"Worked out for a text of {LENGTH - 1:,} targets, {len(after):,} of those that the score counts {how}: the "
-        f"step at line {lesson.stack[-1]} comes before the loss at line {lesson.asked[-1]}."
+        f"Worked out for a text of {LENGTH - 1:,} targets, {len(after):,} of those that the score counts were learned from "
+        f"before: the step at line {lesson.stack[-1]} comes before the loss at line {lesson.asked[-1]}."
     )
     return evidence, Place("", line)
+
+
+def _learns(case: Case, which: Reported) -> bool:
+    """Whether what scores has learned from the text at all: the walk follows states, copies and what is thrown away."""
+    knows = 0
+    for said in which.score:
+        for score in case.trace.scored(said.value.losses):
+            knows |= score.knows
+    return any(
+        knows >> update.bit & 1 and any(tok.data in which.data for tok in update.learned)
+        for update in case.trace.updates
+    )
 
 
 def parting(one: tuple[int, ...], other: tuple[int, ...]) -> int:

@@ -4,7 +4,6 @@ from fairway.audit.case import Case
 from fairway.audit.flow.events import Score
 from fairway.audit.passes.findings import passes_of, unseen
 from fairway.audit.passes.reported import Reported, scores_of
-from fairway.audit.passes.trials import counts_of, unscored
 from fairway.audit.records import record_of
 from fairway.audit.verdict import Finding, Place
 
@@ -84,10 +83,6 @@ def check(case: Case) -> Finding:
     counted = _counted(case)
     if counted is not None:
         return counted
-    counts = counts_of(case, which)
-    shown = unscored(counts) if counts is not None else ""
-    if shown:
-        return Finding(ID, "violates", shown, CLAUSE, _in_its_loop(case, scores[-1]))
     return Finding(ID, "clean", "No constant cuts the validation tokens short.", CLAUSE, which.score[0].place)
 
 

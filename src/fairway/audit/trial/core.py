@@ -45,9 +45,6 @@ class Core:
         self.trained = 0  # how often something learned from what is not of the text
         self.scored: NDArray[np.int32] = np.zeros(LENGTH, dtype=np.int32)  # how often, since a number of all was told
         self.taught: NDArray[np.int32] = np.full(LENGTH, -1, dtype=np.int32)  # the lesson of each place
-        self.asked: NDArray[np.bool_] = np.zeros(LENGTH, dtype=bool)  # targets since a final number was told
-        self.shallow = 1_000  # calls around the outermost number so far
-        self.made_then = 0
         self.lessons = self.trial.lessons
         self.learned: NDArray[np.bool_] = np.zeros(LENGTH, dtype=bool)
         self.library: dict[str, Callable[..., Value]] = {}
@@ -102,18 +99,8 @@ class Core:
         """A value becomes text: a sum of losses among them is told."""
         found = self.single(value)
         if isinstance(found, Sum):
-            told = Told(
-                (*self.stack, self.line),
-                found,
-                len(self.trial.told),
-                self.asked.copy() if self.made > self.made_then else None,
-            )
-            self.trial.told.append(told)
+            self.trial.told.append(Told((*self.stack, self.line), found, len(self.trial.told)))
             self.scored[:] = 0
-            self.made_then = self.made
-            if len(self.stack) <= self.shallow:
-                self.shallow = len(self.stack)
-                self.asked[:] = False
 
     def learn(self, value: Value) -> None:
         """backward(): something learns from the targets of these losses."""
@@ -135,13 +122,13 @@ class Core:
     def booked(self, value: Value) -> Value:
         """A sum of losses is made."""
         if isinstance(value, Sum) and value.places is not None:
+            self.trial.summed.add(self.line)
             self.scored[np.unique(value.places & (LATE - 1))] += 1
         return value
 
     def marked(self, pos: NDArray[np.int32]) -> NDArray[np.int32]:
         """The places of targets that are being scored: marked where something learned from them before."""
         self.made += 1
-        self.asked[pos[pos >= 0] & (LATE - 1)] = True
         clean = np.where(pos >= 0, pos & (LATE - 1), -1).astype(np.int32)
         late = (clean >= 0) & self.learned[np.clip(clean, 0, LENGTH - 1)]
         for each in np.unique(self.taught[clean[late]]):

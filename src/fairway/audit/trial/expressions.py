@@ -18,6 +18,7 @@ class Host(Protocol):
     """What expressions ask of the machine."""
 
     def step(self, line: int = 0) -> None: ...
+    def doubt(self, line: int) -> None: ...
     def lost(self, line: int) -> None: ...
     def weigh(self, array: Array) -> None: ...
     def truth(self, value: Value) -> bool: ...
@@ -136,12 +137,13 @@ class Expressions:
 
     def _ifexp(self, node: ast.IfExp) -> Compute:
         test, one, other = self.compiled(node.test), self.compiled(node.body), self.compiled(node.orelse)
-        truth = self.host.truth
+        truth, doubt, line = self.host.truth, self.host.doubt, node.lineno
 
         def chosen(frame: Frame) -> Value:
             try:
                 return one(frame) if truth(test(frame)) else other(frame)
             except Undecided:
+                doubt(line)
                 return _either(one(frame), other(frame))
 
         return chosen

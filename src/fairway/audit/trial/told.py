@@ -17,14 +17,12 @@ _COMMON = 0.01  # of the targets that count: what fewer have is no unit
 class Told:
     """A sum of losses that the script prints or writes.
 
-    stack: the lines of the calls around it, outermost first, and of its own statement; number: in order; asked: of
-    which targets a model was asked since the number before it, None where of none
+    stack: the lines of the calls around it, outermost first, and of its own statement; number: in order
     """
 
     stack: tuple[int, ...]
     sum: Sum
     number: int
-    asked: NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True)
@@ -42,9 +40,9 @@ class Trial:
     """What came of it. complete: the last line of the script was reached; why: else, what stopped it.
 
     doubts: lines of conditions that hang on what nobody knows; steps: how many were taken; left_out: lines of
-    statements that raise, and what; unsure: those among them that had scored before they did;
-    lost: those in which losses came to what is not known; fitted: whether vectors of their own are fitted to windows;
-    table: the line that writes the length of a piece into a table
+    statements that raise, and what; unsure: those among them that had scored before they did; summed: lines that sum
+    losses; lost: those in which losses came to what is not known; fitted: whether vectors of their own are fitted to
+    windows; table: the line that writes the length of a piece into a table
     """
 
     vocabulary: int = 1_024
@@ -58,6 +56,7 @@ class Trial:
     table: int = 0
     left_out: dict[int, str] = field(default_factory=dict)
     unsure: set[int] = field(default_factory=set)
+    summed: set[int] = field(default_factory=set)
     lost: set[int] = field(default_factory=set)
 
     def counts(self, told: Told) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
