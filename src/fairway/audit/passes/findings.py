@@ -10,7 +10,6 @@ from fairway.audit.passes.consequences import without_consequences
 from fairway.audit.passes.faults import Fault, Passes
 from fairway.audit.passes.patterns import pattern_at
 from fairway.audit.passes.reported import Reported, is_diagnosis, reported
-from fairway.audit.passes.trials import counts_of, lesson_before
 from fairway.audit.verdict import Finding, Place, Step, Verdict
 
 _SEEN: weakref.WeakKeyDictionary[Trace, tuple[Reported, list[Fault], list[Fault]]] = weakref.WeakKeyDictionary()
@@ -56,21 +55,8 @@ def verdict_on(case: Case, rule: str, clause: str, clean: str) -> Finding:
         fault = _clearest(other)
         evidence = f"{_sentence(fault)} That number is not the last one reported; make sure that it is not the score."
         return Finding(rule, "suspect", evidence, clause, place_of(case, fault), way(case.trace, fault, which.others))
-    shown = None if own else _by_trial(case, which, rule, clause)
-    if shown is not None:
-        return shown
     note = " A number printed beside it would break the rule, but it is not the score." if other else ""
     return Finding(rule, "clean", clean + note, clause, which.score[0].place)
-
-
-def _by_trial(case: Case, which: Reported, rule: str, clause: str) -> Finding | None:
-    """What the trial shows where the walk found no fault of any kind in the score."""
-    counts = counts_of(case, which) if rule == "training-before-scoring" else None
-    found = lesson_before(case, which, counts) if counts is not None else None
-    if found is None:
-        return None
-    evidence, place = found
-    return Finding(rule, "violates", evidence, clause, Place(case.script.path, place.line))
 
 
 def _before(which: Reported, faults: list[Fault]) -> bool:

@@ -12,7 +12,6 @@ from fairway.audit.case import Case
 from fairway.audit.passes.reported import Reported
 from fairway.audit.trial.text import LENGTH, UNIT
 from fairway.audit.trial.told import Lesson, Told, Trial
-from fairway.audit.verdict import Place
 
 _ENDS = 2 * UNIT  # tokens at the end of the text: what windows make of them is a rule of its own
 _WHOLE = 0.02  # times: how near to a whole number what is counted again must come
@@ -102,7 +101,7 @@ def repeated(counts: Counts) -> str:
     )
 
 
-def lesson_before(case: Case, which: Reported, counts: Counts) -> tuple[str, Place] | None:
+def lesson_before(case: Case, which: Reported, counts: Counts) -> tuple[str, int] | None:
     """Targets of the score from which something learned before: a sentence, and where the order is decided."""
     if counts.trial.fitted or not _learns(case, which):
         return None  # what is fitted to one window is nothing to another, and the trial does not tell them apart
@@ -114,21 +113,27 @@ def lesson_before(case: Case, which: Reported, counts: Counts) -> tuple[str, Pla
     assert lesson.asked is not None
     line = parting(lesson.stack, lesson.asked)
     evidence = (
-        f"Worked out for a text of {LENGTH - 1:,} targets, {len(after):,} of those that the score counts were learned from "
-        f"before: the step at line {lesson.stack[-1]} comes before the loss at line {lesson.asked[-1]}."
+        f"Worked out for a text of {LENGTH - 1:,} targets, {len(after):,} of those that the score counts were learned "
+        f"from before: the step at line {lesson.stack[-1]} comes before the loss at line {lesson.asked[-1]}."
     )
-    return evidence, Place("", line)
+    return evidence, line
 
 
 def _learns(case: Case, which: Reported) -> bool:
-    """Whether what scores has learned from the text at all: the walk follows states, copies and what is thrown away."""
+    """Whether what scores has learned from the text, and is one state that is carried on: the walk follows copies,
+    adapters made anew, vectors fitted to windows, and what is thrown away, which the trial does not tell apart."""
     knows = 0
     for said in which.score:
         for score in case.trace.scored(said.value.losses):
             knows |= score.knows
-    return any(
-        knows >> update.bit & 1 and any(tok.data in which.data for tok in update.learned)
+    steps = [
+        update
         for update in case.trace.updates
+        if knows >> update.bit & 1 and any(tok.data in which.data for tok in update.learned)
+    ]
+    states = {update.state for update in steps}
+    return len(states) == 1 and all(
+        update.state is not None and update.state.kind == "instance" and not update.fresh for update in steps
     )
 
 

@@ -4,10 +4,11 @@ from collections.abc import Iterator
 
 from fairway.audit.case import Case
 from fairway.audit.exemptions import Made, departures
-from fairway.audit.passes.findings import own_call, verdict_on
+from fairway.audit.passes.findings import own_call, passes_of, verdict_on
 from fairway.audit.passes.phases import phase_of
 from fairway.audit.passes.rehearsals import thrown_away
-from fairway.audit.verdict import Finding
+from fairway.audit.passes.trials import counts_of, lesson_before
+from fairway.audit.verdict import Finding, Place
 
 ID = "training-before-scoring"
 CHARGE = "the model is trained on validation tokens before it scores them"
@@ -17,7 +18,20 @@ CLAUSE = 'RULES.md (b) conditions 1 and 3, R5, R6; (c) "Pre-eval TTT", "Pre-quan
 def check(case: Case) -> Finding:
     found = verdict_on(case, ID, CLAUSE, "Nothing that scores had been trained on the tokens that it scores.")
     made = list(_departures(case)) if found.verdict == "clean" else []
-    return departures(case, CLAUSE, made) if made else found
+    if made:
+        return departures(case, CLAUSE, made)
+    return _by_trial(case, found)
+
+
+def _by_trial(case: Case, found: Finding) -> Finding:
+    """What the trial shows where the walk found no fault of any kind in the score."""
+    which, own, _ = passes_of(case)
+    counts = counts_of(case, which) if found.verdict == "clean" and not own else None
+    shown = lesson_before(case, which, counts) if counts is not None else None
+    if shown is None:
+        return found
+    evidence, line = shown
+    return Finding(ID, "violates", evidence, CLAUSE, Place(case.script.path, line))
 
 
 def _departures(case: Case) -> Iterator[Made]:

@@ -11,18 +11,15 @@ BOS = 1
 UNIT = 2_048  # windows of most scripts; the text is a whole number of them, so that no tail is left
 LENGTH = 40 * UNIT + 1  # tokens: two and a half of the usual chunks of 32,768
 TRAIN = 600_000  # tokens of a training file
-_SHORTEST, _LONGEST = 40, 700  # tokens of a document
+DOCUMENT = 4_096  # tokens of each document: of many scripts, rows of documents side by side end together
 
 
 @cache
 def tokens(vocabulary: int) -> NDArray[np.uint16]:
-    """The ids of a vocabulary, documents beginning with BOS; the last document ends with the text."""
+    """The ids of a vocabulary, documents beginning with BOS."""
     generator = np.random.default_rng(7)
     ids = generator.integers(3, min(vocabulary, 1_000), LENGTH).astype(np.uint16)
-    at = 0
-    while at < LENGTH - _SHORTEST:
-        ids[at] = BOS
-        at += int(generator.integers(_SHORTEST, _LONGEST))
+    ids[: LENGTH - 1 : DOCUMENT] = BOS
     return ids
 
 
