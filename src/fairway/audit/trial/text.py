@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 BOS = 1
 UNIT = 2_048  # windows of most scripts; the text is a whole number of them, so that no tail is left
-LENGTH = 40 * UNIT + 1  # tokens: two and a half of the usual chunks of 32,768
+LENGTH = 20 * UNIT + 1  # tokens: one and a quarter of the usual chunks of 32,768
 TRAIN = 600_000  # tokens of a training file
 DOCUMENT = 4_096  # tokens of each document: of many scripts, rows of documents side by side end together
 
