@@ -146,7 +146,7 @@ def turn_into_losses(array: Array) -> None:
     array.num = None
 
 
-_PLAIN: dict[str, Callable[[Any, Any], Any]] = {
+OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
     "Add": operator.add,
     "Sub": operator.sub,
     "Mult": operator.mul,
@@ -166,28 +166,28 @@ _PLAIN: dict[str, Callable[[Any, Any], Any]] = {
     "Gt": operator.gt,
     "GtE": operator.ge,
 }
-_COMPARES = ("Eq", "NotEq", "Lt", "LtE", "Gt", "GtE")
+COMPARISONS = ("Eq", "NotEq", "Lt", "LtE", "Gt", "GtE")
 
 
 def binary(name: str, left: Value, right: Value) -> Value:
     """left `name` right where one of them is an Array."""
     if isinstance(left, Unknown) or isinstance(right, Unknown):
         held = left if isinstance(left, Array) else right
-        if isinstance(held, Array) and (held.lossy or _sums(held)) and name not in _COMPARES:
+        if isinstance(held, Array) and (held.lossy or _sums(held)) and name not in COMPARISONS:
             return held
         return mixed(left, right)
     one, two = array_of(left), array_of(right)
     if one is None or two is None:
         return UNKNOWN
     if one.lossy or two.lossy:
-        return NET if name in _COMPARES else _of_losses(name, one, two)
+        return NET if name in COMPARISONS else _of_losses(name, one, two)
     assert one.num is not None
     assert two.num is not None
-    if (_sums(one) or _sums(two)) and name in _COMPARES:
+    if (_sums(one) or _sums(two)) and name in COMPARISONS:
         return NET
     limited(float(np.prod(np.broadcast_shapes(one.shape, two.shape))))
     with np.errstate(all="ignore"):
-        return Array(np.asarray(_PLAIN[name](one.num, two.num)))
+        return Array(np.asarray(OPERATORS[name](one.num, two.num)))
 
 
 def _sums(array: Array) -> bool:

@@ -51,8 +51,6 @@ _ITSELF = {
     "share_memory",
 }
 _ITSELF |= {"set_dtype", "freeze", "unfreeze", "compile"}
-_SUM_ITSELF = _ITSELF | {"detach", "clone", "sum", "mean", "item", "numpy", "double", "contiguous", "type", "astype"}
-_SUM_ITSELF |= {"view", "reshape", "squeeze", "unsqueeze", "exp", "log", "abs", "neg", "tolist", "data", "long", "log2"}
 _WIDE = {"ljust", "rjust", "center", "zfill", "expandtabs"}
 
 
@@ -216,7 +214,7 @@ class Attributes(Arrays):
         if isinstance(value, Array):
             place = index_of(index)
             if isinstance(place, Unknown):
-                return self.missed((value,), mixed(place))
+                return mixed(place)
             if value.pos is not None and value.pos.size and value.pos.flat[-1] >= 0:
                 self.touched += 1
             try:

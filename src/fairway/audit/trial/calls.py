@@ -60,7 +60,6 @@ class Calls(Attributes):
         if isinstance(func, Unknown):
             given = (*args, *kwargs.values())
             asked = any(isinstance(each, Array) and each.pos is not None for each in given)
-            self.missed(given, UNKNOWN)
             return NET if asked else mixed(func, *given)  # a model that came out of a file
         if callable(func):
             return self.native(func, args, kwargs)
@@ -207,11 +206,10 @@ class Calls(Attributes):
         path = func.path
         if kwargs.get("requires_grad") is True and self.made:
             self.trial.fitted = True
-        act = self.library.get(path) or self.library.get(f"*.{func.name}" if _of_arrays(path) else "")
+        act = self.functions.get(path) or self.functions.get(f"*.{func.name}" if _of_arrays(path) else "")
         if act is None:
             if _of_arrays(path):
                 return self.of_array(func.name, args, kwargs)
-            self.missed(args, UNKNOWN)
             return mixed(*args)
         try:
             return act(self, args, kwargs, line)

@@ -15,7 +15,7 @@ from fairway.audit.trial.arrays import Array, scalar, sum_of
 from fairway.audit.trial.sums import LATE, Sum
 from fairway.audit.trial.text import LENGTH
 from fairway.audit.trial.told import Lesson, Told, Trial
-from fairway.audit.trial.values import Frame, Func, Raised, Spent, Unknown, Value
+from fairway.audit.trial.values import Frame, Func, Raised, Spent, Value
 from fairway.audit.trial.vocabulary import size_in
 
 STEPS = 250_000
@@ -47,7 +47,7 @@ class Core:
         self.taught: NDArray[np.int32] = np.full(LENGTH, -1, dtype=np.int32)  # the lesson of each place
         self.lessons = self.trial.lessons
         self.learned: NDArray[np.bool_] = np.zeros(LENGTH, dtype=bool)
-        self.library: dict[str, Callable[..., Value]] = {}
+        self.functions: dict[str, Callable[..., Value]] = {}
         self.forms: dict[Value, tuple[str, int]] = {}
 
     def step(self, line: int = 0) -> None:
@@ -55,16 +55,6 @@ class Core:
         self.trial.steps += 1
         if self.trial.steps > STEPS:
             raise Spent
-
-    def lost(self, line: int) -> None:
-        """Losses came to what is not known."""
-        self.trial.lost.add(line)
-
-    def missed(self, given: tuple[Value, ...], result: Value) -> Value:
-        """The result of a function; where losses went in and nothing known comes out, they are lost."""
-        if isinstance(result, Unknown) and any(isinstance(each, Array) and each.lossy for each in given):
-            self.lost(self.line)
-        return result
 
     def weigh(self, array: Array) -> None:
         """A large array costs as many steps as it takes the time of."""

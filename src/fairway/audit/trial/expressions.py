@@ -19,7 +19,6 @@ class Host(Protocol):
 
     def step(self, line: int = 0) -> None: ...
     def doubt(self, line: int) -> None: ...
-    def lost(self, line: int) -> None: ...
     def weigh(self, array: Array) -> None: ...
     def truth(self, value: Value) -> bool: ...
     def items(self, value: Value) -> Iterator[Value]: ...
@@ -64,7 +63,7 @@ class Expressions:
 
     def _binop(self, node: ast.BinOp) -> Compute:
         left, right, name = self.compiled(node.left), self.compiled(node.right), name_of(node.op)
-        weigh, lost, shown, line = self.host.weigh, self.host.lost, self.host.shown, node.lineno
+        weigh, shown, line = self.host.weigh, self.host.shown, node.lineno
 
         def worked(frame: Frame) -> Value:
             one, other = left(frame), right(frame)
@@ -75,8 +74,6 @@ class Expressions:
             found = combine(name, one, other)
             if isinstance(found, Array):
                 weigh(found)
-            elif isinstance(found, Unknown) and _lossy(one) and _lossy(other):
-                lost(line)
             return found
 
         return worked
@@ -331,10 +328,6 @@ def _either(one: Value, other: Value) -> Value:
         if isinstance(value, (Array, Sum)):
             return value
     return one if isinstance(other, Unknown) or one is None else other if one is UNKNOWN else one
-
-
-def _lossy(value: Value) -> bool:
-    return isinstance(value, Array) and value.lossy
 
 
 def hashable(value: Value) -> bool:

@@ -23,10 +23,6 @@ def kept(args: tuple[Value, ...]) -> Value:
     return sums[0] if len(sums) == 1 else mixed(*args)
 
 
-def number_of(value: Value) -> Any:
-    return scalar(value)
-
-
 def sizes_of(shape: tuple[Value, ...]) -> tuple[int, ...]:
     """zeros(2, 3), zeros((2, 3)), view(x.shape)."""
     if len(shape) == 1 and isinstance(shape[0], (tuple, list)):

@@ -10,8 +10,8 @@ import numpy as np
 from fairway.audit.reading.script import Layer, Script
 from fairway.audit.settings import Settings
 from fairway.audit.trial.calls import Calls
+from fairway.audit.trial.functions import functions
 from fairway.audit.trial.generators import Generators
-from fairway.audit.trial.library import library
 from fairway.audit.trial.told import Trial
 from fairway.audit.trial.values import Class, Frame, Lib, Obj, Raised, Spent, Value
 
@@ -32,7 +32,7 @@ class Machine(Calls):
     def __init__(self, script: Script, settings: Settings) -> None:
         super().__init__(script, settings)
         self.compiler = Compiler(self)
-        self.library = library()
+        self.functions = functions()
 
     def run(self) -> Trial:
         try:

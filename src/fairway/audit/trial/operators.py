@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fairway.audit.trial.arrays import Array, TooLarge, binary, limited
+from fairway.audit.trial.arrays import COMPARISONS, OPERATORS, Array, TooLarge, binary, limited
 from fairway.audit.trial.files import Path
 from fairway.audit.trial.sums import Sum
 from fairway.audit.trial.values import Lib, Obj, Raised, Spent, Unknown, Value, mixed
@@ -34,30 +34,8 @@ PLAIN: tuple[type, ...] = (
 )
 PLAIN += (type(None), np.number, type({}.keys()), type({}.values()), type({}.items()))
 
-_BINARY: dict[str, Callable[[Any, Any], Any]] = {
-    "Add": operator.add,
-    "Sub": operator.sub,
-    "Mult": operator.mul,
-    "Div": operator.truediv,
-    "FloorDiv": operator.floordiv,
-    "Mod": operator.mod,
-    "Pow": operator.pow,
-    "LShift": operator.lshift,
-    "RShift": operator.rshift,
-    "BitOr": operator.or_,
-    "BitAnd": operator.and_,
-    "BitXor": operator.xor,
-}
-_COMPARE: dict[str, Callable[[Any, Any], Any]] = {
-    "Eq": operator.eq,
-    "NotEq": operator.ne,
-    "Lt": operator.lt,
-    "LtE": operator.le,
-    "Gt": operator.gt,
-    "GtE": operator.ge,
-}
 _NUMBERS = {int, float, bool}
-_QUICK = {**_COMPARE, **{name: _BINARY[name] for name in ("Add", "Sub")}}  # what neither fails nor grows
+_QUICK = {name: OPERATORS[name] for name in (*COMPARISONS, "Add", "Sub")}  # what neither fails nor grows
 _UNARY: dict[str, Callable[[Any], Any]] = {"USub": operator.neg, "UAdd": operator.pos, "Invert": operator.invert}
 DUNDERS = {
     "Add": "add",
@@ -92,7 +70,7 @@ def combine(name: str, left: Value, right: Value) -> Value:
         return _of_sums(name, left, right)
     if isinstance(left, Unknown) or isinstance(right, Unknown):
         return mixed(left, right)
-    if name in _COMPARE:
+    if name in COMPARISONS:
         return _compared(name, left, right)
     if not (isinstance(left, PLAIN) and isinstance(right, PLAIN)):
         return _joined_path(name, left, right)
@@ -100,18 +78,18 @@ def combine(name: str, left: Value, right: Value) -> Value:
         _bounded(name, left, right)
     except TooLarge:
         return mixed()
-    return _guarded(_BINARY[name], left, right)
+    return _guarded(OPERATORS[name], left, right)
 
 
 def _of_sums(name: str, left: Value, right: Value) -> Value:
-    if name in _COMPARE:
+    if name in COMPARISONS:
         return mixed()
     held, other = (left, right) if isinstance(left, Sum) else (right, left)
     if isinstance(other, Unknown):
         return held
     if isinstance(other, (list, tuple, str, dict, set, Obj)):
         return mixed()
-    return _guarded(_BINARY[name], left, right) if name in _BINARY else mixed()
+    return _guarded(OPERATORS[name], left, right) if name in OPERATORS else mixed()
 
 
 def _compared(name: str, left: Value, right: Value) -> Value:
@@ -120,7 +98,7 @@ def _compared(name: str, left: Value, right: Value) -> Value:
         return same if name == "Eq" else not same
     if not (isinstance(left, PLAIN) and isinstance(right, PLAIN)):
         return mixed()
-    return _guarded(_COMPARE[name], left, right)
+    return _guarded(OPERATORS[name], left, right)
 
 
 def _joined_path(name: str, left: Value, right: Value) -> Value:

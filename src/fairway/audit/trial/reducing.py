@@ -139,11 +139,6 @@ def masked_fill(array: Value, mask: Value, value: Value) -> Value:
     return where(binary("Eq", mask, False), array, value)
 
 
-def put_values(array: Value, index: Value, values: Value, **_: Value) -> Value:
-    put(array, numbers_of(index), values)
-    return array
-
-
 def copy_(array: Value, other: Value, *_: Value, **__: Value) -> Value:
     if isinstance(array, Array):
         put(array, Ellipsis, other)

@@ -41,8 +41,8 @@ class Trial:
 
     doubts: lines of conditions that hang on what nobody knows; steps: how many were taken; left_out: lines of
     statements that raise, and what; unsure: those among them that had scored before they did; summed: lines that sum
-    losses; lost: those in which losses came to what is not known; fitted: whether vectors of their own are fitted to
-    windows; table: the line that writes the length of a piece into a table
+    losses; fitted: whether vectors of their own are fitted to windows; table: the line
+    that writes the length of a piece into a table
     """
 
     vocabulary: int = 1_024
@@ -57,7 +57,6 @@ class Trial:
     left_out: dict[int, str] = field(default_factory=dict)
     unsure: set[int] = field(default_factory=set)
     summed: set[int] = field(default_factory=set)
-    lost: set[int] = field(default_factory=set)
 
     def counts(self, told: Told) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """For each place of the text: how often its target counts in a number, where those that count least count once;

@@ -236,6 +236,6 @@ def _leave() -> Value:
     raise Raised("SystemExit")
 
 
-def library() -> dict[str, Act]:
+def functions() -> dict[str, Act]:
     """Path -> function; `*.name` for one that several array libraries have."""
     return {**BUILTIN, **_WORLD}
