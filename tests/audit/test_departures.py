@@ -164,6 +164,38 @@ def test_documents_claimed_by_ranks_with_adapters_of_their_own_are_accepted(
     assert accepted(tmp_path, put(walk, *own)) == {"adaptation-order-race": names}
 
 
+PARTS = """
+class Adapter(nn.Module):
+    def __init__(self, rows):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.ModuleDict({name: Lora(rows) for name in ("k", "o", "q", "up", "v")}) for _ in range(4)])
+        self.head = Lora(rows)
+        self.rows = rows
+    def forward(self, h):
+        for block in self.blocks:
+            h = h + sum(block[name](h) for name in ("k", "o", "q", "up", "v"))
+        return self.head(h)
+    def reset(self):
+        for m in self.modules():
+            if isinstance(m, Lora):
+                m.reset()
+"""
+RESIZED = """if lora.rows != len(group):
+            lora = Adapter(len(group))
+        RESET
+        opt = torch.optim.AdamW(lora.parameters(), lr=1e-3)"""
+
+
+@pytest.mark.parametrize("walk", [COUNTER, STORE], ids=["a locked file", "a store"])
+def test_an_adapter_that_is_put_back_part_by_part_is_no_race(tmp_path: Path, walk: str) -> None:
+    def with_parts(reset: str) -> str:
+        return put(PARTS + walk, "lora = Adapter(16)", RESIZED.replace("RESET", reset))
+
+    names = "documents-claimed-by-ranks, documents-by-length"
+    assert accepted(tmp_path, with_parts("lora.reset()")) == {"adaptation-order-race": names}
+    assert told(tmp_path, with_parts("pass"))["adaptation-order-race"].verdict == "violates"
+
+
 @pytest.mark.parametrize("walk", [COUNTER, STORE], ids=["a locked file", "a store"])
 def test_an_adapter_carried_from_claim_to_claim_is_a_race(tmp_path: Path, walk: str) -> None:
     found = told(tmp_path, put(walk, *CARRIED))

@@ -495,6 +495,28 @@ def test_losses_left_out_by_a_mask_on_their_own_size_are_missing() -> None:
     assert "subset-as-full" not in broken(whole(MASKED.replace("KEEP", "slice(None)")))
 
 
+CELLS = """
+kept = []
+weights = torch.zeros(8)
+for s in range(0, n - 1024, 1024):
+    x, y = val[s : s + 1024], val[s + 1 : s + 1025]
+    p = torch.softmax(net.logits(x), -1)
+    alone = F.cross_entropy(net.logits(x), y, reduction="none")
+    depth = torch.where(alone > alone.median(), torch.ones_like(x), torch.zeros_like(x))
+    kept.append(weights[depth])
+    nll = F.cross_entropy(net.logits(x), y, reduction="none")
+    weights = weights + 0.1 * torch.bincount(depth, weights=nll, minlength=8)
+    nll = nll[KEEP]
+    total += nll.sum().item()
+    count += 1024
+"""
+
+
+def test_what_is_looked_up_by_a_number_is_not_left_out() -> None:
+    assert "subset-as-full" not in broken(whole(CELLS.replace("KEEP", "slice(None)")))
+    assert "subset-as-full" in broken(whole(CELLS.replace("KEEP", "alone < alone.median()")))
+
+
 def test_chunks_that_are_fetched_are_others_each_time() -> None:
     queue = """
 opt = torch.optim.SGD(net.parameters(), lr=1e-3)

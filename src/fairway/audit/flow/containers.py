@@ -19,6 +19,7 @@ from fairway.audit.flow.values import (
     GRAD,
     INDEXED,
     LENGTH,
+    MASK,
     MISSING,
     NOTHING,
     ONE_ROW,
@@ -76,14 +77,17 @@ class Containers(Indexing):
         return blend(held if held.losses else held.but(toks=frozenset(), const=MISSING), told).but(refs=inner.refs)
 
     def _left_out(self, base: Value, parts: list[Part], node: ast.AST | None) -> None:
-        """nll[nll <= limit]: losses are left out for being as large as they are."""
-        mask = 0
+        """nll[nll <= limit]: losses are left out for being as large as they are. Not weights[depth]: numbers by which
+        something is looked up, of a table that learned from losses."""
+        held = self.flat(base).losses
         for part in parts:
-            if part.value is not None and not part.value.flags & LENGTH:
-                mask |= part.value.choices
-        if any(choice.form == "if" for choice in self.trace.chosen(mask)):
-            for bit in bits(self.flat(base).losses):
-                self.trace.picked[bit] = self.place(node)
+            if part.value is None or part.value.flags & LENGTH:
+                continue
+            chosen = [choice for choice in self.trace.chosen(part.value.choices) if choice.form == "if"]
+            if chosen and (part.value.flags & MASK or any(choice.losses & held for choice in chosen)):
+                for bit in bits(held):
+                    self.trace.picked[bit] = self.place(node)
+                    self.masked[bit] = part.value.choices
 
     def _exact(self, base: Value, index: Value) -> Value | None:
         if (

@@ -22,7 +22,7 @@ from fairway.audit.flow.writing import Writing
 from fairway.audit.settings import is_setting
 
 UNROLLED = 6  # elements of a literal list that a loop takes one by one
-STAGES = 24  # the same, where they are functions: what they do, and in which order, is the script itself
+STAGES = 24  # the same, where they are functions or modules: what they do, and in which order, is the script itself
 SECTION = 64  # settings of one section, in a loop over sections
 SETTINGS = 200  # the same, where they are names with their defaults: each may switch something off
 
@@ -181,10 +181,11 @@ def _product(ends: tuple[str, ...], factor: str) -> bool:
 
 
 def _runs(value: Value) -> bool:
-    """Whether an element is a function, or a pair with one: a stage that is called in its turn."""
-    if any(obj.kind in ("function", "bound", "partial") for obj in value.refs):
-        return True
-    return any(obj.kind in ("function", "bound", "partial") for item in value.items or () for obj in item.refs)
+    """Whether an element is a function or a module, or a pair with one: a stage that is called in its turn."""
+    held = (value, *(value.items or ()))
+    return any(
+        obj.kind in ("function", "bound", "partial") or "#module" in obj.slots for each in held for obj in each.refs
+    )
 
 
 def _plain_section(obj: Obj) -> bool:

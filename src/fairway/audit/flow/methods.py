@@ -8,7 +8,7 @@ from fairway.audit.flow.classes import _is_layer
 from fairway.audit.flow.containers import is_same
 from fairway.audit.flow.files import Files
 from fairway.audit.flow.heap import Obj
-from fairway.audit.flow.iteration import SECTION
+from fairway.audit.flow.iteration import SECTION, STAGES
 from fairway.audit.flow.ordering import in_order
 from fairway.audit.flow.values import (
     GRAD,
@@ -251,8 +251,7 @@ class Methods(Files):
             return self._list_of(Value(items=(NOTHING, weights)) if named else weights, node)
         if name in ("modules", "children", "named_modules", "named_children"):
             parts = [obj, *(part for part in self.parts_of(obj) if "#module" in part.slots)]
-            value = Value(refs=frozenset(parts[:12]))
-            return self._list_of(Value(items=(NOTHING, value)) if name.startswith("named") else value, node)
+            return self._modules(parts, name.startswith("named"), node)
         if name == "state_dict":
             state = self.new("dict", "state_dict", node)
             state.slots.update({"#elem": weights.but(choices=self._chosen_within(obj)), "#keys": NOTHING})
@@ -286,6 +285,17 @@ class Methods(Files):
             held = self.content_elem(obj)
             return self._list_of(Value(items=(NOTHING, held)) if name == "items" else held, node)
         return None
+
+    def _modules(self, parts: list[Obj], named: bool, node: ast.AST | None) -> Value:
+        """modules(), named_modules(): few one by one, so that "each of this class is put back" is seen; many as one."""
+        few = len(parts) <= STAGES
+        values = [self.ref(part) for part in parts] if few else [Value(refs=frozenset(parts[:12]))]
+        told = tuple(Value(items=(NOTHING, value)) if named else value for value in values)
+        if not few:
+            return self._list_of(told[0], node)
+        listed = self.new("list", None, node)
+        listed.slots["#items"] = Value(items=told)
+        return self.ref(listed)
 
     def _chosen_within(self, obj: Obj) -> int:
         """The Choices that hang on what lies in a model and is no weight of it: a temperature in a tensor."""

@@ -14,6 +14,7 @@ from fairway.audit.flow.tokens import Span
 from fairway.audit.flow.values import (
     CLIPPED,
     LENGTH,
+    MASK,
     MISSING,
     NO_OBJECTS,
     NOTHING,
@@ -122,6 +123,7 @@ class Picking(Arithmetic):
         result.choices |= condition.choices
         if condition.toks and not result.toks:
             result = blend(result, condition)
+            result.flags &= ~MASK  # a number for each token, by whether the condition holds
         if condition.cuts and (one.toks or two.toks):
             result = self.cut(result, condition.cuts, node)
         elif condition.cuts and one.flags & POSITIONS and not one.cuts:  # where(mask, places, n)
