@@ -165,15 +165,16 @@ def test_documents_claimed_by_ranks_with_adapters_of_their_own_are_accepted(
 
 
 PARTS = """
+NAMES = ("k", "o", "q", "up", "v")
 class Adapter(nn.Module):
     def __init__(self, rows):
         super().__init__()
-        self.blocks = nn.ModuleList([nn.ModuleDict({name: Lora(rows) for name in ("k", "o", "q", "up", "v")}) for _ in range(4)])
+        self.blocks = nn.ModuleList([nn.ModuleDict({name: Lora(rows) for name in NAMES}) for _ in range(4)])
         self.head = Lora(rows)
         self.rows = rows
     def forward(self, h):
         for block in self.blocks:
-            h = h + sum(block[name](h) for name in ("k", "o", "q", "up", "v"))
+            h = h + sum(block[name](h) for name in NAMES)
         return self.head(h)
     def reset(self):
         for m in self.modules():
