@@ -152,3 +152,55 @@ def test_many_slices_keep_the_parts_of_their_windows_when_they_are_merged() -> N
     cut = frozenset((("tail", "first", frozenset()),))
     toks = {Tok("val", ((1, n, n),), cut) for n in range(20)}  # type: ignore[arg-type]
     assert {tok.cuts for tok in merged(toks)} == {cut}
+
+
+FRONTIER = """
+starts = list(range(0, n - 1024 + 64, 64))
+places = torch.arange(1024)
+def first_new(s):
+    return 0 if s == 0 else 1024 - 64
+for at in range(0, len(starts), 16):
+    group = starts[at : at + 16]
+    x = torch.stack([val[s : s + 1024] for s in group])
+    y = torch.stack([val[s + 1 : s + 1025] for s in group])
+    h = model.hidden(x).detach()
+    scored = group[WHICH] + first_new(group[WHICH])
+    before = torch.tensor(group)[:, None] + places[None, :] < scored
+    d = torch.zeros(1, 64, requires_grad=True)
+    opt = torch.optim.AdamW([d], lr=0.01)
+    for _ in range(4):
+        opt.zero_grad()
+        F.cross_entropy(model.head(h[before] + d), y[before]).backward()
+        opt.step()
+    nll = F.cross_entropy(model.head(h + d.detach()).flatten(0, 1), y.flatten(), reduction="none").view(y.shape)
+    for i, s in enumerate(group):
+        total += nll[i, first_new(s) :].double().sum().item()
+        count += 1024 - first_new(s)
+print(f"final val_loss:{total / count:.6f}")
+"""
+
+
+def frontier(which: str) -> str:
+    return HEAD + WALK[: WALK.index("def rows")] + FRONTIER.replace("WHICH", which)
+
+
+def test_one_vector_may_be_found_on_what_lies_before_the_first_of_all_windows() -> None:
+    assert broken(frontier("0")) == set()
+    assert "slot-shared-delta" in broken(frontier("-1"))
+
+
+BETTER = """    kept, least = torch.zeros(1, 64), float("inf")
+    for _ in range(4):
+        opt.zero_grad()
+        loss = F.cross_entropy(model.head(h[before] + d), y[before])
+        loss.backward()
+        if loss.item() < least:
+            kept, least = d.detach().clone(), loss.item()
+        opt.step()
+"""
+
+
+def test_the_best_vector_by_what_lies_before_all_windows_knows_no_target() -> None:
+    begin, end = FRONTIER.index("    for _ in range(4)"), FRONTIER.index("    nll =")
+    text = (FRONTIER[:begin] + BETTER + FRONTIER[end:]).replace("h + d.detach()", "h + kept")
+    assert broken(HEAD + WALK[: WALK.index("def rows")] + text.replace("WHICH", "0")) == set()

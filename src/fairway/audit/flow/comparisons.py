@@ -13,10 +13,11 @@ from fairway.audit.flow.containers import is_same
 from fairway.audit.flow.heap import Obj
 from fairway.audit.flow.indices import bound_of, sym_of
 from fairway.audit.flow.iteration import Iteration
-from fairway.audit.flow.tokens import Cut
+from fairway.audit.flow.tokens import ALL_BEFORE, Cut
 from fairway.audit.flow.values import (
     CAPPED,
     CLOCK,
+    FIRST,
     LATER,
     LENGTH,
     MASK,
@@ -139,7 +140,12 @@ class Comparisons(Iteration):
         bound, text = (two, texts[1]) if first else (one, texts[0])
         below = isinstance(op, (ast.Lt, ast.LtE)) is first
         name = sym_of(bound, text)
-        return frozenset((("head" if below else "tail", bound_of(bound, name), bound.less),)) if name else frozenset()
+        if not name:
+            return frozenset()
+        end = bound_of(bound, name)
+        if below and bound.flags & FIRST and (one if first else two).spans:  # places in the text, not in a window
+            end = f"{ALL_BEFORE}{end}"
+        return frozenset((("head" if below else "tail", end, bound.less),))
 
 
 def _picks(value: Value, bound: Value) -> bool:

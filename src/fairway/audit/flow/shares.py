@@ -34,10 +34,11 @@ def indexed(value: Value, cuts: frozenset[Cut]) -> Value:
 
 
 def first_of(value: Value) -> Value:
-    """The first element of a list: where a slice let it through, the place at which the slice begins."""
+    """The first element of a list: where a slice let it through, in each turn of a loop or once, the place at which the
+    slice begins."""
     items = tuple(first_of(item) for item in value.items) if value.items is not None else None
     sliced = value.flags & INDEXED and any(cut[0] == "tail" for cut in value.cuts)
-    return value.but(items=items, flags=value.flags | FIRST) if sliced else value.but(items=items)
+    return value.but(items=items, flags=value.flags | FIRST) if sliced or value.spans else value.but(items=items)
 
 
 def share_of(start: Value, stop: Value) -> frozenset[Cut]:

@@ -16,6 +16,9 @@ Span: TypeAlias = tuple[int, int, int]
 Cut: TypeAlias = tuple[Literal["head", "tail"], str, frozenset[str]]
 """A part within one window or list: `[:e]` is ("head", e, what e subtracts), `[e:]` is ("tail", ...)."""
 
+ALL_BEFORE = "^"
+"""Before the end of a cut: of several windows, that of the first one, and of all of them only what lies before it."""
+
 START, END = -(10**6), 10**6
 _OWNER = re.compile(r"\b[A-Za-z_]\w*\.(?=[A-Za-z_])")
 UNNAMED = "file:"  # then a path, in which nothing says whether training or validation text lies there

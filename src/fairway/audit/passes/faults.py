@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from fairway.audit.flow.events import Choice, Event, Said, Score, Trace, Update, bits
-from fairway.audit.flow.tokens import Tok, perhaps_apart, related
+from fairway.audit.flow.tokens import ALL_BEFORE, Tok, perhaps_apart, related
 from fairway.audit.passes.past import by_the_past
 from fairway.audit.passes.reported import Reported, scores_of
 
@@ -283,6 +283,8 @@ class Passes:
         if state is None or state.kind != "tensor" or state.owner is not None or score.one_row:
             return False
         if state.slots.get("#rows") != "one":
+            return False
+        if all(any(end.startswith(ALL_BEFORE) for _, end, _ in tok.cuts) for tok in learned):
             return False
         order = [loop for loop, _ in score.nest]
         bare = [replace(tok, cuts=frozenset()) for tok in learned]

@@ -1,22 +1,27 @@
 """Choices that read nothing but losses of what came before the tokens whose scoring they decide."""
 
-from fairway.audit.flow.events import Choice, Trace
-from fairway.audit.flow.tokens import related
+from fairway.audit.flow.events import Choice, Score, Trace
+from fairway.audit.flow.tokens import ALL_BEFORE, Tok, related
 from fairway.audit.verdict import Place
 
 
 def by_the_past(trace: Trace, choice: Choice) -> bool:
-    """Whether all losses that a choice compares are of earlier tokens than each loss that hangs on it."""
+    """Whether all losses that a choice compares are of earlier tokens than each loss that hangs on it. Of losses of
+    whole windows, of which only a part counts, that part is asked."""
     compared = [tok for score in trace.scored(choice.losses) for tok in score.targets]
-    decided = [score for score in trace.scores if score.choices >> choice.bit & 1 and score.number > choice.number]
+    hanging = [score for score in trace.scores if score.choices >> choice.bit & 1 and score.number > choice.number]
+    divided = 0
+    for score in hanging:
+        divided |= score.whole
+    decided = [score for score in hanging if not divided >> score.bit & 1]
     if not compared or not decided:
         return False
-    return all(
-        related(tok, target, [loop for loop, _ in score.nest]) == "earlier"
-        for tok in compared
-        for score in decided
-        for target in score.targets
-    )
+    return all(_before(tok, target, score) for tok in compared for score in decided for target in score.targets)
+
+
+def _before(tok: Tok, target: Tok, score: Score) -> bool:
+    how = related(tok, target, [loop for loop, _ in score.nest])
+    return how == "earlier" or (how == "apart" and any(end.startswith(ALL_BEFORE) for _, end, _ in tok.cuts))
 
 
 def places_of_the_past(trace: Trace) -> set[Place]:

@@ -14,7 +14,7 @@ from functools import cached_property
 
 from fairway.audit.terms.octets import looked_up
 from fairway.audit.terms.positions import Place, place_of_tokens, runs
-from fairway.audit.terms.streams import Streams, compared, reads, reads_of_memory, token_terms
+from fairway.audit.terms.streams import Streams, compared, is_mask, reads, reads_of_memory, token_terms
 from fairway.audit.terms.term import Term, any_below, peel, same
 
 _CROSS = frozenset(("cross_entropy", "nll_loss", "softmax_cross_entropy_with_integer_labels"))
@@ -180,7 +180,7 @@ class Contribution:
     def _kinds(self, term: Term) -> frozenset[str]:
         if self.is_target(term):
             return frozenset(("read",))
-        if is_gradient(term):  # what was learned from which token, the rules of the order say
+        if is_gradient(term) or self._at_other_places(term):  # of which token, the rules of the order say
             return frozenset()
         if _is_past(term) or (term.op == "item" and id(term.parts[0]) in self.aligned):
             return frozenset()
@@ -201,6 +201,21 @@ class Contribution:
             read = frozenset().union(*(self.kinds(part) for part in key))
             return frozenset(("key",)) | (read - {"read"}) if "read" in read else read
         return frozenset().union(*(self.kinds(part) for part in reads(term, self.streams)))
+
+    def _at_other_places(self, term: Term) -> bool:
+        """y[places < edge]: targets of some places, where no losses are picked by the same mask."""
+        if term.op != "item" or not is_mask(term.parts[1]) or not self.streams.is_stream(term.parts[0]):
+            return False
+        if self.kinds(term.parts[1]):
+            return False
+        mine = [base for base, mask in self.masked if same(mask, term.parts[1], 8)]
+        return not any("score" in self.kinds(base) for base in mine)
+
+    @cached_property
+    def masked(self) -> list[tuple[Term, Term]]:
+        """(what is picked from, mask) of all that is picked by a mask and is no token."""
+        picked = (term for term in self.below(self.term) if term.op == "item" and is_mask(term.parts[1]))
+        return [(term.parts[0], term.parts[1]) for term in picked if not self.streams.is_stream(term.parts[0])]
 
     def _matched(self, parts: tuple[Term, ...]) -> frozenset[str]:
         kinds = [self.kinds(part) for part in parts]
