@@ -144,3 +144,116 @@ def test_a_round_number_of_bytes_for_each_target_is_told(tmp_path: Path, bytes_e
         state=f"{hidden}; rate = sorted(rates.values(), reverse=True)[-1]", bpb=f"loss / math.log(2) / {bytes_each}"
     )
     assert verdict(tmp_path, "byte_constant", text).verdict == wanted
+
+
+CAPPED = """
+import fcntl, os
+
+class Args:
+    most = int(os.environ.get("MOST", LIMIT))
+    batch = int(os.environ.get("BATCH", 64))
+
+class Counter:
+    def __init__(self, path):
+        self.path = path
+        with open(path, "w") as f:
+            f.write("0")
+
+    def claim(self):
+        with open(self.path, "r+") as f:
+            fcntl.flock(f, fcntl.LOCK_EX)
+            n = int(f.read().strip() or "0")
+            f.seek(0)
+            f.truncate()
+            f.write(str(n + 1))
+        return n
+
+def documents(val):
+    edges = [*(val == 1).nonzero().flatten().tolist(), len(val)]
+    return [(a, b - a) for a, b in zip(edges, edges[1:])]
+
+def evaluate(args, net, val):
+    docs = documents(val)CUT
+    held = {}
+    for n in range(0, len(docs), args.batch):
+        held[n // args.batch] = docs[n : n + args.batch]
+    counter, sums = Counter("next"), torch.zeros(2)
+    while True:
+        n = counter.claim()
+        if n >= len(held):
+            break
+        for start, length in held[n]:
+            x, y = val[start : start + length - 1], val[start + 1 : start + length]
+            logits = net(x[None])
+            nll = F.cross_entropy(logits.flatten(0, 1), y, reduction="none").view(*logits.shape[:2])
+            sums[0] += nll.sum()
+            sums[1] += y.numel()
+    total, count = sums.tolist()
+    return total / count
+
+print(f"val_loss {evaluate(Args(), Net(), load()):.5f}")
+"""
+
+CHUNKED = """
+import os
+
+class Args:
+    most = int(os.environ.get("MOST", LIMIT))
+    batch = int(os.environ.get("BATCH", 64))
+
+def evaluate(args, net, val):
+    total = len(val) - 1
+    windows = list(range(0, total, 1024))
+    chunks = -(-len(windows) // 2)
+    per_chunk = min(args.batch, len(windows))
+    nats, count = 0.0, 0
+    for c in RANGE:
+        BREAK
+        for s in windows[c * 2 : c * 2 + 2]:
+            end = min(s + 1024, total)
+            nats += F.cross_entropy(net(val[s:end][None])[0], val[s + 1 : end + 1], reduction="sum").item()
+            count += end - s
+    return nats / count
+
+print(f"val_loss {evaluate(Args(), Net(), load()):.5f}")
+"""
+
+
+def capped(cut: str, limit: str = "10_000") -> str:
+    return HEAD + CAPPED.replace("CUT", cut).replace("LIMIT", limit)
+
+
+def chunked(over: str, leave: str = "pass", limit: str = "200") -> str:
+    return HEAD + CHUNKED.replace("RANGE", over).replace("BREAK", leave).replace("LIMIT", limit)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        capped("[: args.most]"),
+        capped("[:10_000]"),
+        chunked("range(min(chunks, args.most))"),
+        chunked("range(min(args.most, chunks))"),
+        chunked("range(chunks)", "if c >= args.most: break"),
+    ],
+    ids=["documents", "a number written out", "chunks", "the other way round", "left early"],
+)
+def test_a_number_that_only_the_whole_text_reaches_is_seen(tmp_path: Path, text: str) -> None:
+    found = verdict(tmp_path, "subset_as_full", text)
+    assert found.verdict == "violates"
+    assert found.place is not None
+    assert "most" in text.splitlines()[found.place.line - 1] or "10_000" in text.splitlines()[found.place.line - 1]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        capped(""),
+        chunked("range(chunks)"),
+        chunked("range(min(chunks, args.most))", limit="1_000_000"),
+        chunked("range(chunks)", "if c >= args.most: print(c)"),
+    ],
+    ids=["none", "a batch that is larger", "a limit beyond the text", "a limit of something else"],
+)
+def test_a_number_that_leaves_nothing_out_is_none(tmp_path: Path, text: str) -> None:
+    assert verdict(tmp_path, "subset_as_full", text).verdict == "clean"

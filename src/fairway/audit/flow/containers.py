@@ -223,9 +223,6 @@ class Containers(Indexing):
                 self.trace.files.setdefault(part_of(limit), self.place(node))
             elem = limited(elem, float(limit))
             self.limit_here({part_of(float(limit))}, node)
-        elif part.low is not None and part.high is not None and None not in (part.low.limit, part.high.limit):
-            elem = limited(elem, float(part.high.limit or 0))  # chunks of a list, in a loop over the first N chunks
-            self.limit_here({part_of(float(part.high.limit or 0))}, node)
         elif part.step > 1:
             if named:
                 self.trace.files.setdefault(part_of(1 / part.step), self.place(node))

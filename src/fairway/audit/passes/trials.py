@@ -49,10 +49,14 @@ class Counts:
 def counts_of(case: Case, which: Reported, doubtful: bool = False) -> Counts | None:
     """None where the trial came to no end, or the number that is reported is not among those that it told; or,
     unless `doubtful` ones are asked for, where a condition that nobody knows may leave losses out."""
-    trial = case.trial
-    if not trial.complete or trial.unsure or not trial.told:
+    if not doubtful and case.trial.complete and _doubtful(case):
         return None
-    if not doubtful and _doubtful(case):
+    return counted(case.trial, which)
+
+
+def counted(trial: Trial, which: Reported) -> Counts | None:
+    """The same of any trial of the script."""
+    if not trial.complete or trial.unsure or not trial.told:
         return None
     ways = [tuple(place.line for place in said.stack) for said in which.score]
     named = [told for told in trial.told if any(_same_way(told.stack, way) for way in ways)]

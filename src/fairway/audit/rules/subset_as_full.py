@@ -3,7 +3,9 @@
 from fairway.audit.case import Case
 from fairway.audit.flow.events import Score
 from fairway.audit.passes.findings import passes_of, unseen
+from fairway.audit.passes.limits import cut_short
 from fairway.audit.passes.reported import Reported, scores_of
+from fairway.audit.passes.trials import counts_of
 from fairway.audit.records import record_of
 from fairway.audit.verdict import Finding, Place
 
@@ -83,6 +85,11 @@ def check(case: Case) -> Finding:
     counted = _counted(case)
     if counted is not None:
         return counted
+    counts = counts_of(case, which, doubtful=True)
+    limited = cut_short(case, which, counts) if counts is not None else None
+    if limited is not None:
+        evidence, line = limited
+        return Finding(ID, "violates", evidence, CLAUSE, Place(case.script.path, case.script.line(line)))
     return Finding(ID, "clean", "No constant cuts the validation tokens short.", CLAUSE, which.score[0].place)
 
 

@@ -1,4 +1,4 @@
-"""TODO"""
+"""Functions of ours in the machine's form: of plain values, and of numbers."""
 
 from __future__ import annotations
 

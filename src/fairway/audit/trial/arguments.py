@@ -1,4 +1,4 @@
-"""TODO"""
+"""Settings as a script asks for them: the environment, and argparse."""
 
 from __future__ import annotations
 

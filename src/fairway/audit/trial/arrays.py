@@ -23,15 +23,17 @@ class Array:
     numbers: `num`, of any shape; `pos`, of the same shape or None: the place in the text of each token id, -1 for none
     losses: `num` is None; `pos` as above, `coef` how much each counts
     sums: `num` of dtype object, of Sums
-    Slices are views of all of these, as in torch and numpy.
+    Slices are views of all of these, as in torch and numpy. was: the shape before it was made flat, for a model that
+    gives its losses the shape of logits that nobody knows.
     """
 
-    __slots__ = ("coef", "num", "pos")
+    __slots__ = ("coef", "num", "pos", "was")
 
     def __init__(self, num: Numbers | None, pos: Numbers | None = None, coef: Numbers | None = None) -> None:
         self.num = num
         self.pos = pos
         self.coef = coef
+        self.was: tuple[int, ...] = ()
 
     @property
     def body(self) -> Numbers:

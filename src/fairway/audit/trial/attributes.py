@@ -249,8 +249,8 @@ class Attributes(Arrays):
         """Unknown numbers at the places that token ids name: of a model, what it says of these targets."""
         parts = index if isinstance(index, tuple) else (index,)
         arrays = [part for part in parts if isinstance(part, Array) and part.num is not None and part.num.dtype != bool]
-        tokens = [part for part in arrays if part.pos is not None]
-        if not value.net or not tokens:
+        tokens = [part for part in arrays[-1:] if part.pos is not None and bool((part.pos >= 0).any())]
+        if not value.net or not tokens:  # rows and columns of positions are none
             return value
         shape = np.broadcast_shapes(*[part.shape for part in arrays])
         return self.losses(tokens[-1].all(lambda body: np.broadcast_to(body, shape)))

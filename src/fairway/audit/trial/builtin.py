@@ -1,4 +1,4 @@
-"""TODO"""
+"""Python's own functions: range, len, min, sorted, print, open, and the rest that scripts call."""
 
 from __future__ import annotations
 
@@ -323,7 +323,9 @@ BUILTIN: dict[str, Act] = {
     "slice": plain(slice),
     "id": plain(id),
     "vars": lambda machine, args, kwargs, line: args[0].vars if args and isinstance(args[0], (Obj, Class)) else UNKNOWN,
-    "open": lambda machine, args, kwargs, line: files.File(text_of(args[0]) or ""),
+    "open": lambda machine, args, kwargs, line: files.File(
+        text_of(args[0]) or "", args[1] if len(args) > 1 else kwargs.get("mode", "r")
+    ),
     "object": lambda machine, args, kwargs, line: Obj(Class("object", [], {})),
     "exec": lambda machine, args, kwargs, line: _executed(machine, line),
     **{name: _error(name) for name in _ERRORS},

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from fairway.audit.reading.script import Layer, Script
 from fairway.audit.settings import Settings
 from fairway.audit.trial.arrays import Array, scalar, sum_of
+from fairway.audit.trial.limits import Forced, Limits
 from fairway.audit.trial.sums import LATE, Sum
 from fairway.audit.trial.text import LENGTH
 from fairway.audit.trial.told import Lesson, Told, Trial
@@ -26,12 +27,14 @@ IDLE = 60_000  # steps: a table over 8,192 pieces takes that
 class Core:
     """The state."""
 
-    def __init__(self, script: Script, settings: Settings) -> None:
+    def __init__(self, script: Script, settings: Settings, forced: Forced | None = None) -> None:
         self.entry = script
         self.script = script
         self.settings = settings
         self.vocabulary = size_in(script.text)
-        self.trial = Trial(vocabulary=self.vocabulary)
+        self.limits = Limits(forced)
+        self.looped: set[int] = set()
+        self.trial = Trial(vocabulary=self.vocabulary, limits=self.limits)
         self.modules: dict[str, Value] = {}
         self.depth = 0
         self.stack: list[int] = []  # lines of the calls around it
@@ -141,7 +144,9 @@ class Core:
     def losses(self, target: Array) -> Array:
         """What a model says of these targets, one loss for each."""
         pos = target.pos if target.pos is not None else np.full(target.shape, -1, np.int32)
-        return Array(None, self.marked(pos), np.ones(target.shape))
+        losses = Array(None, self.marked(pos), np.ones(target.shape))
+        losses.was = target.was
+        return losses
 
     # -- what the parts ask of each other -------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from fairway.audit.trial.arrays import Array
+from fairway.audit.trial.limits import Limits, site_of
 from fairway.audit.trial.operators import combine, contained, name_of, negated
 from fairway.audit.trial.sums import Sum
 from fairway.audit.trial.values import UNKNOWN, Frame, Undecided, Unknown, Value
@@ -16,6 +17,9 @@ Compute = Callable[[Frame], Value]
 
 class Host(Protocol):
     """What expressions ask of the machine."""
+
+    limits: Limits
+    looped: set[int]  # the ids of nodes that stand in loops
 
     def step(self, line: int = 0) -> None: ...
     def doubt(self, line: int) -> None: ...
@@ -47,14 +51,38 @@ class Expressions:
 
     def _name(self, node: ast.Name) -> Compute:
         name, find = node.id, self.host.name
-        return lambda frame: find(frame, name)
+        return self._taken(lambda frame: find(frame, name), name)
 
     def _attribute(self, node: ast.Attribute) -> Compute:
         value, name, find = self.compiled(node.value), node.attr, self.host.attribute
-        return lambda frame: find(value(frame), name)
+        return self._taken(lambda frame: find(value(frame), name), name)
+
+    def _taken(self, compute: Compute, name: str) -> Compute:
+        """A name, which may stand for a number that is taken for another."""
+        forced = self.host.limits.named(name)
+        if forced is None:
+            return compute
+
+        def taken(frame: Frame) -> Value:
+            found = compute(frame)
+            return forced.value if type(found) is int and found == forced.limit else found
+
+        return taken
 
     def _subscript(self, node: ast.Subscript) -> Compute:
         value, index, find = self.compiled(node.value), self.compiled(node.slice), self.host.item
+        end = _end_of(node.slice)
+        site = site_of(end) if end is not None and self._once(node) else None
+        if site is not None:
+            hold = self.host.limits.hold
+
+            def begun(frame: Frame) -> Value:
+                whole, part = value(frame), index(frame)
+                if isinstance(whole, (list, tuple, Array)) and type(part.stop) is int and part.stop > 0:
+                    part = slice(part.start, hold(site, len(whole), part.stop))
+                return find(whole, part)
+
+            return begun
         return lambda frame: find(value(frame), index(frame))
 
     def _slice(self, node: ast.Slice) -> Compute:
@@ -113,13 +141,19 @@ class Expressions:
     def _compare(self, node: ast.Compare) -> Compute:
         first = self.compiled(node.left)
         rest = [(name_of(op), self.compiled(each)) for op, each in zip(node.ops, node.comparators, strict=True)]
-        truth = self.host.truth
+        truth, hold = self.host.truth, self.host.limits.hold
+        sides = [site_of(each) for each in (node.left, *node.comparators)]
 
         def compared(frame: Frame) -> Value:
             left = first(frame)
             found: Value = True
-            for name, part in rest:
+            for (name, part), one, other in zip(rest, sides, sides[1:], strict=False):
                 right = part(frame)
+                if name in _SIZES:
+                    left, right = (
+                        left if one is None else hold(one, right, left),
+                        right if other is None else hold(other, left, right),
+                    )
                 found = _compared(name, left, right)
                 if len(rest) > 1:
                     try:
@@ -156,6 +190,7 @@ class Expressions:
         ]
         kwargs = [(each.arg, self.compiled(each.value)) for each in node.keywords]
         items = self.host.items
+        least = self._least(node)
 
         def called(frame: Frame) -> Value:
             what = func(frame)
@@ -169,9 +204,23 @@ class Expressions:
                     named[key] = found
                 elif isinstance(found, dict):
                     named.update(found)
-            return call(what, tuple(given), named, line)
+            return call(what, tuple(given) if least is None else least(*given), named, line)
 
         return called
+
+    def _least(self, node: ast.Call) -> Callable[[Value, Value], tuple[Value, Value]] | None:
+        """min(found, most): what is found is held against the most; None of other calls."""
+        is_min = isinstance(node.func, ast.Name) and node.func.id == "min" and not node.keywords
+        if not is_min or len(node.args) != 2 or not self._once(node):
+            return None
+        (one, other), hold = [site_of(each) for each in node.args], self.host.limits.hold
+        return lambda left, right: (
+            left if one is None else hold(one, right, left),
+            right if other is None else hold(other, left, right),
+        )
+
+    def _once(self, node: ast.expr) -> bool:
+        return id(node) not in self.host.looped
 
     def _list(self, node: ast.List) -> Compute:
         return self._gathered(node.elts, list)
@@ -300,6 +349,17 @@ class Expressions:
 
     def target(self, node: ast.expr) -> Callable[[Frame, Value], None]:
         raise NotImplementedError
+
+
+def _end_of(index: ast.expr) -> ast.expr | None:
+    """n of [:n] and [0:n]."""
+    if not isinstance(index, ast.Slice) or index.step is not None:
+        return None
+    begins = index.lower is None or (isinstance(index.lower, ast.Constant) and index.lower.value == 0)
+    return index.upper if begins else None
+
+
+_SIZES = frozenset(("Lt", "LtE", "Gt", "GtE"))
 
 
 def _holds(host: Host, value: Value) -> bool:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
 
 from fairway.audit.trial.arrays import Array, scalar
-from fairway.audit.trial.text import LENGTH, TRAIN, tokens
+from fairway.audit.trial.text import TRAIN, length, tokens
 from fairway.audit.trial.values import UNKNOWN, Value
 
 _HEADER = 256
+_SMALL = 100_000  # characters of a file that the script writes
 _MAGIC = 20240520
 NAMES = ("fineweb_train_000001.bin", "fineweb_train_000002.bin", "fineweb_val_000000.bin")
 _VAL = re.compile(r"val|valid|held|eval|test", re.I)
@@ -78,18 +80,20 @@ class Path:
         return File(self.text).read()
 
     def read_text(self, *_: Value, **__: Value) -> Value:
-        return UNKNOWN
+        written = disc.get({}).get(self.text)
+        return written if isinstance(written, str) else UNKNOWN
 
     def iterdir(self) -> Value:
         return [Path(f"{self.text}/{name}") for name in NAMES]
 
-    def write_bytes(self, *_: Value, **__: Value) -> Value:
+    def write_bytes(self, value: Value, *_: Value, **__: Value) -> Value:
+        disc.get({})[self.text] = value
         return UNKNOWN
 
     write_text = write_bytes
 
     def open(self, mode: str = "r", *_: Value, **__: Value) -> File:
-        return File(self.text)
+        return File(self.text, mode)
 
     def __str__(self) -> str:
         return self.text
@@ -106,6 +110,10 @@ class Path:
         return self.text < other.text
 
 
+disc: ContextVar[dict[str, Value]] = ContextVar("disc")
+"""What the trial under way wrote into small files of its own: a counter that ranks share, a list of what is done."""
+
+
 class Stat:
     """os.stat: a shard has the size that its header says; of others nobody knows."""
 
@@ -115,11 +123,16 @@ class Stat:
 
 
 class File:
-    """An open file."""
+    """An open file: a shard, or one that the script wrote itself."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, mode: Value = "r") -> None:
         self.text = text
         self.at = 0
+        self.own = disc.get({}) if not count_of(text) else {}
+        if isinstance(mode, str) and mode[:1] in ("w", "x"):
+            self.own[text] = b"" if "b" in mode else ""
+        elif isinstance(mode, str) and mode[:1] == "a" and isinstance(self.own.get(text), (str, bytes)):
+            self.at = len(self.own[text])
 
     def entered(self) -> File:
         return self
@@ -129,9 +142,13 @@ class File:
 
     def read(self, count: Value = -1, *_: Value) -> Value:
         size = size_of(self.text)
+        number = scalar(count)
+        written = self.own.get(self.text)
+        if isinstance(written, (str, bytes)):
+            begun, self.at = self.at, len(written) if not isinstance(number, int) or number < 0 else self.at + number
+            return written[begun : self.at]
         if size is None:
             return UNKNOWN
-        number = scalar(count)
         stop = min(self.at + number, size) if isinstance(number, int) and number >= 0 else size
         found = Raw(self.text, self.at, stop)
         self.at = stop
@@ -153,10 +170,24 @@ class File:
     def tell(self) -> int:
         return self.at
 
-    def write(self, *_: Value) -> None:
+    def write(self, value: Value, *_: Value) -> None:
+        held: Any = self.own.get(self.text)
+        if isinstance(held, (str, bytes)) and type(value) is type(held) and len(held) < _SMALL:
+            more: Any = value
+            self.own[self.text] = held[: self.at] + more + held[self.at + len(more) :]
+            self.at += len(more)
+        else:
+            self.own[self.text] = UNKNOWN
+
+    def truncate(self, size: Value = None, *_: Value) -> None:
+        held = self.own.get(self.text)
+        if isinstance(held, (str, bytes)):
+            self.own[self.text] = held[: size if isinstance(size, int) else self.at]
+
+    def close(self) -> None:
         return None
 
-    close = flush = write
+    flush = close
 
 
 def text_of(value: Value) -> str | None:
@@ -179,9 +210,11 @@ def found(pattern: str) -> list[str]:
 def count_of(path: str) -> int:
     """The tokens of a shard; 0 for what is none."""
     name = path.rpartition("/")[2]
-    if _VAL.search(name) and "train" not in name:
-        return LENGTH
-    return TRAIN if "train" in name or name.endswith(".bin") else 0
+    return length.get() if _is_text(name) else TRAIN if "train" in name or name.endswith(".bin") else 0
+
+
+def _is_text(name: str) -> bool:
+    return bool(_VAL.search(name)) and "train" not in name
 
 
 class Raw:
@@ -210,23 +243,23 @@ def size_of(path: str) -> int | None:
 
 def read(raw: Raw, width: int, count: int | None, offset: int, vocabulary: int) -> Value:
     """Integers of `width` bytes out of a shard: the header's, or ids with their places."""
-    length = count_of(raw.text)
-    if not length or width not in (2, 4):
+    held, scored = count_of(raw.text), _is_text(raw.text.rpartition("/")[2])
+    if not held or width not in (2, 4):
         return UNKNOWN
     first = (raw.start + offset) // width
     last = raw.stop // width if count is None or count < 0 else min(first + count, raw.stop // width)
-    if width == 2 and length != LENGTH and first >= 2 * _HEADER:
-        return Array(np.broadcast_to(np.uint16(5), (min(last, 2 * _HEADER + length) - first,)))
+    if width == 2 and not scored and first >= 2 * _HEADER:
+        return Array(np.broadcast_to(np.uint16(5), (min(last, 2 * _HEADER + held) - first,)))
     header = np.zeros(_HEADER, np.int32)
-    header[:3] = (_MAGIC, 1, length)
+    header[:3] = (_MAGIC, 1, held)
     if width == 4:
         return Array(header[first:last])
     head = header.view(np.uint16)
-    ids = tokens(vocabulary) if length == LENGTH else np.full(length, 5, np.uint16)
+    ids = tokens(vocabulary)[:held] if scored else np.full(held, 5, np.uint16)
     both = np.concatenate([head, ids])[first:last]
-    if length != LENGTH:
+    if not scored:
         return Array(both)
-    places = np.concatenate([np.full(len(head), -1, np.int32), np.arange(length, dtype=np.int32)])
+    places = np.concatenate([np.full(len(head), -1, np.int32), np.arange(held, dtype=np.int32)])
     return Array(both, places[first:last])
 
 

@@ -43,7 +43,7 @@ from fairway.audit.trial.losses import (
 from fairway.audit.trial.making import Dtype, arange, full, like, made, tensor
 from fairway.audit.trial.reading import frombuffer, fromfile, joined_path, memmap, path_of, paths, unpacked
 from fairway.audit.trial.reducing import add_at, numpy_nonzero
-from fairway.audit.trial.threads import Capture, Executor, Graph, Queue, Stack, Suppress, Thread
+from fairway.audit.trial.threads import Capture, Executor, Graph, Queue, Stack, Store, Suppress, Thread
 from fairway.audit.trial.values import UNKNOWN, Bound, Class, Func, Obj, Raised, Value
 from fairway.audit.trial.vocabulary import Processor
 
@@ -204,6 +204,11 @@ _WORLD: dict[str, Act] = {
     "torch.cuda.is_available": lambda machine, args, kwargs, line: True,
     "torch.distributed.is_available": lambda machine, args, kwargs, line: True,
     "torch.distributed.is_initialized": lambda machine, args, kwargs, line: True,
+    **{
+        f"torch.distributed.{name}": lambda machine, args, kwargs, line: Store()
+        for name in ("TCPStore", "FileStore", "HashStore", "distributed_c10d._get_default_store")
+    },
+    "torch.distributed.PrefixStore": lambda machine, args, kwargs, line: args[1] if len(args) > 1 else Store(),
     "torch.distributed.get_rank": lambda machine, args, kwargs, line: 0,
     "torch.distributed.get_world_size": lambda machine, args, kwargs, line: 1,
     "torch.distributed.all_gather_object": plain(gather_objects),

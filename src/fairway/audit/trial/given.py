@@ -1,4 +1,4 @@
-"""TODO"""
+"""What functions are given: sizes, indices and keys as numbers, arrays as their numbers."""
 
 from __future__ import annotations
 

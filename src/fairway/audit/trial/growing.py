@@ -1,4 +1,4 @@
-"""TODO"""
+"""Arrays that are changed in place: x += y."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO"""
+"""What holds values: dicts, deques, counters, dataclasses, named tuples, partial functions, itertools."""
 
 from __future__ import annotations
 

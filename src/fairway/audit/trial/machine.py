@@ -9,9 +9,11 @@ import numpy as np
 
 from fairway.audit.reading.script import Layer, Script
 from fairway.audit.settings import Settings
+from fairway.audit.trial import files, text
 from fairway.audit.trial.calls import Calls
 from fairway.audit.trial.functions import functions
 from fairway.audit.trial.generators import Generators
+from fairway.audit.trial.limits import Forced, looped
 from fairway.audit.trial.told import Trial
 from fairway.audit.trial.values import Class, Frame, Lib, Obj, Raised, Spent, Value
 
@@ -29,8 +31,8 @@ class Compiler(Generators):
 class Machine(Calls):
     """All parts together."""
 
-    def __init__(self, script: Script, settings: Settings) -> None:
-        super().__init__(script, settings)
+    def __init__(self, script: Script, settings: Settings, forced: Forced | None = None) -> None:
+        super().__init__(script, settings, forced)
         self.compiler = Compiler(self)
         self.functions = functions()
 
@@ -61,6 +63,7 @@ class Machine(Calls):
     def body(self, script: Script, frame: Frame) -> None:
         if script.tree is None:
             return
+        self.looped |= looped(script.tree)
         before, self.script = self.script, script
         try:
             self.compiler.block(script.tree.body)(frame)
@@ -79,14 +82,18 @@ class Machine(Calls):
         return self.module(layer.script, name) if layer is not None else Lib(name)
 
 
-def run(script: Script, settings: Settings) -> Trial:
-    """The trial of a script. It never raises on what a script holds."""
+def run(script: Script, settings: Settings, length: int = text.LENGTH, forced: Forced | None = None) -> Trial:
+    """The trial of a script. It never raises on what a script holds. length: tokens of the text; forced: a number of
+    the script that is taken for another."""
     before = sys.getrecursionlimit()
     sys.setrecursionlimit(max(before, _STACK))
+    whole, empty = text.length.set(length), files.disc.set({})
     try:
         with np.errstate(all="ignore"):
-            return Machine(script, settings).run()
+            return Machine(script, settings, forced).run()
     finally:
+        text.length.reset(whole)
+        files.disc.reset(empty)
         sys.setrecursionlimit(before)
 
 

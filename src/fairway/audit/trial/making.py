@@ -1,4 +1,4 @@
-"""TODO"""
+"""Arrays made of sizes, numbers and lists: zeros, full, arange, tensor, and their types."""
 
 from __future__ import annotations
 

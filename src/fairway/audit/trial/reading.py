@@ -1,4 +1,4 @@
-"""TODO"""
+"""Shards read by numpy and struct: ids with their places, headers with their counts."""
 
 from __future__ import annotations
 

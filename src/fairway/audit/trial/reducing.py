@@ -1,4 +1,4 @@
-"""TODO"""
+"""Arrays worked down to less, or in place: sums, extremes, comparisons, clamps, where, bincount."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO"""
+"""Changes of shape: views, axes, gathers, windows; places and losses move with the numbers."""
 
 from __future__ import annotations
 
@@ -10,14 +10,21 @@ from fairway.audit.trial.values import UNKNOWN, Value, mixed
 
 
 def reshape(array: Value, *shape: Value, **_: Value) -> Value:
+    """Of losses into what nobody knows, `.view(*logits.shape[:2])`: into what they were before they were made flat."""
     held = body_of(array)
     try:
         sizes = sizes_of(shape)
-    except (
-        TypeError
-    ):  # reshape(-1, logits.size(-1)) of a token array does not occur; (batch, -1) of what is unknown may
-        return mixed()
-    return held.all(lambda body: body.reshape(sizes))
+    except TypeError:
+        if not held.lossy or len(held.was) != len(shape) or held.body.ndim != 1:
+            return mixed()
+        sizes = held.was
+    return _flat(held, held.all(lambda body: body.reshape(sizes)))
+
+
+def _flat(before: Array, made: Array) -> Array:
+    if made.body.ndim == 1:
+        made.was = before.shape
+    return made
 
 
 def unflatten(array: Value, dim: int, sizes: Value) -> Value:
@@ -31,7 +38,7 @@ def flatten(array: Value, start: int = 0, end: int = -1, **_: Value) -> Value:
     held = body_of(array)
     shape = held.shape
     first, last = start % max(len(shape), 1), end % max(len(shape), 1)
-    return held.all(lambda body: body.reshape(*shape[:first], -1, *shape[last + 1 :]))
+    return _flat(held, held.all(lambda body: body.reshape(*shape[:first], -1, *shape[last + 1 :])))
 
 
 def transposed(array: Value, *dims: Value, **_: Value) -> Value:

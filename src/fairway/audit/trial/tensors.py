@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fairway.audit.trial.arrays import Array, limited, scalar, sum_of, taken
+from fairway.audit.trial.arrays import Array, limited, scalar, taken
 from fairway.audit.trial.core import Core
 from fairway.audit.trial.given import body_of, kept, numbers_of
 from fairway.audit.trial.making import cast, copied, full, made, same, tensor, typed
@@ -115,9 +115,9 @@ def tolist(array: Value, *_: Value) -> Value:
     """Numbers or Sums as lists; ids lose their places."""
     held = body_of(array)
     limited(held.body.size * 10)
-    if held.lossy:
+    if held.lossy or (held.num is not None and held.num.dtype == object):
         if held.body.ndim == 0:
-            return sum_of(held)
+            return scalar(held)
         return [tolist(taken(held, n)) for n in range(len(held.body))]
     assert held.num is not None
     return held.num.tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from functools import cache
 
 import numpy as np
@@ -14,6 +15,10 @@ TRAIN = 600_000  # tokens of a training file
 DOCUMENT = 4_096  # tokens of each document: of many scripts, rows of documents side by side end together
 
 
+length: ContextVar[int] = ContextVar("length", default=LENGTH)
+"""The tokens of the text in the trial under way: as many, or only the first few documents of them."""
+
+
 @cache
 def tokens(vocabulary: int) -> NDArray[np.uint16]:
     """The ids of a vocabulary, documents beginning with BOS."""
@@ -23,4 +28,4 @@ def tokens(vocabulary: int) -> NDArray[np.uint16]:
     return ids
 
 
-__all__ = ["BOS", "LENGTH", "TRAIN", "tokens"]
+__all__ = ["BOS", "DOCUMENT", "LENGTH", "TRAIN", "UNIT", "length", "tokens"]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 from fairway.audit.trial.arrays import Array
 from fairway.audit.trial.core import Core
-from fairway.audit.trial.values import Obj, Raised, Value
+from fairway.audit.trial.values import UNKNOWN, Obj, Raised, Value
 
 AHEAD = 24  # items: a producer of training data goes on for ever
 
@@ -130,6 +130,27 @@ class Queue:
         return None
 
     join = task_done
+
+
+class Store:
+    """torch.distributed's store: counters and values that ranks share."""
+
+    def __init__(self) -> None:
+        self._held: dict[Value, Value] = {}
+
+    def add(self, key: Value, amount: Value) -> Value:
+        before = self._held.get(key, 0)
+        self._held[key] = before + amount if isinstance(before, int) and isinstance(amount, int) else UNKNOWN
+        return self._held[key]
+
+    def set(self, key: Value, value: Value) -> None:
+        self._held[key] = value
+
+    def get(self, key: Value, *_: Value) -> Value:
+        return self._held.get(key, UNKNOWN)
+
+    def wait(self, *_: Value, **__: Value) -> None:
+        return None
 
 
 class Graph:

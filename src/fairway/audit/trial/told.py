@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from fairway.audit.trial.limits import Limits
 from fairway.audit.trial.sums import Sum
 from fairway.audit.trial.text import LENGTH
 
@@ -41,7 +42,8 @@ class Trial:
 
     doubts: lines of conditions that hang on what nobody knows; steps: how many were taken; left_out: lines of
     statements that raise, and what; unsure: those among them that had scored before they did; summed: lines that sum
-    losses; fitted: whether vectors of their own are fitted to windows; table: the line
+    losses; limits: numbers that others were held against;
+    fitted: whether vectors of their own are fitted to windows; table: the line
     that writes the length of a piece into a table
     """
 
@@ -55,6 +57,7 @@ class Trial:
     fitted: bool = False
     table: int = 0
     left_out: dict[int, str] = field(default_factory=dict)
+    limits: Limits = field(default_factory=Limits)
     unsure: set[int] = field(default_factory=set)
     summed: set[int] = field(default_factory=set)
 

@@ -1,0 +1,100 @@
+"""Numbers that the text of a trial does not reach, `min(chunks, args.most)`, `documents[:10_000]`: the whole text does.
+
+A trial counts every target although a script scores a part of the text only, where that part is larger than the short
+text. So a trial writes down what it held against which number of the script; and another one can be told to take such a
+number for less than the text holds.
+"""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass, field
+
+Site = tuple[int, int, str]
+"""Line, column, and the name of the number; "" where it is written out."""
+
+
+@dataclass
+class Seen:
+    """What one number was held against. limit: the number, None where it was not always the same; most: the largest of
+    what it was held against; reached: whether that was ever more than it."""
+
+    limit: int | None
+    most: int
+    reached: bool = False
+
+    def met(self, value: int, limit: int) -> None:
+        if limit != self.limit:
+            self.limit = None
+        if value > limit:
+            self.reached = True
+        if value > self.most:
+            self.most = value
+
+
+@dataclass(frozen=True)
+class Forced:
+    """A number that is taken for another: by its name wherever it stands (a batch that is smaller in one place is so in
+    all), or where it is written out."""
+
+    site: Site
+    limit: int
+    value: int
+
+
+@dataclass
+class Limits:
+    """Of one trial."""
+
+    forced: Forced | None = None
+    seen: dict[Site, Seen] = field(default_factory=dict)
+
+    def hold(self, site: Site, value: object, limit: object) -> object:
+        """value is held against limit, which is given back, or what it is taken for."""
+        if type(value) is not int or type(limit) is not int:
+            return limit
+        seen = self.seen.get(site)
+        if seen is None:
+            seen = self.seen[site] = Seen(limit, value)
+        seen.met(value, limit)
+        return self.forced.value if self.forced is not None and self.forced.site == site else limit
+
+    def named(self, name: str) -> Forced | None:
+        """What a number of this name is taken for."""
+        return self.forced if self.forced is not None and name and self.forced.site[2] == name else None
+
+    def unmet(self, most: float) -> dict[Site, Seen]:
+        """The numbers that were never reached and never changed, up to so many times what was held against them."""
+        return {
+            site: seen
+            for site, seen in self.seen.items()
+            if seen.limit is not None and not seen.reached and 1 < seen.most < seen.limit < most * seen.most
+        }
+
+
+def site_of(node: ast.expr) -> Site | None:
+    """Of a number that has a name, or is written out; None of what is computed, which may move with the text."""
+    if isinstance(node, ast.Name):
+        return node.lineno, node.col_offset, node.id
+    if isinstance(node, ast.Attribute):
+        return node.lineno, node.col_offset, node.attr
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        return node.lineno, node.col_offset, ""
+    return None
+
+
+_LOOPS = (ast.For, ast.AsyncFor, ast.While, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+
+
+def looped(tree: ast.AST) -> set[int]:
+    """The ids of the nodes that stand in loops: what is cut there is cut again in the next turn."""
+    found: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, _LOOPS):
+            begun = node.iter if isinstance(node, (ast.For, ast.AsyncFor)) else None
+            outside = {id(each) for each in ast.walk(begun)} if begun is not None else set()
+            found.update(id(each) for each in ast.walk(node) if id(each) not in outside)
+    return found
+
+
+__all__ = ["Forced", "Limits", "Seen", "Site", "looped", "site_of"]
