@@ -27,9 +27,9 @@ def cut_short(case: Case, which: Reported, counts: Counts) -> tuple[str, int] | 
         left = float((less.times > 0).sum()) if less is not None else whole
         if left < _LESS * whole:
             evidence = (
-                f"Only {limit:,} are let through. Worked out for a text of {LENGTH - 1:,} targets, which has {most:,} of them, "
-                f"half as many leave {1 - left / whole:.0%} of the targets out; the validation tokens "
-                f"are {_TEXT / LENGTH:,.0f} times as many."
+                f"Only {limit:,} are let through. Worked out for a text of {LENGTH - 1:,} targets, which has {most:,} "
+                f"of them, half as many leave {1 - left / whole:.0%} of the targets out; the validation tokens are "
+                f"{_TEXT / LENGTH:,.0f} times as many."
             )
             return evidence, site[0]
     return None

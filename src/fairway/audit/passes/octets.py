@@ -21,12 +21,15 @@ _NEAR = 1e-9  # relative: sums of integers, divided in double precision
 def by_trial(case: Case, found: Finding, rule: str) -> Finding:
     """A rule's finding, as the trial bears it out: cleared where the score divides by the bytes of the text, a
     violation where it divides by exactly the bytes that the rule's fault gives."""
-    named = "" if case.settings.tables else divisor(case)  # the trial reads no table of settings
+    named, tabled = ("", False) if case.settings.tables else divisor(case)  # the trial reads no table of settings
     if named == "":
         return found
-    if named == rule and found.verdict != "violates":
+    if named == rule:
+        table = Place(case.script.path, case.script.line(case.trial.table)) if case.trial.table else None
+        place = (table if tabled else None) or found.place or table
+        if found.verdict == "violates":
+            return replace(found, place=place)
         evidence = f"Worked out for a text of {LENGTH - 1:,} targets, the score divides by {_HOW[rule]}."
-        place = found.place or _table(case)
         return replace(found, verdict="violates", evidence=evidence, place=place)
     if named == "true" and found.verdict == "violates":
         evidence = f"Worked out for a text of {LENGTH - 1:,} targets, the score divides by the bytes of that text."
@@ -34,12 +37,13 @@ def by_trial(case: Case, found: Finding, rule: str) -> Finding:
     return found
 
 
-def divisor(case: Case) -> str:
-    """What the score divides by: "true", the rule of a fault, or "" where the trial does not tell."""
+def divisor(case: Case) -> tuple[str, bool]:
+    """What the score divides by: "true", the rule of a fault, or "" where the trial does not tell; and whether it is
+    the table of the pieces' bytes that is wrong, and not what is added to it."""
     which, _, _ = passes_of(case)
     counts = counts_of(case, which, doubtful=True)
     if counts is None or len(counts.more) or len(counts.missing):
-        return ""
+        return "", False
     trial = counts.trial
     text = octets(tokens(trial.vocabulary), trial.vocabulary)
     for told in reversed(counts.said):
@@ -49,12 +53,12 @@ def divisor(case: Case) -> str:
         if not unit:
             continue
         bytes_said = 1.0 / (unit * math.log(2.0))
-        for name, each in _laws(text):
+        for name, tabled, each in _laws(text):
             if abs(float(each[counted].sum()) / bytes_said - 1.0) < _NEAR:
-                return name
+                return name, tabled
         if _assumed(bytes_said, int(counted.sum())):
-            return "byte-constant"
-    return ""
+            return "byte-constant", False
+    return "", False
 
 
 def _assumed(bytes_said: float, targets: int) -> bool:
@@ -63,20 +67,21 @@ def _assumed(bytes_said: float, targets: int) -> bool:
     return abs(rate - round(rate)) < 1e-6 and _FEWEST < rate < _MOST
 
 
-def _laws(text: Octets) -> list[tuple[str, NDArray[np.int64]]]:
-    """The bytes of each token, as they are and as the known faults count them (RULES.md (c))."""
+def _laws(text: Octets) -> list[tuple[str, bool, NDArray[np.int64]]]:
+    """The bytes of each token, as they are and as the known faults count them (RULES.md (c)): in the table of pieces,
+    or in what is added to it for a space."""
     base, mark, space, single = text.base, text.mark, text.space, text.single
     return [
-        ("true", text.true),
-        ("byte-double-space", base + mark + space),
-        ("byte-double-space", base + 2 * mark),
-        ("byte-double-space", base + 2 * space),
-        ("byte-fallback-three", text.true + 2 * single),
-        ("byte-fallback-three", text.true + 2 * text.broken),
-        ("byte-fallback-three", text.true + 5 * single),
-        ("byte-missing-mark", base + 3 * mark),
-        ("byte-missing-mark", base + 3 * mark + space),
-        ("byte-missing-mark", base + 2 * mark + space),
+        ("true", False, text.true),
+        ("byte-double-space", True, base + mark + space),
+        ("byte-double-space", False, base + 2 * mark),
+        ("byte-double-space", False, base + 2 * space),
+        ("byte-fallback-three", True, text.true + 2 * single),
+        ("byte-fallback-three", True, text.true + 2 * text.broken),
+        ("byte-fallback-three", True, text.true + 5 * single),
+        ("byte-missing-mark", True, base + 3 * mark),
+        ("byte-missing-mark", True, base + 3 * mark + space),
+        ("byte-missing-mark", True, base + 2 * mark + space),
     ]
 
 
@@ -87,11 +92,6 @@ _HOW = {
     "byte-fallback-three": "bytes of which each byte token has three or six",
     "byte-missing-mark": "the bytes of its pieces with their marks on, three for each space",
 }
-
-
-def _table(case: Case) -> Place:
-    """Where the table of bytes is made: the last line that writes a piece's length into it."""
-    return Place(case.script.path, case.trial.table)
 
 
 __all__ = ["by_trial", "divisor"]

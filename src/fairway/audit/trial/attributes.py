@@ -258,7 +258,7 @@ class Attributes(Arrays):
     def assign_item(self, value: Value, index: Value, new: Value) -> None:
         if isinstance(value, Array):
             place = index_of(index)
-            if self.pieces and isinstance(new, int) and not isinstance(new, bool) and new > 1:
+            if self.pieces and not self.trial.table and type(new) is int and new > 1:
                 self.trial.table = self.line
             if not isinstance(place, Unknown):
                 try:

@@ -47,6 +47,9 @@ class Expressions:
 
     def _constant(self, node: ast.Constant) -> Compute:
         value = node.value
+        forced = self.host.limits.named("") if type(value) is int else None
+        if forced is not None and value == forced.limit:
+            value = forced.value
         return lambda frame: value
 
     def _name(self, node: ast.Name) -> Compute:
@@ -74,12 +77,12 @@ class Expressions:
         end = _end_of(node.slice)
         site = site_of(end) if end is not None and self._once(node) else None
         if site is not None:
-            hold = self.host.limits.hold
+            held_against = self.host.limits.held_against
 
             def begun(frame: Frame) -> Value:
                 whole, part = value(frame), index(frame)
-                if isinstance(whole, (list, tuple, Array)) and type(part.stop) is int and part.stop > 0:
-                    part = slice(part.start, hold(site, len(whole), part.stop))
+                if isinstance(whole, (list, tuple, Array)) and isinstance(part.stop, int) and part.stop > 0:
+                    held_against(site, len(whole), part.stop)
                 return find(whole, part)
 
             return begun
@@ -141,7 +144,7 @@ class Expressions:
     def _compare(self, node: ast.Compare) -> Compute:
         first = self.compiled(node.left)
         rest = [(name_of(op), self.compiled(each)) for op, each in zip(node.ops, node.comparators, strict=True)]
-        truth, hold = self.host.truth, self.host.limits.hold
+        truth, held_against = self.host.truth, self.host.limits.held_against
         sides = [site_of(each) for each in (node.left, *node.comparators)]
 
         def compared(frame: Frame) -> Value:
@@ -150,10 +153,8 @@ class Expressions:
             for (name, part), one, other in zip(rest, sides, sides[1:], strict=False):
                 right = part(frame)
                 if name in _SIZES:
-                    left, right = (
-                        left if one is None else hold(one, right, left),
-                        right if other is None else hold(other, left, right),
-                    )
+                    held_against(one, right, left)
+                    held_against(other, left, right)
                 found = _compared(name, left, right)
                 if len(rest) > 1:
                     try:
@@ -204,20 +205,24 @@ class Expressions:
                     named[key] = found
                 elif isinstance(found, dict):
                     named.update(found)
-            return call(what, tuple(given) if least is None else least(*given), named, line)
+            if least is not None:
+                least(*given)
+            return call(what, tuple(given), named, line)
 
         return called
 
-    def _least(self, node: ast.Call) -> Callable[[Value, Value], tuple[Value, Value]] | None:
+    def _least(self, node: ast.Call) -> Callable[[Value, Value], None] | None:
         """min(found, most): what is found is held against the most; None of other calls."""
         is_min = isinstance(node.func, ast.Name) and node.func.id == "min" and not node.keywords
         if not is_min or len(node.args) != 2 or not self._once(node):
             return None
-        (one, other), hold = [site_of(each) for each in node.args], self.host.limits.hold
-        return lambda left, right: (
-            left if one is None else hold(one, right, left),
-            right if other is None else hold(other, left, right),
-        )
+        (one, other), held_against = [site_of(each) for each in node.args], self.host.limits.held_against
+
+        def seen(left: Value, right: Value) -> None:
+            held_against(one, right, left)
+            held_against(other, left, right)
+
+        return seen
 
     def _once(self, node: ast.expr) -> bool:
         return id(node) not in self.host.looped

@@ -20,6 +20,7 @@ from fairway.audit.trial.files import text_of
 from fairway.audit.trial.holding import (
     accumulated,
     chained,
+    copied,
     counter,
     dataclass_field,
     dataclass_kind,
@@ -86,7 +87,8 @@ _WORLD: dict[str, Act] = {
     "numpy.memmap": lambda machine, args, kwargs, line: memmap(machine, *args, **kwargs),
     **dict.fromkeys(["time.time", "time.perf_counter", "time.monotonic", "time.process_time"], _clock),
     "copy.deepcopy": plain(deepcopy),
-    "copy.copy": plain(lambda value: value.copy() if isinstance(value, (list, dict, set)) else value),
+    "copy.copy": plain(copied),
+    "dataclasses.replace": plain(copied),
     "collections.deque": held(collections.deque),
     "collections.OrderedDict": made_dict,
     "collections.Counter": counter,

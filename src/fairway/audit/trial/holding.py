@@ -47,6 +47,13 @@ def made_dict(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], 
     return dict(pairs, **kwargs)
 
 
+def copied(value: Value, **fields: Value) -> Value:
+    """copy.copy(value), dataclasses.replace(value, field=...): another object with the same fields, but for these."""
+    if isinstance(value, Obj):
+        return Obj(value.kind, {**value.vars, **fields})
+    return value.copy() if isinstance(value, (list, dict, set)) else value
+
+
 def deepcopy(value: Value, *_: Value, **__: Value) -> Value:
     memory: dict[int, Value] = {}
 

@@ -34,8 +34,8 @@ class Seen:
 
 @dataclass(frozen=True)
 class Forced:
-    """A number that is taken for another: by its name wherever it stands (a batch that is smaller in one place is so in
-    all), or where it is written out."""
+    """A number that is taken for another wherever it stands by its name, or is written out: a batch that is smaller in
+    one place is so in all, and what begins where another part ends still does."""
 
     site: Site
     limit: int
@@ -49,19 +49,18 @@ class Limits:
     forced: Forced | None = None
     seen: dict[Site, Seen] = field(default_factory=dict)
 
-    def hold(self, site: Site, value: object, limit: object) -> object:
-        """value is held against limit, which is given back, or what it is taken for."""
-        if type(value) is not int or type(limit) is not int:
-            return limit
+    def held_against(self, site: Site | None, value: object, limit: object) -> None:
+        """value is held against the limit that stands there."""
+        if site is None or type(value) is not int or type(limit) is not int:
+            return
         seen = self.seen.get(site)
         if seen is None:
             seen = self.seen[site] = Seen(limit, value)
         seen.met(value, limit)
-        return self.forced.value if self.forced is not None and self.forced.site == site else limit
 
     def named(self, name: str) -> Forced | None:
-        """What a number of this name is taken for."""
-        return self.forced if self.forced is not None and name and self.forced.site[2] == name else None
+        """What a number of this name, or one that is written out, is taken for."""
+        return self.forced if self.forced is not None and self.forced.site[2] == name else None
 
     def unmet(self, most: float) -> dict[Site, Seen]:
         """The numbers that were never reached and never changed, up to so many times what was held against them."""
