@@ -100,7 +100,9 @@ def place_of(case: Case, fault: Fault) -> Place:
         return _objective(case.trace, fault.cause)
     if fault.kind == "validation-in-training" and isinstance(fault.cause, Update):
         return _taken_in(case, fault.cause, fault.score) or _parted(case.trace, fault.cause) or fault.cause.place
-    if fault.kind == "training-before-scoring" and isinstance(fault.cause, Update):
+    if fault.kind in ("training-before-scoring", "slot-shared-delta") and isinstance(fault.cause, Update):
+        return _parting(fault.cause, fault.score)
+    if fault.kind == "temperature-from-validation":  # the call of what fits it
         return _parting(fault.cause, fault.score)
     return fault.cause.place
 

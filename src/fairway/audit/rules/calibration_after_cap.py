@@ -5,6 +5,7 @@ from fairway.audit.exemptions import departure
 from fairway.audit.flow.events import Choice, Forward, Update
 from fairway.audit.passes.findings import called_at, passes_of, unseen
 from fairway.audit.passes.late import late_calibration, taught_at_evaluation
+from fairway.audit.passes.reserves import unreserved
 from fairway.audit.verdict import Finding, Place
 
 ID = "calibration-after-cap"
@@ -20,7 +21,10 @@ def check(case: Case) -> Finding:
             f"Training stops at {late.clock.place} when the whole {late.clock.limit:g} are used; the weights that "
             f"score are then {_made(late.update)} training data."
         )
-        return Finding(ID, "violates", evidence, CLAUSE, _place(case, late.update))
+        kept_back = unreserved(case)
+        if kept_back is not None:
+            evidence += f" The setting at {kept_back} keeps nothing back for it."
+        return Finding(ID, "violates", evidence, CLAUSE, kept_back or _place(case, late.update))
     if late is not None:
         evidence = (
             f"The weights are calibrated on training data at {late.update.place} after the training loop, and no limit "

@@ -3,6 +3,7 @@
 import re
 
 from fairway.audit.case import Case
+from fairway.audit.passes.reserves import commanded
 from fairway.audit.records import Amount, Log, record_of
 from fairway.audit.terms.clocks import limits, said_at
 from fairway.audit.verdict import Finding, Place, Step
@@ -35,7 +36,8 @@ def check(case: Case) -> Finding:
     said = " + ".join(step.what for step in way)
     if seconds > LIMIT + forgiven:
         evidence = f"{worst.path}: {said} make {seconds:.1f} s; the limit is 600 s"
-        return Finding(ID, "violates", evidence, CLAUSE, way[-1].place, way)
+        own = _by_the_script(case)
+        return Finding(ID, "violates", evidence, CLAUSE, own.place if own is not None else way[-1].place, way)
     return Finding(ID, "clean", f"at most {seconds:.1f} s ({said}) of 600 s", CLAUSE, way[-1].place, way)
 
 
@@ -49,7 +51,8 @@ def _by_the_script(case: Case) -> Finding | None:
     seconds, limit = max(found, key=lambda each: each[0])
     if seconds > 3 * 24 * 3600:  # no limit at all: the steps end it
         return None
-    place = case.reading.place(said_at(limit, seconds))
+    said = said_at(limit, seconds)
+    place = commanded(case.settings, str(said.constant())) or case.reading.place(said)
     evidence = f"training goes on until the script's own clock says {seconds:,.0f} s; the limit is 600 s"
     return Finding(ID, "violates", evidence, CLAUSE, place)
 

@@ -1,0 +1,134 @@
+"""The part of the training time that a setting keeps back for what comes after the steps, and that is nothing."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+
+from fairway.audit.case import Case
+from fairway.audit.passes.late import full_cap
+from fairway.audit.settings import UNKNOWN, Settings, Value, fold
+from fairway.audit.verdict import Place
+
+_STEPS = 3  # from a limit in milliseconds, a field or an argument, to its setting
+_PLAIN: tuple[type[ast.AST], ...] = (
+    *(ast.expr_context, ast.operator, ast.unaryop, ast.cmpop, ast.boolop, ast.Name, ast.Attribute, ast.Constant),
+    *(ast.BinOp, ast.UnaryOp, ast.IfExp, ast.Compare, ast.BoolOp),
+)
+
+
+def unreserved(case: Case) -> Place | None:
+    """Where a setting stands that is taken off the whole training time and is 0: `cap - reserve`, with a reserve that
+    is switched off. None where no setting is taken off it."""
+    names = _Names(case)
+    for node in names.nodes:
+        if not isinstance(getattr(node, "op", None), ast.Sub):
+            continue
+        if isinstance(node, ast.BinOp):
+            whole, part = node.left, node.right
+        elif isinstance(node, ast.AugAssign):
+            whole, part = node.target, node.value
+        else:
+            continue
+        caps = (value for value, _ in names.settings(whole))
+        if any(type(cap) in (int, float) and full_cap(float(cap)) for cap in caps):
+            zero = (place for value, place in names.settings(part) if type(value) in (int, float) and value == 0)
+            found = next(zero, None)
+            if found is not None:
+                return found
+    return None
+
+
+def commanded(settings: Settings, number: str) -> Place | None:
+    """The line of a run command that gives a setting this number, 660 or 660.0."""
+    for command in settings.commands:
+        for said in (*command.environment.values(), *command.arguments.values()):
+            if isinstance(said, str) and _number(said) is not None and _number(said) == _number(number):
+                return Place(command.file, command.line)
+    return None
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+class _Names:
+    """What names are given, as constants and as other names. given: name -> (constant, where) of settings: fields of a
+    class, globals, what is asked of the environment; sources: name -> the names in plain arithmetic that it is given,
+    or, for a parameter, in its arguments."""
+
+    def __init__(self, case: Case) -> None:
+        self.given: dict[str, list[tuple[Value, Place]]] = {}
+        self.sources: dict[str, set[str]] = {}
+        self.nodes: list[ast.AST] = []
+        parameters: dict[str, list[str]] = {}
+        for script in case.script.all():
+            if script.tree is None:
+                continue
+            self.nodes += ast.walk(script.tree)
+            bodies = [
+                script.tree.body,
+                *(node.body for node in ast.walk(script.tree) if isinstance(node, ast.ClassDef)),
+            ]
+            for statement in (each for body in bodies for each in body):
+                for name, value in _assigned(statement):
+                    known = fold(value, lambda part: _setting(part, case.settings))
+                    if known is not UNKNOWN:
+                        place = Place(script.path, script.line(value.lineno))
+                        self.given.setdefault(name, []).append((known, place))
+        for node in self.nodes:
+            for name, value in _assigned(node):
+                self._add(name, value)
+            if isinstance(node, ast.ClassDef):
+                parameters[node.name] = _own_parameters(node)
+            elif isinstance(node, ast.FunctionDef):
+                parameters.setdefault(node.name, [arg.arg for arg in node.args.args])
+        for node in self.nodes:
+            if isinstance(node, ast.Call):
+                for name, arg in zip(parameters.get(_named(node.func), ()), node.args, strict=False):
+                    self._add(name, arg)
+
+    def _add(self, name: str, value: ast.expr) -> None:
+        parts = list(ast.walk(value))
+        if all(isinstance(part, _PLAIN) for part in parts):
+            self.sources.setdefault(name, set()).update(filter(None, map(_named, parts)))
+
+    def settings(self, node: ast.expr) -> Iterator[tuple[Value, Place]]:
+        """Of the names in an expression, and of what they are made of."""
+        names = {name for part in ast.walk(node) if (name := _named(part))}
+        for _ in range(_STEPS):
+            names |= {more for name in names for more in self.sources.get(name, ())}
+        return (each for name in sorted(names) for each in self.given.get(name, ()))
+
+
+def _own_parameters(node: ast.ClassDef) -> list[str]:
+    begun = (each for each in node.body if isinstance(each, ast.FunctionDef) and each.name == "__init__")
+    return next(([arg.arg for arg in each.args.args[1:]] for each in begun), [])
+
+
+def _assigned(node: ast.AST) -> Iterator[tuple[str, ast.expr]]:
+    if isinstance(node, ast.Assign) and len(node.targets) == 1:
+        yield _named(node.targets[0]), node.value
+    elif isinstance(node, ast.AnnAssign) and node.value is not None:
+        yield _named(node.target), node.value
+
+
+def _named(node: ast.AST) -> str:
+    return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
+
+
+def _setting(node: ast.expr, settings: Settings) -> Value:
+    """os.environ.get("RESERVE", 0), env_float("RESERVE", 0.0): a name and its default."""
+    if not isinstance(node, ast.Call) or not node.args or not isinstance(node.args[0], ast.Constant):
+        return UNKNOWN
+    name = node.args[0].value
+    default = node.args[1].value if len(node.args) > 1 and isinstance(node.args[1], ast.Constant) else UNKNOWN
+    said = settings.environ(name, default) if isinstance(name, str) else UNKNOWN
+    number = _number(said) if isinstance(said, str) else None
+    return said if number is None else number
+
+
+__all__ = ["commanded", "unreserved"]
