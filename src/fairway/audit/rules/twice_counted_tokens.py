@@ -12,6 +12,7 @@ from fairway.audit.flow.tokens import Tok
 from fairway.audit.passes.findings import passes_of, unseen
 from fairway.audit.passes.reported import Reported, scores_of
 from fairway.audit.passes.trials import counts_of, repeated
+from fairway.audit.terms.windows import planned
 from fairway.audit.verdict import Finding, Place
 
 ID = "twice-counted-tokens"
@@ -36,8 +37,7 @@ def check(case: Case) -> Finding:
             continue
         again = _again(whole)
         if again:
-            place = _in_the_windows_loop(case, score)
-            return Finding(ID, "violates", again.format(place=score.place), CLAUSE, place)
+            return Finding(ID, "violates", again.format(place=score.place), CLAUSE, _decided(case, score))
         if tails is None and all(_tail_window(tok) for tok in whole) and not _only_whole_windows(case):
             tails = score
             how = f"windows grow shorter, and the loss at {{place}} counts the last {whole[0].step} tokens of each"
@@ -47,7 +47,7 @@ def check(case: Case) -> Finding:
     counts = counts_of(case, which)
     shown = repeated(counts) if counts is not None else ""
     if shown:
-        return Finding(ID, "violates", shown, CLAUSE, _in_the_windows_loop(case, which_score(case, which)))
+        return Finding(ID, "violates", shown, CLAUSE, _decided(case, which_score(case, which)))
     if tails is not None:
         evidence = f"At the end of the data {how.format(place=tails.place)}: some are counted again."
         return departure(case, "small-tail", CLAUSE, evidence, _in_the_windows_loop(case, tails))
@@ -57,6 +57,15 @@ def check(case: Case) -> Finding:
 def which_score(case: Case, which: Reported) -> Score:
     """The last loss that the score sums."""
     return scores_of(case.trace, which.score, which.data)[-1]
+
+
+def _decided(case: Case, score: Score) -> Place:
+    """Where windows are planned: seen in the trial, or in how the end of what counts is worked out; else their loop."""
+    if case.trial.plans.line:
+        return Place(case.script.path, case.script.line(case.trial.plans.line))
+    terms = (planned(gates.of) for gates in case.reading.gates)
+    term = next((term for term in terms if term is not None), None)
+    return _in_the_windows_loop(case, score) if term is None else case.reading.place(term)
 
 
 def _in_the_windows_loop(case: Case, score: Score) -> Place:

@@ -33,8 +33,10 @@ class Core:
         self.settings = settings
         self.vocabulary = size_in(script.text)
         self.limits = Limits(forced)
-        self.looped: set[int] = set()
         self.trial = Trial(vocabulary=self.vocabulary, limits=self.limits)
+        self.plans = self.trial.plans
+        self.looped: set[int] = set()
+        self.handed_on: set[int] = set()
         self.modules: dict[str, Value] = {}
         self.depth = 0
         self.stack: list[int] = []  # lines of the calls around it
@@ -94,6 +96,7 @@ class Core:
         if isinstance(found, Sum):
             self.trial.told.append(Told((*self.stack, self.line), found, len(self.trial.told)))
             self.scored[:] = 0
+            self.plans.told()
 
     def learn(self, value: Value) -> None:
         """backward(): something learns from the targets of these losses."""

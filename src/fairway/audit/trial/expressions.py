@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from fairway.audit.trial.arrays import Array
 from fairway.audit.trial.limits import Limits, site_of
 from fairway.audit.trial.operators import combine, contained, name_of, negated
+from fairway.audit.trial.planning import Plans
 from fairway.audit.trial.sums import Sum
 from fairway.audit.trial.values import UNKNOWN, Frame, Undecided, Unknown, Value
 
@@ -20,6 +21,8 @@ class Host(Protocol):
 
     limits: Limits
     looped: set[int]  # the ids of nodes that stand in loops
+    plans: Plans
+    handed_on: set[int]  # the ids of nodes whose values a list or a caller is given
 
     def step(self, line: int = 0) -> None: ...
     def doubt(self, line: int) -> None: ...
@@ -40,7 +43,16 @@ class Expressions:
 
     def compiled(self, node: ast.expr) -> Compute:
         made: Compute = getattr(self, f"_{type(node).__name__.lower()}", self._strange)(node)
-        return made
+        if id(node) not in self.host.handed_on or not isinstance(node, (ast.Tuple, ast.Call)):
+            return made
+        met, line = self.host.plans.met, node.lineno
+
+        def handed(frame: Frame) -> Value:
+            found = made(frame)
+            met(line, found)
+            return found
+
+        return handed
 
     def _strange(self, node: ast.expr) -> Compute:
         return lambda frame: UNKNOWN

@@ -14,6 +14,7 @@ from fairway.audit.trial.calls import Calls
 from fairway.audit.trial.functions import functions
 from fairway.audit.trial.generators import Generators
 from fairway.audit.trial.limits import Forced, looped
+from fairway.audit.trial.planning import handed_on
 from fairway.audit.trial.told import Trial
 from fairway.audit.trial.values import Class, Frame, Lib, Obj, Raised, Spent, Value
 
@@ -64,6 +65,7 @@ class Machine(Calls):
         if script.tree is None:
             return
         self.looped |= looped(script.tree)
+        self.handed_on |= handed_on(script.tree)
         before, self.script = self.script, script
         try:
             self.compiler.block(script.tree.body)(frame)

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fairway.audit.trial.limits import Limits
+from fairway.audit.trial.planning import Plans
 from fairway.audit.trial.sums import Sum
 from fairway.audit.trial.text import LENGTH
 
@@ -42,9 +43,8 @@ class Trial:
 
     doubts: lines of conditions that hang on what nobody knows; steps: how many were taken; left_out: lines of
     statements that raise, and what; unsure: those among them that had scored before they did; summed: lines that sum
-    losses; limits: numbers that others were held against;
-    fitted: whether vectors of their own are fitted to windows; table: the line
-    that writes the length of a piece into a table
+    losses; limits: numbers that others were held against; plans: lines that put windows together; fitted: whether
+    vectors of their own are fitted to windows; table: the line that writes the length of a piece into a table
     """
 
     vocabulary: int = 1_024
@@ -58,6 +58,7 @@ class Trial:
     table: int = 0
     left_out: dict[int, str] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
+    plans: Plans = field(default_factory=Plans)
     unsure: set[int] = field(default_factory=set)
     summed: set[int] = field(default_factory=set)
 
