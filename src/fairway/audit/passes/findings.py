@@ -150,8 +150,8 @@ def _filled(trace: Trace, update: Update, score: Score) -> Place | None:
 
 
 def _calibrated(case: Case, update: Update, score: Score) -> Place:
-    """Where the model was run on what it was calibrated on; where that was read for it alone, where it was read, in
-    the function that both are steps of."""
+    """Where the model was run on what it was calibrated on; where that was read for it alone, the line that asks for
+    it."""
     kinds = {tok.data for tok in update.learned} & passes_of(case)[0].data
     runs = [
         event
@@ -162,9 +162,23 @@ def _calibrated(case: Case, update: Update, score: Score) -> Place:
     fitting = [event for event in runs if any((tok.data, tok.spans) in learned for tok in event.toks)]
     run = fitting[-1] if fitting else runs[-1] if runs else update
     for origin in _own_reads(case, update, score)[:1]:
-        read = case.trace.reads[origin].stack
-        return next((mine for mine, other in zip(read, run.stack, strict=False) if mine != other), read[-1])
+        asked = _asked_for(case.trace, origin)
+        if asked is not None:
+            return asked
     return called_at(run)
+
+
+def _asked_for(trace: Trace, origin: int) -> Place | None:
+    """The innermost line of a read's calls that leads to no other read: above the loader that the training has, too.
+    Where the loader was made in the call of what goes through it, that call."""
+    read = trace.reads[origin].stack
+    for depth in range(len(read) - 1, -1, -1):
+        way = read[: depth + 1]
+        if all(each.stack[: depth + 1] == way for each in trace.reads if read[depth] in each.stack):
+            before = [each.stack for each in trace.reads[:origin] if each.stack[:depth] == way[:-1]]
+            made = depth > 1 and any(stack[: depth + 1] != way for stack in before)
+            return way[-2] if made else way[-1]
+    return None
 
 
 def called_at(event: Event) -> Place:
