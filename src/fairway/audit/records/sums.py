@@ -54,8 +54,11 @@ def _compared(script: Script, node: ast.Compare, sources: "_Sources") -> list[Su
 
 
 def _written_at(side: ast.expr, sources: "_Sources") -> int:
-    """Where a limit stands that a name leads to: LIMIT = 16 * 2**20."""
-    lines = [each.lineno for each in sources.of(side) if LIMIT < (_folded(each) or 0) <= MIB]
+    """Where a limit stands that a name leads to: LIMIT = 16 * 2**20, or the default of a setting."""
+    lines = []
+    for each in sources.of(side):
+        values = [each, *(_defaults(each) if isinstance(each, ast.Call) else ())]
+        lines += [each.lineno] if any(LIMIT < (_folded(value) or 0) <= MIB for value in values) else []
     return lines[0] if len(lines) == 1 else side.lineno
 
 
