@@ -1,0 +1,170 @@
+"""Where a fault is named: the line that decides it, which is often not the line in which it shows."""
+
+from pathlib import Path
+
+import pytest
+
+from fairway.audit.verdict import Finding
+from tests.audit.order import HEAD, MAIN, findings, line_of
+from tests.audit.small import TABLE, script, verdict
+from tests.audit.test_rules_trials import DEALT
+from tests.audit.test_rules_trials import HEAD as SMALL
+
+BODY = "    final = eval_ttt(args, model, val)\n"
+CALIBRATED = """
+def moments(args, model, tokens):
+    sums = torch.zeros(64, 64)
+    for s in range(0, 65536, 1024):
+        h = model.hidden(tokens[s : s + 1024][None])
+        sums += (h.transpose(1, 2) @ h)[0].detach()
+    return sums
+
+def round_off(model, sums):
+    for p in model.parameters():
+        p.data.copy_((p / sums.diagonal().mean()).round() * sums.diagonal().mean())
+
+def collect(args, model):
+    SOURCE
+    return moments(args, model, tokens)
+"""
+
+
+def line(finding: Finding) -> int:
+    assert finding.verdict == "violates"
+    assert finding.place is not None
+    return finding.place.line
+
+
+def calibrated(source: str, head: str = HEAD) -> str:
+    body = "    round_off(model, collect(args, model))\n    final = eval_val(args, model, val)\n"
+    return head + CALIBRATED.replace("SOURCE", source) + MAIN.replace(BODY, body)
+
+
+RESERVES = {
+    "in the comparison": ("elapsed >= args.cap - args.reserve", ""),
+    "in milliseconds": ("1000 * elapsed >= 1000 * args.cap - 1000 * args.reserve", ""),
+    "of two names": ("elapsed >= limit", "    kept = args.reserve\n    limit = args.cap - kept\n"),
+    "taken off": ("elapsed >= limit", "    limit = args.cap\n    limit -= args.reserve\n"),
+}
+
+
+@pytest.mark.parametrize("way", RESERVES)
+def test_a_reserve_that_is_nothing_is_named_where_it_stands(way: str) -> None:
+    test, before = RESERVES[way]
+    head = HEAD.replace("elapsed >= args.cap - args.reserve", test).replace('"RESERVE", 12.0', '"RESERVE", 0.0')
+    head = head.replace("def train(args, model):\n", f"def train(args, model):\n{before}")
+    text = calibrated("tokens = load(args.train_files)", head)
+    assert line(findings(text)["calibration-after-cap"]) == line_of(text, '"RESERVE", 0.0')
+
+
+def test_without_a_reserve_the_calibration_is_named() -> None:
+    head = HEAD.replace("elapsed >= args.cap - args.reserve", "elapsed >= args.cap")
+    text = calibrated("tokens = load(args.train_files)", head)
+    found = line(findings(text)["calibration-after-cap"])
+    assert abs(found - line_of(text, "round_off(model, collect(args, model))")) <= 1
+
+
+def test_calibration_on_validation_is_named_where_its_text_is_asked_for() -> None:
+    text = calibrated("tokens = load(args.val_files)")
+    assert line(findings(text)["calibration-on-validation"]) == line_of(text, "    tokens = load(args.val_files)")
+
+
+FITTED = """
+def fit(args, model, val):
+    scale = torch.ones((), requires_grad=True)
+    opt = torch.optim.SGD([scale], lr=0.1)
+    for s in range(0, 65536, 1024):
+        logits = model.forward_logits(val[s : s + 1024][None])[0].detach()
+        opt.zero_grad()
+        F.cross_entropy(logits * scale, val[s + 1 : s + 1025]).backward()
+        opt.step()
+    return scale.detach()
+
+def scaled(args, model, val, scale):
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for s in range(0, val.numel() - 1024, 1024):
+            logits = model.forward_logits(val[s : s + 1024][None])[0] * scale
+            total += F.cross_entropy(logits, val[s + 1 : s + 1025], reduction="sum").item()
+            count += 1024
+    return total / count
+"""
+
+
+def test_a_temperature_is_named_where_its_fit_is_called() -> None:
+    body = "    scale = fit(args, model, val)\n    final = scaled(args, model, val, scale)\n"
+    text = HEAD + FITTED + MAIN.replace(BODY, body)
+    assert line(findings(text)["temperature-from-validation"]) == line_of(text, "scale = fit(")
+
+
+CLOCK = """
+import os, time, torch
+
+class Args:
+    cap = float(os.environ.get("CAP_SECONDS", DEFAULT))
+
+args, begun = Args(), time.time()
+net = torch.nn.Linear(8, 8)
+opt = torch.optim.SGD(net.parameters(), lr=1e-3)
+for step in range(20000):
+    net(torch.randn(4, 8)).sum().backward()
+    opt.step()
+    if time.time() - begun > args.cap:
+        break
+"""
+README = "CAP_SECONDS={cap} torchrun --nproc_per_node=8 train_gpt.py\n"
+
+
+@pytest.mark.parametrize(("default", "command", "where"), [("640.0", "", "script"), ("600.0", "640", "README.md")])
+def test_a_clock_that_runs_too_long_is_named_where_it_is_set(
+    tmp_path: Path, default: str, command: str, where: str
+) -> None:
+    text = CLOCK.replace("DEFAULT", default)
+    files = {"README__md": README.format(cap=command)} if command else {}
+    found = verdict(tmp_path, "training_over_time", text, **files)
+    assert found.place is not None
+    assert (found.place.file, found.verdict) == ("train_gpt.py" if where == "script" else "README.md", "violates")
+    wanted = line_of(text, "CAP_SECONDS") if where == "script" else 1
+    assert found.place.line == wanted
+
+
+def test_windows_that_reach_back_are_named_where_they_are_planned(tmp_path: Path) -> None:
+    text = SMALL + DEALT[: DEALT.index("def evaluate")] + PLANNED
+    found = verdict(tmp_path, "twice_counted_tokens", text)
+    assert line(found) == line_of(text, "plan.append(")
+
+
+PLANNED = """
+def planned(total):
+    plan = []
+    for s in range(0, total, 256):
+        plan.append((max(0, s - 1792), min(s + 256, total), 0 if s == 0 else 1536))
+    return plan
+
+def evaluate(net, val):
+    nats, count = 0.0, 0
+    held = {n: window for n, window in enumerate(planned(len(val) - 1))}
+    for n in sorted(held):
+        low, high, first = held[n]
+        nll = F.cross_entropy(net(val[low:high]), val[low + 1 : high + 1], reduction="none")
+        nats += nll[first:].sum().item()
+        count += high - low - first
+    return nats / count
+
+print(f"val_loss {evaluate(Net(), load()):.5f}")
+"""
+
+
+def test_a_space_that_the_table_counts_is_named_in_the_table(tmp_path: Path) -> None:
+    text = script(table=TABLE.replace("            piece = piece[1:]\n", '            piece = " " + piece[1:]\n'))
+    found = verdict(tmp_path, "byte_double_space", text)
+    assert abs(line(found) - line_of(text, 'piece = " " + piece[1:]')) <= 2
+
+
+def test_a_limit_in_mib_is_named_where_the_setting_stands(tmp_path: Path) -> None:
+    limit = (
+        'import os\nMOST = int(os.environ.get("MOST", 16 * 1024 * 1024))\ncode = len(open(__file__).read())\n'
+        'size = os.path.getsize("model.xz") + code\nif size > MOST:\n    raise ValueError(size)\n'
+    )
+    text = script(extra=limit)
+    assert line(verdict(tmp_path, "size_sum", text)) == line_of(text, "MOST = int(")
