@@ -253,6 +253,8 @@ def test_a_module_that_was_not_handed_in_is_suspect(tmp_path: Path) -> None:
         ({"eval_ms": 553_000, "tail": ["gptq: 66 matrices quantized in 120.0s"]}, "clean"),
         ({"eval_ms": 553_000, "tail": ["ttt chunk 300/473 time:355.0s"]}, "clean"),
         ({"tail": ["total_eval_time: 688.0s"]}, "violates"),
+        ({"tail": ["eval_total:657454ms (limit 600000ms)"]}, "violates"),
+        ({"tail": ["eval_total:557454ms (limit 600000ms)"]}, "clean"),
     ],
 )
 def test_the_evaluation_has_600_seconds_with_what_lies_outside_its_timer(
@@ -581,8 +583,7 @@ def test_where_no_log_times_the_training_the_scripts_clock_does(tmp_path: Path) 
     finding = found(training_over_time, tmp_path)
     assert finding.verdict == "violates"
     assert "895 s" in finding.evidence
-    assert finding.place is not None
-    assert "MINUTES" in CLOCKED.split("\n")[finding.place.line - 1]
+    assert finding.place == Place("README.md", 1)
 
 
 def test_a_clock_in_milliseconds_is_read_in_its_unit(tmp_path: Path) -> None:
