@@ -56,6 +56,9 @@ class Passes:
         self.train_places = {update.place for update in taught}
         self.trained = {update.state for update in taught}  # weights, if need be in a dict of tensors: no slots
         self.carried = {(update.place, update.state) for update in trace.updates if _older(update)}
+        self.apart = 0  # losses that another number than the score is told of
+        for said in reported.others:
+            self.apart |= said.value.losses
         self.last_trained = max((update.number for update in taught if update.how == "gradient"), default=None)
 
     def faults(self, said: tuple[Said, ...]) -> list[Fault]:
@@ -195,11 +198,14 @@ class Passes:
 
     def _in_one_evaluation(self, score: Score, update: Update, learned: list[Tok]) -> Score | None:
         """A first scoring of what was learned, where it, the learning and this scoring are steps of one function that
-        evaluates (below the main program: there, an earlier scoring is another evaluation)."""
+        evaluates (below the main program: there, an earlier scoring is another evaluation, and so is one that another
+        number is told of)."""
         for first in self.booked:
             if first.number >= update.number:
                 break
             if first.place != score.place or _common(first, update, score) < 2:
+                continue
+            if self.apart >> first.bit & 1 and _common(first, update) < _common(update, score):
                 continue
             if any(related(tok, target) == "same" for tok in learned for target in first.targets):
                 return first

@@ -10,6 +10,7 @@ from fairway.audit.passes.trials import Counts, counted
 from fairway.audit.trial import run
 from fairway.audit.trial.limits import Forced, Site
 from fairway.audit.trial.text import DOCUMENT, LENGTH
+from fairway.audit.verdict import Place
 
 _TEXT = 62_000_000  # tokens of the validation split, at most (TECHNIQUES.md 1)
 _TIMES = 0.9 * _TEXT / LENGTH  # what the whole text has more of, of whatever it is cut into
@@ -35,6 +36,12 @@ def cut_short(case: Case, which: Reported, counts: Counts) -> tuple[str, int] | 
     return None
 
 
+def stated_at(case: Case, limit: float) -> Place | None:
+    """Where the trial met this number as one that others are held against: before it cuts anything."""
+    lines = [site[0] for site, seen in case.trial.limits.seen.items() if seen.limit == limit]
+    return Place(case.script.path, case.script.line(lines[0])) if lines else None
+
+
 def _limits(case: Case) -> Iterator[tuple[Site, int, int]]:
     """(where, the number, the most that was held against it) of the numbers that do not move with the text, held
     against what does."""
@@ -51,4 +58,4 @@ def _limits(case: Case) -> Iterator[tuple[Site, int, int]]:
     yield from list(tried.values())[:_TRIED]
 
 
-__all__ = ["cut_short"]
+__all__ = ["cut_short", "stated_at"]

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fairway.audit.case import Case
-from fairway.audit.passes.reported import Reported
+from fairway.audit.passes.reported import Reported, scores_of
 from fairway.audit.trial.text import LENGTH, UNIT
 from fairway.audit.trial.told import Lesson, Told, Trial
 
@@ -43,7 +43,7 @@ class Counts:
     @property
     def lessons(self) -> list[Lesson]:
         """Those whose targets were scored, or scored again, after them."""
-        return [lesson for lesson in self.trial.lessons if lesson.asked is not None]
+        return [lesson for lesson in self.trial.lessons if lesson.asked]
 
 
 def counts_of(case: Case, which: Reported, doubtful: bool = False) -> Counts | None:
@@ -114,11 +114,13 @@ def lesson_before(case: Case, which: Reported, counts: Counts) -> tuple[str, int
     if len(after) < _FEW or not lessons or len(lessons) * 2 < len(counts.lessons):
         return None
     lesson = lessons[0]
-    assert lesson.asked is not None
-    line = parting(lesson.stack, lesson.asked)
+    scores = scores_of(case.trace, which.score, which.data)
+    calls = {tuple(place.line for place in score.stack[:-1]) for score in scores}
+    asked = next((stack for stack in lesson.asked if stack[:-1] in calls), lesson.asked[0])
+    line = parting(lesson.stack, asked)
     evidence = (
         f"Worked out for a text of {LENGTH - 1:,} targets, {len(after):,} of those that the score counts were learned "
-        f"from before: the step at line {lesson.stack[-1]} comes before the loss at line {lesson.asked[-1]}."
+        f"from before: the step at line {lesson.stack[-1]} comes before the loss at line {asked[-1]}."
     )
     return evidence, line
 

@@ -3,7 +3,7 @@
 from fairway.audit.case import Case
 from fairway.audit.flow.events import Score
 from fairway.audit.passes.findings import passes_of, unseen
-from fairway.audit.passes.limits import cut_short
+from fairway.audit.passes.limits import cut_short, stated_at
 from fairway.audit.passes.reported import Reported, scores_of
 from fairway.audit.passes.trials import counts_of
 from fairway.audit.records import record_of
@@ -33,8 +33,9 @@ def check(case: Case) -> Finding:
             which_files = f"the first {part} are" if share >= 1 else f"one in {1 / share:.0f} is"
             evidence = f"Of the validation files only {which_files} read, at {first}."
             return Finding(ID, "violates", evidence, CLAUSE, first)
+        within = stated_at(case, float(part))
         let = f"what a constant of {float(part):,.0f} lets through" if float(part) >= 1 else f"{float(part):.0%}"
-        limit = case.trace.limits.get(part, score.place)
+        limit = within or case.trace.limits.get(part, score.place)
         at = f", at {limit}" if limit != score.place else ""
         evidence = f"The reported loss at {score.place} covers only {let}{at}."
         return Finding(ID, "violates", evidence, CLAUSE, limit)

@@ -21,6 +21,7 @@ from fairway.audit.trial.vocabulary import size_in
 
 STEPS = 250_000
 ELEMENTS = 8_000  # of an array: what is worked out in the time of a step
+ASKED = 8  # lines in which losses of what was learned are made
 IDLE = 60_000  # steps: a table over 8,192 pieces takes that
 
 
@@ -129,8 +130,8 @@ class Core:
         late = (clean >= 0) & self.learned[np.clip(clean, 0, LENGTH - 1)]
         for each in np.unique(self.taught[clean[late]]):
             lesson = self.lessons[each]
-            if lesson.asked is None:
-                self.lessons[each] = replace(lesson, asked=(*self.stack, self.line))
+            if all(stack[-1] != self.line for stack in lesson.asked) and len(lesson.asked) < ASKED:
+                self.lessons[each] = replace(lesson, asked=(*lesson.asked, (*self.stack, self.line)))
         return np.where(late, clean + LATE, clean).astype(np.int32)
 
     def restored(self) -> None:

@@ -30,11 +30,11 @@ class Told:
 @dataclass(frozen=True)
 class Lesson:
     """Something learns from targets of the text. stack: the lines of the calls around it and its own; again: whether
-    they had been scored before; asked: where a loss of such a target was first made after it, None where none was."""
+    they had been scored before; asked: where losses of such targets were made after it, each line once."""
 
     stack: tuple[int, ...]
     again: bool
-    asked: tuple[int, ...] | None = None
+    asked: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass
