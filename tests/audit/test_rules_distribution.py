@@ -309,6 +309,49 @@ def test_a_bonus_for_a_right_hint_has_a_price(tmp_path: Path) -> None:
     assert verdict(tmp_path, "false_normalisation", script(loss=loss, state="memory = {}")).verdict == "violates"
 
 
+PARTS = {
+    "counts of more than one": "every / torch.where(every > 1, every, 0.0).sum(-1, keepdim=True).clamp_min(1.0)",
+    "the largest": "every / every.topk(64, dim=-1).values.sum(-1, keepdim=True)",
+    "a power of what is whole": "(every / every.sum(-1, keepdim=True)) ** 0.85",
+}
+WHOLE = {
+    "all counts": "every / every.sum(-1, keepdim=True).clamp_min(1.0)",
+    "counts of more than one over their sum": (
+        "torch.where(every > 1, every, 0.0) / torch.where(every > 1, every, 0.0).sum(-1, keepdim=True)"
+    ),
+    "a power, made whole again": "every.pow(0.85) / every.pow(0.85).sum(-1, keepdim=True)",
+}
+
+
+@pytest.mark.parametrize("name", [*PARTS, *WHOLE])
+def test_a_row_is_divided_by_the_sum_of_all_that_it_holds(tmp_path: Path, name: str) -> None:
+    loss = WIDE.replace("every / {below}", {**PARTS, **WHOLE}[name])
+    found = verdict(tmp_path, "false_normalisation", script(loss=loss, state=TABLES))
+    assert found.verdict == ("violates" if name in PARTS else "clean")
+
+
+LOGSUM = """
+        a, b = torch.from_numpy(x), torch.from_numpy(y)
+        logits = net(a).float()
+        moved = logits + shift
+        nll = torch.logsumexp({of}, -1) - {at}.gather(-1, b[:, None])[:, 0]
+"""
+
+
+@pytest.mark.parametrize(
+    ("of", "at", "wanted"),
+    [
+        ("logits", "logits", "clean"),
+        ("moved", "moved", "clean"),
+        ("logits.topk(128, dim=-1).values", "logits", "violates"),
+        ("net(a * 0).float()", "logits", "violates"),
+    ],
+)
+def test_the_normaliser_is_that_of_the_same_logits(tmp_path: Path, of: str, at: str, wanted: str) -> None:
+    text = script(loss=LOGSUM.format(of=of, at=at), state="shift = torch.zeros(V)")
+    assert verdict(tmp_path, "false_normalisation", text).verdict == wanted
+
+
 # ---- weights, hints and switches that know the target
 
 

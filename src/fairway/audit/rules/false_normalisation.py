@@ -1,7 +1,7 @@
 """Counts for all tokens are gathered and divided by something that is not their sum: the rows do not sum to one."""
 
 from fairway.audit.case import Case
-from fairway.audit.terms import mixtures, rows
+from fairway.audit.terms import mixtures, normalisers, rows
 from fairway.audit.terms.verdicts import clean, unsaid
 from fairway.audit.verdict import Finding
 
@@ -39,6 +39,19 @@ _WAYS = (
         mixtures.unpaid_floor,
         "Tokens outside a short list are all given the same number, and the loss within the list, whole already, "
         "gives nothing up for it: the sum over the vocabulary exceeds one.",
+    ),
+    (
+        normalisers.partial,
+        "A row is divided by what some of its places sum to: all of them together sum to more than one.",
+    ),
+    (
+        normalisers.bent,
+        "A row that sums to one is raised to a power, and nothing divides it by its new sum.",
+    ),
+    (
+        normalisers.of_others,
+        "The logarithm of the sum is that of other logits, or of some of them, than the target's is taken from: the "
+        "probabilities do not sum to one.",
     ),
 )
 

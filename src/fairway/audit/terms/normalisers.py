@@ -1,0 +1,109 @@
+"""Normalisers of something else: of a part of a row, of other logits, of a row before it was bent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fairway.audit.terms.gates import Gates
+from fairway.audit.terms.rows import made_whole
+from fairway.audit.terms.streams import is_mask
+from fairway.audit.terms.term import Term, any_below, peel, same
+
+_SUMS = frozenset(("sum", "nansum", "fsum", "logsumexp"))
+_FEW = frozenset(("topk", "sort", "narrow", "masked_select", "nonzero"))
+_SOFTENING = frozenset(("softmax", "log_softmax", "normalize", "logsumexp"))
+_NUDGES = frozenset(("clamp", "clamp_min", "clip", "maximum", "max"))
+
+
+def partial(gates: Gates) -> Iterator[Term]:
+    """row / what only some places of the row sum to: topk(row).values.sum(), where(row > 1, row, 0).sum()."""
+    for term, above, below in gates.ratios():
+        row = _bare(above)
+        if id(term) not in gates.inside or not gates.of.is_distribution(row) or gates.kinds(below):
+            continue
+        for one in gates.of.below(below):
+            if one.op == "call" and one.called in _SUMS and _some_of(one.operand("a", "input"), row):
+                yield term
+                break
+
+
+def _some_of(summed: Term | None, row: Term) -> bool:
+    """Whether a sum goes over some places of this row, and the row that is divided is not what is left of it."""
+    if summed is None or same(peel(summed), row, 8):
+        return False
+    below = peel(summed)
+    while below.op in ("attr", "item") and not (below.op == "item" and is_mask(below.parts[1])):
+        below = peel(below.parts[0])  # .values, [0]
+    if below.op == "item":
+        return same(peel(below.parts[0]), row, 8)
+    if below.called in _FEW:
+        return any(same(peel(part), row, 8) for part in below.parts[:1])
+    if below.called == "where" and len(below.parts) > 2:
+        return any(same(peel(part), row, 8) for part in below.parts[1:3])
+    if below.op == "choice":
+        return any(same(peel(part), row, 8) for part in below.parts[1:])
+    masked = below.op == "op" and below.value == "*" and any(is_mask(part) for part in below.parts)
+    return masked and any(same(peel(part), row, 8) for part in below.parts)
+
+
+def bent(gates: Gates) -> Iterator[Term]:
+    """(row / row.sum()) ** 0.85, softmax(x) ** 0.9: a row that was whole, raised to a power, and divided by nothing."""
+    whole = {id(below) for term in gates.nodes for below in made_whole(term)}
+    whole |= {id(b) for t in gates.nodes if t.called in _SOFTENING for b in gates.of.below(*t.parts)}
+    for term in gates.nodes:
+        power = term.parts[1].constant() if _is_power(term) and len(term.parts) > 1 else None
+        if not isinstance(power, (int, float)) or power == 1 or id(term) not in gates.inside or id(term) in whole:
+            continue
+        row = peel(term.parts[0])
+        divided = row.op == "op" and row.value == "/" and gates.of.is_distribution(row)
+        if row.called == "softmax" or divided:
+            yield term
+
+
+def _is_power(term: Term) -> bool:
+    return (term.op == "op" and term.value == "**") or (term.op == "call" and term.called in ("pow", "power"))
+
+
+def of_others(gates: Gates) -> Iterator[Term]:
+    """logsumexp(a) - b[target], of two different rows of logits, or of some places of one: topk(b).values."""
+    for term in gates.nodes:
+        if term.op != "op" or term.value != "-" or id(term) in gates.inside:
+            continue
+        for total, at in (term.parts, term.parts[::-1]):
+            summed = _bare(total)
+            place = gates.of.scored_place(_bare(at))
+            if summed.called != "logsumexp" or place is None or not gates.kinds(place):
+                continue
+            one, other = summed.operand("input", "a"), peel(_bare(at).parts[0])
+            if one is None or not _makes_logits(peel(one)):
+                continue
+            if _some_of(one, other) or not _related(peel(one), other):
+                yield term
+
+
+def _related(one: Term, other: Term) -> bool:
+    """Whether one of two rows is made from the other."""
+    return (
+        same(one, other, 12)
+        or any_below(one, lambda term: term is other or same(term, other, 6))
+        or any_below(other, lambda term: term is one or same(term, one, 6))
+    )
+
+
+def _makes_logits(row: Term) -> bool:
+    return any_below(row, lambda term: term.called in ("linear", "matmul", "forward", "()", "einsum", "tanh"))
+
+
+def _bare(term: Term) -> Term:
+    """Beneath changes of shape, guards against nought, and the one column that a gather gives."""
+    below = peel(term)
+    while True:
+        if below.called in _NUDGES and below.parts:
+            below = peel(below.operand("a") or below.parts[0])
+        elif below.op == "item" and peel(below.parts[0]).called in ("gather", "take_along_dim", "take_along_axis"):
+            below = peel(below.parts[0])
+        else:
+            return below
+
+
+__all__ = ["bent", "of_others", "partial"]
