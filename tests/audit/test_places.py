@@ -168,3 +168,32 @@ def test_a_limit_in_mib_is_named_where_the_setting_stands(tmp_path: Path) -> Non
     )
     text = script(extra=limit)
     assert line(verdict(tmp_path, "size_sum", text)) == line_of(text, "MOST = int(")
+
+
+KEPT = """
+OPENED = {}
+
+def opened(path):
+    key = str(path)
+    tokens = OPENED.get(key)
+    if tokens is None:
+        tokens = shard(path)
+        OPENED[key] = tokens
+    return tokens
+
+def first_of(pattern):
+    return opened(sorted(glob.glob(pattern))[0])
+
+def collect(args, model, pattern):
+    return moments(args, model, first_of(pattern))
+"""
+
+
+@pytest.mark.parametrize(("pattern", "wanted"), [("val_files", True), ("train_files", False)])
+def test_files_that_are_kept_open_are_told_apart_by_their_patterns(pattern: str, wanted: bool) -> None:
+    body = f"    round_off(model, collect(args, model, args.{pattern}))\n    final = eval_val(args, model, val)\n"
+    head = HEAD + CALIBRATED[: CALIBRATED.index("def collect")] + KEPT
+    head = head.replace("tokens = load(args.train_files)", "tokens = first_of(args.train_files)")
+    text = head + MAIN.replace(BODY, body).replace("load(args.val_files)", "first_of(args.val_files)")
+    found = findings(text)["calibration-on-validation"]
+    assert (found.verdict == "violates") is wanted

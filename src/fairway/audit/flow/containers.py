@@ -240,6 +240,10 @@ class Containers(Indexing):
             items = exact.items or () if isinstance(exact, Value) else ()
             if found is None and isinstance(key.const, int) and -len(items) <= key.const < len(items):
                 found = items[key.const]
+        cell = cell_of(key)
+        if found is None and cell and cell in obj.slots:
+            held = obj.slots[cell]
+            found = held if isinstance(held, Value) else None
         if found is None:
             found = self.element_of(obj)
             if key.const == 0:
@@ -370,6 +374,13 @@ class Containers(Indexing):
                 if limit is not None and (limit > WINDOW or (bound.flags & INDEXED and not in_row)):
                     tok = replace(tok, part=part_of(limit))
         return tok
+
+
+def cell_of(key: Value) -> str:
+    """Where a dict by files holds what it has of the files of one pattern: no other pattern's are found there. "" for
+    other keys."""
+    named = key.const is MISSING and not key.toks and any("*" in word for word in key.words)
+    return f"#of {'|'.join(key.words)}" if named else ""
 
 
 def is_same(one: Value, other: Value) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 
 from fairway.audit.flow.classes import _is_layer
-from fairway.audit.flow.containers import is_same
+from fairway.audit.flow.containers import cell_of, is_same
 from fairway.audit.flow.files import Files
 from fairway.audit.flow.heap import Obj
 from fairway.audit.flow.iteration import SECTION, STAGES
@@ -160,6 +160,11 @@ class Methods(Files):
     def _dict_get(self, obj: Obj, base: Value, name: str, key: Value, args: list[Value], node: ast.AST | None) -> Value:
         known = key.const is not MISSING and ("k", key.const) in obj.slots if hashable(key.const) else False
         default = args[1] if len(args) > 1 else NONE
+        cell = cell_of(key)
+        if name != "pop" and cell and cell not in obj.slots and any(str(each).startswith("#of ") for each in obj.slots):
+            if name == "setdefault":
+                self._put_container(obj, [key], base, default, node)
+            return default
         empty = not any(isinstance(each, tuple) or each in ("#elem", "#items") for each in obj.slots)
         found = self._looked_up(obj, [key], base.spans, node) if known or not empty else NOTHING
         if name == "setdefault" and not known:

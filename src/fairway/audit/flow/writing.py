@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 
-from fairway.audit.flow.containers import Containers
+from fairway.audit.flow.containers import Containers, cell_of
 from fairway.audit.flow.heap import Obj
 from fairway.audit.flow.indices import Part
 from fairway.audit.flow.sorting import aligned, looks_ahead
@@ -121,6 +121,8 @@ class Writing(Containers):
         else:
             if not self._leaf_under_every_key(obj, value):
                 self.add_content(obj, value, "#elem")
+                if cell_of(key):
+                    self.add_content(obj, value, cell_of(key))
             self.add_content(obj, key, "#keys")
 
     def _leaf_under_every_key(self, obj: Obj, value: Value) -> bool:

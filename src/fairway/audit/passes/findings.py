@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import weakref
 
 from fairway.audit.case import Case
@@ -162,23 +163,38 @@ def _calibrated(case: Case, update: Update, score: Score) -> Place:
     fitting = [event for event in runs if any((tok.data, tok.spans) in learned for tok in event.toks)]
     run = fitting[-1] if fitting else runs[-1] if runs else update
     for origin in _own_reads(case, update, score)[:1]:
-        asked = _asked_for(case.trace, origin)
+        asked = _asked_for(case, origin)
         if asked is not None:
             return asked
     return called_at(run)
 
 
-def _asked_for(trace: Trace, origin: int) -> Place | None:
+def _asked_for(case: Case, origin: int) -> Place | None:
     """The innermost line of a read's calls that leads to no other read: above the loader that the training has, too.
     Where the loader was made in the call of what goes through it, that call."""
-    read = trace.reads[origin].stack
+    reads = case.trace.reads
+    read = reads[origin].stack
     for depth in range(len(read) - 1, -1, -1):
         way = read[: depth + 1]
-        if all(each.stack[: depth + 1] == way for each in trace.reads if read[depth] in each.stack):
-            before = [each.stack for each in trace.reads[:origin] if each.stack[:depth] == way[:-1]]
-            made = depth > 1 and any(stack[: depth + 1] != way for stack in before)
+        if all(each.stack[: depth + 1] == way for each in reads if read[depth] in each.stack):
+            others = [each.stack[depth] for each in reads[:origin] if each.stack[:depth] == way[:-1] != each.stack]
+            own = _function_of(case, way[-1])
+            made = depth > 1 and any(_function_of(case, other) != own for other in others)
             return way[-2] if made else way[-1]
     return None
+
+
+def _function_of(case: Case, place: Place) -> int:
+    """The line of the innermost function around a place; 0 outside of any."""
+    scripts = (each for each in case.script.all() if each.path == place.file and each.tree is not None)
+    lines = (
+        script.line(node.lineno)
+        for script in scripts
+        for node in ast.walk(script.tree or ast.Module([], []))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        and script.line(node.lineno) <= place.line <= script.line(node.end_lineno or node.lineno)
+    )
+    return max(lines, default=0)
 
 
 def called_at(event: Event) -> Place:

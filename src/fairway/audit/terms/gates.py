@@ -6,8 +6,9 @@ from functools import cached_property
 from fairway.audit.terms.choices import carried, chooses, forked, is_nothing, is_product, options
 from fairway.audit.terms.octets import looked_up
 from fairway.audit.terms.streams import is_mask, reads, token_terms
-from fairway.audit.terms.targets import Contribution, only_reshapes, unlearned
+from fairway.audit.terms.targets import Contribution, only_reshapes
 from fairway.audit.terms.term import Term, any_below, peel, same
+from fairway.audit.terms.totals import unlearned
 
 _LOGS = frozenset(("log", "log2", "log1p", "logaddexp", "logsumexp", "log_", "logaddexp2"))
 _CHECKS = frozenset(("isfinite", "isnan", "isinf", "is_tensor"))

@@ -9,16 +9,15 @@ cross entropy, the index of a gather), or compared with a hint. `Target.kinds` s
     read     in any other way: looked up in a table, compared in size, computed with
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 
 from fairway.audit.terms.octets import looked_up
 from fairway.audit.terms.positions import Place, place_of_tokens, runs
 from fairway.audit.terms.streams import Streams, compared, is_mask, reads, reads_of_memory, token_terms
 from fairway.audit.terms.term import Term, any_below, peel, same
+from fairway.audit.terms.totals import GATHERS, LOSSES, is_learned, summed
 
-_CROSS = frozenset(("cross_entropy", "nll_loss", "softmax_cross_entropy_with_integer_labels"))
-_GATHERS = frozenset(("gather", "take_along_axis", "take_along_dim", "index_select", "index_sample"))
 _DISTRIBUTIONS = frozenset(
     """softmax log_softmax exp exp2 sigmoid linear matmul logsumexp () forward logits einsum tanh log""".split()  # noqa: SIM905
 )
@@ -95,9 +94,9 @@ class Contribution:
 
     def scored_place(self, term: Term) -> Term | None:
         """The place that a distribution is read at: of cross entropy, of a gather, of an index."""
-        if term.op == "call" and term.called in _CROSS:
+        if term.op == "call" and term.called in LOSSES:
             return term.at(1, "target", "labels")
-        if term.op == "call" and term.called in _GATHERS:
+        if term.op == "call" and term.called in GATHERS:
             base, place = looked_up(term), _index_of(term)
             return place if base is not None and place is not None and self.is_distribution(base) else None
         if term.op == "item" and self.is_distribution(term.parts[0]):
@@ -332,117 +331,3 @@ def contributions(root: Term, streams: Streams, limit: int = 24) -> list[Contrib
             lines.add(key)
             found.append(term)
     return [Contribution(term, streams) for term in found]
-
-
-def summed(term: Term) -> tuple[Term, ...] | None:
-    """What a sum is made of; None for a term that is no sum."""
-    below = peel(term)
-    if below is not term:
-        return (below,)
-    if term.op == "op" and term.value == "+" and any(is_running(part) or _is_total(part) for part in term.parts):
-        return (term.parts[1], term.parts[0])
-    if term.op == "op" and term.value == "-" and is_running(term.parts[0]):
-        return (term.parts[1], term.parts[0])
-    if term.op == "op" and term.value in ("/", "*") and not _is_formula(term):
-        return term.parts
-    if term.op == "op" and term.value == "neg":
-        return term.parts
-    if term.op == "merge":
-        return term.parts[::-1]
-    if term.op == "choice" and (is_running(term.parts[1]) or is_running(term.parts[2])):
-        return term.parts[1:]
-    if term.op == "mutate" and term.value in (".add_", ".append", ".extend", ".sub_", ".insert"):
-        return term.parts[::-1]
-    if term.op == "call" and term.called in (
-        "sum",
-        "mean",
-        "fsum",
-        "nansum",
-        "all_reduce",
-        "cat",
-        "stack",
-        "concatenate",
-    ):
-        operand = term.operand("tensors", "a")
-        return (operand,) if operand is not None else ()
-    if term.op in ("list", "tuple"):
-        return term.parts
-    if term.op == "each" and term.parts[0].op in ("merge", "choice", "mutate", "list", "store"):
-        return term.parts
-    return None
-
-
-def _is_total(term: Term) -> bool:
-    """A sum or a mean, or several of them: not one token's loss, of which nll + log_z is made."""
-    below = peel(term)
-    if below.op == "op" and below.value in ("+", "-", "*", "/") and below.parts:
-        return any(_is_total(part) for part in below.parts)
-    return below.called in ("sum", "mean", "fsum", "nansum", "all_reduce", "dot") or below.op == "each"
-
-
-def is_running(term: Term) -> bool:
-    """A total: nought, or what earlier rounds left."""
-    waiting, steps = [term], 0
-    while waiting and steps < 40:
-        one = peel(waiting.pop())
-        steps += 1
-        if one.op == "const" and one.value == 0 and type(one.value) in (int, float):
-            return True
-        if one.op == "call" and one.called in ("zeros", "zeros_like", "new_zeros"):
-            return True
-        if one.op in ("merge", "choice"):
-            waiting.extend(one.parts[1:] if one.op == "choice" else one.parts)
-        elif one.op in ("op", "mutate") and one.parts:
-            waiting.append(one.parts[0])
-    return False
-
-
-def is_update(term: Term) -> bool:
-    """decay * state + what is learned: the next value of something that began as nought and is carried along."""
-    if term.op != "op" or term.value not in ("+", "-"):
-        return False
-    left = peel(term.parts[0])
-    while left.op in ("item", "store"):  # counts[row] + ..., in a table of noughts that rows were added to
-        left = peel(left.parts[0])
-    scaled = left.op == "op" and left.value == "*" and any(part.op == "const" for part in left.parts)
-    return is_running(left.parts[1] if scaled and left.parts[0].op == "const" else left.parts[0] if scaled else left)
-
-
-def is_learned(term: Term) -> bool:
-    """An update of what is kept: a tensor, a moving average, a place in a table that is stored again; no number that a
-    loop only adds to, and no sum with a place of a table, which is only read."""
-    if term.op == "store":
-        return is_update(term.parts[2])
-    return is_update(term) and not _is_number(term.parts[0]) and peel(term.parts[0]).op != "item"
-
-
-def unlearned(root: Term, parts: Callable[[Term], Iterable[Term]] = lambda term: term.parts) -> Iterator[Term]:
-    """All that a value is made of, each once, without what a state of it has learned. parts: what a term reads."""
-    waiting, seen = [root], set[int]()
-    while waiting and len(seen) < 20_000:
-        term = waiting.pop()
-        if id(term) in seen or (is_learned(term) and term.op != "store" and term is not root):
-            continue
-        seen.add(id(term))
-        yield term
-        waiting.extend(term.parts[:2] if is_learned(term) and term.op == "store" else parts(term))
-
-
-def _is_number(total: Term) -> bool:
-    """Whether a running total began as the number nought."""
-    waiting, steps = [total], 0
-    while waiting and steps < 40:
-        one = peel(waiting.pop())
-        steps += 1
-        if one.op == "const":
-            return True
-        if one.op in ("merge", "choice"):
-            waiting.extend(one.parts[1:] if one.op == "choice" else one.parts)
-        elif one.op == "op" and one.value in ("+", "-") and one.parts:
-            waiting.append(one.parts[0])
-    return False
-
-
-def _is_formula(term: Term) -> bool:
-    """A product of per-token values, not a scaling by counts and constants."""
-    return all(any_below(part, lambda t: t.op == "call" and t.called in _CROSS | _GATHERS) for part in term.parts)
