@@ -147,11 +147,11 @@ class Arithmetic(Comparisons):
     def _lists(self, op: ast.operator, left: Value, right: Value, node: ast.AST | None) -> Value | None:
         if left.items is not None and right.items is not None and isinstance(op, ast.Add):
             return Value(items=left.items + right.items)
-        lists = [obj for value in (left, right) for obj in value.refs if obj.kind == "list"]
+        lists = [(obj, value) for value in (left, right) for obj in value.refs if obj.kind == "list"]
         if not lists or not isinstance(op, (ast.Add, ast.Mult)):
             return None
         new = self.new("list", None, node)
-        held = [self.element_of(obj) for obj in lists]
+        held = [self.tagged(self.element_of(obj), value.spans) for obj, value in lists]
         held += [item for value in (left, right) for item in value.items or ()]
         elem = held[0]
         for each in held[1:]:

@@ -24,11 +24,9 @@ def by_trial(case: Case, found: Finding, rule: str) -> Finding:
     named, tabled = ("", False) if case.settings.tables else divisor(case)  # the trial reads no table of settings
     if named == "":
         return found
-    if named == rule:
+    if named == rule and found.verdict != "violates":
         table = Place(case.script.path, case.script.line(case.trial.table)) if case.trial.table else None
         place = (table if tabled else None) or found.place or table
-        if found.verdict == "violates":
-            return replace(found, place=place)
         evidence = f"Worked out for a text of {LENGTH - 1:,} targets, the score divides by {_HOW[rule]}."
         return replace(found, verdict="violates", evidence=evidence, place=place)
     if named == "true" and found.verdict == "violates":

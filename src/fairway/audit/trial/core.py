@@ -22,6 +22,7 @@ from fairway.audit.trial.vocabulary import size_in
 STEPS = 250_000
 ELEMENTS = 8_000  # of an array: what is worked out in the time of a step
 ASKED = 8  # lines in which losses of what was learned are made
+SORTED = 250  # the same, of what is sorted: places of targets, for the lessons that they come after
 IDLE = 60_000  # steps: a table over 8,192 pieces takes that
 
 
@@ -119,6 +120,7 @@ class Core:
     def booked(self, value: Value) -> Value:
         """A sum of losses is made."""
         if isinstance(value, Sum) and value.places is not None:
+            self.trial.steps += value.places.size // SORTED
             self.trial.summed.add(self.line)
             self.scored[np.unique(value.places & (LATE - 1))] += 1
         return value
@@ -126,6 +128,7 @@ class Core:
     def marked(self, pos: NDArray[np.int32]) -> NDArray[np.int32]:
         """The places of targets that are being scored: marked where something learned from them before."""
         self.made += 1
+        self.trial.steps += pos.size // SORTED
         clean = np.where(pos >= 0, pos & (LATE - 1), -1).astype(np.int32)
         late = (clean >= 0) & self.learned[np.clip(clean, 0, LENGTH - 1)]
         for each in np.unique(self.taught[clean[late]]):
