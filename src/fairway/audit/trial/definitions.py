@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from fairway.audit.trial.expressions import Compute
+from fairway.audit.trial.host import Compute
 from fairway.audit.trial.statements import Run, Statements
 from fairway.audit.trial.values import Class, Frame, Func, Lib, Value
 

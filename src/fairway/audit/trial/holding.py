@@ -14,7 +14,7 @@ from fairway.audit.trial.acting import Act, all_items
 from fairway.audit.trial.arrays import Array, limited, scalar
 from fairway.audit.trial.calls import Decorator, Field
 from fairway.audit.trial.core import Core
-from fairway.audit.trial.expressions import hashable
+from fairway.audit.trial.displays import hashable
 from fairway.audit.trial.operators import combine
 from fairway.audit.trial.values import UNKNOWN, Class, Obj, Unknown, Value
 

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from fairway.audit.trial.expressions import Compute, Expressions, Host, hashable
+from fairway.audit.trial.displays import hashable
+from fairway.audit.trial.expressions import Expressions
+from fairway.audit.trial.host import Compute, Host
 from fairway.audit.trial.operators import combine, name_of
 from fairway.audit.trial.threads import Capture, Graph, Suppress
 from fairway.audit.trial.values import UNKNOWN, Class, Frame, Func, Lib, Raised, Undecided, Unknown, Value
