@@ -8,7 +8,7 @@ from fairway.audit.flow.classes import _is_layer
 from fairway.audit.flow.containers import cell_of, is_same
 from fairway.audit.flow.files import Files
 from fairway.audit.flow.heap import Obj
-from fairway.audit.flow.iteration import SECTION, STAGES
+from fairway.audit.flow.iteration import SECTION
 from fairway.audit.flow.ordering import in_order
 from fairway.audit.flow.values import (
     GRAD,
@@ -16,6 +16,7 @@ from fairway.audit.flow.values import (
     NO_OBJECTS,
     NONE,
     NOTHING,
+    REFS,
     TEXT,
     WEIGHTS,
     Value,
@@ -293,8 +294,8 @@ class Methods(Files):
 
     def _modules(self, parts: list[Obj], named: bool, node: ast.AST | None) -> Value:
         """modules(), named_modules(): few one by one, so that "each of this class is put back" is seen; many as one."""
-        few = len(parts) <= STAGES
-        values = [self.ref(part) for part in parts] if few else [Value(refs=frozenset(parts[:12]))]
+        few = len(parts) <= REFS
+        values = [self.ref(part) for part in parts] if few else [Value(refs=frozenset(parts[:REFS]))]
         told = tuple(Value(items=(NOTHING, value)) if named else value for value in values)
         if not few:
             return self._list_of(told[0], node)

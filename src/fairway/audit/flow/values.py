@@ -41,7 +41,7 @@ RANKED = frozenset(("RANK",))
 ORDERED = frozenset(("#order",))
 """In `env`: it stands where a sort by lengths has put it."""
 
-_REFS, _WORDS = 12, 10  # objects and literal texts that one value remembers
+REFS, _WORDS = 12, 10  # objects and literal texts that one value remembers
 
 NO_OBJECTS: frozenset[Any] = frozenset()
 NO_TOKENS: frozenset[Tok] = frozenset()
@@ -149,8 +149,8 @@ def join(one: Value, other: Value) -> Value:
         else:
             items = tuple(join(a, b) for a, b in zip(items, theirs, strict=True))
     refs = one.refs | other.refs if one.refs != other.refs else one.refs
-    if len(refs) > _REFS:
-        refs = frozenset(sorted(refs, key=lambda each: each.number)[:_REFS])
+    if len(refs) > REFS:
+        refs = frozenset(sorted(refs, key=lambda each: each.number)[:REFS])
     return Value(
         one.const if kept else MISSING,
         refs,
