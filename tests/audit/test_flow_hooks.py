@@ -98,5 +98,15 @@ def test_hooks_of_many_modules_are_taken_off_in_a_loop() -> None:
     assert "calibration-on-validation" not in doubted(taken)
 
 
+def test_hooks_of_more_modules_than_a_value_remembers_are_taken_off_too() -> None:
+    more = "".join(f"        self.more{n} = nn.Linear(64, 64)\n" for n in range(10))
+    more += "        self.last = nn.Sequential(*[getattr(self, f'more{n}') for n in range(10)])\n"
+    forward = "    def hidden(self, x):\n"
+    wide = WATCHED.replace(forward, f"{more}{forward}        x = self.last(x)\n", 1)
+    wide = wide.replace("isinstance(module, nn.Linear)", 'isinstance(module, nn.Linear) and "six" not in name')
+    taken = HEAD + wide.replace("TAKEN_OFF", "for each in handles:\n        each.remove()")
+    assert "calibration-on-validation" not in doubted(taken)
+
+
 def test_hooks_of_many_modules_that_stay_on_see_the_evaluation_too() -> None:
     assert "calibration-on-validation" in broken(HEAD + WATCHED.replace("TAKEN_OFF", "pass"))
