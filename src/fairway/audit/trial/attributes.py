@@ -218,9 +218,12 @@ class Attributes(Arrays):
             if value.pos is not None and value.pos.size and value.pos.flat[-1] >= 0:
                 self.touched += 1
             try:
-                return taken(value, place)
+                part = taken(value, place)
             except IndexError as error:
                 raise Raised("IndexError", str(error)) from None
+            if isinstance(part, Array) and part.body.base is None:  # a copy: places that an array names
+                self.weigh(part)
+            return part
         if isinstance(value, (Sum, Lib, Class)):
             return value
         if isinstance(value, Raw):

@@ -20,7 +20,7 @@ from fairway.audit.trial.values import Frame, Func, Raised, Spent, Value
 from fairway.audit.trial.vocabulary import size_in
 
 STEPS = 250_000
-ELEMENTS = 8_000  # of an array: what is worked out in the time of a step
+ELEMENTS = 2_000  # of an array: what is worked out in the time of a step
 ASKED = 8  # lines in which losses of what was learned are made
 SORTED = 250  # the same, of what is sorted: places of targets, for the lessons that they come after
 IDLE = 60_000  # steps: a table over 8,192 pieces takes that
@@ -66,6 +66,8 @@ class Core:
     def weigh(self, array: Array) -> None:
         """A large array costs as many steps as it takes the time of."""
         self.trial.steps += array.body.size // ELEMENTS
+        if self.trial.steps > STEPS:
+            raise Spent
 
     def piece_asked(self) -> None:
         self.pieces = self.line
