@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fairway.audit.terms.gates import Gates
-from fairway.audit.terms.rows import made_whole
+from fairway.audit.terms.rows import normalised
 from fairway.audit.terms.streams import is_mask
 from fairway.audit.terms.term import Term, any_below, peel, same
 
 _SUMS = frozenset(("sum", "nansum", "fsum", "logsumexp"))
 _FEW = frozenset(("topk", "sort", "narrow", "masked_select", "nonzero"))
-_SOFTENING = frozenset(("softmax", "log_softmax", "normalize", "logsumexp"))
 _NUDGES = frozenset(("clamp", "clamp_min", "clip", "maximum", "max"))
 
 
@@ -48,8 +47,7 @@ def _some_of(summed: Term | None, row: Term) -> bool:
 
 def bent(gates: Gates) -> Iterator[Term]:
     """(row / row.sum()) ** 0.85, softmax(x) ** 0.9: a row that was whole, raised to a power, and divided by nothing."""
-    whole = {id(below) for term in gates.nodes for below in made_whole(term)}
-    whole |= {id(b) for t in gates.nodes if t.called in _SOFTENING for b in gates.of.below(*t.parts)}
+    whole = normalised(gates)
     for term in gates.nodes:
         power = term.parts[1].constant() if _is_power(term) and len(term.parts) > 1 else None
         if not isinstance(power, (int, float)) or power == 1 or id(term) not in gates.inside or id(term) in whole:

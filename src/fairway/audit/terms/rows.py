@@ -98,10 +98,15 @@ def made_whole(term: Term) -> Iterator[Term]:
             waiting.extend(one.parts[1:] if one.op == "choice" else one.parts if one.op == "merge" else one.parts[:1])
 
 
+def normalised(gates: Gates) -> set[int]:
+    """The ids of what is divided by its own sum further up, or goes into a softmax."""
+    whole = {id(below) for term in gates.nodes for below in made_whole(term)}
+    return whole | {id(b) for t in gates.nodes if t.called in _SOFTENING for b in gates.of.below(*t.parts)}
+
+
 def undivided(gates: Gates) -> Iterator[Term]:
     """A row of a memory that is mixed in divided by its largest entry, its length and the like instead of its sum."""
-    whole = {id(below) for term in gates.nodes for below in made_whole(term)}
-    whole |= {id(b) for t in gates.nodes if t.called in _SOFTENING for b in gates.of.below(*t.parts)}
+    whole = normalised(gates)
     for term in gates.nodes:
         if id(term) in gates.inside and id(term) not in whole and term.op == "op" and term.value == "+":
             for row, under, where in (found for part in term.parts for found in _divided(part)):
@@ -111,8 +116,7 @@ def undivided(gates: Gates) -> Iterator[Term]:
 
 def greatest(gates: Gates) -> Iterator[Term]:
     """The larger of several distributions token by token, which nothing divides by its sum afterwards."""
-    whole = {id(below) for term in gates.nodes for below in made_whole(term)}
-    whole |= {id(b) for t in gates.nodes if t.called in _SOFTENING for b in gates.of.below(*t.parts)}
+    whole = normalised(gates)
     for term in gates.present:
         if id(term) not in gates.inside or id(term) in whole or term.called not in ("maximum", "fmax", "max", "amax"):
             continue
