@@ -4,6 +4,7 @@ import ast
 from collections.abc import Iterable, Iterator
 
 from fairway.audit.commands import logged_in
+from fairway.audit.reading.tree import nodes
 from fairway.audit.settings import UNKNOWN, Value, fold
 
 _READS = ("environ.get", "getenv", "environ.setdefault")
@@ -31,7 +32,7 @@ def environment_by_logs(logs: Iterable[str], trees: Iterable[ast.Module]) -> dic
 
 def _settings(tree: ast.Module) -> Iterator[tuple[str, str, ast.expr]]:
     """(name, variable, expression) of every name that is given the value of one environment variable."""
-    for node in ast.walk(tree):
+    for node in nodes(tree):
         targets: list[ast.expr] = []
         if isinstance(node, ast.Assign):
             targets = node.targets

@@ -14,6 +14,7 @@ from typing import Any
 
 from fairway.audit.commands import commands_in
 from fairway.audit.printed import source_end, table_in
+from fairway.audit.reading.tree import nodes
 
 _FEWEST = 6  # entries: a smaller dict, or class, is no table of settings
 _HEAD = 400  # lines of a log in which its settings stand
@@ -73,7 +74,7 @@ def settle(
 
 def _sites(tree: ast.Module) -> Iterator[Site]:
     """Every entry of a table of settings that has a constant default."""
-    for node in ast.walk(tree):
+    for node in nodes(tree):
         if isinstance(node, ast.Dict):
             pairs = zip(node.keys, node.values, strict=True)
             yield from _of_table([(name, value) for key, value in pairs if (name := _text(key)) is not None], "")
@@ -108,7 +109,7 @@ def _fields(node: ast.ClassDef) -> Iterator[tuple[str, ast.expr]]:
 
 def _owners(tree: ast.Module) -> Iterator[tuple[str, str]]:
     """(field, class of it): `exam: Exam = ...`, `self.exam = Exam(...)`."""
-    for node in ast.walk(tree):
+    for node in nodes(tree):
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             if isinstance(node.annotation, ast.Name):
                 yield node.target.id, node.annotation.id.lower()
@@ -160,7 +161,7 @@ def _commanded(
 
 def _heads(tree: ast.Module) -> Iterator[str]:
     """ "FL_" of os.environ.get("FL_" + key.upper()) and of os.environ[f"FL_{key.upper()}"]; "" of key.upper() alone."""
-    for node in ast.walk(tree):
+    for node in nodes(tree):
         key: ast.AST | None = None
         if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("environ.get", "getenv")) and node.args:
             key = node.args[0]

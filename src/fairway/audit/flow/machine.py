@@ -11,6 +11,7 @@ from fairway.audit.flow.core import FUEL, Frame, OutOfFuel
 from fairway.audit.flow.events import Trace, Unknown
 from fairway.audit.flow.values import NOTHING, Value
 from fairway.audit.reading.script import Layer, Script
+from fairway.audit.reading.tree import nodes
 from fairway.audit.settings import Settings
 from fairway.audit.verdict import Place
 
@@ -93,7 +94,7 @@ class Machine(Contexts):
             if tree is not None and len(args[0].const) < 200_000:
                 frame = self.frame
                 inner = Frame(frame.obj, frame.script, frame.globals, frame.closure, frame.node, line=frame.line)
-                for each in ast.walk(tree):
+                for each in nodes(tree):
                     if hasattr(each, "lineno"):
                         each.lineno = frame.line
                 self.frames.append(inner)

@@ -8,6 +8,7 @@ from fairway.audit.case import Case
 from fairway.audit.flow.events import Update
 from fairway.audit.passes.findings import passes_of
 from fairway.audit.passes.reported import scores_of
+from fairway.audit.reading.tree import nodes
 from fairway.audit.verdict import Place
 
 
@@ -47,7 +48,7 @@ def sorted_by_length(case: Case) -> Place | None:
 def _loops(case: Case, function: str) -> Iterator[Place]:
     """The loops that stand in functions of this name."""
     for script in case.script.all():
-        for node in ast.walk(script.tree) if script.tree is not None else ():
+        for node in nodes(script.tree):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name == function:
                 for each in ast.walk(node):
                     if isinstance(each, (ast.While, ast.For, ast.AsyncFor)):

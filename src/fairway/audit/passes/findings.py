@@ -11,6 +11,7 @@ from fairway.audit.passes.consequences import without_consequences
 from fairway.audit.passes.faults import Fault, Passes
 from fairway.audit.passes.patterns import pattern_at
 from fairway.audit.passes.reported import Reported, is_diagnosis, reported
+from fairway.audit.reading.tree import nodes
 from fairway.audit.verdict import Finding, Place, Step, Verdict
 
 _SEEN: weakref.WeakKeyDictionary[Trace, tuple[Reported, list[Fault], list[Fault]]] = weakref.WeakKeyDictionary()
@@ -190,7 +191,7 @@ def _function_of(case: Case, place: Place) -> int:
     lines = (
         script.line(node.lineno)
         for script in scripts
-        for node in ast.walk(script.tree or ast.Module([], []))
+        for node in nodes(script.tree)
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
         and script.line(node.lineno) <= place.line <= script.line(node.end_lineno or node.lineno)
     )

@@ -3,6 +3,7 @@
 import ast
 
 from fairway.audit.case import Case
+from fairway.audit.reading.tree import nodes
 from fairway.audit.verdict import Place
 
 
@@ -15,7 +16,7 @@ def pattern_at(case: Case, pattern: str) -> Place | None:
     places = {
         Place(script.path, script.line(node.lineno))
         for script in case.script.all()
-        for node in (ast.walk(script.tree) if script.tree is not None else ())
+        for node in nodes(script.tree)
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.rsplit("/", 1)[-1] == name
     }
     return places.pop() if len(places) == 1 else None

@@ -8,6 +8,7 @@ from fairway.audit.flow.events import Event, Score, Update
 from fairway.audit.flow.tokens import related
 from fairway.audit.passes.findings import passes_of
 from fairway.audit.passes.reported import scores_of
+from fairway.audit.reading.tree import nodes
 from fairway.audit.verdict import Place
 
 
@@ -43,8 +44,11 @@ class _Functions:
     def __init__(self, case: Case) -> None:
         self._spans: dict[str, list[tuple[int, int]]] = {}
         for script in case.script.all():
-            nodes = list(ast.walk(script.tree)) if script.tree is not None else []
-            made = [each for each in nodes if isinstance(each, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))]
+            made = [
+                each
+                for each in nodes(script.tree)
+                if isinstance(each, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+            ]
             self._spans[script.path] = [(each.lineno, each.end_lineno or each.lineno) for each in made]
 
     def of(self, place: Place) -> tuple[int, int]:

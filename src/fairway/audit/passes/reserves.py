@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from fairway.audit.case import Case
 from fairway.audit.passes.late import full_cap
+from fairway.audit.reading.tree import nodes
 from fairway.audit.settings import UNKNOWN, Settings, Value, fold
 from fairway.audit.verdict import Place
 
@@ -68,10 +69,10 @@ class _Names:
         for script in case.script.all():
             if script.tree is None:
                 continue
-            self.nodes += ast.walk(script.tree)
+            self.nodes += nodes(script.tree)
             bodies = [
                 script.tree.body,
-                *(node.body for node in ast.walk(script.tree) if isinstance(node, ast.ClassDef)),
+                *(node.body for node in nodes(script.tree) if isinstance(node, ast.ClassDef)),
             ]
             for statement in (each for body in bodies for each in body):
                 for name, value in _assigned(statement):

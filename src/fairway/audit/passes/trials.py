@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from fairway.audit.case import Case
 from fairway.audit.passes.reported import Reported, scores_of
+from fairway.audit.reading.tree import nodes
 from fairway.audit.trial.text import LENGTH, UNIT
 from fairway.audit.trial.told import Lesson, Told, Trial
 
@@ -75,7 +76,7 @@ def _doubtful(case: Case) -> bool:
     trial = case.trial
     functions = [
         (node.lineno, node.end_lineno or node.lineno)
-        for node in ast.walk(case.tree or ast.Module([], []))
+        for node in nodes(case.tree)
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
     ]
 

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 from fairway.audit.commands import Command
+from fairway.audit.reading.tree import nodes
 
 _READS = ("environ.get", "getenv", "environ", "environ.setdefault")
 _LITERAL = (ast.Constant, ast.UnaryOp, ast.BinOp, ast.operator, ast.unaryop, ast.Tuple, ast.List, ast.Load)
@@ -15,7 +16,7 @@ def is_setting(name: str, trees: Iterable[ast.Module]) -> bool:
     a constant; what it counts, times or computes is a result, and may differ from run to run."""
     given: list[ast.expr] = []
     for tree in trees:
-        for node in ast.walk(tree):
+        for node in nodes(tree):
             if _asked(node, name):
                 return True
             if isinstance(node, ast.AugAssign) and _named(node.target) == name:
@@ -38,7 +39,7 @@ def _asked(node: ast.AST, name: str) -> bool:
 
 def _given(tree: ast.Module, name: str) -> Iterator[ast.expr]:
     """The values that a name, an attribute, a parameter or a key of this name is given anywhere."""
-    for node in ast.walk(tree):
+    for node in nodes(tree):
         single = isinstance(node, (ast.AnnAssign, ast.NamedExpr)) and _named(node.target) == name
         if single or (isinstance(node, ast.Assign) and any(_named(target) == name for target in node.targets)):
             yield from [node.value] if node.value is not None else []  # type: ignore[attr-defined]

@@ -5,6 +5,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from fairway.audit.reading.tree import nodes
+
 FEWEST = 500  # below it a number is no count of held-out documents
 
 
@@ -24,7 +26,7 @@ def splits(tree: ast.Module) -> list[Split]:
     if not _tokenises(tree):
         return []
     found = []
-    for loop in ast.walk(tree):
+    for loop in nodes(tree):
         counters = _counters(loop) if isinstance(loop, (ast.For, ast.While)) else set()
         for node in ast.walk(loop) if counters else ():
             if not isinstance(node, ast.If):
@@ -42,7 +44,7 @@ def splits(tree: ast.Module) -> list[Split]:
 
 
 def _tokenises(tree: ast.Module) -> bool:
-    called = (each.func for each in ast.walk(tree) if isinstance(each, ast.Call))
+    called = (each.func for each in nodes(tree) if isinstance(each, ast.Call))
     calls = {each.attr for each in called if isinstance(each, ast.Attribute)}
     return bool(calls & {"encode", "encode_ordinary", "encode_as_ids", "encode_batch"}) and bool(
         calls & {"write", "tofile", "tobytes", "write_bytes"}
@@ -104,7 +106,7 @@ def _numbers(value: ast.expr) -> Iterator[ast.Constant]:
 def _given(tree: ast.Module) -> dict[str, list[ast.expr]]:
     """name -> what it is given: an assignment, a field, an entry of a dict, a parameter's default, an option's."""
     found: dict[str, list[ast.expr]] = {}
-    for node in ast.walk(tree):
+    for node in nodes(tree):
         if isinstance(node, ast.Assign) and len(node.targets) == 1:
             found.setdefault(_called(node.targets[0]), []).append(node.value)
         elif isinstance(node, ast.AnnAssign) and node.value is not None:

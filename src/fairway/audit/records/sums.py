@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fairway.audit.reading import Script
+from fairway.audit.reading.tree import nodes
 
 LIMIT = 16_000_000
 MIB = 16 * 1024 * 1024
@@ -29,7 +30,7 @@ def sums(script: Script) -> list[Sum]:
         if each.tree is None:
             continue
         sources = _Sources(each.tree)
-        for node in ast.walk(each.tree):
+        for node in nodes(each.tree):
             if isinstance(node, ast.Compare):
                 found += _compared(each, node, sources)
             elif isinstance(node, ast.JoinedStr):
@@ -170,13 +171,13 @@ def squeezed(script: Script) -> ast.expr | None:
         sources = _Sources(each.tree)
         written = {
             ast.dump(inner.func)
-            for call in ast.walk(each.tree)
+            for call in nodes(each.tree)
             if isinstance(call, ast.Call) and _called(call.func) in ("write", "write_bytes")
             for inner in call.args
             if isinstance(inner, ast.Call)
         }
-        shown = {id(node.value) for node in ast.walk(each.tree) if isinstance(node, ast.FormattedValue)}
-        for node in ast.walk(each.tree):
+        shown = {id(node.value) for node in nodes(each.tree) if isinstance(node, ast.FormattedValue)}
+        for node in nodes(each.tree):
             if not (isinstance(node, ast.Call) and _called(node.func) == "len" and node.args) or id(node) in shown:
                 continue
             for packed in [node.args[0], *sources.of(node.args[0])]:
@@ -211,9 +212,9 @@ class _Sources:
     def __init__(self, tree: ast.Module) -> None:
         self.given: dict[str, list[ast.expr]] = {}
         functions = {
-            node.name: node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+            node.name: node for node in nodes(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
         }
-        for node in ast.walk(tree):
+        for node in nodes(tree):
             if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.NamedExpr)) and node.value is not None:
                 for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
                     self._give(target, node.value)

@@ -12,6 +12,7 @@ from fairway.audit.flow.tokens import Tok
 from fairway.audit.passes.findings import passes_of, unseen
 from fairway.audit.passes.reported import Reported, scores_of
 from fairway.audit.passes.trials import counts_of, repeated
+from fairway.audit.reading.tree import nodes
 from fairway.audit.terms.windows import planned
 from fairway.audit.verdict import Finding, Place
 
@@ -117,7 +118,7 @@ def _pushed_back(tok: Tok) -> bool:
 def _only_whole_windows(case: Case) -> bool:
     """Whether beginnings of windows are held against the end of the data, so that no short window begins."""
     for script in case.script.all():
-        for node in ast.walk(script.tree) if script.tree is not None else ():
+        for node in nodes(script.tree):
             for name, inside in _strided(node):
                 if any(_holds(part, name) for each in inside for part in ast.walk(each)):
                     return True

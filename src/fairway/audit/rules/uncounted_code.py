@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from fairway.audit.case import Case
 from fairway.audit.reading import Script
+from fairway.audit.reading.tree import nodes
 from fairway.audit.records import record_of
 from fairway.audit.verdict import Finding, Place, Step
 
@@ -63,7 +64,7 @@ def _names(text: str, path: str) -> bool:
 
 def _strings(tree: ast.AST) -> Iterator[tuple[str, int]]:
     """(text, line) of every string literal."""
-    for node in ast.walk(tree):
+    for node in nodes(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             yield node.value, node.lineno
 
@@ -73,9 +74,8 @@ def _counts_itself(case: Case, outside: dict[str, int]) -> bool:
     variable that was read from what names them."""
     named = set[str]()
     for script in case.script.all():
-        nodes = list(ast.walk(script.tree)) if script.tree else []
-        read = dict(pair for node in nodes if isinstance(node, ast.Assign) for pair in _read_into(node))
-        for node in nodes:
+        read = dict(pair for node in nodes(script.tree) if isinstance(node, ast.Assign) for pair in _read_into(node))
+        for node in nodes(script.tree):
             if _weighs(node):
                 named |= _files_named(node)
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "len":

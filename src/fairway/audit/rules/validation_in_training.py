@@ -5,6 +5,7 @@ import ast
 from fairway.audit.case import Case
 from fairway.audit.flow.tokens import UNTOLD
 from fairway.audit.passes.findings import passes_of, verdict_on
+from fairway.audit.reading.tree import nodes
 from fairway.audit.verdict import Finding
 
 ID = "validation-in-training"
@@ -34,12 +35,7 @@ def check(case: Case) -> Finding:
 
 def _unfollowed(case: Case) -> bool:
     """Whether gradients are taken in more places than steps were seen to follow them."""
-    calls = [
-        node.func
-        for script in case.script.all()
-        for node in (ast.walk(script.tree) if script.tree is not None else ())
-        if isinstance(node, ast.Call)
-    ]
+    calls = [node.func for script in case.script.all() for node in nodes(script.tree) if isinstance(node, ast.Call)]
     names = [call.attr if isinstance(call, ast.Attribute) else getattr(call, "id", "") for call in calls]
     followed = {update.place for update in case.trace.updates if update.how == "gradient"}
     return sum(name in _GRADIENTS for name in names) > len(followed)

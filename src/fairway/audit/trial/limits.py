@@ -10,6 +10,8 @@ from __future__ import annotations
 import ast
 from dataclasses import dataclass, field
 
+from fairway.audit.reading.tree import nodes
+
 Site = tuple[int, int, str]
 """Line, column, and the name of the number; "" where it is written out."""
 
@@ -88,7 +90,7 @@ _LOOPS = (ast.For, ast.AsyncFor, ast.While, ast.ListComp, ast.SetComp, ast.DictC
 def looped(tree: ast.AST) -> set[int]:
     """The ids of the nodes that stand in loops: what is cut there is cut again in the next turn."""
     found: set[int] = set()
-    for node in ast.walk(tree):
+    for node in nodes(tree):
         if isinstance(node, _LOOPS):
             begun = node.iter if isinstance(node, (ast.For, ast.AsyncFor)) else None
             outside = {id(each) for each in ast.walk(begun)} if begun is not None else set()

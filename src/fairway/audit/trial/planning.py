@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 
+from fairway.audit.reading.tree import nodes
 from fairway.audit.trial.arrays import Array
 from fairway.audit.trial.values import Obj, Value
 
@@ -14,7 +15,7 @@ _FEWEST = 16  # windows: fewer are documents, or shares of processes
 def handed_on(tree: ast.AST) -> set[int]:
     """The ids of expressions that are added to a list, yielded, returned, or make the elements of one."""
     found: set[int] = set()
-    for node in ast.walk(tree):
+    for node in nodes(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "append":
             found.update(id(arg) for arg in node.args)
         elif isinstance(node, (ast.Yield, ast.Return)):

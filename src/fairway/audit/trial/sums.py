@@ -10,6 +10,19 @@ from numpy.typing import NDArray
 LATE: Final = 1 << 28
 """Added to a target's place where something that scores it had already learned from it."""
 
+_NONE: Final = (np.empty(0, np.int32), np.empty(0))
+
+
+def _counted(
+    places: NDArray[np.int32], weights: NDArray[np.float64], length: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """One count for all leaves: a sum has thousands of them, and each count of its own cost two arrays of the text."""
+    place = places & (LATE - 1)
+    inside = (places >= 0) & (place < length)
+    after = inside & (places >= LATE)
+    total, late = (np.bincount(place[these], weights[these], length) for these in (inside, after))
+    return total.astype(np.float64), late.astype(np.float64)
+
 
 class Sum:
     """sum over targets of weight x loss. Immutable; a sum of sums keeps them and is worked out once, at the end."""
@@ -28,29 +41,18 @@ class Sum:
 
     def counts(self, length: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """For each place of a text of `length` tokens: the weight in all, and that of late ones among it."""
-        gathered: dict[int, float] = {}
-        order: list[Sum] = []
+        factors: dict[int, float] = {}
+        leaves: dict[int, Sum] = {}
         waiting: list[tuple[Sum, float]] = [(self, 1.0)]
-        heavy: dict[int, Sum] = {}
         while waiting:
             each, factor = waiting.pop()
             if each.places is not None:
-                gathered[id(each)] = gathered.get(id(each), 0.0) + factor
-                if id(each) not in heavy:
-                    heavy[id(each)] = each
-                    order.append(each)
+                leaves[id(each)] = each
+                factors[id(each)] = factors.get(id(each), 0.0) + factor
             waiting += [(part, factor * times) for part, times in each.parts]
-        total, late = np.zeros(length), np.zeros(length)
-        for each in order:
-            assert each.places is not None
-            assert each.weights is not None
-            weights = np.abs(each.weights * gathered[id(each)])
-            place = each.places & (LATE - 1)
-            inside = (each.places >= 0) & (place < length)
-            total += np.bincount(place[inside], weights[inside], length)
-            after = inside & (each.places >= LATE)
-            late += np.bincount(place[after], weights[after], length)
-        return total, late
+        places = [leaf.places for leaf in leaves.values() if leaf.places is not None]
+        weights = [np.abs(leaf.weights * factors[key]) for key, leaf in leaves.items() if leaf.weights is not None]
+        return _counted(np.concatenate(places), np.concatenate(weights), length) if places else _counted(*_NONE, length)
 
     def scaled(self, factor: float) -> Sum:
         return Sum(parts=((self, factor),))
