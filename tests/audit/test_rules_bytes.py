@@ -142,6 +142,18 @@ def test_a_byte_piece_that_is_measured_as_a_text_counts_three(tmp_path: Path, ta
     assert verdict(tmp_path, "byte_fallback_three", script(table=table)).verdict == "violates"
 
 
+@pytest.mark.parametrize("byte", ["len(bytes([int(p[3:5], 16)]))", "len(bytes.fromhex(p[3:5]))"])
+@pytest.mark.parametrize("rule", ["byte_missing_mark", "byte_fallback_three"])
+def test_a_byte_piece_may_be_measured_by_the_number_in_its_name(tmp_path: Path, rule: str, byte: str) -> None:
+    table = COMPREHENSION.replace("1 if sp.is_byte(i) else", "NUMBER if sp.is_byte(i) else").replace(
+        "[0 if edge[i] else NUMBER", f"[0 if edge[i] else {byte}"
+    )
+    table = table.replace("for i, p in enumerate(bare)", "for i, p in enumerate(pieces)").replace(
+        "len(p.encode())", "len(bare[i].encode())"
+    )
+    assert verdict(tmp_path, rule, script(table=table)).verdict == "clean"
+
+
 def test_byte_pieces_may_be_told_by_their_shape(tmp_path: Path) -> None:
     table = TABLE.replace("if sp.is_byte(i):", 'if sp.id_to_piece(i).startswith("<0x"):')
     assert verdict(tmp_path, "byte_fallback_three", script(table=table)).verdict == "clean"

@@ -136,8 +136,10 @@ class Operations(Picking):
             table = self.new("tensor" if name != "Counter" else "dict", name, node)
             self.learn(table, flats[0].toks, "table", node)
             return self.ref(table)
-        if name in ("log", "log2", "log10", "log1p") and len(flats) == 1:
-            return self._logarithm(name, flats[0], node)
+        if name in ("log", "log2", "log10") and len(flats) == 1:
+            return self._logarithm(flats[0], node)
+        if name in ("exp", "exp2") and len(flats) == 1 and flats[0].losses and not flats[0].losses & ~self.logs:
+            return flats[0].but(losses=0, const=MISSING)  # probabilities again
         if name in CLOCKS and not any(flat.toks for flat in flats):
             return Value(flags=CLOCK)
         if name in ("functional_call", "call_functional"):

@@ -130,11 +130,10 @@ class Picking(Arithmetic):
             result.cuts = condition.cuts
         return result
 
-    def _logarithm(self, name: str, value: Value, node: ast.AST | None) -> Value:
-        """A logarithm of what tables say is a loss; log(1 + p(hint) · (e^b - 1)) is what a hint costs, and none."""
-        cost = name == "log1p" and any("#module" in state.slots for state in value.states)
+    def _logarithm(self, value: Value, node: ast.AST | None) -> Value:
+        """A logarithm of what tables say is a loss: not log1p, which is of counts, or of what a hint costs."""
         tables = [state for state in value.states if "#module" not in state.slots and state.slots.get("#learned")]
-        if value.active and not value.losses and tables and not cost:
+        if value.active and not value.losses and tables:
             toks = value.toks.union(*self.asked)
             loss = self.scored(value, Value(toks=self.newest(toks), flags=RAW), node)
             self.logs |= loss.losses

@@ -9,12 +9,11 @@ from fairway.audit.passes.reported import Reported
 from fairway.audit.passes.trials import Counts, counted
 from fairway.audit.trial import run
 from fairway.audit.trial.limits import Forced, Site
-from fairway.audit.trial.text import DOCUMENT, LENGTH
+from fairway.audit.trial.text import LENGTH, SHORT
 from fairway.audit.verdict import Place
 
 _TEXT = 62_000_000  # tokens of the validation split, at most (TECHNIQUES.md 1)
 _TIMES = 0.9 * _TEXT / LENGTH  # what the whole text has more of, of whatever it is cut into
-_SHORT = 2 * DOCUMENT + 1  # tokens: of a number that the text sets, less is seen in it
 _TRIED = 2  # numbers: each costs another trial
 _LESS = 0.95  # of the targets
 
@@ -22,15 +21,15 @@ _LESS = 0.95  # of the targets
 def cut_short(case: Case, which: Reported, counts: Counts) -> tuple[str, int] | None:
     """A number that is larger than anything in the text of the trial and smaller than the whole text's, and for less
     than which targets do not count: a sentence, and its line. None where there is none."""
-    whole = float((counts.times > 0).sum())
+    whole, length = float((counts.times > 0).sum()), case.trial.length
     for site, limit, most in _limits(case):
         less = counted(run(case.script, case.settings, forced=Forced(site, limit, most // 2)), which)
         left = float((less.times > 0).sum()) if less is not None else whole
         if left < _LESS * whole:
             evidence = (
-                f"Only {limit:,} are let through. Worked out for a text of {LENGTH - 1:,} targets, which has {most:,} "
+                f"Only {limit:,} are let through. Worked out for a text of {length - 1:,} targets, which has {most:,} "
                 f"of them, half as many leave {1 - left / whole:.0%} of the targets out; the validation tokens are "
-                f"{_TEXT / LENGTH:,.0f} times as many."
+                f"{_TEXT / length:,.0f} times as many."
             )
             return evidence, site[0]
     return None
@@ -48,7 +47,7 @@ def _limits(case: Case) -> Iterator[tuple[Site, int, int]]:
     unmet = case.trial.limits.unmet(_TIMES)
     if not unmet:
         return
-    short = run(case.script, case.settings, _SHORT).limits.seen
+    short = run(case.script, case.settings, SHORT).limits.seen  # of a number that the text sets, less is seen
     moving = [
         (site, seen.limit, seen.most)
         for site, seen in unmet.items()

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from fairway.audit.case import Case
 from fairway.audit.passes.findings import passes_of
 from fairway.audit.passes.trials import counts_of
-from fairway.audit.trial.text import LENGTH, tokens
+from fairway.audit.trial.text import tokens
 from fairway.audit.trial.vocabulary import Octets, octets
 from fairway.audit.verdict import Finding, Place
 
@@ -27,10 +27,12 @@ def by_trial(case: Case, found: Finding, rule: str) -> Finding:
     if named == rule and found.verdict != "violates":
         table = Place(case.script.path, case.script.line(case.trial.table)) if case.trial.table else None
         place = (table if tabled else None) or found.place or table
-        evidence = f"Worked out for a text of {LENGTH - 1:,} targets, the score divides by {_HOW[rule]}."
+        evidence = f"Worked out for a text of {case.trial.length - 1:,} targets, the score divides by {_HOW[rule]}."
         return replace(found, verdict="violates", evidence=evidence, place=place)
     if named == "true" and found.verdict == "violates":
-        evidence = f"Worked out for a text of {LENGTH - 1:,} targets, the score divides by the bytes of that text."
+        evidence = (
+            f"Worked out for a text of {case.trial.length - 1:,} targets, the score divides by the bytes of that text."
+        )
         return replace(found, verdict="clean", evidence=evidence)
     return found
 
@@ -43,9 +45,9 @@ def divisor(case: Case) -> tuple[str, bool]:
     if counts is None or len(counts.more) or len(counts.missing):
         return "", False
     trial = counts.trial
-    text = octets(tokens(trial.vocabulary), trial.vocabulary)
+    text = octets(tokens(trial.vocabulary)[: trial.length], trial.vocabulary)
     for told in reversed(counts.said):
-        total, _ = told.sum.counts(LENGTH)
+        total, _ = told.sum.counts(trial.length)
         unit = trial.unit(total)
         counted = total[1:] > 0
         if not unit:

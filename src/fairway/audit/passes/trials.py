@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from fairway.audit.case import Case
 from fairway.audit.passes.reported import Reported, scores_of
 from fairway.audit.reading.tree import nodes
-from fairway.audit.trial.text import LENGTH, UNIT
+from fairway.audit.trial.text import UNIT
 from fairway.audit.trial.told import Lesson, Told, Trial
 
 _ENDS = 2 * UNIT  # tokens at the end of the text: what windows make of them is a rule of its own
@@ -32,7 +32,7 @@ class Counts:
     @property
     def more(self) -> NDArray[np.int64]:
         """The targets before the end of the text that count more than once."""
-        found: NDArray[np.int64] = np.flatnonzero(self.times[: LENGTH - _ENDS] > _TWICE)
+        found: NDArray[np.int64] = np.flatnonzero(self.times[: self.trial.length - _ENDS] > _TWICE)
         return found
 
     @property
@@ -101,8 +101,8 @@ def repeated(counts: Counts) -> str:
         return ""  # few, or weights of another kind: a mean of the means of documents
     most = counts.times[more].max()
     return (
-        f"Worked out for a text of {LENGTH - 1:,} targets, {len(more):,} of them count more than once in the score (up "
-        f"to {most:.3g} times), the first of them at place {more[0]:,}."
+        f"Worked out for a text of {counts.trial.length - 1:,} targets, {len(more):,} of them count more than once in "
+        f"the score (up to {most:.3g} times), the first of them at place {more[0]:,}."
     )
 
 
@@ -120,8 +120,8 @@ def lesson_before(case: Case, which: Reported, counts: Counts) -> tuple[str, int
     asked = next((stack for stack in lesson.asked if stack[:-1] in calls), lesson.asked[0])
     line = parting(lesson.stack, asked)
     evidence = (
-        f"Worked out for a text of {LENGTH - 1:,} targets, {len(after):,} of those that the score counts were learned "
-        f"from before: the step at line {lesson.stack[-1]} comes before the loss at line {asked[-1]}."
+        f"Worked out for a text of {counts.trial.length - 1:,} targets, {len(after):,} of those that the score counts "
+        f"were learned from before: the step at line {lesson.stack[-1]} comes before the loss at line {asked[-1]}."
     )
     return evidence, line
 

@@ -31,9 +31,15 @@ def parts_of(term: Term) -> tuple[Term, ...]:
         term.op == "attr" and term.value in ("shape", "size", "ndim")
     ):
         return ()
-    if term.op == "call" and term.called in _POSITIONS:
+    if term.op == "call" and (term.called in _POSITIONS or is_spelt_number(term)):
         return ()
     return term.parts
+
+
+def is_spelt_number(term: Term) -> bool:
+    """int(piece[3:5], 16), bytes.fromhex(piece[3:5]): what a byte piece says of its byte is no text of the piece."""
+    spelt = term.called == "int" and term.argument(1, "base") is not None
+    return spelt or term.called == "fromhex"
 
 
 _COUNTS = frozenset(("len", "numel", "size", "dim", "nelement", "__len__"))

@@ -16,20 +16,19 @@ from fairway.audit.trial.limits import Forced, Limits
 from fairway.audit.trial.sums import LATE, Sum
 from fairway.audit.trial.text import LENGTH
 from fairway.audit.trial.told import Lesson, Told, Trial
+from fairway.audit.trial.turns import IDLE, MANY, STEPS, Turns
 from fairway.audit.trial.values import Frame, Func, Raised, Spent, Value
 from fairway.audit.trial.vocabulary import size_in
 
-STEPS = 250_000
 ELEMENTS = 2_000  # of an array: what is worked out in the time of a step
 ASKED = 8  # lines in which losses of what was learned are made
 SORTED = 250  # the same, of what is sorted: places of targets, for the lessons that they come after
-IDLE = 60_000  # steps: a table over 8,192 pieces takes that
 
 
 class Core:
     """The state."""
 
-    def __init__(self, script: Script, settings: Settings, forced: Forced | None = None) -> None:
+    def __init__(self, script: Script, settings: Settings, forced: Forced | None = None, slow: float = 0.0) -> None:
         self.entry = script
         self.script = script
         self.settings = settings
@@ -44,6 +43,8 @@ class Core:
         self.stack: list[int] = []  # lines of the calls around it
         self.handlers = 0  # `try` statements that stand around
         self.pieces = 0  # the line of the last piece that was asked for
+        self.spelt = 0  # how many pieces were asked for
+        self.slow = slow  # steps of a turn of loops that are known to go through the tokens one by one
         self.touched = 0  # uses of the text so far
         self.made = 0  # losses of the text so far
         self.line = 0  # of the statement that is being worked out
@@ -71,15 +72,24 @@ class Core:
 
     def piece_asked(self) -> None:
         self.pieces = self.line
+        self.spelt += 1
 
-    def mark(self) -> tuple[int, int, int]:
+    def mark(self) -> Turns:
         """Where a loop begins."""
-        return self.trial.steps, self.trained, self.made + self.touched
+        return Turns(self.trial.steps, self.trained, self.made + self.touched, self.spelt)
 
-    def aimless(self, since: tuple[int, int, int]) -> bool:
-        """Whether a loop may be left: it trains on another text, or has gone on for long without the text."""
-        steps, trained, used = since
-        return self.trained > trained + 1 or (self.trial.steps > steps + IDLE and self.made + self.touched == used)
+    def aimless(self, since: Turns) -> bool:
+        """Whether a loop may be left after a turn: it trains on another text, or has gone on for long without the
+        text. Spent where a loop of so many turns, each so long, would take more steps than there are: over the
+        tokens of this text one by one."""
+        if self.trained > since.trained + 1:
+            return True
+        too_many = since.turn(self.trial.steps)
+        if too_many and self.spelt == since.spelt and not self.slow:
+            self.trial.slow = since.each(self.trial.steps)
+            raise Spent
+        known = since.turns >= MANY and since.each(self.trial.steps) < 2 * self.slow
+        return self.trial.steps > since.steps + IDLE and self.made + self.touched == since.used and not known
 
     def passed_over(self, error: Raised, node: ast.stmt, made: int) -> bool:
         """Whether a statement that raises is left out: the script ran, so what the trial does not know is to blame."""

@@ -16,6 +16,7 @@ from fairway.audit.trial.generators import Generators
 from fairway.audit.trial.limits import Forced, looped
 from fairway.audit.trial.planning import handed_on
 from fairway.audit.trial.told import Trial
+from fairway.audit.trial.turns import shorter
 from fairway.audit.trial.values import Class, Frame, Lib, Obj, Raised, Spent, Value
 
 _STACK = 20_000  # Python frames; a call of the script takes about twenty
@@ -32,12 +33,13 @@ class Compiler(Generators):
 class Machine(Calls):
     """All parts together."""
 
-    def __init__(self, script: Script, settings: Settings, forced: Forced | None = None) -> None:
-        super().__init__(script, settings, forced)
+    def __init__(self, script: Script, settings: Settings, forced: Forced | None = None, slow: float = 0.0) -> None:
+        super().__init__(script, settings, forced, slow)
         self.compiler = Compiler(self)
         self.functions = functions()
 
     def run(self) -> Trial:
+        self.trial.length = text.length.get()
         try:
             self.module(self.entry, "__main__")
             self.trial.complete = True
@@ -86,13 +88,21 @@ class Machine(Calls):
 
 def run(script: Script, settings: Settings, length: int = text.LENGTH, forced: Forced | None = None) -> Trial:
     """The trial of a script. It never raises on what a script holds. length: tokens of the text; forced: a number of
-    the script that is taken for another."""
+    the script that is taken for another. Where a loop goes through the tokens one by one and takes too many steps for
+    that, the text is a shorter one."""
+    trial = _over(script, settings, length, forced)
+    less = shorter(trial.slow) if trial.slow else 0
+    return _over(script, settings, min(less, length), forced, trial.slow) if less else trial
+
+
+def _over(script: Script, settings: Settings, length: int, forced: Forced | None, slow: float = 0.0) -> Trial:
+    """The trial over a text of so many tokens."""
     before = sys.getrecursionlimit()
     sys.setrecursionlimit(max(before, _STACK))
     whole, empty = text.length.set(length), files.disc.set({})
     try:
         with np.errstate(all="ignore"):
-            return Machine(script, settings, forced).run()
+            return Machine(script, settings, forced, slow).run()
     finally:
         text.length.reset(whole)
         files.disc.reset(empty)

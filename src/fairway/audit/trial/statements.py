@@ -12,6 +12,7 @@ from fairway.audit.trial.expressions import Expressions
 from fairway.audit.trial.host import Compute, Host
 from fairway.audit.trial.operators import combine, name_of
 from fairway.audit.trial.threads import Capture, Graph, Suppress
+from fairway.audit.trial.turns import Turns
 from fairway.audit.trial.values import UNKNOWN, Class, Frame, Func, Lib, Raised, Undecided, Unknown, Value
 
 Bind = Callable[[Frame, Value], None]
@@ -25,7 +26,6 @@ class Left:
     value: Value = None
 
 
-Since = tuple[int, int, int]
 """Steps, lessons from other texts, and uses of the text, when a loop began."""
 
 BREAK: Final = Left("break")
@@ -39,8 +39,8 @@ class Machine(Host, Protocol):
     made: int
     handlers: int
 
-    def mark(self) -> Since: ...
-    def aimless(self, since: Since) -> bool: ...
+    def mark(self) -> Turns: ...
+    def aimless(self, since: Turns) -> bool: ...
     def passed_over(self, error: Raised, node: ast.stmt, made: int) -> bool: ...
     def doubt(self, line: int) -> None: ...
     def assign_attribute(self, value: Value, name: str, new: Value) -> None: ...

@@ -13,6 +13,7 @@ UNIT = 2_048  # windows of most scripts; the text is a whole number of them, so 
 LENGTH = 20 * UNIT + 1  # tokens: one and a quarter of the usual chunks of 32,768
 TRAIN = 600_000  # tokens of a training file
 DOCUMENT = 4_096  # tokens of each document: of many scripts, rows of documents side by side end together
+SHORT = 2 * DOCUMENT + 1  # tokens of a shorter text
 
 
 length: ContextVar[int] = ContextVar("length", default=LENGTH)
@@ -28,4 +29,4 @@ def tokens(vocabulary: int) -> NDArray[np.uint16]:
     return ids
 
 
-__all__ = ["BOS", "DOCUMENT", "LENGTH", "TRAIN", "UNIT", "length", "tokens"]
+__all__ = ["BOS", "DOCUMENT", "LENGTH", "SHORT", "TRAIN", "UNIT", "length", "tokens"]

@@ -41,18 +41,21 @@ class Lesson:
 class Trial:
     """What came of it. complete: the last line of the script was reached; why: else, what stopped it.
 
-    doubts: lines of conditions that hang on what nobody knows; steps: how many were taken; left_out: lines of
+    length: tokens of the text; doubts: lines of conditions that hang on what nobody knows; steps: how many were taken;
+    slow: where a loop over tokens one by one was too long for the text, the steps of its turns; left_out: lines of
     statements that raise, and what; unsure: those among them that had scored before they did; summed: lines that sum
     losses; limits: numbers that others were held against; plans: lines that put windows together; fitted: whether
     vectors of their own are fitted to windows; table: the line that writes the length of a piece into a table
     """
 
     vocabulary: int = 1_024
+    length: int = LENGTH
     told: list[Told] = field(default_factory=list)
     doubts: set[int] = field(default_factory=set)
     complete: bool = False
     why: str = ""
     steps: int = 0
+    slow: float = 0.0
     lessons: list[Lesson] = field(default_factory=list)
     fitted: bool = False
     table: int = 0
@@ -65,7 +68,7 @@ class Trial:
     def counts(self, told: Told) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """For each place of the text: how often its target counts in a number, where those that count least count once;
         and how much of that came after something had learned from it."""
-        total, late = told.sum.counts(LENGTH)
+        total, late = told.sum.counts(self.length)
         unit = self.unit(total)
         return (total / unit, late / unit) if unit else (total, late)
 

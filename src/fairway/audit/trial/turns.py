@@ -1,0 +1,42 @@
+"""How long a trial may take: the steps of all of it, and of the turns of one loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from fairway.audit.trial.text import DOCUMENT, LENGTH, SHORT
+
+STEPS: Final = 250_000
+IDLE: Final = 60_000  # steps: a table over 8,192 pieces takes that
+MANY: Final = 1_000  # turns of a loop: rather over tokens than over windows, of which the text has 640 at most
+SHARE: Final = 0.9  # of the steps that may go into one such loop
+ROOM: Final = 120_000  # the same over a shorter text: 2.5 s
+
+
+@dataclass
+class Turns:
+    """A loop that is under way. steps, trained, used, spelt: the machine's counts where it began; turns: since then."""
+
+    steps: int
+    trained: int
+    used: int
+    spelt: int
+    turns: int = 0
+
+    def turn(self, steps: int) -> bool:
+        """Counts a turn: whether it is known now that as many as the text has tokens are too many."""
+        self.turns += 1
+        return self.turns == MANY and self.each(steps) * LENGTH > SHARE * STEPS
+
+    def each(self, steps: int) -> float:
+        """Steps of one turn."""
+        return (steps - self.steps) / self.turns
+
+
+def shorter(each: float) -> int:
+    """The tokens of a text that a loop of so many steps a token can go through; 0 where there is none."""
+    return next((length for length in (SHORT, DOCUMENT + 1) if each * length < ROOM), 0)
+
+
+__all__ = ["IDLE", "MANY", "STEPS", "Turns", "shorter"]
