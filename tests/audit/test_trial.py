@@ -311,8 +311,8 @@ def test_a_lesson_that_reaches_into_the_next_chunk_is_seen_by_that_much() -> Non
 def test_a_lesson_knows_whether_its_targets_had_been_booked_before() -> None:
     first = tried(ONLINE.replace("ORDER", "learn(low, high); score(low, high)")).lessons
     again = tried(ONLINE.replace("ORDER", "score(low, high); learn(low, high); score(low, high)")).lessons
-    assert {lesson.again for lesson in first} == {False}
-    assert {lesson.again for lesson in again} == {True}
+    assert all(lesson.early for lesson in first)
+    assert not any(lesson.early for lesson in again)
 
 
 def test_training_on_another_text_is_cut_short_and_is_no_lesson() -> None:

@@ -55,6 +55,7 @@ class Frame:
     line: int = 0
     sent: Value | None = None  # what a coroutine that goes on was sent
     within: Callable[[Value], None] | None = None  # of a context manager: what stands in the `with`, for its yield
+    views: dict[str, ast.Subscript] = field(default_factory=dict)  # names of parts: `row = sums[a:b]`
 
 
 class Core:
@@ -94,6 +95,9 @@ class Core:
         raise NotImplementedError
 
     def assign(self, target: ast.expr, value: Value) -> None:
+        raise NotImplementedError
+
+    def overwrite(self, target: ast.expr, value: Value) -> None:
         raise NotImplementedError
 
     def enter(self, value: Value, node: ast.expr) -> Value:

@@ -143,11 +143,13 @@ class Expressions(Comprehensions):
             base = self.evaluate(function.value)
             args, kwargs = self.arguments(node)
             self.frame.line = node.lineno
-            return self.method(base, function.attr, args, kwargs, node)
-        called = self.evaluate(function)
-        args, kwargs = self.arguments(node)
-        self.frame.line = node.lineno
-        return self.call(called, args, kwargs, node)
+            result = self.method(base, function.attr, args, kwargs, node)
+        else:
+            called = self.evaluate(function)
+            args, kwargs = self.arguments(node)
+            self.frame.line = node.lineno
+            result = self.call(called, args, kwargs, node)
+        return self.given_out(result, kwargs["out"], node) if "out" in kwargs else result
 
     def _super(self, node: ast.Call) -> Value:
         names = self.frame.node.args.args if self.frame.node is not None else []

@@ -24,7 +24,7 @@ from fairway.audit.flow.known import (
     VIEWS,
 )
 from fairway.audit.flow.picking import Picking
-from fairway.audit.flow.rows import over_rows, rows_of, spread
+from fairway.audit.flow.rows import broadcast, over_rows, rows_of, spread
 from fairway.audit.flow.shares import before_share
 from fairway.audit.flow.tokens import Span, Tok
 from fairway.audit.flow.values import (
@@ -221,6 +221,8 @@ class Operations(Picking):
                 cell.slots["#columns"] = Value(items=columns)
         else:
             cell.slots["#rows"] = rows
+            if rows == "one" and broadcast(shape):
+                cell.slots["#broadcast"] = 1
         grows = kwargs.get("requires_grad")
         if grows is not None and grows.const is not False:
             cell.slots["#leaf"] = 1
@@ -258,9 +260,18 @@ class Operations(Picking):
                 self.book(flats[0])
                 held = self.flat(base)
                 new = blend(*flats) if name in RESETS or name == "copy_" else blend(held, *flats)
-                self.assign(target, new.but(const=MISSING))
+                self.overwrite(target, new.but(const=MISSING))
                 return new
         return base
+
+    def given_out(self, result: Value, out: Value, node: ast.Call) -> Value:
+        """f(x, out=y): what comes out is written into y."""
+        target = next(each.value for each in node.keywords if each.arg == "out")
+        if any(obj.kind == "tensor" for obj in out.refs):
+            return self.in_place("copy_", [out, result], {}, node)
+        if isinstance(target, (ast.Name, ast.Attribute, ast.Subscript)):
+            self.overwrite(target, result)
+        return result
 
     def _write_one(self, obj: Obj, name: str, rest: list[Value], flats: list[Value], node: ast.AST | None) -> None:
         if name in RESETS:

@@ -64,9 +64,10 @@ class Picking(Arithmetic):
             result.choices |= self.choose(name, flats[: len(args)], node)
             if "arg" in name:  # which one it is, not the loss
                 return Value(choices=result.choices, env=result.env)
-        refs = [obj for each in args for obj in each.refs if obj.kind in ("list", "generator", "dict")]
+        refs = [obj for each in args for obj in each.refs if obj.kind in ("list", "generator", "dict", "range")]
         if refs and name in ("min", "max", "sorted", "nsmallest", "nlargest"):
-            elem = self.element_of(refs[0]) if refs[0].kind != "dict" else self.elements(self.ref(refs[0]), node).any
+            in_list = refs[0].kind in ("list", "generator")
+            elem = self.element_of(refs[0]) if in_list else self.elements(self.ref(refs[0]), node).any
             key = kwargs.get("key")
             if refs[0].kind == "dict" and key is None and self.flat(elem).losses and not result.choices:
                 result.choices |= self.choose(name, [elem], node)

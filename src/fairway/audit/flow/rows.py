@@ -16,6 +16,13 @@ def rows_of(shape: list[Value], kwargs: dict[str, Value]) -> str:
     return "one" if len(shape) == 1 or shape[0].const == 1 else "many"
 
 
+def broadcast(shape: list[Value]) -> bool:
+    """zeros(1, 1, d): the one row is meant for many."""
+    if len(shape) == 1 and shape[0].items is not None:
+        shape = list(shape[0].items)
+    return len(shape) > 1 and shape[0].const == 1
+
+
 def spread(shape: list[Value]) -> bool:
     """expand(B, 1, d): one row, seen as one for each window. A copy of it has a row for each."""
     if len(shape) == 1 and shape[0].items is not None:

@@ -125,6 +125,16 @@ class Statements(Loops):
             if isinstance(target, ast.Attribute) and self.nest and self._moves(target, node.value):
                 kept = self._advanced(target, value)
             self.assign(target, kept)
+            if isinstance(target, ast.Name):
+                self.frame.views.pop(target.id, None)
+                if isinstance(node.value, ast.Subscript) and not value.refs:
+                    self.frame.views[target.id] = node.value
+
+    def overwrite(self, target: ast.expr, value: Value) -> None:
+        """What a name stands for is changed in place: a part of a tensor is, too, where the name is one of it."""
+        self.assign(target, value)
+        if isinstance(target, ast.Name) and target.id in self.frame.views:
+            self.assign(self.frame.views[target.id], value)
 
     @staticmethod
     def _moves(target: ast.Attribute, source: ast.expr) -> bool:
@@ -163,7 +173,7 @@ class Statements(Loops):
         result = self.binop(node.op, old, value, node)
         if isinstance(target, ast.Attribute) and self.nest:
             result = self._advanced(target, result)
-        self.assign(target, result)
+        self.overwrite(target, result)
 
     def _augmented_item(self, base: Value, parts: list[Part], old: Value, value: Value, node: ast.AugAssign) -> None:
         if not base.refs:

@@ -344,17 +344,19 @@ class Passes:
                         for target in score.targets
                     )
                 ]
-                if not about or past[choice.bit]:
+                if not about:
                     continue
                 family = self._family(choice.losses)
                 direct = any(
                     each.value.choices >> choice.bit & 1 and self._family(each.value.losses) & family for each in said
                 )
+                if past[choice.bit] and not (direct and choice.form in _LEAST):
+                    continue
                 if direct and self._repeated(seen):
                     scales = {each.scale for each in seen if each.scale is not None}
                     swept = len(scales) > 1 and len({each.knows for each in seen}) == 1
                     yield Fault("temperature-from-validation" if swept else "min-over-passes", score, choice, about[0])
-                elif score.choices >> choice.bit & 1 and choice.number < score.number:
+                elif not past[choice.bit] and score.choices >> choice.bit & 1 and choice.number < score.number:
                     scaled = score.scaled or (choice.form == "fit" and _scales(choice, scores))
                     kind: Kind = "temperature-from-validation" if scaled else "choice-by-validation"
                     yield Fault(kind, score, choice, about[0])
@@ -370,6 +372,9 @@ class Passes:
                 if any(related(a, b) == "same" for a in one.targets for b in other.targets) and _apart(one, other):
                     return True
         return False
+
+
+_LEAST = frozenset(("min", "minimum", "fmin", "amin"))  # what is chosen is a loss itself, and no place or setting
 
 
 def _only_in_parts(trace: Trace, followed: set[int]) -> set[int]:

@@ -103,6 +103,9 @@ def place_of(case: Case, fault: Fault) -> Place:
     if fault.kind == "validation-in-training" and isinstance(fault.cause, Update):
         return _taken_in(case, fault.cause, fault.score) or _parted(case.trace, fault.cause) or fault.cause.place
     if fault.kind in ("training-before-scoring", "slot-shared-delta") and isinstance(fault.cause, Update):
+        shared = fault.cause.state if fault.kind == "slot-shared-delta" else None
+        if shared is not None and "#broadcast" in shared.slots and isinstance(shared.place, Place):
+            return shared.place  # made for all windows, as its shape says; else it is handed all of them
         return _parting(fault.cause, fault.score)
     if fault.kind == "temperature-from-validation":  # the call of what fits it
         return _parting(fault.cause, fault.score)
@@ -131,7 +134,8 @@ def _taken_in(case: Case, update: Update, score: Score) -> Place | None:
     if first.mixed:  # one read of both: where its pattern is written, else where its file is asked for
         asked = first.stack[-2] if len(first.stack) > 1 else first.stack[-1]
         return (pattern_at(case, first.pattern) if first.pattern else None) or asked
-    others = {place for n, read in enumerate(reads) if n not in own for place in read.stack}
+    mine = {reads[n].stack[:-1] for n in own}  # its header is read apart, in a line of its own
+    others = {place for read in reads if read.stack[:-1] not in mine for place in read.stack}
     return next((place for place in first.stack if place not in others), None)
 
 

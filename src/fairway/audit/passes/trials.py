@@ -110,14 +110,13 @@ def lesson_before(case: Case, which: Reported, counts: Counts) -> tuple[str, int
     """Targets of the score from which something learned before: a sentence, and where the order is decided."""
     if counts.trial.fitted or not _learns(case, which):
         return None  # what is fitted to one window is nothing to another, and the trial does not tell them apart
-    after = np.flatnonzero(counts.late > 0)
-    lessons = [lesson for lesson in counts.lessons if not lesson.again]  # the walk tells a second pass from a first
-    if len(after) < _FEW or not lessons or len(lessons) * 2 < len(counts.lessons):
+    after = np.flatnonzero((counts.late > 0) & counts.trial.early[: len(counts.late)])
+    lesson = next((each for each in counts.lessons if each.early >= _FEW), None)  # a second pass is the walk's to tell
+    if len(after) < _FEW or lesson is None:
         return None
-    lesson = lessons[0]
     scores = scores_of(case.trace, which.score, which.data)
     calls = {tuple(place.line for place in score.stack[:-1]) for score in scores}
-    asked = next((stack for stack in lesson.asked if stack[:-1] in calls), lesson.asked[0])
+    asked = next((stack for stack in lesson.asked if stack[:-1] in calls), lesson.asked[-1])
     line = parting(lesson.stack, asked)
     evidence = (
         f"Worked out for a text of {counts.trial.length - 1:,} targets, {len(after):,} of those that the score counts "

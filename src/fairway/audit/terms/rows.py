@@ -44,16 +44,27 @@ def counted_otherwise(gates: Gates) -> Iterator[Term]:
 
 
 def _is_wide(row: Term, gates: Gates) -> bool:
-    """table[context] of a table that is filled at [context, token]."""
+    """table[context] of a table that is filled at [context, token], or at [context * size + token] of its flat form."""
     if row.op != "item" or row.parts[1].op in ("tuple", "slice"):
         return False
-    places = (
-        one.parts[1] for one in layers(peel(row.parts[0])) if one.op in ("store", "mutate") and len(one.parts) > 1
-    )
+    filled = (one for one in layers(peel(row.parts[0])) if one.op in ("store", "mutate") and len(one.parts) > 1)
     return any(
-        place.op == "tuple" and len(place.parts) == 2 and all(map(gates.of.streams.from_tokens, place.parts))
-        for place in places
+        len(place) == 2 and all(map(gates.of.streams.from_tokens, place))
+        for one in filled
+        for place in (_context_and_token(one.parts[0], one.parts[1]),)
     )
+
+
+def _context_and_token(table: Term, place: Term) -> tuple[Term, ...]:
+    """(context, token) of a place; () of another one."""
+    if place.op == "tuple":
+        return place.parts
+    base = next((one for one in layers(table) if one.called in ("view", "flatten", "reshape", "ravel")), None)
+    summed = peel(place)
+    if base is None or summed.op != "op" or summed.value != "+":
+        return ()
+    scaled = [part for part in summed.parts if peel(part).op == "op" and peel(part).value == "*"]
+    return summed.parts if len(scaled) == 1 else ()
 
 
 def _sums(term: Term, rows: list[tuple[Term, Term]]) -> bool:

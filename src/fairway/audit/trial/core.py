@@ -125,8 +125,9 @@ class Core:
         fresh = (total > 0) & ~self.learned
         if fresh.any():
             self.learned |= fresh
-            again = bool((self.scored[fresh] > 1).mean() > 0.5)
-            self.lessons.append(Lesson((*self.stack, self.line), again))
+            early = fresh & (self.scored <= 1)  # its own loss is the first
+            self.trial.early |= early
+            self.lessons.append(Lesson((*self.stack, self.line), int(early.sum())))
             self.taught[fresh] = len(self.lessons) - 1
 
     def booked(self, value: Value) -> Value:

@@ -29,11 +29,11 @@ class Told:
 
 @dataclass(frozen=True)
 class Lesson:
-    """Something learns from targets of the text. stack: the lines of the calls around it and its own; again: whether
-    they had been scored before; asked: where losses of such targets were made after it, each line once."""
+    """Something learns from targets of the text. stack: the lines of the calls around it and its own; early: how many
+    of them had not been scored before; asked: where losses of such targets were made after it, each line once."""
 
     stack: tuple[int, ...]
-    again: bool
+    early: int
     asked: tuple[tuple[int, ...], ...] = ()
 
 
@@ -44,8 +44,9 @@ class Trial:
     length: tokens of the text; doubts: lines of conditions that hang on what nobody knows; steps: how many were taken;
     slow: where a loop over tokens one by one was too long for the text, the steps of its turns; left_out: lines of
     statements that raise, and what; unsure: those among them that had scored before they did; summed: lines that sum
-    losses; limits: numbers that others were held against; plans: lines that put windows together; fitted: whether
-    vectors of their own are fitted to windows; table: the line that writes the length of a piece into a table
+    losses; early: places that were learned from before they were scored; limits: numbers that others were held
+    against; plans: lines that put windows together; fitted: whether vectors of their own are fitted to windows; table:
+    the line that writes the length of a piece into a table
     """
 
     vocabulary: int = 1_024
@@ -57,6 +58,7 @@ class Trial:
     steps: int = 0
     slow: float = 0.0
     lessons: list[Lesson] = field(default_factory=list)
+    early: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(LENGTH, dtype=bool))
     fitted: bool = False
     table: int = 0
     left_out: dict[int, str] = field(default_factory=dict)
