@@ -206,7 +206,7 @@ class Containers(Indexing):
         low, high = (part.low.const if part.low else None), (part.high.const if part.high else None)
         new = self.new("list", None, node)
         constant = all(each is None or isinstance(each, int) for each in (low, high))
-        whole = "#open" not in obj.slots
+        whole = not obj.slots.keys() & {"#open", "#elem"}
         if isinstance(exact, Value) and exact.items is not None and not spans and constant and whole:
             new.slots["#items"] = Value(items=exact.items[low : high : part.step or 1])
             return self.ref(new)

@@ -13,6 +13,7 @@ _DIAGNOSIS = re.compile(
     r"|illegal|upper bound|oracle|appendix|curiosity",
     re.I,
 )
+_WORD = re.compile(r"[A-Za-z_]{3,}")
 _SELF = ("train", "random", "generated")
 
 
@@ -93,17 +94,15 @@ def _by_record(said: list[Said], submission: Submission) -> list[Said]:
         return []
     lines = [line for text in submission.logs.values() for line in text.splitlines()]
     shown = [line for line in lines if any(claim in number for claim in claims for number in _numbers(line))]
-    fitting: list[tuple[int, Said]] = []
+    fitting: list[tuple[tuple[int, int], Said]] = []
     for each in said:
-        words = [
-            word
-            for word in re.findall(r"[A-Za-z_]{3,}", each.text)
-            if word not in ("val_loss", "val_bpb", "logs", "txt")
-        ]
-        if words and any(all(word in line for word in words) for line in shown):
-            fitting.append((len(words), each))
+        words = [word for word in _WORD.findall(each.text) if word not in ("val_loss", "val_bpb", "logs", "txt")]
+        found = [line for line in shown if all(word in line for word in words)]
+        if words and found:  # "quantized" stands in a line that says "quantized_ttt", but is no word of it
+            whole = max(len(set(words) & set(_WORD.findall(line))) for line in found)
+            fitting.append(((whole, len(words)), each))
     level = min((len(each.nest) for _, each in fitting), default=0)  # a line on the way may show the last number, too
-    most = max((count for count, each in fitting if len(each.nest) == level), default=0)
+    most = max((count for count, each in fitting if len(each.nest) == level), default=(0, 0))
     return [each for count, each in fitting if count == most and len(each.nest) == level]
 
 
