@@ -20,6 +20,7 @@ from fairway.audit.flow.values import (
     NOTHING,
     POSITIONS,
     RAW,
+    SCALED,
     Value,
     blend,
 )
@@ -138,7 +139,7 @@ class Picking(Arithmetic):
             toks = value.toks.union(*self.asked)
             loss = self.scored(value, Value(toks=self.newest(toks), flags=RAW), node)
             self.logs |= loss.losses
-            return loss
+            return loss.but(flags=loss.flags | (value.flags & SCALED))
         return value.but(const=MISSING, refs=NO_OBJECTS)
 
     def _functional(self, args: list[Value], node: ast.AST | None) -> Value:

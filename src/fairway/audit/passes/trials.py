@@ -116,7 +116,8 @@ def lesson_before(case: Case, which: Reported, counts: Counts) -> tuple[str, int
         return None
     scores = scores_of(case.trace, which.score, which.data)
     calls = {tuple(place.line for place in score.stack[:-1]) for score in scores}
-    asked = next((stack for stack in lesson.asked if stack[:-1] in calls), lesson.asked[-1])
+    apart = [stack for stack in lesson.asked if stack[:-1] != lesson.stack[:-1]] or lesson.asked
+    asked = next((stack for stack in apart if stack[:-1] in calls), apart[0])
     line = parting(lesson.stack, asked)
     evidence = (
         f"Worked out for a text of {counts.trial.length - 1:,} targets, {len(after):,} of those that the score counts "
@@ -126,8 +127,9 @@ def lesson_before(case: Case, which: Reported, counts: Counts) -> tuple[str, int
 
 
 def _learns(case: Case, which: Reported) -> bool:
-    """Whether what scores has learned from the text, and is one state that is carried on: the walk follows copies,
-    adapters made anew, vectors fitted to windows, and what is thrown away, which the trial does not tell apart."""
+    """Whether what scores has learned from the text, and is one state that is carried on, or states that are made anew
+    with optimisers of their own: the walk follows copies, vectors fitted to windows, and what is thrown away, which the
+    trial does not tell apart."""
     knows = 0
     for said in which.score:
         for score in case.trace.scored(said.value.losses):
@@ -138,9 +140,9 @@ def _learns(case: Case, which: Reported) -> bool:
         if knows >> update.bit & 1 and any(tok.data in which.data for tok in update.learned)
     ]
     states = {update.state for update in steps}
-    return len(states) == 1 and all(
-        update.state is not None and update.state.kind == "instance" and not update.fresh for update in steps
-    )
+    fresh = {bool(update.fresh) for update in steps}
+    modules = all(update.state is not None and update.state.kind == "instance" for update in steps)
+    return modules and (fresh == {True} or (fresh == {False} and len(states) == 1))
 
 
 def parting(one: tuple[int, ...], other: tuple[int, ...]) -> int:

@@ -49,6 +49,10 @@ _WAYS = (
         "A row that sums to one is raised to a power, and nothing divides it by its new sum.",
     ),
     (
+        normalisers.stretched,
+        "Logarithms of probabilities are multiplied by a number after the softmax, and nothing divides by the new sum.",
+    ),
+    (
         normalisers.of_others,
         "The logarithm of the sum is that of other logits, or of some of them, than the target's is taken from: the "
         "probabilities do not sum to one.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from fairway.audit.terms.gates import Gates
@@ -58,6 +59,22 @@ def bent(gates: Gates) -> Iterator[Term]:
             yield term
 
 
+def stretched(gates: Gates) -> Iterator[Term]:
+    """log_softmax(x) * 0.98, read at the target: the exponents no longer sum to one. A change to bits is none."""
+    whole = normalised(gates)
+    for term in gates.nodes:
+        if term.op != "op" or term.value not in ("*", "/") or id(term) not in gates.inside or id(term) in whole:
+            continue
+        for row, by in (term.parts, term.parts[::-1]):
+            factor = by.constant()
+            if peel(row).called == "log_softmax" and isinstance(factor, (int, float)) and not _is_unit(factor):
+                yield term
+
+
+def _is_unit(factor: float) -> bool:
+    return any(abs(abs(factor) - unit) < 1e-3 for unit in (1.0, math.log(2.0), 1.0 / math.log(2.0)))
+
+
 def _is_power(term: Term) -> bool:
     return (term.op == "op" and term.value == "**") or (term.op == "call" and term.called in ("pow", "power"))
 
@@ -104,4 +121,4 @@ def _bare(term: Term) -> Term:
             return below
 
 
-__all__ = ["bent", "of_others", "partial"]
+__all__ = ["bent", "of_others", "partial", "stretched"]

@@ -206,6 +206,8 @@ class Calls(Attributes):
         path = func.path
         if kwargs.get("requires_grad") is True and self.made:
             self.trial.fitted = True
+        if path.startswith("torch.optim."):  # what it is for may have been made anew
+            self.restored()
         act = self.functions.get(path) or self.functions.get(f"*.{func.name}" if _of_arrays(path) else "")
         if act is None:
             if _of_arrays(path):

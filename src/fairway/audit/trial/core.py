@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -16,13 +17,12 @@ from fairway.audit.trial.limits import Forced, Limits
 from fairway.audit.trial.sums import LATE, Sum
 from fairway.audit.trial.text import LENGTH
 from fairway.audit.trial.told import Lesson, Told, Trial
-from fairway.audit.trial.turns import IDLE, MANY, STEPS, Turns
+from fairway.audit.trial.turns import IDLE, SOON, STEPS, Turns
 from fairway.audit.trial.values import Frame, Func, Raised, Spent, Value
 from fairway.audit.trial.vocabulary import size_in
 
 ELEMENTS = 2_000  # of an array: what is worked out in the time of a step
 ASKED = 8  # lines in which losses of what was learned are made
-SORTED = 250  # the same, of what is sorted: places of targets, for the lessons that they come after
 
 
 class Core:
@@ -74,9 +74,10 @@ class Core:
         self.pieces = self.line
         self.spelt += 1
 
-    def mark(self) -> Turns:
-        """Where a loop begins."""
-        return Turns(self.trial.steps, self.trained, self.made + self.touched, self.spelt)
+    def mark(self, over: Value = None) -> Turns:
+        """Where a loop begins. over: what it goes through."""
+        known = len(over.body) if isinstance(over, Array) and over.body.ndim else operator.length_hint(over, 0)
+        return Turns(self.trial.steps, self.trained, self.made + self.touched, self.spelt, known)
 
     def aimless(self, since: Turns) -> bool:
         """Whether a loop may be left after a turn: it trains on another text, or has gone on for long without the
@@ -88,7 +89,7 @@ class Core:
         if too_many and self.spelt == since.spelt and not self.slow:
             self.trial.slow = since.each(self.trial.steps)
             raise Spent
-        known = since.turns >= MANY and since.each(self.trial.steps) < 2 * self.slow
+        known = since.turns >= SOON and since.each(self.trial.steps) < 2 * self.slow
         return self.trial.steps > since.steps + IDLE and self.made + self.touched == since.used and not known
 
     def passed_over(self, error: Raised, node: ast.stmt, made: int) -> bool:
@@ -133,18 +134,18 @@ class Core:
     def booked(self, value: Value) -> Value:
         """A sum of losses is made."""
         if isinstance(value, Sum) and value.places is not None:
-            self.trial.steps += value.places.size // SORTED
+            self.trial.steps += value.places.size // ELEMENTS
             self.trial.summed.add(self.line)
-            self.scored[np.unique(value.places & (LATE - 1))] += 1
+            self.scored[value.places & (LATE - 1)] += 1  # numpy adds once where an index stands twice
         return value
 
     def marked(self, pos: NDArray[np.int32]) -> NDArray[np.int32]:
         """The places of targets that are being scored: marked where something learned from them before."""
         self.made += 1
-        self.trial.steps += pos.size // SORTED
+        self.trial.steps += pos.size // ELEMENTS
         clean = np.where(pos >= 0, pos & (LATE - 1), -1).astype(np.int32)
         late = (clean >= 0) & self.learned[np.clip(clean, 0, LENGTH - 1)]
-        for each in np.unique(self.taught[clean[late]]):
+        for each in np.flatnonzero(np.bincount(self.taught[clean[late]])):
             lesson = self.lessons[each]
             if all(stack[-1] != self.line for stack in lesson.asked) and len(lesson.asked) < ASKED:
                 self.lessons[each] = replace(lesson, asked=(*lesson.asked, (*self.stack, self.line)))

@@ -39,7 +39,7 @@ class Machine(Host, Protocol):
     made: int
     handlers: int
 
-    def mark(self) -> Turns: ...
+    def mark(self, over: Value = None) -> Turns: ...
     def aimless(self, since: Turns) -> bool: ...
     def passed_over(self, error: Raised, node: ast.stmt, made: int) -> bool: ...
     def doubt(self, line: int) -> None: ...
@@ -232,8 +232,9 @@ class Statements(Expressions):
         host = self.host
 
         def run(frame: Frame) -> Left | None:
-            since = host.mark()
-            for item in host.items(source(frame)):
+            over = source(frame)
+            since = host.mark(over)
+            for item in host.items(over):
                 host.step()
                 bind(frame, item)
                 left = body(frame)

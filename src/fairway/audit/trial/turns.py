@@ -9,25 +9,29 @@ from fairway.audit.trial.text import DOCUMENT, LENGTH, SHORT
 
 STEPS: Final = 250_000
 IDLE: Final = 60_000  # steps: a table over 8,192 pieces takes that
-MANY: Final = 1_000  # turns of a loop: rather over tokens than over windows, of which the text has 640 at most
+MANY: Final = 4_000  # turns of a loop: over tokens, and not over windows
+SOON: Final = 1_000  # turns after which that is asked of a loop whose number of turns is known
 SHARE: Final = 0.9  # of the steps that may go into one such loop
 ROOM: Final = 120_000  # the same over a shorter text: 2.5 s
 
 
 @dataclass
 class Turns:
-    """A loop that is under way. steps, trained, used, spelt: the machine's counts where it began; turns: since then."""
+    """A loop that is under way. steps, trained, used, spelt: the machine's counts where it began; turns: since then;
+    known: how many there will be, 0 where that is not known."""
 
     steps: int
     trained: int
     used: int
     spelt: int
+    known: int = 0
     turns: int = 0
 
     def turn(self, steps: int) -> bool:
         """Counts a turn: whether it is known now that as many as the text has tokens are too many."""
         self.turns += 1
-        return self.turns == MANY and self.each(steps) * LENGTH > SHARE * STEPS
+        asked = SOON if self.known >= MANY else MANY
+        return self.turns == asked and self.each(steps) * LENGTH > SHARE * STEPS
 
     def each(self, steps: int) -> float:
         """Steps of one turn."""
@@ -39,4 +43,4 @@ def shorter(each: float) -> int:
     return next((length for length in (SHORT, DOCUMENT + 1) if each * length < ROOM), 0)
 
 
-__all__ = ["IDLE", "MANY", "STEPS", "Turns", "shorter"]
+__all__ = ["IDLE", "SOON", "STEPS", "Turns", "shorter"]
