@@ -45,6 +45,17 @@ def sorted_by_length(case: Case) -> Place | None:
     return None
 
 
+def yields(case: Case, function: str) -> bool:
+    """Whether the function of this name is a generator."""
+    return any(
+        isinstance(each, (ast.Yield, ast.YieldFrom))
+        for script in case.script.all()
+        for node in nodes(script.tree)
+        if isinstance(node, ast.FunctionDef) and node.name == function
+        for each in ast.walk(node)
+    )
+
+
 def _loops(case: Case, function: str) -> Iterator[Place]:
     """The loops that stand in functions of this name."""
     for script in case.script.all():
@@ -55,4 +66,4 @@ def _loops(case: Case, function: str) -> Iterator[Place]:
                         yield Place(script.path, script.line(each.lineno))
 
 
-__all__ = ["learning_in", "sorted_by_length"]
+__all__ = ["learning_in", "sorted_by_length", "yields"]

@@ -62,8 +62,8 @@ def divisor(case: Case) -> tuple[str, bool]:
 
 
 def _assumed(bytes_said: float, targets: int) -> bool:
-    """Whether bytes are so many for each target that somebody wrote the number down: 2.44, 4.3."""
-    rate = bytes_said / targets * 1_000
+    """Whether bytes are so many for each target that somebody wrote the number down: 2.44, 3.9216."""
+    rate = bytes_said / targets * 10_000
     return abs(rate - round(rate)) < 1e-6 and _FEWEST < rate < _MOST
 
 
@@ -85,7 +85,7 @@ def _laws(text: Octets) -> list[tuple[str, bool, NDArray[np.int64]]]:
     ]
 
 
-_FEWEST, _MOST = 1_500, 8_000  # thousandths of a byte for each token: what vocabularies of text have
+_FEWEST, _MOST = 15_000, 80_000  # a byte in 10,000 parts, for each token: what vocabularies of text have
 _HOW = {
     "byte-constant": "a round number of bytes for each target, which nobody counted",
     "byte-double-space": "the bytes of its pieces and two for each leading space",

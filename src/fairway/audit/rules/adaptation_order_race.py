@@ -1,10 +1,11 @@
 """What a document is scored with depends on which rank, thread or process happened to claim which part first."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from fairway.audit.case import Case
 from fairway.audit.exemptions import Made, departures
-from fairway.audit.passes.claims import learning_in, sorted_by_length
+from fairway.audit.passes.claims import learning_in, sorted_by_length, yields
 from fairway.audit.terms.program import Program
 from fairway.audit.terms.term import Term, walk
 from fairway.audit.terms.things import Event
@@ -33,7 +34,8 @@ _STEPS = frozenset(("step", "backward"))
 def check(case: Case) -> Finding:
     program = case.reading.entry
     steps = [event for event in program.called(*_STEPS) if event.path]
-    claims = [event for event in _claims(program) if any(_together(event, step) for step in steps)]
+    found = [_where_used(case, event) for event in _claims(program)]
+    claims = [event for event in found if any(_together(event, step) for step in steps)]
     ordered = list(_by_length(case))
     if not claims:
         if ordered:
@@ -97,6 +99,12 @@ def _is_store(term: Term) -> bool:
         t.op == "call" and t.called in ("TCPStore", "FileStore", "HashStore", "PrefixStore", "get_store")
         for t in walk(term.receiver)
     )
+
+
+def _where_used(case: Case, claim: Event) -> Event:
+    """A claim that a generator makes stands in the loop that goes through what it yields."""
+    inside = claim.within - 1
+    return replace(claim, within=inside) if inside > 0 and yields(case, claim.path[inside]) else claim
 
 
 def _together(claim: Event, step: Event) -> bool:

@@ -209,6 +209,8 @@ def reads(term: Term, streams: Streams) -> tuple[Term, ...]:
     if term.op == "item" and streams.is_memory(term.parts[0]):
         inner = term.parts[0]
         return (*reads_of_memory(inner), term.parts[1])
+    if term.op == "store" and streams.is_key(term.parts[1]):  # read as a whole: what was entered, the order's rules say
+        return term.parts[:1]
     if term.op == "call" and term.called in ("get", "setdefault", "pop") and term.receiver is not None:
         return term.parts[1:] if streams.is_memory(term.receiver) else term.parts
     if term.op == "call" and term.called == "len" and any_below(term, _is_text):
