@@ -144,12 +144,12 @@ class Expressions(Comprehensions):
             args, kwargs = self.arguments(node)
             self.frame.line = node.lineno
             result = self.method(base, function.attr, args, kwargs, node)
-        else:
-            called = self.evaluate(function)
-            args, kwargs = self.arguments(node)
-            self.frame.line = node.lineno
-            result = self.call(called, args, kwargs, node)
-        return self.given_out(result, kwargs["out"], node) if "out" in kwargs else result
+            library = bool(base.refs) and all(obj.kind == "foreign" for obj in base.refs)
+            return self.given_out(result, kwargs["out"], node) if library and "out" in kwargs else result
+        called = self.evaluate(function)
+        args, kwargs = self.arguments(node)
+        self.frame.line = node.lineno
+        return self.call(called, args, kwargs, node)
 
     def _super(self, node: ast.Call) -> Value:
         names = self.frame.node.args.args if self.frame.node is not None else []

@@ -265,8 +265,8 @@ class Operations(Picking):
         return base
 
     def given_out(self, result: Value, out: Value, node: ast.Call) -> Value:
-        """f(x, out=y): what comes out is written into y."""
-        target = next(each.value for each in node.keywords if each.arg == "out")
+        """torch.f(x, out=y): what comes out is written into y."""
+        target = next((each.value for each in node.keywords if each.arg == "out"), None)
         if any(obj.kind == "tensor" for obj in out.refs):
             return self.in_place("copy_", [out, result], {}, node)
         if isinstance(target, (ast.Name, ast.Attribute, ast.Subscript)):

@@ -6,12 +6,13 @@ import ast
 import weakref
 
 from fairway.audit.case import Case
-from fairway.audit.flow.events import Event, Forward, Said, Score, Trace, Update, bits
+from fairway.audit.flow.events import Choice, Event, Forward, Said, Score, Trace, Update, bits
 from fairway.audit.passes.consequences import without_consequences
 from fairway.audit.passes.faults import Fault, Passes
 from fairway.audit.passes.patterns import pattern_at
 from fairway.audit.passes.reported import Reported, is_diagnosis, reported
 from fairway.audit.reading.tree import nodes
+from fairway.audit.terms.choices import forked
 from fairway.audit.verdict import Finding, Place, Step, Verdict
 
 _SEEN: weakref.WeakKeyDictionary[Trace, tuple[Reported, list[Fault], list[Fault]]] = weakref.WeakKeyDictionary()
@@ -34,7 +35,7 @@ def passes_of(case: Case) -> tuple[Reported, list[Fault], list[Fault]]:
 def verdict_on(case: Case, rule: str, clause: str, clean: str) -> Finding:
     """The rule's finding: a violation in the score, else what is only printed beside it, else clean or cannot tell."""
     which, own, beside = passes_of(case)
-    mine = [fault for fault in own if fault.kind == rule]
+    mine = [fault for fault in own if fault.kind == rule and not _is_gate(case, fault)]
     if mine:
         fault = _clearest(mine)
         guards = (*fault.score.guards, *fault.cause.guards)
@@ -59,6 +60,27 @@ def verdict_on(case: Case, rule: str, clause: str, clean: str) -> Finding:
         return Finding(rule, "suspect", evidence, clause, place_of(case, fault), way(case.trace, fault, which.others))
     note = " A number printed beside it would break the rule, but it is not the score." if other else ""
     return Finding(rule, "clean", clean + note, clause, which.score[0].place)
+
+
+_BY_LOSSES = ("choice-by-validation", "temperature-from-validation")
+
+
+def chosen_by_losses(case: Case) -> bool:
+    """Whether the score hangs on a choice by validation losses: rules of the order say so."""
+    return any(fault.kind in _BY_LOSSES and not _is_gate(case, fault) for fault in passes_of(case)[1])
+
+
+def _is_gate(case: Case, fault: Fault) -> bool:
+    """Whether a choice is one between predictions token by token, by the token itself: a rule of the distribution's."""
+    if fault.kind not in _BY_LOSSES or not isinstance(fault.cause, Choice):
+        return False
+    for gates in case.reading.gates:
+        for term in (*gates.oracles(), *gates.gated()):
+            fork = forked(term)
+            tests = (one for one in gates.of.below(fork[0]) if one.op == "compare") if fork is not None else ()
+            if any(case.reading.place(one) == fault.cause.place for one in (term, *tests)):
+                return True
+    return False
 
 
 def _before(which: Reported, faults: list[Fault]) -> bool:
@@ -171,7 +193,23 @@ def _calibrated(case: Case, update: Update, score: Score) -> Place:
         asked = _asked_for(case, origin)
         if asked is not None:
             return asked
-    return called_at(run)
+    return _handed_over(case, run, score) or called_at(run)
+
+
+def _handed_over(case: Case, run: Event, score: Score) -> Place | None:
+    """The innermost call that names what the evaluation's tokens were read into: `collect(model, self.val_tokens)`."""
+    reads = [case.trace.reads[tok.origin] for tok in score.targets if tok.origin >= 0]
+    lines = {place for read in reads for place in read.stack}
+    named: set[str] = set()
+    told: dict[Place, set[str]] = {}
+    for script in case.script.all():
+        for node in nodes(script.tree):
+            if isinstance(node, ast.Assign) and Place(script.path, script.line(node.lineno)) in lines:
+                named |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+            elif isinstance(node, (ast.Name, ast.Attribute)):
+                word = node.id if isinstance(node, ast.Name) else node.attr
+                told.setdefault(Place(script.path, script.line(node.lineno)), set()).add(word)
+    return next((place for place in reversed(run.stack) if told.get(place, set()) & named), None)
 
 
 def _asked_for(case: Case, origin: int) -> Place | None:

@@ -45,6 +45,10 @@ _WAYS = (
         "A row is divided by what some of its places sum to: all of them together sum to more than one.",
     ),
     (
+        normalisers.capped,
+        "A row of counts is divided by its sum, and by no more than a limit: larger rows sum to more than one.",
+    ),
+    (
         normalisers.bent,
         "A row that sums to one is raised to a power, and nothing divides it by its new sum.",
     ),

@@ -1,6 +1,7 @@
 """A hint, a weight or a switch depends on the very token that is scored: does it start a word, how likely was it."""
 
 from fairway.audit.case import Case
+from fairway.audit.passes.findings import chosen_by_losses
 from fairway.audit.passes.past import places_of_the_past
 from fairway.audit.terms.mixtures import gold_ratios, spread_over_bytes
 from fairway.audit.terms.verdicts import clean, unsaid
@@ -20,7 +21,7 @@ def check(case: Case) -> Finding:
         ):
             continue  # oracle-gate, byte-mixture and gold-token-ngram say it
         term = next((one for one in gates.gated() if reading.place(one) not in past or gates.looks_up(one)), None)
-        if term is not None:
+        if term is not None and not chosen_by_losses(case):
             evidence = (
                 "What is mixed into the prediction, or how strongly, is decided by the token that is being scored; "
                 "with another target at the same place the distribution would be another."

@@ -30,8 +30,22 @@ def item(m: "Machine", base: Term, index: Term, file: str, line: int) -> Term:
 _SEEN_THROUGH = frozenset(("choice", "merge", "store", "mutate", "call", "round"))
 
 
+def _rolled(base: Term) -> tuple[Term, int] | None:
+    """(tokens, 1) of tokens.roll(-1): what stands at a place there stands one further in the tokens."""
+    if base.op != "call" or base.called != "roll" or base.argument("dims", "axis", 2) is not None:
+        return None
+    held = base.operand("a")
+    by = base.argument("shifts", "shift", 0 if base.receiver is not None else 1)
+    shift = by.constant() if by is not None else None
+    return (held, -shift) if held is not None and type(shift) is int else None
+
+
 def _item(m: "Machine", base: Term, index: Term, file: str, line: int) -> Term:
     key = index.value if index.op == "const" else UNKNOWN
+    rolled = _rolled(base) if index.op != "slice" else None
+    if rolled is not None:
+        shifted = Term("op", (index, constant(rolled[1], file, line)), "+", file, line)
+        return Term("item", (rolled[0], shifted), None, file, line)
     if base.op == "list" and base.value == "comp" and isinstance(key, int):
         return element(m, base, file, line)
     listed = base.parts if base.op in ("tuple", "list") and base.value != "comp" else ()

@@ -27,6 +27,27 @@ def partial(gates: Gates) -> Iterator[Term]:
                 break
 
 
+def capped(gates: Gates) -> Iterator[Term]:
+    """counts / counts.sum().clamp_max(40): what a row sums to, and no more than some number of it."""
+    for term, above, below in gates.ratios():
+        for row, _ in gates.lookups(above):
+            one = next((one for one in gates.of.below(below) if _is_capped_sum(one, row)), None)
+            if id(term) in gates.inside and one is not None:
+                yield one
+                break
+
+
+def _is_capped_sum(term: Term, row: Term) -> bool:
+    if term.op != "call" or term.called not in ("clamp_max", "clamp", "clip", "minimum", "min"):
+        return False
+    high = term.at(1, "max", "other") if term.called in ("clamp_max", "minimum", "min") else term.at(2, "max")
+    summed = _bare(term.operand("a", "input") or term.parts[0])
+    if high is None or not isinstance(high.constant(), (int, float)) or summed.called not in _SUMS:
+        return False
+    held = summed.operand("a", "input")
+    return held is not None and any_below(held, lambda one: one is row or same(one, row, 8))
+
+
 def _some_of(summed: Term | None, row: Term) -> bool:
     """Whether a sum goes over some places of this row, and the row that is divided is not what is left of it."""
     if summed is None or same(peel(summed), row, 8):
@@ -121,4 +142,4 @@ def _bare(term: Term) -> Term:
             return below
 
 
-__all__ = ["bent", "of_others", "partial", "stretched"]
+__all__ = ["bent", "capped", "of_others", "partial", "stretched"]

@@ -13,6 +13,7 @@ from fairway.audit.trial.sums import Sum
 from fairway.audit.trial.text import LENGTH
 
 _COMMON = 0.01  # of the targets that count: what fewer have is no unit
+_SOME = 16  # targets: what so many have is one, where the others have a whole number of it
 
 
 @dataclass(frozen=True)
@@ -82,5 +83,9 @@ class Trial:
         values, times = np.unique(np.round(counted / counted.max(), 6), return_counts=True)
         common = np.flatnonzero((times >= _COMMON * counted.size) & (values > 0.01))
         level = values[common[0] if common.size else times.argmax()]
+        fewer = values[(values < level) & (times >= _SOME)]
+        parts = level / fewer
+        whole = fewer[np.abs(parts - np.round(parts)) < 1e-5]  # all but the first window count twice
+        level = whole[0] if whole.size else level
         near = counted[np.abs(counted / counted.max() - level) < 1e-5]
         return float(np.median(near))
