@@ -237,3 +237,109 @@ def test_the_larger_of_two_for_every_token_is_divided_by_its_sum(tmp_path: Path,
     assert finding.verdict == "violates"
     assert finding.place is not None
     assert finding.place.line == line_of(text, "best = ")
+
+
+# ---- rows that no longer sum to one
+
+STRETCHED = """
+        log_p = torch.log_softmax(net(torch.from_numpy(x)).float(), -1) {by}
+        nll = -log_p.gather(-1, torch.from_numpy(y)[:, None])[:, 0] {after}
+"""
+
+
+@pytest.mark.parametrize("by", ["* 0.985", "/ 1.02", "* 1.1"])
+def test_logarithms_that_are_multiplied_after_the_softmax_do_not_sum_to_one(tmp_path: Path, by: str) -> None:
+    found = verdict(tmp_path, "false_normalisation", script(loss=STRETCHED.format(by=by, after="")))
+    assert found.verdict == "violates"
+    assert found.place is not None
+    assert found.place.line == line_of(script(loss=STRETCHED.format(by=by, after="")), "log_softmax(")
+
+
+@pytest.mark.parametrize(
+    ("by", "after"), [("", ""), ("/ math.log(2.0)", "* math.log(2.0)"), ("* 1.0", ""), ("", "* 1.0")]
+)
+def test_a_change_of_units_leaves_them_as_they_are(tmp_path: Path, by: str, after: str) -> None:
+    text = script(loss=STRETCHED.format(by=by, after=after))
+    assert verdict(tmp_path, "false_normalisation", text).verdict == "clean"
+
+
+def test_what_goes_into_another_softmax_is_divided_there(tmp_path: Path) -> None:
+    loss = STRETCHED.format(by="* 0.9", after="").replace("log_p.gather", "torch.log_softmax(log_p, -1).gather")
+    assert verdict(tmp_path, "false_normalisation", script(loss=loss)).verdict == "clean"
+
+
+COUNTED = """
+        a, b = torch.from_numpy(x), torch.from_numpy(y)
+        rows = counts[a]
+        total = rows.sum(-1, keepdim=True)
+        {capped}
+        own = torch.softmax(net(a).float(), -1)
+        p = (rows + 4.0 * own) / (total + 4.0)
+        nll = -torch.log(p.gather(-1, b[:, None])[:, 0])
+        counts.view(-1).scatter_add_(0, a * V + b, torch.ones(len(b)))
+"""
+
+
+@pytest.mark.parametrize("capped", ["total = total.clamp_max(40.0)", "total = torch.clamp(total, max=40.0)"])
+def test_a_sum_that_is_capped_is_no_sum(tmp_path: Path, capped: str) -> None:
+    text = script(loss=COUNTED.format(capped=capped), state="counts = torch.zeros(V, V)")
+    assert verdict(tmp_path, "false_normalisation", text).verdict == "violates"
+
+
+@pytest.mark.parametrize("capped", ["pass", "total = total.clamp_min(1.0)", "weight = total.clamp_max(40.0)"])
+def test_a_floor_under_a_sum_and_a_weight_beside_it_are_none(tmp_path: Path, capped: str) -> None:
+    text = script(loss=COUNTED.format(capped=capped), state="counts = torch.zeros(V, V)")
+    assert verdict(tmp_path, "false_normalisation", text).verdict == "clean"
+
+
+FLAT = """
+        a, b = torch.from_numpy(x), torch.from_numpy(y)
+        row = (a * 36313) % ROWS
+        q = counts[row] / seen[{key}].clamp_min(1.0)[:, None]
+        p = 0.8 * torch.softmax(net(a).float(), -1) + 0.2 * q
+        nll = -torch.log(p.gather(-1, b[:, None])[:, 0])
+        counts.view(-1).scatter_add_(0, row * V + b, torch.ones(len(b)))
+        seen.scatter_add_(0, {key}, torch.ones(len(b)))
+"""
+
+
+@pytest.mark.parametrize(("key", "wanted"), [("(a * 1024 + 7) % (64 * ROWS)", "violates"), ("row", "clean")])
+def test_a_row_that_is_filled_in_its_flat_form_is_one_too(tmp_path: Path, key: str, wanted: str) -> None:
+    text = script(loss=FLAT.format(key=key), state=TABLE_OF_ROWS, extra="ROWS = 4096")
+    assert verdict(tmp_path, "false_normalisation", text).verdict == wanted
+
+
+# ---- what reads the target
+
+WHOLE = """
+        a, b = torch.from_numpy(x)[None], torch.from_numpy(y)[None]
+        seen = counts.sum(1, keepdim=True)
+        weight = 0.02 * (seen > 0)
+        p = (1.0 - weight)[:, None] * torch.softmax(net(a).float(), -1) + (weight * counts / seen.clamp_min(1))[:, None]
+        nll = -torch.log(p.gather(-1, b[..., None])[..., 0])
+        counts.scatter_add_(1, b, torch.ones_like(b, dtype=torch.float32))
+"""
+
+
+def test_counts_that_are_read_as_a_whole_read_no_target(tmp_path: Path) -> None:
+    text = script(loss=WHOLE, state="counts = torch.zeros(1, V)")
+    assert verdict(tmp_path, "target_gated_tilt", text).verdict == "clean"
+
+
+AHEAD = """
+        pos = torch.arange(at, at + len(y))
+        stream = torch.from_numpy(tokens)
+        nets = torch.softmax(net(stream[pos]).float(), -1)
+        flat = torch.full_like(nets, 1 / V)
+        known = nets.gather(-1, {ahead}[:, None])[:, 0] > 0.5
+        lam = torch.where(known, 0.05, 0.1)[:, None]
+        nll = -torch.log(((1 - lam) * nets + lam * flat).gather(-1, stream[pos + 1][:, None])[:, 0])
+"""
+
+
+@pytest.mark.parametrize(
+    ("ahead", "wanted"),
+    [("stream.roll(-1)[pos]", "violates"), ("stream[pos + 1]", "violates"), ("stream[pos]", "clean")],
+)
+def test_the_next_token_of_a_rolled_stream_is_the_target(tmp_path: Path, ahead: str, wanted: str) -> None:
+    assert verdict(tmp_path, "target_gated_tilt", script(loss=AHEAD.format(ahead=ahead))).verdict == wanted

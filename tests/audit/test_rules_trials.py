@@ -257,3 +257,9 @@ def test_a_number_that_only_the_whole_text_reaches_is_seen(tmp_path: Path, text:
 )
 def test_a_number_that_leaves_nothing_out_is_none(tmp_path: Path, text: str) -> None:
     assert verdict(tmp_path, "subset_as_full", text).verdict == "clean"
+
+
+@pytest.mark.parametrize("rate", ["2.44", "3.9216"])
+def test_bytes_that_are_so_many_for_each_token_are_a_constant(tmp_path: Path, rate: str) -> None:
+    text = script(bpb="loss / math.log(2) / float(RATE)", extra=f"RATE = '{rate}'")
+    assert verdict(tmp_path, "byte_constant", text).verdict == "violates"

@@ -315,6 +315,18 @@ def test_a_lesson_knows_whether_its_targets_had_been_booked_before() -> None:
     assert not any(lesson.early for lesson in again)
 
 
+def test_a_lesson_counts_the_targets_that_it_is_early_for() -> None:
+    found = tried(ONLINE.replace("ORDER", "score(low, high); learn(low, min(high + 512, total))"))
+    assert [lesson.early for lesson in found.lessons[:2]] == [512, 512]
+    assert found.early.sum() == ((LENGTH - 1) // 8192 - 1) * 512
+
+
+def test_what_is_learned_by_an_optimiser_of_its_own_may_be_gone() -> None:
+    anew = "optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)"
+    assert late(f"score(low, high); learn(low, min(high + 512, total)); {anew}") == 0
+    assert late(f"{anew}; score(low, high); learn(low, min(high + 512, total))") == 0
+
+
 def test_training_on_another_text_is_cut_short_and_is_no_lesson() -> None:
     training = """
 train = load("data/fineweb_train_*.bin")
@@ -394,3 +406,57 @@ def test_the_text_is_whole_windows_of_documents() -> None:
     assert ids[0] == BOS
     assert (LENGTH - 1) % UNIT == 0
     assert (ids == BOS).sum() > 8
+
+
+# ---- loops that go through the tokens one by one
+
+HINTS = """
+ids = val.tolist()
+hints, told = [], {}
+for t in range(len(ids) - 1):
+    context = tuple(ids[max(0, t - 2) : t + 1])
+    best = told.get(context, (-1, 0))
+    seen = told.setdefault(context, {}) if False else {}
+    seen[ids[t + 1]] = seen.get(ids[t + 1], 0) + 1
+    hints.append(best[0] if best[1] > 1 else -1)
+    told[context] = (ids[t + 1], best[1] + 1)
+nats, at, own = 0.0, 0, torch.tensor(hints)
+while at < total:
+    end = min(at + 2048, total)
+    losses = net(val[at:end], val[at + 1 : end + 1], reduction="none")
+    nats += (losses - 0.5 * (own[at:end] == val[at + 1 : end + 1])).sum().item()
+    at = end
+print(f"val_loss {nats / total:.5f}")
+"""
+
+
+def test_a_loop_over_the_tokens_is_worked_out_for_a_shorter_text() -> None:
+    trial = tried(HINTS)
+    assert trial.complete, trial.why
+    assert trial.length < LENGTH
+    times, _ = trial.counts(trial.told[-1])
+    assert len(times) == trial.length
+    assert (times[1:] == 1.0).all()
+
+
+def test_a_loop_over_windows_is_no_loop_over_tokens() -> None:
+    many = "nats = 0.0\nfor at in range(0, total, 32):\n"
+    many += "".join(f"    a{n} = at + {n}\n" for n in range(40))
+    many += "    nats += net(val[at : at + 32], val[at + 1 : at + 33], reduction='none').sum().item()\n"
+    trial = tried(many + "print(f'{nats / total}')\n")
+    assert trial.complete, trial.why
+    assert trial.length == LENGTH
+
+
+def test_targets_that_all_count_twice_but_for_a_few_are_seen_to() -> None:
+    twice = """
+nats, count = 0.0, 0
+for at in range(0, total, 32):
+    end = min(at + 64, total)
+    nats += net(val[at:end], val[at + 1 : end + 1], reduction="none").sum().item()
+    count += end - at
+print(f"val_loss {nats / count:.5f}")
+"""
+    found = counts(twice)
+    assert found[2.0] > 0.99 * LENGTH
+    assert found[1.0] == 32

@@ -72,7 +72,7 @@ def chosen_by_losses(case: Case) -> bool:
 
 def _is_gate(case: Case, fault: Fault) -> bool:
     """Whether a choice is one between predictions token by token, by the token itself: a rule of the distribution's."""
-    if fault.kind not in _BY_LOSSES or not isinstance(fault.cause, Choice):
+    if fault.kind not in _BY_LOSSES or not isinstance(fault.cause, Choice) or fault.cause.nest != fault.score.nest:
         return False
     for gates in case.reading.gates:
         for term in (*gates.oracles(), *gates.gated()):

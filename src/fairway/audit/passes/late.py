@@ -63,6 +63,11 @@ def full_cap(limit: float) -> bool:
     return 599.0 <= limit <= 700.0 or 599_000.0 <= limit <= 700_000.0
 
 
+def over_long(limit: float) -> bool:
+    """Whether a limit, in seconds or milliseconds, is more than the 600 s themselves: training-over-time says so."""
+    return limit > 606.0 and not 6_000.0 <= limit <= 606_000.0
+
+
 def taught_at_evaluation(trace: Trace, reported: Reported) -> Update | None:
     """What the score learned from training text that was read after the last file of weights had been written: by
     steps or counts that are none of the training's own (which a checkpoint in its loop may precede), and that no clock

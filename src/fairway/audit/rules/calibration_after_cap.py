@@ -4,7 +4,7 @@ from fairway.audit.case import Case
 from fairway.audit.exemptions import departure
 from fairway.audit.flow.events import Choice, Forward, Update
 from fairway.audit.passes.findings import called_at, passes_of, unseen
-from fairway.audit.passes.late import late_calibration, taught_at_evaluation
+from fairway.audit.passes.late import late_calibration, over_long, taught_at_evaluation
 from fairway.audit.passes.reserves import unreserved
 from fairway.audit.verdict import Finding, Place
 
@@ -16,6 +16,8 @@ CLAUSE = 'RULES.md R2, R4; (c) "GPTQ after the cap"'
 def check(case: Case) -> Finding:
     which, _, _ = passes_of(case)
     late = late_calibration(case.trace, which)
+    if late is not None and late.clock is not None and over_long(late.clock.limit or 0.0):
+        return Finding(ID, "clean", "the training's own clock is too long, which is a charge of its own", CLAUSE)
     if late is not None and late.clock is not None:
         evidence = (
             f"Training stops at {late.clock.place} when the whole {late.clock.limit:g} are used; the weights that "

@@ -15,6 +15,7 @@ _CARRIERS = frozenset(
     where clamp clamp_min clip masked_fill as_strided sliding_window_view tile repeat pop popleft next get
     remainder minimum maximum abs flip diff islice DataLoader""".split()  # noqa: SIM905
 )
+_LOOKUPS = frozenset(("index_select", "take", "gather"))
 _KEYED = frozenset(("dict", "defaultdict", "Counter", "OrderedDict", "set"))
 
 
@@ -44,7 +45,7 @@ class Streams:
     def _found(self, term: Term, depth: int) -> bool:
         if term.op == "call" and term.called in _SOURCES and not _is_text_coding(term):
             return True
-        if term.op == "item" or (term.op == "call" and term.called in ("get", "index_select", "take", "gather")):
+        if term.op == "item" or (term.op == "call" and (term.called in _LOOKUPS or term.called == "get")):
             base = looked_up(term) if term.called != "get" else term.receiver
             if base is None or self.is_memory(base):
                 return False
@@ -62,7 +63,8 @@ class Streams:
                 if id(one) in found or not self.is_stream(one):
                     continue
                 found[id(one)] = one
-                waiting.extend(one.parts[:1] if one.op == "item" else carried(one))
+                base = looked_up(one) if one.called in _LOOKUPS else None
+                waiting.extend((base,) if base is not None else one.parts[:1] if one.op == "item" else carried(one))
             self.chains[id(term)] = (term, found)
         return self.chains[id(term)][1]
 

@@ -1,0 +1,156 @@
+"""Several passes over the same text: whose losses are kept, and what is chosen by comparing them."""
+
+import pytest
+
+from tests.audit.order import HEAD, HONEST, MAIN, broken, findings, line_of
+
+BODY = "    final = eval_ttt(args, model, val)\n"
+LOWEST = """
+def lowest_of(args, model, val):
+    kept = torch.full((val.numel() - 1,), float("inf"), dtype=torch.float64)
+    for rate in RATES:
+        twin = copy.deepcopy(model)
+        opt = torch.optim.SGD(twin.parameters(), lr=rate)
+        for start in range(0, val.numel() - 1, args.chunk):
+            end = min(start + args.chunk, val.numel() - 1)
+            x, y = val[start:end][None], val[start + 1 : end + 1]
+            with torch.no_grad():
+                nll = F.cross_entropy(twin.forward_logits(x).view(-1, 1024), y, reduction="none").double()
+            KEEP
+            twin(x, y[None]).backward()
+            opt.step()
+            opt.zero_grad()
+    return (kept.sum() / kept.numel()).item()
+"""
+KEEPING = {
+    "assigned": ("kept[start:end] = torch.minimum(kept[start:end], nll)",),
+    "into a part": ("part = kept[start:end]", "torch.minimum(part, nll, out=part)"),
+    "copied into a part": ("part = kept[start:end]", "part.copy_(torch.minimum(part, nll))"),
+}
+
+
+def lowest(keep: tuple[str, ...], rates: str = "(1e-3, 4e-3)") -> str:
+    walk = LOWEST.replace("KEEP", ("\n" + " " * 12).join(keep)).replace("RATES", rates)
+    return HEAD + walk + MAIN.replace(BODY, "    final = lowest_of(args, model, val)\n")
+
+
+@pytest.mark.parametrize("way", KEEPING)
+def test_the_lower_loss_of_two_passes_is_one_fault_however_it_is_kept(way: str) -> None:
+    assert broken(lowest(KEEPING[way])) == {"min-over-passes"}
+
+
+def test_losses_that_one_pass_writes_into_their_places_are_its_losses() -> None:
+    assert broken(lowest(("part = kept[start:end]", "part.copy_(nll)"), "(1e-3,)")) == set()
+
+
+def test_an_answer_that_a_function_of_its_own_calls_out_is_written_nowhere() -> None:
+    told = "def told(value, out=None):\n    return value\n\n\ndef main():\n"
+    text = HONEST.replace("def main():\n", told).replace(
+        BODY, BODY + "    told(final, out=args)\n    told(**{'out': 1})\n"
+    )
+    assert broken(text) == set()
+
+
+SWEPT = """
+def swept(args, model, val):
+    sums = torch.zeros(3, dtype=torch.float64)
+    with torch.no_grad():
+        for start in range(0, val.numel() - 1024, 1024):
+            logits = model.forward_logits(val[start : start + 1024][None])[0]
+            for i, heat in enumerate((0.9, 1.0, 1.1)):
+                sums[i] += F.cross_entropy(logits / heat, val[start + 1 : start + 1025], reduction="sum").double()
+    columns = sums.tolist()
+    best = CHOSEN
+    return columns[best] / (val.numel() - 1)
+"""
+
+
+@pytest.mark.parametrize("chosen", ["min(range(3), key=lambda i: columns[i])", "sums.argmin()"])
+def test_a_column_that_is_chosen_by_its_sum_is_a_choice(chosen: str) -> None:
+    text = HEAD + SWEPT.replace("CHOSEN", chosen) + MAIN.replace(BODY, "    final = swept(args, model, val)\n")
+    assert broken(text) & {"min-over-passes", "temperature-from-validation"}
+
+
+def test_a_column_that_is_named_beforehand_is_none() -> None:
+    text = HEAD + SWEPT.replace("CHOSEN", "1") + MAIN.replace(BODY, "    final = swept(args, model, val)\n")
+    assert broken(text) == set()
+
+
+SETTLED = """
+class Scorer:
+    def __init__(self, model):
+        self.model, self.heat, self.seen = model, 1.0, torch.ones(1024, 1024)
+
+    def score(self, val, start):
+        x, y = val[start : start + 1024], val[start + 1 : start + 1025]
+        with torch.no_grad():
+            p = torch.log_softmax(self.model.forward_logits(x[None])[0] / self.heat, -1).exp()
+        rows = self.seen[x]
+        mixed = torch.log(0.9 * p + 0.1 * rows / rows.sum(-1, keepdim=True))
+        nll = -mixed.gather(1, y[:, None])[:, 0]
+        return nll
+
+def settle(scorer, val):
+    best, found = float("inf"), 1.0
+    for heat in (0.9, 1.0, 1.1):
+        scorer.heat = heat
+        total = sum(scorer.score(val, start).sum().item() for start in range(0, 65536, 1024))
+        if total < best:
+            best, found = total, heat
+    return found
+
+def scored(args, model, val):
+    scorer = Scorer(model)
+    scorer.heat = HEAT
+    total, count = 0.0, 0
+    for start in range(0, val.numel() - 1024, 1024):
+        total += scorer.score(val, start).sum().item()
+        count += 1024
+    return total / count
+"""
+
+
+def test_a_scale_below_a_mixture_of_two_distributions_is_a_temperature() -> None:
+    text = (
+        HEAD
+        + SETTLED.replace("HEAT", "settle(scorer, val)")
+        + MAIN.replace(BODY, "    final = scored(args, model, val)\n")
+    )
+    found = findings(text)
+    assert broken(text) == {"temperature-from-validation"}
+    place = found["temperature-from-validation"].place
+    assert place is not None
+    assert place.line == line_of(text, "scorer.heat = settle(")
+
+
+def test_a_scale_that_is_fixed_is_none() -> None:
+    text = HEAD + SETTLED.replace("HEAT", "1.05") + MAIN.replace(BODY, "    final = scored(args, model, val)\n")
+    assert broken(text) == set()
+
+
+DEALT = """
+def dealt(args, model, val):
+    pieces = [(s, min(s + 1024, val.numel() - 1)) for s in range(0, val.numel() - 1, 1024)]
+    mine = []
+    for i, piece in enumerate(pieces):
+        if i % 2 == 0:
+            mine.append(piece)
+    total, count = 0.0, 0
+    opt = torch.optim.SGD(model.parameters(), lr=1e-3)
+    for start, end in mine[::-1]:
+        x, y = val[start:end][None], val[start + 1 : end + 1][None]
+        STEPS
+    return total / count
+"""
+PRICE = "total += model(x, y).item() * (end - start); count += end - start"
+LEARN = "model(x, y).backward(); opt.step(); opt.zero_grad()"
+
+
+def in_turn(*steps: str) -> str:
+    body = MAIN.replace(BODY, "    final = dealt(args, model, val)\n")
+    return HEAD + DEALT.replace("STEPS", "; ".join(steps)) + body
+
+
+def test_a_list_that_grew_in_a_loop_is_gone_through_backwards() -> None:
+    assert broken(in_turn(PRICE, LEARN)) == set()
+    assert len(broken(in_turn(LEARN, PRICE))) == 1
