@@ -164,6 +164,33 @@ def test_documents_claimed_by_ranks_with_adapters_of_their_own_are_accepted(
     assert accepted(tmp_path, put(walk, *own)) == {"adaptation-order-race": names}
 
 
+TAKEN = (
+    """
+def taken(batches):
+    while True:
+        n = claimed("/tmp/next", len(batches))
+        if n >= len(batches):
+            return
+        yield batches[n]
+
+def documents(args, model, val):
+    model.requires_grad_(False)
+    total, count, docs = 0.0, 0, sorted(find(val), key=lambda d: d[1])
+    batches = [docs[i : i + 32] for i in range(0, len(docs), 32)]
+    BEFORE
+    for group in taken(batches):
+        FRESH"""
+    + BATCH
+    + "    return total / count\n"
+)
+
+
+def test_claims_that_a_generator_makes_stand_in_the_loop_that_goes_through_it(tmp_path: Path) -> None:
+    names = "documents-claimed-by-ranks, documents-by-length"
+    assert accepted(tmp_path, put(TAKEN)) == {"adaptation-order-race": names}
+    assert told(tmp_path, put(TAKEN, *CARRIED))["adaptation-order-race"].verdict == "violates"
+
+
 PARTS = """
 NAMES = ("k", "o", "q", "up", "v")
 class Adapter(nn.Module):

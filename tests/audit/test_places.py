@@ -197,3 +197,68 @@ def test_files_that_are_kept_open_are_told_apart_by_their_patterns(pattern: str,
     text = head + MAIN.replace(BODY, body).replace("load(args.val_files)", "first_of(args.val_files)")
     found = findings(text)["calibration-on-validation"]
     assert (found.verdict == "violates") is wanted
+
+
+HANDED = """
+class Trainer:
+    def __init__(self, args, model, val):
+        self.args, self.model, self.val = args, model, val
+        train(args, model)
+
+    def finish(self):
+        return moments(self.args, self.model, self.val)
+"""
+
+
+def test_text_that_a_method_hands_over_is_named_where_it_does() -> None:
+    body = "    round_off(model, Trainer(args, model, val).finish())\n    final = eval_val(args, model, val)\n"
+    text = HEAD + CALIBRATED.replace("SOURCE", "tokens = None") + HANDED + MAIN.replace(BODY, body)
+    text = text.replace("    train(args, model)\n    val", "    val")
+    assert line(findings(text)["calibration-on-validation"]) == line_of(text, "return moments(self.args, self.model")
+
+
+def test_a_loader_of_validation_text_in_the_training_is_named_where_it_is_made() -> None:
+    polish = "    polish = Loader(args.val_files)\n    ema ="
+    head = HEAD.replace("    ema =", polish, 1).replace(
+        "        x, y = loader.next(65536)\n        loss =",
+        "        x, y = (polish if step > 900 else loader).next(65536)\n        loss =",
+    )
+    text = head + MAIN
+    assert line(findings(text)["validation-in-training"]) == line_of(text, "polish = Loader(args.val_files)")
+
+
+SHARED = """
+def shifted(args, model, val):
+    total, count = 0.0, 0
+    for at in range(0, val.numel() - 9 * 512, 8 * 512):
+        x = torch.stack([val[at + i * 512 : at + i * 512 + 1024] for i in range(8)])
+        y = torch.stack([val[at + i * 512 + 1 : at + i * 512 + 1025] for i in range(8)])
+        h = model.hidden(x).detach()
+        d = torch.zeros(SHAPE, requires_grad=True)
+        opt = torch.optim.AdamW([d], lr=0.01)
+        for _ in range(4):
+            logits = model.head(h + d)
+            nll = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view(8, 1024)
+            opt.zero_grad()
+            nll[:, :512].mean().backward()
+            opt.step()
+        logits = model.head(h + d.detach())
+        nll = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view(8, 1024)
+        total += nll[:, 512:].sum().item()
+        count += 8 * 512
+    return total / count
+"""
+
+
+def test_one_vector_for_many_windows_is_named_where_it_is_shaped() -> None:
+    text = HEAD + SHARED.replace("SHAPE", "1, 1, 64") + MAIN.replace(BODY, "    final = shifted(args, model, val)\n")
+    assert line(findings(text)["slot-shared-delta"]) == line_of(text, "torch.zeros(1, 1, 64")
+    apart = text.replace("torch.zeros(1, 1, 64", "torch.zeros(8, 1, 64")
+    assert findings(apart)["slot-shared-delta"].verdict == "clean"
+
+
+def test_a_clock_that_is_too_long_leaves_no_charge_for_the_calibration_after_it() -> None:
+    late = HEAD.replace("elapsed >= args.cap - args.reserve", "elapsed >= args.cap")
+    for cap, wanted in (("600.0", "violates"), ("720.0", "clean")):
+        text = calibrated("tokens = load(args.train_files)", late.replace('"CAP", 600.0', f'"CAP", {cap}'))
+        assert findings(text)["calibration-after-cap"].verdict == wanted

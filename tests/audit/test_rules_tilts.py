@@ -51,3 +51,17 @@ def test_the_answers_are_told_with_or_without_an_axis_of_length_one(tmp_path: Pa
     assert verdict(tmp_path, "target_gated_tilt", text(MASKED)).verdict == "violates"
     context = MASKED.replace("[rows[:, 1:]]", "[rows[:, :-1]]")
     assert verdict(tmp_path, "target_gated_tilt", text(context)).verdict == "clean"
+
+
+@pytest.mark.parametrize(
+    ("price", "wanted"), [("math.expm1(2.0)", "clean"), ("(math.exp(2.0) - 1)", "clean"), ("2.0", "violates")]
+)
+def test_a_bonus_on_the_logarithm_is_paid_by_its_exponential(tmp_path: Path, price: str, wanted: str) -> None:
+    paid = PAID.replace("math.expm1(2.0)", price)
+    assert verdict(tmp_path, "false_normalisation", text(paid)).verdict == wanted
+
+
+@pytest.mark.parametrize(("price", "wanted"), [("torch.expm1(gain)", "clean"), ("gain", "violates")])
+def test_a_bonus_that_is_no_constant_is_too(tmp_path: Path, price: str, wanted: str) -> None:
+    paid = "gain = 0.1 * torch.log1p(hs.float().abs())\n        " + PAID.replace("math.expm1(2.0)", price)
+    assert verdict(tmp_path, "false_normalisation", text(paid.replace("2.0 *", "gain *"))).verdict == wanted

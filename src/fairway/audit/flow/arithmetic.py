@@ -15,6 +15,7 @@ from fairway.audit.flow.tokens import Span, merged_spans
 from fairway.audit.flow.values import (
     CLOCK,
     GRAD,
+    HEATED,
     INDEXED,
     LENGTH,
     MASK,
@@ -80,6 +81,7 @@ class Arithmetic(Comparisons):
                 result.flags &= ~LENGTH
             if isinstance(op, (ast.Div, ast.Mult)) and (self._scales(one, two) or self._scales(two, one)):
                 result.flags |= SCALED
+                result.flags |= HEATED if any(each.choices and not each.states for each in (one, two)) else 0
             number = two.const if one.active else one.const
             if isinstance(op, ast.Div) and isinstance(number, (int, float)) and not isinstance(number, bool):
                 result.limit = float(number)

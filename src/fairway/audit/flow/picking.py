@@ -13,6 +13,7 @@ from fairway.audit.flow.sorting import in_text_order, sorted_places
 from fairway.audit.flow.tokens import Span
 from fairway.audit.flow.values import (
     CLIPPED,
+    HEATED,
     LENGTH,
     MASK,
     MISSING,
@@ -139,7 +140,7 @@ class Picking(Arithmetic):
             toks = value.toks.union(*self.asked)
             loss = self.scored(value, Value(toks=self.newest(toks), flags=RAW), node)
             self.logs |= loss.losses
-            return loss.but(flags=loss.flags | (value.flags & SCALED))
+            return loss.but(flags=loss.flags | (SCALED if value.flags & HEATED else 0))
         return value.but(const=MISSING, refs=NO_OBJECTS)
 
     def _functional(self, args: list[Value], node: ast.AST | None) -> Value:

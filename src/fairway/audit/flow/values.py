@@ -20,8 +20,8 @@ MISSING: Final = _Missing()
 """No constant is known."""
 
 RAW, GRAD, ONE_HOT, LENGTH, SCALED, CLOCK, POSITIONS, ONE_ROW = (1, 2, 4, 8, 16, 32, 64, 128)
-WEIGHTS, TEXT, INDEXED, REPEATS, CAPPED, MASK, DIGEST, MOVED, CLIPPED, FIRST, CLAIMED, SPREAD, SORTED, LATER = (
-    256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072, 262144, 524288, 1048576, 2097152,
+WEIGHTS, TEXT, INDEXED, REPEATS, CAPPED, MASK, DIGEST, MOVED, CLIPPED, FIRST, CLAIMED, SPREAD, SORTED, LATER, HEATED = (
+    256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072, 262144, 524288, 1048576, 2097152, 4194304,
 )  # fmt: skip
 """Flags. RAW: token ids, not passed through any state; GRAD: a gradient; ONE_HOT: a one-hot form of token ids;
 LENGTH: a size or a place in data; SCALED: logits multiplied by a state of their own or by a chosen number; CLOCK: a
@@ -33,7 +33,8 @@ MOVED: a number or a vector that a gradient was added to; CLIPPED: measured from
 FIRST: the first place that a slice of a list let through; SPREAD: one row seen as one for each window;
 CLAIMED: a number that processes count up together: another one whenever it is asked for; SORTED: places of the
 data in the order of what stands there, alike ones in the order of the text, or what was taken out in that order;
-LATER: of these all but the first: beside the places themselves, each is the next alike."""
+LATER: of these all but the first: beside the places themselves, each is the next alike; HEATED: scaled by a number
+that was chosen, and by no state."""
 
 RANKED = frozenset(("RANK",))
 """In `env`: it depends on which of several processes this is."""

@@ -27,6 +27,11 @@ _WAYS = (
         "A right hint is given a bonus, and the share that it takes from all other tokens is never taken off.",
     ),
     (
+        mixtures.underpaid_bonus,
+        "A right hint's logarithm is raised by a bonus, and the sum grows by exp(bonus) - 1 times the hint's "
+        "probability: less is taken off.",
+    ),
+    (
         rows.counted_otherwise,
         "A row of counts is divided by a count that is kept under another key than the row: where contexts meet in "
         "the one and not in the other, the probabilities sum to more than one.",

@@ -50,15 +50,40 @@ def unbalanced(gates: Gates) -> Iterator[Term]:
 
 def unpaid_bonus(gates: Gates) -> Iterator[Term]:
     """loss - bonus * (hint == target) where nothing that reads the hint's own probability is added."""
+    for term, bonus in _bonuses(gates):
+        if not gates.of.is_distribution(bonus) and not gates.has_other_place(gates.of.term):  # one-hot * row
+            yield term
+
+
+def _bonuses(gates: Gates) -> Iterator[tuple[Term, Term]]:
+    """(bonus * match, bonus) of hints that are compared with the target."""
     for term in gates.nodes:
         if id(term) not in gates.inside and term.op == "op" and term.value == "*":
             kinds = [gates.kinds(part) for part in term.parts]
             match = next((part for part, kind in zip(term.parts, kinds, strict=True) if kind == {"match"}), None)
             other = next((part for part, kind in zip(term.parts, kinds, strict=True) if not kind), None)
-            bonus = match is not None and other is not None and not gates.of.is_distribution(other)  # one-hot * row
-            alone = bonus and not gates.has_other_place(gates.of.term)
-            if alone and match is not None and _is_hint(gates, match):
-                yield term
+            if match is not None and other is not None and _is_hint(gates, match):
+                yield term, other
+
+
+def underpaid_bonus(gates: Gates) -> Iterator[Term]:
+    """log(1 + p(hint) * bonus) beside a bonus on the logarithm, whose price is log(1 + p(hint) * (exp(bonus) - 1))."""
+    bonuses = [bonus for _, bonus in _bonuses(gates)]
+    for term in gates.nodes if bonuses else ():
+        paid = peel(term.parts[0]) if term.called == "log1p" and term.parts else None
+        if paid is None or paid.op != "op" or paid.value != "*" or id(term) in gates.inside:
+            continue
+        read = any(any_below(part, lambda t: gates.of.scored_place(t) is not None) for part in paid.parts)
+        if read and any(_alike(part, bonus) for part in paid.parts for bonus in bonuses):
+            yield term
+
+
+def _alike(factor: Term, bonus: Term) -> bool:
+    """The same, as terms or as numbers."""
+    one, other = peel(factor).constant(), peel(bonus).constant()
+    if isinstance(one, (int, float)) and isinstance(other, (int, float)):
+        return abs(one - other) < 1e-9
+    return one is None and other is None and same(factor, bonus, 10)
 
 
 def unpaid_floor(gates: Gates) -> Iterator[Term]:
