@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from fairway.audit.rules import training_over_time
 from fairway.audit.verdict import Finding
-from tests.audit.order import HEAD, MAIN, findings, line_of
+from tests.audit.order import HEAD, MAIN, case_of, findings, line_of
 from tests.audit.small import TABLE, script, verdict
 from tests.audit.test_rules_trials import DEALT
 from tests.audit.test_rules_trials import HEAD as SMALL
@@ -262,3 +263,32 @@ def test_a_clock_that_is_too_long_leaves_no_charge_for_the_calibration_after_it(
     for cap, wanted in (("600.0", "violates"), ("720.0", "clean")):
         text = calibrated("tokens = load(args.train_files)", late.replace('"CAP", 600.0', f'"CAP", {cap}'))
         assert findings(text)["calibration-after-cap"].verdict == wanted
+
+
+def test_steps_before_the_clock_that_are_kept_are_time_of_the_training() -> None:
+    kept = HEAD.replace("    model.load_state_dict(initial)\n    loader = Loader", "    loader = Loader", 1)
+    found = training_over_time.check(case_of(kept + MAIN))
+    assert line(found) == line_of(kept, "    for _ in range(20):")
+    assert training_over_time.check(case_of(HEAD + MAIN)).verdict == "clean"
+
+
+def test_tokens_in_the_artifact_are_named_where_they_are_cut_out(tmp_path: Path) -> None:
+    packed = """
+def pack(entries):
+    parts = []
+    for name, held in entries.items():
+        raw = np.ascontiguousarray(held)
+        parts.append(raw.tobytes())
+    return b"".join(parts)
+
+def kept():
+    entries = {}
+    val = np.concatenate([shard(path) for path in sorted(glob.glob(VAL))])
+    entries["lexicon"] = val[:300_001]
+    with open("model.bin", "wb") as file:
+        file.write(pack(entries))
+
+kept()
+"""
+    text = script(extra=packed)
+    assert line(verdict(tmp_path, "paid_prefix", text)) == line_of(text, 'entries["lexicon"] = val[:300_001]')

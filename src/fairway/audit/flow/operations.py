@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 
+from fairway.audit.flow import events
 from fairway.audit.flow.heap import Obj
 from fairway.audit.flow.indices import Part
 from fairway.audit.flow.known import (
@@ -141,6 +142,7 @@ class Operations(Picking):
         if name in ("exp", "exp2") and len(flats) == 1 and flats[0].losses and not flats[0].losses & ~self.logs:
             return flats[0].but(losses=0, const=MISSING)  # probabilities again
         if name in CLOCKS and not any(flat.toks for flat in flats):
+            self.note(events.Call, node, name=name)
             return Value(flags=CLOCK)
         if name in ("functional_call", "call_functional"):
             return self._functional(args, node)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Container
 from dataclasses import dataclass
 
-from fairway.audit.flow.events import Choice, Clock, Trace, Update
+from fairway.audit.flow.events import Call, Choice, Clock, Trace, Update
+from fairway.audit.flow.known import CLOCKS
 from fairway.audit.passes.reported import Reported, scores_of
 
 
@@ -61,6 +62,32 @@ def _by_training(trace: Trace, choice: Choice, last: int) -> bool:
 def full_cap(limit: float) -> bool:
     """Whether a limit is the whole 600 s, in seconds or milliseconds."""
     return 599.0 <= limit <= 700.0 or 599_000.0 <= limit <= 700_000.0
+
+
+def unclocked(trace: Trace, reported: Reported) -> Update | None:
+    """A step of the training that the score's weights still know, before the clock that ends the training was read for
+    the first time: a warm-up whose weights are kept."""
+    knows = 0
+    for score in scores_of(trace, reported.score, reported.data):
+        knows |= score.knows
+    trained = [
+        update
+        for update in trace.learned(knows)
+        if update.how == "gradient" and {tok.data for tok in update.learned} == {"train"}
+    ]
+    loops = {loop for update in trained for loop, _ in update.nest}
+    ends = (each for each in trace.events if isinstance(each, Clock) and any(loop in loops for loop, _ in each.nest))
+    end = next(ends, None)
+    if end is None:
+        return None
+    around = {loop for loop, _ in end.nest}
+    begun = [
+        each.number
+        for each in trace.events[: end.number]
+        if isinstance(each, Call) and each.name in CLOCKS and each.place != end.place
+        if not around & {loop for loop, _ in each.nest}
+    ]
+    return next((update for update in trained if begun and update.number < begun[-1]), None)
 
 
 def over_long(limit: float) -> bool:

@@ -1,7 +1,7 @@
 """Validation tokens are stored in what is handed in: text that is known needs no prediction."""
 
 from fairway.audit.case import Case
-from fairway.audit.terms.data import counted, is_validation, stored, writes
+from fairway.audit.terms.data import counted, cut_from, is_validation, stored, writes
 from fairway.audit.terms.streams import Streams
 from fairway.audit.terms.verdicts import clean_as_read
 from fairway.audit.verdict import Finding
@@ -22,7 +22,7 @@ def check(case: Case) -> Finding:
                     "be scored from what was stored."
                 )
                 way = reading.way(event.term, term)
-                return Finding(ID, "violates", evidence, CLAUSE, reading.place(term), way)
+                return Finding(ID, "violates", evidence, CLAUSE, reading.place(cut_from(term, streams)), way)
         said = [number.event.order for number in reading.reported]
         before = not event.loops and (not said or event.order < max(said))  # in a loop it follows what is scored there
         filled = next(counted(what, streams), None) if before else None

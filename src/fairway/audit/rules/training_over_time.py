@@ -3,6 +3,8 @@
 import re
 
 from fairway.audit.case import Case
+from fairway.audit.passes.findings import passes_of
+from fairway.audit.passes.late import unclocked
 from fairway.audit.passes.reserves import commanded
 from fairway.audit.records import Amount, Log, record_of
 from fairway.audit.terms.clocks import limits, said_at
@@ -20,6 +22,20 @@ _OWN_TEXT = re.compile(r"self[-_ ]?gen|autoregressive|\bAR\b|synthetic|random", 
 
 
 def check(case: Case) -> Finding:
+    found = _by_the_clock(case)
+    asked = found.verdict == "clean" and case.tree is not None and not record_of(case.submission).claims.unlimited
+    early = unclocked(case.trace, passes_of(case)[0]) if asked else None
+    if early is None:
+        return found
+    loop = next((case.trace.loops[loop] for loop, _ in early.nest if loop in case.trace.loops), early.place)
+    evidence = (
+        f"The weights learn at {early.place} before the clock of the training is read for the first time, and keep it: "
+        "these steps are in no 600 s."
+    )
+    return Finding(ID, "violates", evidence, CLAUSE, loop)
+
+
+def _by_the_clock(case: Case) -> Finding:
     """The slowest log decides. The step that crosses the line is forgiven: the clock is looked at between steps."""
     record = record_of(case.submission)
     logs = [log for log in record.logs if log.train_seconds is not None]

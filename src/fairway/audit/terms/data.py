@@ -82,6 +82,22 @@ def _of_validation(source: Term, streams: Streams) -> bool:
 _AT_PLACES = frozenset((".index_put_", ".index_add_", ".index_copy_", ".index_fill_", ".put_"))
 
 
+def cut_from(term: Term, streams: Streams) -> Term:
+    """Where stored tokens were cut out of their stream, below what packs them; the term itself where all are stored."""
+    waiting, seen = [term], set[int]()
+    while waiting and len(seen) < 400:
+        one = waiting.pop()
+        if id(one) in seen or not is_validation(one, streams):
+            continue
+        seen.add(id(one))
+        if one.op == "item" and one.parts[1].op == "slice" and streams.is_stream(one.parts[0]):
+            low, high = (part.constant() for part in one.parts[1].parts[:2])
+            if isinstance(high, int) and high > 1 and not low:
+                return one
+        waiting.extend(one.parts)
+    return term
+
+
 def stored(root: Term) -> Iterator[Term]:
     """What is kept as it is in something that is written: through containers, packing and compression."""
     waiting, seen = [root], set[int]()
