@@ -272,6 +272,7 @@ class Learning(Core):
 
     def load(self, model: Value, weights: Value, node: ast.AST | None) -> None:
         """load_state_dict: the model is now what the weights are."""
+        self.note(events.Call, node, name="load_state_dict")
         held = self.flat(weights)
         if self.chosen:
             held = held.but(choices=held.choices | self.chosen)

@@ -87,7 +87,10 @@ def unclocked(trace: Trace, reported: Reported) -> Update | None:
         if isinstance(each, Call) and each.name in CLOCKS and each.place != end.place
         if not around & {loop for loop, _ in each.nest}
     ]
-    return next((update for update in trained if begun and update.number < begun[-1]), None)
+    early = next((update for update in trained if begun and update.number < begun[-1]), None)
+    between = trace.events[early.number : begun[-1]] if early is not None else ()
+    put_back = any(isinstance(each, Call) and each.name == "load_state_dict" for each in between)  # with what, or not
+    return None if put_back else early
 
 
 def over_long(limit: float) -> bool:
