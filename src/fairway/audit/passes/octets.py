@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from fairway.audit.case import Case
 from fairway.audit.passes.findings import passes_of
 from fairway.audit.passes.trials import counts_of
+from fairway.audit.reading.tree import nodes
 from fairway.audit.trial.text import tokens
 from fairway.audit.trial.vocabulary import Octets, octets
 from fairway.audit.verdict import Finding, Place
@@ -21,12 +23,13 @@ _NEAR = 1e-9  # relative: sums of integers, divided in double precision
 def by_trial(case: Case, found: Finding, rule: str) -> Finding:
     """A rule's finding, as the trial bears it out: cleared where the score divides by the bytes of the text, a
     violation where it divides by exactly the bytes that the rule's fault gives."""
-    named, tabled = ("", False) if case.settings.tables else divisor(case)  # the trial reads no table of settings
-    if named == "":
+    divided = None if case.settings.tables else divisor(case)  # the trial reads no table of settings
+    if divided is None:
         return found
+    named = divided.rule
     if named == rule and found.verdict != "violates":
         table = Place(case.script.path, case.script.line(case.trial.table)) if case.trial.table else None
-        place = (table if tabled else None) or found.place or table
+        place = (table if divided.tabled else _written(case, divided.rate)) or found.place or table
         evidence = f"Worked out for a text of {case.trial.length - 1:,} targets, the score divides by {_HOW[rule]}."
         return replace(found, verdict="violates", evidence=evidence, place=place)
     if named == "true" and found.verdict == "violates":
@@ -37,13 +40,22 @@ def by_trial(case: Case, found: Finding, rule: str) -> Finding:
     return found
 
 
-def divisor(case: Case) -> tuple[str, bool]:
-    """What the score divides by: "true", the rule of a fault, or "" where the trial does not tell; and whether it is
-    the table of the pieces' bytes that is wrong, and not what is added to it."""
+@dataclass(frozen=True)
+class Divisor:
+    """What the score divides by. rule: "true", or that of a fault; tabled: whether it is the table of the pieces' bytes
+    that is wrong, and not what is added to it; rate: bytes for each target that somebody wrote down, 0 for none."""
+
+    rule: str
+    tabled: bool = False
+    rate: float = 0.0
+
+
+def divisor(case: Case) -> Divisor | None:
+    """None where the trial does not tell."""
     which, _, _ = passes_of(case)
     counts = counts_of(case, which, doubtful=True)
     if counts is None or len(counts.more) or len(counts.missing):
-        return "", False
+        return None
     trial = counts.trial
     text = octets(tokens(trial.vocabulary)[: trial.length], trial.vocabulary)
     for told in reversed(counts.said):
@@ -55,16 +67,25 @@ def divisor(case: Case) -> tuple[str, bool]:
         bytes_said = 1.0 / (unit * math.log(2.0))
         for name, tabled, each in _laws(text):
             if abs(float(each[counted].sum()) / bytes_said - 1.0) < _NEAR:
-                return name, tabled
-        if _assumed(bytes_said, int(counted.sum())):
-            return "byte-constant", False
-    return "", False
+                return Divisor(name, tabled)
+        rate = bytes_said / int(counted.sum())
+        if _assumed(rate):
+            return Divisor("byte-constant", rate=rate)
+    return None
 
 
-def _assumed(bytes_said: float, targets: int) -> bool:
+def _assumed(rate: float) -> bool:
     """Whether bytes are so many for each target that somebody wrote the number down: 2.44, 3.9216."""
-    rate = bytes_said / targets * 10_000
-    return abs(rate - round(rate)) < 1e-6 and _FEWEST < rate < _MOST
+    parts = rate * 10_000
+    return abs(parts - round(parts)) < 1e-6 and _FEWEST < parts < _MOST
+
+
+def _written(case: Case, rate: float) -> Place | None:
+    """Where the number stands."""
+    for node in nodes(case.tree) if rate else ():
+        if isinstance(node, ast.Constant) and isinstance(node.value, float) and abs(node.value - rate) < 1e-6:
+            return Place(case.script.path, case.script.line(node.lineno))
+    return None
 
 
 def _laws(text: Octets) -> list[tuple[str, bool, NDArray[np.int64]]]:
