@@ -219,6 +219,8 @@ class Arithmetic(Comparisons):
         right = getattr(node, "right", None) or getattr(node, "value", None)
         syms = sym_of(one, left), sym_of(two, right)
         result.sym = f"{type(op).__name__.lower()}({syms[0]},{syms[1]})"[:120] if all(syms) else ""
+        if isinstance(op, (ast.Add, ast.Sub)) and type(two.const) is int and two.const == 0:  # a reach that is off
+            result.sym = syms[0]
         if isinstance(op, ast.Sub):
             result.less = one.less | ({syms[1]} if syms[1] else frozenset())
         elif isinstance(op, ast.Add):

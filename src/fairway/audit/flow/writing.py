@@ -81,6 +81,8 @@ class Writing(Containers):
         if flat.flags & GRAD and flat.toks and "#leaf" not in obj.slots and not any(part.slice for part in parts):
             self.learn(obj, flat.toks, "table", node, flat.losses)  # one entry moves by its own error
             return
+        if any(part.slice and _is_empty(part) for part in parts):
+            return
         cuts = self.cuts_of(parts)
         old = self.content(obj)
         if cuts and isinstance(flat.const, (int, float, bool)):
@@ -88,7 +90,10 @@ class Writing(Containers):
             if old.toks and not flat.const > 0:  # targets blanked out
                 self.heap.set(obj, "#content", self.cut(old, sides, node))
             else:
-                self.heap.set(obj, "#content", old.but(cuts=old.cuts | sides, const=MISSING))
+                every = len(parts) > 1 and parts[0].slice and parts[0].low is None and parts[0].high is None
+                wider = every and bool(old.cuts) and flat.const is True  # of all rows, beside what was true before
+                both = old.cuts & sides if wider else old.cuts | sides
+                self.heap.set(obj, "#content", old.but(cuts=both, const=MISSING))
             return
         spans: tuple[Span, ...] = ()
         for part in parts:
@@ -186,3 +191,11 @@ class Writing(Containers):
 def _other(cut: Cut) -> Cut:
     side, end, less = cut
     return ("head" if side == "tail" else "tail", end, less)
+
+
+def _is_empty(part: Part) -> bool:
+    """edge : edge + 0"""
+    if part.low is None or part.high is None:
+        return False
+    low = part.low.sym or part.low_text
+    return bool(low) and part.low.const is MISSING and low == (part.high.sym or part.high_text)
