@@ -67,6 +67,17 @@ def test_one_vector_for_all_windows_knows_the_targets_of_others() -> None:
     assert "slot-on-scored" not in found
 
 
+REACHED = """edge, reach = 960, REACH
+    mine = (places >= edge)[None].expand(len(group), 1024)
+    where = (places < edge)[None].expand(len(group), 1024).clone()
+    where[:, edge : edge + reach] = True"""
+
+
+@pytest.mark.parametrize(("reach", "found"), [("0", set()), ("64", {"slot-on-scored"})])
+def test_a_context_that_is_widened_into_what_is_scored_is_no_context(reach: str, found: set[str]) -> None:
+    assert broken(walk(REACHED.replace("REACH", reach))) == found
+
+
 STEPPED = """    opt = torch.optim.AdamW([d], lr=0.01)
     for _ in range(4):
         opt.zero_grad()
