@@ -254,17 +254,26 @@ class Operations(Picking):
         flats = [self.flat(each) for each in rest]
         if name in ("detach_", "retain_grad_", "squeeze_", "unsqueeze_", "clamp_", "clip_", "resize_", "t_"):
             return base
+        target = getattr(getattr(node, "func", None), "value", None)
+        if not cells and (name in KEYED or name == "scatter_"):
+            cells = self._parts_written(target)
         for obj in cells:
             self._write_one(obj, name, rest, flats, node)
-        if not cells and flats:
-            target = getattr(getattr(node, "func", None), "value", None)
-            if isinstance(target, (ast.Name, ast.Attribute, ast.Subscript)):
-                self.book(flats[0])
-                held = self.flat(base)
-                new = blend(*flats) if name in RESETS or name == "copy_" else blend(held, *flats)
-                self.overwrite(target, new.but(const=MISSING))
-                return new
+        if not cells and flats and isinstance(target, (ast.Name, ast.Attribute, ast.Subscript)):
+            self.book(flats[0])
+            held = self.flat(base)
+            new = blend(*flats) if name in RESETS or name == "copy_" else blend(held, *flats)
+            self.overwrite(target, new.but(const=MISSING))
+            return new
         return base
+
+    def _parts_written(self, target: ast.expr | None) -> list[Obj]:
+        """The tables of which a part is filled: `counts[b].index_put_(...)`, or by the name of that part."""
+        if isinstance(target, ast.Name):
+            target = self.frame.views.get(target.id)
+        if not isinstance(target, ast.Subscript):
+            return []
+        return [obj for obj in self.evaluate(target.value).refs if obj.kind == "tensor"]
 
     def given_out(self, result: Value, out: Value, node: ast.Call) -> Value:
         """torch.f(x, out=y): what comes out is written into y."""

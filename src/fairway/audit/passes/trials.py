@@ -84,7 +84,23 @@ def _doubtful(case: Case) -> bool:
         return max((each for each in functions if each[0] <= line <= each[1]), default=None)
 
     summing = {around(line) for line in trial.summed}
-    return any(around(line) in summing for line in trial.doubts)
+    tests = {node.lineno: node for node in nodes(case.tree) if isinstance(node, ast.If)}
+    return any(
+        around(line) in summing and (line not in tests or _decides(tests[line], trial.summed)) for line in trial.doubts
+    )
+
+
+def _decides(test: ast.If, summed: set[int]) -> bool:
+    """Whether what counts may hang on a condition: its arms sum, leave, or bind a name. `if frozen: p.requires_grad =
+    False` does none of it."""
+    arms = [each for arm in (*test.body, *test.orelse) for each in ast.walk(arm)]
+    leaves = (ast.Continue, ast.Break, ast.Return, ast.Raise, ast.Yield, ast.YieldFrom)
+    return any(
+        isinstance(each, leaves)
+        or (isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store))
+        or getattr(each, "lineno", 0) in summed
+        for each in arms
+    )
 
 
 def _same_way(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
@@ -118,7 +134,8 @@ def lesson_before(case: Case, which: Reported, counts: Counts) -> tuple[str, int
     calls = {tuple(place.line for place in score.stack[:-1]) for score in scores}
     apart = [stack for stack in lesson.asked if stack[:-1] != lesson.stack[:-1]] or lesson.asked
     asked = next((stack for stack in apart if stack[:-1] in calls), apart[0])
-    line = parting(lesson.stack, asked)
+    few = sum(each.early >= _FEW for each in counts.trial.lessons) * 2 < len(counts.trial.lessons)
+    line = (few and lesson.cut) or parting(lesson.stack, asked)  # lessons that reach too far, or come too soon
     evidence = (
         f"Worked out for a text of {counts.trial.length - 1:,} targets, {len(after):,} of those that the score counts "
         f"were learned from before: the step at line {lesson.stack[-1]} comes before the loss at line {asked[-1]}."

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fairway.audit.settings import Settings
 from fairway.audit.terms import assigning, attributes, elements, expressions, foreign, items, objects
-from fairway.audit.terms.term import Key, Term, alternatives
+from fairway.audit.terms.term import Key, Term, alternatives, peel
 from fairway.audit.terms.things import Bound, Class, Coroutine, Frame, Function, Instance, constant
 
 if TYPE_CHECKING:
@@ -247,7 +247,7 @@ def enter(
     if changed is not None:
         for name, before in given.items():
             after = frame.vars.get(name, before)
-            if after is not before and _grew_from(after, before):
+            if after is not before and _grew_from(m, after, before):
                 changed[name] = after
     if frame.yields:
         merged = (
@@ -300,19 +300,40 @@ def _parameters(
     return given
 
 
-def _grew_from(after: Term, before: Term) -> bool:
-    """Whether a value is the given one with stores and in-place changes on top."""
+def _grew_from(m: "Machine", after: Term, before: Term) -> bool:
+    """Whether a value is the given one with stores and in-place changes on top: `total += x` of a tensor is one."""
     waiting, steps = [after], 0
     while waiting and steps < 200:
         term = waiting.pop()
         steps += 1
         if term is before:
             return True
-        if term.op in ("store", "mutate"):
+        if term.op in ("store", "mutate") or id(term) in m.augmented:
             waiting.append(term.parts[0])
         elif term.op in ("choice", "merge"):
             waiting.extend(term.parts[1:] if term.op == "choice" else term.parts)
     return False
+
+
+def is_array(term: Term) -> bool:
+    """Whether a value was made as an array or a tensor: what is added to it in place, its other names see too."""
+    waiting, steps = [term], 0
+    while waiting and steps < 60:
+        one = peel(waiting.pop())
+        steps += 1
+        if one.op == "call" and one.called in _ARRAYS:
+            return True
+        if one.op in ("choice", "merge"):
+            waiting.extend(one.parts[1:] if one.op == "choice" else one.parts)
+        elif one.op in ("store", "mutate", "op") and one.parts:
+            waiting.append(one.parts[0])
+    return False
+
+
+_ARRAYS = frozenset(
+    """zeros ones empty full zeros_like ones_like empty_like full_like new_zeros new_ones new_full tensor array
+    as_tensor asarray scalar_tensor""".split()  # noqa: SIM905
+)
 
 
 def _returned(frame: Frame, ended: bool, line: int) -> Term:

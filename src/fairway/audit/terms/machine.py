@@ -51,6 +51,7 @@ class Machine:
         self.defined: dict[int, tuple[ast.AST, Function]] = {}  # by the node that defines them
         self.commands: dict[int, tuple[Term, list[Term]]] = {}  # of command lines, by the application
         self.holders: dict[int, tuple[Term, Term]] = {}  # objects that are containers, by what lies in them
+        self.augmented: dict[int, Term] = {}  # sums that a tensor was made in place
         self.items: dict[tuple[int, Any], tuple[Term, Term]] = {}
         self.elements: dict[tuple[int, str, int], tuple[Term, Term]] = {}  # with its term, which keeps the id
         self.events: list[Event] = []
@@ -143,6 +144,8 @@ class Machine:
         before = self.value(node.target, frame)
         added = self.value(node.value, frame)
         term = expressions.operation(self, node.op, before, added, frame.file, node.lineno, in_place=True)
+        if isinstance(node.target, ast.Name) and term.op == "op" and calls.is_array(before):
+            self.augmented[id(term)] = term
         assigning.assign(self, node.target, term, frame)
 
     def on_Return(self, node: ast.Return, frame: Frame) -> bool:

@@ -217,6 +217,8 @@ class Attributes(Arrays):
                 return mixed(place)
             if value.pos is not None and value.pos.size and value.pos.flat[-1] >= 0:
                 self.touched += 1
+                if value.pos.size >= self.trial.length - 1:
+                    self.cut_at[tuple(self.stack)] = self.line
             try:
                 part = taken(value, place)
             except IndexError as error:

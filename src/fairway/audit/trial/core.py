@@ -47,6 +47,7 @@ class Core:
         self.slow = slow  # steps of a turn of loops that are known to go through the tokens one by one
         self.touched = 0  # uses of the text so far
         self.made = 0  # losses of the text so far
+        self.cut_at: dict[tuple[int, ...], int] = {}  # by the calls around it: the last line that cuts the whole text
         self.line = 0  # of the statement that is being worked out
         self.clock = 0.0
         self.in_thread = 0
@@ -128,7 +129,8 @@ class Core:
             self.learned |= fresh
             early = fresh & (self.scored <= 1)  # its own loss is the first
             self.trial.early |= early
-            self.lessons.append(Lesson((*self.stack, self.line), int(early.sum())))
+            cut = self.cut_at.get(tuple(self.stack), 0)
+            self.lessons.append(Lesson((*self.stack, self.line), int(early.sum()), cut=cut))
             self.taught[fresh] = len(self.lessons) - 1
 
     def booked(self, value: Value) -> Value:
