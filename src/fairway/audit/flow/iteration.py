@@ -82,7 +82,7 @@ class Iteration(Writing):
         name, value = item.items if item.items is not None and len(item.items) == 2 else (NOTHING, NOTHING)
         if not isinstance(name.const, str):
             return False
-        section = bool(value.refs) and all(_plain_section(obj) for obj in value.refs)
+        section = bool(value.refs) and all(_plain_section(obj) or _plain_list(obj) for obj in value.refs)
         return section or value.const is not MISSING or not (value.refs or value.toks or value.losses)
 
     def _elements_of(self, obj: Obj, value: Value, node: ast.AST | None) -> Elements:
@@ -189,6 +189,13 @@ def _runs(value: Value) -> bool:
 
 
 def _plain_section(obj: Obj) -> bool:
-    """{"steps": 20, "rate": 0.1}"""
+    """{"steps": 20, "rate": 0.1, "orders": [1, 2]}"""
     held = [value for key, value in obj.slots.items() if isinstance(key, tuple)]
-    return obj.kind == "dict" and bool(held) and all(isinstance(each, Value) and not each.refs for each in held)
+    plain = (isinstance(each, Value) and all(map(_plain_list, each.refs)) for each in held)
+    return obj.kind == "dict" and bool(held) and all(plain)
+
+
+def _plain_list(obj: Obj) -> bool:
+    """[64.0, 24.0]"""
+    items = obj.slots.get("#items")
+    return obj.kind == "list" and isinstance(items, Value) and all(not each.refs for each in items.items or ())

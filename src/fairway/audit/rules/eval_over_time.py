@@ -23,6 +23,8 @@ _BEFORE = re.compile(
     r"gptq|quant|serializ|compress|hessian|calibrat|warm-?up|compile|prune|artifact|export", re.IGNORECASE
 )
 
+_WHOLE = re.compile(r"train|process|whole|entire|script|since (?:the )?start", re.IGNORECASE)  # more than that
+
 
 def check(case: Case) -> Finding:
     """The slowest log decides; of several over the limit the first is named."""
@@ -95,7 +97,7 @@ def _beside(log: Log) -> tuple[float, Place, tuple[Step, ...]] | None:
     """Where no score has a time on its own line: the longest of those printed next to the score that is reported."""
     final = log.final
     near = [t for t in log.timers if final is not None and -_NEXT <= t.line - final.line <= _NEXT]
-    own = [t for t in near if not _BEFORE.search(t.says) and not re.search("train", t.says, re.IGNORECASE)]
+    own = [t for t in near if not _BEFORE.search(t.says) and not _WHOLE.search(t.says)]
     if final is None or final.step is not None or not own:
         return None
     longest = max(own, key=lambda timer: timer.value)
