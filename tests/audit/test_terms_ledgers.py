@@ -94,3 +94,50 @@ def test_a_cache_that_has_learned_the_piece_already_is_left_to_the_rules_of_orde
     first = ledger(WHOLE, "echo.learn(before, target)", "pass")
     assert verdict(tmp_path, "target_gated_tilt", first).verdict == "clean"
     assert verdict(tmp_path, "training_before_scoring", first).verdict == "violates"
+
+
+# ---- sums that a helper adds to in place
+
+HELPED = """
+def enter(nll, x, y, nats, octets, count):
+    size, lead, edge = (torch.from_numpy(each) for each in tables())
+    nats += nll.double().sum()
+    octets += (size[y] + (lead[y] & ~edge[x])).double().sum()
+    count += y.numel()
+
+def told(net):
+    tokens = torch.from_numpy(np.concatenate([shard(path) for path in sorted(glob.glob(VAL))]))
+    nats = torch.zeros((), dtype=torch.float64)
+    octets = torch.zeros((), dtype=torch.float64)
+    count = torch.zeros((), dtype=torch.float64)
+    for at in range(0, len(tokens) - 1, 512):
+        x, y = tokens[at : at + 512], tokens[at + 1 : at + 513]
+        z = net(x).float() * SCALE
+        nll = F.cross_entropy(z, y, reduction="none")
+        with torch.no_grad():
+            for row in range(1):
+                if at is None:
+                    continue
+                enter(nll, x, y, nats, octets, count)
+    loss = float(nats.item() / count.item())
+    return loss, float(nats.item() / math.log(2.0) / octets.item())
+
+TABLES = tables()
+loss, bpb = told(Net())
+print(f"val_loss {loss:.5f} val_bpb {bpb:.5f}")
+"""
+
+
+@pytest.mark.parametrize(
+    ("scale", "wanted"),
+    [("1.0", "clean"), ("torch.where(torch.from_numpy(TABLES[1])[y], 0.9, 1.1)[:, None]", "violates")],
+)
+def test_a_tensor_that_a_helper_adds_to_is_its_callers_too(tmp_path: Path, scale: str, wanted: str) -> None:
+    text = SMALL + TABLE + HELPED.replace("SCALE", scale)
+    assert verdict(tmp_path, "target_gated_tilt", text).verdict == wanted
+
+
+def test_a_number_that_a_helper_adds_to_is_its_own(tmp_path: Path) -> None:
+    plain = HELPED.replace("torch.zeros((), dtype=torch.float64)", "0.0").replace(".item()", "")
+    found = verdict(tmp_path, "target_gated_tilt", SMALL + TABLE + plain.replace("SCALE", "1.0"))
+    assert found.verdict == "cannot tell"  # nothing reaches the number that is printed

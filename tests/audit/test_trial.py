@@ -460,3 +460,18 @@ print(f"val_loss {nats / count:.5f}")
     found = counts(twice)
     assert found[2.0] > 0.99 * LENGTH
     assert found[1.0] == 32
+
+
+@pytest.mark.parametrize("made", ["price", "torch.compile(price, dynamic=False)", "torch.jit.script(price)"])
+def test_a_compiled_function_is_the_function(made: str) -> None:
+    text = """
+def price(ids, targets):
+    logits = net.logits(ids) / 1.1
+    return F.cross_entropy(logits.view(-1, 1024), targets.reshape(-1), reduction="none").view(targets.shape)
+fast = MADE
+nats = 0.0
+for at in range(0, total, 2048):
+    nats += fast(val[at : at + 2048][None], val[at + 1 : at + 2049][None]).double().sum().item()
+print(f"val_loss {nats / total:.5f}")
+"""
+    assert counts(text.replace("MADE", made)) == ALL

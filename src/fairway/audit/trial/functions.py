@@ -201,7 +201,15 @@ _WORLD: dict[str, Act] = {
     "mlx.nn.losses.cross_entropy": mlx_cross_entropy,
     "torch.autograd.grad": learned_from,
     **dict.fromkeys(
-        ["torch.nn.parallel.DistributedDataParallel", "mlx.core.compile", "torch.nn.DataParallel"], first_of
+        [
+            "torch.nn.parallel.DistributedDataParallel",
+            "torch.nn.DataParallel",
+            "torch.compile",
+            "torch.jit.script",
+            "torch.compiler.disable",
+            "mlx.core.compile",
+        ],
+        first_of,
     ),
     "torch.cuda.is_available": lambda machine, args, kwargs, line: True,
     "torch.distributed.is_available": lambda machine, args, kwargs, line: True,
