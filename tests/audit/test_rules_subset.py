@@ -204,3 +204,44 @@ def test_a_window_that_is_gone_through_target_by_target_is_no_part_of_the_text()
     main = MAIN.replace(EVAL, "    final = one_by_one(args, model, val)\n")
     assert doubted(HEAD + ONE_BY_ONE.replace("FOUND", "y[0, j]") + main) == set()
     assert "subset-as-full" in broken(HEAD + ONE_BY_ONE.replace("FOUND", "val[j + 1]") + main)
+
+
+PLANNED = """
+def planned(total, length, stride):
+    end = min(length, total)
+    windows = [(0, end, 0)]
+    at = end
+    while at < total:
+        end = min(at + stride, total)
+        windows.append((end - length, end, at))
+        at = end
+    return windows
+
+def sliding(args, model, val):
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    windows = planned(val.numel() - 1, args.window, args.stride)
+    windows = windows[len(windows) * rank // world : len(windows) * (rank + 1) // world]
+    with torch.no_grad():
+        for bi in range(0, len(windows), 8):
+            batch = windows[bi : bi + 8]
+            x, y = torch.zeros(8, 2048, dtype=torch.int64), torch.zeros(8, 2048, dtype=torch.int64)
+            for i, (ws, we, _) in enumerate(batch):
+                local = val[ws : we + 1]
+                x[i, : we - ws] = local[:-1]
+                y[i, : we - ws] = local[1:]
+            logits = model.forward_logits(x)
+            nll = F.cross_entropy(logits.view(-1, 1024), y.view(-1), reduction="none").view(8, 2048)
+            for i, (ws, we, first) in enumerate(batch):
+                total += nll[i, first - ws : we - ws].double().sum()
+                count += we - first
+    sums = torch.stack((total, torch.tensor(float(count), dtype=torch.float64)))
+    torch.distributed.all_reduce(sums)
+    return (sums[0] / sums[1]).item()
+"""
+
+
+def test_the_first_window_of_a_plan_is_no_limit() -> None:
+    head = HEAD.replace("    stride = int", '    window = int(os.environ.get("WINDOW", 2048))\n    stride = int')
+    body = MAIN.replace(EVAL, "    final = sliding(args, model, val)\n")
+    assert broken(head + PLANNED + body) == set()

@@ -25,7 +25,7 @@ def check(case: Case) -> Finding:
     scores = scores_of(case.trace, which.score, which.data)
     cut = [(score, tok.part) for score in scores for tok in score.targets if tok.part and float(tok.part) < FULL]
     whole = [score for score in scores if all(not tok.part for tok in score.targets)]
-    if cut and not whole:
+    if cut and not whole and not _all_count(case, which, max(float(part) for _, part in cut)):
         score, part = cut[0]
         first = case.trace.files.get(part)
         if first is not None:
@@ -92,6 +92,13 @@ def check(case: Case) -> Finding:
         evidence, line = limited
         return Finding(ID, "violates", evidence, CLAUSE, Place(case.script.path, case.script.line(line)))
     return Finding(ID, "clean", "No constant cuts the validation tokens short.", CLAUSE, which.score[0].place)
+
+
+def _all_count(case: Case, which: Reported, limit: float) -> bool:
+    """Whether a trial over a longer text than a limit of tokens shows that every target counts: it is the length of a
+    window, or of the first one."""
+    counts = counts_of(case, which, doubtful=True) if limit > 1 else None
+    return counts is not None and not len(counts.missing) and limit < 0.9 * counts.trial.length
 
 
 def _counted(case: Case) -> Finding | None:
