@@ -1,6 +1,8 @@
 """Writes to many tensors at once, rows that are unpacked, masks that only count, and what goes into the file."""
 # ruff: noqa: E501 (examples are texts of scripts)
 
+import pytest
+
 from tests.audit.order import HEAD, HONEST, MAIN, broken, doubted, trace_of
 
 EVAL = "    final = eval_ttt(args, model, val)\n"
@@ -87,3 +89,36 @@ def test_validation_tokens_learnt_before_the_file_is_written_are_in_training() -
 def test_adaptation_of_what_the_file_holds_is_none() -> None:
     assert doubted(with_main(FILED.replace("TAUGHT", "pass"))) == set()
     assert doubted(HONEST) == set()
+
+
+FILLED = """
+def counted(args, model, val):
+    counts = torch.zeros(2, 1024, 1024)
+    total, count = 0.0, 0
+    for start in range(0, val.numel() - 1024, 1024):
+        x, y = val[start : start + 1024], val[start + 1 : start + 1025]
+        with torch.no_grad():
+            p = torch.softmax(model.forward_logits(x[None])[0], -1)
+        STEPS
+    return total / count
+"""
+FILL = {
+    "by its place": ("counts[0].index_put_((x, y), torch.ones(1024), accumulate=True)",),
+    "by a name": ("part = counts[0]", "part.index_put_((x, y), torch.ones(1024), accumulate=True)"),
+}
+PRICED = (
+    "rows = counts[0][x] + 0.1",
+    "mixed = 0.9 * p + 0.1 * rows / rows.sum(-1, keepdim=True)",
+    "total += -torch.log(mixed.gather(1, y[:, None])).sum().item()",
+    "count += 1024",
+)
+
+
+@pytest.mark.parametrize("way", FILL)
+def test_a_part_of_a_table_that_is_filled_is_the_tables(way: str) -> None:
+    def script(*steps: str) -> str:
+        walk = FILLED.replace("STEPS", ("\n" + " " * 8).join(steps))
+        return HEAD + walk + MAIN.replace("eval_ttt(args, model, val)", "counted(args, model, val)")
+
+    assert broken(script(*PRICED, *FILL[way])) == set()
+    assert broken(script(*FILL[way], *PRICED)) & {"two-pass-cache", "training-before-scoring"}
