@@ -13,7 +13,7 @@ from fairway.audit.case import Case
 from fairway.audit.reading.script import Script
 from fairway.audit.settings import UNKNOWN
 from fairway.audit.submission import Submission
-from tests.audit.order import HEAD, RULES
+from tests.audit.order import HEAD, RULES, broken
 from tests.audit.small import TABLE, script, verdict
 
 DEFAULTS = '{"data": "./data/shards_val_*.bin", "train_files": "./data/shards_train_*.bin", "cap": 600.0, "reserve": 12.0, "seq_len": 1024, "chunk": 32768, "epochs": 1, "ahead": 0, "bytes_from": "table"}'
@@ -146,3 +146,28 @@ def test_data_in_json_is_no_table_of_settings() -> None:
     assert table_of('{"betas": [0.9, 0.95]}') == {"betas": [0.9, 0.95]}
     for text in (json.dumps({"tokens": list(range(100))}), "[1, 2]", "{", " " * 70_000 + "{}"):
         assert table_of(text) is UNKNOWN
+
+
+OPTIONAL = """
+def main():
+    ap = argparse.ArgumentParser()
+    ap.add_argument("--again", type=int, help="sweeps before the score")
+    ap.add_argument("--set", action="append", default=[])
+    given = ap.parse_args()
+    args = Hyperparameters()
+    model = GPT().cuda()
+    train(args, model)
+    val = load(args.val_files)
+    if given.again is not None or any(each == "again" for each in given.set):
+        eval_ttt(args, model, val)
+    final = eval_ttt(args, model, val)
+    print(f"final val_loss:{final:.8f} val_bpb:{final / math.log(2) / 2.4:.8f}")
+
+main()
+"""
+
+
+def test_an_option_without_a_default_is_none() -> None:
+    text = HEAD.replace("import copy,", "import argparse, copy,") + OPTIONAL
+    assert broken(text) == set()
+    assert broken(text.replace("given.again is not None", "given.again is None"))

@@ -174,7 +174,8 @@ class Foreign(Operators):
             dest = kwargs.get("dest", NOTHING).const
             option = dest if isinstance(dest, str) else long.lstrip("-").replace("-", "_")
             action = kwargs.get("action", NOTHING).const
-            default = kwargs.get("default", Value(const=action == "store_false") if action else NONE)
+            switch = action in ("store_true", "store_false")
+            default = kwargs.get("default", Value(const=action == "store_false") if switch else NONE)
             said = self.settings.argument(long or option, None)
             env = frozenset((long,))
             if said is UNKNOWN:
