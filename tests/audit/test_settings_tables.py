@@ -158,7 +158,7 @@ def main():
     model = GPT().cuda()
     train(args, model)
     val = load(args.val_files)
-    if given.again is not None or any(each == "again" for each in given.set):
+    if given.again is not None:
         eval_ttt(args, model, val)
     final = eval_ttt(args, model, val)
     print(f"final val_loss:{final:.8f} val_bpb:{final / math.log(2) / 2.4:.8f}")
