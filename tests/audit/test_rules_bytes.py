@@ -47,6 +47,16 @@ def test_a_canonical_count_is_clean_in_every_style(tmp_path: Path, rule: str, ta
     assert verdict(tmp_path, rule, script(table=table)).verdict == "clean"
 
 
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [('piece.replace("\\u2581", " ")', "clean"), ('(" " + piece).replace("\\u2581", " ")', "violates")],
+)
+def test_marks_within_a_piece_are_no_leading_space(tmp_path: Path, text: str, wanted: str) -> None:
+    table = TABLE.replace('len(piece.encode("utf-8"))', f'len({text}.encode("utf-8"))')
+    assert table != TABLE
+    assert verdict(tmp_path, "byte_double_space", script(table=table)).verdict == wanted
+
+
 # ---- the space twice
 
 

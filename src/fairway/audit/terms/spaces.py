@@ -131,12 +131,19 @@ class SpaceCount:
             return None
         seen.add(id(below))
         if _keeps_space(below):
-            return below
+            return below if below.receiver is None or not self._cut_before(below.receiver) else None
         parts = below.parts
         if below.op == "choice" and self.has_mark(parts[0]):
             parts = (parts[2],) if negated(parts[0]) else (parts[1],)
         found = (self._kept_space(part, seen) for part in parts)
         return next((one for one in found if one is not None), None)
+
+    def _cut_before(self, text: Term) -> bool:
+        """Whether the leading mark is gone already: what is replaced then are marks within the piece."""
+        below = peel(text)
+        if below.op == "choice" and self.has_mark(below.parts[0]):
+            below = peel(below.parts[2] if negated(below.parts[0]) else below.parts[1])
+        return _cuts_space(below)
 
     def _call(self, term: Term, marked: bool, table: int, depth: int) -> Spaces:
         word = term.called
