@@ -67,7 +67,7 @@ def test_one_vector_for_all_windows_knows_the_targets_of_others() -> None:
     assert "slot-on-scored" not in found
 
 
-REACHED = """edge, reach = 960, REACH
+REACHED = """edge, reach = 960, int(os.environ.get("REACH_BY", "REACH"))
     mine = (places >= edge)[None].expand(len(group), 1024)
     where = (places < edge)[None].expand(len(group), 1024).clone()
     where[:, edge : edge + reach] = True"""

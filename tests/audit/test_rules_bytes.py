@@ -214,6 +214,11 @@ def test_pieces_of_a_case_transformed_text_are_no_bytes_of_the_original(tmp_path
     assert finding.verdict == "violates"
 
 
+@pytest.mark.parametrize("said", ["SP8192 without CaseOps", "SP8192, CaseOps-free", "SP8192, no case ops"])
+def test_a_transform_that_a_readme_says_it_does_without_is_none(tmp_path: Path, said: str) -> None:
+    assert verdict(tmp_path, "byte_transformed_text", script(), README__md=said).verdict == "clean"
+
+
 def test_a_sidecar_of_original_bytes_is_the_right_denominator(tmp_path: Path) -> None:
     state = 'side = np.concatenate([shard(path) for path in sorted(glob.glob("data/fineweb_val_bytes_*.bin"))])'
     text = script(state=state, count="side[at + 1 : at + 513].sum()")

@@ -408,6 +408,34 @@ def test_the_text_is_whole_windows_of_documents() -> None:
     assert (ids == BOS).sum() > 8
 
 
+def test_it_is_known_how_often_each_target_was_summed_by_a_call() -> None:
+    def most(order: str) -> int:
+        trial = tried(ONLINE.replace("ORDER", order))
+        return max(int(trial.booked[way].max()) for way in trial.told[-1].sum.ways())
+
+    assert most("score(low, high); learn(low, high)") == 1
+    assert most("[score(low, high) for _ in range(3)]; learn(low, high)") == 3
+
+
+PHASES = """
+optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
+rows = [list(range(at, min(at + 3, 20))) for at in range(0, 20, 3)]
+nats = 0.0
+for segment in rows[:5]:
+    for row in segment:
+        at = row * 2048
+        nats += net(val[at : at + 2048], val[at + 1 : at + 2049], reduction="none").sum().item()
+    for _ in range(2):
+        unknown(net, segment).backward()
+        optimizer.step()
+print(f"val_loss {nats / total:.5f}")
+"""
+
+
+def test_a_loop_over_phases_scores_in_each_of_them() -> None:
+    assert counts(PHASES)[1.0] == 15 * 2048
+
+
 # ---- loops that go through the tokens one by one
 
 HINTS = """

@@ -219,8 +219,9 @@ class Arithmetic(Comparisons):
         right = getattr(node, "right", None) or getattr(node, "value", None)
         syms = sym_of(one, left), sym_of(two, right)
         result.sym = f"{type(op).__name__.lower()}({syms[0]},{syms[1]})"[:120] if all(syms) else ""
-        if isinstance(op, (ast.Add, ast.Sub)) and type(two.const) is int and two.const == 0:  # a reach that is off
-            result.sym = syms[0]
+        named = isinstance(right, ast.Attribute) or bool(two.env)
+        if isinstance(op, (ast.Add, ast.Sub)) and type(two.const) is int and two.const == 0 and named:
+            result.sym = syms[0]  # a setting that is off
         if isinstance(op, ast.Sub):
             result.less = one.less | ({syms[1]} if syms[1] else frozenset())
         elif isinstance(op, ast.Add):

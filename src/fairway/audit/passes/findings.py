@@ -11,6 +11,7 @@ from fairway.audit.passes.consequences import without_consequences
 from fairway.audit.passes.faults import Fault, Passes
 from fairway.audit.passes.patterns import pattern_at
 from fairway.audit.passes.reported import Reported, is_diagnosis, reported
+from fairway.audit.passes.trials import booked_once
 from fairway.audit.reading.tree import nodes
 from fairway.audit.terms.choices import forked
 from fairway.audit.verdict import Finding, Place, Step, Verdict
@@ -36,6 +37,8 @@ def verdict_on(case: Case, rule: str, clause: str, clean: str) -> Finding:
     """The rule's finding: a violation in the score, else what is only printed beside it, else clean or cannot tell."""
     which, own, beside = passes_of(case)
     mine = [fault for fault in own if fault.kind == rule and not _is_gate(case, fault)]
+    if mine and rule == "multi-epoch-last" and booked_once(case, which):
+        mine = []
     if mine:
         fault = _clearest(mine)
         guards = (*fault.score.guards, *fault.cause.guards)

@@ -162,6 +162,17 @@ def _learns(case: Case, which: Reported) -> bool:
     return modules and (fresh == {True} or (fresh == {False} and len(states) == 1))
 
 
+def booked_once(case: Case, which: Reported) -> bool:
+    """Whether a trial shows that every target of the score was summed once by the calls that sum it, and before
+    anything that it saw learn from it."""
+    counts = counts_of(case, which)
+    if counts is None or len(counts.missing) or len(counts.more) or counts.late.any() or not counts.trial.lessons:
+        return False
+    ways = counts.said[-1].sum.ways()
+    times = [counts.trial.booked.get(way) for way in ways]
+    return bool(times) and all(each is not None and each.max() == 1 for each in times)
+
+
 def parting(one: tuple[int, ...], other: tuple[int, ...]) -> int:
     """The line of `one` in the function in which the two ways part."""
     for mine, theirs in zip(one, other, strict=False):

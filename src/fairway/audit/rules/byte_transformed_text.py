@@ -17,7 +17,10 @@ ID = "byte-transformed-text"
 CHARGE = "the bytes of a transformed text are the denominator"
 CLAUSE = 'RULES.md R7 and (c) "Transformed-text denominator"'
 
-_CASED = re.compile(r"case.?op|caps.?op|lossless.?cap|\bU\+E00\d", re.IGNORECASE)
+_CASED = re.compile(
+    r"(?<!without )(?<!no )(?<!not )(?:case.?op(?!s?.?free)|caps.?op(?!s?.?free)|lossless.?cap)|\bU\+E00\d",
+    re.IGNORECASE,
+)
 _CHANGING = frozenset("lower casefold normalize translate sub subn".split())  # noqa: SIM905
 _TESTS = frozenset(("isin", "in1d", "eq", "ne", "logical_or"))
 

@@ -31,12 +31,14 @@ def check(case: Case) -> Finding:
     for said in which.score:
         booked |= said.value.losses
     tails, how = None, ""
+    counts = counts_of(case, which)
+    once = counts is not None and not len(counts.more) and not len(counts.missing)  # whatever the symbols say
     for bit in bits(booked):
         score = case.trace.scores[bit]
         whole = [tok for tok in score.targets if tok.data in which.data]
         if not whole:
             continue
-        again = _again(whole)
+        again = _again(whole) if not once else ""
         if again:
             return Finding(ID, "violates", again.format(place=score.place), CLAUSE, _decided(case, score))
         if tails is None and all(_tail_window(tok) for tok in whole) and not _only_whole_windows(case):
@@ -45,7 +47,6 @@ def check(case: Case) -> Finding:
         elif tails is None and all(_pushed_back(tok) for tok in whole):
             tails = score
             how = "a window is pushed back into the data, and the loss at {place} counts as many of its targets as ever"
-    counts = counts_of(case, which)
     shown = repeated(counts) if counts is not None else ""
     if shown:
         return Finding(ID, "violates", shown, CLAUSE, _decided(case, which_score(case, which)))

@@ -17,11 +17,12 @@ from fairway.audit.trial.limits import Forced, Limits
 from fairway.audit.trial.sums import LATE, Sum
 from fairway.audit.trial.text import LENGTH
 from fairway.audit.trial.told import Lesson, Told, Trial
-from fairway.audit.trial.turns import IDLE, SOON, STEPS, Turns
+from fairway.audit.trial.turns import IDLE, PHASES, SOON, STEPS, Turns
 from fairway.audit.trial.values import Frame, Func, Raised, Spent, Value
 from fairway.audit.trial.vocabulary import size_in
 
 ELEMENTS = 2_000  # of an array: what is worked out in the time of a step
+WAYS = 64  # calls that sum losses: of each is kept how often it did for each target
 ASKED = 8  # lines in which losses of what was learned are made
 
 
@@ -78,20 +79,23 @@ class Core:
     def mark(self, over: Value = None) -> Turns:
         """Where a loop begins. over: what it goes through."""
         known = len(over.body) if isinstance(over, Array) and over.body.ndim else operator.length_hint(over, 0)
-        return Turns(self.trial.steps, self.trained, self.made + self.touched, self.spelt, known)
+        return Turns(self.trial.steps, self.trained, self.made + self.touched, self.spelt, known, self.made)
 
     def aimless(self, since: Turns) -> bool:
         """Whether a loop may be left after a turn: it trains on another text, or has gone on for long without the
         text. Spent where a loop of so many turns, each so long, would take more steps than there are: over the
         tokens of this text one by one."""
-        if self.trained > since.trained + 1:
+        used = self.made + self.touched
+        quiet, since.last = self.made == since.last, self.made
+        many = since.turns >= PHASES  # a loop over segments of the text learns and scores in every turn, and has few
+        if self.trained > since.trained + 1 and (quiet or many):
             return True
         too_many = since.turn(self.trial.steps)
         if too_many and self.spelt == since.spelt and not self.slow:
             self.trial.slow = since.each(self.trial.steps)
             raise Spent
         known = since.turns >= SOON and since.each(self.trial.steps) < 2 * self.slow
-        return self.trial.steps > since.steps + IDLE and self.made + self.touched == since.used and not known
+        return self.trial.steps > since.steps + IDLE and used == since.used and not known
 
     def passed_over(self, error: Raised, node: ast.stmt, made: int) -> bool:
         """Whether a statement that raises is left out: the script ran, so what the trial does not know is to blame."""
@@ -139,6 +143,10 @@ class Core:
             self.trial.steps += value.places.size // ELEMENTS
             self.trial.summed.add(self.line)
             self.scored[value.places & (LATE - 1)] += 1  # numpy adds once where an index stands twice
+            value.way = (*self.stack, self.line)
+            if value.weights is not None and (value.way in self.trial.booked or len(self.trial.booked) < WAYS):
+                times = self.trial.booked.setdefault(value.way, np.zeros(LENGTH, dtype=np.int32))
+                times[value.places[value.weights != 0] & (LATE - 1)] += 1
         return value
 
     def marked(self, pos: NDArray[np.int32]) -> NDArray[np.int32]:

@@ -34,6 +34,7 @@ from fairway.audit.trial.holding import (
     reduced_by,
 )
 from fairway.audit.trial.losses import (
+    compiled,
     cross_entropy,
     first_of,
     gather_losses,
@@ -204,13 +205,11 @@ _WORLD: dict[str, Act] = {
         [
             "torch.nn.parallel.DistributedDataParallel",
             "torch.nn.DataParallel",
-            "torch.compile",
-            "torch.jit.script",
-            "torch.compiler.disable",
             "mlx.core.compile",
         ],
         first_of,
     ),
+    **dict.fromkeys(["torch.compile", "torch.jit.script", "torch.compiler.disable"], compiled),
     "torch.cuda.is_available": lambda machine, args, kwargs, line: True,
     "torch.distributed.is_available": lambda machine, args, kwargs, line: True,
     "torch.distributed.is_initialized": lambda machine, args, kwargs, line: True,

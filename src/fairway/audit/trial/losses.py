@@ -5,7 +5,7 @@ from __future__ import annotations
 from fairway.audit.trial.arrays import Array, put, sum_of
 from fairway.audit.trial.calls import Decorator, losses_mean
 from fairway.audit.trial.core import Core
-from fairway.audit.trial.values import NET, UNKNOWN, Unknown, Value
+from fairway.audit.trial.values import NET, UNKNOWN, Func, Unknown, Value, mixed
 
 
 def cross_entropy(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
@@ -49,6 +49,13 @@ def gather_objects(parts: Value, mine: Value, *_: Value, **__: Value) -> None:
             parts[0] = mine
 
 
+def compiled(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
+    """torch.compile(f): the function; of a model or a method of one what is known of models, which costs no steps."""
+    if not args:
+        return Decorator(lambda value: value)
+    return args[0] if isinstance(args[0], Func) else mixed(*args)
+
+
 def first_of(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
-    """torch.compile(f), DistributedDataParallel(model): what they wrap."""
+    """DistributedDataParallel(model): what it wraps."""
     return args[0] if args else Decorator(lambda value: value)

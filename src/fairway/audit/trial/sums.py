@@ -25,9 +25,10 @@ def _counted(
 
 
 class Sum:
-    """sum over targets of weight x loss. Immutable; a sum of sums keeps them and is worked out once, at the end."""
+    """sum over targets of weight x loss. Immutable; a sum of sums keeps them and is worked out once, at the end.
+    way: the calls and the line that summed it, where one did."""
 
-    __slots__ = ("parts", "places", "weights")
+    __slots__ = ("parts", "places", "way", "weights")
 
     def __init__(
         self,
@@ -38,6 +39,19 @@ class Sum:
         self.places = places
         self.weights = weights
         self.parts = parts
+        self.way: tuple[int, ...] = ()
+
+    def ways(self) -> set[tuple[int, ...]]:
+        """Those of everything in it."""
+        found: set[tuple[int, ...]] = set()
+        waiting, seen = [self], set[int]()
+        while waiting:
+            each = waiting.pop()
+            if id(each) not in seen:
+                seen.add(id(each))
+                found |= {each.way} if each.places is not None else set()
+                waiting += [part for part, _ in each.parts]
+        return found
 
     def counts(self, length: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """For each place of a text of `length` tokens: the weight in all, and that of late ones among it."""

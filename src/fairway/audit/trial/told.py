@@ -47,9 +47,10 @@ class Trial:
     length: tokens of the text; doubts: lines of conditions that hang on what nobody knows; steps: how many were taken;
     slow: where a loop over tokens one by one was too long for the text, the steps of its turns; left_out: lines of
     statements that raise, and what; unsure: those among them that had scored before they did; summed: lines that sum
-    losses; early: places that were learned from before they were scored; limits: numbers that others were held
-    against; plans: lines that put windows together; fitted: whether vectors of their own are fitted to windows; table:
-    the line that writes the length of a piece into a table
+    losses; booked: by the calls and the line that sum them, how often each target was; early: places that were learned
+    from before they were scored; limits: numbers that others were held against; plans: lines that put windows together;
+    fitted: whether vectors of their own are fitted to windows; table: the line that writes the length of a piece into a
+    table
     """
 
     vocabulary: int = 1_024
@@ -69,6 +70,7 @@ class Trial:
     plans: Plans = field(default_factory=Plans)
     unsure: set[int] = field(default_factory=set)
     summed: set[int] = field(default_factory=set)
+    booked: dict[tuple[int, ...], NDArray[np.int32]] = field(default_factory=dict)
 
     def counts(self, told: Told) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """For each place of the text: how often its target counts in a number, where those that count least count once;
