@@ -220,6 +220,13 @@ def test_settings_that_the_logs_have_of_nobody(readme: str, verdict: str, tmp_pa
     assert finding.place == (Place("run.out", 1) if verdict == "violates" else None)
 
 
+def test_a_value_that_a_text_of_the_script_lays_over_the_defaults_is_its_own(tmp_path: Path) -> None:
+    script = SCRIPT + TABLE + "LAID_OVER = '{\"wide\": 640}'\n"
+    at = folder(tmp_path / "it", script=script, code=len(script.encode()), config={"wide": 640})
+    (at / "README.md").write_text("Run: `torchrun train_gpt.py --seed 5`\n")
+    assert found(foreign_artifact_or_log, at).verdict == "clean"
+
+
 def test_two_logs_of_one_seed_are_not_of_two(tmp_path: Path) -> None:
     at = folder(tmp_path / "it", {"seeds": [5, 6]})
     (at / "run.out").rename(at / "run_5.out")

@@ -171,3 +171,61 @@ def test_an_option_without_a_default_is_none() -> None:
     text = HEAD.replace("import copy,", "import argparse, copy,") + OPTIONAL
     assert broken(text) == set()
     assert broken(text.replace("given.again is not None", "given.again is None"))
+
+
+LAID_OVER = """
+RECORD = '''{"data": {"train_glob": "./data/shards_train_*.bin", "val_glob": "./data/shards_val_*.bin"},
+"score": {"ahead": 0, "orders": [1, 2, 3], "rate": 0.001, "chunk": 32768, "stride": 64, "epochs": 1, "cap": 600.0}}'''
+
+@dataclasses.dataclass
+class Data:
+    train_glob: str = ""
+    val_glob: str = ""
+
+@dataclasses.dataclass
+class Score:
+    ahead: int = 3
+    orders: list = dataclasses.field(default_factory=lambda: [1, 2])
+    rate: float = 0.0
+    chunk: int = 1024
+    stride: int = 64
+    epochs: int = 3
+    cap: float = 0.0
+
+@dataclasses.dataclass
+class Sections:
+    data: Data = dataclasses.field(default_factory=Data)
+    score: Score = dataclasses.field(default_factory=Score)
+    seed: int = 1337
+
+    def overlay(self, tree):
+        for section, fields in tree.items():
+            target = getattr(self, section)
+            if not dataclasses.is_dataclass(target):
+                setattr(self, section, type(target)(fields))
+                continue
+            for name, value in fields.items():
+                if not hasattr(target, name):
+                    raise KeyError(name)
+                setattr(target, name, value)
+
+def main():
+    sections = Sections()
+    sections.overlay(json.loads(RECORD))
+    args = Hyperparameters()
+    model = GPT().cuda()
+    train(args, model)
+    val = load(sections.data.val_glob)
+    for _ in range(sections.score.ahead):
+        eval_ttt(args, model, val)
+    final = eval_ttt(args, model, val)
+    print(f"final val_loss:{final:.8f} val_bpb:{final / math.log(2) / 2.4:.8f}")
+
+main()
+"""
+
+
+def test_sections_that_a_text_of_the_script_is_laid_over_have_its_values() -> None:
+    text = HEAD.replace("import copy,", "import copy, dataclasses, json,") + LAID_OVER
+    assert broken(text) == set()
+    assert broken(text.replace('"ahead": 0', '"ahead": 2'))

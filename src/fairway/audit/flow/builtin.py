@@ -332,6 +332,15 @@ class Builtins(Opening):
                     return Value(const=kinds[0] in self.line_of(obj.data))
         return NOTHING
 
+    def _do_is_dataclass(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:
+        given = args[0] if args else NOTHING
+        if not given.refs:
+            return Value(const=False) if given.const is not MISSING else NOTHING
+        if not all(obj.kind == "instance" for obj in given.refs):
+            return NOTHING
+        fields = {any(each.slots.get("#fields") for each in self.line_of(obj.data)) for obj in given.refs}
+        return Value(const=fields.pop()) if len(fields) == 1 else NOTHING
+
     def _do_type(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
         classes = frozenset(obj.data for obj in args[0].refs if obj.kind == "instance") if args else frozenset()
         if len(args) == 1 and isinstance(args[0].const, (bool, int, float, str)):  # type(default)(text)

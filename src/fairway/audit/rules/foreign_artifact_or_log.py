@@ -2,6 +2,7 @@
 
 import difflib
 import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 
@@ -160,6 +161,8 @@ def _of_nobody(case: Case) -> list[Finding]:
         spoken = any(re.search(rf"(?<![a-z]){re.escape(name.lower())}(?![a-z])", line) for line in lines)
         if spoken or told.name in case.settings.arguments or name in case.settings.arguments:
             continue
+        if _spelt(name, told.value, case.script.text):  # in a table of its own, laid over the defaults
+            continue
         evidence = (
             f"{told.file} ran with {told.name} = {told.value}; the script's own value is {told.default}, and no "
             "command gives another"
@@ -167,6 +170,15 @@ def _of_nobody(case: Case) -> list[Finding]:
         place = Place(told.file, _line_of(name, submission.logs[told.file]))
         return [Finding(ID, "violates", evidence, CLAUSE, place)]
     return []
+
+
+def _spelt(name: str, value: object, text: str) -> bool:
+    """Whether a text gives a setting this value, as JSON or Python spell it."""
+    try:
+        spelt = re.escape(json.dumps(value))
+    except (TypeError, ValueError):
+        return False
+    return re.search(rf"\b{re.escape(name)}['\"]?\s*[:=]\s*{spelt}", text) is not None
 
 
 def _seed_of_another(record: Record) -> list[Finding]:
