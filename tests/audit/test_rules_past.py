@@ -3,7 +3,7 @@
 import pytest
 
 from fairway.audit.rules import oracle_gate, target_gated_tilt
-from tests.audit.order import HEAD, broken, case_of, doubted
+from tests.audit.order import HEAD, MAIN, broken, case_of, doubted
 
 SWITCHED = """
 def switched(args, model, fixed, val):
@@ -70,3 +70,43 @@ def test_a_switch_by_the_chunks_before_is_no_oracle() -> None:
 def test_a_switch_by_this_very_chunk_is_one(steps: tuple[str, ...]) -> None:
     text = script(*steps)
     assert gated(text) or "min-over-passes" in broken(text)
+
+
+GATED = """
+class Cache:
+    def __init__(self):
+        self.rows = torch.zeros(1024, 1024)
+
+    def mixed(self, log_p, x):
+        rows = self.rows[x]
+        total = rows.sum(-1, keepdim=True)
+        q = (rows + 0.1) / (total + 102.4)
+        weight = 0.3 * torch.sigmoid(torch.log1p(total) - 2.0)
+        return torch.log((1.0 - weight) * log_p.exp() + weight * q)
+
+    def learn(self, x, y):
+        self.rows.index_put_((x, y), torch.ones(x.numel()), accumulate=True)
+
+def cached(args, model, val, cache):
+    total, count = 0.0, 0
+    for start in range(0, val.numel() - 1024, 1024):
+        x, y = val[start : start + 1024], val[start + 1 : start + 1025]
+        with torch.no_grad():
+            log_p = torch.log_softmax(model.forward_logits(x[None])[0], -1)
+            total += -cache.mixed(log_p, x).gather(1, y[:, None]).double().sum().item()
+        count += 1024
+        cache.learn(x, y)
+    return total / count
+
+def off(cache, val):
+    flat = torch.full((512, 1024), -math.log(1024))
+    return float((cache.mixed(flat, val[:512]).double().exp().sum(-1) - 1.0).abs().max())
+"""
+
+
+def test_a_check_of_sums_after_the_score_is_no_score_and_a_count_no_loss() -> None:
+    body = MAIN.replace(
+        "    final = eval_ttt(args, model, val)\n", "    cache = Cache()\n    final = cached(args, model, val, cache)\n"
+    )
+    body = body.replace("\nif __name__", '    print(f"sums are off by {off(cache, val):.1e}")\n\nif __name__')
+    assert broken(HEAD + GATED + body) == set()
