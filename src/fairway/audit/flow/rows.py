@@ -5,10 +5,14 @@ from __future__ import annotations
 from fairway.audit.flow.values import Value
 
 
+def _sizes(shape: list[Value]) -> list[Value]:
+    """The sizes of zeros(8, 1, d) and of zeros((8, 1, d)) alike."""
+    return list(shape[0].items) if len(shape) == 1 and shape[0].items is not None else shape
+
+
 def rows_of(shape: list[Value], kwargs: dict[str, Value]) -> str:
     """Of a tensor that is made with this shape: "one" or "many"."""
-    if len(shape) == 1 and shape[0].items is not None:
-        shape = list(shape[0].items)
+    shape = _sizes(shape)
     if not shape and "size" in kwargs and kwargs["size"].items is not None:
         shape = list(kwargs["size"].items or ())
     if not shape:
@@ -18,15 +22,13 @@ def rows_of(shape: list[Value], kwargs: dict[str, Value]) -> str:
 
 def broadcast(shape: list[Value]) -> bool:
     """zeros(1, 1, d): the one row is meant for many."""
-    if len(shape) == 1 and shape[0].items is not None:
-        shape = list(shape[0].items)
+    shape = _sizes(shape)
     return len(shape) > 1 and shape[0].const == 1
 
 
 def spread(shape: list[Value]) -> bool:
     """expand(B, 1, d): one row, seen as one for each window. A copy of it has a row for each."""
-    if len(shape) == 1 and shape[0].items is not None:
-        shape = list(shape[0].items)
+    shape = _sizes(shape)
     return bool(shape) and shape[0].const not in (1, -1)
 
 
