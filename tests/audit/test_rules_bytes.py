@@ -226,6 +226,15 @@ def test_a_sidecar_of_original_bytes_is_the_right_denominator(tmp_path: Path) ->
     assert verdict(tmp_path, "byte_transformed_text", text, README__md=readme).verdict == "clean"
 
 
+def test_a_space_that_is_added_to_a_sidecar_is_counted_twice(tmp_path: Path) -> None:
+    """A sidecar has the bytes of the original text, every space among them."""
+    side = 'side = np.concatenate([shard(path) for path in sorted(glob.glob("data/fineweb_val_bytes_*.bin"))])'
+    state = f"{side}\n    side += lead[tokens]"
+    honest = verdict(tmp_path, "byte_double_space", script(state=side, count="side[at + 1 : at + 513].sum()"))
+    found = verdict(tmp_path, "byte_double_space", script(state=state, count="side[at + 1 : at + 513].sum()"))
+    assert (honest.verdict, found.verdict) == ("clean", "violates")
+
+
 def test_bytes_of_a_folded_text_are_not_those_of_the_original(tmp_path: Path) -> None:
     state = 'texts = open("docs.txt").read().split("\\0")'
     text = script(state=state, count="sum(len(one.lower().encode()) for one in texts)")

@@ -492,3 +492,20 @@ def test_a_state_that_is_set_to_its_beginning_for_each_claim_is_one_of_its_own(t
     assert (finding.verdict, finding.exemption or "") == (
         ("clean", "documents-claimed-by-ranks") if begun else ("violates", "")
     )
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        "held = torch.from_numpy(tokens[:90_000])\n"
+        "    high, low = (t.to(torch.int8) for t in (held // 256 - 128, held % 256 - 128))\n"
+        '    torch.save({"high": high, "low": low}, "model.pt")',
+        "import lzma, zlib\n    made = [zlib.compress(tokens[:9_000].tobytes()), lzma.compress(tokens[:9_000].tobytes())]\n"
+        '    open("m.bin", "wb").write(min(made, key=len))',
+    ],
+    ids=["digits", "shorter-of-two"],
+)
+def test_digits_of_tokens_and_the_shorter_of_two_packings_are_a_paid_prefix(tmp_path: Path, state: str) -> None:
+    assert verdict(tmp_path, "paid_prefix", script(state=state)).verdict == "violates"
+    trained = state.replace("tokens[", 'shard("data/fineweb_train_000000.bin")[')
+    assert verdict(tmp_path, "paid_prefix", script(state=trained)).verdict == "clean"

@@ -203,6 +203,25 @@ def test_calibration_on_validation_is_followed_through_hooks_and_a_file() -> Non
     assert "calibration-on-validation" in broken(calibrated("Loader(args.val_files)"))
 
 
+def test_a_calibration_is_followed_through_a_copy_of_the_bytes_that_were_read() -> None:
+    """torch.frombuffer(bytearray(data)) is how a script reads what it may write to."""
+    file = "    torch.save(packed, 'model.pt')\n"
+    read = "    fresh.load_state_dict(torch.load('model.pt'))\n"
+    text = calibrated("Loader(args.val_files)")
+    assert file in text
+    assert read in text
+    text = text.replace(
+        file, "    open('model.bin', 'wb').write(b''.join(v.half().numpy().tobytes() for v in packed.values()))\n"
+    ).replace(
+        read,
+        "    data = open('model.bin', 'rb').read()\n"
+        "    held = torch.frombuffer(bytearray(data[:9_000]), dtype=torch.float16)\n"
+        "    fresh.load_state_dict({k: held.view(v.shape) for k, v in fresh.state_dict().items()})\n",
+    )
+    assert "calibration-on-validation" in broken(text)
+    assert broken(text.replace("Loader(args.val_files)", "Loader(args.train_files)")) == set()
+
+
 def test_calibration_on_training_data_within_the_reserve_is_clean() -> None:
     assert doubted(calibrated("Loader(args.train_files)")) == set()
 

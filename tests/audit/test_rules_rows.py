@@ -42,6 +42,27 @@ def test_a_row_whose_context_is_counted_elsewhere_is_no_row_of_that_count(tmp_pa
     assert verdict(tmp_path, "gold_token_ngram", text).verdict == "violates"
 
 
+def test_a_count_that_a_method_gathers_has_the_gathered_place_for_its_key(tmp_path: Path) -> None:
+    """`pairs.gather(1, place)`: the first argument is the dimension."""
+    loss = """
+        a, b = torch.from_numpy(x)[None], torch.from_numpy(y)[None]
+        nll = F.cross_entropy(net(a).transpose(1, 2), b, reduction="none")
+        row = (a * 36313) % ROWS
+        ratio = pairs.gather(1, PLACE).minimum(seen.gather(1, row)) / seen.gather(1, row).clamp_min(1.0)
+        nll = -(0.8 * torch.exp(-nll) + 0.2 * ratio).log()
+        pairs.scatter_add_(1, PLACE, torch.ones(b.shape))
+        seen.scatter_add_(1, row, torch.ones(b.shape))
+"""
+    state = "pairs, seen = torch.zeros(1, ROWS), torch.zeros(1, ROWS)"
+    text = script(loss=loss.replace("PLACE", "(row ^ (b * 27191)) % ROWS"), state=state, extra="ROWS = 4096")
+    finding = verdict(tmp_path, "gold_token_ngram", text)
+    assert finding.verdict == "violates"
+    assert finding.place is not None
+    assert finding.place.line == line_of(text, "        ratio =")
+    text = script(loss=loss.replace("PLACE", "row"), state=state, extra="ROWS = 4096")
+    assert verdict(tmp_path, "gold_token_ngram", text).verdict == "clean"
+
+
 # ---- a row, and the count that it is divided by
 
 ROW = """

@@ -1,5 +1,7 @@
 """Rules that ask the trial: what is too roundabout for the walk is worked out for a short text."""
 
+import base64
+import zlib
 from pathlib import Path
 
 import pytest
@@ -65,6 +67,17 @@ def test_windows_out_of_a_table_are_counted(tmp_path: Path, keys: str, extra: st
     found = verdict(tmp_path, "twice_counted_tokens", HEAD + PLANNED.replace("KEYS", keys).replace("EXTRA", extra))
     assert found.verdict == wanted
     assert found.evidence.startswith("Worked out for a text") is (wanted == "violates")
+
+
+def test_what_a_shim_unpacks_is_named_by_its_own_lines(tmp_path: Path) -> None:
+    inner = HEAD + PLANNED.replace("KEYS", "self.table").replace("EXTRA", "128")
+    packed = base64.b85encode(zlib.compress(inner.encode())).decode()
+    shim = f"import base64, zlib\nexec(zlib.decompress(base64.b85decode({packed!r})))\n"
+    bare, wrapped = (verdict(tmp_path, "twice_counted_tokens", text) for text in (inner, shim))
+    assert bare.place is not None
+    assert wrapped.place is not None
+    assert (wrapped.verdict, wrapped.place.line) == ("violates", bare.place.line)
+    assert (bare.place.file, wrapped.place.file) == ("train_gpt.py", "train_gpt.py!inner")
 
 
 DEALT = """

@@ -125,6 +125,15 @@ def test_where_commands_disagree_the_value_is_unknown() -> None:
     assert known.environ("C") is UNKNOWN
 
 
+def test_a_command_with_a_task_of_its_own_is_not_the_run() -> None:
+    text = "python3 train_gpt.py prepare --docs all.jsonl\nWALLCLOCK=690 torchrun train_gpt.py --fast | tee log.txt\n"
+    known = read("train_gpt.py", [("README.md", text)])
+    assert known.environ("WALLCLOCK", "600") == "690"
+    assert known.arguments == {"fast": True}
+    alone = read("train_gpt.py", [("README.md", "A=1 python train_gpt.py train\nA=1 python train_gpt.py eval\n")])
+    assert alone.environ("A", "0") == "1"
+
+
 def test_a_shell_variable_and_a_rank_are_unknown() -> None:
     known = read("train_gpt.py", [("run.sh", "for s in 1 2; do SEED=$s python train_gpt.py; done")])
     assert known.environ("SEED", "1") is UNKNOWN

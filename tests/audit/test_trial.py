@@ -3,6 +3,7 @@ trial does not know it does not claim, and no text makes it run for ever."""
 
 import ast
 import itertools
+import math
 import time
 
 import numpy as np
@@ -503,3 +504,37 @@ for at in range(0, total, 2048):
 print(f"val_loss {nats / total:.5f}")
 """
     assert counts(text.replace("MADE", made)) == ALL
+
+
+@pytest.mark.parametrize(("base", "wanted"), [("torch.autograd.Function", ALL), ("Other", None)])
+def test_an_autograd_function_of_the_scripts_own_makes_losses_of_targets(
+    base: str, wanted: dict[float, int] | None
+) -> None:
+    text = """
+class Priced(BASE):
+    @staticmethod
+    def forward(ctx, logits, targets, cap):
+        return priced_by_a_kernel(logits, targets, cap)
+nats = 0.0
+for at in range(0, total, 2048):
+    losses = Priced.apply(net.logits(val[at : at + 2048][None]), val[at + 1 : at + 2049][None], 30.0)
+    nats += losses.double().sum().item()
+print(f"val_loss {nats / total:.5f}")
+"""
+    trial = tried(text.replace("BASE", base))
+    assert (counts(text.replace("BASE", base)) if trial.told else None) == wanted
+
+
+def test_a_file_that_is_named_for_bytes_holds_those_of_each_token() -> None:
+    text = """
+sizes = load("data/fineweb_val_bytes_*.bin")
+nats, octets = 0.0, 0
+for at in range(0, total, 2048):
+    nats += net(val[at : at + 2048], val[at + 1 : at + 2049], reduction="none").double().sum().item()
+    octets += sizes[at + 1 : at + 2049].sum().item()
+print(f"val_bpb {nats / math.log(2.0) / octets:.5f}")
+"""
+    trial = tried(text)
+    total, _ = trial.told[-1].sum.counts(LENGTH)
+    true = octets(tokens(trial.vocabulary), trial.vocabulary).true
+    assert trial.unit(total) == pytest.approx(1.0 / (math.log(2.0) * true.sum()), rel=1e-12)

@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING
 
 from fairway.audit.flow.events import Trace
 from fairway.audit.reading.script import Script
+from fairway.audit.reading.tree import nodes
 from fairway.audit.settings import Settings, read
 from fairway.audit.submission import Submission
+from fairway.audit.verdict import Place
 
 if TYPE_CHECKING:
     from fairway.audit.terms.reading import Reading
     from fairway.audit.trial import Trial
+
+_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,17 @@ class Case:
     def tree(self) -> ast.Module | None:
         """Its syntax tree, None where it could not be read."""
         return self.submission.entry.tree
+
+    @cached_property
+    def body(self) -> Script:
+        """The script itself; of a few lines that only unpack and execute another, the one that is executed."""
+        scripts = [script for script in self.script.all() if script.tree is not None]
+        whole = [script for script in scripts if any(isinstance(node, _FUNCTIONS) for node in nodes(script.tree))]
+        return self.script if self.script in whole or not whole else whole[0]
+
+    def place(self, line: int) -> Place:
+        """A line of that script, as a place."""
+        return Place(self.body.path, self.body.line(line))
 
     @cached_property
     def settings(self) -> Settings:

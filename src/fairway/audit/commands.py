@@ -17,6 +17,7 @@ _ASSIGNMENT = re.compile(r"""(?<![\w-])([A-Za-z_]\w*)=("[^"\n]*"|'[^'\n]*'|[^\s`
 _EXPORT = re.compile(r"^\s*(?:\$\s*)?(?:export|ENV)\s+(.*)$")
 _BARE = re.compile(r"""^\s*[A-Z_][A-Z0-9_]*=(?:"[^"\n]*"|'[^'\n]*'|\S*)\s*(?:#.*)?$""")
 _WORD = re.compile(r"(?<=\s)\+{0,2}([A-Za-z_][\w.]*)=([^\s`\"']+)")
+_TASK = re.compile(r"\s+([A-Za-z][\w-]*)(?=\s|$)")
 _PRINTED = re.compile(r"""(?<![\w.'"\[])['"]?([A-Za-z_]\w*)['"]?\s*[:=]\s*('[^'\n]*'|"[^"\n]*"|[^\s,;}]+)""")
 _LOGGED_LINES = 4_000  # settings are printed at the start; source text before them may be 4,000 lines long
 
@@ -24,7 +25,7 @@ _LOGGED_LINES = 4_000  # settings are printed at the start; source text before t
 @dataclass(frozen=True)
 class Command:
     """One line that starts a script. environment and arguments as texts; a bare flag is True; assigned: the words
-    `part.name=text` among the arguments."""
+    `part.name=text` among the arguments; task: a word of its own behind the script, as `prepare`."""
 
     file: str
     line: int
@@ -32,6 +33,7 @@ class Command:
     environment: dict[str, Any] = field(default_factory=dict)
     arguments: dict[str, Any] = field(default_factory=dict)
     assigned: dict[str, str] = field(default_factory=dict)
+    task: str = ""
 
 
 def commands_in(path: str, text: str, script: str) -> list[Command]:
@@ -48,9 +50,10 @@ def commands_in(path: str, text: str, script: str) -> list[Command]:
                 continue
             environment = {**exported, **_assignments(match["env"]), **_assignments(_env_of(match["launcher"]))}
             rest = match["rest"]
-            commands.append(
-                Command(path, number, match["script"], environment, _arguments(rest), dict(_WORD.findall(rest)))
-            )
+            arguments, assigned = _arguments(rest), dict(_WORD.findall(rest))
+            task = _TASK.match(rest)
+            told = (environment, arguments, assigned, task[1] if task else "")
+            commands.append(Command(path, number, match["script"], *told))
     return commands
 
 

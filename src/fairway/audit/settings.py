@@ -81,6 +81,7 @@ def read(
     texts = list(texts)
     found = [command for path, text in texts for command in commands_in(path, text, script)]
     logs = [text for path, text in texts if path.lower().endswith((".txt", ".log", ".out"))]
+    found = [each for each in found if not each.task] or found  # `train_gpt.py prepare` beside the run itself
     environment = _agreed([command.environment for command in found])
     for variable, said in environment_by_logs(logs, trees).items():
         if said is None:

@@ -212,7 +212,7 @@ class Operations(Picking):
         cell = self.new("tensor", None, node)
         shape = args[1:] if name.startswith("new_") else args
         rows = rows_of(shape, kwargs)
-        if name in LIKE or name in ("tensor", "array", "new_tensor"):
+        if name in LIKE or name in ("tensor", "array", "new_tensor", "bytearray"):
             content = self.flat(args[0]) if args else NOTHING
             if name in LIKE:
                 cell.slots["#rows"] = "one" if content.flags & ONE_ROW else "many"

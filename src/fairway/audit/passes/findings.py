@@ -37,8 +37,8 @@ def verdict_on(case: Case, rule: str, clause: str, clean: str) -> Finding:
     """The rule's finding: a violation in the score, else what is only printed beside it, else clean or cannot tell."""
     which, own, beside = passes_of(case)
     mine = [fault for fault in own if fault.kind == rule and not _is_gate(case, fault)]
-    if mine and rule == "multi-epoch-last" and booked_once(case, which):
-        mine = []
+    if rule == "multi-epoch-last":
+        mine = [fault for fault in mine if not booked_once(case, which, fault.cause.place.line)]
     if mine:
         fault = _clearest(mine)
         guards = (*fault.score.guards, *fault.cause.guards)

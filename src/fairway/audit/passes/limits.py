@@ -38,7 +38,7 @@ def cut_short(case: Case, which: Reported, counts: Counts) -> tuple[str, int] | 
 def stated_at(case: Case, limit: float) -> Place | None:
     """Where the trial met this number as one that others are held against: before it cuts anything."""
     lines = [site[0] for site, seen in case.trial.limits.seen.items() if seen.limit == limit]
-    return Place(case.script.path, case.script.line(lines[0])) if lines else None
+    return case.place(lines[0]) if lines else None
 
 
 def _limits(case: Case) -> Iterator[tuple[Site, int, int]]:

@@ -28,7 +28,7 @@ def by_trial(case: Case, found: Finding, rule: str) -> Finding:
         return found
     named = divided.rule
     if named == rule and found.verdict != "violates":
-        table = Place(case.script.path, case.script.line(case.trial.table)) if case.trial.table else None
+        table = case.place(case.trial.table) if case.trial.table else None
         place = (table if divided.tabled else _written(case, divided.rate)) or found.place or table
         evidence = f"Worked out for a text of {case.trial.length - 1:,} targets, the score divides by {_HOW[rule]}."
         return replace(found, verdict="violates", evidence=evidence, place=place)
@@ -82,9 +82,9 @@ def _assumed(rate: float) -> bool:
 
 def _written(case: Case, rate: float) -> Place | None:
     """Where the number stands."""
-    for node in nodes(case.tree) if rate else ():
+    for node in nodes(case.body.tree) if rate else ():
         if isinstance(node, ast.Constant) and isinstance(node.value, float) and abs(node.value - rate) < 1e-6:
-            return Place(case.script.path, case.script.line(node.lineno))
+            return case.place(node.lineno)
     return None
 
 

@@ -76,7 +76,7 @@ def _doubtful(case: Case) -> bool:
     trial = case.trial
     functions = [
         (node.lineno, node.end_lineno or node.lineno)
-        for node in nodes(case.tree)
+        for node in nodes(case.body.tree)
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
     ]
 
@@ -84,7 +84,7 @@ def _doubtful(case: Case) -> bool:
         return max((each for each in functions if each[0] <= line <= each[1]), default=None)
 
     summing = {around(line) for line in trial.summed}
-    tests = {node.lineno: node for node in nodes(case.tree) if isinstance(node, ast.If)}
+    tests = {node.lineno: node for node in nodes(case.body.tree) if isinstance(node, ast.If)}
     return any(
         around(line) in summing and (line not in tests or _decides(tests[line], trial.summed)) for line in trial.doubts
     )
@@ -162,11 +162,14 @@ def _learns(case: Case, which: Reported) -> bool:
     return modules and (fresh == {True} or (fresh == {False} and len(states) == 1))
 
 
-def booked_once(case: Case, which: Reported) -> bool:
-    """Whether a trial shows that every target of the score was summed once by the calls that sum it, and before
-    anything that it saw learn from it."""
+def booked_once(case: Case, which: Reported, step: int) -> bool:
+    """Whether a trial shows that every target of the score was summed once by the calls that sum it, and before the
+    step at this line learned from it, or anything else did."""
     counts = counts_of(case, which)
-    if counts is None or len(counts.missing) or len(counts.more) or counts.late.any() or not counts.trial.lessons:
+    if counts is None or len(counts.missing) or len(counts.more) or not counts.trial.lessons:
+        return False
+    taken = [lesson for lesson in counts.trial.lessons if step in lesson.stack]
+    if counts.late.any() and (not taken or any(lesson.asked for lesson in taken)):
         return False
     ways = counts.said[-1].sum.ways()
     times = [counts.trial.booked.get(way) for way in ways]

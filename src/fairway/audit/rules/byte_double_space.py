@@ -2,6 +2,7 @@
 
 from fairway.audit.case import Case
 from fairway.audit.passes.octets import by_trial
+from fairway.audit.terms.sidecars import added_to_sidecar
 from fairway.audit.terms.spaces import SpaceCount, is_conditional
 from fairway.audit.terms.verdicts import byte_factors, clean, counted_otherwise
 from fairway.audit.verdict import Finding
@@ -33,6 +34,10 @@ def _by_terms(case: Case) -> Finding:
                 f"A token that begins with a space has that byte counted {where}, so the denominator is too large."
             )
             return Finding(ID, "violates", evidence, CLAUSE, at, case.reading.way(*terms[::-1]))
+        side = next((side for side in added_to_sidecar(factor) if SpaceCount().of(side).count > 0), None)
+        if side is not None:
+            evidence = "To the bytes of a sidecar, which has every space of the text, a leading space is added again."
+            return Finding(ID, "violates", evidence, CLAUSE, case.reading.place(side), case.reading.way(side))
     if not factors:
         return counted_otherwise(case, ID, CLAUSE)
     return clean(ID, CLAUSE, "the byte of a leading space is counted at most once for each token")

@@ -7,6 +7,7 @@ from fairway.audit.case import Case
 from fairway.audit.terms.data import tokenised, words
 from fairway.audit.terms.expressions import name
 from fairway.audit.terms.octets import decodes_one, encoded_text, is_decoder, parts_of, values
+from fairway.audit.terms.sidecars import added_to_sidecar
 from fairway.audit.terms.streams import Streams
 from fairway.audit.terms.tables import tables_of
 from fairway.audit.terms.term import Term, any_below, peel, walk
@@ -33,7 +34,7 @@ def check(case: Case) -> Finding:
         if changed is not None:
             evidence = "Bytes are counted in a text that was changed before, not in the original."
             return Finding(ID, "violates", evidence, CLAUSE, reading.place(changed), reading.way(changed))
-        added = _added_to_sidecar(factor)
+        added = _marks_of_sidecar(factor)
         if added is not None:
             evidence = "To the bytes of the sidecar others are added for tokens that stand for nothing in the original."
             return Finding(ID, "violates", evidence, CLAUSE, reading.place(added), reading.way(added))
@@ -96,31 +97,16 @@ def _from_sidecar(factor: Term) -> bool:
 _BUFFERS = frozenset("zeros empty full ones zeros_like empty_like full_like nonzero flatnonzero arange range".split())  # noqa: SIM905
 
 
-def _added_to_sidecar(factor: Term) -> Term | None:
-    """sidecar + (token is a mark): numbers of a file, and a test of token ids added to them."""
+def _marks_of_sidecar(factor: Term) -> Term | None:
+    """sidecar + (token is a mark): a test of token ids that is added to what a file says."""
     streams = Streams()
-    for term in values(factor):
-        if term.op != "op" or term.value != "+":
-            continue
-        sides = [peel(part) for part in term.parts]
-        read = [side for side in sides if streams.is_stream(side)]
-        sides = [factor for side in sides for factor in _product(side)]
-        tested = [
-            side
-            for side in sides
-            if (side.op == "compare" or (side.op == "call" and side.called in _TESTS))
-            and any(streams.is_stream(below) for below in walk(side))
-        ]
-        if read and tested:
-            return tested[0]
-    return None
-
-
-def _product(term: Term) -> list[Term]:
-    """What a product is made of, as far as it is not a number; the term itself where it is none."""
-    if term.op != "op" or term.value not in ("*", "<<"):
-        return [term]
-    return [factor for part in term.parts if part.op != "const" for factor in _product(peel(part))]
+    tested = (
+        side
+        for side in added_to_sidecar(factor)
+        if (side.op == "compare" or (side.op == "call" and side.called in _TESTS))
+        and any(streams.is_stream(below) for below in walk(side))
+    )
+    return next(tested, None)
 
 
 def _frees_marks(table: Term) -> bool:

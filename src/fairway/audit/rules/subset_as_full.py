@@ -90,7 +90,7 @@ def check(case: Case) -> Finding:
     limited = cut_short(case, which, counts) if counts is not None else None
     if limited is not None:
         evidence, line = limited
-        return Finding(ID, "violates", evidence, CLAUSE, Place(case.script.path, case.script.line(line)))
+        return Finding(ID, "violates", evidence, CLAUSE, case.place(line))
     return Finding(ID, "clean", "No constant cuts the validation tokens short.", CLAUSE, which.score[0].place)
 
 

@@ -8,7 +8,7 @@ from fairway.audit.passes.findings import own_call, passes_of, verdict_on
 from fairway.audit.passes.phases import phase_of
 from fairway.audit.passes.rehearsals import thrown_away
 from fairway.audit.passes.trials import counts_of, lesson_before
-from fairway.audit.verdict import Finding, Place
+from fairway.audit.verdict import Finding
 
 ID = "training-before-scoring"
 CHARGE = "the model is trained on validation tokens before it scores them"
@@ -31,7 +31,7 @@ def _by_trial(case: Case, found: Finding) -> Finding:
     if shown is None:
         return found
     evidence, line = shown
-    return Finding(ID, "violates", evidence, CLAUSE, Place(case.script.path, line))
+    return Finding(ID, "violates", evidence, CLAUSE, case.place(line))
 
 
 def _departures(case: Case) -> Iterator[Made]:

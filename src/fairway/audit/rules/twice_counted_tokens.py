@@ -64,7 +64,7 @@ def which_score(case: Case, which: Reported) -> Score:
 def _decided(case: Case, score: Score) -> Place:
     """Where windows are planned: seen in the trial, or in how the end of what counts is worked out; else their loop."""
     if case.trial.plans.line:
-        return Place(case.script.path, case.script.line(case.trial.plans.line))
+        return case.place(case.trial.plans.line)
     terms = (planned(gates.of) for gates in case.reading.gates)
     term = next((term for term in terms if term is not None), None)
     return _in_the_windows_loop(case, score) if term is None else case.reading.place(term)

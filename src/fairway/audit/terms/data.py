@@ -79,6 +79,7 @@ def _of_validation(source: Term, streams: Streams) -> bool:
     return any(one.receiver is not None and is_validation(one.receiver, streams) for one in packed)
 
 
+_DIGITS = frozenset(("-", "//", "%", ">>", "<<", "&", "|", "^"))
 _AT_PLACES = frozenset((".index_put_", ".index_add_", ".index_copy_", ".index_fill_", ".put_"))
 
 
@@ -120,7 +121,9 @@ def stored(root: Term) -> Iterator[Term]:
             waiting.extend((term.parts[0], *(part for part in term.parts[2:] if part.op != "const")))
         elif term.op == "mutate" or (term.op == "op" and term.value == "+"):
             waiting.extend(term.parts)
-        elif term.op == "item":
+        elif term.op == "op" and term.value in _DIGITS and any(part.op == "const" for part in term.parts):
+            waiting.extend(term.parts)  # high and low bytes of an id
+        elif (term.called in ("min", "max") and "key" in term.keys) or term.op == "item":  # the shorter of two packings
             waiting.append(term.parts[0])
         elif term.op == "call" and (term.called in _PACKERS or "ompress" in term.called):
             waiting.extend(part for part in term.parts if part.op != "name")

@@ -300,7 +300,7 @@ class Gates:
             return term.parts[1]
         if term.op == "call" and term.called in ("get", "index_select", "take", "gather"):
             base = looked_up(term) if term.called != "get" else term.receiver
-            key = term.parts[1] if len(term.parts) > 1 else None
+            key = term.argument(0) if term.called == "get" else term.at(1 if term.called == "take" else 2, "index")
             if base is not None and key is not None and not streams.is_stream(base) and streams.from_tokens(key):
                 return key
         return None

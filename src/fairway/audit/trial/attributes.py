@@ -168,6 +168,8 @@ class Attributes(Arrays):
                 return kind.name
             if name == "__dict__":
                 return kind.vars
+            if name == "apply" and any(base.name == "Function" for base in kind.foreign):
+                return Lib("torch.autograd.Function.apply")
             return NET if kind.foreign else UNKNOWN
         if isinstance(found, Wrapped):
             return functools.partial(found.func, kind) if found.kind == "classmethod" else found.func

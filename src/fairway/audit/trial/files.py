@@ -11,12 +11,14 @@ import numpy as np
 from fairway.audit.trial.arrays import Array, scalar
 from fairway.audit.trial.text import TRAIN, length, tokens
 from fairway.audit.trial.values import UNKNOWN, Value
+from fairway.audit.trial.vocabulary import octets
 
 _HEADER = 256
 _SMALL = 100_000  # characters of a file that the script writes
 _MAGIC = 20240520
 NAMES = ("fineweb_train_000001.bin", "fineweb_train_000002.bin", "fineweb_val_000000.bin")
 _VAL = re.compile(r"val|valid|held|eval|test", re.I)
+_SIDECAR = re.compile(r"byte|octet", re.I)  # what each token of the text takes of it, written beside the tokens
 
 
 class Path:
@@ -242,7 +244,8 @@ def size_of(path: str) -> int | None:
 
 
 def read(raw: Raw, width: int, count: int | None, offset: int, vocabulary: int) -> Value:
-    """Integers of `width` bytes out of a shard: the header's, or ids with their places."""
+    """Integers of `width` bytes out of a shard: the header's, ids with their places, or the bytes that each stands for
+    where the file's name says that it holds those."""
     held, scored = count_of(raw.text), _is_text(raw.text.rpartition("/")[2])
     if not held or width not in (2, 4):
         return UNKNOWN
@@ -255,6 +258,9 @@ def read(raw: Raw, width: int, count: int | None, offset: int, vocabulary: int) 
     if width == 4:
         return Array(header[first:last])
     head = header.view(np.uint16)
+    if scored and _SIDECAR.search(raw.text.rpartition("/")[2]):
+        sizes = octets(tokens(vocabulary)[:held], vocabulary).true
+        return Array(np.concatenate([head, [0], sizes])[first:last].astype(np.uint16))
     ids = tokens(vocabulary)[:held] if scored else np.full(held, 5, np.uint16)
     both = np.concatenate([head, ids])[first:last]
     if not scored:

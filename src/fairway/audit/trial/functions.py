@@ -34,6 +34,7 @@ from fairway.audit.trial.holding import (
     reduced_by,
 )
 from fairway.audit.trial.losses import (
+    applied,
     compiled,
     cross_entropy,
     first_of,
@@ -201,6 +202,7 @@ _WORLD: dict[str, Act] = {
     ),
     "mlx.nn.losses.cross_entropy": mlx_cross_entropy,
     "torch.autograd.grad": learned_from,
+    "torch.autograd.Function.apply": applied,
     **dict.fromkeys(
         [
             "torch.nn.parallel.DistributedDataParallel",

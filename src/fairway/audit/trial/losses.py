@@ -1,4 +1,4 @@
-"""TODO"""
+"""A model's losses at tokens, the ways to ask for them, and what learns from them."""
 
 from __future__ import annotations
 
@@ -38,6 +38,14 @@ def learned_from(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value
     """torch.autograd.grad(loss, ...)."""
     machine.learn(args[0])
     return UNKNOWN
+
+
+def applied(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
+    """Function.apply(logits, targets, ...) of an autograd function that the script writes itself: of a model's numbers
+    and of tokens it makes losses."""
+    targets = [each for each in args if isinstance(each, Array) and each.pos is not None]
+    nets = any(isinstance(each, Unknown) and each.net for each in args)
+    return machine.losses(targets[0]) if nets and targets else mixed(*args)
 
 
 def gather_objects(parts: Value, mine: Value, *_: Value, **__: Value) -> None:
