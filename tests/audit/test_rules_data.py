@@ -301,11 +301,17 @@ SHIFTS = [
 
 
 @pytest.mark.parametrize("before", SHIFTS, ids=["cat", "store"])
-def test_a_gate_open_at_a_documents_start_is_an_accepted_departure(tmp_path: Path, before: str) -> None:
+def test_a_gate_open_at_a_documents_start_is_a_leak_where_documents_are_scored_by_themselves(
+    tmp_path: Path, before: str
+) -> None:
     text = script(extra=SMEAR.format(before=before), state=BY_DOCUMENT)
-    finding = verdict(tmp_path, "boundary_leak", text)
-    assert (finding.verdict, finding.exemption) == ("clean", "smear-across-documents")
-    assert verdict(tmp_path, "boundary_leak", text, strict=True).verdict == "violates"
+    assert verdict(tmp_path, "boundary_leak", text).verdict == "violates"
+
+
+def test_documents_of_the_training_text_make_no_score_document_by_document(tmp_path: Path) -> None:
+    looked_for = 'packed = np.flatnonzero(shard("data/fineweb_train_000000.bin") == 1)'
+    text = script(extra=SMEAR.format(before=SHIFTS[0]), state=looked_for)
+    assert verdict(tmp_path, "boundary_leak", text).exemption == "smear-across-documents"
 
 
 @pytest.mark.parametrize("before", SHIFTS, ids=["cat", "store"])

@@ -67,7 +67,7 @@ _KNOWN = (
     Departure(
         "smear-across-documents",
         "boundary-leak",
-        "a gate that adds the embedding of the token before, also at a document's first token",
+        "a gate that adds the embedding of the token before, also at a document's first token, in a text of one stream",
         "#1667, merged; ruled invalid in #1797",
     ),
 )

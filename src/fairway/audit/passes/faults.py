@@ -47,7 +47,7 @@ class Passes:
         ]
         self.wide = {
             loop
-            for score in self.booked
+            for score in (*self.booked, *scores_of(trace, reported.score, self.data))  # some learn from what they say
             for tok in score.targets
             for loop, low, high in tok.spans
             if high > low and any(loop == each for each, _ in score.nest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import weakref
+from dataclasses import replace
 
 from fairway.audit.case import Case
 from fairway.audit.flow.events import Choice, Event, Forward, Said, Score, Trace, Update, bits
@@ -11,7 +12,7 @@ from fairway.audit.passes.consequences import without_consequences
 from fairway.audit.passes.faults import Fault, Passes
 from fairway.audit.passes.patterns import pattern_at
 from fairway.audit.passes.reported import Reported, is_diagnosis, reported
-from fairway.audit.passes.trials import booked_once
+from fairway.audit.passes.trials import order_of
 from fairway.audit.reading.tree import nodes
 from fairway.audit.terms.choices import forked
 from fairway.audit.verdict import Finding, Place, Step, Verdict
@@ -29,6 +30,7 @@ def passes_of(case: Case) -> tuple[Reported, list[Fault], list[Fault]]:
         own, beside = (
             without_consequences(trace, passes.faults(said), which.data) for said in (which.score, which.others)
         )
+        own = [tried for fault in own if (tried := _as_tried(case, which, fault)) is not None]
         found = _SEEN[trace] = which, own, beside
     return found
 
@@ -37,8 +39,6 @@ def verdict_on(case: Case, rule: str, clause: str, clean: str) -> Finding:
     """The rule's finding: a violation in the score, else what is only printed beside it, else clean or cannot tell."""
     which, own, beside = passes_of(case)
     mine = [fault for fault in own if fault.kind == rule and not _is_gate(case, fault)]
-    if rule == "multi-epoch-last":
-        mine = [fault for fault in mine if not booked_once(case, which, fault.cause.place.line)]
     if mine:
         fault = _clearest(mine)
         guards = (*fault.score.guards, *fault.cause.guards)
@@ -65,6 +65,18 @@ def verdict_on(case: Case, rule: str, clause: str, clean: str) -> Finding:
     return Finding(rule, "clean", clean + note, clause, which.score[0].place)
 
 
+def _as_tried(case: Case, which: Reported, fault: Fault) -> Fault | None:
+    """A fault of the order as a trial bears it out: none where every target was scored before the step learned from it,
+    and no second epoch where each was scored but once."""
+    if fault.kind not in _OF_THE_ORDER or not isinstance(fault.cause, Update):
+        return fault
+    order = order_of(case, which, fault.score, fault.cause)
+    if order == "late" and fault.kind == "multi-epoch-last":
+        return replace(fault, kind="training-before-scoring")
+    return None if order == "first" else fault
+
+
+_OF_THE_ORDER = ("multi-epoch-last", "training-before-scoring", "rescoring-after-adaptation")
 _BY_LOSSES = ("choice-by-validation", "temperature-from-validation")
 
 

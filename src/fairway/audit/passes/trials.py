@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fairway.audit.case import Case
+from fairway.audit.flow.events import Score, Update
 from fairway.audit.passes.reported import Reported, scores_of
 from fairway.audit.reading.tree import nodes
 from fairway.audit.trial.text import UNIT
@@ -162,18 +164,24 @@ def _learns(case: Case, which: Reported) -> bool:
     return modules and (fresh == {True} or (fresh == {False} and len(states) == 1))
 
 
-def booked_once(case: Case, which: Reported, step: int) -> bool:
-    """Whether a trial shows that every target of the score was summed once by the calls that sum it, and before the
-    step at this line learned from it, or anything else did."""
+def order_of(case: Case, which: Reported, score: Score, step: Update) -> Literal["first", "late", ""]:
+    """What a trial that came to this score and to this step shows, where every target was summed once by the calls that
+    sum it: "first" where no loss that counts was made after the step had learned from its target; "late" where the step
+    is none of the score's own pass and came before. "" where it shows neither."""
     counts = counts_of(case, which)
-    if counts is None or len(counts.missing) or len(counts.more) or not counts.trial.lessons:
-        return False
-    taken = [lesson for lesson in counts.trial.lessons if step in lesson.stack]
-    if counts.late.any() and (not taken or any(lesson.asked for lesson in taken)):
-        return False
-    ways = counts.said[-1].sum.ways()
-    times = [counts.trial.booked.get(way) for way in ways]
-    return bool(times) and all(each is not None and each.max() == 1 for each in times)
+    if counts is None or len(counts.missing) or len(counts.more):
+        return ""
+    trial, told = counts.trial, counts.said[-1].sum
+    times = [trial.booked.get(way) for way in told.ways()]
+    once = bool(times) and all(each is not None and each.max() == 1 for each in times)
+    asked, calls = (tuple(place.line for place in each.stack[:-1]) for each in (score, step))
+    mark = trial.taught_in.get(calls)
+    if not once or mark is None or asked not in trial.asked_in:
+        return ""
+    if not told.taught() & mark:
+        return "first"
+    early = any(lesson.early for lesson in trial.lessons if lesson.stack[:-1] == calls)
+    return "late" if early and asked[: len(calls)] != calls else ""
 
 
 def parting(one: tuple[int, ...], other: tuple[int, ...]) -> int:

@@ -2,7 +2,9 @@
 
 from fairway.audit.case import Case
 from fairway.audit.exemptions import departure
+from fairway.audit.terms.data import is_validation
 from fairway.audit.terms.smears import smears
+from fairway.audit.terms.streams import Streams
 from fairway.audit.terms.term import Term, any_below
 from fairway.audit.terms.verdicts import clean_as_read
 from fairway.audit.verdict import Finding
@@ -25,6 +27,8 @@ def check(case: Case) -> Finding:
                 f"while {'documents are scored by themselves' if apart else 'the text is scored as one stream'}."
             )
             place, way = reading.place(term), reading.way(gates.of.term, term)
+            if apart:
+                return Finding(ID, "violates", evidence, CLAUSE, place, way)
             return departure(case, "smear-across-documents", CLAUSE, evidence, place, way)
     if not apart:
         return clean_as_read(case, ID, CLAUSE, "the text is not scored document by document")
@@ -32,11 +36,14 @@ def check(case: Case) -> Finding:
 
 
 def _by_documents(case: Case) -> bool:
-    """Whether starts of documents are looked for: places where a token id equals one number."""
-    for event in case.reading.entry.called(*_FINDING):
-        if any_below(event.term, lambda t: t.op == "compare" and t.value == "==" and _is_id(t)):
-            return True
-    return False
+    """Whether starts of documents are looked for in the validation text: places where an id equals one number."""
+    streams = Streams()
+
+    def test(term: Term) -> bool:
+        compares = term.op == "compare" and term.value == "=="
+        return compares and _is_id(term) and any(is_validation(part, streams) for part in term.parts)
+
+    return any(any_below(event.term, test) for event in case.reading.entry.called(*_FINDING))
 
 
 def _is_id(test: Term) -> bool:

@@ -12,7 +12,7 @@ from fairway.audit.trial.arrays import Array, sum_of
 from fairway.audit.trial.attributes import Attributes
 from fairway.audit.trial.growing import grown_in_place
 from fairway.audit.trial.operators import combine
-from fairway.audit.trial.sums import LATE, Sum
+from fairway.audit.trial.sums import PLACE, Sum
 from fairway.audit.trial.values import (
     NET,
     UNKNOWN,
@@ -325,14 +325,14 @@ def _form(result: Value, given: list[Value], tokens: list[int]) -> tuple[str, in
         target = given[n].pos
         if isinstance(result, Array) and result.coef is not None and np.all(result.coef == 1.0):
             assert result.pos is not None
-            plain = np.where(result.pos >= 0, result.pos & (LATE - 1), -1)
+            plain = np.where(result.pos >= 0, result.pos & PLACE, -1)
             if plain.shape == target.shape and (plain == target).all():
                 return "same", n
             if plain.shape == (target.size,) and (plain == target.reshape(-1)).all():
                 return "flat", n
         if isinstance(result, Sum) and result.places is not None and result.weights is not None:
             inside = np.sort(target[target >= 0])
-            found = np.sort(result.places & (LATE - 1))
+            found = np.sort(result.places & PLACE)
             if len(inside) == len(found) == target.size and (inside == found).all():
                 return ("sum" if result.weights[0] == 1.0 else "mean"), n
     return "none", 0

@@ -14,7 +14,7 @@ from fairway.audit.reading.script import Layer, Script
 from fairway.audit.settings import Settings
 from fairway.audit.trial.arrays import Array, scalar, sum_of
 from fairway.audit.trial.limits import Forced, Limits
-from fairway.audit.trial.sums import LATE, Sum
+from fairway.audit.trial.sums import LATE, PLACE, TAUGHT, Sum
 from fairway.audit.trial.text import LENGTH
 from fairway.audit.trial.told import Lesson, Told, Trial
 from fairway.audit.trial.turns import IDLE, PHASES, SOON, STEPS, Turns
@@ -23,6 +23,7 @@ from fairway.audit.trial.vocabulary import size_in
 
 ELEMENTS = 2_000  # of an array: what is worked out in the time of a step
 WAYS = 64  # calls that sum losses: of each is kept how often it did for each target
+WHOLE = 0.9  # of the targets: a number of so many is one of the text, and none that is printed on the way to it
 ASKED = 8  # lines in which losses of what was learned are made
 
 
@@ -53,8 +54,10 @@ class Core:
         self.clock = 0.0
         self.in_thread = 0
         self.trained = 0  # how often something learned from what is not of the text
-        self.scored: NDArray[np.int32] = np.zeros(LENGTH, dtype=np.int32)  # how often, since a number of all was told
+        self.scored: NDArray[np.int32] = np.zeros(LENGTH, dtype=np.int32)  # how often, in the evaluation under way
+        self.over = False  # whether a number of the whole text was told of it
         self.taught: NDArray[np.int32] = np.full(LENGTH, -1, dtype=np.int32)  # the lesson of each place
+        self.taught_by: NDArray[np.int32] = np.zeros(LENGTH, dtype=np.int32)  # which calls ever learned from each place
         self.lessons = self.trial.lessons
         self.learned: NDArray[np.bool_] = np.zeros(LENGTH, dtype=bool)
         self.functions: dict[str, Callable[..., Value]] = {}
@@ -115,7 +118,8 @@ class Core:
         found = self.single(value)
         if isinstance(found, Sum):
             self.trial.told.append(Told((*self.stack, self.line), found, len(self.trial.told)))
-            self.scored[:] = 0
+            whole = np.count_nonzero(found.counts(LENGTH)[0]) > WHOLE * self.trial.length
+            self.over = self.over or bool(whole)
             self.plans.told()
 
     def learn(self, value: Value) -> None:
@@ -128,6 +132,10 @@ class Core:
         if not total.any():
             self.trained += 1
             return
+        calls = tuple(self.stack)
+        if calls in self.trial.taught_in or len(self.trial.taught_in) < len(TAUGHT):
+            bit = self.trial.taught_in.setdefault(calls, TAUGHT[len(self.trial.taught_in) % len(TAUGHT)])
+            self.taught_by[total > 0] |= bit
         fresh = (total > 0) & ~self.learned
         if fresh.any():
             self.learned |= fresh
@@ -142,24 +150,30 @@ class Core:
         if isinstance(value, Sum) and value.places is not None:
             self.trial.steps += value.places.size // ELEMENTS
             self.trial.summed.add(self.line)
-            self.scored[value.places & (LATE - 1)] += 1  # numpy adds once where an index stands twice
+            places = value.places & PLACE
             value.way = (*self.stack, self.line)
+            if self.over and value.way[:-1] not in self.trial.taught_in and self.scored[places].any():
+                self.scored[:], self.over = 0, False  # another evaluation, and no step of the one that was told
+            self.scored[places] += 1  # numpy adds once where an index stands twice
             if value.weights is not None and (value.way in self.trial.booked or len(self.trial.booked) < WAYS):
                 times = self.trial.booked.setdefault(value.way, np.zeros(LENGTH, dtype=np.int32))
-                times[value.places[value.weights != 0] & (LATE - 1)] += 1
+                times[places[value.weights != 0]] += 1
         return value
 
     def marked(self, pos: NDArray[np.int32]) -> NDArray[np.int32]:
         """The places of targets that are being scored: marked where something learned from them before."""
         self.made += 1
+        if len(self.trial.asked_in) < WAYS:
+            self.trial.asked_in.add(tuple(self.stack))
         self.trial.steps += pos.size // ELEMENTS
-        clean = np.where(pos >= 0, pos & (LATE - 1), -1).astype(np.int32)
+        clean = np.where(pos >= 0, pos & PLACE, -1).astype(np.int32)
         late = (clean >= 0) & self.learned[np.clip(clean, 0, LENGTH - 1)]
         for each in np.flatnonzero(np.bincount(self.taught[clean[late]])):
             lesson = self.lessons[each]
             if all(stack[-1] != self.line for stack in lesson.asked) and len(lesson.asked) < ASKED:
                 self.lessons[each] = replace(lesson, asked=(*lesson.asked, (*self.stack, self.line)))
-        return np.where(late, clean + LATE, clean).astype(np.int32)
+        marks = np.where(clean >= 0, self.taught_by[np.clip(clean, 0, LENGTH - 1)], 0)
+        return np.where(late, clean + LATE, clean).astype(np.int32) + marks
 
     def restored(self) -> None:
         """Weights are put back: what was learned before may be gone. The trial takes it for gone."""

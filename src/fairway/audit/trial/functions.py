@@ -44,7 +44,7 @@ from fairway.audit.trial.losses import (
     mlx_cross_entropy,
 )
 from fairway.audit.trial.making import Dtype, arange, full, like, made, tensor
-from fairway.audit.trial.reading import frombuffer, fromfile, joined_path, memmap, path_of, paths, unpacked
+from fairway.audit.trial.reading import frombuffer, fromfile, joined_path, memmap, packed, path_of, paths, unpacked
 from fairway.audit.trial.reducing import add_at, numpy_nonzero
 from fairway.audit.trial.threads import Capture, Executor, Graph, Queue, Stack, Store, Suppress, Thread
 from fairway.audit.trial.values import UNKNOWN, Bound, Class, Func, Obj, Raised, Value
@@ -191,6 +191,10 @@ _WORLD: dict[str, Act] = {
     "sentencepiece.SentencePieceProcessor": lambda machine, args, kwargs, line: Processor(
         machine.vocabulary, machine.piece_asked
     ),
+    "int.from_bytes": plain(int.from_bytes),
+    "struct.pack": plain(packed),
+    **dict.fromkeys(["uuid.uuid1", "uuid.uuid4"], lambda machine, args, kwargs, line: Unique("7" * 32)),
+    **dict.fromkeys(["os.getpid", "os.getppid"], lambda machine, args, kwargs, line: 7),
     "sys.exit": lambda machine, args, kwargs, line: _leave(),
     # of arrays
     **dict.fromkeys(
@@ -246,6 +250,14 @@ _WORLD: dict[str, Act] = {
         for name, kind in (("int64", int), ("int32", int), ("uint16", int), ("float64", float), ("float32", float))
     },
 }
+
+
+class Unique(str):
+    """What tells one run from another, in the names of its files: a text of which one is as good as another."""
+
+    @property
+    def hex(self) -> str:
+        return str(self)
 
 
 def _leave() -> Value:

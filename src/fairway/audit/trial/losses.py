@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 from fairway.audit.trial.arrays import Array, put, sum_of
 from fairway.audit.trial.calls import Decorator, losses_mean
 from fairway.audit.trial.core import Core
-from fairway.audit.trial.values import NET, UNKNOWN, Func, Unknown, Value, mixed
+from fairway.audit.trial.values import NET, UNKNOWN, Bound, Func, Unknown, Value, mixed
 
 
 def cross_entropy(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
@@ -58,10 +60,19 @@ def gather_objects(parts: Value, mine: Value, *_: Value, **__: Value) -> None:
 
 
 def compiled(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
-    """torch.compile(f): the function; of a model or a method of one what is known of models, which costs no steps."""
+    """torch.compile(f): the function; of a model or a method of one what is known of models, which costs no steps,
+    unless the method is given tokens twice: inputs and their targets."""
     if not args:
         return Decorator(lambda value: value)
+    if isinstance(args[0], Bound):
+        return functools.partial(_with_targets, args[0])
     return args[0] if isinstance(args[0], Func) else mixed(*args)
+
+
+def _with_targets(method: Bound, *args: Value, **kwargs: Value) -> Value:
+    given = (*args, *kwargs.values())
+    tokens = sum(isinstance(each, Array) and each.pos is not None for each in given)
+    return method(*args, **kwargs) if tokens > 1 else NET if tokens else mixed(method, *given)
 
 
 def first_of(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 from fairway.audit.trial import files
 from fairway.audit.trial.arrays import Array, scalar
 from fairway.audit.trial.core import Core
@@ -62,8 +64,20 @@ def frombuffer(machine: Core, source: Value, *args: Value, **kwargs: Value) -> V
     return fromfile(machine, source, **{**named, **kwargs})
 
 
+def packed(form: Value, *values: Value) -> Value:
+    try:
+        return struct.pack(form, *values)
+    except struct.error:
+        return UNKNOWN
+
+
 def unpacked(machine: Core, form: Value, source: Value, offset: Value = 0) -> Value:
-    """struct.unpack("<256i", header)."""
+    """struct.unpack("<256i", header), of a shard or of bytes that the script packed itself."""
+    if isinstance(form, str) and isinstance(source, bytes) and isinstance(offset, int):
+        try:
+            return struct.unpack_from(form, source, offset)
+        except struct.error:
+            return UNKNOWN
     if not isinstance(source, files.Raw):
         return UNKNOWN
     found = files.read(source, 4, None, scalar(offset), machine.vocabulary)

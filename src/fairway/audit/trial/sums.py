@@ -9,6 +9,10 @@ from numpy.typing import NDArray
 
 LATE: Final = 1 << 28
 """Added to a target's place where something that scores it had already learned from it."""
+TAUGHT: Final = tuple(1 << bit for bit in range(17, 28))
+"""Added as well, one for each of the first calls that learn: theirs was a step on that target before."""
+PLACE: Final = TAUGHT[0] - 1
+"""The bits of the place itself: the text has 40,961."""
 
 _NONE: Final = (np.empty(0, np.int32), np.empty(0))
 
@@ -17,7 +21,7 @@ def _counted(
     places: NDArray[np.int32], weights: NDArray[np.float64], length: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """One count for all leaves: a sum has thousands of them, and each count of its own cost two arrays of the text."""
-    place = places & (LATE - 1)
+    place = places & PLACE
     inside = (places >= 0) & (place < length)
     after = inside & (places >= LATE)
     total, late = (np.bincount(place[these], weights[these], length) for these in (inside, after))
@@ -52,6 +56,21 @@ class Sum:
                 found |= {each.way} if each.places is not None else set()
                 waiting += [part for part, _ in each.parts]
         return found
+
+    def taught(self) -> int:
+        """The marks of TAUGHT that its targets have."""
+        found = 0
+        waiting, seen = [self], set[int]()
+        while waiting:
+            each = waiting.pop()
+            if id(each) in seen:
+                continue
+            seen.add(id(each))
+            if each.places is not None and each.weights is not None:
+                counted = each.places[(each.weights != 0) & (each.places >= 0)]
+                found |= int(np.bitwise_or.reduce(counted)) if len(counted) else 0
+            waiting += [part for part, _ in each.parts]
+        return found & ~PLACE & (LATE - 1)
 
     def counts(self, length: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """For each place of a text of `length` tokens: the weight in all, and that of late ones among it."""
@@ -102,4 +121,4 @@ class Sum:
         return "0.0"
 
 
-__all__ = ["LATE", "Sum"]
+__all__ = ["LATE", "PLACE", "TAUGHT", "Sum"]

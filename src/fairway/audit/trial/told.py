@@ -48,9 +48,10 @@ class Trial:
     slow: where a loop over tokens one by one was too long for the text, the steps of its turns; left_out: lines of
     statements that raise, and what; unsure: those among them that had scored before they did; summed: lines that sum
     losses; booked: by the calls and the line that sum them, how often each target was; early: places that were learned
-    from before they were scored; limits: numbers that others were held against; plans: lines that put windows together;
-    fitted: whether vectors of their own are fitted to windows; table: the line that writes the length of a piece into a
-    table
+    from before they were scored; taught_in: the calls around lessons, and the mark that each leaves at its targets;
+    asked_in: the calls around losses; limits: numbers that others were held against; plans: lines that put windows
+    together; fitted: whether vectors of their own are fitted to windows; table: the line that writes the length of a
+    piece into a table
     """
 
     vocabulary: int = 1_024
@@ -65,6 +66,8 @@ class Trial:
     early: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(LENGTH, dtype=bool))
     fitted: bool = False
     table: int = 0
+    taught_in: dict[tuple[int, ...], int] = field(default_factory=dict)
+    asked_in: set[tuple[int, ...]] = field(default_factory=set)
     left_out: dict[int, str] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
     plans: Plans = field(default_factory=Plans)
