@@ -255,6 +255,7 @@ SMEARS = {
     "in place": "y = x.clone(); y[:, 1:] += g * x[:, :-1]; x = y",
     "one flat row": "x = x + g * F.pad(x.flatten(0, 1), (0, 0, 1, 0))[:-1].view_as(x)",
     "by the difference": "prev = F.pad(x, (0, 0, 1, 0))[:, :-1]; x = x + (prev - x) * g",
+    "a hash that knows it": "x = x + self.emb(ids.where(ids == 1, 7)); x = x + g * F.pad(x[:, :-1], (0, 0, 1, 0))",
     "narrow": "x = x + g * torch.cat((x.new_zeros(8, 1, 64), x.narrow(1, 0, x.size(1) - 1)), 1)",
 }
 NO_SMEARS = {
@@ -262,6 +263,10 @@ NO_SMEARS = {
     "the gate is shut": "x = torch.lerp(x, F.pad(x[:, :-1], (0, 0, 1, 0)), g * ids.ne(1).unsqueeze(-1))",
     "kept as it was": "x = torch.where((ids == 1)[..., None], x, x + g * F.pad(x, (0, 0, 1, -1)))",
     "masked after the first": "x = torch.cat([x[:, :1], x[:, 1:] + g * x[:, :-1] * (ids[:, 1:] != 1)[..., None]], 1)",
+    "masked as a hash is": (
+        "first = ids == 1; x = x + self.emb(ids.where(first, 7)); "
+        "x = x + g * F.pad(x[:, :-1], (0, 0, 1, 0)).masked_fill(first[..., None], 0.0)"
+    ),
     "a hash of two": "n = (ids[:, 1:] * 31 + 7 * ids[:, :-1]) % 1024; x = x + g * F.pad(self.emb(n), (0, 0, 1, 0))",
     "halves of a vector": "a, b = x[..., :32], x[..., 32:]; x = torch.cat((a * g[:32] + b, b * g[:32] - a), -1)",
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -365,8 +366,13 @@ class Expressions(Comprehensions):
                 env=blend(*parts).env if parts else frozenset(),
             )
         flats = []
-        for each in parts:
+        labels = [part.value if isinstance(part, ast.Constant) else "" for part in node.values]
+        named = ["", *map(str, labels[:-1])]  # the text before each part
+        scored = any(_SCORE.search(label) for label in named)
+        for each, label in zip(parts, named, strict=True):
             flat = self.flat(each)
+            if scored and _NAMED.search(label) and not _SCORE.search(label):  # `worst:` beside `val_bpb:` is no score
+                flat = flat.but(losses=0, choices=0)
             flats.append(
                 flat.but(words=(str(flat.const)[:200],), const=MISSING) if isinstance(flat.const, str) else flat
             )
@@ -382,6 +388,10 @@ class Expressions(Comprehensions):
         flat = self.flat(value)
         number = (flat.losses or flat.toks) and not flat.flags & TEXT
         return flat.but(const=MISSING, words=() if number else flat.words)
+
+
+_SCORE = re.compile(r"bpb|bpc|loss|nats|nll|ppl|perplex|score|bits", re.IGNORECASE)
+_NAMED = re.compile(r"[A-Za-z]{3,}\W*$")
 
 
 def _canonical(node: ast.expr) -> str:

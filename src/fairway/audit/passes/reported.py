@@ -7,12 +7,8 @@ from dataclasses import dataclass, replace
 
 from fairway.audit.flow.events import Said, Score, Trace
 from fairway.audit.submission import Submission
+from fairway.audit.terms.report import DIAGNOSIS
 
-_DIAGNOSIS = re.compile(
-    r"diag|debug|sanity|ablation|for comparison|not (?:the |an? |our |counted )?(?:\w+ )?(?:score|reported|submitted)"
-    r"|illegal|upper bound|oracle|appendix|curiosity",
-    re.I,
-)
 _WORD = re.compile(r"[A-Za-z_]{3,}")
 _SELF = ("train", "random", "generated")
 
@@ -49,13 +45,13 @@ def reported(trace: Trace, submission: Submission | None) -> Reported:
         return Reported(tuple(named), tuple(others), data, True)
     plain = [said for said in finals if not is_diagnosis(said)] or finals
     last = plain[-1]
-    score = [said for said in finals if said.value.losses == last.value.losses]
+    score = [said for said in plain if said.value.losses == last.value.losses]
     return Reported(tuple(score), tuple(said for said in finals if said not in score), data)
 
 
 def is_diagnosis(said: Said) -> bool:
     """Whether the text of a number says that it is no score."""
-    return bool(_DIAGNOSIS.search(said.text))
+    return bool(DIAGNOSIS.search(said.text))
 
 
 def _of_the_last_pass(trace: Trace, later: list[Said], data: frozenset[str]) -> list[Said]:

@@ -43,7 +43,9 @@ def _by_documents(case: Case) -> bool:
         compares = term.op == "compare" and term.value == "=="
         return compares and _is_id(term) and any(is_validation(part, streams) for part in term.parts)
 
-    return any(any_below(event.term, test) for event in case.reading.entry.called(*_FINDING))
+    found = (event.term for event in case.reading.entry.called(*_FINDING))
+    places = (term for term in found if term.called != "where" or len(term.parts) == 1)  # of three it is a choice
+    return any(any_below(term, test) for term in places)
 
 
 def _is_id(test: Term) -> bool:

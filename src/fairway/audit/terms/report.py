@@ -13,6 +13,13 @@ from fairway.audit.terms.program import Program
 from fairway.audit.terms.term import Term, alternatives, peel, same, walk
 from fairway.audit.terms.things import Event
 
+DIAGNOSIS = re.compile(
+    r"diag|debug|sanity|ablation|for comparison|not (?:the |an? |our |counted )?(?:\w+ )?(?:score|reported|submitted)"
+    r"|illegal|upper bound|oracle|appendix|curiosity",
+    re.I,
+)
+"""What a text says beside a number that is no score."""
+
 _SAYING = frozenset(("print", "info", "warning", "debug", "write", "write_text", "log", "dump", "dumps", "writerow"))
 _LOSSES = frozenset(
     ("cross_entropy", "nll_loss", "log_softmax", "logsumexp", "CrossEntropyLoss", "logaddexp", "NLLLoss")
@@ -113,7 +120,8 @@ class Report:
         claimed = self._claimed()
         if claimed:
             return claimed
-        whole = [n for n in self.scores if self._divides_by_bytes(n)] or self.scores
+        meant = [n for n in self.scores if not DIAGNOSIS.search(n.label)] or self.scores
+        whole = [n for n in meant if self._divides_by_bytes(n)] or meant
         outside = [n for n in whole if n.event.loops == 0] or whole
         if not outside:
             return []

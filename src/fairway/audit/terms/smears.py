@@ -16,11 +16,11 @@ def smears(nodes: Iterable[Term], streams: Streams) -> Iterator[Term]:
     """The sums, among these terms, of a value and the same value one position earlier, with nothing in them that asks
     which token stands there. Token ids themselves (a hash of two of them) are no such value."""
     listed = list(nodes)
-    asked = [term for term in listed if term.called == "where" and _asks(term.parts[:1])]
+    asked = [term for term in listed if term.called == "where" and _asks(term.parts[:1], streams)]
     for term in listed:
         for operands in _sums(term):
             whole = _smeared(operands, streams)
-            if whole is None or _asks(operands, whole):
+            if whole is None or _asks(operands, streams, whole):
                 continue
             if not any(peel(part) is term for each in asked for part in each.parts[1:]):
                 yield term
@@ -148,13 +148,17 @@ def _is_made(term: Term) -> bool:
     return any_below(term, lambda t: t.op in ("call", "item", "op", "object"))
 
 
-def _asks(operands: Iterable[Term], whole: Term | None = None) -> bool:
-    """Whether something compares tokens in what is added, the value itself aside."""
-    aside = {id(term) for term in walk(whole)} if whole is not None else set()
+def _asks(operands: Iterable[Term], streams: Streams, whole: Term | None = None) -> bool:
+    """Whether something compares tokens in what is added, the value itself aside: a hash of two tokens in it may have
+    asked the same question."""
+
+    def within(term: Term) -> bool:
+        plans = term.op in ("each", "compare") or term.called == "tolist" or (term.op, term.value) == ("list", "comp")
+        return not (plans or streams.is_stream(term) or (whole is not None and _same(term, whole)))
+
     return any(
         (term.op == "compare" and term.value in ("==", "!=")) or (term.op == "call" and term.called in _ASKS)
-        for term in walk(*operands)
-        if id(term) not in aside
+        for term in walk(*operands, into=within)
     )
 
 
