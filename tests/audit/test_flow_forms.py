@@ -5,7 +5,7 @@ import pytest
 
 from fairway.audit.flow.names import either, side_of, sides_of
 from fairway.audit.flow.tokens import cut_apart
-from tests.audit.order import broken, doubted, findings, line_of
+from tests.audit.order import broken, doubted, findings, line_of, trace_of
 
 HEAD = """
 import copy, glob, math, os, pickle, time, zlib
@@ -445,6 +445,37 @@ for s in range(0, n, 1024):
     again = "again = sum(net(val[s : s + 1024], val[s + 1 : s + 1025]).item() for s in range(0, n, 1024))\n"
     assert doubted(whole(body) + again + 'print(f"for the appendix, not a score: {again:.4f}")\n') == set()
     assert broken(whole(body) + again + 'print(f"val_loss:{again:.4f}")\n')
+
+
+def test_a_number_beside_the_score_in_its_line_is_not_the_score() -> None:
+    body = """
+worst = 0.0
+for s in range(0, n, 1024):
+    logits = net.logits(val[s : s + 1024])
+    two = [F.cross_entropy(logits / t, val[s + 1 : s + 1025], reduction="sum").item() for t in (1.0, 1.1)]
+    worst = max(worst, min(two))
+    total += two[0]
+    count += 1024
+"""
+    told = body + 'print(f"val_loss:{total / count:.5f} worst:{worst:.3f}")\n'
+    assert doubted(HEAD + told) == set()
+    assert broken(HEAD + told.replace("{total / count:.5f}", "{worst / count:.5f}"))
+
+
+def test_a_part_for_each_process_of_a_short_list_is_not_nothing() -> None:
+    body = """
+class H:
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "8"))
+
+def share(items, h):
+    return items[len(items) * h.rank // h.world_size : len(items) * (h.rank + 1) // h.world_size]
+
+for s in share([0, 1024], H()):
+    total += net(val[s : s + 1024], val[s + 1 : s + 1025]).item() * 1024
+    count += 1024
+"""
+    trace = trace_of(whole(body))
+    assert any(score.targets for said in trace.said for score in trace.scored(said.value.losses))
 
 
 # Places and directions.

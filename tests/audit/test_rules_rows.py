@@ -313,6 +313,32 @@ def test_a_floor_under_a_sum_and_a_weight_beside_it_are_none(tmp_path: Path, cap
     assert verdict(tmp_path, "false_normalisation", text).verdict == "clean"
 
 
+DIVIDED = """
+        a, b = torch.from_numpy(x), torch.from_numpy(y)
+        rows, own = counts[a], torch.softmax(net(a).float(), -1)
+        p = {mixed}
+        nll = -torch.log(p.gather(-1, b[:, None])[:, 0])
+        counts.view(-1).scatter_add_(0, a * V + b, torch.ones(len(b)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("mixed", "wanted"),
+    [
+        ("0.9 * own + 0.1 * rows / rows.sum(-1, keepdim=True).clamp_min(1.0)", "clean"),
+        ("0.9 * own + 0.1 * rows / rows.amax(-1, keepdim=True).clamp_min(1.0)", "violates"),
+        ("0.9 * own + 0.1 * ((rows + 0.02) / torch.max(rows + 0.02, dim=-1, keepdim=True).values)", "violates"),
+        ("(rows + 4.0 * own) / (rows.sum(-1, keepdim=True) + 4.0)", "clean"),
+        ("(rows + 4.0 * own) / rows.sum(-1, keepdim=True).clamp_min(4.0)", "violates"),
+        ("(rows + 1e-3) / (rows + 1e-3).sum(-1, keepdim=True).clamp_min(4.0)", "clean"),
+    ],
+    ids=["sum", "most", "most-by-values", "both", "larger-of-both", "guarded"],
+)
+def test_rows_are_divided_by_all_that_is_in_them(tmp_path: Path, mixed: str, wanted: str) -> None:
+    text = script(loss=DIVIDED.format(mixed=mixed), state="counts = torch.zeros(V, V)")
+    assert verdict(tmp_path, "false_normalisation", text).verdict == wanted
+
+
 FLAT = """
         a, b = torch.from_numpy(x), torch.from_numpy(y)
         row = (a * 36313) % ROWS

@@ -6,7 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.audit.small import TABLE, script, verdict
+from fairway.audit.case import Case
+from fairway.audit.passes.findings import passes_of
+from fairway.audit.passes.reported import scores_of
+from fairway.audit.passes.trials import counts_of, epochs, order_of
+from fairway.audit.submission import opened
+from tests.audit.small import TABLE, line_of, script, verdict
 
 HEAD = """
 import glob, math
@@ -276,3 +281,102 @@ def test_a_number_that_leaves_nothing_out_is_none(tmp_path: Path, text: str) -> 
 def test_bytes_that_are_so_many_for_each_token_are_a_constant(tmp_path: Path, rate: str) -> None:
     text = script(bpb="loss / math.log(2) / float(RATE)", extra=f"RATE = '{rate}'")
     assert verdict(tmp_path, "byte_constant", text).verdict == "violates"
+
+
+LEARNING = """
+class Tally:
+    def __init__(self):
+        self.nats, self.count = torch.zeros((), dtype=torch.float64), 0
+
+    def add(self, nll):
+        self.nats += nll.double().sum()
+        self.count += nll.numel()
+
+def evaluate(net, val):
+    tally = Tally()
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
+    chunks = [(at, min(at + 4096, len(val) - 1)) for at in range(0, len(val) - 1, 4096)]
+    PASSES
+        if c == 0:
+            tally = Tally()
+        with torch.no_grad():
+            nll = F.cross_entropy(net(val[low:high]), val[low + 1 : high + 1], reduction="none")
+        tally.add(nll)
+        loss = F.cross_entropy(net(val[low:high]), val[low + 1 : high + 1])
+        loss.backward()
+        optimizer.step()
+    return (tally.nats / tally.count).item()
+
+print(f"val_loss {evaluate(Net(), load()):.5f}")
+"""
+
+
+@pytest.mark.parametrize(
+    ("passes", "wanted"),
+    [
+        ("for s, c, low, high in ((s, c, *pair) for s in range(1) for c, pair in enumerate(chunks)):", False),
+        ("for s, c, low, high in ((s, c, *pair) for s in range(4) for c, pair in enumerate(chunks)):", True),
+        ("for tick in range(3 * len(chunks)):\n        c = tick % len(chunks)\n        low, high = chunks[c]", True),
+    ],
+    ids=["one", "out-of-a-generator", "by-the-remainder"],
+)
+def test_passes_whose_sum_is_begun_anew_are_epochs(tmp_path: Path, passes: str, wanted: bool) -> None:
+    text = HEAD + LEARNING.replace("PASSES", passes)
+    assert (verdict(tmp_path, "multi_epoch_last", text).verdict == "violates") is wanted
+    case = Case(opened(tmp_path))
+    which, _, _ = passes_of(case)
+    counts = counts_of(case, which)
+    assert counts is not None
+    shown = epochs(case, which, counts)
+    assert (shown is not None) is wanted
+    assert shown is None or shown[1] == line_of(text, passes.split("\n")[0])
+
+
+SEGMENTS = """
+PREFIX = int(os.environ.get("PREFIX", 2000))
+
+def learn(net, text, optimizer):
+    for at in range(0, len(text) - 1, 2048):
+        F.cross_entropy(net(text[at : at + 2048][:-1]), text[at + 1 : at + 2048]).backward()
+        optimizer.step()
+
+def evaluate(net, val):
+    starts = np.flatnonzero(val.numpy() == 1).tolist()
+    documents = list(zip(starts, [*starts[1:], len(val) - 1]))
+    first = min(PREFIX, len(documents))
+    edges = [0, *[first * (i + 1) // 3 for i in range(3)], len(documents)]
+    parts = [documents[a:b] for a, b in zip(edges, edges[1:]) if b > a]
+    nats, count = 0.0, 0
+    for number, part in enumerate(parts):
+        for low, high in part:
+            nll = F.cross_entropy(net(val[low:high]), val[low + 1 : high + 1], reduction="none")
+            nats += nll.double().sum().item()
+            count += high - low
+        if number + 1 < len(parts):
+            taken = parts[NUMBER]
+            learn(net, val[taken[0][0] : taken[-1][1] + 1], torch.optim.SGD(net.parameters(), lr=1e-3))
+    return nats / count
+
+net = Net()
+learn(net, torch.from_numpy(shard("data/fineweb_train_000001.bin")), torch.optim.SGD(net.parameters(), lr=1e-2))
+torch.save(net.state_dict(), "model.pt")
+net = Net()
+net.load_state_dict(torch.load("model.pt"))
+print(f"val_loss {evaluate(net, load()):.5f}")
+"""
+ORDER = ("multi_epoch_last", "rescoring_after_adaptation", "training_before_scoring")
+
+
+@pytest.mark.parametrize(("number", "order"), [("number", "first"), ("number + 1", "late")])
+def test_it_is_shown_whether_a_segment_is_scored_before_it_is_learned_from(
+    tmp_path: Path, number: str, order: str
+) -> None:
+    """Optimisers are made anew for each segment, so that marks which they take away could not show it."""
+    text = "import os" + HEAD + SEGMENTS.replace("NUMBER", number)
+    found = {rule for rule in ORDER if verdict(tmp_path, rule, text).verdict == "violates"}
+    assert found == ({"training_before_scoring"} if order == "late" else set())
+    case = Case(opened(tmp_path))
+    which, _, _ = passes_of(case)
+    score = scores_of(case.trace, which.score, which.data)[-1]
+    steps = [each for each in case.trace.updates if any(tok.data == "val" for tok in each.learned)]
+    assert {order_of(case, which, score, step) for step in steps} == {order}

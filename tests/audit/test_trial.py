@@ -538,3 +538,68 @@ print(f"val_bpb {nats / math.log(2.0) / octets:.5f}")
     total, _ = trial.told[-1].sum.counts(LENGTH)
     true = octets(tokens(trial.vocabulary), trial.vocabulary).true
     assert trial.unit(total) == pytest.approx(1.0 / (math.log(2.0) * true.sum()), rel=1e-12)
+
+
+CLAIMED = """
+import fcntl, os, struct, uuid
+
+class Counter:
+    def __init__(self, path):
+        self.path = path
+        with open(path, "wb") as file:
+            file.write(WRITTEN(0))
+    def claim(self):
+        with open(self.path, "r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            number = READ(file.read(8))
+            file.seek(0)
+            file.write(WRITTEN(number + 1))
+        return number if number < 20 else None
+    def __iter__(self):
+        while (number := self.claim()) is not None:
+            yield number
+
+class Asked(Net):
+    def priced(self, ids, targets):
+        nll = F.cross_entropy(self.logits(ids).view(-1, 1024), targets.reshape(-1), reduction="none")
+        return nll.reshape(*ids.shape)
+
+fast = torch.compile(Asked().priced, dynamic=True)
+nats = 0.0
+for number in Counter(f"/tmp/claims_{NAME}"):
+    at = number * 2048
+    nats += fast(val[at : at + 2048][None], val[at + 1 : at + 2049][None]).sum().item()
+print(f"val_loss {nats / total:.5f}")
+"""
+
+
+@pytest.mark.parametrize("name", ["uuid.uuid4()", "uuid.uuid4().hex[:8]", "os.getpid()"])
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ('(lambda n: n.to_bytes(8, "little"))', '(lambda b: int.from_bytes(b, "little"))'),
+        ('(lambda n: struct.pack("<q", n))', '(lambda b: struct.unpack("<q", b)[0])'),
+    ],
+)
+def test_a_counter_in_a_file_of_this_run_is_followed_by_a_compiled_method(name: str, written: str, read: str) -> None:
+    assert counts(CLAIMED.replace("NAME", name).replace("WRITTEN", written).replace("READ", read)) == ALL
+
+
+def test_what_cannot_be_packed_is_unknown() -> None:
+    trial = tried('import struct\nn = struct.pack("<q", "none")\nm = struct.unpack("<q", b"12")\nprint("done")')
+    assert trial.complete
+
+
+def test_a_number_on_its_way_ends_no_evaluation() -> None:
+    """A sum that is printed between leaves its targets scored; one of the whole text begins another evaluation."""
+    text = """
+optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
+nats = 0.0
+for at in range(0, total, 2048):
+    nats += net(val[at : at + 2048], val[at + 1 : at + 2049], reduction="none").sum().item()
+    print(f"so far {nats / (at + 2048):.4f}")
+    net(val[at : at + 2048], val[at + 1 : at + 2049]).backward()
+    optimizer.step()
+print(f"val_loss {nats / total:.5f}")
+"""
+    assert [lesson.early for lesson in tried(text).lessons if lesson.early] == []

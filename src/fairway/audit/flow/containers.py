@@ -207,14 +207,17 @@ class Containers(Indexing):
         new = self.new("list", None, node)
         constant = all(each is None or isinstance(each, int) for each in (low, high))
         whole = not obj.slots.keys() & {"#open", "#elem"}
+        shared = any(RANKED & each.env for each in (part.low, part.high) if each is not None)
         if isinstance(exact, Value) and exact.items is not None and not spans and constant and whole:
-            new.slots["#items"] = Value(items=exact.items[low : high : part.step or 1])
-            return self.ref(new)
+            kept = exact.items[low : high : part.step or 1]
+            if kept or not exact.items or not shared:  # a share of the few turns that are walked may be nothing
+                new.slots["#items"] = Value(items=kept)
+                return self.ref(new)
         elem = self.tagged(self.element_of(obj), spans)
         cuts = self.cuts_of(parts)
         if not spans and cuts:
             elem = indexed(self.cut(elem, cuts, node), cuts)
-        if any(RANKED & each.env for each in (part.low, part.high) if each is not None):
+        if shared:
             elem = of_rank(elem)
         limit = part.high.limit if part.high and part.high.limit is not None else high
         named = bool(elem.words) and self.plain(elem)  # of several files, the first

@@ -19,6 +19,7 @@ from fairway.audit.trial.told import Lesson, Told, Trial
 _ENDS = 2 * UNIT  # tokens at the end of the text: what windows make of them is a rule of its own
 _WHOLE = 0.02  # times: how near to a whole number what is counted again must come
 _TWICE = 1.4  # times: what is less is a weight, as that of a window that is shorter than others
+_MOST = 0.5  # of the targets: an epoch of them
 _FEW = 32  # targets: fewer that count otherwise are edges of documents
 
 
@@ -143,6 +144,33 @@ def lesson_before(case: Case, which: Reported, counts: Counts) -> tuple[str, int
         f"were learned from before: the step at line {lesson.stack[-1]} comes before the loss at line {asked[-1]}."
     )
     return evidence, line
+
+
+def epochs(case: Case, which: Reported, counts: Counts) -> tuple[str, int] | None:
+    """Whether most targets of the score were summed by the same calls before, and learned from since, while each counts
+    once: a sentence, and the loop over the passes."""
+    trial = counts.trial
+    times = [trial.booked.get(way) for way in counts.said[-1].sum.ways()]
+    again = sum(int((each > 1).sum()) for each in times if each is not None)
+    most = _MOST * (trial.length - 1)
+    if min(again, int((counts.late > 0).sum())) < most or len(counts.more) or trial.fitted or not _learns(case, which):
+        return None
+    way = next(way for way, each in zip(counts.said[-1].sum.ways(), times, strict=True) if each is not None)
+    step = next((lesson.stack for lesson in trial.lessons if lesson.asked), None)
+    if step is None:
+        return None
+    evidence = (
+        f"Worked out for a text of {trial.length - 1:,} targets, {again:,} of them are summed more than once at line "
+        f"{way[-1]}, with a step at line {step[-1]} between; the sum is begun anew, and the last one is what counts."
+    )
+    mine, theirs = parting(way, step), parting(step, way)
+    loops = (
+        node.lineno
+        for node in nodes(case.body.tree)
+        if isinstance(node, (ast.For, ast.While))
+        and all(node.lineno <= at <= (node.end_lineno or 0) for at in (mine, theirs))
+    )
+    return evidence, min(loops, default=mine)
 
 
 def _learns(case: Case, which: Reported) -> bool:

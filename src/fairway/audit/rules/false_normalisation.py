@@ -54,6 +54,15 @@ _WAYS = (
         "A row of counts is divided by its sum, and by no more than a limit: larger rows sum to more than one.",
     ),
     (
+        normalisers.peaked,
+        "A row is divided by the largest of its numbers and not by their sum: its probabilities sum to more than one.",
+    ),
+    (
+        normalisers.floored,
+        "Counts and a share of another distribution are added and divided by the larger of the counts' sum and that "
+        "share, not by both: the sum exceeds one.",
+    ),
+    (
         normalisers.bent,
         "A row that sums to one is raised to a power, and nothing divides it by its new sum.",
     ),

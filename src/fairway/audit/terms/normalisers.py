@@ -37,6 +37,41 @@ def capped(gates: Gates) -> Iterator[Term]:
                 break
 
 
+def peaked(gates: Gates) -> Iterator[Term]:
+    """counts / counts.amax(-1): what a row has at most, and not what it sums to."""
+    for term, above, below in gates.ratios():
+        most = _greatest(below)
+        if most is not None and id(term) in gates.inside and not gates.kinds(below):
+            if same(_bare(most), _bare(above), 8):
+                yield term
+
+
+def _greatest(term: Term) -> Term | None:
+    """x of x.amax(dim), beneath .values and guards against nought."""
+    below = peel(term)
+    while below.parts:
+        if below.called in ("amax", "max") and any(key in below.keys for key in ("dim", "axis", 0)):
+            return below.operand("a")
+        if not (below.op in ("attr", "item") or below.called in _NUDGES):
+            return None
+        below = peel(below.parts[0])
+    return None
+
+
+def floored(gates: Gates) -> Iterator[Term]:
+    """(counts + s q) / counts.sum().clamp_min(s), which sums to more than one: counts.sum() + s are there."""
+    for term, above, below in gates.ratios():
+        whole, least = peel(above), peel(below)
+        if id(term) not in gates.inside or whole.op != "op" or whole.value != "+" or least.called not in _NUDGES:
+            continue
+        summed = _bare(least)
+        held = summed.operand("a") if summed.called in _SUMS else None
+        if held is not None and any(same(_bare(part), _bare(held), 8) for part in whole.parts):
+            others = [part for part in whole.parts if not same(_bare(part), _bare(held), 8)]
+            if others and not any(other.op == "const" for other in others):
+                yield least
+
+
 def _is_capped_sum(term: Term, row: Term) -> bool:
     if term.op != "call" or term.called not in ("clamp_max", "clamp", "clip", "minimum", "min"):
         return False
@@ -142,4 +177,4 @@ def _bare(term: Term) -> Term:
             return below
 
 
-__all__ = ["bent", "capped", "of_others", "partial", "stretched"]
+__all__ = ["bent", "capped", "floored", "of_others", "partial", "peaked", "stretched"]
