@@ -41,9 +41,9 @@ def peaked(gates: Gates) -> Iterator[Term]:
     """counts / counts.amax(-1): what a row has at most, and not what it sums to."""
     for term, above, below in gates.ratios():
         most = _greatest(below)
-        if most is not None and id(term) in gates.inside and not gates.kinds(below):
-            if same(_bare(most), _bare(above), 8):
-                yield term
+        inside = most is not None and id(term) in gates.inside and not gates.kinds(below)
+        if most is not None and inside and same(_bare(most), _bare(above), 8):
+            yield term
 
 
 def _greatest(term: Term) -> Term | None:
