@@ -46,6 +46,10 @@ def unbalanced(gates: Gates) -> Iterator[Term]:
                 yield term
         elif term.op == "store":
             yield from _whole_before(term)
+        elif term.called in ("scatter_add", "index_add"):
+            first = _before_stores(term.parts[0])
+            if first and all(map(_is_mixture, first)):
+                yield term
 
 
 def unpaid_bonus(gates: Gates) -> Iterator[Term]:
@@ -154,10 +158,32 @@ def _whole_before(term: Term) -> list[Term]:
     if value.op != "op" or value.value != "+" or not any(_reads(part, row, index) for part in value.parts):
         return []
     share = next((part for part in value.parts if not _reads(part, row, index)), None)
-    if share is None or not any_below(share, lambda t: t.op == "op" and t.value == "/"):
+    if share is None:
         return []
     first = _before_stores(row)
+    if first and all(map(_is_mixture, first)):
+        return [term]
+    if not any_below(share, lambda t: t.op == "op" and t.value == "/"):  # counts that grow
+        return []
     return first[:1] if first and all(_is_whole(peel(one)) for one in first) else []
+
+
+def _is_mixture(value: Term) -> bool:
+    """(1 - w) p + w q, or the model's own distribution."""
+    term = peel(value)
+    if term.called in ("exp", "softmax"):
+        return term.called == "softmax" or peel(term.operand() or term.parts[0]).called == "log_softmax"
+    products = [peel(part) for part in term.parts] if term.op == "op" and term.value == "+" else []
+    if len(products) != 2 or any(one.op != "op" or one.value != "*" for one in products):
+        return False
+    for one, other in (products, products[::-1]):
+        taken = (peel(part) for part in one.parts)
+        rests = [
+            each.parts[1] for each in taken if each.op == "op" and each.value == "-" and each.parts[0].constant() == 1
+        ]
+        if any(same(peel(rest), peel(weight), 8) for rest in rests for weight in other.parts):
+            return True
+    return False
 
 
 def _reads(term: Term, row: Term, index: Term) -> bool:
