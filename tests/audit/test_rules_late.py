@@ -1,8 +1,11 @@
 """Training text that is read again while the score is made, after the model's file was written."""
 
+from pathlib import Path
+
 import pytest
 
 from tests.audit.order import HEAD, broken, doubted
+from tests.audit.small import verdict
 
 EVALUATED = """
 def settle(model, loader):
@@ -62,3 +65,67 @@ def test_counts_of_training_text_read_at_the_evaluation_are_found() -> None:
     assert "calibration-after-cap" not in broken(stored)
     late = script(after=counted).replace('print("final val_loss", eval_val(args, model, val))', scored)
     assert broken(late) == {"calibration-after-cap"}
+
+
+# ---- a clock that is set back
+
+CLOCKED = """
+class Watch:
+    def __init__(self):
+        self.since = time.perf_counter()
+
+    def read(self):
+        return time.perf_counter() - self.since
+
+def step(model, loader):
+    loss = model(*loader.next(4096))
+    loss.backward()
+    return loss
+
+if __name__ == "__main__":
+    args = Hyperparameters()
+    val, model, loader = load(args.val_files), GPT(), Loader(args.train_files)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    spent, number, looped = 0.0, 0, False
+    watch = Watch()
+    t0 = time.perf_counter()
+    while spent + time.perf_counter() - t0 < args.cap and watch.read() < args.cap:
+        fetched = time.perf_counter()
+        if number % 1000 == 0:
+            spent += time.perf_counter() - t0
+            print("step", number, "val_loss", eval_val(args, model, val))
+            t0 = time.perf_counter()
+        step(model, loader)
+        optimizer.step()
+        number += 1
+        if number == 300:
+            looped = True
+            AGAIN
+    print("final val_loss", eval_val(args, model, val))
+"""
+SET_BACK = {
+    "anew": "t0 = time.perf_counter()",
+    "another": "watch = Watch()",
+    "moved on": "t0 += 0.5 * (time.perf_counter() - fetched)",
+}
+KEPT_UP = {
+    "counted before": "spent += time.perf_counter() - t0\n            t0 = time.perf_counter()",
+    "counted elsewhere": "spent = 12.0 + watch.read()\n            t0 = time.perf_counter()",
+    "no step within": "paused = time.perf_counter()\n            t0 += time.perf_counter() - paused",
+    "a clock of its own": "started = time.perf_counter()",
+}
+
+
+@pytest.mark.parametrize("name", SET_BACK)
+def test_a_clock_that_is_set_back_in_its_loop_counts_too_little(tmp_path: Path, name: str) -> None:
+    text = HEAD + CLOCKED.replace("AGAIN", SET_BACK[name])
+    found = verdict(tmp_path, "training_over_time", text)
+    assert found.verdict == "violates"
+    assert found.place is not None
+    assert text.split("\n")[found.place.line - 1].strip() == SET_BACK[name]
+
+
+@pytest.mark.parametrize("name", KEPT_UP)
+def test_a_clock_whose_time_is_kept_is_none(tmp_path: Path, name: str) -> None:
+    text = HEAD + CLOCKED.replace("AGAIN", KEPT_UP[name])
+    assert verdict(tmp_path, "training_over_time", text).verdict == "clean"

@@ -6,6 +6,7 @@ from fairway.audit.case import Case
 from fairway.audit.passes.findings import passes_of
 from fairway.audit.passes.late import unclocked
 from fairway.audit.passes.reserves import commanded
+from fairway.audit.passes.restarts import restarted
 from fairway.audit.records import Amount, Log, record_of
 from fairway.audit.terms.clocks import limits, said_at
 from fairway.audit.verdict import Finding, Place, Step
@@ -24,6 +25,10 @@ _OWN_TEXT = re.compile(r"self[-_ ]?gen|autoregressive|\bAR\b|synthetic|random", 
 def check(case: Case) -> Finding:
     found = _by_the_clock(case)
     asked = found.verdict == "clean" and case.tree is not None and not record_of(case.submission).claims.unlimited
+    back = restarted(case) if asked else None
+    if back is not None:
+        evidence = "The clock that ends the training is set back here, and nothing keeps what it had counted by then."
+        return Finding(ID, "violates", evidence, CLAUSE, back)
     early = unclocked(case.trace, passes_of(case)[0]) if asked else None
     if early is None:
         return found

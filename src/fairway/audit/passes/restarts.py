@@ -1,0 +1,128 @@
+"""A training clock that is set back within the loop that it ends: what it had counted by then is in no 600 s."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Collection, Iterator
+
+from fairway.audit.case import Case
+from fairway.audit.reading.tree import nodes
+from fairway.audit.verdict import Place
+
+_CLOCKS = frozenset(("time", "perf_counter", "monotonic", "perf_counter_ns", "monotonic_ns", "time_ns"))
+_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
+
+
+def restarted(case: Case) -> Place | None:
+    """Where a start of the time that has gone by, or the object that counts it, is made anew under a condition of the
+    training loop and nothing kept what it had counted; or where it is moved on by time in which the model learned."""
+    tree = case.body.tree
+    clocks = {
+        node.name for node in nodes(tree) if isinstance(node, ast.ClassDef) and any(map(_is_clock, ast.walk(node)))
+    }
+    teaching = {
+        node.name
+        for node in nodes(tree)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and _learns(node, ())
+    }
+    for function in [
+        tree,
+        *(node for node in nodes(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))),
+    ]:
+        body = getattr(function, "body", [])
+        own = list(_within(body))
+        for loop in own:
+            if not isinstance(loop, (ast.For, ast.While)) or not _learns(loop, teaching):
+                continue
+            inside = set(map(id, _within(loop.body)))
+            begun = {name for node in own if id(node) not in inside for name in _started(node, clocks)}
+            found = next(_set_back(loop, begun, clocks, teaching), None)
+            if found is not None:
+                return case.place(found)
+    return None
+
+
+def _set_back(loop: ast.For | ast.While, begun: set[str], clocks: set[str], teaching: set[str]) -> Iterator[int]:
+    """Lines of a loop that set back what was begun before it, where nothing before them in their block reads that, or
+    what it is counted into."""
+    counted = {name for node in ast.walk(loop) for name in _counted(node, begun)}
+    for block in _blocks(loop):
+        for number, statement in enumerate(block):
+            before = block[:number]
+            again = _started(statement, clocks) & begun if block is not loop.body else set()
+            if again and not any(_names(each) & (again | counted) for each in before):
+                yield statement.lineno
+            if (
+                isinstance(statement, ast.AugAssign)
+                and isinstance(statement.op, ast.Add)
+                and _names(statement.target) & begun
+            ):
+                since = {name for part in ast.walk(statement.value) for name in _difference(part)}
+                above = [each for each in loop.body if each.lineno < statement.lineno]
+                from_there = [n for n, each in enumerate(above) if _started(each, clocks) & since]
+                if from_there and any(_learns(each, teaching) for each in above[from_there[-1] :]):
+                    yield statement.lineno
+
+
+def _within(body: list[ast.stmt]) -> Iterator[ast.AST]:
+    """All nodes below some statements, but for those of functions and classes that are defined there."""
+    waiting: list[ast.AST] = list(body)
+    while waiting:
+        node = waiting.pop(0)
+        yield node
+        if not isinstance(node, _FUNCTIONS):
+            waiting = [*ast.iter_child_nodes(node), *waiting]
+
+
+def _blocks(loop: ast.For | ast.While) -> Iterator[list[ast.stmt]]:
+    """The loop's own block, and those of its conditions."""
+    yield loop.body
+    for node in _within(loop.body):
+        if isinstance(node, ast.If):
+            yield node.body
+            yield node.orelse
+
+
+def _learns(node: ast.AST, teaching: Collection[str]) -> bool:
+    """Whether a gradient is taken below a node, or a function called that takes one."""
+    return any(
+        (isinstance(each, ast.Attribute) and each.attr == "backward") or getattr(each, "id", None) in teaching
+        for each in ast.walk(node)
+    )
+
+
+def _is_clock(node: ast.AST) -> bool:
+    if not isinstance(node, ast.Call):
+        return False
+    name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+    return name in _CLOCKS
+
+
+def _started(node: ast.AST, clocks: set[str]) -> set[str]:
+    """The name that is given the time, or an object of a class that asks for it."""
+    if not isinstance(node, ast.Assign) or len(node.targets) != 1 or not isinstance(node.targets[0], ast.Name):
+        return set()
+    made = isinstance(node.value, ast.Call) and isinstance(node.value.func, ast.Name) and node.value.func.id in clocks
+    return {node.targets[0].id} if made or _is_clock(node.value) else set()
+
+
+def _difference(node: ast.AST) -> set[str]:
+    """start, of time() - start."""
+    taken = isinstance(node, ast.BinOp) and isinstance(node.op, ast.Sub) and _is_clock(node.left)
+    return _names(node.right) if taken and isinstance(node, ast.BinOp) else set()
+
+
+def _counted(node: ast.AST, begun: set[str]) -> set[str]:
+    """total, of total + (time() - start), of total += time() - start."""
+    if not isinstance(node, (ast.BinOp, ast.AugAssign)) or not isinstance(node.op, ast.Add):
+        return set()
+    sides = (node.target, node.value) if isinstance(node, ast.AugAssign) else (node.left, node.right)
+    timed = [side for side in sides if any(_difference(part) & begun for part in ast.walk(side))]
+    return {name for side in sides if timed and side not in timed for name in _names(side)}
+
+
+def _names(node: ast.AST) -> set[str]:
+    return {each.id for each in ast.walk(node) if isinstance(each, ast.Name)}
+
+
+__all__ = ["restarted"]
