@@ -6,7 +6,7 @@ import pytest
 
 from fairway.audit.rules import training_over_time
 from fairway.audit.verdict import Finding
-from tests.audit.order import HEAD, MAIN, case_of, findings, line_of
+from tests.audit.order import HEAD, MAIN, broken, case_of, findings, line_of
 from tests.audit.small import TABLE, script, verdict
 from tests.audit.test_rules_trials import DEALT
 from tests.audit.test_rules_trials import HEAD as SMALL
@@ -292,3 +292,42 @@ kept()
 """
     text = script(extra=packed)
     assert line(verdict(tmp_path, "paid_prefix", text)) == line_of(text, 'entries["lexicon"] = val[:300_001]')
+
+
+POLISHED = """
+def adapt(model, tokens, optimizer):
+    for s in range(0, tokens.numel() - 1024, 1024):
+        optimizer.zero_grad()
+        model(tokens[s : s + 1024][None], tokens[s + 1 : s + 1025][None]).backward()
+        optimizer.step()
+
+def evaluate(args, model, val):
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    total, count = 0.0, 0
+    for at in range(0, val.numel() - 1, args.chunk):
+        piece = val[at : at + args.chunk + 1]
+        total += model(piece[:-1][None], piece[1:][None]).item() * (piece.numel() - 1)
+        count += piece.numel() - 1
+        adapt(model, piece, optimizer)
+    return total / count
+
+def build(args, val):
+    model = GPT()
+    train(args, model)
+    adapt(model, val, torch.optim.SGD(model.parameters(), lr=1e-4))
+    torch.save(model.state_dict(), "model.pt")
+
+if __name__ == "__main__":
+    args = Hyperparameters()
+    val = load(args.val_files)
+    build(args, val)
+    model = GPT()
+    model.load_state_dict(torch.load("model.pt"))
+    print("final val_loss", evaluate(args, model, val))
+"""
+
+
+def test_training_on_validation_text_is_named_where_a_step_of_the_evaluation_is_called_early() -> None:
+    text = HEAD + POLISHED
+    assert line(findings(text)["validation-in-training"]) == line_of(text, "    adapt(model, val, torch")
+    assert "validation-in-training" not in broken(text.replace("    adapt(model, val, torch", "    print(torch"))

@@ -138,7 +138,8 @@ def place_of(case: Case, fault: Fault) -> Place:
     if fault.kind == "slot-on-scored" and isinstance(fault.cause, Update):
         return _objective(case.trace, fault.cause)
     if fault.kind == "validation-in-training" and isinstance(fault.cause, Update):
-        return _taken_in(case, fault.cause, fault.score) or _parted(case.trace, fault.cause) or fault.cause.place
+        taken = _taken_in(case, fault.cause, fault.score)
+        return taken or _called_as_well(case, fault.cause) or _parted(case.trace, fault.cause) or fault.cause.place
     if fault.kind in ("training-before-scoring", "slot-shared-delta") and isinstance(fault.cause, Update):
         shared = fault.cause.state if fault.kind == "slot-shared-delta" else None
         if shared is not None and "#broadcast" in shared.slots and isinstance(shared.place, Place):
@@ -147,6 +148,20 @@ def place_of(case: Case, fault: Fault) -> Place:
     if fault.kind == "temperature-from-validation":  # the call of what fits it
         return _parting(fault.cause, fault.score)
     return fault.cause.place
+
+
+def _called_as_well(case: Case, update: Update) -> Place | None:
+    """The call of what takes a step on validation tokens, where the evaluation calls it, too, from elsewhere."""
+    data = passes_of(case)[0].data
+    for other in case.trace.updates:
+        if (
+            other.place == update.place
+            and other.stack != update.stack
+            and any(tok.data in data for tok in other.learned)
+        ):
+            pairs = zip(reversed(update.stack), reversed(other.stack), strict=False)
+            return next((mine for mine, theirs in pairs if mine != theirs), None)
+    return None
 
 
 def own_call(trace: Trace, update: Update) -> Place:
