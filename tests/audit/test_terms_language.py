@@ -7,7 +7,7 @@ import pytest
 
 from fairway.audit.case import Case
 from fairway.audit.submission import opened
-from tests.audit.small import COUNT, HEAD, TABLE
+from tests.audit.small import COUNT, HEAD, TABLE, script, verdict
 from tests.audit.ways import HELPERS, WAYS
 
 RULES = ("oracle_gate", "target_gated_tilt", "byte_double_space", "byte_missing_mark", "byte_constant")
@@ -37,3 +37,11 @@ def test_a_wrapper_that_takes_a_functions_name_does_not_call_it_with_itself(tmp_
     called = [event for event in reading.entry.called("cross_entropy") if event.path[-1:] == ("price",)]
     assert called
     assert all(event.path[:2] == ("inner", "evaluate") for event in called)
+
+
+def test_a_name_of_values_that_are_chosen_from_each_other_is_asked_of_each_once(tmp_path: Path) -> None:
+    """Forty choices from two objects: 2^40 ways lead through them, and 80 values."""
+    chosen = "    x, y = (x if random.random() < 0.5 else y), (y if random.random() < 0.5 else x)\n" * 40
+    made = "import random\nclass Held:\n    def __init__(self, v):\n        self.v = v\n"
+    state = "x, y = Held(1.0), Held(2.0)\n" + chosen + "    print(x.v + y.v)"
+    assert verdict(tmp_path, "target_gated_tilt", script(extra=made, state=state)).verdict == "clean"

@@ -1,6 +1,6 @@
 """Names with a dot: what an object, a class, a module of the script's own holds under a name."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from fairway.audit.terms import calls, objects
 from fairway.audit.terms.elements import element, entries
@@ -11,7 +11,12 @@ if TYPE_CHECKING:
     from fairway.audit.terms.machine import Machine
 
 
-def attribute(m: "Machine", base: Term, word: str, file: str, line: int) -> Term:
+Known: TypeAlias = dict[int, tuple[Term, Term]]
+"""By the id of a choice: that, and what it holds under the name that is asked for."""
+
+
+def attribute(m: "Machine", base: Term, word: str, file: str, line: int, known: Known | None = None) -> Term:
+    """base.word. known: the choices that were asked on the way here; they share parts, and each is asked once."""
     if base.op == "object":
         if word in base.value.attrs:
             return base.value.attrs[word]
@@ -40,17 +45,9 @@ def attribute(m: "Machine", base: Term, word: str, file: str, line: int) -> Term
         return (
             _bound(m, found, owner, owner, file, line) if found is not None else Term("attr", (base,), word, file, line)
         )
-    if base.op in ("choice", "merge") and word not in ("shape", "device", "dtype"):
-        options = [p for p in (base.parts[1:] if base.op == "choice" else base.parts) if not nothing(p)]
-        if any(p.op in ("object", "class") for p in alternatives(base, 24)):
-            found_terms = [attribute(m, p, word, file, line) for p in options[:6]]
-            if all(t is found_terms[0] for t in found_terms):
-                return found_terms[0]
-            return (
-                Term(base.op, (*base.parts[: len(base.parts) - len(options)][:1], *found_terms), None, file, line)
-                if (base.op == "choice" and len(options) == 2)
-                else Term("merge", tuple(found_terms), None, file, line)
-            )
+    several = base.op in ("choice", "merge") and word not in ("shape", "device", "dtype")
+    if several and any(p.op in ("object", "class") for p in alternatives(base, 24)):
+        return _of_options(m, base, word, file, line, {} if known is None else known)
     if base.op == "store" and base.value == "attr" and base.parts[1].value == "." + word:
         return base.parts[2]
     if base.op == "call" and base.value in ("min", "max") and base.parts:
@@ -62,6 +59,23 @@ def attribute(m: "Machine", base: Term, word: str, file: str, line: int) -> Term
     if word == "__dict__" and is_parsed(base):
         return parsed_table(m, file, line)
     return Term("attr", (base,), word, file, line)
+
+
+def _of_options(m: "Machine", base: Term, word: str, file: str, line: int, known: Known) -> Term:
+    """The name of each value that this may be, None aside."""
+    if id(base) in known:
+        return known[id(base)][1]
+    known[id(base)] = (base, Term("attr", (base,), word, file, line))  # a circle ends here
+    options = [p for p in (base.parts[1:] if base.op == "choice" else base.parts) if not nothing(p)]
+    found = [attribute(m, p, word, file, line, known) for p in options[:6]]
+    if all(term is found[0] for term in found):
+        made = found[0]
+    elif base.op == "choice" and len(options) == 2:
+        made = Term("choice", (base.parts[0], *found), None, file, line)
+    else:
+        made = Term("merge", tuple(found), None, file, line)
+    known[id(base)] = (base, made)
+    return made
 
 
 def is_parsed(term: Term) -> bool:
