@@ -330,12 +330,24 @@ DIVIDED = """
         ("0.9 * own + 0.1 * ((rows + 0.02) / torch.max(rows + 0.02, dim=-1, keepdim=True).values)", "violates"),
         ("(rows + 4.0 * own) / (rows.sum(-1, keepdim=True) + 4.0)", "clean"),
         ("(rows + 4.0 * own) / rows.sum(-1, keepdim=True).clamp_min(4.0)", "violates"),
+        ("(rows + 4.0 * own) / (rows.amax(-1, keepdim=True) + 4.0)", "violates"),
         ("own.scatter_add(1, a[:, None], own[:, :1])", "violates"),
         ("((1.0 - own[:, :1]) * own + own[:, :1] * rows).scatter_add(1, a[:, None], own[:, 1:2])", "violates"),
         ("((1.0 - own[:, :1]) * own).scatter_add(1, a[:, None], own[:, :1])", "clean"),
         ("(rows + 1e-3) / (rows + 1e-3).sum(-1, keepdim=True).clamp_min(4.0)", "clean"),
     ],
-    ids=["sum", "most", "most-by-values", "both", "larger-of-both", "on-top", "on-top-of-two", "share", "guarded"],
+    ids=[
+        "sum",
+        "most",
+        "most-by-values",
+        "both",
+        "larger-of-both",
+        "most-of-both",
+        "on-top",
+        "on-top-of-two",
+        "share",
+        "guarded",
+    ],
 )
 def test_rows_are_divided_by_all_that_is_in_them(tmp_path: Path, mixed: str, wanted: str) -> None:
     text = script(loss=DIVIDED.format(mixed=mixed), state="counts = torch.zeros(V, V)")

@@ -41,14 +41,19 @@ def peaked(gates: Gates) -> Iterator[Term]:
     """counts / counts.amax(-1): what a row has at most, and not what it sums to."""
     for term, above, below in gates.ratios():
         most = _greatest(below)
-        inside = most is not None and id(term) in gates.inside and not gates.kinds(below)
-        if most is not None and inside and same(_bare(most), _bare(above), 8):
+        if most is None or id(term) not in gates.inside or gates.kinds(below):
+            continue
+        whole = peel(above)
+        rows = (whole, *whole.parts) if whole.op == "op" and whole.value == "+" else (whole,)
+        if any(same(_bare(most), _bare(row), 8) for row in rows):
             yield term
 
 
 def _greatest(term: Term) -> Term | None:
-    """x of x.amax(dim), beneath .values and guards against nought."""
+    """x of x.amax(dim), beneath .values and guards against nought, and beside what is added to it."""
     below = peel(term)
+    if below.op == "op" and below.value == "+":
+        return next((found for part in below.parts if (found := _greatest(part)) is not None), None)
     while below.parts:
         if below.called in ("amax", "max") and any(key in below.keys for key in ("dim", "axis", 0)):
             return below.operand("a")
