@@ -63,6 +63,11 @@ _WAYS = (
         "share, not by both: the sum exceeds one.",
     ),
     (
+        normalisers.smoothed,
+        "Something is added to every count of a row, and the row is divided by the sum of the counts without it: the "
+        "probabilities sum to more than one.",
+    ),
+    (
         normalisers.bent,
         "A row that sums to one is raised to a power, and nothing divides it by its new sum.",
     ),

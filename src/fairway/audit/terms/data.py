@@ -27,7 +27,7 @@ _WRITERS = frozenset(
 )
 _PACKERS = frozenset(
     """compress tobytes dumps astype encode join b85encode b64encode pack getvalue ascontiguousarray view bytes
-    bytearray asarray array packbits save_to_bytes copy""".split()  # noqa: SIM905
+    bytearray asarray array packbits save_to_bytes copy stack cat concat concatenate vstack hstack""".split()  # noqa: SIM905
 )
 
 TOKENISERS = frozenset("encode EncodeAsIds encode_as_ids encode_ordinary encode_batch tokenize Encode".split())  # noqa: SIM905
@@ -119,7 +119,7 @@ def stored(root: Term) -> Iterator[Term]:
             waiting.extend((term.parts[0], term.parts[2]))
         elif term.op == "mutate" and term.value in _AT_PLACES:  # the places that are filled are not kept
             waiting.extend((term.parts[0], *(part for part in term.parts[2:] if part.op != "const")))
-        elif term.op == "mutate" or (term.op == "op" and term.value == "+"):
+        elif term.op == "mutate" or (term.op == "op" and term.value in ("+", "|")):
             waiting.extend(term.parts)
         elif term.op == "op" and term.value in _DIGITS and any(part.op == "const" for part in term.parts):
             waiting.extend(term.parts)  # high and low bytes of an id

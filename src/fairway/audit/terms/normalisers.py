@@ -10,6 +10,7 @@ from fairway.audit.terms.rows import normalised
 from fairway.audit.terms.streams import is_mask
 from fairway.audit.terms.term import Term, any_below, peel, same
 
+_GUARD = 1e-6  # of a count: what is less keeps a logarithm from nought
 _SUMS = frozenset(("sum", "nansum", "fsum", "logsumexp"))
 _FEW = frozenset(("topk", "sort", "narrow", "masked_select", "nonzero"))
 _NUDGES = frozenset(("clamp", "clamp_min", "clip", "maximum", "max"))
@@ -75,6 +76,19 @@ def floored(gates: Gates) -> Iterator[Term]:
             others = [part for part in whole.parts if not same(_bare(part), _bare(held), 8)]
             if others and not any(other.op == "const" for other in others):
                 yield least
+
+
+def smoothed(gates: Gates) -> Iterator[Term]:
+    """(counts + 0.5) / counts.sum(): what is added to every count is missing from the sum, once for every token."""
+    for term, above, below in gates.ratios():
+        whole, summed = peel(above), _bare(below)
+        held = summed.operand("a") if summed.called in _SUMS else None
+        if held is None or id(term) not in gates.inside or whole.op != "op" or whole.value != "+":
+            continue
+        for row, more in (whole.parts, whole.parts[::-1]):
+            added = more.constant()
+            if isinstance(added, (int, float)) and added > _GUARD and same(_bare(row), _bare(held), 8):
+                yield term
 
 
 def _is_capped_sum(term: Term, row: Term) -> bool:
@@ -182,4 +196,4 @@ def _bare(term: Term) -> Term:
             return below
 
 
-__all__ = ["bent", "capped", "floored", "of_others", "partial", "peaked", "stretched"]
+__all__ = ["bent", "capped", "floored", "of_others", "partial", "peaked", "smoothed", "stretched"]
