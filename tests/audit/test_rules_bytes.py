@@ -60,6 +60,12 @@ def test_marks_within_a_piece_are_no_leading_space(tmp_path: Path, text: str, wa
 # ---- the space twice
 
 
+def test_a_space_in_the_marks_place_is_counted_in_the_table(tmp_path: Path) -> None:
+    put = TABLE.replace("piece = piece[1:]", 'piece = " " + piece[1:]')
+    assert put != TABLE
+    assert verdict(tmp_path, "byte_double_space", script(table=put)).verdict == "violates"
+
+
 @pytest.mark.parametrize(
     ("table", "count", "place"),
     [

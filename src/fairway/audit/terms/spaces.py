@@ -130,6 +130,8 @@ class SpaceCount:
         if id(below) in seen or _cuts_space(below):
             return None
         seen.add(id(below))
+        if _puts_space(below):
+            return below
         if _keeps_space(below):
             return below if below.receiver is None or not self._cut_before(below.receiver) else None
         parts = below.parts
@@ -180,6 +182,12 @@ def _cuts_space(term: Term) -> bool:
         cut = term.parts[1]
         return cut.op == "slice" and bool(cut.parts) and cut.parts[0].constant() == 1
     return term.op == "call" and term.called in ("strip", "lstrip", "removeprefix")
+
+
+def _puts_space(term: Term) -> bool:
+    """ " " + piece[1:]: a space where the mark was."""
+    added = term.op == "op" and term.value == "+" and len(term.parts) == 2
+    return added and term.parts[0].constant() == " " and _cuts_space(peel(term.parts[1]))
 
 
 def _keeps_space(term: Term) -> bool:
