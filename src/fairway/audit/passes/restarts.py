@@ -25,12 +25,9 @@ def restarted(case: Case) -> Place | None:
         for node in nodes(tree)
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and _learns(node, ())
     }
-    for function in [
-        tree,
-        *(node for node in nodes(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))),
-    ]:
-        body = getattr(function, "body", [])
-        own = list(_within(body))
+    functions = (node for node in nodes(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))
+    for function in (tree, *functions):
+        own = list(_within(function.body)) if function is not None else []
         for loop in own:
             if not isinstance(loop, (ast.For, ast.While)) or not _learns(loop, teaching):
                 continue
@@ -65,13 +62,13 @@ def _set_back(loop: ast.For | ast.While, begun: set[str], clocks: set[str], teac
 
 
 def _within(body: list[ast.stmt]) -> Iterator[ast.AST]:
-    """All nodes below some statements, but for those of functions and classes that are defined there."""
-    waiting: list[ast.AST] = list(body)
+    """All nodes below some statements, in their order; not those of functions and classes that are defined there."""
+    waiting: list[ast.AST] = [*reversed(body)]
     while waiting:
-        node = waiting.pop(0)
+        node = waiting.pop()
         yield node
         if not isinstance(node, _FUNCTIONS):
-            waiting = [*ast.iter_child_nodes(node), *waiting]
+            waiting += [*ast.iter_child_nodes(node)][::-1]
 
 
 def _blocks(loop: ast.For | ast.While) -> Iterator[list[ast.stmt]]:
