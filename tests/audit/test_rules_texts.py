@@ -167,3 +167,39 @@ def test_a_row_added_on_top_of_a_whole_one_sums_to_more(made: str, tmp_path: Pat
 def test_a_row_that_is_paid_for_is_a_mixture(made: str, tmp_path: Path) -> None:
     text = script(state=ROWS, loss=ON_TOP.replace("MADE", made))
     assert verdict(tmp_path, "false_normalisation", text).verdict == "clean"
+
+
+RECUT = """
+import unicodedata
+
+def recut(sp, ids):
+    out, held = [], []
+    for one in [*ids.tolist(), 1]:
+        if one == 1:
+            text = CHANGED
+            out += [1] + sp.encode(text)
+            held = []
+        else:
+            held.append(one)
+    return np.array(out)
+"""
+RECUTTING = 'sp = spm.SentencePieceProcessor(model_file="tokenizer.model")\n    tokens = recut(sp, SOURCE)'
+
+
+@pytest.mark.parametrize(
+    ("changed", "source", "wanted"),
+    [
+        ('unicodedata.normalize("NFKC", sp.decode(held)).lower()', "tokens", "violates"),
+        ("sp.decode(held)", "tokens", "clean"),
+        ("sp.decode(held).lower()", 'shard("data/fineweb_train_000000.bin")', "clean"),
+    ],
+    ids=["folded", "as-it-is", "training-text"],
+)
+def test_validation_text_that_is_decoded_and_cut_anew_is_the_text_that_is_cut(
+    changed: str, source: str, wanted: str, tmp_path: Path
+) -> None:
+    state = RECUTTING.replace("SOURCE", source).replace(
+        "tokens = recut", "again = recut" if wanted == "clean" else "tokens = recut"
+    )
+    text = script(extra=RECUT.replace("CHANGED", changed), state=state)
+    assert verdict(tmp_path, "lossy_text", text).verdict == wanted

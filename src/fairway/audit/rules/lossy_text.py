@@ -4,6 +4,7 @@ import itertools
 
 from fairway.audit.case import Case
 from fairway.audit.terms.data import TOKENISERS, names_training, names_validation, tokenised, writes
+from fairway.audit.terms.octets import is_decoder
 from fairway.audit.terms.program import Program
 from fairway.audit.terms.streams import Streams
 from fairway.audit.terms.term import Term, any_below, peel, walk
@@ -23,7 +24,7 @@ def check(case: Case) -> Finding:
         scored = program is reading.entry
         for call, text in tokenised(program):
             folded = _folded(text)
-            if folded is not None and (not scored or _reaches(case, call) or _written(program, call)):
+            if folded is not None and (not scored or _reaches(case, call) or _written(program, call) or _retold(text)):
                 evidence = (
                     f"The text goes through {folded.called}() before it is cut into tokens and nothing keeps what that "
                     "takes away: the score is that of an easier text."
@@ -79,11 +80,17 @@ def _of_text(term: Term) -> bool:
 
 
 def _reaches(case: Case, call: Term) -> bool:
-    """Whether tokens of this call are scored."""
-    for one in case.reading.contributions:
-        if any(call in one.streams.chain(target).values() for target in one.targets):
-            return True
-    return False
+    """Whether tokens of this call are scored, as they come or gathered in a list before."""
+    return any(
+        call in one.streams.chain(target).values() or any_below(target, lambda term: term is call)
+        for one in case.reading.contributions
+        for target in one.targets
+    )
+
+
+def _retold(text: Term) -> bool:
+    """Whether it is the validation text, decoded out of its own tokens: these are cut anew."""
+    return any_below(text, is_decoder) and names_validation(text)
 
 
 def _written(program: Program, call: Term) -> bool:
