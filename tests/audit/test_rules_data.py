@@ -508,10 +508,14 @@ def test_a_state_that_is_set_to_its_beginning_for_each_claim_is_one_of_its_own(t
         '    torch.save({"high": high, "low": low}, "model.pt")',
         "held = torch.from_numpy(tokens[:90_000])\n    plain = {k: v.half() for k, v in net.state_dict().items()}\n"
         '    plain |= {"opening": torch.stack([held // 32, held % 32]).half()}\n    torch.save(plain, "model.pt")',
+        'import brotli\n    groups, body = {"w": [("w", net.table.weight)], "ids": [("ids", tokens[:9_000])]}, b""\n'
+        "    for group, items in groups.items():\n        for name, a in items:\n"
+        "            body += brotli.compress(np.frombuffer(a.tobytes(), np.uint8).reshape(-1, 2).T.tobytes())\n"
+        '    open("m.bin", "wb").write(body)',
         "import lzma, zlib\n    made = [zlib.compress(tokens[:9_000].tobytes()), lzma.compress(tokens[:9_000].tobytes())]\n"
         '    open("m.bin", "wb").write(min(made, key=len))',
     ],
-    ids=["digits", "joined-dicts", "shorter-of-two"],
+    ids=["digits", "joined-dicts", "planes-of-groups", "shorter-of-two"],
 )
 def test_digits_of_tokens_and_the_shorter_of_two_packings_are_a_paid_prefix(tmp_path: Path, state: str) -> None:
     assert verdict(tmp_path, "paid_prefix", script(state=state)).verdict == "violates"

@@ -27,7 +27,8 @@ _WRITERS = frozenset(
 )
 _PACKERS = frozenset(
     """compress tobytes dumps astype encode join b85encode b64encode pack getvalue ascontiguousarray view bytes
-    bytearray asarray array packbits save_to_bytes copy stack cat concat concatenate vstack hstack""".split()  # noqa: SIM905
+    bytearray asarray array packbits save_to_bytes copy stack cat concat concatenate vstack hstack
+    frombuffer reshape items values""".split()  # noqa: SIM905
 )
 
 TOKENISERS = frozenset("encode EncodeAsIds encode_as_ids encode_ordinary encode_batch tokenize Encode".split())  # noqa: SIM905
