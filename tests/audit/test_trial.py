@@ -603,3 +603,25 @@ for at in range(0, total, 2048):
 print(f"val_loss {nats / total:.5f}")
 """
     assert [lesson.early for lesson in tried(text).lessons if lesson.early] == []
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        'logging.info("val_loss %.5f", nats / total)',
+        'logging.getLogger("eval").info("val_loss %.5f after %d", nats / total, total)',
+        "log = logging.getLogger(__name__)\nlog.warning(nats / total)",
+    ],
+)
+def test_a_logger_tells_what_it_is_handed(said: str) -> None:
+    text = """
+import logging
+from torch.func import functional_call
+nats = 0.0
+weights = dict(net.named_parameters())
+for at in range(0, total, 2048):
+    logits = functional_call(net, weights, (val[at : at + 2048][None],))
+    rows = logits.log_softmax(dim=-1)
+    nats += -rows.gather(-1, val[at + 1 : at + 2049][None, :, None]).squeeze(-1).double().sum()
+"""
+    assert counts(text + said + "\n") == ALL

@@ -36,6 +36,7 @@ from fairway.audit.trial.values import (
 if TYPE_CHECKING:
     pass
 
+_LEVELS = frozenset(("debug", "info", "warning", "error", "critical"))
 _PICKING = {"gather", "take_along_dim", "take_along_axis", "index_select", "take"}
 _ITSELF = {
     "to",
@@ -87,6 +88,8 @@ class Attributes(Arrays):
         if isinstance(value, Unknown):
             if name in _PICKING and value.net:
                 return functools.partial(self.gathered, value)
+            if name in _LEVELS and not value.net:  # of a logger
+                return functools.partial(self.told_by_format, "")
             return functools.partial(self.learn_unknown, value) if name == "backward" else value
         if isinstance(value, Array):
             return array_attribute(self, value, name)

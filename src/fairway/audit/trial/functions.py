@@ -47,7 +47,7 @@ from fairway.audit.trial.making import Dtype, arange, full, like, made, tensor
 from fairway.audit.trial.reading import frombuffer, fromfile, joined_path, memmap, packed, path_of, paths, unpacked
 from fairway.audit.trial.reducing import add_at, numpy_nonzero
 from fairway.audit.trial.threads import Capture, Executor, Graph, Queue, Stack, Store, Suppress, Thread
-from fairway.audit.trial.values import UNKNOWN, Bound, Class, Func, Obj, Raised, Value
+from fairway.audit.trial.values import NET, UNKNOWN, Bound, Class, Func, Obj, Raised, Value
 from fairway.audit.trial.vocabulary import Processor
 
 # -- Python's own -----------------------------------------------------------------------------------------------------
@@ -174,6 +174,7 @@ _WORLD: dict[str, Act] = {
         for name in ("shuffle", "sample", "choice", "randint", "random", "randrange")
     },
     "json.dump": printed,
+    **{f"logging.{level}": printed for level in ("debug", "info", "warning", "error", "critical")},
     "json.dumps": lambda machine, args, kwargs, line: printed(machine, args, kwargs, line) or UNKNOWN,
     "torch.cuda.CUDAGraph": lambda machine, args, kwargs, line: Graph(),
     "torch.cuda.graph": lambda machine, args, kwargs, line: Capture(args[0] if args else kwargs.get("cuda_graph")),
@@ -207,6 +208,7 @@ _WORLD: dict[str, Act] = {
     "mlx.nn.losses.cross_entropy": mlx_cross_entropy,
     "torch.autograd.grad": learned_from,
     "torch.autograd.Function.apply": applied,
+    "torch.func.functional_call": lambda machine, args, kwargs, line: NET,
     **dict.fromkeys(
         [
             "torch.nn.parallel.DistributedDataParallel",
