@@ -625,3 +625,18 @@ for at in range(0, total, 2048):
     nats += -rows.gather(-1, val[at + 1 : at + 2049][None, :, None]).squeeze(-1).double().sum()
 """
     assert counts(text + said + "\n") == ALL
+
+
+@pytest.mark.parametrize(
+    "ends", ["np.append(starts[1:], ids.size - 1)", "np.concatenate([starts[1:], [ids.size - 1]])"]
+)
+def test_documents_end_where_the_next_begins(ends: str) -> None:
+    text = """
+ids = val.numpy()
+starts = np.flatnonzero(ids == 1)
+nats = 0.0
+for a, b in zip(starts, ENDS):
+    nats += net(val[a:b], val[a + 1 : b + 1], reduction="none").sum().item()
+print(f"val_loss {nats / total:.5f}")
+"""
+    assert counts(text.replace("ENDS", ends)) == ALL
