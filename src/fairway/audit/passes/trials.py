@@ -150,12 +150,12 @@ def epochs(case: Case, which: Reported, counts: Counts) -> tuple[str, int] | Non
     """Whether most targets of the score were summed by the same calls before, and learned from since, while each counts
     once: a sentence, and the loop over the passes."""
     trial = counts.trial
-    times = [trial.booked.get(way) for way in counts.said[-1].sum.ways()]
-    again = sum(int((each > 1).sum()) for each in times if each is not None)
+    booked = {way: trial.booked[way] for way in sorted(counts.said[-1].sum.ways()) if way in trial.booked}
+    again = sum(int((times > 1).sum()) for times in booked.values())
     most = _MOST * (trial.length - 1)
     if min(again, int((counts.late > 0).sum())) < most or len(counts.more) or trial.fitted or not _learns(case, which):
         return None
-    way = next(way for way, each in zip(counts.said[-1].sum.ways(), times, strict=True) if each is not None)
+    way = next(way for way, times in booked.items() if (times > 1).any())
     step = next((lesson.stack for lesson in trial.lessons if lesson.asked), None)
     if step is None:
         return None

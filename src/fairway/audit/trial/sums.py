@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Final
 
 import numpy as np
@@ -45,31 +46,29 @@ class Sum:
         self.parts = parts
         self.way: tuple[int, ...] = ()
 
-    def ways(self) -> set[tuple[int, ...]]:
-        """Those of everything in it."""
-        found: set[tuple[int, ...]] = set()
-        waiting, seen = [self], set[int]()
-        while waiting:
-            each = waiting.pop()
-            if id(each) not in seen:
-                seen.add(id(each))
-                found |= {each.way} if each.places is not None else set()
-                waiting += [part for part, _ in each.parts]
-        return found
-
-    def taught(self) -> int:
-        """The marks of TAUGHT that its targets have."""
-        found = 0
+    def leaves(self) -> Iterator[Sum]:
+        """The sums of targets that it is made of, each once."""
         waiting, seen = [self], set[int]()
         while waiting:
             each = waiting.pop()
             if id(each) in seen:
                 continue
             seen.add(id(each))
-            if each.places is not None and each.weights is not None:
-                counted = each.places[(each.weights != 0) & (each.places >= 0)]
-                found |= int(np.bitwise_or.reduce(counted)) if len(counted) else 0
+            if each.places is not None:
+                yield each
             waiting += [part for part, _ in each.parts]
+
+    def ways(self) -> set[tuple[int, ...]]:
+        """Those of everything in it."""
+        return {leaf.way for leaf in self.leaves()}
+
+    def taught(self) -> int:
+        """The marks of TAUGHT that its targets have."""
+        found = 0
+        for leaf in self.leaves():
+            if leaf.places is not None and leaf.weights is not None:
+                counted = leaf.places[(leaf.weights != 0) & (leaf.places >= 0)]
+                found |= int(np.bitwise_or.reduce(counted, initial=0))
         return found & ~PLACE & (LATE - 1)
 
     def counts(self, length: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
