@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from fairway.audit.case import Case
 from fairway.audit.passes.reported import Reported
@@ -10,28 +11,34 @@ from fairway.audit.passes.trials import Counts, counted
 from fairway.audit.trial import run
 from fairway.audit.trial.limits import Forced, Site
 from fairway.audit.trial.text import LENGTH, SHORT
+from fairway.audit.trial.told import Trial
 from fairway.audit.verdict import Place
 
 _TEXT = 62_000_000  # tokens of the validation split, at most (TECHNIQUES.md 1)
 _TIMES = 0.9 * _TEXT / LENGTH  # what the whole text has more of, of whatever it is cut into
 _TRIED = 2  # numbers: each costs another trial
+_FEW = 4  # of whatever is counted: half of fewer says little, so the longer text is asked, for five times as long
 _LESS = 0.95  # of the targets
 
 
 def cut_short(case: Case, which: Reported, counts: Counts) -> tuple[str, int] | None:
     """A number that is larger than anything in the text of the trial and smaller than the whole text's, and for less
     than which targets do not count: a sentence, and its line. None where there is none."""
-    whole, length = float((counts.times > 0).sum()), case.trial.length
-    for site, limit, most in _limits(case):
-        less = counted(run(case.script, case.settings, forced=Forced(site, limit, most // 2)), which)
-        left = float((less.times > 0).sum()) if less is not None else whole
-        if left < _LESS * whole:
+    for tried in _limits(case):
+        whole = counts if tried.text is case.trial else counted(tried.text, which)
+        if whole is None:
+            continue
+        length, many = tried.text.length, float((whole.times > 0).sum())
+        forced = Forced(tried.site, tried.limit, tried.most // 2)
+        less = counted(run(case.script, case.settings, length, forced), which)
+        left = float((less.times > 0).sum()) if less is not None else many
+        if left < _LESS * many:
             evidence = (
-                f"Only {limit:,} are let through. Worked out for a text of {length - 1:,} targets, which has {most:,} "
-                f"of them, half as many leave {1 - left / whole:.0%} of the targets out; the validation tokens are "
-                f"{_TEXT / length:,.0f} times as many."
+                f"Only {tried.limit:,} are let through. Worked out for a text of {length - 1:,} targets, which has "
+                f"{tried.most:,} of them, half as many leave {1 - left / many:.0%} of the targets out; the validation "
+                f"tokens are {_TEXT / length:,.0f} times as many."
             )
-            return evidence, site[0]
+            return evidence, tried.site[0]
     return None
 
 
@@ -41,19 +48,30 @@ def stated_at(case: Case, limit: float) -> Place | None:
     return case.place(lines[0]) if lines else None
 
 
-def _limits(case: Case) -> Iterator[tuple[Site, int, int]]:
-    """(where, the number, the most that was held against it) of the numbers that do not move with the text, held
-    against what does."""
-    unmet = case.trial.limits.unmet(_TIMES)
-    if not unmet:
+@dataclass(frozen=True)
+class _Limit:
+    """A number of the script, the most that was held against it, and the trial in which that was."""
+
+    site: Site
+    limit: int
+    most: int
+    text: Trial
+
+
+def _limits(case: Case) -> Iterator[_Limit]:
+    """The numbers that do not move with the text, held against what does."""
+    long = case.trial
+    unmet = {site: seen for site, seen in long.limits.unmet(_TIMES).items() if seen.limit != long.length - 1}
+    if not unmet or long.length <= SHORT:
         return
-    short = run(case.script, case.settings, SHORT).limits.seen  # of a number that the text sets, less is seen
-    moving = [
-        (site, seen.limit, seen.most)
-        for site, seen in unmet.items()
-        if (other := short.get(site)) is not None and other.limit == seen.limit and other.most < seen.most
-    ]
-    tried = {(limit, site[2]): (site, limit, most) for site, limit, most in reversed(moving) if limit is not None}
+    short = run(case.script, case.settings, SHORT)  # of a number that the text sets, less is seen
+    tried: dict[tuple[int, str], _Limit] = {}
+    for site, seen in reversed(unmet.items()):
+        other = short.limits.seen.get(site)
+        if seen.limit is not None and other is not None and other.limit == seen.limit and other.most < seen.most:
+            few = other.most < _FEW
+            most, text = (seen.most, long) if few else (other.most, short)
+            tried[seen.limit, site[2]] = _Limit(site, seen.limit, most, text)
     yield from list(tried.values())[:_TRIED]
 
 

@@ -2,7 +2,6 @@
 
 import ast
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 from fairway.audit.reading.constants import Constants, bind
@@ -32,6 +31,8 @@ class Statements:
 
     def __init__(self, constants: Constants, bring: Callable[[ast.Import | ast.ImportFrom, Scope], None]) -> None:
         self.constants, self.bring, self.depth = constants, bring, 0
+        self.generators: dict[ast.AST, bool] = {}
+        self.parted = False  # whether a condition that nobody knows may have left the loop under way
 
     def block(self, body: list[ast.stmt], scope: Scope) -> None:
         for statement in body:
@@ -45,11 +46,10 @@ class Statements:
             return UNKNOWN
         node = closure.node
         inner = Scope(self._bound(node.args, arguments, named, closure.scope), closure.scope)
-        if not isinstance(node, ast.Lambda) and any(
-            isinstance(each, (ast.Yield, ast.YieldFrom)) for each in ast.walk(node)
-        ):
+        if self._yields(node):
             return UNKNOWN
         self.depth += 1
+        parted = self.parted
         try:
             if isinstance(node, ast.Lambda):
                 return self.constants.value(node.body, inner)
@@ -60,7 +60,15 @@ class Statements:
             pass
         finally:
             self.depth -= 1
+            self.parted = parted
         return None
+
+    def _yields(self, node: ast.Lambda | ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+        """Whether a function is a generator."""
+        if node not in self.generators:
+            inside = ast.walk(node) if not isinstance(node, ast.Lambda) else ()
+            self.generators[node] = any(isinstance(each, (ast.Yield, ast.YieldFrom)) for each in inside)
+        return self.generators[node]
 
     def _bound(
         self, declared: ast.arguments, arguments: list[Any], named: dict[str, Any], scope: Scope
@@ -146,39 +154,51 @@ class Statements:
             self.block(node.body if test else node.orelse, scope)
             return
         for body in (node.orelse, node.body):
-            self._maybe(body, scope)
+            self.parted |= self._maybe(body, scope)
 
-    def _maybe(self, body: list[ast.stmt], scope: Scope) -> None:
-        """A block that may or may not run: what leaves it does not leave the function."""
-        with suppress(Returned, Left):
+    def _maybe(self, body: list[ast.stmt], scope: Scope) -> bool:
+        """A block that may or may not run: what leaves it does not leave the function. Whether anything did."""
+        try:
             self.block(body, scope)
+        except Returned:
+            return True
+        except Left as left:
+            return not left.again
+        return False
 
     def _For(self, node: ast.For, scope: Scope) -> None:
         over = self.constants.value(node.iter, scope)
         items = over if isinstance(over, (str, bytes, bytearray, list, tuple, dict, range)) else [UNKNOWN]
+        around = self.parted
         for item in items:
             bind(node.target, item, scope)
-            try:
-                self.block(node.body, scope)
-            except Left as left:
-                if not left.again:
-                    break
+            if not self._turn(node.body, scope):
+                break
+        self.parted = around
         self._maybe(node.orelse, scope)
+
+    def _turn(self, body: list[ast.stmt], scope: Scope) -> bool:
+        """A turn of a loop: whether it goes on."""
+        try:
+            self.block(body, scope)
+        except Left as left:
+            return left.again
+        return True
 
     _AsyncFor = _For
 
     def _While(self, node: ast.While, scope: Scope) -> None:
-        while True:
-            test = self.constants.value(node.test, scope)
-            if test is not UNKNOWN and not test:
-                return
-            try:
-                self.block(node.body, scope)
-            except Left as left:
-                if not left.again:
+        """Turn by turn, until it may have been left: of what comes after that nothing is known."""
+        around, self.parted = self.parted, False
+        try:
+            while not self.parted:
+                test = self.constants.value(node.test, scope)
+                if test is not UNKNOWN and not test:
                     return
-            if test is UNKNOWN:
-                return
+                if not self._turn(node.body, scope) or test is UNKNOWN:
+                    return
+        finally:
+            self.parted = around
 
     def _With(self, node: ast.With, scope: Scope) -> None:
         held = [self.constants.value(item.context_expr, scope) for item in node.items]

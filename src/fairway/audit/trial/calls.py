@@ -119,11 +119,7 @@ class Calls(Attributes):
         given = [*args[1:], *kwargs.values()]
         tokens = [n for n, each in enumerate(given) if isinstance(each, Array) and each.pos is not None]
         if not tokens:
-            return (
-                NET
-                if given and all(isinstance(each, Unknown) for each in given)
-                else self._of_no_text(func, args, kwargs)
-            )
+            return self._of_no_text(func, args, kwargs)
         key = (id(func), id(args[0]), *[_sort(each) for each in given], *kwargs)
         form = self.forms.get(key)
         if form is None:
@@ -143,8 +139,13 @@ class Calls(Attributes):
         return losses.all(lambda body: body.reshape(-1)) if form[0] == "flat" else losses
 
     def _of_no_text(self, func: Func, args: tuple[Value, ...], kwargs: dict[str, Value]) -> Value:
-        """A model on what is not of the text (training data, sums, pictures): unknown where arrays go in."""
-        if any(isinstance(each, Array) for each in (*args[1:], *kwargs.values())):
+        """A model on what is not of the text (training data, sums, pictures): unknown where arrays go in, and where
+        nothing is known of what goes in."""
+        given = [*args[1:], *kwargs.values()]
+        if any(isinstance(each, Array) for each in given) or (
+            given and all(isinstance(each, Unknown) for each in given)
+        ):
+            self.apart += 1
             return NET
         return self.call_function(func, args, kwargs)
 

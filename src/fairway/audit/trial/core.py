@@ -17,7 +17,7 @@ from fairway.audit.trial.limits import Forced, Limits
 from fairway.audit.trial.sums import LATE, PLACE, TAUGHT, Sum
 from fairway.audit.trial.text import LENGTH
 from fairway.audit.trial.told import Lesson, Told, Trial
-from fairway.audit.trial.turns import IDLE, PHASES, SOON, STEPS, Turns
+from fairway.audit.trial.turns import ELSEWHERE, IDLE, PHASES, SOON, STEPS, Turns
 from fairway.audit.trial.values import Frame, Func, Raised, Spent, Value
 from fairway.audit.trial.vocabulary import size_in
 
@@ -49,6 +49,7 @@ class Core:
         self.slow = slow  # steps of a turn of loops that are known to go through the tokens one by one
         self.touched = 0  # uses of the text so far
         self.made = 0  # losses of the text so far
+        self.apart = 0  # losses of other tokens, and what a model makes of them, so far
         self.cut_at: dict[tuple[int, ...], int] = {}  # by the calls around it: the last line that cuts the whole text
         self.line = 0  # of the statement that is being worked out
         self.clock = 0.0
@@ -82,16 +83,19 @@ class Core:
     def mark(self, over: Value = None) -> Turns:
         """Where a loop begins. over: what it goes through."""
         known = len(over.body) if isinstance(over, Array) and over.body.ndim else operator.length_hint(over, 0)
-        return Turns(self.trial.steps, self.trained, self.made + self.touched, self.spelt, known, self.made)
+        used = self.made + self.touched
+        return Turns(self.trial.steps, self.trained, used, self.spelt, self.apart, known, self.made)
 
     def aimless(self, since: Turns) -> bool:
-        """Whether a loop may be left after a turn: it trains on another text, or has gone on for long without the
-        text. Spent where a loop of so many turns, each so long, would take more steps than there are: over the
-        tokens of this text one by one."""
+        """Whether a loop may be left after a turn: it trains on another text, or goes through another one, or has gone
+        on for long without the text. Spent where a loop of so many turns, each so long, would take more steps than
+        there are: over the tokens of this text one by one."""
         used = self.made + self.touched
         quiet, since.last = self.made == since.last, self.made
         many = since.turns >= PHASES  # a loop over segments of the text learns and scores in every turn, and has few
         if self.trained > since.trained + 1 and (quiet or many):
+            return True
+        if self.apart > since.apart + ELSEWHERE and used == since.used:
             return True
         too_many = since.turn(self.trial.steps)
         if too_many and self.spelt == since.spelt and not self.slow:
@@ -162,6 +166,9 @@ class Core:
 
     def marked(self, pos: NDArray[np.int32]) -> NDArray[np.int32]:
         """The places of targets that are being scored: marked where something learned from them before."""
+        if not (pos >= 0).any():
+            self.apart += 1
+            return pos.astype(np.int32)
         self.made += 1
         if len(self.trial.asked_in) < WAYS:
             self.trial.asked_in.add(tuple(self.stack))

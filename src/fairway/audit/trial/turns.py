@@ -12,19 +12,22 @@ IDLE: Final = 60_000  # steps: a table over 8,192 pieces takes that
 MANY: Final = 4_000  # turns of a loop: over tokens, and not over windows
 SOON: Final = 1_000  # turns after which that is asked of a loop whose number of turns is known
 PHASES: Final = 6  # turns of a loop that trains on what the trial does not know, and scores the text
+ELSEWHERE: Final = 3  # uses of another text, in a loop that uses nothing of this one
 SHARE: Final = 0.9  # of the steps that may go into one such loop
 ROOM: Final = 120_000  # the same over a shorter text: 2.5 s
 
 
 @dataclass
 class Turns:
-    """A loop that is under way. steps, trained, used, spelt: the machine's counts where it began; turns: since then;
-    known: how many there will be, 0 where that is not known; last: the losses of the text before the last turn."""
+    """A loop that is under way. steps, trained, used, spelt, apart: the machine's counts where it began; turns: since
+    then; known: how many there will be, 0 where that is not known; last: the losses of the text before the last
+    turn."""
 
     steps: int
     trained: int
     used: int
     spelt: int
+    apart: int
     known: int
     last: int
     turns: int = 0
