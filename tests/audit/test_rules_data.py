@@ -308,6 +308,25 @@ def test_a_gate_open_at_a_documents_start_is_a_leak_where_documents_are_scored_b
     assert verdict(tmp_path, "boundary_leak", text).verdict == "violates"
 
 
+def test_how_deep_a_token_stands_in_its_document_makes_no_score_document_by_document(tmp_path: Path) -> None:
+    deep = "; ".join(
+        [
+            "places = np.arange(len(tokens))",
+            "last = np.maximum.accumulate(np.where(tokens == 1, places, 0))",
+            "long = np.flatnonzero(places - last >= 4)",
+        ]
+    )
+    text = script(extra=SMEAR.format(before=SHIFTS[0]), state=deep)
+    assert verdict(tmp_path, "boundary_leak", text).exemption == "smear-across-documents"
+
+
+@pytest.mark.parametrize(("keep", "wanted"), [("(ids != 1)[..., None] *", "clean"), ("", "violates")])
+def test_a_difference_from_the_token_before_is_mixed_in_as_a_whole(tmp_path: Path, keep: str, wanted: str) -> None:
+    mixed = SMEAR.replace("torch.sigmoid(self.gate) * before", f"torch.sigmoid(self.gate) * {keep} (before - e)")
+    text = script(extra=mixed.format(before=SHIFTS[0]), state=BY_DOCUMENT)
+    assert verdict(tmp_path, "boundary_leak", text, strict=True).verdict == wanted
+
+
 def test_documents_of_the_training_text_make_no_score_document_by_document(tmp_path: Path) -> None:
     looked_for = 'packed = np.flatnonzero(shard("data/fineweb_train_000000.bin") == 1)'
     text = script(extra=SMEAR.format(before=SHIFTS[0]), state=looked_for)

@@ -129,3 +129,40 @@ def test_a_clock_that_is_set_back_in_its_loop_counts_too_little(tmp_path: Path, 
 def test_a_clock_whose_time_is_kept_is_none(tmp_path: Path, name: str) -> None:
     text = HEAD + CLOCKED.replace("AGAIN", KEPT_UP[name])
     assert verdict(tmp_path, "training_over_time", text).verdict == "clean"
+
+
+# ---- steps after the clock
+
+
+def after_the_clock(before: str = "", cap: str = "args.cap - args.reserve") -> str:
+    return script(before=before).replace("args.cap - args.reserve", cap)
+
+
+READ = "print('train_time', time.perf_counter())"
+
+
+@pytest.mark.parametrize(
+    ("before", "cap"),
+    [(SETTLE, "args.cap"), (f"{READ}; {SETTLE}", "args.cap - args.reserve")],
+    ids=["nothing kept back", "the time was told before"],
+)
+def test_steps_after_the_clock_has_ended_the_training_are_in_no_600_seconds(
+    tmp_path: Path, before: str, cap: str
+) -> None:
+    found = verdict(tmp_path, "training_over_time", after_the_clock(before, cap))
+    assert found.verdict == "violates"
+    assert "after the clock ended" in found.evidence
+
+
+@pytest.mark.parametrize(
+    ("before", "cap"),
+    [
+        (SETTLE, "args.cap - args.reserve"),
+        (f"{READ}; {SETTLE}; {READ}", "args.cap - args.reserve"),
+        (f"{KEPT}; {SETTLE}; model.load_state_dict(kept)", "args.cap"),
+        ("", "args.cap"),
+    ],
+    ids=["time was kept back", "told after it", "thrown away", "no steps"],
+)
+def test_steps_for_which_time_was_kept_back_are_in_them(tmp_path: Path, before: str, cap: str) -> None:
+    assert verdict(tmp_path, "training_over_time", after_the_clock(before or "pass", cap)).verdict == "clean"

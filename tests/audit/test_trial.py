@@ -640,3 +640,79 @@ for a, b in zip(starts, ENDS):
 print(f"val_loss {nats / total:.5f}")
 """
     assert counts(text.replace("ENDS", ends)) == ALL
+
+
+def test_a_loop_that_scores_another_text_is_left_soon() -> None:
+    """A temperature that is fitted to training text is nothing to the score: no step of it is worth working out."""
+    fitted = """
+train = load("data/fineweb_train_*.bin")
+heats = [0.9, 0.95, 1.0, 1.05]
+sums = torch.zeros(len(heats))
+for at in range(0, 400 * 2048, 2048):
+    logits = net.logits(train[at : at + 2048])
+    for n, heat in enumerate(heats):
+        sums[n] += F.cross_entropy(logits / heat, train[at + 1 : at + 2049], reduction="sum")
+heat = heats[int(sums.argmin())]
+"""
+    trial = tried(fitted + ROWS)
+    assert trial.complete
+    assert trial.steps < 5_000
+    assert counts(fitted + ROWS) == ALL
+
+
+@pytest.mark.parametrize("given", ["'RANK' in os.environ and 'WORLD_SIZE' in os.environ", "True"])
+def test_the_ranks_of_the_environment_are_those_of_one_process(given: str) -> None:
+    text = f"""
+import os
+if {given}:
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+else:
+    rank, world = 1, 2
+nats = 0.0
+for at in range(2048 * rank, total, 2048 * world):
+    nats += net(val[at : at + 2048], val[at + 1 : at + 2049], reduction="none").sum().item()
+print(f"val_loss {{nats / total:.5f}}")
+"""
+    assert counts(text) == ALL
+
+
+@pytest.mark.parametrize("filled", ["torch.full_like(ends, 3 * 4096)", "torch.tensor([3 * 4096] * len(ends))"])
+def test_numbers_of_the_shape_of_others_are_known(filled: str) -> None:
+    """The first three documents alone, whatever bounds the ends of the others."""
+    text = f"""
+ends = torch.arange(4096, total + 1, 4096)
+nats = 0.0
+for end in torch.minimum(ends, {filled}).unique().tolist():
+    nats += net(val[end - 4096 : end], val[end - 4095 : end + 1], reduction="none").sum().item()
+print(f"val_loss {{nats / total:.5f}}")
+"""
+    assert counts(text) == {0.0: LENGTH - 3 * 4096, 1.0: 3 * 4096}
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "def __str__(self):\n        return f'{self.loss:.4f}'",
+        "def __repr__(self):\n        return str(self.loss)",
+        "pass",
+    ],
+)
+def test_an_object_tells_what_it_holds_where_it_is_printed(how: str) -> None:
+    text = f"""
+@dataclasses.dataclass
+class Score:
+    loss: float
+
+    {how}
+
+def say(text):
+    print(text)
+
+nats = 0.0
+for at in range(0, total, 2048):
+    nats += net(val[at : at + 2048], val[at + 1 : at + 2049], reduction="none").sum().item()
+say(f"final {{Score(nats / total)}}")
+"""
+    trial = tried(text)
+    assert {len(told.stack) for told in trial.told} == {1}
+    assert counts(text) == ALL

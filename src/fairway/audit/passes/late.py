@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container
 from dataclasses import dataclass
 
-from fairway.audit.flow.events import Call, Choice, Clock, Trace, Update
+from fairway.audit.flow.events import Call, Choice, Clock, Score, Trace, Update
 from fairway.audit.flow.known import CLOCKS
 from fairway.audit.passes.reported import Reported, scores_of
 
@@ -67,14 +67,7 @@ def full_cap(limit: float) -> bool:
 def unclocked(trace: Trace, reported: Reported) -> Update | None:
     """A step of the training that the score's weights still know, before the clock that ends the training was read for
     the first time: a warm-up whose weights are kept."""
-    knows = 0
-    for score in scores_of(trace, reported.score, reported.data):
-        knows |= score.knows
-    trained = [
-        update
-        for update in trace.learned(knows)
-        if update.how == "gradient" and {tok.data for tok in update.learned} == {"train"}
-    ]
+    trained = _trained(trace, reported)
     loops = {loop for update in trained for loop, _ in update.nest}
     ends = (each for each in trace.events if isinstance(each, Clock) and any(loop in loops for loop, _ in each.nest))
     end = next(ends, None)
@@ -91,6 +84,47 @@ def unclocked(trace: Trace, reported: Reported) -> Update | None:
     between = trace.events[early.number : begun[-1]] if early is not None else ()
     put_back = any(isinstance(each, Call) and each.name == "load_state_dict" for each in between)  # with what, or not
     return None if put_back else early
+
+
+def overrun(trace: Trace, reported: Reported) -> Update | None:
+    """A step of the training that the score's weights still know, after the loop that the clock ends: with no clock in
+    a loop of its own, and, where some of the time was kept back, after the clock was read for the last time before a
+    file is written or a text scored."""
+    trained = _trained(trace, reported)
+    loops = {loop for update in trained for loop, _ in update.nest}
+    clocks = [each for each in trace.events if isinstance(each, Clock)]
+    ends = [each for each in clocks if each.limit is not None and any(loop in loops for loop, _ in each.nest)]
+    if not ends:
+        return None
+    timed = {loop for each in clocks for loop, _ in each.nest}
+    end = ends[-1].number
+    late = (each for each in trained if each.number > end and not timed & {loop for loop, _ in each.nest})
+    after = next(late, None)
+    if after is None or any(full_cap(each.limit or 0.0) for each in ends):
+        return after
+    outside = [
+        each.number
+        for each in trace.events[end:]
+        if isinstance(each, Call) and each.name in CLOCKS and not timed & {loop for loop, _ in each.nest}
+    ]
+    over = next((n for n in trace.saved if n > after.number), len(trace.events))
+    scores = (each for each in trace.events[after.number :] if isinstance(each, Score))
+    scored = (each.number for each in scores if any(tok.data in reported.data for tok in each.targets))
+    over = min(over, next(scored, over))
+    read = any(number < after.number for number in outside) and not any(after.number < n < over for n in outside)
+    return after if read else None
+
+
+def _trained(trace: Trace, reported: Reported) -> list[Update]:
+    """The steps on training text that what scores still knows."""
+    knows = 0
+    for score in scores_of(trace, reported.score, reported.data):
+        knows |= score.knows
+    return [
+        update
+        for update in trace.learned(knows)
+        if update.how == "gradient" and {tok.data for tok in update.learned} == {"train"}
+    ]
 
 
 def over_long(limit: float) -> bool:

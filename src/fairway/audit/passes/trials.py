@@ -204,7 +204,8 @@ def order_of(case: Case, which: Reported, score: Score, step: Update) -> Literal
     once = bool(times) and all(each is not None and each.max() == 1 for each in times)
     asked, calls = (tuple(place.line for place in each.stack[:-1]) for each in (score, step))
     mark = trial.taught_in.get(calls)
-    if not once or mark is None or asked not in trial.asked_in:
+    met = asked in trial.asked_in or tuple(place.line for place in score.stack) in told.ways()
+    if not once or mark is None or not met:
         return ""
     if not told.taught() & mark:
         return "first"

@@ -5,7 +5,7 @@ from fairway.audit.exemptions import departure
 from fairway.audit.terms.data import is_validation
 from fairway.audit.terms.smears import smears
 from fairway.audit.terms.streams import Streams
-from fairway.audit.terms.term import Term, any_below
+from fairway.audit.terms.term import Term, walk
 from fairway.audit.terms.verdicts import clean_as_read
 from fairway.audit.verdict import Finding
 
@@ -45,7 +45,12 @@ def _by_documents(case: Case) -> bool:
 
     found = (event.term for event in case.reading.entry.called(*_FINDING))
     places = (term for term in found if term.called != "where" or len(term.parts) == 1)  # of three it is a choice
-    return any(any_below(term, test) for term in places)
+    return any(test(part) for term in places for part in walk(term, into=_of_places))
+
+
+def _of_places(term: Term) -> bool:
+    """Not what is compared in another way: how deep in its document a token stands begins no document."""
+    return term.op != "compare" or term.value == "=="
 
 
 def _is_id(test: Term) -> bool:

@@ -4,7 +4,7 @@ import re
 
 from fairway.audit.case import Case
 from fairway.audit.passes.findings import passes_of
-from fairway.audit.passes.late import unclocked
+from fairway.audit.passes.late import overrun, unclocked
 from fairway.audit.passes.reserves import commanded
 from fairway.audit.passes.restarts import restarted
 from fairway.audit.records import Amount, Log, record_of
@@ -29,14 +29,18 @@ def check(case: Case) -> Finding:
     if back is not None:
         evidence = "The clock that ends the training is set back here, and nothing keeps what it had counted by then."
         return Finding(ID, "violates", evidence, CLAUSE, back)
-    early = unclocked(case.trace, passes_of(case)[0]) if asked else None
-    if early is None:
+    if not asked:
         return found
-    loop = next((case.trace.loops[loop] for loop, _ in early.nest if loop in case.trace.loops), early.place)
-    evidence = (
-        f"The weights learn at {early.place} before the clock of the training is read for the first time, and keep it: "
-        "these steps are in no 600 s."
+    which = passes_of(case)[0]
+    early, late = unclocked(case.trace, which), overrun(case.trace, which)
+    step = early or late
+    if step is None:
+        return found
+    loop = next((case.trace.loops[loop] for loop, _ in step.nest if loop in case.trace.loops), step.place)
+    when = (
+        "before the clock of the training is read for the first time" if early else "after the clock ended the training"
     )
+    evidence = f"The weights learn at {step.place} {when}, and keep it: these steps are in no 600 s."
     return Finding(ID, "violates", evidence, CLAUSE, loop)
 
 

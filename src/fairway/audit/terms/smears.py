@@ -20,7 +20,7 @@ def smears(nodes: Iterable[Term], streams: Streams) -> Iterator[Term]:
     for term in listed:
         for operands in _sums(term):
             whole = _smeared(operands, streams)
-            if whole is None or _asks(operands, streams, whole):
+            if whole is None or _asks(operands, streams, whole) or _is_difference(term, whole):
                 continue
             if not any(peel(part) is term for each in asked for part in each.parts[1:]):
                 yield term
@@ -31,6 +31,16 @@ def _sums(term: Term) -> Iterator[tuple[Term, ...]]:
     written = term.op == "op" and term.value in ("+", "-") and len(term.parts) == 2
     if written or (term.op == "call" and term.called in _SUMS):
         yield term.parts
+
+
+def _is_difference(term: Term, whole: Term) -> bool:
+    """before(e) - e alone: a part of e + g * (before(e) - e), which is looked at as a whole."""
+    if term.value != "-":
+        return False
+    plain = [_same(part, whole) for part in term.parts]
+    return any(plain) and any(
+        _earlier(part) is not None for part, is_it in zip(term.parts, plain, strict=True) if not is_it
+    )
 
 
 def _smeared(operands: tuple[Term, ...], streams: Streams) -> Term | None:

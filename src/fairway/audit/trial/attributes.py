@@ -231,6 +231,8 @@ class Attributes(Arrays):
             if isinstance(part, Array) and part.body.base is None:  # a copy: places that an array names
                 self.weigh(part)
             return part
+        if isinstance(value, Lib) and value.path == "os.environ":
+            return self.call(Lib("os.environ.get"), (index,), {}, 0)
         if isinstance(value, (Sum, Lib, Class)):
             return value
         if isinstance(value, Raw):

@@ -18,13 +18,16 @@ from fairway.audit.trial.sums import LATE, PLACE, TAUGHT, Sum
 from fairway.audit.trial.text import LENGTH
 from fairway.audit.trial.told import Lesson, Told, Trial
 from fairway.audit.trial.turns import ELSEWHERE, IDLE, PHASES, SOON, STEPS, Turns
-from fairway.audit.trial.values import Frame, Func, Raised, Spent, Value
+from fairway.audit.trial.values import Frame, Func, Obj, Raised, Spent, Value
 from fairway.audit.trial.vocabulary import size_in
 
 ELEMENTS = 2_000  # of an array: what is worked out in the time of a step
 WAYS = 64  # calls that sum losses: of each is kept how often it did for each target
 WHOLE = 0.9  # of the targets: a number of so many is one of the text, and none that is printed on the way to it
 ASKED = 8  # lines in which losses of what was learned are made
+
+
+_TEXTS = ("__str__", "__repr__")
 
 
 class Core:
@@ -119,12 +122,28 @@ class Core:
 
     def shown(self, value: Value, line: int) -> None:
         """A value becomes text: a sum of losses among them is told."""
+        if isinstance(value, Obj):
+            self.spelt_out(value, line)
+            return
         found = self.single(value)
         if isinstance(found, Sum):
             self.trial.told.append(Told((*self.stack, self.line), found, len(self.trial.told)))
             whole = np.count_nonzero(found.counts(LENGTH)[0]) > WHOLE * self.trial.length
             self.over = self.over or bool(whole)
             self.plans.told()
+
+    def spelt_out(self, value: Obj, line: int) -> None:
+        """An object becomes text: by its own method, told where that is asked for; a dataclass tells its fields."""
+        method = next((found for name in _TEXTS if isinstance(found := value.kind.find(name), Func)), None)
+        before, at = len(self.trial.told), (*self.stack, self.line)
+        if method is not None:
+            self.call(method, (value,), {}, line)
+        elif value.kind.made:
+            for part in value.vars.values():
+                if not isinstance(part, Obj):
+                    self.shown(part, line)
+        for number, told in enumerate(self.trial.told[before:], before):
+            self.trial.told[number] = replace(told, stack=at)
 
     def learn(self, value: Value) -> None:
         """backward(): something learns from the targets of these losses."""

@@ -43,7 +43,7 @@ from fairway.audit.trial.losses import (
     learned_from,
     mlx_cross_entropy,
 )
-from fairway.audit.trial.making import Dtype, arange, full, like, made, tensor
+from fairway.audit.trial.making import Dtype, arange, full, full_like, like, made, tensor
 from fairway.audit.trial.reading import frombuffer, fromfile, joined_path, memmap, packed, path_of, paths, unpacked
 from fairway.audit.trial.reducing import add_at, numpy_nonzero
 from fairway.audit.trial.shapes import cat
@@ -246,6 +246,7 @@ _WORLD: dict[str, Act] = {
     "*.zeros_like": plain(like(0)),
     "*.empty_like": plain(like(0)),
     "*.ones_like": plain(like(1)),
+    "*.full_like": plain(full_like),
     "*.dtype": plain(Dtype),
     "*.arange": plain(arange),
     **dict.fromkeys(["*.tensor", "*.as_tensor", "*.from_numpy", "*.array", "*.asarray"], plain(tensor)),

@@ -87,6 +87,11 @@ def made(fill: float) -> Act:
     return act
 
 
+def full_like(array: Value, fill_value: Value, dtype: Value = None, **_: Value) -> Value:
+    value = scalar(fill_value)
+    return like(value)(array, dtype) if isinstance(value, (int, float)) else mixed(fill_value)
+
+
 def full(shape: Value, fill: Value, dtype: Value = None, **_: Value) -> Value:
     numbers = sizes_of((shape,))
     limited(np.prod(numbers, dtype=np.float64))

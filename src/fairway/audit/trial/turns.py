@@ -14,7 +14,7 @@ SOON: Final = 1_000  # turns after which that is asked of a loop whose number of
 PHASES: Final = 6  # turns of a loop that trains on what the trial does not know, and scores the text
 ELSEWHERE: Final = 3  # uses of another text, in a loop that uses nothing of this one
 SHARE: Final = 0.9  # of the steps that may go into one such loop
-ROOM: Final = 120_000  # the same over a shorter text: 2.5 s
+ROOM: Final = 160_000  # the same over a shorter text: 2 s
 
 
 @dataclass
