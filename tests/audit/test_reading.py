@@ -83,6 +83,16 @@ def test_a_packed_script_is_unpacked_as_text(shape: str, tmp_path: Path) -> None
     assert script.opaque == ()
 
 
+@pytest.mark.parametrize("leave", ["break", "return"])
+def test_what_comes_after_a_loop_that_nobody_knows_the_end_of_is_read(leave: str, tmp_path: Path) -> None:
+    """A training loop with a clock that ends it: of `while True` one turn is enough where it may have been left."""
+    loop = f"def train(step):\n    while True:\n        step = step + 1\n        if clock():\n            {leave}\n"
+    inner = b64(zlib.compress(INNER.encode()))
+    run = f"train(0)\nimport base64, zlib\nexec(zlib.decompress(base64.b64decode({inner})))\n"
+    script = read(tmp_path, f"from time import time as clock\n{loop}\n{run}")
+    assert [layer.script.text for layer in script.layers] == [INNER], script.opaque
+
+
 def test_layers_within_layers_are_read_to_the_last(tmp_path: Path) -> None:
     text = INNER
     for shape in ("brotli", "raw lzma, base85, one line", "hex and codecs"):

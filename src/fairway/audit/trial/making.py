@@ -88,6 +88,7 @@ def made(fill: float) -> Act:
 
 
 def full_like(array: Value, fill_value: Value, dtype: Value = None, **_: Value) -> Value:
+    """torch.full_like, np.full_like: a number in the shape, and of the kind, of an array."""
     value = scalar(fill_value)
     return like(value)(array, dtype) if isinstance(value, (int, float)) else mixed(fill_value)
 
