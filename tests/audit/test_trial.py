@@ -716,3 +716,110 @@ say(f"final {{Score(nats / total)}}")
     trial = tried(text)
     assert {len(told.stack) for told in trial.told} == {1}
     assert counts(text) == ALL
+
+
+LARGE = """
+size = int(os.environ.get("CHUNK", SIZE))
+opt = torch.optim.SGD(net.parameters(), lr=0.1)
+nats = torch.zeros((), dtype=torch.float64)
+for n, at in CHUNKS:
+    x, y = val[at : at + size], val[at + 1 : at + size + 1]
+    x = x[: len(y)]
+    if EARLY:
+        net(x, y).backward()
+    nats += net(x, y, reduction="none").double().sum()
+    if not EARLY:
+        net(x, y).backward()
+print(f"val_loss:{(nats / total).item():.4f}")
+"""
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        "enumerate(range(0, total, size))",
+        "((n, n * size) for n in range((total + size - 1) // size))",
+        "((n, n * size) for n in range(-(-total // size)))",
+    ],
+)
+@pytest.mark.parametrize("size", ["1_000_000", "1 << 20"])
+@pytest.mark.parametrize("early", ["False", "n > 0"])
+def test_chunks_larger_than_the_text_are_taken_for_five(chunks: str, size: str, early: str) -> None:
+    """What happens between chunks is seen, although the text of the trial is shorter than one of them."""
+    trial = tried("import os" + LARGE.replace("CHUNKS", chunks).replace("SIZE", size).replace("EARLY", early))
+    times, late = trial.counts(trial.told[-1])
+    assert np.count_nonzero(times) == LENGTH - 1
+    assert times.max() == 1
+    assert (late > 0).any() == (early != "False")
+
+
+@pytest.mark.parametrize("near", ["65536", "65537"])
+def test_a_size_that_is_written_out_twice_is_left_as_it_is(near: str) -> None:
+    text = f"""
+nats = 0.0
+for at in range(0, total, 65536):
+    x, y = val[at : at + {near}], val[at + 1 : at + {near} + 1]
+    nats += net(x, y, reduction="none").sum().item()
+print(f"val_loss {{nats / total:.5f}}")
+"""
+    assert counts(text) == ALL
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "class Window(typing.NamedTuple):\n    start: int\n    end: int",
+        "Window = collections.namedtuple('Window', ['start', 'end'])",
+    ],
+)
+@pytest.mark.parametrize(
+    "parts", ["table.unbind(1)", "(table.select(1, 0), table.select(1, 1))", "table.movedim(1, 0)"]
+)
+def test_windows_that_are_named_tuples_become_a_table(kind: str, parts: str) -> None:
+    text = f"""
+import typing
+{kind}
+
+nats = 0.0
+windows = [Window(at, at + 2048) for at in range(0, total, 2048)]
+for n in range(0, len(windows), 4):
+    table = torch.tensor(windows[n : n + 4], dtype=torch.int64)
+    start, end = {parts}
+    index = start.unsqueeze(1) + torch.arange(2048)
+    live = index < end.unsqueeze(1)
+    nats += net(val[index][live], val[index + 1][live], reduction="none").sum().item()
+print(f"val_loss {{nats / total:.5f}}")
+"""
+    assert counts(text) == ALL
+
+
+@pytest.mark.parametrize(
+    "added",
+    [
+        "sums.index_add_(0, which, nll)",
+        "sums.scatter_add_(0, which, nll)",
+        "sums.index_add_(0, torch.tensor([0, 1]), torch.stack([nll[:1024].sum(), nll[1024:].sum()]))",
+    ],
+)
+def test_sums_by_document_are_those_of_their_losses(added: str) -> None:
+    text = f"""
+sums = torch.zeros(2, dtype=torch.float64)
+for at in range(0, total, 2048):
+    nll = net(val[at : at + 2048], val[at + 1 : at + 2049], reduction="none")
+    which = torch.bucketize(torch.arange(2048), torch.tensor([1024]), right=True)
+    {added}
+print(f"val_loss {{sums[1].item() / total:.5f}}")
+"""
+    assert counts(text) == {0.0: 1 + (LENGTH - 1) // 2, 1.0: (LENGTH - 1) // 2}
+
+
+def test_numbers_are_put_and_added_at_places() -> None:
+    text = """
+marks = torch.zeros(total, dtype=torch.int64)
+marks.index_put_((torch.tensor([0, 1]),), torch.tensor([5, 5]))
+marks.index_put_((torch.tensor([0, 0]),), torch.tensor([1, 1]), accumulate=True)
+taken = torch.count_nonzero(marks).item() * 1024 if marks[0] == 7 and marks.new_ones(2).sum() == 2 else 0
+nats = net(val[:taken], val[1 : taken + 1], reduction="none").sum()
+print(f"val_loss {nats.item() / total:.5f}")
+"""
+    assert counts(text) == {0.0: LENGTH - 2048, 1.0: 2048}

@@ -102,14 +102,15 @@ class Classes(Learning):
         """The fields of a named tuple, in order; of one of several, what each field may be; None for all else."""
         found: tuple[Value, ...] | None = None
         for obj in value.refs:
-            names = self._named_fields(obj.data) if obj.kind == "instance" else ()
+            names = self.named_fields(obj.data) if obj.kind == "instance" else ()
             row = tuple(obj.slots.get(name, NOTHING) for name in names)
             if not row or (found is not None and len(found) != len(row)):
                 return None
             found = row if found is None else tuple(join(a, b) for a, b in zip(found, row, strict=True))
         return found
 
-    def _named_fields(self, cls: Obj) -> tuple[str, ...]:
+    def named_fields(self, cls: Obj) -> tuple[str, ...]:
+        """The fields of a named tuple's class, in order; () for all other classes."""
         line = self.line_of(cls)
         named = any(each.kind == "foreign" and each.data.endswith("NamedTuple") for each in line)
         if not named and not any(getattr(each.data, "name", "") == "namedtuple" for each in line):

@@ -88,6 +88,9 @@ class Core:
         self.said_unknown: set[tuple[str, int, str]] = set()
 
     # What the classes above do.
+    def named_fields(self, cls: Obj) -> tuple[str, ...]:
+        raise NotImplementedError
+
     def evaluate(self, node: ast.expr) -> Value:
         raise NotImplementedError
 
@@ -273,6 +276,8 @@ class Core:
             parts.append(self._content_of(obj))
         elif obj.kind in ("list", "dict", "generator") and deep:
             parts += [self.flat(held, deep - 1) for held in self.held(obj)]
+        elif obj.kind == "instance" and deep:
+            parts += [self.flat(slots.get(name, NOTHING), deep - 1) for name in self.named_fields(obj.data)]
         elif obj.kind == "thing":
             parts.append(self.flat(slots.get("#content", NOTHING), deep - 1) if deep else NOTHING)
         return parts

@@ -30,7 +30,7 @@ def cut_short(case: Case, which: Reported, counts: Counts) -> tuple[str, int] | 
             continue
         length, many = tried.text.length, float((whole.times > 0).sum())
         forced = Forced(tried.site, tried.limit, tried.most // 2)
-        less = counted(run(case.script, case.settings, length, forced), which)
+        less = counted(run(case.script, case.settings, length, (forced, *tried.text.limits.forced)), which)
         left = float((less.times > 0).sum()) if less is not None else many
         if left < _LESS * many:
             evidence = (

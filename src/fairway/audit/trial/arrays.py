@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fairway.audit.trial.sums import Sum
-from fairway.audit.trial.values import NET, UNKNOWN, Unknown, Value, mixed
+from fairway.audit.trial.values import NET, UNKNOWN, Obj, Unknown, Value, mixed
 
 LARGEST = 3_000_000  # elements: what is larger is a table of counts or of weights, and not known
 
@@ -82,11 +82,17 @@ def array_of(value: Value) -> Array | None:
         return Array(np.asarray(value))
     if isinstance(value, (list, tuple, range)):
         return _listed(list(value))
+    if _named_tuple(value):
+        return _listed(list(value.vars.values()))
     return None
 
 
+def _named_tuple(value: Value) -> bool:
+    return isinstance(value, Obj) and value.kind.made == "tuple"
+
+
 def _listed(items: list[Value]) -> Array | None:
-    if any(isinstance(item, (Array, list, tuple)) for item in items):
+    if any(isinstance(item, (Array, list, tuple)) or _named_tuple(item) for item in items):
         parts = [array_of(item) for item in items]
         return (
             stacked([part for part in parts if part is not None]) if all(part is not None for part in parts) else None
@@ -175,7 +181,7 @@ def binary(name: str, left: Value, right: Value) -> Value:
     """left `name` right where one of them is an Array."""
     if isinstance(left, Unknown) or isinstance(right, Unknown):
         held = left if isinstance(left, Array) else right
-        if isinstance(held, Array) and (held.lossy or _sums(held)) and name not in COMPARISONS:
+        if isinstance(held, Array) and (held.lossy or holds_sums(held)) and name not in COMPARISONS:
             return held
         return mixed(left, right)
     one, two = array_of(left), array_of(right)
@@ -185,14 +191,15 @@ def binary(name: str, left: Value, right: Value) -> Value:
         return NET if name in COMPARISONS else _of_losses(name, one, two)
     assert one.num is not None
     assert two.num is not None
-    if (_sums(one) or _sums(two)) and name in COMPARISONS:
+    if (holds_sums(one) or holds_sums(two)) and name in COMPARISONS:
         return NET
     limited(float(np.prod(np.broadcast_shapes(one.shape, two.shape))))
     with np.errstate(all="ignore"):
         return Array(np.asarray(OPERATORS[name](one.num, two.num)))
 
 
-def _sums(array: Array) -> bool:
+def holds_sums(array: Array) -> bool:
+    """Whether its elements are Sums."""
     return array.num is not None and array.num.dtype == object
 
 
@@ -204,7 +211,7 @@ def _of_losses(name: str, one: Array, two: Array) -> Value:
     assert loss.pos is not None
     assert loss.coef is not None
     assert plain.num is not None
-    if _sums(plain):
+    if holds_sums(plain):
         return UNKNOWN
     shape = np.broadcast_shapes(loss.shape, plain.shape)
     limited(float(np.prod(shape)))
@@ -241,7 +248,7 @@ def summed(array: Array, axis: Any = None, keep: bool = False) -> Value:
             return sum_of(array)
         return _along(array, axis, keep)
     assert array.num is not None
-    if _sums(array) and axis is None:
+    if holds_sums(array) and axis is None:
         total: Any = 0.0
         for each in array.num.ravel():
             total = total + each
@@ -338,6 +345,7 @@ __all__ = [
     "array_of",
     "as_losses",
     "binary",
+    "holds_sums",
     "joined",
     "limited",
     "merged",

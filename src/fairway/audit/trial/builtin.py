@@ -36,7 +36,10 @@ def _range(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], lin
     numbers = [scalar(each) for each in args]
     if not all(isinstance(each, (int, np.integer)) for each in numbers):
         return UNKNOWN
-    return range(*[int(each) for each in numbers])
+    made = range(*[int(each) for each in numbers])
+    if len(made) == 1:
+        machine.cut(made.stop - made.start, made.step)
+    return made
 
 
 def _len(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:

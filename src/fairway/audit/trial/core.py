@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fairway.audit.reading.script import Layer, Script
 from fairway.audit.settings import Settings
 from fairway.audit.trial.arrays import Array, scalar, sum_of
-from fairway.audit.trial.limits import Forced, Limits
+from fairway.audit.trial.limits import WHOLE, Coarse, Forced, Limits, said_once
 from fairway.audit.trial.sums import LATE, PLACE, TAUGHT, Sum
 from fairway.audit.trial.text import LENGTH
 from fairway.audit.trial.told import Lesson, Told, Trial
@@ -23,7 +23,6 @@ from fairway.audit.trial.vocabulary import size_in
 
 ELEMENTS = 2_000  # of an array: what is worked out in the time of a step
 WAYS = 64  # calls that sum losses: of each is kept how often it did for each target
-WHOLE = 0.9  # of the targets: a number of so many is one of the text, and none that is printed on the way to it
 ASKED = 8  # lines in which losses of what was learned are made
 
 
@@ -33,7 +32,7 @@ _TEXTS = ("__str__", "__repr__")
 class Core:
     """The state."""
 
-    def __init__(self, script: Script, settings: Settings, forced: Forced | None = None, slow: float = 0.0) -> None:
+    def __init__(self, script: Script, settings: Settings, forced: tuple[Forced, ...] = (), slow: float = 0.0) -> None:
         self.entry = script
         self.script = script
         self.settings = settings
@@ -78,6 +77,16 @@ class Core:
         self.trial.steps += array.body.size // ELEMENTS
         if self.trial.steps > STEPS:
             raise Spent
+
+    def cut(self, whole: Value, size: Value) -> None:
+        """A length is cut into pieces of a size, rounded down, or up: `n // size`, `(n + size - 1) // size`,
+        `-(-n // size)`. Coarse where that is the whole text's, and the pieces are larger."""
+        length = self.trial.length
+        if type(whole) is not int or type(size) is not int or size <= length or length < LENGTH:
+            return
+        whole_text = any(WHOLE * length <= each <= length for each in (whole, whole - size + 1, -whole))
+        if whole_text and self.limits.fresh(size) and said_once(self.script.tree, size):
+            raise Coarse(size)
 
     def piece_asked(self) -> None:
         self.pieces = self.line

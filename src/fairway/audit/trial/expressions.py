@@ -36,9 +36,8 @@ class Expressions(Displays):
 
     def _constant(self, node: ast.Constant) -> Compute:
         value = node.value
-        forced = self.host.limits.named("") if type(value) is int else None
-        if forced is not None and value == forced.limit:
-            value = forced.value
+        if type(value) is int:
+            value = self.host.limits.named("").get(value, value)
         return lambda frame: value
 
     def _name(self, node: ast.Name) -> Compute:
@@ -52,12 +51,12 @@ class Expressions(Displays):
     def _taken(self, compute: Compute, name: str) -> Compute:
         """A name, which may stand for a number that is taken for another."""
         forced = self.host.limits.named(name)
-        if forced is None:
+        if not forced:
             return compute
 
         def taken(frame: Frame) -> Value:
             found = compute(frame)
-            return forced.value if type(found) is int and found == forced.limit else found
+            return forced.get(found, found) if type(found) is int else found
 
         return taken
 
@@ -84,9 +83,12 @@ class Expressions(Displays):
     def _binop(self, node: ast.BinOp) -> Compute:
         left, right, name = self.compiled(node.left), self.compiled(node.right), name_of(node.op)
         weigh, shown, line = self.host.weigh, self.host.shown, node.lineno
+        cut = self.host.cut if name == "FloorDiv" else None
 
         def worked(frame: Frame) -> Value:
             one, other = left(frame), right(frame)
+            if cut is not None:
+                cut(one, other)
             if name == "Mod" and isinstance(one, str):
                 for each in other if isinstance(other, tuple) else (other,):
                     shown(each, line)

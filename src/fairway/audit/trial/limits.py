@@ -3,6 +3,9 @@
 A trial counts every target although a script scores a part of the text only, where that part is larger than the short
 text. So a trial writes down what it held against which number of the script; and another one can be told to take such a
 number for less than the text holds.
+
+Chunks that are larger than the short text hide the order of what happens between them. A number that cuts the text into
+one piece is taken for less, and the trial begun anew.
 """
 
 from __future__ import annotations
@@ -11,6 +14,10 @@ import ast
 from dataclasses import dataclass, field
 
 from fairway.audit.reading.tree import nodes
+
+FINE = 5  # chunks
+MOST = 3  # numbers: each begins the trial anew
+WHOLE = 0.9  # of the text: what is cut, is all of it but a rest
 
 Site = tuple[int, int, str]
 """Line, column, and the name of the number; "" where it is written out."""
@@ -37,9 +44,9 @@ class Seen:
 @dataclass(frozen=True)
 class Forced:
     """A number that is taken for another wherever it stands by its name, or is written out: a batch that is smaller in
-    one place is so in all, and what begins where another part ends still does."""
+    one place is so in all, and what begins where another part ends still does. Without a site, under all names."""
 
-    site: Site
+    site: Site | None
     limit: int
     value: int
 
@@ -48,7 +55,7 @@ class Forced:
 class Limits:
     """Of one trial."""
 
-    forced: Forced | None = None
+    forced: tuple[Forced, ...] = ()
     seen: dict[Site, Seen] = field(default_factory=dict)
 
     def held_against(self, site: Site | None, value: object, limit: object) -> None:
@@ -60,9 +67,13 @@ class Limits:
             seen = self.seen[site] = Seen(limit, value)
         seen.met(value, limit)
 
-    def named(self, name: str) -> Forced | None:
-        """What a number of this name, or one that is written out, is taken for."""
-        return self.forced if self.forced is not None and self.forced.site[2] == name else None
+    def named(self, name: str) -> dict[int, int]:
+        """What numbers of this name, or ones that are written out, are taken for."""
+        return {each.limit: each.value for each in self.forced if each.site is None or each.site[2] == name}
+
+    def fresh(self, number: int) -> bool:
+        """Whether the trial may be begun anew with this number taken for another."""
+        return len(self.forced) < MOST and all(each.limit != number for each in self.forced)
 
     def unmet(self, most: float) -> dict[Site, Seen]:
         """The numbers that were never reached and never changed, up to so many times what was held against them."""
@@ -71,6 +82,28 @@ class Limits:
             for site, seen in self.seen.items()
             if seen.limit is not None and not seen.reached and 1 < seen.most < seen.limit < most * seen.most
         }
+
+
+class Coarse(BaseException):
+    """A number cuts the text of the trial into one piece."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def finer(number: int, length: int) -> Forced:
+    """Such a number, taken for what cuts the text into five."""
+    return Forced(None, number, length // FINE)
+
+
+def said_once(tree: ast.Module | None, number: int) -> bool:
+    """Whether a script writes a number out in one place at most, as a setting, and none that goes with it by one:
+    `val[i : i + 65536]` beside `val[i + 1 : i + 65537]` would not fit together any more."""
+    said = [each.value for each in nodes(tree) if isinstance(each, ast.Constant)] if tree is not None else []
+    near = [each for each in said if type(each) is int and abs(each - number) <= 1]
+    near += [number for each in said if isinstance(each, str) and each.replace("_", "") == str(number)]
+    return near in ([], [number])
 
 
 def site_of(node: ast.expr) -> Site | None:
@@ -98,4 +131,4 @@ def looped(tree: ast.AST) -> set[int]:
     return found
 
 
-__all__ = ["Forced", "Limits", "Seen", "Site", "looped", "site_of"]
+__all__ = ["Coarse", "Forced", "Limits", "Seen", "Site", "finer", "looped", "said_once", "site_of"]

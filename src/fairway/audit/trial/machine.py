@@ -13,7 +13,7 @@ from fairway.audit.trial import files, text
 from fairway.audit.trial.calls import Calls
 from fairway.audit.trial.functions import functions
 from fairway.audit.trial.generators import Generators
-from fairway.audit.trial.limits import Forced, looped
+from fairway.audit.trial.limits import Coarse, Forced, finer, looped
 from fairway.audit.trial.planning import handed_on
 from fairway.audit.trial.told import Trial
 from fairway.audit.trial.turns import shorter
@@ -33,7 +33,7 @@ class Compiler(Generators):
 class Machine(Calls):
     """All parts together."""
 
-    def __init__(self, script: Script, settings: Settings, forced: Forced | None = None, slow: float = 0.0) -> None:
+    def __init__(self, script: Script, settings: Settings, forced: tuple[Forced, ...] = (), slow: float = 0.0) -> None:
         super().__init__(script, settings, forced, slow)
         self.compiler = Compiler(self)
         self.functions = functions()
@@ -86,26 +86,32 @@ class Machine(Calls):
         return self.module(layer.script, name) if layer is not None else Lib(name)
 
 
-def run(script: Script, settings: Settings, length: int = text.LENGTH, forced: Forced | None = None) -> Trial:
-    """The trial of a script. It never raises on what a script holds. length: tokens of the text; forced: a number of
-    the script that is taken for another. Where a loop goes through the tokens one by one and takes too many steps for
-    that, the text is a shorter one."""
+def run(script: Script, settings: Settings, length: int = text.LENGTH, forced: tuple[Forced, ...] = ()) -> Trial:
+    """The trial of a script. It never raises on what a script holds. length: tokens of the text; forced: numbers of
+    the script that are taken for others. Where a loop goes through the tokens one by one and takes too many steps for
+    that, the text is a shorter one; a number that cuts it into one piece is taken for a smaller one."""
     trial = _over(script, settings, length, forced)
     less = shorter(trial.slow) if trial.slow else 0
-    return _over(script, settings, min(less, length), forced, trial.slow) if less else trial
+    return _over(script, settings, min(less, length), trial.limits.forced, trial.slow) if less else trial
 
 
-def _over(script: Script, settings: Settings, length: int, forced: Forced | None, slow: float = 0.0) -> Trial:
+def _over(script: Script, settings: Settings, length: int, forced: tuple[Forced, ...], slow: float = 0.0) -> Trial:
     """The trial over a text of so many tokens."""
     before = sys.getrecursionlimit()
     sys.setrecursionlimit(max(before, _STACK))
-    whole, empty = text.length.set(length), files.disc.set({})
+    whole = text.length.set(length)
     try:
-        with np.errstate(all="ignore"):
-            return Machine(script, settings, forced, slow).run()
+        while True:
+            empty = files.disc.set({})
+            try:
+                with np.errstate(all="ignore"):
+                    return Machine(script, settings, forced, slow).run()
+            except Coarse as found:
+                forced = (*forced, finer(found.number, length))
+            finally:
+                files.disc.reset(empty)
     finally:
         text.length.reset(whole)
-        files.disc.reset(empty)
         sys.setrecursionlimit(before)
 
 

@@ -104,6 +104,20 @@ def unfold(array: Value, dim: int, size: Value, step: Value) -> Value:
     return held.all(lambda body: np.lib.stride_tricks.sliding_window_view(body, width)[::stride])
 
 
+def unbind(array: Value, dim: int = 0, **_: Value) -> Value:
+    held = body_of(array)
+    return tuple(taken(held, (*[slice(None)] * (dim % held.body.ndim), n)) for n in range(held.shape[dim]))
+
+
+def select(array: Value, dim: int, index: Value) -> Value:
+    held = body_of(array)
+    return taken(held, (*[slice(None)] * (dim % held.body.ndim), scalar(index)))
+
+
+def moved(array: Value, source: Value, destination: Value) -> Value:
+    return body_of(array).all(lambda body: np.moveaxis(body, source, destination))
+
+
 def split(array: Value, size: Value, dim: int = 0, **_: Value) -> Value:
     held = body_of(array)
     step = scalar(size)

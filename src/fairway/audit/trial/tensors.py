@@ -26,6 +26,7 @@ from fairway.audit.trial.reducing import (
     where,
     zero_,
 )
+from fairway.audit.trial.scattering import bucketize, index_add_, index_put_, scatter_add_
 from fairway.audit.trial.shapes import (
     cat,
     chunk,
@@ -35,17 +36,20 @@ from fairway.audit.trial.shapes import (
     gather,
     index_select,
     masked_select,
+    moved,
     narrow,
     pad,
     repeat,
     repeat_interleave,
     reshape,
     roll,
+    select,
     split,
     squeeze,
     stack,
     swapped,
     transposed,
+    unbind,
     unflatten,
     unfold,
     unsqueeze,
@@ -193,10 +197,17 @@ METHODS: dict[str, Callable[..., Value]] = {
             "isfinite",
             "round",
             "expm1",
+            "sin",
+            "cos",
+            "tanh",
+            "sign",
+            "trunc",
         )
     },
     "neg": elementwise("negative"),
-    **{name: pairwise(name) for name in ("minimum", "maximum", "logaddexp", "logical_and", "logical_or")},
+    **{
+        name: pairwise(name) for name in ("minimum", "maximum", "logaddexp", "logical_and", "logical_or", "logical_xor")
+    },
     "fmin": pairwise("minimum"),
     **{
         name: operated(kind)
@@ -231,6 +242,7 @@ METHODS: dict[str, Callable[..., Value]] = {
     "clamp_max": clamp_max,
     "where": where,
     "masked_fill": masked_fill,
+    "masked_fill_": lambda array, mask, value: copy_(array, masked_fill(array, mask, value)),
     "masked_select": masked_select,
     "index_select": index_select,
     **dict.fromkeys(["gather", "take_along_dim", "take_along_axis"], gather),
@@ -238,8 +250,14 @@ METHODS: dict[str, Callable[..., Value]] = {
     "narrow": narrow,
     "unfold": unfold,
     "split": split,
-    "array_split": chunk,
-    "chunk": chunk,
+    **dict.fromkeys(["chunk", "array_split", "tensor_split"], chunk),
+    "unbind": unbind,
+    "select": select,
+    **dict.fromkeys(["movedim", "moveaxis"], moved),
+    "index_add_": index_add_,
+    "index_put_": index_put_,
+    "scatter_add_": scatter_add_,
+    "bucketize": bucketize,
     "tolist": tolist,
     **dict.fromkeys(["cat", "concatenate", "concat", "hstack"], cat),
     "stack": stack,
@@ -267,10 +285,16 @@ METHODS: dict[str, Callable[..., Value]] = {
             "repeat_",
             "digitize",
             "outer",
+            "count_nonzero",
+            "tril",
+            "triu",
         )
     },
     "new_tensor": lambda array, value, **kwargs: tensor(value),
     "new_zeros": lambda array, *shape, **kwargs: made(0)(
+        *shape, **{"dtype": Lib(f"x.{numbers_of(array).dtype.name}"), **kwargs}
+    ),
+    "new_ones": lambda array, *shape, **kwargs: made(1)(
         *shape, **{"dtype": Lib(f"x.{numbers_of(array).dtype.name}"), **kwargs}
     ),
     "new_full": lambda array, shape, fill, **kwargs: full(shape, fill),

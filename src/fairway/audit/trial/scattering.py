@@ -1,0 +1,62 @@
+"""What is added to, or put in, places of an array that an index names: sums by document, counts by token."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fairway.audit.trial.arrays import Array, holds_sums, put, sum_of
+from fairway.audit.trial.given import body_of, index_of, numbers_of
+from fairway.audit.trial.sums import Sum
+from fairway.audit.trial.values import Unknown, Value
+
+
+def index_add_(array: Value, dim: Value, index: Value, source: Value = None, **_: Value) -> Value:
+    """x.index_add_(0, index, source): of losses in one dimension, or of numbers."""
+    at = numbers_of(index)
+    if isinstance(source, Unknown) or not isinstance(array, Array):
+        return array
+    more = body_of(source)
+    if array.body.ndim == 1 and (more.lossy or holds_sums(more)):
+        _added(array, at, more)
+    elif array.num is not None and more.num is not None:
+        np.add.at(array.num, (*[slice(None)] * (dim % array.num.ndim), at), more.num)
+    return array
+
+
+def scatter_add_(array: Value, dim: Value, index: Value, src: Value = None, **_: Value) -> Value:
+    """x.scatter_add_(0, index, src), in one dimension; of more, numbers as they stood."""
+    return index_add_(array, dim, index, src) if isinstance(array, Array) and array.body.ndim == 1 else array
+
+
+def index_put_(array: Value, index: Value, values: Value, accumulate: Value = False, **_: Value) -> Value:
+    """x.index_put_((i, j), values): put, or added."""
+    at = index_of(tuple(index) if isinstance(index, list) else index)
+    if not isinstance(array, Array) or isinstance(at, Unknown) or isinstance(values, Unknown):
+        return array
+    if accumulate and array.num is not None:
+        np.add.at(array.num, at, numbers_of(values))
+    elif not accumulate:
+        put(array, at, values)
+    return array
+
+
+def bucketize(array: Value, boundaries: Value, right: Value = False, **_: Value) -> Value:
+    """torch.bucketize(x, boundaries): the sides are numpy's, named the other way round."""
+    return Array(np.searchsorted(numbers_of(boundaries), numbers_of(array), "right" if right is True else "left"))
+
+
+def _added(array: Array, index: np.ndarray, more: Array) -> None:
+    """In place, to an array of numbers that becomes one of sums."""
+    assert array.num is not None
+    held = array.num.astype(object)
+    parts = more.body.reshape(-1)
+    flat = more.all(lambda body: body.reshape(-1))
+    for each in np.unique(index):
+        chosen = np.flatnonzero(np.broadcast_to(index, parts.shape) == each)
+        here = flat.all(lambda body, chosen=chosen: body[chosen])  # type: ignore[misc]
+        total: Sum | float = sum_of(here) if here.lossy else sum((one for one in here.body), 0.0)
+        held[each] = held[each] + total
+    array.num = held
+
+
+__all__ = ["bucketize", "index_add_", "index_put_", "scatter_add_"]
