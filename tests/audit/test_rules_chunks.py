@@ -166,3 +166,54 @@ def eval_ahead(args, model, val):
     return total / count
 """
     assert doubted(HEAD + ahead + MAIN.replace("eval_ttt(args", "eval_ahead(args")) == set()
+
+
+TABLE = """
+from itertools import islice
+from typing import NamedTuple
+class Chunk(NamedTuple):
+    index: int
+    first: int
+    last: int
+class Window(NamedTuple):
+    start: int
+    first: int
+    last: int
+def plan(args, total):
+    for index, first in enumerate(range(1, total, args.chunk)):
+        yield Chunk(index, first, min(first + args.chunk, total))
+def windows(args, chunk):
+    for first in range(chunk.first, chunk.last, args.stride):
+        yield Window(max(0, first - args.seq_len), first, min(first + args.stride, chunk.last))
+def batches(rows, size):
+    source = iter(rows)
+    while batch := list(islice(source, size)):
+        yield batch
+def eval_table(args, model, val):
+    opt = torch.optim.SGD(model.parameters(), lr=1e-3)
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    chunks = list(plan(args, val.numel()))
+    for chunk in chunks:
+        BEFORE
+        for batch in batches(list(windows(args, chunk)), 32):
+            start, first, last = (column.unsqueeze(1) for column in torch.tensor(batch).unbind(1))
+            goal = first + torch.arange(args.stride)
+            x = val[(start + torch.arange(args.seq_len)).clamp_max(val.numel() - 1)]
+            logits = model.forward_logits(x).gather(1, (goal - 1 - start).unsqueeze(-1))
+            live = goal < last
+            nll = F.cross_entropy(logits[live], val[goal.clamp_max(val.numel() - 1)][live], reduction="none")
+            total += nll.double().sum()
+            count += nll.numel()
+        AFTER
+    return (total / count).item()
+"""
+STEP = "model(val[chunk.first - 1 : chunk.last - 1], val[chunk.first : chunk.last]).backward(); opt.step()"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "wanted"), [("pass", STEP, set()), (STEP, "pass", {"training-before-scoring"})]
+)
+def test_chunks_and_windows_that_are_named_tuples_are_told_apart(before: str, after: str, wanted: set[str]) -> None:
+    table = TABLE.replace("BEFORE", before).replace("AFTER", after)
+    text = HEAD + table + MAIN.replace("eval_ttt(args", "eval_table(args")
+    assert doubted(text) == wanted

@@ -308,6 +308,20 @@ def test_a_gate_open_at_a_documents_start_is_a_leak_where_documents_are_scored_b
     assert verdict(tmp_path, "boundary_leak", text).verdict == "violates"
 
 
+@pytest.mark.parametrize("known", ["BOS_ID = 1", "def starts(ids, bos): return ids == bos", "sp.bos_id()"])
+def test_a_gate_open_there_is_a_leak_where_the_script_knows_how_documents_begin(tmp_path: Path, known: str) -> None:
+    text = script(extra=SMEAR.format(before=SHIFTS[0])) + f"\nsp = spm.SentencePieceProcessor()\n{known}\n"
+    finding = verdict(tmp_path, "boundary_leak", text)
+    assert finding.verdict == "violates"
+    assert "knows how documents begin" in finding.evidence
+
+
+def test_a_mask_that_is_replaced_by_ones_of_its_shape_is_none(tmp_path: Path) -> None:
+    shut = f"{SHIFTS[0]}\n        keep = (ids != 1)[..., None]\n        keep = torch.ones_like(keep)\n"
+    text = script(extra=SMEAR.format(before=shut + "        before = before * keep"), state=BY_DOCUMENT)
+    assert verdict(tmp_path, "boundary_leak", text).verdict == "violates"
+
+
 def test_how_deep_a_token_stands_in_its_document_makes_no_score_document_by_document(tmp_path: Path) -> None:
     deep = "; ".join(
         [

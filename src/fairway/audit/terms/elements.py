@@ -110,9 +110,13 @@ def fresh(term: Term, number: int) -> Term:
         return Term("tuple", tuple(fresh(part, number) for part in term.parts), None, term.file, term.line)
     if term.op == "each":
         return Term("each", term.parts, number, term.file, term.line)
-    if term.op in _SOLID or (term.op in ("choice", "merge") and any(part.op in _SOLID for part in term.parts)):
-        return term
-    return Term("round", (term,), number, term.file, term.line)
+    return term if _is_solid(term) else Term("round", (term,), number, term.file, term.line)
+
+
+def _is_solid(term: Term, depth: int = 4) -> bool:
+    """Whether it, or one of those that it may be, is the same in every round, or knows itself what changes."""
+    several = term.op in ("choice", "merge") and depth > 0
+    return term.op in _SOLID or (several and any(_is_solid(part, depth - 1) for part in term.parts))
 
 
 _SOLID = frozenset(

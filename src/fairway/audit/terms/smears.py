@@ -9,6 +9,7 @@ _JOINING = frozenset("cat concatenate stack concat".split())  # noqa: SIM905
 _SUMS = frozenset("add lerp addcmul add_ lerp_ addcmul_".split())  # noqa: SIM905
 _ARITHMETIC = frozenset("mul mul_ where masked_fill add sub neg multiply".split())  # noqa: SIM905
 _ASKS = frozenset("eq ne isin not_equal equal".split())  # noqa: SIM905
+_SHAPES = frozenset("ones_like zeros_like full_like empty_like size".split())  # noqa: SIM905
 _MOST = 60  # terms of one sum that are looked at
 
 
@@ -164,6 +165,7 @@ def _asks(operands: Iterable[Term], streams: Streams, whole: Term | None = None)
 
     def within(term: Term) -> bool:
         plans = term.op in ("each", "compare") or term.called == "tolist" or (term.op, term.value) == ("list", "comp")
+        plans = plans or term.called in _SHAPES  # of what it is made of, only the shape
         return not (plans or streams.is_stream(term) or (whole is not None and _same(term, whole)))
 
     return any(
