@@ -754,7 +754,7 @@ def test_chunks_larger_than_the_text_are_taken_for_five(chunks: str, size: str, 
 
 
 @pytest.mark.parametrize("near", ["65536", "65537"])
-def test_a_size_that_is_written_out_twice_is_left_as_it_is(near: str) -> None:
+def test_a_size_that_another_one_goes_with_by_one_is_left_as_it_is(near: str) -> None:
     text = f"""
 nats = 0.0
 for at in range(0, total, 65536):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,9 @@ from fairway.audit.trial.sums import Sum
 from fairway.audit.trial.values import NET, UNKNOWN, Obj, Unknown, Value, mixed
 
 LARGEST = 3_000_000  # elements: what is larger is a table of counts or of weights, and not known
+
+largest: ContextVar[int] = ContextVar("largest", default=LARGEST)
+"""The same for the trial under way."""
 
 Numbers = NDArray[Any]
 
@@ -24,16 +28,20 @@ class Array:
     losses: `num` is None; `pos` as above, `coef` how much each counts
     sums: `num` of dtype object, of Sums
     Slices are views of all of these, as in torch and numpy. was: the shape before it was made flat, for a model that
-    gives its losses the shape of logits that nobody knows.
+    gives its losses the shape of logits that nobody knows. Where a trial works with a made-up model (audit/weighing),
+    net: numbers that a model made, before they are a distribution; price: what is said of the target of each place, as
+    a number, before it is multiplied by a constant.
     """
 
-    __slots__ = ("coef", "num", "pos", "was")
+    __slots__ = ("coef", "net", "num", "pos", "price", "was")
 
     def __init__(self, num: Numbers | None, pos: Numbers | None = None, coef: Numbers | None = None) -> None:
         self.num = num
         self.pos = pos
         self.coef = coef
         self.was: tuple[int, ...] = ()
+        self.net = False
+        self.price: Numbers | None = None
 
     @property
     def body(self) -> Numbers:
@@ -53,7 +61,11 @@ class Array:
 
     def all(self, turn: Callable[[Numbers], Numbers]) -> Array:
         """The same change of shape for all that it holds."""
-        return Array(*(None if each is None else turn(each) for each in (self.num, self.pos, self.coef)))
+        made = Array(*(None if each is None else turn(each) for each in (self.num, self.pos, self.coef)))
+        made.net = self.net
+        if self.price is not None:
+            made.price = turn(self.price)
+        return made
 
     def __len__(self) -> int:
         return len(self.body)
@@ -68,7 +80,7 @@ class TooLarge(ValueError):
 
 def limited(count: float) -> None:
     """TooLarge beyond LARGEST elements."""
-    if count > LARGEST:
+    if count > largest.get():
         raise TooLarge
 
 
@@ -181,7 +193,7 @@ def binary(name: str, left: Value, right: Value) -> Value:
     """left `name` right where one of them is an Array."""
     if isinstance(left, Unknown) or isinstance(right, Unknown):
         held = left if isinstance(left, Array) else right
-        if isinstance(held, Array) and (held.lossy or holds_sums(held)) and name not in COMPARISONS:
+        if isinstance(held, Array) and (held.lossy or held.net or holds_sums(held)) and name not in COMPARISONS:
             return held
         return mixed(left, right)
     one, two = array_of(left), array_of(right)
@@ -195,7 +207,27 @@ def binary(name: str, left: Value, right: Value) -> Value:
         return NET
     limited(float(np.prod(np.broadcast_shapes(one.shape, two.shape))))
     with np.errstate(all="ignore"):
-        return Array(np.asarray(OPERATORS[name](one.num, two.num)))
+        made = Array(np.asarray(OPERATORS[name](one.num, two.num)))
+    if name not in COMPARISONS:
+        made.net = one.net or two.net
+        _price(made, name, one, two)
+    return made
+
+
+def _price(made: Array, name: str, one: Array, two: Array) -> None:
+    """What an operator leaves of prices: a constant factor is a unit, what is masked has none."""
+    held, other = (one, two) if one.price is not None else (two, one)
+    if held.price is None or held.pos is None or made.shape != held.shape:
+        return
+    assert made.num is not None
+    assert other.num is not None
+    made.pos, made.price = held.pos, made.num
+    if name in ("Mult", "Div") and other.price is None:
+        switch = other.num.dtype == bool or bool(np.isin(other.num, (0, 1)).all())
+        if switch and name == "Mult":
+            made.pos, made.price = np.where(other.num != 0, held.pos, -1), held.price
+        elif other.body.size == 1:
+            made.price = -held.price if other.num.reshape(-1)[0] < 0 else held.price
 
 
 def holds_sums(array: Array) -> bool:
@@ -321,6 +353,10 @@ def put(array: Array, index: Any, value: Value) -> None:
     if other.num.dtype == object and array.num.dtype != object:
         array.num = array.num.astype(object)
     array.num[index] = other.num
+    if other.price is not None and array.price is None:
+        array.price = np.array(array.num)
+    if array.price is not None:
+        array.price[index] = other.num if other.price is None else other.price
     if other.pos is not None:
         places(array)[index] = other.pos
     elif array.pos is not None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fairway.audit.reading.script import Layer, Script
 from fairway.audit.settings import Settings
 from fairway.audit.trial.arrays import Array, scalar, sum_of
-from fairway.audit.trial.limits import WHOLE, Coarse, Forced, Limits, said_once
+from fairway.audit.trial.limits import WHOLE, Coarse, Forced, Limits, alone
 from fairway.audit.trial.sums import LATE, PLACE, TAUGHT, Sum
 from fairway.audit.trial.text import LENGTH
 from fairway.audit.trial.told import Lesson, Told, Trial
@@ -31,6 +31,8 @@ _TEXTS = ("__str__", "__repr__")
 
 class Core:
     """The state."""
+
+    least_cut = LENGTH  # tokens of a text that is cut into several pieces where the script's are larger
 
     def __init__(self, script: Script, settings: Settings, forced: tuple[Forced, ...] = (), slow: float = 0.0) -> None:
         self.entry = script
@@ -82,10 +84,10 @@ class Core:
         """A length is cut into pieces of a size, rounded down, or up: `n // size`, `(n + size - 1) // size`,
         `-(-n // size)`. Coarse where that is the whole text's, and the pieces are larger."""
         length = self.trial.length
-        if type(whole) is not int or type(size) is not int or size <= length or length < LENGTH:
+        if type(whole) is not int or type(size) is not int or size <= length or length < self.least_cut:
             return
         whole_text = any(WHOLE * length <= each <= length for each in (whole, whole - size + 1, -whole))
-        if whole_text and self.limits.fresh(size) and said_once(self.script.tree, size):
+        if whole_text and self.limits.fresh(size) and alone(self.script.tree, size):
             raise Coarse(size)
 
     def piece_asked(self) -> None:

@@ -26,6 +26,8 @@ def grown_in_place(name: str, old: Array, more: Value) -> Value:
         return old
     assert found.num is not None
     assert old.num is not None
+    if found.price is not None:
+        old.pos, old.price = found.pos, found.price
     if found.num.dtype == object or old.num.dtype == object or not old.num.flags.writeable:
         old.num = found.num
     else:

@@ -97,13 +97,11 @@ def finer(number: int, length: int) -> Forced:
     return Forced(None, number, length // FINE)
 
 
-def said_once(tree: ast.Module | None, number: int) -> bool:
-    """Whether a script writes a number out in one place at most, as a setting, and none that goes with it by one:
-    `val[i : i + 65536]` beside `val[i + 1 : i + 65537]` would not fit together any more."""
-    said = [each.value for each in nodes(tree) if isinstance(each, ast.Constant)] if tree is not None else []
-    near = [each for each in said if type(each) is int and abs(each - number) <= 1]
-    near += [number for each in said if isinstance(each, str) and each.replace("_", "") == str(number)]
-    return near in ([], [number])
+def alone(tree: ast.Module | None, number: int) -> bool:
+    """Whether a script writes out no number that goes with this one by one: `val[i : i + 65536]` would not fit to
+    `val[i + 1 : i + 65537]` any more."""
+    said = (each.value for each in nodes(tree) if isinstance(each, ast.Constant)) if tree is not None else ()
+    return not any(type(each) is int and abs(each - number) == 1 for each in said)
 
 
 def site_of(node: ast.expr) -> Site | None:
@@ -131,4 +129,4 @@ def looped(tree: ast.AST) -> set[int]:
     return found
 
 
-__all__ = ["Coarse", "Forced", "Limits", "Seen", "Site", "finer", "looped", "said_once", "site_of"]
+__all__ = ["Coarse", "Forced", "Limits", "Seen", "Site", "alone", "finer", "looped", "site_of"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 
@@ -86,17 +88,22 @@ class Machine(Calls):
         return self.module(layer.script, name) if layer is not None else Lib(name)
 
 
+Kind = TypeVar("Kind", bound=Machine)
+
+
 def run(script: Script, settings: Settings, length: int = text.LENGTH, forced: tuple[Forced, ...] = ()) -> Trial:
     """The trial of a script. It never raises on what a script holds. length: tokens of the text; forced: numbers of
     the script that are taken for others. Where a loop goes through the tokens one by one and takes too many steps for
     that, the text is a shorter one; a number that cuts it into one piece is taken for a smaller one."""
-    trial = _over(script, settings, length, forced)
+    trial = over(partial(Machine, script, settings), length, forced).trial
     less = shorter(trial.slow) if trial.slow else 0
-    return _over(script, settings, min(less, length), trial.limits.forced, trial.slow) if less else trial
+    if not less:
+        return trial
+    return over(partial(Machine, script, settings, slow=trial.slow), min(less, length), trial.limits.forced).trial
 
 
-def _over(script: Script, settings: Settings, length: int, forced: tuple[Forced, ...], slow: float = 0.0) -> Trial:
-    """The trial over a text of so many tokens."""
+def over(begin: Callable[..., Kind], length: int, forced: tuple[Forced, ...]) -> Kind:
+    """The machine that came to the end of a text of so many tokens. begin: makes one, given `forced`."""
     before = sys.getrecursionlimit()
     sys.setrecursionlimit(max(before, _STACK))
     whole = text.length.set(length)
@@ -104,8 +111,10 @@ def _over(script: Script, settings: Settings, length: int, forced: tuple[Forced,
         while True:
             empty = files.disc.set({})
             try:
+                machine = begin(forced=forced)
                 with np.errstate(all="ignore"):
-                    return Machine(script, settings, forced, slow).run()
+                    machine.run()
+                return machine
             except Coarse as found:
                 forced = (*forced, finer(found.number, length))
             finally:
@@ -115,4 +124,4 @@ def _over(script: Script, settings: Settings, length: int, forced: tuple[Forced,
         sys.setrecursionlimit(before)
 
 
-__all__ = ["Machine", "run"]
+__all__ = ["Machine", "over", "run"]

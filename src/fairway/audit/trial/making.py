@@ -41,7 +41,9 @@ def cast(array: Value, *args: Value, **kwargs: Value) -> Value:
     for each in (*args, kwargs.get("dtype")):
         dtype = dtype_of(each)
         if dtype is not None and dtype != array.num.dtype:
-            return Array(array.num.astype(dtype), array.pos)
+            made = Array(array.num.astype(dtype), array.pos)
+            made.net, made.price = array.net, array.price
+            return made
     return array
 
 

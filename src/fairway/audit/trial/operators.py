@@ -163,7 +163,11 @@ def negated(name: str, value: Value) -> Value:
             return value
         if name == "Invert":
             return Array(np.invert(value.num)) if value.num.dtype.kind in "biu" else mixed(value)
-        return Array(-value.num) if name == "USub" and value.num.dtype != bool else value
+        if name != "USub" or value.num.dtype == bool:
+            return value
+        made = Array(-value.num, value.pos if value.price is not None else None)
+        made.net, made.price = value.net, None if value.price is None else -value.price
+        return made
     if isinstance(value, (Unknown, Sum)) or not isinstance(value, (int, float, np.number)):
         return value if isinstance(value, (Unknown, Sum)) else mixed()
     return _UNARY[name](value)

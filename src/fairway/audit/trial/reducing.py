@@ -74,9 +74,9 @@ def pairwise(name: str) -> Act:
 
 
 def operated(name: str) -> Act:
-    def act(one: Value, two: Value, *_: Value, **kwargs: Value) -> Value:
+    def act(one: Value, two: Value, *_: Value, alpha: Value = 1, **kwargs: Value) -> Value:
 
-        return combine(name, one, two)
+        return combine(name, one, two if alpha == 1 else combine("Mult", two, alpha))
 
     return act
 
@@ -84,9 +84,10 @@ def operated(name: str) -> Act:
 def in_place(name: str) -> Act:
     """add_, mul_: and what it came to is the array itself."""
 
-    def act(array: Value, other: Value, *_: Value, **kwargs: Value) -> Value:
+    def act(array: Value, other: Value, *_: Value, alpha: Value = 1, **kwargs: Value) -> Value:
 
-        return grown_in_place(name, array, other) if isinstance(array, Array) else array
+        more = other if alpha == 1 else combine("Mult", other, alpha)
+        return grown_in_place(name, array, more) if isinstance(array, Array) else array
 
     return act
 

@@ -20,13 +20,22 @@ length: ContextVar[int] = ContextVar("length", default=LENGTH)
 """The tokens of the text in the trial under way: as many, or only the first few documents of them."""
 
 
-@cache
+given: ContextVar[NDArray[np.uint16] | None] = ContextVar("given", default=None)
+"""The ids of the text in the trial under way, where they are others than `tokens` makes up."""
+
+
 def tokens(vocabulary: int) -> NDArray[np.uint16]:
     """The ids of a vocabulary, documents beginning with BOS."""
+    ids = given.get()
+    return _made_up(vocabulary) if ids is None else ids
+
+
+@cache
+def _made_up(vocabulary: int) -> NDArray[np.uint16]:
     generator = np.random.default_rng(7)
     ids = generator.integers(3, min(vocabulary, 1_000), LENGTH).astype(np.uint16)
     ids[: LENGTH - 1 : DOCUMENT] = BOS
     return ids
 
 
-__all__ = ["BOS", "DOCUMENT", "LENGTH", "SHORT", "TRAIN", "UNIT", "length", "tokens"]
+__all__ = ["BOS", "DOCUMENT", "LENGTH", "SHORT", "TRAIN", "UNIT", "given", "length", "tokens"]

@@ -1,0 +1,257 @@
+"""The trial's machine with a made-up model: what a model says of tokens are numbers, and prices are written down."""
+
+from __future__ import annotations
+
+import ast
+from typing import Any
+
+import numpy as np
+
+from fairway.audit.reading.script import Script
+from fairway.audit.settings import Settings
+from fairway.audit.trial.arrays import Array
+from fairway.audit.trial.core import Core
+from fairway.audit.trial.limits import Forced
+from fairway.audit.trial.machine import Machine
+from fairway.audit.trial.tensors import METHODS
+from fairway.audit.trial.values import NET, Func, Lib, Raised, Spent, Unknown, Value
+from fairway.audit.weighing import stream
+from fairway.audit.weighing.rows import ROWS, log_softmax, priced
+from fairway.audit.weighing.stream import PIECES
+
+_MOST = 60_000_000  # numbers that a model makes at once
+_NUMBERS = 100_000  # of an array: a step
+_SUMMING = frozenset(("sum", "mean", "nansum", "nanmean", "item", "tolist", "dot"))
+_JOINING = frozenset(("cat", "concatenate", "stack"))
+_SHAPING = frozenset(("tanh", "sigmoid", "relu", "square", "abs", "sqrt"))  # of what is no distribution yet
+
+
+class Weigher(Machine):
+    """A trial over the text of `stream`. said: by the calls and the line that sum it, the price of the last token;
+    unsure: the line of what may have changed a number and is not known; rows: lines that made rows over the vocabulary
+    which sum to more than one; mixed: the last line that made a price."""
+
+    least_cut = 0
+
+    def __init__(self, script: Script, settings: Settings, forced: tuple[Forced, ...] = ()) -> None:
+        super().__init__(script, settings, forced)
+        self.vocabulary = min(self.vocabulary, PIECES)
+        self.functions.update(_FUNCTIONS)
+        self.within = 0
+        self.said: dict[tuple[int, ...], float] = {}
+        self.unsure = 0
+        self.rows: list[int] = []
+        self.mixed = 0
+        self.learned_at = 0
+
+    # -- what is not known ----------------------------------------------------------------------------------------
+
+    def doubtful(self, line: int = 0) -> None:
+        """Something may have changed a number that a price hangs on."""
+        if self.made and not self.within and not self.unsure:
+            self.unsure = line or self.line or -1
+
+    def doubt(self, line: int) -> None:
+        super().doubt(line)
+        self.doubtful(line)
+
+    def passed_over(self, error: Raised, node: ast.stmt, made: int) -> bool:
+        passes = super().passed_over(error, node, made)
+        if passes:
+            self.doubtful(node.lineno)
+        return passes
+
+    def learn(self, value: Value) -> None:
+        if self.made == self.learned_at:  # nothing of the text since
+            self.trained += 1
+        self.learned_at = self.made
+
+    # -- the model ------------------------------------------------------------------------------------------------
+
+    def logits(self, ids: Array) -> Array:
+        assert ids.pos is not None
+        if ids.pos.size * PIECES > _MOST:
+            raise Spent
+        made = Array(stream.logits()[np.where(ids.pos >= 0, ids.pos, stream.TOKENS)])
+        made.net = True
+        self.weigh(made)
+        return made
+
+    def losses(self, target: Array) -> Array:
+        """What the model says of these targets, each by the place before it."""
+        if target.pos is None or target.num is None or not (target.pos >= 0).any():
+            self.apart += 1
+            return Array(np.zeros(target.shape))
+        self.made += 1
+        before = np.where(target.pos > 0, target.pos - 1, stream.TOKENS)
+        return priced(Array(stream.losses()[before, np.minimum(target.num.astype(np.int64), PIECES - 1)]), target.pos)
+
+    def of_module(self, func: Func, args: tuple[Value, ...], kwargs: dict[str, Value]) -> Value:
+        given = [*args[1:], *kwargs.values()]
+        asked = [each for each in given if _is_text(each)]
+        made = [each for each in given if isinstance(each, Array) and each.net]
+        if made and not asked:
+            return made[0]  # logits out of what a model has made
+        self.within += 1
+        try:
+            found = super().of_module(func, args, kwargs)
+        finally:
+            self.within -= 1
+        return self._as_logits(found, asked)
+
+    def call(self, func: Value, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
+        found = super().call(func, args, kwargs, line)
+        if isinstance(func, Unknown) and found is NET:
+            return self._as_logits(found, [each for each in (*args, *kwargs.values()) if _is_text(each)])
+        return found
+
+    def _as_logits(self, found: Value, asked: list[Array]) -> Value:
+        """What a model that nobody knows makes of tokens."""
+        if self.within or len(asked) != 1:
+            return found
+        if isinstance(found, Unknown):
+            return self.logits(asked[0])
+        if isinstance(found, tuple) and found and isinstance(found[0], Unknown):
+            return (self.logits(asked[0]), *found[1:])
+        return found
+
+    # -- prices ---------------------------------------------------------------------------------------------------
+
+    def of_array(self, name: str, args: tuple[Value, ...], kwargs: dict[str, Value]) -> Value:
+        held = args[0] if args and isinstance(args[0], Array) else None
+        if held is not None and held.price is not None and name in _SUMMING:
+            self.book(held)
+        found = self._of_rows(name, args, kwargs) if held is not None and name in ROWS else None
+        if found is None:
+            found = super().of_array(name, args, kwargs)
+        if isinstance(found, Unknown):
+            nets = [each for each in args if isinstance(each, Array) and each.net]
+            if len(nets) == 1 and name not in METHODS and name not in ROWS:
+                return nets[0]  # a layer
+            if held is not None and name.endswith("_"):
+                self.doubtful()
+        elif isinstance(found, Array) and found is not held:
+            self._marked(found, name, args)
+        return found
+
+    def _of_rows(self, name: str, args: tuple[Value, ...], kwargs: dict[str, Value]) -> Value:
+        try:
+            found = ROWS[name](*args, **kwargs)
+        except NotImplementedError:
+            return None
+        except (ArithmeticError, TypeError, ValueError, LookupError, AttributeError, AssertionError):
+            return None
+        for each in found if isinstance(found, tuple) else (found,):
+            self.weigh(each)
+        return found
+
+    def _marked(self, found: Array, name: str, args: tuple[Value, ...]) -> None:
+        """What a function leaves of prices, and of what is no distribution yet."""
+        parts = args[0] if args and isinstance(args[0], (list, tuple)) else args
+        arrays = [each for each in parts if isinstance(each, Array)]
+        if not arrays:
+            return
+        if (name in _SHAPING and arrays[0].net) or (name in _JOINING and all(each.net for each in arrays)):
+            found.net = True
+        if name in _SUMMING and arrays[0].price is not None:
+            found.net = True  # what is learned from it is learned from the text
+        elif found.num is not None and found.num.dtype.kind == "f" and found.price is None:
+            prices = [each for each in arrays if each.price is not None and each.shape == found.shape]
+            if prices:
+                found.pos, found.price = prices[0].pos, found.num
+
+    def book(self, array: Array) -> None:
+        """Prices are summed, or looked at one by one."""
+        if array.pos is None or array.price is None:
+            return
+        here = np.flatnonzero(array.pos.reshape(-1) == stream.TOKENS - 1)
+        if here.size:
+            self.said[(*self.stack, self.line)] = float(array.price.reshape(-1)[here[-1]])
+
+    def weigh(self, array: Array) -> None:
+        self.trial.steps += array.body.size // _NUMBERS
+        if array.price is not None and array.price is array.num:
+            self.mixed = self.line
+        num = array.num
+        if num is None or num.dtype.kind != "f" or array.net or not num.size or num.shape[-1:] != (PIECES,):
+            return
+        sums = num.reshape(-1, PIECES)[-64:].sum(axis=-1)
+        if num.min() >= 0.0 and bool(((sums > 1.001) & (np.abs(sums - np.round(sums)) > 1e-6)).any()):
+            self.rows.append(self.line)
+
+    def item(self, value: Value, index: Value) -> Value:
+        found = super().item(value, index)
+        if isinstance(found, Array) and isinstance(value, Array) and isinstance(index, tuple) and found.price is None:
+            ids = [each for each in index if _is_text(each)]
+            if ids and found.num is not None and found.num.dtype.kind == "f":
+                priced(found, ids[-1].pos)
+        return found
+
+    def picked(self, value: Unknown, index: Value) -> Value:
+        """What nobody knows, at tokens: a logarithm, a probability or a logit."""
+        asked = any(_is_text(part) for part in (index if isinstance(index, tuple) else (index,)))
+        if value.net and asked and not self.within:
+            self.unsure = self.unsure or self.line or -1
+        return value
+
+    def assign_item(self, value: Value, index: Value, new: Value) -> None:
+        if isinstance(value, Array) and (isinstance(new, Unknown) or isinstance(index, Unknown)):
+            self.doubtful()
+        super().assign_item(value, index, new)
+
+    def grown(self, name: str, old: Value, more: Value) -> Value:
+        if isinstance(old, Array) and not old.net and isinstance(more, Unknown):
+            self.doubtful()
+        return super().grown(name, old, more)
+
+
+def _is_text(value: Value) -> bool:
+    """Whether these are token ids of the text."""
+    held = isinstance(value, Array) and value.pos is not None and value.num is not None and value.num.dtype.kind in "iu"
+    return held and bool((value.pos >= 0).any())
+
+
+def _cross_entropy(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
+    """F.cross_entropy, F.nll_loss of logits that are known, or of a model that nobody knows."""
+    assert isinstance(machine, Weigher)
+    rows, target = args[0], kwargs.get("target", kwargs.get("targets", args[1] if len(args) > 1 else None))
+    if not isinstance(target, Array) or target.num is None:
+        return NET
+    losses = _paid(rows, target) if isinstance(rows, Array) and _is_text(target) else machine.losses(target)
+    if isinstance(rows, Array):
+        machine.made += 1
+    reduction = kwargs.get("reduction", "mean")
+    return losses if reduction == "none" else machine.of_array(str(reduction), (losses,), {})
+
+
+def _paid(rows: Array, target: Array) -> Array:
+    assert rows.num is not None
+    assert target.num is not None
+    whole = rows.num
+    if whole.ndim == 3 and target.body.ndim == 2 and whole.shape[-1] != PIECES:
+        whole = np.moveaxis(whole, 1, -1)
+    logs: Any = log_softmax(Array(whole)).num
+    picked = np.take_along_axis(logs, target.num.astype(np.int64)[..., None], -1)[..., 0]
+    return priced(Array(-picked), target.pos)
+
+
+def _gather(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
+    assert isinstance(machine, Weigher)
+    if isinstance(args[0], Array):
+        return machine.of_array("gather", args, kwargs)
+    return machine.picked(args[0], next((each for each in (*args[1:], *kwargs.values()) if _is_text(each)), None))
+
+
+def _itself(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
+    """torch.compile(f): f."""
+    return args[0] if args else (lambda value: value)
+
+
+_FUNCTIONS = {
+    **dict.fromkeys(["torch.nn.functional.cross_entropy"], _cross_entropy),
+    **dict.fromkeys(["*.gather", "*.take_along_dim", "*.take_along_axis"], _gather),
+    **dict.fromkeys(["torch.compile", "torch.jit.script", "torch.compiler.disable"], _itself),
+}
+
+
+__all__ = ["Lib", "Weigher"]

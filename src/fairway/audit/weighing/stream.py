@@ -1,0 +1,65 @@
+"""The text that is weighed, and the made-up model: a few tokens in a pattern that repeats, with a little noise."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fairway.audit.trial.text import BOS
+from fairway.audit.trial.vocabulary import FIRST_PIECE
+
+PIECES: Final = 320  # of the vocabulary: rows of a batch of windows over 1,024 pieces would be too large
+TOKENS: Final = 321  # of the text: five chunks of 64 targets, the stride of most scripts
+ALPHABET: Final = np.array([FIRST_PIECE + n for n in (41, 42, 44, 47, 53)], dtype=np.int64)
+"""The tokens that the model gives a probability; some begin a word."""
+OTHERS: Final = ((FIRST_PIECE + 15, PIECES // 10), (FIRST_PIECE + 16, PIECES - PIECES // 10 - len(ALPHABET)))
+"""Of those that it gives none: one that begins a word, another that does not, and how many are like it. Pseudo-counts
+lie on them."""
+_PATTERN = 12  # tokens: contexts of several orders come again and again
+_NOISE = 0.12  # of the tokens, so that no context is always followed by the same
+_CLEAN = 40  # tokens at the end without noise: the last context was met before
+_NEVER = -40.0  # the logit of all other tokens
+
+
+@cache
+def text(last: int | None) -> NDArray[np.uint16]:
+    """The ids, BOS in front. last: what stands at the end; None: what the pattern has there."""
+    generator = np.random.default_rng(11)
+    pattern = generator.integers(0, len(ALPHABET), _PATTERN)
+    picked = np.resize(pattern, TOKENS - 1)
+    noisy = generator.random(TOKENS - 1) < _NOISE
+    noisy[-_CLEAN:] = False
+    picked = np.where(noisy, generator.integers(0, len(ALPHABET), TOKENS - 1), picked)
+    ids = np.concatenate([[BOS], ALPHABET[picked]]).astype(np.uint16)
+    if last is not None:
+        ids[-1] = last
+    ids.flags.writeable = False
+    return ids
+
+
+def alternatives() -> list[tuple[int, int]]:
+    """What may stand at the end, and for how many tokens it stands: what the pattern has there first."""
+    first = int(text(None)[-1])
+    return [(first, 1), *((int(each), 1) for each in ALPHABET if each != first), *OTHERS]
+
+
+@cache
+def logits() -> NDArray[np.float32]:
+    """Of the token after each place of the text, [tokens, pieces]. They hang on the place alone."""
+    made = np.full((TOKENS + 1, PIECES), _NEVER, np.float32)
+    made[:, ALPHABET] = np.random.default_rng(12).uniform(0.0, 2.0, (TOKENS + 1, len(ALPHABET)))
+    made.flags.writeable = False
+    return made
+
+
+@cache
+def losses() -> NDArray[np.float32]:
+    """-log softmax of them."""
+    made = logits()
+    return np.asarray(np.log(np.exp(made).sum(axis=-1, keepdims=True)) - made)
+
+
+__all__ = ["ALPHABET", "OTHERS", "PIECES", "TOKENS", "alternatives", "logits", "losses", "text"]
