@@ -4,7 +4,7 @@ classes: each once honest and once the other way."""
 
 import pytest
 
-from tests.audit.order import HEAD, MAIN, broken, doubted, trace_of
+from tests.audit.order import HEAD, HONEST, MAIN, broken, doubted, trace_of
 
 TRAIN = "    train(args, model)\n"
 EVAL = "    final = eval_ttt(args, model, val)\n"
@@ -174,3 +174,12 @@ def test_an_object_that_was_chosen_by_its_loss_says_so_when_it_is_printed(kind: 
     best = best[: best.index('    print(f"final val_loss')] + "main()\n"
     assert "min-over-passes" in broken(best.replace("CHOICE", CHOICES["attrgetter"]))
     assert "min-over-passes" not in doubted(best.replace("CHOICE", CHOICES["attrgetter"].replace('"loss"', '"epochs"')))
+
+
+@pytest.mark.parametrize("reset", ["14.0", "self.reset"])
+def test_a_penalty_where_documents_begin_is_no_gradient_written_out(reset: str) -> None:
+    """-exp(h) - 14 (ids == bos), the decay of a recurrence, has the form of `p - (ids == token)`."""
+    decay = f"e = self.emb(x)\n        h = e + (-e.exp() - {reset} * (x == 1).unsqueeze(-1).float()).exp()"
+    text = HONEST.replace("h = self.emb(x)", decay).replace("self.temperature = 1.0", "self.reset = 14.0")
+    assert decay in text
+    assert doubted(text) == set()

@@ -73,6 +73,8 @@ class Arithmetic(Comparisons):
         if isinstance(op, _DIGITS) and one.raw and two.spans and not two.toks:  # token >> i & 1: another bit each turn
             result = self.tagged(result, two.spans)
         if one.toks or two.toks:
+            if isinstance(op, ast.Mult) and any(_penalty(a, b) for a, b in ((one, two), (two, one))):
+                result.flags &= ~RAW
             if not isinstance(op, (ast.BitAnd, ast.BitOr, ast.BitXor)):
                 result.flags &= ~MASK
             if isinstance(op, (ast.Div, ast.MatMult)):  # shares of counts, not ids
@@ -293,6 +295,11 @@ def _several(ends: Sequence[Span], starts: Sequence[Span]) -> list[Span]:
     the next one."""
     begun = {loop: a for loop, a, b in starts if a == b}
     return [(loop, begun[loop], a - 1) for loop, a, b in ends if a == b and loop in begun and a - begun[loop] >= 2]
+
+
+def _penalty(mask: Value, number: Value) -> bool:
+    """14.0 * (ids == bos): no goal of a gradient written out, `(ids == token) - p`."""
+    return bool(mask.flags & MASK) and isinstance(number.const, (int, float)) and abs(number.const) not in (0, 1)
 
 
 def _numbers(*values: Any) -> bool:

@@ -87,7 +87,7 @@ class Core:
         if type(whole) is not int or type(size) is not int or size <= length or length < self.least_cut:
             return
         whole_text = any(WHOLE * length <= each <= length for each in (whole, whole - size + 1, -whole))
-        if whole_text and self.limits.fresh(size) and alone(self.script.tree, size):
+        if whole_text and self.limits.fresh(size) and (not self.least_cut or alone(self.script.tree, size)):
             raise Coarse(size)
 
     def piece_asked(self) -> None:

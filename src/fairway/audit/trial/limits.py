@@ -17,6 +17,9 @@ from fairway.audit.reading.tree import nodes
 
 FINE = 5  # chunks
 MOST = 3  # numbers: each begins the trial anew
+_PLAIN = 4_096  # a number up to this that is written out may be anything: the bytes of a header
+_FIXED = ("head", "byte", "offset", "dim", "width", "item", "bucket", "hash")
+"""Words in names of numbers up to that which are no length of a text."""
 WHOLE = 0.9  # of the text: what is cut, is all of it but a rest
 
 Site = tuple[int, int, str]
@@ -44,11 +47,21 @@ class Seen:
 @dataclass(frozen=True)
 class Forced:
     """A number that is taken for another wherever it stands by its name, or is written out: a batch that is smaller in
-    one place is so in all, and what begins where another part ends still does. Without a site, under all names."""
+    one place is so in all, and what begins where another part ends still does. Without a site, under all names that
+    have this word in them."""
 
     site: Site | None
     limit: int
     value: int
+    word: str = ""
+
+    def of(self, name: str) -> bool:
+        """Whether a number of this name is meant; "" is the name of one that is written out."""
+        if self.site is not None:
+            return self.site[2] == name
+        if self.word:
+            return self.word in name.lower()
+        return self.limit > _PLAIN or (bool(name) and not any(word in name.lower() for word in _FIXED))
 
 
 @dataclass
@@ -69,11 +82,12 @@ class Limits:
 
     def named(self, name: str) -> dict[int, int]:
         """What numbers of this name, or ones that are written out, are taken for."""
-        return {each.limit: each.value for each in self.forced if each.site is None or each.site[2] == name}
+        meant = sorted((each for each in self.forced if each.of(name)), key=lambda each: bool(each.word))
+        return {each.limit: each.value for each in meant}
 
     def fresh(self, number: int) -> bool:
         """Whether the trial may be begun anew with this number taken for another."""
-        return len(self.forced) < MOST and all(each.limit != number for each in self.forced)
+        return len(self.forced) < MOST and all(each.word or each.limit != number for each in self.forced)
 
     def unmet(self, most: float) -> dict[Site, Seen]:
         """The numbers that were never reached and never changed, up to so many times what was held against them."""

@@ -15,14 +15,12 @@ from fairway.audit.trial.limits import Forced
 from fairway.audit.trial.machine import over
 from fairway.audit.trial.vocabulary import size_in
 from fairway.audit.weighing import stream
-from fairway.audit.weighing.machine import Weigher
+from fairway.audit.weighing.machine import Way, Weigher
 from fairway.audit.weighing.stream import PIECES
 
 _NUMBERS = 60_000_000  # elements of a table of hashed counts
 _PLAIN = 1e-4
 _MORE = 1.005  # what is more is no rounding
-
-Way = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -45,9 +43,10 @@ def weighed(case: Case, which: Reported) -> Weight | None:
     tried = stream.alternatives()
     for last, _ in tried:
         run = _run(case, last)
-        if run.unsure or not run.trial.complete or not any(way in run.said for way in ways):
+        here = {way: price for way, price in run.said.items() if way in ways and not run.unsure(way)}
+        if not run.trial.complete or not here:
             return None
-        said.append({way: price for way, price in run.said.items() if way in ways})
+        said.append(here)
         line = line or _to_blame(run)
         plain = stream.losses()[stream.TOKENS - 2, last]
         if all(abs(price - plain) < _PLAIN for price in said[-1].values()):
@@ -80,7 +79,7 @@ def is_too_much(weight: Weight) -> bool:
 def _run(case: Case, last: int) -> Weigher:
     given, room = text.given.set(stream.text(last)), largest.set(_NUMBERS)
     size = size_in(case.script.text)
-    forced = (Forced(None, size, PIECES),) if size > PIECES else ()
+    forced = (Forced(None, size, PIECES, "vocab"),)
     try:
         return over(partial(Weigher, case.script, case.settings), stream.TOKENS, forced)
     finally:

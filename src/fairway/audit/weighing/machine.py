@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 
 from fairway.audit.reading.script import Script
+from fairway.audit.reading.tree import nodes
 from fairway.audit.settings import Settings
 from fairway.audit.trial.arrays import Array
 from fairway.audit.trial.core import Core
 from fairway.audit.trial.limits import Forced
 from fairway.audit.trial.machine import Machine
 from fairway.audit.trial.tensors import METHODS
-from fairway.audit.trial.values import NET, Func, Lib, Raised, Spent, Unknown, Value
+from fairway.audit.trial.values import NET, Func, Raised, Spent, Unknown, Value
 from fairway.audit.weighing import stream
 from fairway.audit.weighing.rows import ROWS, log_softmax, priced
 from fairway.audit.weighing.stream import PIECES
@@ -22,14 +23,20 @@ from fairway.audit.weighing.stream import PIECES
 _MOST = 60_000_000  # numbers that a model makes at once
 _NUMBERS = 100_000  # of an array: a step
 _SUMMING = frozenset(("sum", "mean", "nansum", "nanmean", "item", "tolist", "dot"))
+_DOUBTS = 1_000  # that are written down
+_CALLS = 2  # the main program's, and its line: they name an evaluation
 _JOINING = frozenset(("cat", "concatenate", "stack"))
 _SHAPING = frozenset(("tanh", "sigmoid", "relu", "square", "abs", "sqrt"))  # of what is no distribution yet
 
 
+Way = tuple[int, ...]
+
+
 class Weigher(Machine):
     """A trial over the text of `stream`. said: by the calls and the line that sum it, the price of the last token;
-    unsure: the line of what may have changed a number and is not known; rows: lines that made rows over the vocabulary
-    which sum to more than one; mixed: the last line that made a price."""
+    doubted: the calls and the lines of what may have changed a number and is not known; training: the calls around
+    losses of other texts; rows: lines that made rows over the vocabulary which sum to more than one; mixed: the last
+    line that made a price."""
 
     least_cut = 0
 
@@ -38,8 +45,10 @@ class Weigher(Machine):
         self.vocabulary = min(self.vocabulary, PIECES)
         self.functions.update(_FUNCTIONS)
         self.within = 0
-        self.said: dict[tuple[int, ...], float] = {}
-        self.unsure = 0
+        self.said: dict[Way, float] = {}
+        self.doubted: list[Way] = []
+        self.training: set[Way] = set()
+        self.tests: dict[int, ast.If | ast.While] = {}
         self.rows: list[int] = []
         self.mixed = 0
         self.learned_at = 0
@@ -48,18 +57,40 @@ class Weigher(Machine):
 
     def doubtful(self, line: int = 0) -> None:
         """Something may have changed a number that a price hangs on."""
-        if self.made and not self.within and not self.unsure:
-            self.unsure = line or self.line or -1
+        if not self.within and len(self.doubted) < _DOUBTS:
+            self.doubted.append((*self.stack, line or self.line))
 
     def doubt(self, line: int) -> None:
         super().doubt(line)
-        self.doubtful(line)
+        if self._decides(line):
+            self.doubtful(line)
+
+    def _decides(self, line: int) -> bool:
+        """Whether a number may hang on the condition in a line: an arm binds a name, fills a place, or leaves. Not a
+        check that raises, nor one that freezes weights."""
+        if not self.tests and self.script.tree is not None:
+            self.tests = {
+                node.lineno: node for node in nodes(self.script.tree) if isinstance(node, (ast.If, ast.While))
+            }
+        test = self.tests.get(line)
+        parts = [part for arm in (test.body, test.orelse) for each in arm for part in ast.walk(each)] if test else []
+        return any(
+            isinstance(part, (ast.Continue, ast.Break, ast.Return))
+            or (isinstance(part, (ast.Name, ast.Subscript)) and isinstance(part.ctx, ast.Store))
+            for part in parts
+        )
 
     def passed_over(self, error: Raised, node: ast.stmt, made: int) -> bool:
         passes = super().passed_over(error, node, made)
-        if passes:
+        if passes and not isinstance(node, (ast.Raise, ast.Assert)):  # a check of the script's own, of so short a text
             self.doubtful(node.lineno)
         return passes
+
+    def unsure(self, way: Way) -> bool:
+        """Whether there are doubts in the evaluation that comes to a price: the calls that no training shares."""
+        shared = max((_shared(way, each) for each in self.training), default=0)
+        calls = way[: max(shared + 1, _CALLS)]
+        return any(each[: len(calls)] == calls for each in self.doubted)
 
     def learn(self, value: Value) -> None:
         if self.made == self.learned_at:  # nothing of the text since
@@ -81,6 +112,8 @@ class Weigher(Machine):
         """What the model says of these targets, each by the place before it."""
         if target.pos is None or target.num is None or not (target.pos >= 0).any():
             self.apart += 1
+            if len(self.training) < _DOUBTS:
+                self.training.add(tuple(self.stack))
             return Array(np.zeros(target.shape))
         self.made += 1
         before = np.where(target.pos > 0, target.pos - 1, stream.TOKENS)
@@ -190,8 +223,8 @@ class Weigher(Machine):
     def picked(self, value: Unknown, index: Value) -> Value:
         """What nobody knows, at tokens: a logarithm, a probability or a logit."""
         asked = any(_is_text(part) for part in (index if isinstance(index, tuple) else (index,)))
-        if value.net and asked and not self.within:
-            self.unsure = self.unsure or self.line or -1
+        if value.net and asked:
+            self.doubtful()
         return value
 
     def assign_item(self, value: Value, index: Value, new: Value) -> None:
@@ -200,9 +233,14 @@ class Weigher(Machine):
         super().assign_item(value, index, new)
 
     def grown(self, name: str, old: Value, more: Value) -> Value:
-        if isinstance(old, Array) and not old.net and isinstance(more, Unknown):
+        if isinstance(old, Array) and old.body.ndim and not old.net and isinstance(more, Unknown):
             self.doubtful()
         return super().grown(name, old, more)
+
+
+def _shared(one: Way, other: Way) -> int:
+    """How many calls two ways begin with together."""
+    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _is_text(value: Value) -> bool:
@@ -254,4 +292,4 @@ _FUNCTIONS = {
 }
 
 
-__all__ = ["Lib", "Weigher"]
+__all__ = ["Way", "Weigher"]
