@@ -1,9 +1,12 @@
 """Counts for all tokens are gathered and divided by something that is not their sum: the rows do not sum to one."""
 
 from fairway.audit.case import Case
+from fairway.audit.passes.findings import passes_of
 from fairway.audit.terms import mixtures, normalisers, rows
+from fairway.audit.terms.mixtures import gold_ratios, spread_over_bytes
 from fairway.audit.terms.verdicts import clean, unsaid
 from fairway.audit.verdict import Finding
+from fairway.audit.weighing import PIECES, is_whole, weighed
 
 ID = "false-normalisation"
 CHARGE = "a distribution is divided by something else than its sum"
@@ -83,14 +86,37 @@ _WAYS = (
 )
 
 
+def _weighed(case: Case) -> Finding | None:
+    """Of a form that nobody foresaw, the sum itself, where no other rule of the distribution speaks."""
+    gates = case.reading.gates
+    said = (
+        found
+        for each in gates
+        for found in (each.oracles(), each.clipped(), each.gated(), gold_ratios(each), spread_over_bytes(each))
+    )
+    if all(is_whole(each.of.term) for each in gates) or any(next(found, None) is not None for found in said):
+        return None
+    weight = weighed(case, passes_of(case)[0])
+    if weight is None or not weight.too_much:
+        return None
+    evidence = (
+        f"Worked out with a made-up model over a short text: what the script says of all {PIECES} tokens that may "
+        f"stand at one place adds up to {weight.total:.4f}."
+    )
+    return Finding(ID, "violates", evidence, CLAUSE, case.place(weight.line))
+
+
 def check(case: Case) -> Finding:
     reading = case.reading
     for gates in reading.gates:
-        for found, evidence in _WAYS:
-            term = next(found(gates), None)
+        for way_of, evidence in _WAYS:
+            term = next(way_of(gates), None)
             if term is not None:
                 way = reading.way(gates.of.term, term)
                 return Finding(ID, "violates", evidence, CLAUSE, reading.place(term), way)
     if not reading.reported:
         return unsaid(ID, CLAUSE)
+    found = _weighed(case)
+    if found is not None:
+        return found
     return clean(ID, CLAUSE, "rows of counts in scored losses are divided by their own sums; weights sum to one")

@@ -32,6 +32,7 @@ _TEXTS = ("__str__", "__repr__")
 class Core:
     """The state."""
 
+    most_steps = STEPS
     least_cut = LENGTH  # tokens of a text that is cut into several pieces where the script's are larger
 
     def __init__(self, script: Script, settings: Settings, forced: tuple[Forced, ...] = (), slow: float = 0.0) -> None:
@@ -71,13 +72,13 @@ class Core:
     def step(self, line: int = 0) -> None:
         self.line = line or self.line
         self.trial.steps += 1
-        if self.trial.steps > STEPS:
+        if self.trial.steps > self.most_steps:
             raise Spent
 
     def weigh(self, array: Array) -> None:
         """A large array costs as many steps as it takes the time of."""
         self.trial.steps += array.body.size // ELEMENTS
-        if self.trial.steps > STEPS:
+        if self.trial.steps > self.most_steps:
             raise Spent
 
     def cut(self, whole: Value, size: Value) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import numpy as np
 
 from fairway.audit.trial.arrays import Array, binary
-from fairway.audit.trial.values import Unknown, Value
+from fairway.audit.trial.values import Raised, Unknown, Value
 
 
 def grown_in_place(name: str, old: Array, more: Value) -> Value:
     """In place: every view of it sees the change."""
-    found = binary(name, old, more)
+    try:
+        found = binary(name, old, more)
+    except (ArithmeticError, TypeError, ValueError) as error:
+        raise Raised(type(error).__name__, str(error)) from None
     if isinstance(found, Unknown) or not isinstance(found, Array):
         return old
     if found.shape != old.shape:

@@ -87,7 +87,8 @@ class Limits:
 
     def fresh(self, number: int) -> bool:
         """Whether the trial may be begun anew with this number taken for another."""
-        return len(self.forced) < MOST and all(each.word or each.limit != number for each in self.forced)
+        found = [each.limit for each in self.forced if not each.word]
+        return len(found) < MOST and number not in found
 
     def unmet(self, most: float) -> dict[Site, Seen]:
         """The numbers that were never reached and never changed, up to so many times what was held against them."""

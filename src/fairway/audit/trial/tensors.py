@@ -239,7 +239,7 @@ METHODS: dict[str, Callable[..., Value]] = {
     },
     **{name: in_place(kind) for name, kind in (("add_", "Add"), ("sub_", "Sub"), ("mul_", "Mult"), ("div_", "Div"))},
     **dict.fromkeys(["clamp", "clip", "clamp_min", "clamp_min_", "clamp_"], clamp),
-    "clamp_max": clamp_max,
+    **dict.fromkeys(["clamp_max", "clamp_max_"], clamp_max),
     "where": where,
     "masked_fill": masked_fill,
     "masked_fill_": lambda array, mask, value: copy_(array, masked_fill(array, mask, value)),

@@ -13,6 +13,7 @@ says of them must add up to one at most: exp(-loss) summed over the tokens, RULE
 More than one is a fault in any case. Less is none: what is left may lie on tokens that were not tried.
 """
 
-from fairway.audit.weighing.alternatives import Weight, weighed
+from fairway.audit.weighing.alternatives import Weight, is_whole, weighed
+from fairway.audit.weighing.stream import PIECES
 
-__all__ = ["Weight", "weighed"]
+__all__ = ["PIECES", "Weight", "is_whole", "weighed"]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from functools import partial
 
 from fairway.audit.case import Case
 from fairway.audit.passes.reported import Reported
 from fairway.audit.passes.trials import counts_of
+from fairway.audit.terms.term import Term, peel
 from fairway.audit.trial import text
 from fairway.audit.trial.arrays import largest
 from fairway.audit.trial.limits import Forced
@@ -22,6 +24,11 @@ _NUMBERS = 60_000_000  # elements of a table of hashed counts
 _PLAIN = 1e-4
 _MORE = 1.005  # what is more is no rounding
 
+_READING = frozenset(("gather", "take_along_dim", "take_along_axis", "neg", "negative"))
+_LENGTH = re.compile(
+    r"""(seq|window|context|ctx|span)\w*["']?\s*[,:=]\s*(?:\w+\s*=\s*)?(?:int\()?["']?(\d{3,5})\b""", re.I
+)  # names of lengths of windows, and the numbers that they are given
+
 
 @dataclass(frozen=True)
 class Weight:
@@ -29,6 +36,10 @@ class Weight:
 
     total: float
     line: int
+
+    @property
+    def too_much(self) -> bool:
+        return self.total > _MORE
 
 
 def weighed(case: Case, which: Reported) -> Weight | None:
@@ -49,16 +60,19 @@ def weighed(case: Case, which: Reported) -> Weight | None:
         said.append(here)
         line = line or _to_blame(run)
         plain = stream.losses()[stream.TOKENS - 2, last]
-        if all(abs(price - plain) < _PLAIN for price in said[-1].values()):
+        if all(abs(abs(price) - plain) < _PLAIN for price in said[-1].values()):
             models += 1
             if models == len(said) == 2:
                 return None
     shared = set.intersection(*(set(each) for each in said))
-    totals = {
-        way: sum(many * math.exp(-each[way]) for each, (_, many) in zip(said, tried, strict=True)) for way in shared
-    }
-    total = max(totals.values(), default=0.0)
+    total = max((_total([each[way] for each in said], [many for _, many in tried]) for way in shared), default=0.0)
     return Weight(total, line) if total > 0.0 else None
+
+
+def _total(prices: list[float], many: list[int]) -> float:
+    """sum of exp(-loss); of exp(log p) where a script sums those: a loss is not below nought."""
+    sign = -1.0 if sum(prices) >= 0.0 else 1.0
+    return sum(count * math.exp(min(sign * price, 700.0)) for price, count in zip(prices, many, strict=True))
 
 
 def _to_blame(run: Weigher) -> int:
@@ -72,19 +86,32 @@ def _to_blame(run: Weigher) -> int:
     return found[-1] if found else run.mixed
 
 
-def is_too_much(weight: Weight) -> bool:
-    return weight.total > _MORE
+def is_whole(loss: Term) -> bool:
+    """Whether a loss is read off a softmax as it is: cross_entropy(...), -log_softmax(...)[target]."""
+    below = peel(loss)
+    while below.parts and (below.op in ("item", "op") or below.called in _READING):
+        if below.op == "op" and len(below.parts) > 1 and below.parts[1].op != "const":
+            return False
+        below = peel(below.operand("input", "a") or below.parts[0] if below.op == "call" else below.parts[0])
+    return below.called in ("cross_entropy", "nll_loss", "log_softmax", "CrossEntropyLoss")
 
 
 def _run(case: Case, last: int) -> Weigher:
     given, room = text.given.set(stream.text(last)), largest.set(_NUMBERS)
-    size = size_in(case.script.text)
-    forced = (Forced(None, size, PIECES, "vocab"),)
     try:
-        return over(partial(Weigher, case.script, case.settings), stream.TOKENS, forced)
+        return over(partial(Weigher, case.script, case.settings), stream.TOKENS, _sizes(case.script.text))
     finally:
         text.given.reset(given)
         largest.reset(room)
 
 
-__all__ = ["Weight", "is_too_much", "weighed"]
+def _sizes(text: str) -> tuple[Forced, ...]:
+    """The vocabulary, and windows that are longer than the text: rows over all pieces for each place of them are what
+    takes the time."""
+    found = {(match[1].lower(), int(match[2])) for match in _LENGTH.finditer(text)}
+    windows = sorted((word, number) for word, number in found if number > stream.WINDOW)
+    vocabulary = Forced(None, size_in(text), PIECES, "vocab")
+    return (vocabulary, *(Forced(None, number, stream.WINDOW, word) for word, number in windows))
+
+
+__all__ = ["Weight", "is_whole", "weighed"]

@@ -21,7 +21,7 @@ from fairway.audit.weighing.rows import ROWS, log_softmax, priced
 from fairway.audit.weighing.stream import PIECES
 
 _MOST = 60_000_000  # numbers that a model makes at once
-_NUMBERS = 100_000  # of an array: a step
+_NUMBERS = 5_000  # of an array: a step
 _SUMMING = frozenset(("sum", "mean", "nansum", "nanmean", "item", "tolist", "dot"))
 _DOUBTS = 1_000  # that are written down
 _CALLS = 2  # the main program's, and its line: they name an evaluation
@@ -38,6 +38,7 @@ class Weigher(Machine):
     losses of other texts; rows: lines that made rows over the vocabulary which sum to more than one; mixed: the last
     line that made a price."""
 
+    most_steps = 60_000  # three seconds
     least_cut = 0
 
     def __init__(self, script: Script, settings: Settings, forced: tuple[Forced, ...] = ()) -> None:

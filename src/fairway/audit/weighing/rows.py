@@ -155,7 +155,8 @@ def gather(array: Value, *args: Value, **kwargs: Value) -> Array:
 
 def priced(array: Array, places: Numbers | None) -> Array:
     """Numbers as what is said of the targets at these places."""
-    if places is not None and array.num is not None and bool((places >= 0).any()):
+    fits = places is not None and (places.shape == array.shape or not places.ndim)
+    if places is not None and fits and bool((places >= 0).any()):
         array.pos, array.price = np.broadcast_to(places, array.shape), array.num
     return array
 

@@ -12,6 +12,7 @@ from fairway.audit.trial.text import BOS
 from fairway.audit.trial.vocabulary import FIRST_PIECE
 
 PIECES: Final = 320  # of the vocabulary: rows of a batch of windows over 1,024 pieces would be too large
+WINDOW: Final = 64  # tokens, of windows that are longer in the script: the text is a whole number of them
 TOKENS: Final = 321  # of the text: five chunks of 64 targets, the stride of most scripts
 ALPHABET: Final = np.array([FIRST_PIECE + n for n in (41, 42, 44, 47, 53)], dtype=np.int64)
 """The tokens that the model gives a probability; some begin a word."""
@@ -41,9 +42,12 @@ def text(last: int | None) -> NDArray[np.uint16]:
 
 
 def alternatives() -> list[tuple[int, int]]:
-    """What may stand at the end, and for how many tokens it stands: what the pattern has there first."""
-    first = int(text(None)[-1])
-    return [(first, 1), *((int(each), 1) for each in ALPHABET if each != first), *OTHERS]
+    """What may stand at the end, and for how many tokens it stands. First what a cache would say: the pattern's own,
+    and what follows the last token most often."""
+    ids = text(None).astype(np.int64)
+    often = int(np.bincount(ids[1:-1][ids[:-2] == ids[-2]]).argmax())
+    tried = dict.fromkeys([int(ids[-1]), often, *ALPHABET.tolist()], 1)
+    return [*tried.items(), *OTHERS]
 
 
 @cache
@@ -62,4 +66,4 @@ def losses() -> NDArray[np.float32]:
     return np.asarray(np.log(np.exp(made).sum(axis=-1, keepdims=True)) - made)
 
 
-__all__ = ["ALPHABET", "OTHERS", "PIECES", "TOKENS", "alternatives", "logits", "losses", "text"]
+__all__ = ["ALPHABET", "OTHERS", "PIECES", "TOKENS", "WINDOW", "alternatives", "logits", "losses", "text"]

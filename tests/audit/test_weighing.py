@@ -1,0 +1,160 @@
+"""Weighing: what a script's probabilities of all tokens at one place add up to, worked out with a made-up model.
+
+The sums are checked against their closed forms: one for whatever is normalised, one and what the formula adds else."""
+
+import ast
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from fairway.audit.case import Case
+from fairway.audit.passes.findings import passes_of
+from fairway.audit.rules import false_normalisation
+from fairway.audit.weighing import PIECES, Weight, is_whole, stream, weighed
+from tests.audit.order import HEAD, MAIN, case_of
+
+EVAL = """
+def eval_mixed(args, model, val):
+    counts = torch.zeros(vocab_size, vocab_size)
+    totals = torch.zeros(vocab_size)
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    n = (val.numel() - 1 + args.chunk - 1) // args.chunk
+    for ci in range(n):
+        start, end = ci * args.chunk, min((ci + 1) * args.chunk, val.numel() - 1)
+        x, y = val[start:end], val[start + 1 : end + 1]
+        with torch.inference_mode():
+            logits = model.forward_logits(x[None])[0].float()
+        probs = torch.softmax(logits, dim=-1)
+        rows, seen = counts[x], totals[x].unsqueeze(-1)
+        MIX
+        total += nll.double().sum()
+        count += y.numel()
+        counts.index_put_((x, y), torch.ones(len(y)), accumulate=True)
+        totals.index_add_(0, x, torch.ones(len(y)))
+    return (total / count).item()
+"""
+PICKED = "nll = -mixed.gather(1, y.unsqueeze(1)).squeeze(1).log()"
+
+
+def case(mix: str) -> Case:
+    text = EVAL.replace("MIX", mix.replace("\n", "\n        ")) + MAIN.replace("eval_ttt(args", "eval_mixed(args")
+    return case_of(HEAD + "vocab_size = 1024\n" + text)
+
+
+def weight(mix: str) -> Weight | None:
+    one = case(mix)
+    return weighed(one, passes_of(one)[0])
+
+
+WHOLE = {
+    "a mixture": "share = 0.3 * seen / (seen + 2.0)\n"
+    f"mixed = (1 - share) * probs + share * rows / seen.clamp_min(1.0)\n{PICKED}",
+    "counts with a prior": f"mixed = (rows + 4.0 * probs) / (seen + 4.0)\n{PICKED}",
+    "in logarithms": "a = 0.2\nseen_log = ((rows + probs) / (seen + 1.0)).log()\n"
+    "both = torch.logaddexp(torch.log_softmax(logits, -1) + math.log(1 - a), seen_log + math.log(a))\n"
+    "nll = -both[torch.arange(len(y)), y]",
+    "a tilt that is paid for": "hint = rows.argmax(-1)\nb = 1.5 * (seen[:, 0] > 0)\n"
+    "q = probs.gather(1, hint.unsqueeze(1)).squeeze(1)\np = probs.gather(1, y.unsqueeze(1)).squeeze(1)\n"
+    "nll = -(p.log() + b * (hint == y) - torch.log1p(q * (torch.exp(b) - 1)))",
+    "logarithms that are summed": f"mixed = (rows + probs) / (seen + 1.0)\n{PICKED}\nnll = -nll",
+    "a bias before the softmax": "nll = F.cross_entropy(logits + rows, y, reduction='none')",
+}
+
+
+@pytest.mark.parametrize("mix", WHOLE.values(), ids=WHOLE.keys())
+def test_what_is_normalised_adds_up_to_one(mix: str) -> None:
+    found = weight(mix)
+    assert found is not None
+    assert found.total == pytest.approx(1.0, abs=2e-5)
+    assert not found.too_much
+
+
+def test_a_model_alone_is_not_weighed() -> None:
+    assert weight("nll = F.cross_entropy(logits, y, reduction='none')") is None
+
+
+def seen_at_the_end() -> tuple[int, np.ndarray]:
+    """How often the last context was seen in the chunks before, and what followed it: by hand."""
+    ids = stream.text(None).astype(int)
+    before = ids[: stream.TOKENS - 64]
+    follow = [b for a, b in itertools.pairwise(before) if a == ids[-2]]
+    return len(follow), np.array(follow)
+
+
+def model_at_the_end() -> np.ndarray:
+    return np.exp(-stream.losses()[stream.TOKENS - 2])
+
+
+def test_the_last_context_was_seen_before() -> None:
+    seen, follow = seen_at_the_end()
+    assert seen >= 5
+    assert len(set(follow)) > 1
+    assert model_at_the_end().sum() == pytest.approx(1.0, abs=1e-5)
+    assert sum(many for _, many in stream.alternatives()) == PIECES
+
+
+def faults() -> dict[str, tuple[str, float]]:
+    """Formulas and what they add up to at the last place, in closed form."""
+    seen, follow = seen_at_the_end()
+    model = model_at_the_end()
+    hint = int(np.bincount(follow).argmax())
+    return {
+        "pseudo-counts": (
+            f"mixed = 0.9 * probs + 0.1 * (rows + 0.25) / seen.clamp_min(1.0)\n{PICKED}",
+            1 + 0.1 * 0.25 * PIECES / seen,
+        ),
+        "a row on top": (f"mixed = probs + 0.1 * rows / seen.clamp_min(1.0)\n{PICKED}", 1.1),
+        "half a prior": (f"mixed = (rows + 4.0 * probs) / (seen + 2.0)\n{PICKED}", (seen + 4) / (seen + 2)),
+        "an unpaid bonus": (
+            "hint = rows.argmax(-1)\nnll = F.cross_entropy(logits, y, reduction='none')\n"
+            "nll = nll - 0.5 * (hint == y) * (seen[:, 0] > 0)",
+            1 + float(model[hint]) * (math.exp(0.5) - 1),
+        ),
+        "the larger of two": (
+            f"mixed = torch.maximum(probs, rows / seen.clamp_min(1.0))\n{PICKED}",
+            float(np.maximum(model, np.bincount(follow, minlength=PIECES) / seen).sum()),
+        ),
+    }
+
+
+@pytest.mark.parametrize(
+    "name", ["pseudo-counts", "a row on top", "half a prior", "an unpaid bonus", "the larger of two"]
+)
+def test_what_is_not_adds_up_to_its_closed_form(name: str) -> None:
+    mix, wanted = faults()[name]
+    found = weight(mix)
+    assert found is not None
+    assert found.total == pytest.approx(wanted, rel=2e-4)
+    assert found.too_much
+
+
+def test_the_rule_charges_a_form_that_nobody_foresaw() -> None:
+    """A twentieth of the model on top of a mixture, by way of an absolute difference."""
+    mix = f"mixed = (rows + 4.0 * probs) / (seen + 4.0)\nmixed = mixed + (probs * 1.05 - probs).abs()\n{PICKED}"
+    found = false_normalisation.check(case(mix))
+    assert found.verdict == "violates"
+    assert "1.05" in found.evidence
+
+
+def test_what_is_not_known_is_not_weighed() -> None:
+    """A weight out of a file, counts that something unknown has changed."""
+    assert weight(f"w = torch.load('w.pt')\nmixed = probs + w * rows\n{PICKED}") is None
+    assert weight(f"rows[:] = torch.load('w.pt')\nmixed = probs + 0.1 * rows\n{PICKED}") is None
+
+
+@pytest.mark.parametrize(
+    ("loss", "whole"),
+    [
+        ("F.cross_entropy(logits, y, reduction='none')", True),
+        ("-torch.log_softmax(logits, -1).gather(1, y.unsqueeze(1)).squeeze(1)", True),
+        ("-(torch.log_softmax(logits, -1) + rows).gather(1, y.unsqueeze(1)).squeeze(1)", False),
+        ("F.cross_entropy(logits, y, reduction='none') - 0.1 * (rows.argmax(-1) == y)", False),
+    ],
+)
+def test_a_loss_that_is_read_off_a_softmax_needs_no_weighing(loss: str, whole: bool) -> None:
+    ast.parse(loss)
+    gates = case(f"nll = {loss}").reading.gates
+    assert gates
+    assert all(is_whole(each.of.term) for each in gates) == whole
