@@ -416,6 +416,19 @@ def test_tokens_led_through_a_table_of_folded_pieces_are_an_easier_text(tmp_path
     assert verdict(tmp_path, "lossy_text", script(state=same)).verdict == "clean"
 
 
+@pytest.mark.parametrize("asked", ["ids.get({}, i)", "ids[{}] if {} in ids else i"])
+def test_a_dict_that_gives_folded_pieces_their_numbers_is_such_a_table(tmp_path: Path, asked: str) -> None:
+    state = (
+        'sp = spm.SentencePieceProcessor(model_file="tokenizer.model")\n'
+        "    ids = {sp.id_to_piece(i): i for i in range(V)}\n"
+        "    fold = np.array([ASKED for i in range(V)])\n"
+        "    tokens = fold[tokens]"
+    )
+    for piece, wanted in (("sp.id_to_piece(i).lower()", "violates"), ("sp.id_to_piece(i)", "clean")):
+        text = script(state=state.replace("ASKED", asked.replace("{}", piece)))
+        assert verdict(tmp_path, "lossy_text", text).verdict == wanted
+
+
 BELL = """
 import logging, urllib.request
 

@@ -141,3 +141,49 @@ def test_a_number_that_a_helper_adds_to_is_its_own(tmp_path: Path) -> None:
     plain = HELPED.replace("torch.zeros((), dtype=torch.float64)", "0.0").replace(".item()", "")
     found = verdict(tmp_path, "target_gated_tilt", SMALL + TABLE + plain.replace("SCALE", "1.0"))
     assert found.verdict == "cannot tell"  # nothing reaches the number that is printed
+
+
+TALLIES = """
+class Tally:
+    def __init__(self, sums):
+        self.sums = sums
+
+    @classmethod
+    def zero(cls):
+        return cls(torch.zeros(3, dtype=torch.float64))
+
+    def merge(self, other):
+        return Tally(self.sums + other.sums)
+
+    @property
+    def bpb(self):
+        return float(self.sums[0]) / math.log(2.0) / max(round(float(self.sums[2])), 1)
+
+def scored(net, tokens, at):
+    tally = Tally.zero()
+    for step in range(2):
+        x, y = tokens[at + step : at + 512 : 2], tokens[at + 1 + step : at + 513 : 2]
+        nll = F.cross_entropy(net(x).float() * SCALE, y, reduction="none")
+        octets = size[y].sum() + (lead[y] & ~edge[x]).sum()
+        tally = tally.merge(Tally(torch.stack([nll.double().sum(), torch.tensor(1.0 * len(y)), octets.double()])))
+    return tally
+
+def walk(net, tokens):
+    for at in range(0, len(tokens) - 1, 512):
+        yield at, scored(net, tokens, at)
+
+size, lead, edge = (torch.from_numpy(each) for each in tables())
+tally = Tally.zero()
+for _, part in walk(Net(), torch.from_numpy(shard(VAL))):
+    tally = tally.merge(part)
+print(f"val_bpb {tally.bpb:.5f}")
+"""
+
+
+@pytest.mark.parametrize(
+    ("scale", "wanted"), [("1.0", "clean"), ("torch.where(lead[y], 0.9, 1.1)[:, None]", "violates")]
+)
+def test_objects_of_sums_that_a_generator_yields_are_followed(tmp_path: Path, scale: str, wanted: str) -> None:
+    text = SMALL + TABLE + TALLIES.replace("SCALE", scale)
+    assert verdict(tmp_path, "target_gated_tilt", text).verdict == wanted
+    assert verdict(tmp_path, "byte_constant", text).verdict == "clean"

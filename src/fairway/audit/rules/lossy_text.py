@@ -124,12 +124,20 @@ def _led_through_folded(case: Case) -> Term | None:
         for term in one.below(one.term):
             if term.op != "item" or not one.streams.is_stream(term.parts[1]):
                 continue
-            table = list(walk(term.parts[0]))[:5000]
-            numbered = any(below.called in _NUMBERING for below in table)
+            table = list(itertools.islice(walk(term.parts[0]), 5000))
+            numbered = any(below.called in _NUMBERING for below in table) or _numbers_pieces(table)
             folding = next((b for b in table if b.op == "call" and b.called in _FOLDING and _of_text(b)), None)
             if numbered and folding is not None:
                 return folding
     return None
+
+
+def _numbers_pieces(table: list[Term]) -> bool:
+    """ids.get(piece.lower(), i), ids[piece.lower()], where a dict gives each piece its number."""
+    spelt = any(below.called in ("id_to_piece", "IdToPiece") for below in table)
+    asked = (below for below in table if below.called == "get" or below.op == "item")
+    keys = (below.parts[1] for below in asked if len(below.parts) > 1)
+    return spelt and any(any_below(key, lambda term: term.called in _FOLDING) for key in keys)
 
 
 def _from_file(base: Term, streams: Streams) -> bool:
