@@ -134,6 +134,15 @@ def test_the_sum_in_the_script_itself(old: str, new: str, says: str, tmp_path: P
         "n = 16_000_000\nn = n - 1\nn = n - n\nprint(len(open(__file__).read()) <= n)\n",
         "import os\ndef size(p): return os.path.getsize(p)\ndef judge(n): return n <= 16_000_000\n"
         "def run(p, text):\n    n = size(p) + len(text)\n    print(judge(n))\nrun('m.bin', open(__file__).read())\n",
+        *(
+            "import os\nfrom dataclasses import dataclass\n@dataclass\nclass Sizes:\n    code: int\n    model: int\n"
+            "    @property\n    def total(self): return self.code + self.model\n"
+            f"    def fits(self): return self.total <= 16_000_000\nprint(Sizes({given}).fits())\n"
+            for given in (
+                "code=os.path.getsize(__file__), model=os.path.getsize('m.bin')",
+                "os.path.getsize(__file__), os.path.getsize('m.bin')",
+            )
+        ),
     ],
 )
 def test_honest_sums_of_other_shapes_are_clean(honest: str, tmp_path: Path) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Collection, Iterator
+from copy import deepcopy
 
 from fairway.audit.case import Case
 from fairway.audit.reading.tree import nodes
 from fairway.audit.verdict import Place
 
 _CLOCKS = frozenset(("time", "perf_counter", "monotonic", "perf_counter_ns", "monotonic_ns", "time_ns"))
+_SHORT = 12  # statements of a helper
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
 
 
@@ -37,6 +39,59 @@ def restarted(case: Case) -> Place | None:
             if found is not None:
                 return case.place(found)
     return None
+
+
+def looks(tree: ast.AST | None) -> int:
+    """How often the clock is looked at, by itself or by a short helper, where the model learns: in the loops and
+    functions that take gradients, and not under a condition that takes none."""
+    functions = [node for node in nodes(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    teaching = {node.name for node in functions if _learns(node, ())}
+    asking = {*_CLOCKS, *(node.name for node in _helpers(functions))}
+    loops = (node for node in nodes(tree) if isinstance(node, (ast.For, ast.While)))
+    taught = [node for node in functions if node.name in teaching]
+    bodies = [node.body for node in loops if _learns(node, teaching)]
+    looped = {id(each) for body in bodies for statement in body for each in ast.walk(statement)}
+    bodies += [node.body for node in taught if not any(id(each) in looped for each in ast.walk(node))]
+    return len({id(each) for body in bodies for each in _always(body, teaching) if _asks(each, asking)})
+
+
+def short_helpers(tree: ast.AST | None) -> list[range]:
+    """The lines of the short functions that look at the clock for others."""
+    functions = [node for node in nodes(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    return [range(node.lineno, (node.end_lineno or node.lineno) + 1) for node in _helpers(functions)]
+
+
+def _helpers(functions: list[ast.FunctionDef | ast.AsyncFunctionDef]) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Short functions that learn nothing and look at the clock, themselves or by another one."""
+    sizes = {id(node): sum(isinstance(each, ast.stmt) for each in ast.walk(node)) for node in functions}
+    short = [node for node in functions if sizes[id(node)] <= _SHORT and not _learns(node, ())]
+    asking: set[str] = set(_CLOCKS)
+    found = short
+    for _ in range(2):
+        found = [node for node in short if any(_asks(each, asking) for each in ast.walk(node))]
+        asking |= {node.name for node in found}
+    return found
+
+
+def _always(body: list[ast.stmt], teaching: Collection[str]) -> Iterator[ast.AST]:
+    """What is worked out below some statements in every turn, or where something learns."""
+    for statement in body:
+        if isinstance(statement, ast.If) and not _learns(statement, teaching):
+            yield from ast.walk(statement.test)
+        elif isinstance(statement, (ast.If, ast.With, ast.Try)):
+            heads = (
+                [*statement.items, *deepcopy(statement.items)] if isinstance(statement, ast.With) else []
+            )  # both ends
+            yield from (each for head in heads for each in ast.walk(head))
+            yield from _always([*statement.body, *getattr(statement, "orelse", [])], teaching)
+        elif not isinstance(statement, (ast.For, ast.While, *_FUNCTIONS)):
+            yield from ast.walk(statement)
+
+
+def _asks(node: ast.AST, asking: Collection[str]) -> bool:
+    """Whether a node calls something of one of these names."""
+    name = node.func if isinstance(node, ast.Call) else None
+    return getattr(name, "attr", getattr(name, "id", "")) in asking
 
 
 def _set_back(loop: ast.For | ast.While, begun: set[str], clocks: set[str], teaching: set[str]) -> Iterator[int]:
@@ -122,4 +177,4 @@ def _names(node: ast.AST) -> set[str]:
     return {each.id for each in ast.walk(node) if isinstance(each, ast.Name)}
 
 
-__all__ = ["restarted"]
+__all__ = ["looks", "restarted", "short_helpers"]

@@ -214,6 +214,11 @@ class _Sources:
         functions = {
             node.name: node for node in nodes(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
         }
+        fields = {
+            node.name: [_called(each.target) for each in node.body if isinstance(each, ast.AnnAssign)]
+            for node in nodes(tree)
+            if isinstance(node, ast.ClassDef)
+        }  # of dataclasses and named tuples
         for node in nodes(tree):
             if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.NamedExpr)) and node.value is not None:
                 for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
@@ -230,14 +235,16 @@ class _Sources:
                 for each in node.keywords:
                     self.given.setdefault(f"[{each.arg}]", []).append(each.value)
             elif isinstance(node, ast.Call):
-                function = functions.get(
-                    node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
-                )
+                function = functions.get(_called(node.func))
                 if function is not None:
-                    self._pass(function.args, node)
+                    self._pass([each.arg for each in [*function.args.posonlyargs, *function.args.args]], node)
+                elif _called(node.func) in fields:
+                    self._pass(fields[_called(node.func)], node)
         for name, function in functions.items():
             returned = [each.value for each in ast.walk(function) if isinstance(each, ast.Return) and each.value]
             self.given.setdefault(f"{name}()", []).extend(returned)
+            if any(_called(each) in ("property", "cached_property") for each in function.decorator_list):
+                self.given.setdefault(name, []).extend(returned)
 
     def of(self, node: ast.expr) -> list[ast.expr]:
         """What a name, an attribute or a call of a helper stands for."""
@@ -279,8 +286,7 @@ class _Sources:
         if name:
             self.given.setdefault(name, []).append(value)
 
-    def _pass(self, declared: ast.arguments, call: ast.Call) -> None:
-        names = [each.arg for each in [*declared.posonlyargs, *declared.args]]
+    def _pass(self, names: list[str], call: ast.Call) -> None:
         names = names[1:] if names[:1] == ["self"] else names
         for name, value in zip(names, call.args, strict=False):
             self.given.setdefault(name, []).append(value)

@@ -10,6 +10,7 @@ from fairway.audit.passes.restarts import restarted
 from fairway.audit.records import Amount, Log, record_of
 from fairway.audit.terms.clocks import limits, said_at
 from fairway.audit.verdict import Finding, Place, Step
+from fairway.audit.weighing import timed
 
 ID = "training-over-time"
 CHARGE = "Training takes longer than 600 s."
@@ -31,6 +32,13 @@ def check(case: Case) -> Finding:
         return Finding(ID, "violates", evidence, CLAUSE, back)
     if not asked:
         return found
+    long = timed(case)
+    if long is not None:
+        evidence = (
+            f"Worked out with a clock that goes on with every lesson, read, message and step: the loop at line "
+            f"{long.loop} takes {long.seconds:,.0f} s where the script's own arithmetic ends it at its limit."
+        )
+        return Finding(ID, "violates", evidence, CLAUSE, case.place(long.line))
     which = passes_of(case)[0]
     early, late = unclocked(case.trace, which), overrun(case.trace, which)
     step = early or late

@@ -1,0 +1,208 @@
+"""A trial whose clock goes on: how long a training loop runs by the clock on the wall, whatever the script makes of it.
+
+The script decides by its own arithmetic when its 600 s are over: pauses are taken off, a start is moved on, a share is
+counted. Here its clock is ours. It goes on with everything that training is made of - a lesson, a read of the training
+text, a message between the cards, a step of an optimiser - and stands still else, so that looking at the validation
+text on the way costs nothing, as is accepted. What a loop took from its first turn to its last is then a number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+
+from fairway.audit.case import Case
+from fairway.audit.passes.restarts import looks, short_helpers
+from fairway.audit.reading.script import Script
+from fairway.audit.settings import Settings
+from fairway.audit.trial import text
+from fairway.audit.trial.arrays import Array
+from fairway.audit.trial.core import Core
+from fairway.audit.trial.limits import Forced
+from fairway.audit.trial.machine import Machine, over
+from fairway.audit.trial.turns import Turns
+from fairway.audit.trial.values import Lib, Spent, Unknown, Value
+
+Way = tuple[int, ...]
+
+LIMIT: Final = 600.0  # seconds
+LESSON, READ, MESSAGE, STEP = 0.5, 0.1, 0.1, 0.5  # seconds: of a hundred turns rather than seven thousand
+_LARGE = 10_000  # tokens: of the training text, and no table
+_NUMBERS = 100_000  # of an array: a step
+_LOOKS = 3  # at the clock, where the model learns: one ends the loop, one is said in the log
+_TURNS = 2_000  # of a loop that no clock ends
+_FEW = 12  # turns that say too little
+_LESS = 0.7  # of the turns, where the clock ends them and goes twice as fast
+_MOST = 0.9  # of what is lost
+_SOME = 0.02  # of what a loop takes
+_ROOM = 1.02  # of the limit, besides two turns: the clock is looked at between steps
+_MESSAGES = frozenset(
+    ("all_reduce", "all_gather", "reduce", "reduce_scatter", "all_gather_into_tensor", "reduce_scatter_tensor")
+)
+
+
+@dataclass
+class Loop:
+    """A loop that trains. begun: when it began; now: at the end of its last turn; lessons, looks: how many there had
+    been when it began; timed: turns in which the clock was looked at."""
+
+    line: int
+    begun: float
+    now: float
+    lessons: int
+    looks: int
+    turns: int = 0
+    timed: int = 0
+
+
+@dataclass
+class Interval:
+    """Between two looks at the clock. first, second: the calls and the lines of these; since: when it was met for the
+    first time; spent: seconds in all."""
+
+    first: Way
+    second: Way
+    since: float
+    spent: float = 0.0
+
+
+@dataclass(frozen=True)
+class Overrun:
+    """seconds: what the training loop takes; line: where the time is lost."""
+
+    seconds: float
+    loop: int
+    line: int
+
+
+class Timer(Machine):
+    """The trial's machine with a clock that goes on."""
+
+    most_steps = 150_000
+
+    def __init__(self, script: Script, settings: Settings, forced: tuple[Forced, ...] = (), rate: float = 1.0) -> None:
+        super().__init__(script, settings, forced)
+        self.rate = rate
+        for name in ("time", "perf_counter", "monotonic", "process_time"):
+            self.functions[f"time.{name}"] = _look
+        for name in ("time_ns", "perf_counter_ns", "monotonic_ns"):
+            self.functions[f"time.{name}"] = _look_ns
+        self.now = 0.0
+        self.total = 0  # lessons
+        self.looks = 0  # at the clock
+        self.running: dict[int, tuple[Turns, Loop]] = {}
+        self.loops: list[Loop] = []
+        self.looked: tuple[Way, float] = ((), 0.0)
+        self.intervals: dict[tuple[Way, Way], Interval] = {}
+
+    def spend(self, seconds: float) -> None:
+        self.now += seconds * self.rate
+
+    def look(self) -> float:
+        """The script asks its clock."""
+        way = (*self.stack, self.line)
+        first, then = self.looked
+        if first and self.now > then and self.loops:
+            key = (first, way)
+            held = self.intervals.setdefault(key, Interval(first, way, then))
+            held.spent += self.now - then
+        self.looked = (way, self.now)
+        self.clock += 1e-7
+        self.looks += 1
+        return self.now + self.clock
+
+    def mark(self, over: Value = None) -> Turns:
+        turns = super().mark(over)
+        self.running[id(turns)] = (turns, Loop(self.line, self.now, self.now, self.total, self.looks))
+        return turns
+
+    def aimless(self, since: Turns) -> bool:
+        _, loop = self.running[id(since)]
+        learned = self.total - loop.lessons
+        if not learned:
+            return super().aimless(since)
+        loop.turns += 1
+        loop.timed += self.looks > loop.looks
+        loop.now, loop.looks = self.now, self.looks
+        if loop not in self.loops:
+            self.loops.append(loop)
+        if loop.turns > _TURNS:
+            raise Spent
+        return False
+
+    def learn(self, value: Value) -> None:
+        super().learn(value)
+        self.total += 1
+        self.spend(LESSON)
+
+    def weigh(self, array: Array) -> None:
+        self.trial.steps += array.body.size // _NUMBERS
+
+    def item(self, value: Value, index: Value) -> Value:
+        if isinstance(value, Array) and value.pos is None and value.num is not None and value.num.size > _LARGE:
+            self.spend(READ)
+        return super().item(value, index)
+
+    def foreign(self, func: Lib, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
+        if func.path.startswith("torch.distributed.") and func.name in _MESSAGES:
+            self.spend(MESSAGE)
+        return super().foreign(func, args, kwargs, line)
+
+    def attribute(self, value: Value, name: str) -> Value:
+        if name == "step" and isinstance(value, Unknown):
+            self.spend(STEP)
+        return super().attribute(value, name)
+
+
+def _look(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
+    assert isinstance(machine, Timer)
+    return machine.look()
+
+
+def _look_ns(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
+    assert isinstance(machine, Timer)
+    return int(machine.look() * 1e9)
+
+
+def timed(case: Case) -> Overrun | None:
+    """The training loop that goes on for longer than the limit; None where it does not, or where none is ended by the
+    clock: a loop that is takes half as many turns of twice the time."""
+    if looks(case.body.tree) < _LOOKS:
+        return None
+    machine, loop = _trained(case)
+    if loop is None:
+        return None
+    seconds = loop.now - loop.begun
+    if seconds <= _ROOM * LIMIT + 2 * seconds / loop.turns:
+        return None
+    slower = _trained(case, rate=2.0)[1]
+    if slower is None or slower.line != loop.line or slower.turns > _LESS * loop.turns:
+        return None
+    return Overrun(seconds, loop.line, _lost(case, machine, loop))
+
+
+def _trained(case: Case, rate: float = 1.0) -> tuple[Timer, Loop | None]:
+    """A trial of so many seconds for a second, and its longest loop that looks at the clock in its turns."""
+    begin: Callable[..., Timer] = partial(Timer, case.script, case.settings, rate=rate)
+    machine = over(begin, text.SHORT, ())
+    ended = [each for each in machine.loops if each.timed > 0.9 * each.turns]
+    loop = max(ended, key=lambda each: each.now - each.begun, default=None)
+    return machine, loop if loop is not None and _FEW <= loop.turns < _TURNS else None
+
+
+def _lost(case: Case, machine: Timer, loop: Loop) -> int:
+    """The line of the look at the clock that begins the shortest interval with all that is lost in it, or that asks a
+    short helper for it; the loop's own where the clock is looked at once in it."""
+    own = (each for each in machine.intervals.values() if each.since >= loop.begun)
+    often = [each for each in own if each.spent > _SOME * (loop.now - loop.begun)]
+    if len(often) < 2:
+        return often[0].second[-1] if often else loop.line
+    lost = _MOST * (loop.now - loop.begun - LIMIT)
+    first = min(often, key=lambda each: (each.spent < lost, each.spent)).first
+    helpers = short_helpers(case.body.tree)
+    return next((line for line in reversed(first) if not any(line in lines for lines in helpers)), first[-1])
+
+
+__all__ = ["LIMIT", "Overrun", "timed"]

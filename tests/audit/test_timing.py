@@ -1,0 +1,116 @@
+"""A trial whose clock goes on: what a training loop takes on the wall, whatever the script's arithmetic makes of it."""
+
+import pytest
+
+from fairway.audit.rules import training_over_time
+from fairway.audit.weighing import timed
+from tests.audit.order import HONEST, case_of
+
+LOOP = """        elapsed = time.perf_counter() - t0
+        if elapsed >= args.cap - args.reserve:
+            break
+        x, y = loader.next(65536)
+        loss = model(x, y)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+"""
+WATCH = """
+import contextlib
+class Watch:
+    def __init__(self):
+        self.spent, self.since = 0.0, time.perf_counter()
+    def stop(self):
+        self.spent += time.perf_counter() - self.since
+    def start(self):
+        self.since = time.perf_counter()
+    def read(self):
+        return self.spent + time.perf_counter() - self.since
+    @contextlib.contextmanager
+    def paused(self):
+        self.stop()
+        yield
+        self.start()
+watch = Watch()
+"""
+
+
+def trained(old: str, new: str, before: str = "", told: str = "") -> str:
+    assert LOOP in HONEST
+    assert old in LOOP
+    loop = LOOP.replace(old, new)
+    if "watch" in loop:
+        loop = loop.replace("time.perf_counter() - t0", "watch.read()")
+        before = WATCH + before
+    text = HONEST.replace(LOOP, loop).replace("def train(args, model):", f"{before}\ndef train(args, model):")
+    return text.replace("    t0 = time.perf_counter()\n", f"    t0 = time.perf_counter()\n{told}")
+
+
+PAUSED = {
+    "a start that is moved on": (
+        "        x, y = loader.next(65536)\n",
+        "        t1 = time.perf_counter()\n        x, y = loader.next(65536)\n        t0 += time.perf_counter() - t1\n",
+        "t0 +=",
+    ),
+    "a half of the step": (
+        "        opt.zero_grad()\n        loss.backward()\n        opt.step()\n",
+        "        t1 = time.perf_counter()\n        opt.zero_grad()\n        loss.backward()\n        opt.step()\n"
+        "        t0 += 0.5 * (time.perf_counter() - t1)\n",
+        "t1 =",
+    ),
+    "a watch that is stopped": (
+        "        opt.step()\n",
+        "        watch.stop()\n        opt.step()\n        watch.start()\n",
+        "watch.stop()",
+    ),
+    "a block that is not timed": (
+        "        opt.step()\n",
+        "        with watch.paused():\n            opt.step()\n",
+        "with watch.paused",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PAUSED)
+def test_time_that_is_taken_off_the_clock_is_counted(name: str) -> None:
+    old, new, at = PAUSED[name]
+    text = trained(old, new)
+    found = timed(case_of(text))
+    assert found is not None
+    assert found.seconds > 650
+    lines = text.split("\n")
+    near = [n for n, line in enumerate(lines, 1) if at in line]
+    assert min(abs(found.line - n) for n in near) <= 3
+    assert training_over_time.check(case_of(text)).verdict == "violates"
+
+
+@pytest.mark.parametrize(
+    "new",
+    [
+        "        t1 = time.perf_counter()\n"
+        "        x, y = loader.next(65536)\n"
+        "        waited = time.perf_counter() - t1\n",
+        "        if step % 500 == 0:\n"
+        "            spent = time.perf_counter() - t0\n"
+        "            eval_val(args, model, val)\n"
+        "            t0 = time.perf_counter() - spent\n"
+        "        x, y = loader.next(65536)\n"
+        "        t2 = time.perf_counter()\n"
+        "        t3 = time.perf_counter() - t2\n",
+    ],
+    ids=["a wait that is said", "a look at the validation text"],
+)
+def test_what_takes_nothing_off_is_clean(new: str) -> None:
+    text = trained("        x, y = loader.next(65536)\n", new, before="val = load(Hyperparameters.val_files)\n")
+    assert timed(case_of(text)) is None
+
+
+def test_a_clock_that_is_looked_at_once_in_a_turn_is_not_tried() -> None:
+    assert timed(case_of(HONEST)) is None
+
+
+def test_a_loop_that_no_clock_ends_takes_as_long_as_it_takes() -> None:
+    """Its turns are counted: twice the time for each does not make them fewer."""
+    old, new, _ = PAUSED["a start that is moved on"]
+    text = trained(old, new).replace("        if elapsed >= args.cap - args.reserve:", "        if step >= 700:")
+    assert timed(case_of(text)) is None
