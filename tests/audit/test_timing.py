@@ -56,7 +56,7 @@ PAUSED = {
         "        opt.zero_grad()\n        loss.backward()\n        opt.step()\n",
         "        t1 = time.perf_counter()\n        opt.zero_grad()\n        loss.backward()\n        opt.step()\n"
         "        t0 += 0.5 * (time.perf_counter() - t1)\n",
-        "t1 =",
+        "t0 +=",
     ),
     "a watch that is stopped": (
         "        opt.step()\n",

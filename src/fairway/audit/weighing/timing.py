@@ -8,6 +8,7 @@ text on the way costs nothing, as is accepted. What a loop took from its first t
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,7 @@ from typing import Final
 from fairway.audit.case import Case
 from fairway.audit.passes.restarts import looks, short_helpers
 from fairway.audit.reading.script import Script
+from fairway.audit.reading.tree import nodes
 from fairway.audit.settings import Settings
 from fairway.audit.trial import text
 from fairway.audit.trial.arrays import Array
@@ -200,9 +202,14 @@ def _lost(case: Case, machine: Timer, loop: Loop) -> int:
     if len(often) < 2:
         return often[0].second[-1] if often else loop.line
     lost = _MOST * (loop.now - loop.begun - LIMIT)
-    first = min(often, key=lambda each: (each.spent < lost, each.spent)).first
+    between = min(often, key=lambda each: (each.spent < lost, each.spent))
     helpers = short_helpers(case.body.tree)
-    return next((line for line in reversed(first) if not any(line in lines for lines in helpers)), first[-1])
+    begins, ends = (
+        next((line for line in reversed(way) if not any(line in lines for lines in helpers)), way[-1])
+        for way in (between.first, between.second)
+    )
+    moved = {node.lineno for node in nodes(case.body.tree) if isinstance(node, ast.AugAssign)}
+    return ends if ends in moved else begins  # t0 += time() - t1
 
 
 __all__ = ["LIMIT", "Overrun", "timed"]
