@@ -21,6 +21,7 @@ from fairway.audit.weighing.machine import Way, Weigher
 from fairway.audit.weighing.stream import PIECES
 
 _NUMBERS = 60_000_000  # elements of a table of hashed counts
+_STEPS = 150_000  # of all runs together
 _PLAIN = 1e-4
 _MORE = 1.005  # what is more is no rounding
 
@@ -54,6 +55,8 @@ def weighed(case: Case, which: Reported) -> Weight | None:
     tried = stream.alternatives()
     for last, _ in tried:
         run = _run(case, last)
+        if len(tried) * run.trial.steps > _STEPS:
+            return None
         here = {way: price for way, price in run.said.items() if way in ways and not run.unsure(way)}
         if not run.trial.complete or not here:
             return None

@@ -38,7 +38,7 @@ class Weigher(Machine):
     losses of other texts; rows: lines that made rows over the vocabulary which sum to more than one; mixed: the last
     line that made a price."""
 
-    most_steps = 60_000  # three seconds
+    most_steps = 25_000  # a second or two
     least_cut = 0
 
     def __init__(self, script: Script, settings: Settings, forced: tuple[Forced, ...] = ()) -> None:
