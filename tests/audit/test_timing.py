@@ -114,3 +114,29 @@ def test_a_loop_that_no_clock_ends_takes_as_long_as_it_takes() -> None:
     old, new, _ = PAUSED["a start that is moved on"]
     text = trained(old, new).replace("        if elapsed >= args.cap - args.reserve:", "        if step >= 700:")
     assert timed(case_of(text)) is None
+
+
+POLISH = """    for _ in range(STEPS):
+        x, y = loader.next(65536)
+        loss = model(x, y)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+    for k, v in model.state_dict().items():
+        ema[k].copy_(v.detach().float())
+"""
+
+
+@pytest.mark.parametrize(("steps", "wanted"), [(400, "violates"), (100, "clean")])
+def test_steps_after_the_loop_have_to_fit_in_what_the_clock_keeps_back(steps: int, wanted: str) -> None:
+    """12 s are kept back; at 50 ms a step they hold 240."""
+    text = HONEST.replace(
+        "    model.load_state_dict(ema)\n", POLISH.replace("STEPS", str(steps)) + "    model.load_state_dict(ema)\n"
+    )
+    assert POLISH.replace("STEPS", str(steps)) in text
+    found = training_over_time.check(case_of(text))
+    assert found.verdict == wanted
+    if wanted == "violates":
+        assert "further steps" in found.evidence
+        assert found.place is not None
+        assert text.split("\n")[found.place.line - 1].strip() == f"for _ in range({steps}):"

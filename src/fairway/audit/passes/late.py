@@ -9,6 +9,9 @@ from fairway.audit.flow.events import Call, Choice, Clock, Score, Trace, Update
 from fairway.audit.flow.known import CLOCKS
 from fairway.audit.passes.reported import Reported, scores_of
 
+_WHOLE = 600.0  # seconds
+_MILLI = 6_000.0  # what is more is told in thousandths
+
 
 @dataclass(frozen=True)
 class Late:
@@ -113,6 +116,24 @@ def overrun(trace: Trace, reported: Reported) -> Update | None:
     over = min(over, next(scored, over))
     read = any(number < after.number for number in outside) and not any(after.number < n < over for n in outside)
     return after if read else None
+
+
+def beyond(trace: Trace, reported: Reported) -> tuple[Update, float] | None:
+    """A step of the training, on the same weights, after the loop that a clock ends at less than 600 s, in a loop of
+    its own that asks none: with it the limit in seconds."""
+    trained = _trained(trace, reported)
+    loops = {loop for update in trained for loop, _ in update.nest}
+    clocks = [each for each in trace.events if isinstance(each, Clock)]
+    ends = [each for each in clocks if each.limit and any(loop in loops for loop, _ in each.nest)]
+    if not ends:
+        return None
+    limit = max(each.limit or 0.0 for each in ends)
+    limit = limit / 1000.0 if limit > _MILLI else limit
+    timed = {loop for each in clocks for loop, _ in each.nest}
+    before = {update.state for update in trained if timed & {loop for loop, _ in update.nest}}
+    late = (each for each in trained if each.number > ends[-1].number and each.nest and each.state in before)
+    after = next((each for each in late if not timed & {loop for loop, _ in each.nest}), None)
+    return None if after is None or not 0.0 < limit < _WHOLE else (after, limit)
 
 
 def _trained(trace: Trace, reported: Reported) -> list[Update]:

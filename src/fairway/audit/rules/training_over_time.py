@@ -4,13 +4,13 @@ import re
 
 from fairway.audit.case import Case
 from fairway.audit.passes.findings import passes_of
-from fairway.audit.passes.late import overrun, unclocked
+from fairway.audit.passes.late import beyond, overrun, unclocked
 from fairway.audit.passes.reserves import commanded
 from fairway.audit.passes.restarts import restarted
 from fairway.audit.records import Amount, Log, record_of
 from fairway.audit.terms.clocks import limits, said_at
 from fairway.audit.verdict import Finding, Place, Step
-from fairway.audit.weighing import timed
+from fairway.audit.weighing import steps_after, timed
 
 ID = "training-over-time"
 CHARGE = "Training takes longer than 600 s."
@@ -18,6 +18,7 @@ CLAUSE = "R2: training <= 600 s"
 WITHOUT_SCRIPT = True
 
 LIMIT = 600.0  # seconds
+FASTEST = 0.05  # of a step on the machine of the challenge: the records have 60 to 130 ms
 _CALIBRATION = re.compile(r"calibrat|hessian", re.IGNORECASE)
 _TIME = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|sec|seconds)\b")
 _OWN_TEXT = re.compile(r"self[-_ ]?gen|autoregressive|\bAR\b|synthetic|random", re.IGNORECASE)
@@ -43,12 +44,29 @@ def check(case: Case) -> Finding:
     early, late = unclocked(case.trace, which), overrun(case.trace, which)
     step = early or late
     if step is None:
-        return found
+        return _beyond(case) or found
     loop = next((case.trace.loops[loop] for loop, _ in step.nest if loop in case.trace.loops), step.place)
     when = (
         "before the clock of the training is read for the first time" if early else "after the clock ended the training"
     )
     evidence = f"The weights learn at {step.place} {when}, and keep it: these steps are in no 600 s."
+    return Finding(ID, "violates", evidence, CLAUSE, loop)
+
+
+def _beyond(case: Case) -> Finding | None:
+    """Steps after the loop that the clock ends, more than the time that it keeps back can hold."""
+    found = beyond(case.trace, passes_of(case)[0])
+    if found is None:
+        return None
+    step, limit = found
+    loop = next((case.trace.loops[loop] for loop, _ in step.nest if loop in case.trace.loops), step.place)
+    steps = steps_after(case, loop.line) if loop.file == case.body.path else 0
+    if steps * FASTEST <= LIMIT - limit:
+        return None
+    evidence = (
+        f"At least {steps} further steps of the training follow the loop that the clock ends at {limit:g} s, and ask "
+        f"no clock: the {LIMIT - limit:g} s that are left do not hold them, at {1000 * FASTEST:.0f} ms a step."
+    )
     return Finding(ID, "violates", evidence, CLAUSE, loop)
 
 

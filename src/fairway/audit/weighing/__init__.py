@@ -16,6 +16,6 @@ More than one is a fault in any case. Less is none: what is left may lie on toke
 
 from fairway.audit.weighing.alternatives import Weight, is_whole, weighed
 from fairway.audit.weighing.stream import PIECES
-from fairway.audit.weighing.timing import Overrun, timed
+from fairway.audit.weighing.timing import Overrun, steps_after, timed
 
-__all__ = ["PIECES", "Overrun", "Weight", "is_whole", "timed", "weighed"]
+__all__ = ["PIECES", "Overrun", "Weight", "is_whole", "steps_after", "timed", "weighed"]

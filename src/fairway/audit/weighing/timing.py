@@ -185,6 +185,15 @@ def timed(case: Case) -> Overrun | None:
     return Overrun(seconds, loop.line, _lost(case, machine, loop))
 
 
+def steps_after(case: Case, line: int) -> int:
+    """The turns of a training loop at this line that begins when the one that the clock ends is over; 0 where the trial
+    comes to none."""
+    machine, loop = _trained(case)
+    if loop is None:
+        return 0
+    return max((each.turns for each in machine.loops if each.line == line and each.begun >= loop.now), default=0)
+
+
 def _trained(case: Case, rate: float = 1.0) -> tuple[Timer, Loop | None]:
     """A trial of so many seconds for a second, and its longest loop that looks at the clock in its turns."""
     begin: Callable[..., Timer] = partial(Timer, case.script, case.settings, rate=rate)
@@ -212,4 +221,4 @@ def _lost(case: Case, machine: Timer, loop: Loop) -> int:
     return ends if ends in moved else begins  # t0 += time() - t1
 
 
-__all__ = ["LIMIT", "Overrun", "timed"]
+__all__ = ["LIMIT", "Overrun", "steps_after", "timed"]
