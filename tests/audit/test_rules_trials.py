@@ -332,6 +332,23 @@ def test_passes_whose_sum_is_begun_anew_are_epochs(tmp_path: Path, passes: str, 
     assert shown is None or shown[1] == line_of(text, passes.split("\n")[0])
 
 
+def test_a_table_that_is_filled_beside_the_steps_hides_no_epoch(tmp_path: Path) -> None:
+    passes = "for s, c, low, high in ((s, c, *pair) for s in range(4) for c, pair in enumerate(chunks)):"
+    text = LEARNING.replace("PASSES", f"counts = torch.zeros(1024, 1024)\n    {passes}")
+    text = text.replace(
+        "F.cross_entropy(net(val[low:high]), val[low + 1 : high + 1], red", "F.cross_entropy(MIXED, red"
+    )
+    text = text.replace("MIXED", "net(val[low:high]) + 0.1 * counts[val[low:high]], val[low + 1 : high + 1]")
+    text = text.replace("        optimizer.step()\n", "        optimizer.step()\n        FILL\n")
+    fill = "counts.index_put_((val[low:high], val[low + 1 : high + 1]), torch.ones(high - low), accumulate=True)"
+    (tmp_path / "train_gpt.py").write_text(HEAD + text.replace("FILL", fill))
+    case = Case(opened(tmp_path))
+    which, _, _ = passes_of(case)
+    counts = counts_of(case, which)
+    assert counts is not None
+    assert epochs(case, which, counts) is not None
+
+
 SEGMENTS = """
 PREFIX = int(os.environ.get("PREFIX", 2000))
 

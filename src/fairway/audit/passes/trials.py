@@ -19,6 +19,7 @@ from fairway.audit.trial.told import Lesson, Told, Trial
 _ENDS = 2 * UNIT  # tokens at the end of the text: what windows make of them is a rule of its own
 _WHOLE = 0.02  # times: how near to a whole number what is counted again must come
 _TWICE = 1.4  # times: what is less is a weight, as that of a window that is shorter than others
+_TAUGHT = 0.5  # of what is scored again: the last chunk is often not learned from
 _MOST = 0.5  # of the targets: an epoch of them
 _FEW = 32  # targets: fewer that count otherwise are edges of documents
 
@@ -152,9 +153,11 @@ def epochs(case: Case, which: Reported, counts: Counts) -> tuple[str, int] | Non
     trial = counts.trial
     booked = {way: trial.booked[way] for way in sorted(counts.said[-1].sum.ways()) if way in trial.booked}
     again = sum(int((times > 1).sum()) for times in booked.values())
-    most = _MOST * (trial.length - 1)
-    if min(again, int((counts.late > 0).sum())) < most or len(counts.more) or trial.fitted or not _learns(case, which):
+    late = int((counts.late > 0).sum())
+    if again < _MOST * (trial.length - 1) or late < _TAUGHT * again or len(counts.more) or trial.fitted:
         return None
+    if not _learns(case, which) and _steps(case, which):
+        return None  # several states: the walk tells them apart; where it sees no gradient, the trial's word stands
     way = next(way for way, times in booked.items() if (times > 1).any())
     step = next((lesson.stack for lesson in trial.lessons if lesson.asked), None)
     if step is None:
@@ -177,19 +180,26 @@ def _learns(case: Case, which: Reported) -> bool:
     """Whether what scores has learned from the text, and is one state that is carried on, or states that are made anew
     with optimisers of their own: the walk follows copies, vectors fitted to windows, and what is thrown away, which the
     trial does not tell apart."""
-    knows = 0
-    for said in which.score:
-        for score in case.trace.scored(said.value.losses):
-            knows |= score.knows
-    steps = [
-        update
-        for update in case.trace.updates
-        if knows >> update.bit & 1 and any(tok.data in which.data for tok in update.learned)
-    ]
+    steps = _steps(case, which)
     states = {update.state for update in steps}
     fresh = {bool(update.fresh) for update in steps}
     modules = all(update.state is not None and update.state.kind == "instance" for update in steps)
     return modules and (fresh == {True} or (fresh == {False} and len(states) == 1))
+
+
+def _steps(case: Case, which: Reported) -> list[Update]:
+    """What the score's losses know that a gradient of the text taught: tables are filled in the same order."""
+    knows = 0
+    for said in which.score:
+        for score in case.trace.scored(said.value.losses):
+            knows |= score.knows
+    return [
+        update
+        for update in case.trace.updates
+        if knows >> update.bit & 1
+        and update.how == "gradient"
+        and any(tok.data in which.data for tok in update.learned)
+    ]
 
 
 def order_of(case: Case, which: Reported, score: Score, step: Update) -> Literal["first", "late", ""]:
