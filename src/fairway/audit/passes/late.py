@@ -9,7 +9,7 @@ from fairway.audit.flow.events import Call, Choice, Clock, Score, Trace, Update
 from fairway.audit.flow.known import CLOCKS
 from fairway.audit.passes.reported import Reported, scores_of
 
-_WHOLE = 600.0  # seconds
+LIMIT = 600.0  # seconds of training
 _MILLI = 6_000.0  # what is more is told in thousandths
 
 
@@ -133,7 +133,7 @@ def beyond(trace: Trace, reported: Reported) -> tuple[Update, float] | None:
     before = {update.state for update in trained if timed & {loop for loop, _ in update.nest}}
     late = (each for each in trained if each.number > ends[-1].number and each.nest and each.state in before)
     after = next((each for each in late if not timed & {loop for loop, _ in each.nest}), None)
-    return None if after is None or not 0.0 < limit < _WHOLE else (after, limit)
+    return None if after is None or not 0.0 < limit < LIMIT else (after, limit)
 
 
 def _trained(trace: Trace, reported: Reported) -> list[Update]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Collection, Iterator
-from copy import deepcopy
 
 from fairway.audit.case import Case
 from fairway.audit.reading.tree import nodes
@@ -52,7 +51,9 @@ def looks(tree: ast.AST | None) -> int:
     bodies = [node.body for node in loops if _learns(node, teaching)]
     looped = {id(each) for body in bodies for statement in body for each in ast.walk(statement)}
     bodies += [node.body for node in taught if not any(id(each) in looped for each in ast.walk(node))]
-    return len({id(each) for body in bodies for each in _always(body, teaching) if _asks(each, asking)})
+    asked = {id(each) for body in bodies for each in _always(body, teaching) if _asks(each, asking)}
+    managers = {id(item.context_expr) for node in nodes(tree) if isinstance(node, ast.With) for item in node.items}
+    return len(asked) + len(asked & managers)  # a block has two ends
 
 
 def short_helpers(tree: ast.AST | None) -> list[range]:
@@ -79,9 +80,7 @@ def _always(body: list[ast.stmt], teaching: Collection[str]) -> Iterator[ast.AST
         if isinstance(statement, ast.If) and not _learns(statement, teaching):
             yield from ast.walk(statement.test)
         elif isinstance(statement, (ast.If, ast.With, ast.Try)):
-            heads = (
-                [*statement.items, *deepcopy(statement.items)] if isinstance(statement, ast.With) else []
-            )  # both ends
+            heads = statement.items if isinstance(statement, ast.With) else []
             yield from (each for head in heads for each in ast.walk(head))
             yield from _always([*statement.body, *getattr(statement, "orelse", [])], teaching)
         elif not isinstance(statement, (ast.For, ast.While, *_FUNCTIONS)):

@@ -4,7 +4,7 @@ import re
 
 from fairway.audit.case import Case
 from fairway.audit.passes.findings import passes_of
-from fairway.audit.passes.late import beyond, overrun, unclocked
+from fairway.audit.passes.late import LIMIT, beyond, overrun, unclocked
 from fairway.audit.passes.reserves import commanded
 from fairway.audit.passes.restarts import restarted
 from fairway.audit.records import Amount, Log, record_of
@@ -17,7 +17,6 @@ CHARGE = "Training takes longer than 600 s."
 CLAUSE = "R2: training <= 600 s"
 WITHOUT_SCRIPT = True
 
-LIMIT = 600.0  # seconds
 FASTEST = 0.05  # of a step on the machine of the challenge: the records have 60 to 130 ms
 _CALIBRATION = re.compile(r"calibrat|hessian", re.IGNORECASE)
 _TIME = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|sec|seconds)\b")

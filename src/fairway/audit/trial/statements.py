@@ -26,8 +26,6 @@ class Left:
     value: Value = None
 
 
-"""Steps, lessons from other texts, and uses of the text, when a loop began."""
-
 BREAK: Final = Left("break")
 CONTINUE: Final = Left("continue")
 Run = Callable[[Frame], Left | None]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from fairway.audit.trial.arrays import Array, Numbers, array_of, scalar
+from fairway.audit.trial.arrays import Array, Numbers, scalar
 from fairway.audit.trial.given import body_of, numbers_of
 from fairway.audit.trial.values import Value
 
@@ -182,4 +182,4 @@ ROWS: dict[str, Callable[..., Value]] = {
 }
 
 
-__all__ = ["ROWS", "array_of", "gather", "log_softmax", "priced"]
+__all__ = ["ROWS", "gather", "log_softmax", "priced"]

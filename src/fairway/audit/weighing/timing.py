@@ -12,9 +12,9 @@ import ast
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Final
 
 from fairway.audit.case import Case
+from fairway.audit.passes.late import LIMIT
 from fairway.audit.passes.restarts import looks, short_helpers
 from fairway.audit.reading.script import Script
 from fairway.audit.reading.tree import nodes
@@ -26,10 +26,8 @@ from fairway.audit.trial.limits import Forced
 from fairway.audit.trial.machine import Machine, over
 from fairway.audit.trial.turns import Turns
 from fairway.audit.trial.values import Lib, Spent, Unknown, Value
+from fairway.audit.weighing.machine import Way
 
-Way = tuple[int, ...]
-
-LIMIT: Final = 600.0  # seconds
 LESSON, READ, MESSAGE, STEP = 0.5, 0.1, 0.1, 0.5  # seconds: of a hundred turns rather than seven thousand
 _LARGE = 10_000  # tokens: of the training text, and no table
 _NUMBERS = 100_000  # of an array: a step
@@ -221,4 +219,4 @@ def _lost(case: Case, machine: Timer, loop: Loop) -> int:
     return ends if ends in moved else begins  # t0 += time() - t1
 
 
-__all__ = ["LIMIT", "Overrun", "steps_after", "timed"]
+__all__ = ["Overrun", "steps_after", "timed"]
