@@ -285,10 +285,7 @@ class Passes:
 
     def _shared(self, score: Score, update: Update, learned: list[Tok]) -> bool:
         """One delta for overlapping windows: a later window's context holds what an earlier one is scored on."""
-        state = update.state
-        if state is None or state.kind != "tensor" or state.owner is not None or score.one_row:
-            return False
-        if state.slots.get("#rows") != "one":
+        if score.one_row or not one_row(update):
             return False
         if all(any(end.startswith(ALL_BEFORE) for _, end, _ in tok.cuts) for tok in learned):
             return False
@@ -424,6 +421,13 @@ def _older(update: Update) -> bool:
     return any(turns.get(loop, turn) > turn for loop, turn in update.fresh)
 
 
+def one_row(update: Update) -> bool:
+    """Whether what learned is a vector of its own with one row for all windows."""
+    state = update.state
+    alone = state is not None and state.kind == "tensor" and state.owner is None
+    return alone and state is not None and state.slots.get("#rows") == "one"
+
+
 def _apart(one: Score, other: Score) -> bool:
     """Whether two scores of the same tokens belong to two passes."""
     if one.stack != other.stack or one.states != other.states or one.knows != other.knows:
@@ -433,4 +437,4 @@ def _apart(one: Score, other: Score) -> bool:
     return any(loop in turns and turns[loop] != turn and loop not in cut for loop, turn in other.nest)
 
 
-__all__ = ["Fault", "Kind", "Passes", "bits"]
+__all__ = ["Fault", "Kind", "Passes", "bits", "one_row"]

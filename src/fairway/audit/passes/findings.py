@@ -9,10 +9,10 @@ from dataclasses import replace
 from fairway.audit.case import Case
 from fairway.audit.flow.events import Choice, Event, Forward, Said, Score, Trace, Update, bits
 from fairway.audit.passes.consequences import without_consequences
-from fairway.audit.passes.faults import Fault, Passes
+from fairway.audit.passes.faults import Fault, Passes, one_row
 from fairway.audit.passes.patterns import pattern_at
 from fairway.audit.passes.reported import Reported, is_diagnosis, reported
-from fairway.audit.passes.trials import order_of
+from fairway.audit.passes.trials import fitted, order_of
 from fairway.audit.reading.tree import nodes
 from fairway.audit.terms.choices import forked
 from fairway.audit.verdict import Finding, Place, Step, Verdict
@@ -67,7 +67,9 @@ def verdict_on(case: Case, rule: str, clause: str, clean: str) -> Finding:
 
 def _as_tried(case: Case, which: Reported, fault: Fault) -> Fault | None:
     """A fault of the order as a trial bears it out: none where every target was scored before the step learned from it,
-    and no second epoch where each was scored but once."""
+    and no second epoch where each was scored but once; none of a vector that was fitted to no target that it scores."""
+    if fault.kind in _OF_VECTORS and isinstance(fault.cause, Update):
+        return _vector_as_tried(case, which, fault, fault.cause)
     if fault.kind not in _OF_THE_ORDER or not isinstance(fault.cause, Update):
         return fault
     order = order_of(case, which, fault.score, fault.cause)
@@ -76,7 +78,19 @@ def _as_tried(case: Case, which: Reported, fault: Fault) -> Fault | None:
     return None if order == "first" else fault
 
 
+def _vector_as_tried(case: Case, which: Reported, fault: Fault, cause: Update) -> Fault | None:
+    """Where a trial tells contexts from what is scored by numbers, masks that the walk cannot follow are none."""
+    shared = fault.kind == "slot-shared-delta"
+    shown = fitted(case, which, cause, shared)
+    if shown != "apart":
+        return replace(fault, doubt="") if shown == "met" else fault
+    if not shared and one_row(cause) and fitted(case, which, cause, shared=True) == "met":
+        return replace(fault, kind="slot-shared-delta", doubt="")
+    return None
+
+
 _OF_THE_ORDER = ("multi-epoch-last", "training-before-scoring", "rescoring-after-adaptation")
+_OF_VECTORS = ("slot-on-scored", "slot-shared-delta")
 _BY_LOSSES = ("choice-by-validation", "temperature-from-validation")
 
 

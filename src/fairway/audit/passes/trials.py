@@ -13,6 +13,7 @@ from fairway.audit.case import Case
 from fairway.audit.flow.events import Score, Update
 from fairway.audit.passes.reported import Reported, scores_of
 from fairway.audit.reading.tree import nodes
+from fairway.audit.trial.sums import FITTED, SHARED
 from fairway.audit.trial.text import UNIT
 from fairway.audit.trial.told import Lesson, Told, Trial
 
@@ -206,21 +207,42 @@ def order_of(case: Case, which: Reported, score: Score, step: Update) -> Literal
     """What a trial that came to this score and to this step shows, where every target was summed once by the calls that
     sum it: "first" where no loss that counts was made after the step had learned from its target; "late" where the step
     is none of the score's own pass and came before. "" where it shows neither."""
-    counts = counts_of(case, which)
-    if counts is None or len(counts.missing) or len(counts.more):
+    counts = _once(case, which)
+    if counts is None:
         return ""
     trial, told = counts.trial, counts.said[-1].sum
-    times = [trial.booked.get(way) for way in told.ways()]
-    once = bool(times) and all(each is not None and each.max() == 1 for each in times)
     asked, calls = (tuple(place.line for place in each.stack[:-1]) for each in (score, step))
     mark = trial.taught_in.get(calls)
     met = asked in trial.asked_in or tuple(place.line for place in score.stack) in told.ways()
-    if not once or mark is None or not met:
+    if mark is None or not met:
         return ""
     if not told.taught() & mark:
         return "first"
     early = any(lesson.early for lesson in trial.lessons if lesson.stack[:-1] == calls)
     return "late" if early and asked[: len(calls)] != calls else ""
+
+
+def _once(case: Case, which: Reported) -> Counts | None:
+    """The counts, where every target was summed once by the calls that sum it, and none is left out."""
+    counts = counts_of(case, which)
+    if counts is None or len(counts.missing) or len(counts.more):
+        return None
+    times = [counts.trial.booked.get(way) for way in counts.said[-1].sum.ways()]
+    return counts if times and all(each is not None and each.max() == 1 for each in times) else None
+
+
+def fitted(case: Case, which: Reported, step: Update, shared: bool) -> Literal["apart", "met", ""]:
+    """What a trial shows of vectors that are fitted to windows: "apart" where no loss that counts is of a target to
+    which the vector of its own window was fitted (shared: that of any window), "met" where most are. "" if neither."""
+    counts = _once(case, which)
+    calls = tuple(place.line for place in step.stack[:-1])
+    if counts is None or not counts.trial.fitted:
+        return ""
+    trial, told = counts.trial, counts.said[-1].sum
+    if calls not in trial.taught_in or calls in trial.untold:
+        return ""
+    share = told.share(SHARED if shared else FITTED)
+    return "apart" if not share else "met" if share > _MOST and calls not in trial.blurred else ""
 
 
 def parting(one: tuple[int, ...], other: tuple[int, ...]) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fairway.audit.trial.sums import Sum
+from fairway.audit.trial.sums import PLACE, Rows, Sum
 from fairway.audit.trial.values import NET, UNKNOWN, Obj, Unknown, Value, mixed
 
 LARGEST = 3_000_000  # elements: what is larger is a table of counts or of weights, and not known
@@ -289,11 +289,26 @@ def summed(array: Array, axis: Any = None, keep: bool = False) -> Value:
 
 
 def sum_of(array: Array) -> Sum:
-    """The Sum of all losses of an array."""
+    """The Sum of all losses of an array. Where all of the text's weigh nought, it says of which tokens they are."""
     assert array.pos is not None
     assert array.coef is not None
-    counted = (array.pos >= 0) & (array.coef != 0)
-    return Sum(array.pos[counted].astype(np.int32), array.coef[counted].astype(np.float64))
+    inside = array.pos >= 0
+    counted = inside & (array.coef != 0)
+    counted = counted if counted.any() else inside
+    return Sum(array.pos[counted].astype(np.int32), array.coef[counted].astype(np.float64), rows=_rows(array, counted))
+
+
+def _rows(array: Array, counted: NDArray[np.bool_]) -> Rows | None:
+    """The windows of an array of losses; None where it is flat and more than one stretch of the text."""
+    assert array.pos is not None
+    width = array.shape[-1] if array.body.ndim > 1 else array.was[-1] if len(array.was) > 1 else 0
+    if width and not array.pos.size % width:
+        return Rows(array.pos.reshape(-1, width)[:, 0] & PLACE, counted.reshape(-1, width).sum(axis=1))
+    flat = array.pos.reshape(-1)
+    inside = flat[flat >= 0] & PLACE
+    if not inside.size or int(inside[-1]) - int(inside[0]) != inside.size - 1:
+        return None
+    return Rows(inside[:1], np.array([counted.sum()]))
 
 
 def _along(array: Array, axis: Any, keep: bool) -> Array:

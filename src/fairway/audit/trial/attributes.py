@@ -16,6 +16,7 @@ from fairway.audit.trial.operators import PLAIN
 from fairway.audit.trial.sums import Sum
 from fairway.audit.trial.tensors import Arrays, array_attribute
 from fairway.audit.trial.values import (
+    BLANK,
     NET,
     UNKNOWN,
     Bound,
@@ -88,6 +89,8 @@ class Attributes(Arrays):
         if isinstance(value, Unknown):
             if name in _PICKING and value.net:
                 return functools.partial(self.gathered, value)
+            if name == "requires_grad_" and value is BLANK:
+                return self.leaf
             if name in _LEVELS and not value.net:  # of a logger
                 return functools.partial(self.told_by_format, "")
             return functools.partial(self.learn_unknown, value) if name == "backward" else value
@@ -191,6 +194,13 @@ class Attributes(Arrays):
         """A model's numbers at tokens, by gather(): losses."""
         index = next((each for each in (*args, *kwargs.values()) if isinstance(each, Array)), None)
         return value if index is None else self.picked(value, index)
+
+    def leaf(self, *_: Value, **__: Value) -> Value:
+        """A tensor of nothing that is learned, made where losses were made before: a vector for windows to come."""
+        if self.made:
+            self.trial.fitted = True
+            self.fitting.made_anew()
+        return UNKNOWN
 
     def learn_unknown(self, value: Unknown, *_: Value, **__: Value) -> None:
         self.learn(value)

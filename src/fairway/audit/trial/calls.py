@@ -10,10 +10,12 @@ import numpy as np
 
 from fairway.audit.trial.arrays import Array, sum_of
 from fairway.audit.trial.attributes import Attributes
+from fairway.audit.trial.fitting import MAKERS
 from fairway.audit.trial.growing import grown_in_place
 from fairway.audit.trial.operators import combine
 from fairway.audit.trial.sums import PLACE, Sum
 from fairway.audit.trial.values import (
+    BLANK,
     NET,
     UNKNOWN,
     Bound,
@@ -204,9 +206,15 @@ class Calls(Attributes):
 
     def foreign(self, func: Lib, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
         """A library's function: one that the trial has its own of, or unknown."""
+        made = self._of_library(func, args, kwargs, line)
+        return BLANK if isinstance(made, Unknown) and func.name in MAKERS and _of_arrays(func.path) else made
+
+    def _of_library(self, func: Lib, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
         path = func.path
         if kwargs.get("requires_grad") is True and self.made:
             self.trial.fitted = True
+            if func.name in MAKERS:
+                self.leaf()
         if path.startswith("torch.optim."):  # what it is for may have been made anew
             self.restored()
         act = self.functions.get(path) or self.functions.get(f"*.{func.name}" if _of_arrays(path) else "")

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from fairway.audit.reading.script import Layer, Script
 from fairway.audit.settings import Settings
 from fairway.audit.trial.arrays import Array, scalar, sum_of
+from fairway.audit.trial.fitting import Fitting
 from fairway.audit.trial.limits import WHOLE, Coarse, Forced, Limits, alone
 from fairway.audit.trial.sums import LATE, PLACE, TAUGHT, Sum
 from fairway.audit.trial.text import LENGTH
@@ -66,6 +67,7 @@ class Core:
         self.taught_by: NDArray[np.int32] = np.zeros(LENGTH, dtype=np.int32)  # which calls ever learned from each place
         self.lessons = self.trial.lessons
         self.learned: NDArray[np.bool_] = np.zeros(LENGTH, dtype=bool)
+        self.fitting = Fitting()
         self.functions: dict[str, Callable[..., Value]] = {}
         self.forms: dict[Value, tuple[str, int]] = {}
 
@@ -132,6 +134,10 @@ class Core:
     def doubt(self, line: int) -> None:
         self.trial.doubts.add(line)
 
+    def blur(self) -> None:
+        """Losses are weighed by what the trial does not know."""
+        self.trial.blurred.add(tuple(self.stack))
+
     def shown(self, value: Value, line: int) -> None:
         """A value becomes text: a sum of losses among them is told."""
         if isinstance(value, Obj):
@@ -162,12 +168,15 @@ class Core:
         found = self.single(value)
         if not isinstance(found, Sum):
             self.trained += 1
+            self.trial.untold.add(tuple(self.stack))
             return
         total, _ = found.counts(LENGTH)
         if not total.any():
-            self.trained += 1
+            self.trained += not found.of_the_text()
             return
         calls = tuple(self.stack)
+        if self.trial.fitted:
+            self.fitting.learn(found)
         if calls in self.trial.taught_in or len(self.trial.taught_in) < len(TAUGHT):
             bit = self.trial.taught_in.setdefault(calls, TAUGHT[len(self.trial.taught_in) % len(TAUGHT)])
             self.taught_by[total > 0] |= bit
@@ -227,7 +236,10 @@ class Core:
     def losses(self, target: Array) -> Array:
         """What a model says of these targets, one loss for each."""
         pos = target.pos if target.pos is not None else np.full(target.shape, -1, np.int32)
-        losses = Array(None, self.marked(pos), np.ones(target.shape))
+        places = self.marked(pos)
+        if self.trial.fitted:
+            places = places + self.fitting.marks(pos, pos.shape if pos.ndim > 1 else target.was)
+        losses = Array(None, places, np.ones(target.shape))
         losses.was = target.was
         return losses
 
@@ -237,6 +249,9 @@ class Core:
         raise NotImplementedError
 
     def call_function(self, func: Func, args: tuple[Value, ...], kwargs: dict[str, Value]) -> Value:
+        raise NotImplementedError
+
+    def leaf(self) -> Value:
         raise NotImplementedError
 
     def of_module(self, func: Func, args: tuple[Value, ...], kwargs: dict[str, Value]) -> Value:

@@ -93,6 +93,8 @@ class Expressions(Displays):
                 for each in other if isinstance(other, tuple) else (other,):
                     shown(each, line)
                 return one
+            if name == "Mult" and isinstance(other, Unknown) and isinstance(one, Array) and one.lossy:
+                self.host.blur()
             found = combine(name, one, other)
             if isinstance(found, Array):
                 weigh(found)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,9 @@ LATE: Final = 1 << 28
 """Added to a target's place where something that scores it had already learned from it."""
 TAUGHT: Final = tuple(1 << bit for bit in range(17, 28))
 """Added as well, one for each of the first calls that learn: theirs was a step on that target before."""
+FITTED: Final = 1 << 29
+"""Added where a vector was fitted to this target in its own window, and SHARED where in any window."""
+SHARED: Final = 1 << 30
 PLACE: Final = TAUGHT[0] - 1
 """The bits of the place itself: the text has 40,961."""
 
@@ -24,24 +27,33 @@ def _counted(
     """One count for all leaves: a sum has thousands of them, and each count of its own cost two arrays of the text."""
     place = places & PLACE
     inside = (places >= 0) & (place < length)
-    after = inside & (places >= LATE)
+    after = inside & (places & LATE != 0)
     total, late = (np.bincount(place[these], weights[these], length) for these in (inside, after))
     return total.astype(np.float64), late.astype(np.float64)
 
 
+class Rows(NamedTuple):
+    """The windows whose losses a sum holds, one after the other: where each begins, how many of its losses count."""
+
+    starts: NDArray[np.int32]
+    counts: NDArray[np.int64]
+
+
 class Sum:
     """sum over targets of weight x loss. Immutable; a sum of sums keeps them and is worked out once, at the end.
-    way: the calls and the line that summed it, where one did."""
+    way: the calls and the line that summed it, where one did; rows: its windows, where they are known."""
 
-    __slots__ = ("parts", "places", "way", "weights")
+    __slots__ = ("parts", "places", "rows", "way", "weights")
 
     def __init__(
         self,
         places: NDArray[np.int32] | None = None,
         weights: NDArray[np.float64] | None = None,
         parts: tuple[tuple[Sum, float], ...] = (),
+        rows: Rows | None = None,
     ) -> None:
         self.places = places
+        self.rows = rows
         self.weights = weights
         self.parts = parts
         self.way: tuple[int, ...] = ()
@@ -64,12 +76,24 @@ class Sum:
 
     def taught(self) -> int:
         """The marks of TAUGHT that its targets have."""
-        found = 0
-        for leaf in self.leaves():
-            if leaf.places is not None and leaf.weights is not None:
-                counted = leaf.places[(leaf.weights != 0) & (leaf.places >= 0)]
-                found |= int(np.bitwise_or.reduce(counted, initial=0))
-        return found & ~PLACE & (LATE - 1)
+        return int(np.bitwise_or.reduce(self._counting(), initial=0)) & ~PLACE & (LATE - 1)
+
+    def of_the_text(self) -> bool:
+        """Whether it is of tokens of the text at all, though all may weigh nought, as in a mean over no context."""
+        return any(leaf.places is not None and leaf.places.size for leaf in self.leaves())
+
+    def share(self, mark: int) -> float:
+        """Of its targets: how many have a mark."""
+        counting = self._counting()
+        return float((counting & mark != 0).mean()) if counting.size else 0.0
+
+    def _counting(self) -> NDArray[np.int32]:
+        kept = [
+            leaf.places[(leaf.weights != 0) & (leaf.places >= 0)].reshape(-1)
+            for leaf in self.leaves()
+            if leaf.places is not None and leaf.weights is not None
+        ]
+        return np.concatenate(kept) if kept else _NONE[0]
 
     def counts(self, length: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """For each place of a text of `length` tokens: the weight in all, and that of late ones among it."""
@@ -120,4 +144,4 @@ class Sum:
         return "0.0"
 
 
-__all__ = ["LATE", "PLACE", "TAUGHT", "Sum"]
+__all__ = ["FITTED", "LATE", "PLACE", "SHARED", "TAUGHT", "Rows", "Sum"]

@@ -92,6 +92,8 @@ def array_attribute(machine: Core, array: Array, name: str) -> Value:
         return UNKNOWN
     if name == "backward":
         return lambda *args, **kwargs: machine.learn(array)
+    if name == "requires_grad_" and array.num is not None and not array.num.any():
+        machine.leaf()
     return lambda *args, **kwargs: machine.of_array(name, (array, *args), kwargs)
 
 

@@ -49,9 +49,10 @@ class Trial:
     statements that raise, and what; unsure: those among them that had scored before they did; summed: lines that sum
     losses; booked: by the calls and the line that sum them, how often each target was; early: places that were learned
     from before they were scored; taught_in: the calls around lessons, and the mark that each leaves at its targets;
-    asked_in: the calls around losses; limits: numbers that others were held against; plans: lines that put windows
-    together; fitted: whether vectors of their own are fitted to windows; table: the line that writes the length of a
-    piece into a table
+    asked_in: the calls around losses; untold: the calls around lessons from what the trial does not know; blurred:
+    those around losses that are weighed by it; limits: numbers that others were held against; plans: lines that put
+    windows together; fitted: whether vectors of their own are fitted to windows; table: the line that writes the length
+    of a piece into a table
     """
 
     vocabulary: int = 1_024
@@ -68,6 +69,8 @@ class Trial:
     table: int = 0
     taught_in: dict[tuple[int, ...], int] = field(default_factory=dict)
     asked_in: set[tuple[int, ...]] = field(default_factory=set)
+    untold: set[tuple[int, ...]] = field(default_factory=set)
+    blurred: set[tuple[int, ...]] = field(default_factory=set)
     left_out: dict[int, str] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
     plans: Plans = field(default_factory=Plans)

@@ -28,6 +28,8 @@ class Unknown:
 
 UNKNOWN: Final = Unknown(False)
 NET: Final = Unknown(True)
+BLANK: Final = Unknown(False)
+"""A tensor of noughts, ones or noise, of a shape that nobody knows: what vectors begin as."""
 
 
 class Undecided(Exception):

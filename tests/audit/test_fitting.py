@@ -1,0 +1,134 @@
+"""Vectors that are fitted to windows, by a trial: what their own window, or any window of the batch, taught them."""
+
+import numpy as np
+import pytest
+
+from fairway.audit.trial.arrays import Array, sum_of
+from fairway.audit.trial.fitting import Fitting, runs
+from fairway.audit.trial.sums import FITTED, SHARED
+from tests.audit.order import broken
+from tests.audit.test_rules_trials import HEAD
+
+BATCHES = (
+    HEAD
+    + """
+def evaluate(net, val, width=1024, stride=256, batch=BATCH):
+    starts = [s for s in range(0, len(val) - 1, stride) if s == 0 or s + width - stride < len(val) - 1]
+    nats, count = 0.0, 0
+    for at in range(0, len(starts), batch):
+        part = starts[at : at + batch]
+        x = torch.zeros(len(part), width, dtype=torch.long)
+        y = torch.zeros(len(part), width, dtype=torch.long)
+        seen = torch.zeros(len(part), width)
+        lengths = []
+        for i, s in enumerate(part):
+            e = min(s + width, len(val) - 1)
+            x[i, : e - s], y[i, : e - s] = val[s:e], val[s + 1 : e + 1]
+            lengths.append(e - s)
+            seen[i, : 0 if s == 0 else REACH] = 1.0 / width
+        hid = net.table(x).detach()
+        shift = MADE
+        for _ in range(3):
+            lg = F.linear(hid + shift, net.table.weight)
+            nll = F.cross_entropy(lg.flatten(0, 1), y.flatten(), reduction="none").view(len(part), width)
+            shift.grad = torch.autograd.grad((nll * seen).sum(), shift)[0]
+            shift.data -= 0.1 * shift.grad
+        lg = F.linear(hid + shift.detach(), net.table.weight)
+        nll = F.cross_entropy(lg.flatten(0, 1), y.flatten(), reduction="none").view(len(part), width)
+        for i, s in enumerate(part):
+            first = 0 if s == 0 else width - stride
+            nats += nll[i, first : lengths[i]].sum().item()
+            count += lengths[i] - first
+    return nats / count
+
+print(f"val_loss {evaluate(Net(), load()):.5f}")
+"""
+)
+
+
+MADE = (
+    "torch.zeros(ROWS, 1, hid.size(-1), requires_grad=True)",
+    "torch.zeros(ROWS, 1, 64).requires_grad_(True)",
+    "torch.zeros(ROWS, 1, hid.size(-1)).requires_grad_()",
+)
+
+
+def written(rows: str = "len(part)", reach: str = "width - stride", batch: int = 8, made: str = MADE[0]) -> str:
+    return BATCHES.replace("MADE", made).replace("ROWS", rows).replace("REACH", reach).replace("BATCH", str(batch))
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (written(made=MADE[0]), set()),
+        (written(made=MADE[1]), set()),
+        (written(made=MADE[2]), set()),
+        (written(rows="1", batch=1), set()),  # one row for one window is nothing that is shared
+        (written(reach="width"), {"slot-on-scored"}),
+        (written(reach="width - stride + 64"), {"slot-on-scored"}),
+        (written(rows="1"), {"slot-shared-delta"}),
+    ],
+)
+def test_a_context_that_is_written_down_row_by_row_is_told_from_what_is_scored(text: str, found: set[str]) -> None:
+    assert broken(text) & {"slot-on-scored", "slot-shared-delta"} == found
+
+
+def windows(starts: list[int], width: int = 8, weights: tuple[int, int] = (0, 8)) -> Array:
+    """The losses of windows of the text, of which those from one place to another weigh one."""
+    places = np.array([range(start, start + width) for start in starts], np.int32)
+    coef = np.zeros(places.shape)
+    coef[:, slice(*weights)] = 1.0
+    return Array(None, places, coef)
+
+
+def test_a_vector_of_its_own_and_one_for_all_are_marked_apart() -> None:
+    fitting = Fitting()
+    batch = windows([0, 4, 8], weights=(0, 4))
+    fitting.learn(sum_of(batch))
+    assert batch.pos is not None
+    marks = fitting.marks(batch.pos, batch.pos.shape)
+    own = [[True] * 4 + [False] * 4] * 3
+    anybody = [[True] * 8] * 2 + [[True] * 4 + [False] * 4]
+    assert ((marks & FITTED) != 0).tolist() == own
+    assert ((marks & SHARED) != 0).tolist() == anybody
+    fitting.made_anew()
+    assert not fitting.marks(batch.pos, batch.pos.shape).any()
+
+
+def test_a_window_without_a_context_has_learned_nothing_from_the_others() -> None:
+    fitting = Fitting()
+    batch = windows([0, 4], weights=(0, 4))
+    assert batch.pos is not None
+    assert batch.coef is not None
+    batch.coef[0] = 0.0
+    fitting.learn(sum_of(batch))
+    assert not (fitting.marks(batch.pos, batch.pos.shape)[0] & FITTED).any()
+
+
+def test_a_window_that_nobody_can_tell_has_learned_what_any_has() -> None:
+    fitting = Fitting()
+    fitting.learn(sum_of(windows([0, 4])))
+    later = windows([6], width=4).pos
+    assert later is not None
+    assert (fitting.marks(later, later.shape) & FITTED != 0).all()
+
+
+def test_what_is_learned_from_losses_of_nobodys_window_is_every_windows() -> None:
+    fitting = Fitting()
+    batch = windows([0, 4], weights=(0, 4))
+    fitting.learn(sum_of(batch))
+    assert batch.pos is not None
+    assert batch.coef is not None
+    fitting.learn(sum_of(Array(None, batch.pos.reshape(-1)[[6, 1]], np.ones(2))))
+    assert (fitting.marks(batch.pos, batch.pos.shape) & FITTED != 0)[0].tolist() == [True] * 4 + [
+        False,
+        False,
+        True,
+        False,
+    ]
+
+
+def test_windows_are_where_places_go_on_one_by_one() -> None:
+    flat = np.array([3, 4, 5, 9, 10, -1, 2], np.int32)
+    assert [(each.start, each.stop) for each in runs(flat)] == [(0, 3), (3, 5), (6, 7)]
+    assert [(each.start, each.stop) for each in runs(np.arange(6, dtype=np.int32), 3)] == [(0, 3), (3, 6)]
