@@ -22,6 +22,7 @@ _WHOLE = 0.02  # times: how near to a whole number what is counted again must co
 _TWICE = 1.4  # times: what is less is a weight, as that of a window that is shorter than others
 _TAUGHT = 0.5  # of what is scored again: the last chunk is often not learned from
 _MOST = 0.5  # of the targets: an epoch of them
+_LEFT = 0.05  # of the targets
 _FEW = 32  # targets: fewer that count otherwise are edges of documents
 
 
@@ -127,6 +128,43 @@ def repeated(counts: Counts) -> str:
     )
 
 
+def left_out(case: Case, which: Reported) -> tuple[str, int] | None:
+    """Targets before the last one that counts which count nowhere, where no number that is told holds more of them: a
+    sentence, and where every so many are taken, else where they are summed. What is missing behind it is an end that
+    makes no whole window or chunk, and so short a text has as much of that as a long one."""
+    counts = counts_of(case, which)
+    if counts is None or not len(counts.missing):
+        return None
+    trial, last = counts.trial, int(np.flatnonzero(counts.times).max())
+    missing = counts.missing[counts.missing < last]
+    most = max(int((trial.counts(told)[0] > 0).sum()) for told in trial.told)
+    ways = [way for way in counts.said[-1].sum.ways() if way]
+    if len(missing) < _LEFT * trial.length or most > int((counts.times > 0).sum()) or not ways:
+        return None
+    evidence = (
+        f"Worked out for a text of {trial.length - 1:,} targets, {len(missing):,} of them count nowhere in the score, "
+        f"the first of them at place {missing[0]:,}."
+    )
+    return evidence, _every_so_many(case, ways[-1]) or ways[-1][-1]
+
+
+def _every_so_many(case: Case, way: tuple[int, ...]) -> int:
+    """The line, in the functions through which a sum is made, that takes every so many of something: x[::n]."""
+    around = [
+        node
+        for node in nodes(case.body.tree)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        and any(node.lineno <= line <= (node.end_lineno or 0) for line in way)
+    ]
+    steps = (
+        part.lineno
+        for node in around
+        for part in ast.walk(node)
+        if isinstance(part, ast.Slice) and part.step is not None and not isinstance(part.step, ast.UnaryOp)
+    )
+    return min(steps, default=0)
+
+
 def lesson_before(case: Case, which: Reported, counts: Counts) -> tuple[str, int] | None:
     """Targets of the score from which something learned before: a sentence, and where the order is decided."""
     if counts.trial.fitted or not _learns(case, which):
@@ -148,16 +186,16 @@ def lesson_before(case: Case, which: Reported, counts: Counts) -> tuple[str, int
     return evidence, line
 
 
-def epochs(case: Case, which: Reported, counts: Counts) -> tuple[str, int] | None:
+def epochs(case: Case, which: Reported, counts: Counts, seen: bool) -> tuple[str, int] | None:
     """Whether most targets of the score were summed by the same calls before, and learned from since, while each counts
-    once: a sentence, and the loop over the passes."""
+    once: a sentence, and the loop over the passes. seen: whether the walk saw a second pass, of whatever kind."""
     trial = counts.trial
     booked = {way: trial.booked[way] for way in sorted(counts.said[-1].sum.ways()) if way in trial.booked}
     again = sum(int((times > 1).sum()) for times in booked.values())
     late = int((counts.late > 0).sum())
     if again < _MOST * (trial.length - 1) or late < _TAUGHT * again or len(counts.more) or trial.fitted:
         return None
-    if not _learns(case, which) and _steps(case, which):
+    if not seen and not _learns(case, which) and _steps(case, which):
         return None  # several states: the walk tells them apart; where it sees no gradient, the trial's word stands
     way = next(way for way, times in booked.items() if (times > 1).any())
     step = next((lesson.stack for lesson in trial.lessons if lesson.asked), None)
@@ -220,6 +258,26 @@ def order_of(case: Case, which: Reported, score: Score, step: Update) -> Literal
         return "first"
     early = any(lesson.early for lesson in trial.lessons if lesson.stack[:-1] == calls)
     return "late" if early and asked[: len(calls)] != calls else ""
+
+
+def learned_first(case: Case, which: Reported, step: Update) -> tuple[str, int] | None:
+    """Whether a trial shows losses that count of targets from which this step had learned: a sentence, and the line in
+    which its way and that of the losses part."""
+    counts = counts_of(case, which)
+    mark = counts.trial.taught_in.get(tuple(place.line for place in step.stack[:-1])) if counts is not None else None
+    if counts is None or mark is None:
+        return None
+    told = counts.said[-1].sum
+    many = round(told.share(mark) * int((counts.times > 0).sum()))
+    way = next((way for way in sorted(told.ways()) if way), None)
+    if many < _FEW or way is None:
+        return None
+    calls = tuple(place.line for place in step.stack)
+    evidence = (
+        f"Worked out for a text of {counts.trial.length - 1:,} targets, the step at line {calls[-1]} had learned from "
+        f"about {many:,} of those that the score counts before their losses were made."
+    )
+    return evidence, parting(calls, way)
 
 
 def _once(case: Case, which: Reported) -> Counts | None:

@@ -183,14 +183,20 @@ def squeezed(script: Script) -> ast.expr | None:
             for packed in [node.args[0], *sources.of(node.args[0])]:
                 if not isinstance(packed, ast.Call) or not packed.args or not _is_own_text(packed.args[0], sources):
                     continue
-                if _called(packed.func).endswith("compress") or ast.dump(packed.func) in written:
+                if _compresses(_called(packed.func)) or ast.dump(packed.func) in written:
                     return node
     return None
 
 
+def _compresses(name: str) -> bool:
+    """zlib.compress, a helper compress_blob: by its name; not what takes it back."""
+    return "compress" in name.lower() and "decompress" not in name.lower()
+
+
 def _is_own_text(node: ast.expr, sources: "_Sources") -> bool:
     """The script's text, read here or under a name that is given nothing else."""
-    given = [sources.of(part) for part in ast.walk(node) if isinstance(part, ast.Name)]
+    names = [part for part in ast.walk(node) if isinstance(part, ast.Name)]
+    given = [[each for each in sources.of(part) if ast.dump(each) != ast.dump(part)] for part in names]  # write(code)
     texts = [part for one in (node, *(each[0] for each in given if len(each) == 1)) for part in ast.walk(one)]
     plain = {"Path", "open", "read", "read_bytes", "read_text", "encode", "getsource", "abspath", "resolve", "str"}
     called = {_called(part.func) for part in texts if isinstance(part, ast.Call)}

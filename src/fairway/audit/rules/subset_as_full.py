@@ -5,7 +5,7 @@ from fairway.audit.flow.events import Score
 from fairway.audit.passes.findings import passes_of, unseen
 from fairway.audit.passes.limits import cut_short, stated_at
 from fairway.audit.passes.reported import Reported, scores_of
-from fairway.audit.passes.trials import counts_of
+from fairway.audit.passes.trials import counts_of, left_out
 from fairway.audit.records import record_of
 from fairway.audit.verdict import Finding, Place
 
@@ -75,9 +75,9 @@ def check(case: Case) -> Finding:
             "before it is reported."
         )
         return Finding(ID, "violates", evidence, CLAUSE, place)
-    left_out = [(score, where) for score in scores if (where := case.trace.picked.get(score.bit)) is not None]
-    if left_out:
-        score, where = left_out[0]
+    passed_by = [(score, where) for score in scores if (where := case.trace.picked.get(score.bit)) is not None]
+    if passed_by:
+        score, where = passed_by[0]
         evidence = (
             f"The condition at {where} leaves out of the sum what is too short, too long, too dear or too late; the "
             f"losses of {score.place} are reported as all."
@@ -87,7 +87,7 @@ def check(case: Case) -> Finding:
     if counted is not None:
         return counted
     counts = counts_of(case, which, doubtful=True)
-    limited = cut_short(case, which, counts) if counts is not None else None
+    limited = left_out(case, which) or (cut_short(case, which, counts) if counts is not None else None)
     if limited is not None:
         evidence, line = limited
         return Finding(ID, "violates", evidence, CLAUSE, case.place(line))
@@ -112,6 +112,8 @@ def _counted(case: Case) -> Finding | None:
             continue
         if abs(BYTES / final.bytes / RANKS - 1) < 0.1:
             continue
+        if any(size.value == final.bytes for size in (log.total, *log.models, *log.codes) if size):
+            continue  # of what is handed in
         evidence = f"{log.path}: the score is that of {final.bytes:,.0f} bytes, and the validation split has {BYTES:,}"
         return Finding(ID, "violates", evidence, CLAUSE, Place(log.path, final.line))
     return None

@@ -7,7 +7,7 @@ from fairway.audit.exemptions import Made, departures
 from fairway.audit.passes.findings import own_call, passes_of, verdict_on
 from fairway.audit.passes.phases import phase_of
 from fairway.audit.passes.rehearsals import thrown_away
-from fairway.audit.passes.trials import counts_of, lesson_before
+from fairway.audit.passes.trials import counts_of, learned_first, lesson_before
 from fairway.audit.verdict import Finding
 
 ID = "training-before-scoring"
@@ -17,6 +17,10 @@ CLAUSE = 'RULES.md (b) conditions 1 and 3, R5, R6; (c) "Pre-eval TTT", "Pre-quan
 
 def check(case: Case) -> Finding:
     found = verdict_on(case, ID, CLAUSE, "Nothing that scores had been trained on the tokens that it scores.")
+    phase = phase_of(case) if found.verdict == "clean" else None
+    early = learned_first(case, passes_of(case)[0], phase) if phase is not None else None
+    if early is not None:
+        return Finding(ID, "violates", early[0], CLAUSE, case.place(early[1]))
     made = list(_departures(case)) if found.verdict == "clean" else []
     if made:
         return departures(case, CLAUSE, made)

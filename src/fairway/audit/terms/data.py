@@ -26,7 +26,8 @@ _WRITERS = frozenset(
     ]
 )
 _PACKERS = frozenset(
-    """compress tobytes dumps astype encode join b85encode b64encode pack getvalue ascontiguousarray view bytes
+    """compress tobytes dumps astype encode decode join a85encode b85encode b64encode b32encode b16encode hexlify hex
+    tolist pack getvalue ascontiguousarray view bytes
     bytearray asarray array packbits save_to_bytes copy stack cat concat concatenate vstack hstack
     frombuffer reshape items values""".split()  # noqa: SIM905
 )

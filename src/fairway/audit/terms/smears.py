@@ -1,5 +1,6 @@
 """Where a value of the token before is mixed into a token's own: e + g * before(e), however it is written."""
 
+import itertools
 from collections.abc import Iterable, Iterator
 
 from fairway.audit.terms.streams import Streams
@@ -55,7 +56,27 @@ def _smeared(operands: tuple[Term, ...], streams: Streams) -> Term | None:
             others = [each for m, found in enumerate(reached) if m != n for each in found]
             if any(_is_it(other, whole) for other in others):
                 return whole
-    return None
+    return next(_looked_up_twice(reached), None)
+
+
+def _looked_up_twice(reached: list[list[Term]]) -> Iterator[Term]:
+    """e(ids) of e(ids) + g * e(before): one table's rows for each token and for another one."""
+    looked = [[term for term in terms if _is_lookup(term)] for terms in reached]
+    for one, other in itertools.combinations(range(len(looked)), 2):
+        for mine, theirs in itertools.product(looked[one], looked[other]):
+            if mine.called == theirs.called and _same(mine.parts[0], theirs.parts[0]) and not _same(mine, theirs):
+                yield mine
+
+
+def _is_lookup(term: Term) -> bool:
+    """A layer of an object, called with one thing: self.embedding(ids)."""
+    ids = peel(term.parts[1]) if term.op == "call" and len(term.parts) == 2 else None
+    return ids is not None and term.parts[0].op == "object" and _is_table(term)
+
+
+def _is_table(term: Term) -> bool:
+    layer = getattr(term.parts[0].value, "attrs", {}).get(term.called)
+    return isinstance(layer, Term) and layer.called == "Embedding"
 
 
 def _reached(term: Term) -> Iterator[Term]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 from fairway.audit.trial.arrays import Array, put, sum_of
 from fairway.audit.trial.calls import Decorator, losses_mean
 from fairway.audit.trial.core import Core
-from fairway.audit.trial.values import NET, UNKNOWN, Bound, Func, Unknown, Value, mixed
+from fairway.audit.trial.values import NET, UNKNOWN, Bound, Func, Obj, Unknown, Value, mixed
 
 
 def cross_entropy(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
@@ -66,13 +67,33 @@ def compiled(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], l
         return Decorator(lambda value: value)
     if isinstance(args[0], Bound):
         return functools.partial(_with_targets, args[0])
+    if isinstance(args[0], Obj) and args[0].kind.is_module:
+        return Compiled(machine, args[0])
     return args[0] if isinstance(args[0], Func) else mixed(*args)
 
 
-def _with_targets(method: Bound, *args: Value, **kwargs: Value) -> Value:
+class Compiled:
+    """torch.compile(model): the model's own, where that is given inputs and their targets, or asked for anything else;
+    what is known of models, where it is given inputs alone."""
+
+    def __init__(self, machine: Core, model: Obj) -> None:
+        self.machine = machine
+        self.model = model
+
+    def __call__(self, *args: Value, **kwargs: Value) -> Value:
+        return _with_targets(self._called, *args, **kwargs)
+
+    def _called(self, *args: Value, **kwargs: Value) -> Value:
+        return self.machine.call(self.model, args, kwargs, 0)
+
+    def __getattr__(self, name: str) -> Value:
+        return self.machine.attribute(self.model, name)
+
+
+def _with_targets(method: Callable[..., Value], *args: Value, **kwargs: Value) -> Value:
     given = (*args, *kwargs.values())
     tokens = sum(isinstance(each, Array) and each.pos is not None for each in given)
-    return method(*args, **kwargs) if tokens > 1 else NET if tokens else mixed(method, *given)
+    return method(*args, **kwargs) if tokens > 1 else NET if tokens else mixed(*given)
 
 
 def first_of(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
