@@ -186,7 +186,7 @@ def lesson_before(case: Case, which: Reported, counts: Counts) -> tuple[str, int
     return evidence, line
 
 
-def epochs(case: Case, which: Reported, counts: Counts, seen: bool) -> tuple[str, int] | None:
+def epochs(case: Case, which: Reported, counts: Counts, seen: bool = False) -> tuple[str, int] | None:
     """Whether most targets of the score were summed by the same calls before, and learned from since, while each counts
     once: a sentence, and the loop over the passes. seen: whether the walk saw a second pass, of whatever kind."""
     trial = counts.trial

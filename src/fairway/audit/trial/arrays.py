@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fairway.audit.trial.sums import PLACE, Rows, Sum
+from fairway.audit.trial.sums import LEAST, PLACE, Rows, Sum
 from fairway.audit.trial.values import NET, UNKNOWN, Obj, Unknown, Value, mixed
 
 LARGEST = 3_000_000  # elements: what is larger is a table of counts or of weights, and not known
@@ -302,7 +302,7 @@ def _rows(array: Array, counted: NDArray[np.bool_]) -> Rows | None:
     """The windows of an array of losses; None where it is flat and more than one stretch of the text."""
     assert array.pos is not None
     width = array.shape[-1] if array.body.ndim > 1 else array.was[-1] if len(array.was) > 1 else 0
-    if width and not array.pos.size % width:
+    if width >= LEAST and not array.pos.size % width:
         return Rows(array.pos.reshape(-1, width)[:, 0] & PLACE, counted.reshape(-1, width).sum(axis=1))
     flat = array.pos.reshape(-1)
     inside = flat[flat >= 0] & PLACE

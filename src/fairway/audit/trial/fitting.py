@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fairway.audit.trial.sums import FITTED, PLACE, SHARED, Sum
+from fairway.audit.trial.sums import FITTED, LEAST, PLACE, SHARED, Sum
 
 Places = NDArray[np.int32]
+Held = NDArray[np.bool_]
 
 MAKERS: Final = frozenset({"zeros", "zeros_like", "empty", "ones", "full", "randn", "new_zeros"})
 """What makes a vector that remembers nothing of the one before it."""
+_FEW: Final = 64  # of so few tokens any order will do
+_ROWS: Final = 500  # windows, of 128 KB each: what more of them learn is everybody's
 
 
 class Fitting:
@@ -26,53 +28,64 @@ class Fitting:
     """
 
     def __init__(self) -> None:
-        self.rows: dict[int, set[int]] = {}
-        self.anyones: set[int] = set()
-        self.together: set[int] = set()
+        self.rows: dict[int, Held] = {}
+        self.anyones, self.together = _nothing(), _nothing()
+        self.empty = True
 
     def made_anew(self) -> None:
         """A vector of nothing: it has learned nothing."""
-        self.rows.clear()
-        self.anyones.clear()
-        self.together.clear()
+        if not self.empty:
+            self.rows.clear()
+            self.anyones, self.together = _nothing(), _nothing()
+            self.empty = True
 
     def learn(self, found: Sum) -> None:
         """A step on these losses. A window whose losses all weigh nought has learned nothing."""
+        self.empty = False
         for leaf in found.leaves():
             if leaf.places is None or leaf.weights is None:
                 continue
             places = leaf.places & PLACE
             taught = leaf.weights != 0
-            self.together.update(places[taught].tolist())
-            if leaf.rows is None:
-                self.anyones.update(places[taught].tolist())
+            self.together[places[taught]] = True
+            if leaf.rows is None or len(self.rows) > _ROWS:
+                self.anyones[places[taught]] = True
                 continue
             ends = np.cumsum(leaf.rows.counts).tolist()
             for start, low, high in zip(leaf.rows.starts.tolist(), [0, *ends], ends, strict=False):
-                self.rows.setdefault(start, set()).update(places[low:high][taught[low:high]].tolist())
+                held = self.rows.setdefault(start, _nothing())
+                held[places[low:high][taught[low:high]]] = True
 
     def marks(self, pos: Places, shape: tuple[int, ...]) -> Places:
         """Of losses that are being made: their marks. shape: of the windows, where they were made flat."""
         found = np.zeros(pos.shape, dtype=np.int32)
-        if not self.together:
+        if self.empty:
             return found
         flat, out = pos.reshape(-1), found.reshape(-1)
-        for row in runs(flat, shape[-1] if len(shape) > 1 else 0):
-            places = (flat[row] & PLACE).tolist()
-            own = self.rows.get(places[0])
-            mine = self.together if own is None else own | self.anyones
-            out[row] = [FITTED * (each in mine) + SHARED * (each in self.together) for each in places]
+        rows = runs(flat, shape[-1] if len(shape) > 1 else 0)
+        if not rows:
+            return np.where(self.together[pos & PLACE] & (pos >= 0), FITTED + SHARED, 0).astype(np.int32)
+        for row in rows:
+            places = flat[row] & PLACE
+            own = self.rows.get(int(places[0]))
+            shared = self.together[places]
+            mine = shared if own is None else own[places] | self.anyones[places]
+            out[row] = FITTED * mine + SHARED * shared
         return found
 
 
-def runs(places: Places, width: int = 0) -> Iterator[slice]:
+def _nothing() -> Held:
+    return np.zeros(PLACE + 1, dtype=np.bool_)
+
+
+def runs(places: Places, width: int = 0) -> list[slice]:
     """Where the places of a text go on one by one: its windows, one after the other. width: tokens of a window where
-    that is known, since one may begin where another ends."""
+    that is known, since one may begin where another ends. None where they stand in another order."""
     bare = np.where(places >= 0, places & PLACE, -2)
     ends = np.flatnonzero(np.diff(bare) != 1) + 1
-    if width and not places.size % width:
+    if ends.size * LEAST > places.size + _FEW:
+        return []
+    if width >= LEAST and not places.size % width:
         ends = np.union1d(ends, np.arange(width, places.size, width))
     bounds = [0, *ends.tolist(), places.size]
-    for low, high in itertools.pairwise(bounds):
-        if high > low and bare[low] >= 0:
-            yield slice(low, high)
+    return [slice(low, high) for low, high in itertools.pairwise(bounds) if high > low and bare[low] >= 0]

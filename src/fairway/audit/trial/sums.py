@@ -32,6 +32,10 @@ def _counted(
     return total.astype(np.float64), late.astype(np.float64)
 
 
+LEAST: Final = 8
+"""Tokens of a window: an axis of fewer is none of windows."""
+
+
 class Rows(NamedTuple):
     """The windows whose losses a sum holds, one after the other: where each begins, how many of its losses count."""
 
@@ -144,4 +148,4 @@ class Sum:
         return "0.0"
 
 
-__all__ = ["FITTED", "LATE", "PLACE", "SHARED", "TAUGHT", "Rows", "Sum"]
+__all__ = ["FITTED", "LATE", "LEAST", "PLACE", "SHARED", "TAUGHT", "Rows", "Sum"]
