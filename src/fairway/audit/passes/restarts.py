@@ -21,11 +21,7 @@ def restarted(case: Case) -> Place | None:
     clocks = {
         node.name for node in nodes(tree) if isinstance(node, ast.ClassDef) and any(map(_is_clock, ast.walk(node)))
     }
-    teaching = {
-        node.name
-        for node in nodes(tree)
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and _learns(node, ())
-    }
+    teaching = _teaching(tree)
     functions = (node for node in nodes(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))
     for function in (tree, *functions):
         own = list(_within(function.body)) if function is not None else []
@@ -44,7 +40,7 @@ def looks(tree: ast.AST | None) -> int:
     """How often the clock is looked at, by itself or by a short helper, where the model learns: in the loops and
     functions that take gradients, and not under a condition that takes none."""
     functions = [node for node in nodes(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
-    teaching = {node.name for node in functions if _learns(node, ())}
+    teaching = _teaching(tree)
     asking = {*_CLOCKS, *(node.name for node in _helpers(functions))}
     loops = (node for node in nodes(tree) if isinstance(node, (ast.For, ast.While)))
     taught = [node for node in functions if node.name in teaching]
@@ -54,6 +50,25 @@ def looks(tree: ast.AST | None) -> int:
     asked = {id(each) for body in bodies for each in _always(body, teaching) if _asks(each, asking)}
     managers = {id(item.context_expr) for node in nodes(tree) if isinstance(node, ast.With) for item in node.items}
     return len(asked) + len(asked & managers)  # a block has two ends
+
+
+def _teaching(tree: ast.AST | None) -> set[str]:
+    """Names of functions that take a gradient, and of objects that do when they are called."""
+    functions = [node for node in nodes(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    found = {node.name for node in functions if _learns(node, ())}
+    if "__call__" not in found:
+        return found
+    kinds = {
+        kind.name
+        for kind in nodes(tree)
+        if isinstance(kind, ast.ClassDef)
+        and any(getattr(each, "name", "") == "__call__" and _learns(each, found) for each in kind.body)
+    }
+    for node in nodes(tree):
+        made = node.value if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call) else None
+        if made is not None and getattr(made.func, "id", "") in kinds and isinstance(node, ast.Assign):
+            found |= {each.id for each in node.targets if isinstance(each, ast.Name)}
+    return found
 
 
 def short_helpers(tree: ast.AST | None) -> list[range]:

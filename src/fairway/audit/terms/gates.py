@@ -75,13 +75,14 @@ class Gates:
         return place is not None and "read" in self.kinds(place)
 
     def _masked(self, term: Term) -> Iterator[Term]:
-        """loss * (loss < other): a mask that is nothing but a comparison of two losses."""
+        """loss * (loss < other): a mask that is nothing but a comparison of two losses; the same of what a distribution
+        is made of."""
         for mask, other in (term.parts[:2], term.parts[1::-1]):
             below = peel(mask)
             while below.op == "op" and below.value in ("~", "not", "-") and below.parts:  # ~better, 1 - better
                 below = peel(below.parts[-1])
             is_test = below.op == "compare" or (below.op == "call" and below.called in _SIZES)
-            if is_test and any(self._compared(below)) and self._scored(other):
+            if is_test and any(self._compared(below)) and (self._scored(other) or id(term) in self.inside):
                 yield term
 
     def clipped(self) -> Iterator[Term]:

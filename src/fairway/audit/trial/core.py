@@ -34,6 +34,8 @@ class Core:
     """The state."""
 
     most_steps = STEPS
+    idle_steps = IDLE
+    idle_again = IDLE  # of a loop that was left for that before
     least_cut = LENGTH  # tokens of a text that is cut into several pieces where the script's are larger
 
     def __init__(self, script: Script, settings: Settings, forced: tuple[Forced, ...] = (), slow: float = 0.0) -> None:
@@ -60,6 +62,7 @@ class Core:
         self.line = 0  # of the statement that is being worked out
         self.clock = 0.0
         self.in_thread = 0
+        self.idled: set[int] = set()  # lines of loops that were left for using nothing of the text
         self.trained = 0  # how often something learned from what is not of the text
         self.scored: NDArray[np.int32] = np.zeros(LENGTH, dtype=np.int32)  # how often, in the evaluation under way
         self.over = False  # whether a number of the whole text was told of it
@@ -101,7 +104,7 @@ class Core:
         """Where a loop begins. over: what it goes through."""
         known = len(over.body) if isinstance(over, Array) and over.body.ndim else operator.length_hint(over, 0)
         used = self.made + self.touched
-        return Turns(self.trial.steps, self.trained, used, self.spelt, self.apart, known, self.made)
+        return Turns(self.trial.steps, self.trained, used, self.spelt, self.apart, known, self.made, self.line)
 
     def aimless(self, since: Turns) -> bool:
         """Whether a loop may be left after a turn: it trains on another text, or goes through another one, or has gone
@@ -119,7 +122,11 @@ class Core:
             self.trial.slow = since.each(self.trial.steps)
             raise Spent
         known = since.turns >= SOON and since.each(self.trial.steps) < 2 * self.slow
-        return self.trial.steps > since.steps + IDLE and used == since.used and not known
+        most = self.idle_again if since.line in self.idled else self.idle_steps
+        idle = self.trial.steps > since.steps + most and used == since.used and not known
+        if idle:
+            self.idled.add(since.line)
+        return idle
 
     def passed_over(self, error: Raised, node: ast.stmt, made: int) -> bool:
         """Whether a statement that raises is left out: the script ran, so what the trial does not know is to blame."""

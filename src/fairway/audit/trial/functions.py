@@ -43,7 +43,7 @@ from fairway.audit.trial.losses import (
     learned_from,
     mlx_cross_entropy,
 )
-from fairway.audit.trial.making import Dtype, arange, full, full_like, like, made, tensor
+from fairway.audit.trial.making import Dtype, arange, full, full_like, like, made, tensor, wrapping
 from fairway.audit.trial.reading import frombuffer, fromfile, joined_path, memmap, packed, path_of, paths, unpacked
 from fairway.audit.trial.reducing import add_at, numpy_nonzero
 from fairway.audit.trial.shapes import cat
@@ -252,8 +252,13 @@ _WORLD: dict[str, Act] = {
     **dict.fromkeys(["*.tensor", "*.as_tensor", "*.from_numpy", "*.array", "*.asarray"], plain(tensor)),
     **{
         f"*.{name}": numeric(kind)
-        for name, kind in (("int64", int), ("int32", int), ("uint16", int), ("float64", float), ("float32", float))
+        for name, kind in (
+            *dict.fromkeys(("int64", "int32", "int16", "uint8", "uint16", "uint32"), int).items(),
+            ("float64", float),
+            ("float32", float),
+        )
     },
+    "*.uint64": plain(wrapping),
 }
 
 

@@ -57,6 +57,14 @@ def dtype_of(value: Value) -> Any:
         return None
 
 
+def wrapping(number: Value = 0) -> Value:
+    """np.uint64(n), out of which hashes are made: what is too large begins anew."""
+    found = scalar(number)
+    if not isinstance(found, (int, np.integer)):
+        return UNKNOWN
+    return Array(np.asarray(int(found) % (1 << 64), dtype=np.uint64))
+
+
 class Dtype:
     """np.dtype."""
 

@@ -21,7 +21,7 @@ ROOM: Final = 160_000  # the same over a shorter text: 2 s
 class Turns:
     """A loop that is under way. steps, trained, used, spelt, apart: the machine's counts where it began; turns: since
     then; known: how many there will be, 0 where that is not known; last: the losses of the text before the last
-    turn."""
+    turn; line: of the loop."""
 
     steps: int
     trained: int
@@ -30,6 +30,7 @@ class Turns:
     apart: int
     known: int
     last: int
+    line: int
     turns: int = 0
 
     def turn(self, steps: int) -> bool:

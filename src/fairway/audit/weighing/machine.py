@@ -39,6 +39,8 @@ class Weigher(Machine):
     line that made a price."""
 
     most_steps = 25_000  # a second or two
+    idle_steps = 2_000  # calibration goes on for longer, and says nothing of prices
+    idle_again = 200
     least_cut = 0
 
     def __init__(self, script: Script, settings: Settings, forced: tuple[Forced, ...] = ()) -> None:
