@@ -36,6 +36,7 @@ _ARTIFACT = re.compile(
 )
 _TIMER = re.compile(r"\b(\d+(?:\.\d+)?)\s*(ms|s|sec|secs|seconds)\b")
 _WARMING = re.compile(r"warmup_step[:\s=]+\d+(?:/|\s*$)")
+_STAMP = re.compile(r"^\s*\[\s*(?:\d{4}-\d\d-\d\d[ T])?\d[\d:.,]*\s*(?:s|ms|sec)?\s*\]\s*")
 _UNITS = {"ms": 0.001, "s": 1.0, "sec": 1.0, "secs": 1.0, "seconds": 1.0, "m": 60.0}
 _LONGEST = 2_000  # characters of a line that is looked at
 _WIDEST = 20_000  # characters of one that holds a table of settings
@@ -104,9 +105,15 @@ class Log:
         return self.totals[-1] if self.totals else None
 
 
+def _unstamped(text: str) -> str:
+    """A log without the time of day, or since its beginning, in front of its lines: that is no figure of theirs."""
+    return "\n".join(_STAMP.sub("", row) if len(row) < _LONGEST else row for row in text.split("\n"))
+
+
 def read(path: str, text: str) -> Log:
     """All that a log says. Lines of the source at its head say nothing. Where the challenge's own phrases stand nowhere
     in it, its numbers are told by words, units and sums."""
+    text = _unstamped(text)
     rows = text.split("\n")
     start = source_end(rows)
     source = "\n".join(rows[: start - 1]) if start else ""

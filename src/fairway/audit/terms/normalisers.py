@@ -29,9 +29,10 @@ def partial(gates: Gates) -> Iterator[Term]:
 
 
 def capped(gates: Gates) -> Iterator[Term]:
-    """counts / counts.sum().clamp_max(40): what a row sums to, and no more than some number of it."""
+    """counts / counts.sum().clamp_max(40), (p + q) / (p + q).sum(-1).clamp(max=1): what a row sums to, and no more than
+    some number of it."""
     for term, above, below in gates.ratios():
-        for row, _ in gates.lookups(above):
+        for row in (*(row for row, _ in gates.lookups(above)), _bare(above)):
             one = next((one for one in gates.of.below(below) if _is_capped_sum(one, row)), None)
             if id(term) in gates.inside and one is not None:
                 yield one
