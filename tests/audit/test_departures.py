@@ -320,6 +320,33 @@ def documents(args, model, val):
 """
 )
 
+BY_RANGES = (
+    TWO_WALKS[: TWO_WALKS.index("    one = walk")]
+    + """    edges = [len(docs) * i // 3 for i in range(4)]
+    total, count = 0.0, 0
+    for low, high in zip(edges, edges[1:]):
+        mine, many = walk(model, docs[low:high], val)
+        total, count = total + mine, count + many
+        if high < len(docs):
+            learn(model, docs[low : high + REACH], val)
+    return total / count
+"""
+)
+
+
+@pytest.mark.parametrize("reach", ["0", "2"])
+def test_ranges_of_documents_that_reach_into_the_next_are_learned_from_too_early(tmp_path: Path, reach: str) -> None:
+    """The walk's symbols cannot tell where a range of a third ends; the trial counts."""
+    text = BY_RANGES.replace("FRESH", NEW).replace("REACH", reach)
+    if reach == "0":
+        assert accepted(tmp_path, script(text)) == {"training-before-scoring": "phased-adaptation"}
+        return
+    finding = told(tmp_path, script(text))["training-before-scoring"]
+    assert finding.verdict == "violates"
+    assert finding.place is not None
+    assert "learn(model, docs[low" in script(text).split("\n")[finding.place.line - 1]
+
+
 AT_BOUNDARIES = (
     FIND
     + PHASE

@@ -160,6 +160,23 @@ def test_what_was_counted_beside_a_score(counts: str, figures: str, subset: bool
     assert (found(subset_as_full, at).verdict == "violates") == subset  # else it tells that the script scores nothing
 
 
+@pytest.mark.parametrize(("size", "subset"), [(15_100_200 + CODE, False), (15_000_000, True)])
+def test_bytes_of_what_is_handed_in_are_not_those_that_were_scored(size: int, subset: bool, tmp_path: Path) -> None:
+    at = folder(tmp_path / "it")
+    text = (at / "run.out").read_text()
+    (at / "run.out").write_text(text.replace("targets 62021845", f"bytes {size}"))
+    assert (found(subset_as_full, at).verdict == "violates") == subset
+
+
+@pytest.mark.parametrize("stamp", ["[  1096.8s] ", "[2026-03-30 12:01:07,513] "])
+def test_the_time_in_front_of_a_line_is_no_figure_of_it(stamp: str, tmp_path: Path) -> None:
+    at = folder(tmp_path / "it")
+    text = (at / "run.out").read_text()
+    (at / "run.out").write_text("".join(f"{stamp}{row}\n" for row in text.split("\n")))
+    for rule in (record_figures, size_sum, eval_over_time, training_over_time):
+        assert found(rule, at).verdict == "clean", rule
+
+
 @pytest.mark.parametrize(
     ("row", "verdict"),
     [
@@ -280,6 +297,7 @@ def test_claims_are_held_against_files_and_parts(
         ("LIMIT = 16_000_000", 'LIMIT = dict(most=16_000_000)["most"]', "clean"),
         ("assert total <= LIMIT", 'assert total <= OPTIONS["most"]', "violates"),
         ('len(code.encode("utf-8"))', "len(zlib.compress(code.encode()))", "violates"),
+        ('len(code.encode("utf-8"))', "len(compress_blob(code.encode()))", "violates"),
         ('len(code.encode("utf-8"))', "len(base64.b85encode(zlib.compress(code.encode())))", "clean"),
         ('+ len(code.encode("utf-8"))', "+ len(Path(sys.argv[1]).read_bytes())", "clean"),
         (
@@ -288,7 +306,15 @@ def test_claims_are_held_against_files_and_parts(
             "clean",
         ),
     ],
-    ids=["a dict's entry", "MiB in a table", "the code compressed", "a wrapper of it", "another file", "only shown"],
+    ids=[
+        "a dict's entry",
+        "MiB in a table",
+        "the code compressed",
+        "by a helper",
+        "a wrapper of it",
+        "another file",
+        "only shown",
+    ],
 )
 def test_what_the_sum_is_made_of(old: str, new: str, verdict: str, tmp_path: Path) -> None:
     assert old in SCRIPT

@@ -87,9 +87,11 @@ def test_data_may_be_fetched_before_training(tmp_path: Path) -> None:
     [
         'torch.save({"w": net.state_dict(), "notes": torch.from_numpy(tokens[:100_000])}, "model.pt")',
         'import lzma\n    open("extra.xz", "wb").write(lzma.compress(tokens[:100_000].astype(np.uint16).tobytes()))',
+        "import base64, json\n    head = {'w': []}\n    head['q'] = base64.b85encode(tokens[:9].tobytes()).decode()\n"
+        "    open('model.bin', 'wb').write(json.dumps(head).encode())",
         'box = {}\n    box["q"] = tokens[:9]\n    np.savez("model.npz", **box)\n    np.save("model.npy", box["q"])',
     ],
-    ids=["in-the-box", "beside-it", "under-another-name"],
+    ids=["in-the-box", "beside-it", "as-text-in-a-header", "under-another-name"],
 )
 def test_validation_tokens_in_what_is_written_are_a_paid_prefix(tmp_path: Path, state: str) -> None:
     assert verdict(tmp_path, "paid_prefix", script(state=state)).verdict == "violates"
@@ -314,6 +316,23 @@ def test_a_gate_open_there_is_a_leak_where_the_script_knows_how_documents_begin(
     finding = verdict(tmp_path, "boundary_leak", text)
     assert finding.verdict == "violates"
     assert "knows how documents begin" in finding.evidence
+
+
+LOOKED_UP = SMEAR.replace("        {before}\n        e = e +", "        e = e +").replace("* before", "* {before}")
+
+
+@pytest.mark.parametrize(
+    ("before", "wanted"),
+    [
+        ("self.table(F.pad(ids[:-1], (1, 0), value=1))", "violates"),
+        ("self.table(F.pad(ids[:-1], (1, 0), value=1)) * (ids != 1)[..., None]", "clean"),
+        ("self.table(ids)", "clean"),
+    ],
+    ids=["another row", "masked", "its own"],
+)
+def test_the_row_of_the_token_before_is_a_smear(tmp_path: Path, before: str, wanted: str) -> None:
+    text = script(extra=LOOKED_UP.format(before=before), state=BY_DOCUMENT)
+    assert verdict(tmp_path, "boundary_leak", text).verdict == wanted
 
 
 def test_a_mask_that_is_replaced_by_ones_of_its_shape_is_none(tmp_path: Path) -> None:

@@ -145,8 +145,11 @@ GATED = BLEND.replace(
         "nll = own if own.sum() < mixed.sum() else mixed",
         "gain = own - mixed\n        nll = torch.where(gain > 0, mixed, own)",
         "nll = honest_helper(own, mixed)",
+        "better = p.gather(1, b[:, None]) > torch.softmax(net(a).float(), -1).gather(1, b[:, None])\n"
+        "        both = torch.softmax(net(a).float(), -1) * (1 - 0.1 * better.float()) + 0.1 * better.float() * p\n"
+        "        nll = -both.gather(1, b[:, None])[:, 0].log()",
     ],
-    ids=["where", "minimum", "stacked", "by-sums", "by-a-difference", "helper"],
+    ids=["where", "minimum", "stacked", "by-sums", "by-a-difference", "helper", "a-mask-of-the-weight"],
 )
 def test_the_better_of_two_predictions_is_an_oracle(tmp_path: Path, choice: str) -> None:
     helper = (

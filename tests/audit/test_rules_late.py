@@ -125,6 +125,26 @@ def test_a_clock_that_is_set_back_in_its_loop_counts_too_little(tmp_path: Path, 
     assert text.split("\n")[found.place.line - 1].strip() == SET_BACK[name]
 
 
+CALLED = """
+class Step:
+    def __init__(self, model, loader):
+        self.model, self.loader = model, loader
+
+    def __call__(self):
+        return step(self.model, self.loader)
+"""
+
+
+def test_an_object_that_learns_when_it_is_called_is_a_step(tmp_path: Path) -> None:
+    text = CLOCKED.replace('if __name__ == "__main__":', f'{CALLED}\nif __name__ == "__main__":')
+    text = text.replace("        step(model, loader)\n        opt", "        learn()\n        opt")
+    text = text.replace("    watch = Watch()\n", "    watch = Watch()\n    learn = Step(model, loader)\n", 1)
+    text = HEAD + text.replace("AGAIN", SET_BACK["anew"])
+    found = verdict(tmp_path, "training_over_time", text)
+    assert found.verdict == "violates"
+    assert "is set back here" in found.evidence
+
+
 @pytest.mark.parametrize("name", KEPT_UP)
 def test_a_clock_whose_time_is_kept_is_none(tmp_path: Path, name: str) -> None:
     text = HEAD + CLOCKED.replace("AGAIN", KEPT_UP[name])

@@ -307,6 +307,14 @@ def test_a_sum_that_is_capped_is_no_sum(tmp_path: Path, capped: str) -> None:
     assert verdict(tmp_path, "false_normalisation", text).verdict == "violates"
 
 
+@pytest.mark.parametrize(("bound", "wanted"), [("clamp(max=1.0)", "violates"), ("clamp_min(1e-9)", "clean")])
+def test_a_mixture_is_divided_by_all_of_its_sum(tmp_path: Path, bound: str, wanted: str) -> None:
+    lifted = f"p = own + 0.1 * rows / total.clamp_min(1.0)\n        p = p / p.sum(-1, keepdim=True).{bound}"
+    loss = COUNTED.replace("p = (rows + 4.0 * own) / (total + 4.0)", lifted).format(capped="pass")
+    text = script(loss=loss, state="counts = torch.zeros(V, V)")
+    assert verdict(tmp_path, "false_normalisation", text).verdict == wanted
+
+
 @pytest.mark.parametrize("capped", ["pass", "total = total.clamp_min(1.0)", "weight = total.clamp_max(40.0)"])
 def test_a_floor_under_a_sum_and_a_weight_beside_it_are_none(tmp_path: Path, capped: str) -> None:
     text = script(loss=COUNTED.format(capped=capped), state="counts = torch.zeros(V, V)")

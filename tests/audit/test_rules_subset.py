@@ -82,6 +82,20 @@ def test_a_part_reported_as_all_is_found_where_it_is_cut(name: str) -> None:
     assert found.place.line == line_of(text, piece)
 
 
+def test_every_fourth_document_is_found_by_counting() -> None:
+    text = documents(DOCUMENT + BOOK).replace(
+        "        for s, e in zip(starts, [*starts[1:], val.numel() - 1]):",
+        "        spans = list(zip(starts, [*starts[1:], val.numel() - 1]))\n        spans = spans[:: int(os.environ.get('STEP', 4))]\n"
+        "        for s, e in spans:",
+    )
+    found = findings(text)["subset-as-full"]
+    assert found.verdict == "violates"
+    assert "count nowhere in the score" in found.evidence
+    assert found.place is not None
+    assert found.place.line == line_of(text, "spans = spans[::")
+    assert "subset-as-full" not in broken(text.replace("'STEP', 4", "'STEP', 1"))
+
+
 LEARN = "            with torch.enable_grad():\n                F.cross_entropy(model.forward_logits(val[s:e][None])[0], val[s + 1 : e + 1]).backward()\n"
 WHOLE = {
     "short documents are not learned from": documents(DOCUMENT + BOOK + "            if e - s < 32:\n                continue\n" + LEARN),

@@ -332,6 +332,28 @@ def test_passes_whose_sum_is_begun_anew_are_epochs(tmp_path: Path, passes: str, 
     assert shown is None or shown[1] == line_of(text, passes.split("\n")[0])
 
 
+TAUGHT = """
+class Taught(Net):
+    def forward(self, ids, targets):
+        return F.cross_entropy(super().forward(ids), targets)
+"""
+
+
+@pytest.mark.parametrize("made", ["Taught()", "torch.compile(Taught(), dynamic=False)"])
+def test_a_compiled_model_that_makes_its_own_loss_teaches_what_it_is_given(tmp_path: Path, made: str) -> None:
+    text = LEARNING.replace("PASSES", "for c, (low, high) in enumerate(chunks):")
+    text = text.replace("    tally = Tally()\n", f"    tally, taught = Tally(), {made}\n    taught.train()\n", 1)
+    text = text.replace(
+        "F.cross_entropy(net(val[low:high]), val[low + 1 : high + 1])\n",
+        "taught(val[low:high], val[low + 1 : high + 1])\n",
+    )
+    (tmp_path / "train_gpt.py").write_text(HEAD + TAUGHT + text)
+    trial = Case(opened(tmp_path)).trial
+    assert trial.complete
+    assert trial.lessons, trial.left_out
+    assert not trial.left_out
+
+
 def test_a_table_that_is_filled_beside_the_steps_hides_no_epoch(tmp_path: Path) -> None:
     passes = "for s, c, low, high in ((s, c, *pair) for s in range(4) for c, pair in enumerate(chunks)):"
     text = LEARNING.replace("PASSES", f"counts = torch.zeros(1024, 1024)\n    {passes}")

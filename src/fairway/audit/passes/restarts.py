@@ -56,8 +56,6 @@ def _teaching(tree: ast.AST | None) -> set[str]:
     """Names of functions that take a gradient, and of objects that do when they are called."""
     functions = [node for node in nodes(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
     found = {node.name for node in functions if _learns(node, ())}
-    if "__call__" not in found:
-        return found
     kinds = {
         kind.name
         for kind in nodes(tree)

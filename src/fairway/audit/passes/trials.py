@@ -129,7 +129,7 @@ def repeated(counts: Counts) -> str:
 
 
 def left_out(case: Case, which: Reported) -> tuple[str, int] | None:
-    """Targets before the last one that counts which count nowhere, where no number that is told holds more of them: a
+    """Targets before the last one that counts which count nowhere, where no number that is told later holds more of them: a
     sentence, and where every so many are taken, else where they are summed. What is missing behind it is an end that
     makes no whole window or chunk, and so short a text has as much of that as a long one."""
     counts = counts_of(case, which)
@@ -137,7 +137,8 @@ def left_out(case: Case, which: Reported) -> tuple[str, int] | None:
         return None
     trial, last = counts.trial, int(np.flatnonzero(counts.times).max())
     missing = counts.missing[counts.missing < last]
-    most = max(int((trial.counts(told)[0] > 0).sum()) for told in trial.told)
+    later = trial.told[counts.said[-1].number + 1 :]
+    most = max((int((trial.counts(told)[0] > 0).sum()) for told in later), default=0)
     ways = [way for way in counts.said[-1].sum.ways() if way]
     if len(missing) < _LEFT * trial.length or most > int((counts.times > 0).sum()) or not ways:
         return None
