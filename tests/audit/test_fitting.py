@@ -131,4 +131,5 @@ def test_what_is_learned_from_losses_of_nobodys_window_is_every_windows() -> Non
 def test_windows_are_where_places_go_on_one_by_one() -> None:
     flat = np.array([3, 4, 5, 9, 10, -1, 2], np.int32)
     assert [(each.start, each.stop) for each in runs(flat)] == [(0, 3), (3, 5), (6, 7)]
-    assert [(each.start, each.stop) for each in runs(np.arange(6, dtype=np.int32), 3)] == [(0, 3), (3, 6)]
+    assert runs(np.arange(400, dtype=np.int32)[::-1]) == []
+    assert [(each.start, each.stop) for each in runs(np.arange(24, dtype=np.int32), 12)] == [(0, 12), (12, 24)]

@@ -129,7 +129,7 @@ def repeated(counts: Counts) -> str:
 
 
 def left_out(case: Case, which: Reported) -> tuple[str, int] | None:
-    """Targets before the last one that counts which count nowhere, where no number that is told later holds more of them: a
+    """Targets before the last one that counts which count nowhere, where no number that is told later holds more: a
     sentence, and where every so many are taken, else where they are summed. What is missing behind it is an end that
     makes no whole window or chunk, and so short a text has as much of that as a long one."""
     counts = counts_of(case, which)

@@ -11,6 +11,7 @@ _SUMS = frozenset("add lerp addcmul add_ lerp_ addcmul_".split())  # noqa: SIM90
 _ARITHMETIC = frozenset("mul mul_ where masked_fill add sub neg multiply".split())  # noqa: SIM905
 _ASKS = frozenset("eq ne isin not_equal equal".split())  # noqa: SIM905
 _SHAPES = frozenset("ones_like zeros_like full_like empty_like size".split())  # noqa: SIM905
+_HASHES = frozenset("bitwise_xor remainder fmod".split())  # noqa: SIM905
 _MOST = 60  # terms of one sum that are looked at
 
 
@@ -69,9 +70,10 @@ def _looked_up_twice(reached: list[list[Term]]) -> Iterator[Term]:
 
 
 def _is_lookup(term: Term) -> bool:
-    """A layer of an object, called with one thing: self.embedding(ids)."""
+    """A layer of an object, called with ids as they are: self.embedding(ids). A hash of two tokens is a row of both."""
     ids = peel(term.parts[1]) if term.op == "call" and len(term.parts) == 2 else None
-    return ids is not None and term.parts[0].op == "object" and _is_table(term)
+    hashed = ids is not None and (ids.op == "op" or ids.called in _ARITHMETIC or ids.called in _HASHES)
+    return ids is not None and not hashed and term.parts[0].op == "object" and _is_table(term)
 
 
 def _is_table(term: Term) -> bool:
