@@ -73,6 +73,79 @@ def test_a_context_that_is_written_down_row_by_row_is_told_from_what_is_scored(t
     assert broken(text) & {"slot-on-scored", "slot-shared-delta"} == found
 
 
+PLANNED = (
+    HEAD.replace("import glob, math", "import glob, math, typing")
+    + """
+class Window(typing.NamedTuple):
+    start: int
+    end: int
+    fresh: int
+
+def plan(total, width=1024, stride=256):
+    context = width - stride
+    return [Window(s, min(s + width, total), 0 if s == 0 else context)
+            for s in range(0, total, stride) if s == 0 or s + context < total]
+
+def batched(planned, size):
+    batch = []
+    for w in planned:
+        if batch and (len(batch) == size or w.fresh != batch[0].fresh):
+            yield batch
+            batch = []
+        batch.append(w)
+    yield batch
+
+def fit(net, hid, goals):
+    delta = torch.zeros(ROWS, 1, hid.size(-1))
+    m = torch.zeros_like(delta)
+    for _ in range(2):
+        delta.requires_grad_(True)
+        lg = F.linear(hid + delta, net.table.weight)
+        nll = F.cross_entropy(lg.flatten(0, 1), goals.flatten(), reduction="none").view(goals.shape)
+        (grad,) = torch.autograd.grad(nll.mean(dim=1).sum(), delta)
+        m.mul_(0.9).add_(grad, alpha=0.1)
+        delta = delta.detach() - 0.1 * m
+    return delta
+
+def evaluate(net, val):
+    nats, count = 0.0, 0
+    for batch in batched(plan(len(val) - 1), BATCH):
+        x, y = torch.zeros(len(batch), 1024, dtype=torch.long), torch.zeros(len(batch), 1024, dtype=torch.long)
+        for i, w in enumerate(batch):
+            x[i, : w.end - w.start], y[i, : w.end - w.start] = val[w.start : w.end], val[w.start + 1 : w.end + 1]
+        fresh = batch[0].fresh
+        hid = net.table(x).detach()
+        seen = slice(max(0, fresh + MORE - 512), fresh + MORE)
+        delta = fit(net, hid[:, seen], y[:, seen])
+        lg = F.linear(hid[:, fresh:] + delta, net.table.weight)
+        nll = F.cross_entropy(lg.flatten(0, 1), y[:, fresh:].flatten(), reduction="none").view(len(batch), -1)
+        for i, w in enumerate(batch):
+            many = w.end - w.start - fresh
+            nats += nll[i, :many].sum().item()
+            count += many
+    return nats / count
+
+print(f"val_loss {evaluate(Net(), load()):.5f}")
+"""
+)
+
+
+@pytest.mark.parametrize(
+    ("rows", "more", "batch", "found"),
+    [
+        ("hid.size(0)", "0", "8", set()),
+        ("hid.size(0)", "1", "8", {"slot-on-scored"}),
+        ("1", "0", "8", {"slot-shared-delta"}),
+        ("1", "0", "1", set()),
+    ],
+    ids=["its own context", "one position too far", "one for all", "one for one"],
+)
+def test_what_the_walk_sees_nothing_of_is_counted(rows: str, more: str, batch: str, found: set[str]) -> None:
+    """Windows are planned as tuples and fitted by a moment of the script's own: the walk sees no step at all."""
+    text = PLANNED.replace("ROWS", rows).replace("MORE", more).replace("BATCH", batch)
+    assert broken(text) & {"slot-on-scored", "slot-shared-delta"} == found
+
+
 def windows(starts: list[int], width: int = 8, weights: tuple[int, int] = (0, 8)) -> Array:
     """The losses of windows of the text, of which those from one place to another weigh one."""
     places = np.array([range(start, start + width) for start in starts], np.int32)

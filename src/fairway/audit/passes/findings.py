@@ -12,7 +12,7 @@ from fairway.audit.passes.consequences import without_consequences
 from fairway.audit.passes.faults import Fault, Passes, one_row
 from fairway.audit.passes.patterns import pattern_at
 from fairway.audit.passes.reported import Reported, is_diagnosis, reported
-from fairway.audit.passes.trials import fitted, order_of
+from fairway.audit.passes.trials import fitted, fitted_to_scored, order_of
 from fairway.audit.reading.tree import nodes
 from fairway.audit.terms.choices import forked
 from fairway.audit.verdict import Finding, Place, Step, Verdict
@@ -63,6 +63,16 @@ def verdict_on(case: Case, rule: str, clause: str, clean: str) -> Finding:
         return Finding(rule, "suspect", evidence, clause, place_of(case, fault), way(case.trace, fault, which.others))
     note = " A number printed beside it would break the rule, but it is not the score." if other else ""
     return Finding(rule, "clean", clean + note, clause, which.score[0].place)
+
+
+def vectors_on(case: Case, rule: str, clause: str, clean: str) -> Finding:
+    """The same of vectors that are fitted to windows; where the walk finds no fault at all, as a trial shows them."""
+    found = verdict_on(case, rule, clause, clean)
+    which, own, _ = passes_of(case)
+    shown = fitted_to_scored(case, which) if found.verdict == "clean" and not own and which.score else None
+    if shown is None or shown[0] != rule:
+        return found
+    return Finding(rule, "violates", shown[1], clause, case.place(shown[2] or which.score[0].place.line))
 
 
 def _as_tried(case: Case, which: Reported, fault: Fault) -> Fault | None:

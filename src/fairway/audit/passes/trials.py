@@ -78,8 +78,10 @@ def counted(trial: Trial, which: Reported) -> Counts | None:
 
 
 def _doubtful(case: Case) -> bool:
-    """Whether a condition that nobody knows stands in a function that sums losses: it may leave some out."""
+    """Whether a condition that nobody knows stands in a function that sums losses which are told: it may leave some
+    out. What is summed to learn from it is no score."""
     trial = case.trial
+    summed = {way[-1] for told in trial.told for way in told.sum.ways() if way} or trial.summed
     functions = [
         (node.lineno, node.end_lineno or node.lineno)
         for node in nodes(case.body.tree)
@@ -89,7 +91,7 @@ def _doubtful(case: Case) -> bool:
     def around(line: int) -> tuple[int, int] | None:
         return max((each for each in functions if each[0] <= line <= each[1]), default=None)
 
-    summing = {around(line) for line in trial.summed}
+    summing = {around(line) for line in summed}
     tests = {node.lineno: node for node in nodes(case.body.tree) if isinstance(node, ast.If)}
     return any(
         around(line) in summing and (line not in tests or _decides(tests[line], trial.summed)) for line in trial.doubts
@@ -259,6 +261,35 @@ def order_of(case: Case, which: Reported, score: Score, step: Update) -> Literal
         return "first"
     early = any(lesson.early for lesson in trial.lessons if lesson.stack[:-1] == calls)
     return "late" if early and asked[: len(calls)] != calls else ""
+
+
+def fitted_to_scored(case: Case, which: Reported) -> tuple[str, str, int] | None:
+    """What a trial alone shows of vectors that are fitted to windows: that targets count of which the vector of their
+    own window had learned, or most had been learned by one vector of several windows. The rule, a sentence, a line."""
+    counts = _once(case, which)
+    if counts is None or not counts.trial.fitted or counts.trial.blurred:
+        return None
+    trial, told = counts.trial, counts.said[-1].sum
+    many = int((counts.times > 0).sum())
+    own, shared = (round(told.share(mark) * many) for mark in (FITTED, SHARED))
+    worked = f"Worked out for a text of {trial.length - 1:,} targets"
+    if own >= _FEW and trial.vectors.sure:
+        ways = [(lesson.stack, way) for lesson in trial.lessons for way in lesson.asked]
+        apart = [pair for pair in ways if pair[0][:-1] != pair[1][: len(pair[0]) - 1]]
+        line = parting(*max(apart, key=lambda pair: _together(*pair))) if apart else trial.vectors.line
+        return "slot-on-scored", f"{worked}, {own:,} of them are scored with a vector that was fitted to them.", line
+    if shared > _MOST * many and trial.vectors.shared > trial.vectors.own:
+        evidence = (
+            f"{worked}, {shared:,} of them are scored with a vector that was fitted to them in the context of another "
+            "window of the batch."
+        )
+        return "slot-shared-delta", evidence, trial.vectors.line
+    return None
+
+
+def _together(one: tuple[int, ...], other: tuple[int, ...]) -> int:
+    """How many calls two ways begin with together."""
+    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def learned_first(case: Case, which: Reported, step: Update) -> tuple[str, int] | None:

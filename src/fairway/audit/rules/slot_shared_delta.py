@@ -1,7 +1,7 @@
 """One vector, optimised on the contexts of a batch of overlapping windows, scores them all."""
 
 from fairway.audit.case import Case
-from fairway.audit.passes.findings import verdict_on
+from fairway.audit.passes.findings import vectors_on
 from fairway.audit.verdict import Finding
 
 ID = "slot-shared-delta"
@@ -10,4 +10,4 @@ CLAUSE = 'RULES.md (b) condition 1; (c) "Context-only SLOT"'
 
 
 def check(case: Case) -> Finding:
-    return verdict_on(case, ID, CLAUSE, "No vector is shared by windows whose contexts hold each other's targets.")
+    return vectors_on(case, ID, CLAUSE, "No vector is shared by windows whose contexts hold each other's targets.")

@@ -295,7 +295,8 @@ def sum_of(array: Array) -> Sum:
     inside = array.pos >= 0
     counted = inside & (array.coef != 0)
     counted = counted if counted.any() else inside
-    return Sum(array.pos[counted].astype(np.int32), array.coef[counted].astype(np.float64), rows=_rows(array, counted))
+    places, weights = array.pos[counted].astype(np.int32), array.coef[counted].astype(np.float64)
+    return Sum(places, weights, rows=_rows(array, counted), size=array.pos.size)
 
 
 def _rows(array: Array, counted: NDArray[np.bool_]) -> Rows | None:

@@ -199,7 +199,8 @@ class Attributes(Arrays):
         """A tensor of nothing that is learned, made where losses were made before: a vector for windows to come."""
         if self.made:
             self.trial.fitted = True
-            self.fitting.made_anew()
+            self.fitting.made_anew(self.rows_made)
+            self.rows_made = 0
         return UNKNOWN
 
     def learn_unknown(self, value: Unknown, *_: Value, **__: Value) -> None:

@@ -207,13 +207,18 @@ class Calls(Attributes):
     def foreign(self, func: Lib, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
         """A library's function: one that the trial has its own of, or unknown."""
         made = self._of_library(func, args, kwargs, line)
-        return BLANK if isinstance(made, Unknown) and func.name in MAKERS and _of_arrays(func.path) else made
+        if not (isinstance(made, Unknown) and func.name in MAKERS and _of_arrays(func.path)):
+            return made
+        if not func.name.endswith("_like"):
+            self.rows_made, self.made_at = _first_of(args), line
+        return BLANK
 
     def _of_library(self, func: Lib, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
         path = func.path
         if kwargs.get("requires_grad") is True and self.made:
             self.trial.fitted = True
             if func.name in MAKERS:
+                self.rows_made, self.made_at = _first_of(args), line
                 self.leaf()
         if path.startswith("torch.optim."):  # what it is for may have been made anew
             self.restored()
@@ -314,6 +319,14 @@ _ABOVE = {
     "FileNotFoundError": ("OSError", "IOError"),
 }
 _ARRAYS = ("torch", "numpy", "mlx", "jax", "cupy", "tinygrad", "triton", "np")
+
+
+def _first_of(sizes: tuple[Value, ...]) -> int:
+    """The first of the sizes that a tensor is made with, in a tuple or one by one; 0 where nobody knows it."""
+    first = sizes[0] if sizes else 0
+    if isinstance(first, (tuple, list)):
+        first = first[0] if first else 0
+    return first if isinstance(first, int) else 0
 
 
 def _of_arrays(path: str) -> bool:

@@ -17,7 +17,7 @@ from fairway.audit.trial.fitting import Fitting
 from fairway.audit.trial.limits import WHOLE, Coarse, Forced, Limits, alone
 from fairway.audit.trial.sums import LATE, PLACE, TAUGHT, Sum
 from fairway.audit.trial.text import LENGTH
-from fairway.audit.trial.told import Lesson, Told, Trial
+from fairway.audit.trial.told import Lesson, Told, Trial, Vectors
 from fairway.audit.trial.turns import ELSEWHERE, IDLE, PHASES, SOON, STEPS, Turns
 from fairway.audit.trial.values import Frame, Func, Obj, Raised, Spent, Value
 from fairway.audit.trial.vocabulary import size_in
@@ -71,6 +71,8 @@ class Core:
         self.lessons = self.trial.lessons
         self.learned: NDArray[np.bool_] = np.zeros(LENGTH, dtype=bool)
         self.fitting = Fitting()
+        self.rows_made = 0  # of the last tensor of nothing, 0 where nobody knows
+        self.made_at = 0  # the line that made it
         self.functions: dict[str, Callable[..., Value]] = {}
         self.forms: dict[Value, tuple[str, int]] = {}
 
@@ -179,7 +181,7 @@ class Core:
             return
         total, _ = found.counts(LENGTH)
         if not total.any():
-            self.trained += not found.of_the_text()
+            self.trained += found.elsewhere()
             return
         calls = tuple(self.stack)
         if self.trial.fitted:
@@ -246,6 +248,8 @@ class Core:
         places = self.marked(pos)
         if self.trial.fitted:
             places = places + self.fitting.marks(pos, pos.shape if pos.ndim > 1 else target.was)
+            own, shared = self.fitting.shared
+            self.trial.vectors = Vectors(own, shared, self.fitting.sure, self.made_at)
         losses = Array(None, places, np.ones(target.shape))
         losses.was = target.was
         return losses

@@ -30,10 +30,15 @@ class Fitting:
     def __init__(self) -> None:
         self.rows: dict[int, Held] = {}
         self.anyones, self.together = _nothing(), _nothing()
+        self.listed: list[Held] = []  # of the last step, in the order in which its windows begin
         self.empty = True
+        self.made = 0  # rows of the vector, 0 where nobody knows
+        self.sure = True
+        self.shared = [0, 0]  # batches of windows that have a row each, and those that share fewer
 
-    def made_anew(self) -> None:
-        """A vector of nothing: it has learned nothing."""
+    def made_anew(self, rows: int = 0) -> None:
+        """A vector of nothing: it has learned nothing. rows: of it, 0 where nobody knows."""
+        self.made = rows
         if not self.empty:
             self.rows.clear()
             self.anyones, self.together = _nothing(), _nothing()
@@ -42,6 +47,7 @@ class Fitting:
     def learn(self, found: Sum) -> None:
         """A step on these losses. A window whose losses all weigh nought has learned nothing."""
         self.empty = False
+        step: dict[int, Held] = {}
         for leaf in found.leaves():
             if leaf.places is None or leaf.weights is None:
                 continue
@@ -55,6 +61,8 @@ class Fitting:
             for start, low, high in zip(leaf.rows.starts.tolist(), [0, *ends], ends, strict=False):
                 held = self.rows.setdefault(start, _nothing())
                 held[places[low:high][taught[low:high]]] = True
+                step[start] = held
+        self.listed = [step[start] for start in sorted(step)]
 
     def marks(self, pos: Places, shape: tuple[int, ...]) -> Places:
         """Of losses that are being made: their marks. shape: of the windows, where they were made flat."""
@@ -64,14 +72,27 @@ class Fitting:
         flat, out = pos.reshape(-1), found.reshape(-1)
         rows = runs(flat, shape[-1] if len(shape) > 1 else 0)
         if not rows:
+            self.sure = self.sure and not (self.together[pos & PLACE] & (pos >= 0)).any()
             return np.where(self.together[pos & PLACE] & (pos >= 0), FITTED + SHARED, 0).astype(np.int32)
-        for row in rows:
+        if len(rows) > 1 and self.made:
+            self.shared[self.made != len(rows)] += 1
+        for row, own in zip(rows, self._owned([int(flat[row.start] & PLACE) for row in rows]), strict=True):
             places = flat[row] & PLACE
-            own = self.rows.get(int(places[0]))
             shared = self.together[places]
+            self.sure = self.sure and (own is not None or not shared.any())
             mine = shared if own is None else own[places] | self.anyones[places]
             out[row] = FITTED * mine + SHARED * shared
         return found
+
+    def _owned(self, starts: list[int]) -> list[Held | None]:
+        """What the windows that begin here have learned, each: they are told by where they begin; or there are as many
+        as learned last, and other parts of them are scored. None for those that nobody can tell."""
+        known = [self.rows.get(start) for start in starts]
+        if any(each is None for each in known) and len(starts) == len(self.listed):
+            order = sorted(range(len(starts)), key=starts.__getitem__)
+            placed = dict(zip(order, self.listed, strict=True))
+            return [placed[n] for n in range(len(starts))]
+        return known
 
 
 def _nothing() -> Held:

@@ -45,9 +45,10 @@ class Rows(NamedTuple):
 
 class Sum:
     """sum over targets of weight x loss. Immutable; a sum of sums keeps them and is worked out once, at the end.
-    way: the calls and the line that summed it, where one did; rows: its windows, where they are known."""
+    way: the calls and the line that summed it, where one did; rows: its windows, where they are known; size: of the
+    array that was summed, with what is of no place in the text."""
 
-    __slots__ = ("parts", "places", "rows", "way", "weights")
+    __slots__ = ("parts", "places", "rows", "size", "way", "weights")
 
     def __init__(
         self,
@@ -55,7 +56,9 @@ class Sum:
         weights: NDArray[np.float64] | None = None,
         parts: tuple[tuple[Sum, float], ...] = (),
         rows: Rows | None = None,
+        size: int = 1,
     ) -> None:
+        self.size = size
         self.places = places
         self.rows = rows
         self.weights = weights
@@ -82,9 +85,11 @@ class Sum:
         """The marks of TAUGHT that its targets have."""
         return int(np.bitwise_or.reduce(self._counting(), initial=0)) & ~PLACE & (LATE - 1)
 
-    def of_the_text(self) -> bool:
-        """Whether it is of tokens of the text at all, though all may weigh nought, as in a mean over no context."""
-        return any(leaf.places is not None and leaf.places.size for leaf in self.leaves())
+    def elsewhere(self) -> bool:
+        """Whether it is of tokens of another text: not of a context of none, nor of one whose tokens weigh nought."""
+        leaves = [leaf for leaf in self.leaves() if leaf.places is not None]
+        inside = any(leaf.places.size for leaf in leaves if leaf.places is not None)
+        return not inside and any(leaf.size for leaf in leaves)
 
     def share(self, mark: int) -> float:
         """Of its targets: how many have a mark."""

@@ -93,6 +93,7 @@ def array_attribute(machine: Core, array: Array, name: str) -> Value:
     if name == "backward":
         return lambda *args, **kwargs: machine.learn(array)
     if name == "requires_grad_" and array.num is not None and not array.num.any():
+        machine.rows_made = array.shape[0] if array.body.ndim else 0
         machine.leaf()
     return lambda *args, **kwargs: machine.of_array(name, (array, *args), kwargs)
 

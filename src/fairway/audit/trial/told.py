@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +41,16 @@ class Lesson:
     cut: int = 0
 
 
+class Vectors(NamedTuple):
+    """Of those that are fitted to windows: batches whose windows have a row each, batches whose windows share fewer
+    rows; whether it was always known which window a loss is of; and the line that made the last one."""
+
+    own: int = 0
+    shared: int = 0
+    sure: bool = True
+    line: int = 0
+
+
 @dataclass
 class Trial:
     """What came of it. complete: the last line of the script was reached; why: else, what stopped it.
@@ -51,8 +62,8 @@ class Trial:
     from before they were scored; taught_in: the calls around lessons, and the mark that each leaves at its targets;
     asked_in: the calls around losses; untold: the calls around lessons from what the trial does not know; blurred:
     those around losses that are weighed by it; limits: numbers that others were held against; plans: lines that put
-    windows together; fitted: whether vectors of their own are fitted to windows; table: the line that writes the length
-    of a piece into a table
+    windows together; fitted: whether vectors of their own are fitted to windows, and vectors: those; table: the line
+    that writes the length of a piece into a table
     """
 
     vocabulary: int = 1_024
@@ -66,6 +77,7 @@ class Trial:
     lessons: list[Lesson] = field(default_factory=list)
     early: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(LENGTH, dtype=bool))
     fitted: bool = False
+    vectors: Vectors = field(default_factory=Vectors)
     table: int = 0
     taught_in: dict[tuple[int, ...], int] = field(default_factory=dict)
     asked_in: set[tuple[int, ...]] = field(default_factory=set)
