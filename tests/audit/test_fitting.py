@@ -73,6 +73,18 @@ def test_a_context_that_is_written_down_row_by_row_is_told_from_what_is_scored(t
     assert broken(text) & {"slot-on-scored", "slot-shared-delta"} == found
 
 
+def test_a_model_that_learns_beside_the_vectors_is_not_charged_with_what_they_learned() -> None:
+    """Both kinds of steps stand in one function, and a context was scored before."""
+    learn = """
+        opt = torch.optim.SGD(net.parameters(), lr=1e-3)
+        loss = F.cross_entropy(net(x).flatten(0, 1), y.flatten())
+        loss.backward()
+        opt.step()
+    return nats / count
+"""
+    assert broken(written().replace("    return nats / count\n", learn.removeprefix("\n"))) == set()
+
+
 PLANNED = (
     HEAD.replace("import glob, math", "import glob, math, typing")
     + """

@@ -296,6 +296,8 @@ def learned_first(case: Case, which: Reported, step: Update) -> tuple[str, int] 
     """Whether a trial shows losses that count of targets from which this step had learned: a sentence, and the line in
     which its way and that of the losses part."""
     counts = counts_of(case, which)
+    if counts is not None and counts.trial.fitted:
+        return None  # steps of vectors in the same function leave the same mark
     mark = counts.trial.taught_in.get(tuple(place.line for place in step.stack[:-1])) if counts is not None else None
     if counts is None or mark is None:
         return None
