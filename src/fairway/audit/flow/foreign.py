@@ -130,6 +130,8 @@ class Foreign(Operators):
         flat = self.flat(value)
         if last in ("str", "repr") and not flat.words and flat.const is not MISSING:
             return Value(words=(str(flat.const)[:200],))
+        if last in ("floor", "ceil") and not flat.losses & ~self.logs:
+            flat = flat.but(losses=0)  # the logarithm of a count, as a level
         return flat.but(const=MISSING, items=None)
 
     # Settings.

@@ -23,6 +23,7 @@ _TWICE = 1.4  # times: what is less is a weight, as that of a window that is sho
 _TAUGHT = 0.5  # of what is scored again: the last chunk is often not learned from
 _MOST = 0.5  # of the targets: an epoch of them
 _LEFT = 0.05  # of the targets
+_FIRST = 4_096  # tokens: the longest window
 _FEW = 32  # targets: fewer that count otherwise are edges of documents
 
 
@@ -271,7 +272,8 @@ def fitted_to_scored(case: Case, which: Reported) -> tuple[str, str, int] | None
         return None
     trial, told = counts.trial, counts.said[-1].sum
     many = int((counts.times > 0).sum())
-    own, shared = (round(told.share(mark) * many) for mark in (FITTED, SHARED))
+    own = int((told.marked(FITTED) >= _FIRST).sum())  # the first window, which is scored whole, may have a switch
+    shared = round(told.share(SHARED) * many)
     worked = f"Worked out for a text of {trial.length - 1:,} targets"
     if own >= _FEW and trial.vectors.sure:
         ways = [(lesson.stack, way) for lesson in trial.lessons for way in lesson.asked]

@@ -41,6 +41,7 @@ class Fitting:
         self.made = rows
         if not self.empty:
             self.rows.clear()
+            self.listed.clear()
             self.anyones, self.together = _nothing(), _nothing()
             self.empty = True
 
@@ -75,7 +76,7 @@ class Fitting:
             self.sure = self.sure and not (self.together[pos & PLACE] & (pos >= 0)).any()
             return np.where(self.together[pos & PLACE] & (pos >= 0), FITTED + SHARED, 0).astype(np.int32)
         if len(rows) > 1 and self.made:
-            self.shared[self.made != len(rows)] += 1
+            self.shared[self.made < len(rows)] += 1  # a last batch may have fewer windows than rows
         for row, own in zip(rows, self._owned([int(flat[row.start] & PLACE) for row in rows]), strict=True):
             places = flat[row] & PLACE
             shared = self.together[places]

@@ -91,6 +91,12 @@ class Sum:
         inside = any(leaf.places.size for leaf in leaves if leaf.places is not None)
         return not inside and any(leaf.size for leaf in leaves)
 
+    def marked(self, mark: int) -> NDArray[np.int32]:
+        """The places of its targets that have a mark."""
+        counting = self._counting()
+        found: NDArray[np.int32] = counting[counting & mark != 0] & PLACE
+        return found
+
     def share(self, mark: int) -> float:
         """Of its targets: how many have a mark."""
         counting = self._counting()
