@@ -12,7 +12,8 @@ from fairway.audit.passes.consequences import without_consequences
 from fairway.audit.passes.faults import Fault, Passes, one_row
 from fairway.audit.passes.patterns import pattern_at
 from fairway.audit.passes.reported import Reported, is_diagnosis, reported
-from fairway.audit.passes.trials import fitted, fitted_to_scored, order_of
+from fairway.audit.passes.trials import order_of
+from fairway.audit.passes.vectors import fitted, fitted_to_scored
 from fairway.audit.reading.tree import nodes
 from fairway.audit.terms.choices import forked
 from fairway.audit.verdict import Finding, Place, Step, Verdict

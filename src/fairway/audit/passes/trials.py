@@ -13,7 +13,6 @@ from fairway.audit.case import Case
 from fairway.audit.flow.events import Score, Update
 from fairway.audit.passes.reported import Reported, scores_of
 from fairway.audit.reading.tree import nodes
-from fairway.audit.trial.sums import FITTED, SHARED
 from fairway.audit.trial.text import UNIT
 from fairway.audit.trial.told import Lesson, Told, Trial
 
@@ -23,8 +22,7 @@ _TWICE = 1.4  # times: what is less is a weight, as that of a window that is sho
 _TAUGHT = 0.5  # of what is scored again: the last chunk is often not learned from
 _MOST = 0.5  # of the targets: an epoch of them
 _LEFT = 0.05  # of the targets
-_FIRST = 4_096  # tokens: the longest window
-_FEW = 32  # targets: fewer that count otherwise are edges of documents
+FEW = 32  # targets: fewer that count otherwise are edges of documents
 
 
 @dataclass(frozen=True)
@@ -122,7 +120,7 @@ def repeated(counts: Counts) -> str:
     """How many targets count more than once, as a sentence; "" where so few do that it is an edge."""
     more = counts.more
     whole = np.abs(counts.times[more] - np.round(counts.times[more])) < _WHOLE
-    if len(more) < _FEW or whole.mean() < 0.95:
+    if len(more) < FEW or whole.mean() < 0.95:
         return ""  # few, or weights of another kind: a mean of the means of documents
     most = counts.times[more].max()
     return (
@@ -142,7 +140,7 @@ def left_out(case: Case, which: Reported) -> tuple[str, int] | None:
     missing = counts.missing[counts.missing < last]
     later = trial.told[counts.said[-1].number + 1 :]
     most = max((int((trial.counts(told)[0] > 0).sum()) for told in later), default=0)
-    ways = [way for way in counts.said[-1].sum.ways() if way]
+    ways = sorted(way for way in counts.said[-1].sum.ways() if way)
     if len(missing) < _LEFT * trial.length or most > int((counts.times > 0).sum()) or not ways:
         return None
     evidence = (
@@ -174,14 +172,14 @@ def lesson_before(case: Case, which: Reported, counts: Counts) -> tuple[str, int
     if counts.trial.fitted or not _learns(case, which):
         return None  # what is fitted to one window is nothing to another, and the trial does not tell them apart
     after = np.flatnonzero((counts.late > 0) & counts.trial.early[: len(counts.late)])
-    lesson = next((each for each in counts.lessons if each.early >= _FEW), None)  # a second pass is the walk's to tell
-    if len(after) < _FEW or lesson is None:
+    lesson = next((each for each in counts.lessons if each.early >= FEW), None)  # a second pass is the walk's to tell
+    if len(after) < FEW or lesson is None:
         return None
     scores = scores_of(case.trace, which.score, which.data)
     calls = {tuple(place.line for place in score.stack[:-1]) for score in scores}
     apart = [stack for stack in lesson.asked if stack[:-1] != lesson.stack[:-1]] or lesson.asked
     asked = next((stack for stack in apart if stack[:-1] in calls), apart[0])
-    few = sum(each.early >= _FEW for each in counts.trial.lessons) * 2 < len(counts.trial.lessons)
+    few = sum(each.early >= FEW for each in counts.trial.lessons) * 2 < len(counts.trial.lessons)
     line = (few and lesson.cut) or parting(lesson.stack, asked)  # lessons that reach too far, or come too soon
     evidence = (
         f"Worked out for a text of {counts.trial.length - 1:,} targets, {len(after):,} of those that the score counts "
@@ -249,7 +247,7 @@ def order_of(case: Case, which: Reported, score: Score, step: Update) -> Literal
     """What a trial that came to this score and to this step shows, where every target was summed once by the calls that
     sum it: "first" where no loss that counts was made after the step had learned from its target; "late" where the step
     is none of the score's own pass and came before. "" where it shows neither."""
-    counts = _once(case, which)
+    counts = counted_once(case, which)
     if counts is None:
         return ""
     trial, told = counts.trial, counts.said[-1].sum
@@ -264,36 +262,6 @@ def order_of(case: Case, which: Reported, score: Score, step: Update) -> Literal
     return "late" if early and asked[: len(calls)] != calls else ""
 
 
-def fitted_to_scored(case: Case, which: Reported) -> tuple[str, str, int] | None:
-    """What a trial alone shows of vectors that are fitted to windows: that targets count of which the vector of their
-    own window had learned, or most had been learned by one vector of several windows. The rule, a sentence, a line."""
-    counts = _once(case, which)
-    if counts is None or not counts.trial.fitted or counts.trial.blurred:
-        return None
-    trial, told = counts.trial, counts.said[-1].sum
-    many = int((counts.times > 0).sum())
-    own = int((told.marked(FITTED) >= _FIRST).sum())  # the first window, which is scored whole, may have a switch
-    shared = round(told.share(SHARED) * many)
-    worked = f"Worked out for a text of {trial.length - 1:,} targets"
-    if own >= _FEW and trial.vectors.sure:
-        ways = [(lesson.stack, way) for lesson in trial.lessons for way in lesson.asked]
-        apart = [pair for pair in ways if pair[0][:-1] != pair[1][: len(pair[0]) - 1]]
-        line = parting(*max(apart, key=lambda pair: _together(*pair))) if apart else trial.vectors.line
-        return "slot-on-scored", f"{worked}, {own:,} of them are scored with a vector that was fitted to them.", line
-    if shared > _MOST * many and trial.vectors.shared > trial.vectors.own:
-        evidence = (
-            f"{worked}, {shared:,} of them are scored with a vector that was fitted to them in the context of another "
-            "window of the batch."
-        )
-        return "slot-shared-delta", evidence, trial.vectors.line
-    return None
-
-
-def _together(one: tuple[int, ...], other: tuple[int, ...]) -> int:
-    """How many calls two ways begin with together."""
-    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-
-
 def learned_first(case: Case, which: Reported, step: Update) -> tuple[str, int] | None:
     """Whether a trial shows losses that count of targets from which this step had learned: a sentence, and the line in
     which its way and that of the losses part."""
@@ -306,7 +274,7 @@ def learned_first(case: Case, which: Reported, step: Update) -> tuple[str, int] 
     told = counts.said[-1].sum
     many = round(told.share(mark) * int((counts.times > 0).sum()))
     way = next((way for way in sorted(told.ways()) if way), None)
-    if many < _FEW or way is None:
+    if many < FEW or way is None:
         return None
     calls = tuple(place.line for place in step.stack)
     evidence = (
@@ -316,27 +284,13 @@ def learned_first(case: Case, which: Reported, step: Update) -> tuple[str, int] 
     return evidence, parting(calls, way)
 
 
-def _once(case: Case, which: Reported) -> Counts | None:
+def counted_once(case: Case, which: Reported) -> Counts | None:
     """The counts, where every target was summed once by the calls that sum it, and none is left out."""
     counts = counts_of(case, which)
     if counts is None or len(counts.missing) or len(counts.more):
         return None
     times = [counts.trial.booked.get(way) for way in counts.said[-1].sum.ways()]
     return counts if times and all(each is not None and each.max() == 1 for each in times) else None
-
-
-def fitted(case: Case, which: Reported, step: Update, shared: bool) -> Literal["apart", "met", ""]:
-    """What a trial shows of vectors that are fitted to windows: "apart" where no loss that counts is of a target to
-    which the vector of its own window was fitted (shared: that of any window), "met" where most are. "" if neither."""
-    counts = _once(case, which)
-    calls = tuple(place.line for place in step.stack[:-1])
-    if counts is None or not counts.trial.fitted:
-        return ""
-    trial, told = counts.trial, counts.said[-1].sum
-    if calls not in trial.taught_in or calls in trial.untold:
-        return ""
-    share = told.share(SHARED if shared else FITTED)
-    return "apart" if not share else "met" if share > _MOST and calls not in trial.blurred else ""
 
 
 def parting(one: tuple[int, ...], other: tuple[int, ...]) -> int:
