@@ -188,16 +188,16 @@ def lesson_before(case: Case, which: Reported, counts: Counts) -> tuple[str, int
     return evidence, line
 
 
-def epochs(case: Case, which: Reported, counts: Counts, seen: bool = False) -> tuple[str, int] | None:
+def epochs(case: Case, which: Reported, counts: Counts) -> tuple[str, int] | None:
     """Whether most targets of the score were summed by the same calls before, and learned from since, while each counts
-    once: a sentence, and the loop over the passes. seen: whether the walk saw a second pass, of whatever kind."""
+    once: a sentence, and the loop over the passes."""
     trial = counts.trial
     booked = {way: trial.booked[way] for way in sorted(counts.said[-1].sum.ways()) if way in trial.booked}
     again = sum(int((times > 1).sum()) for times in booked.values())
     late = int((counts.late > 0).sum())
     if again < _MOST * (trial.length - 1) or late < _TAUGHT * again or len(counts.more) or trial.fitted:
         return None
-    if not seen and not _learns(case, which) and _steps(case, which):
+    if not _learns(case, which) and _steps(case, which):
         return None  # several states: the walk tells them apart; where it sees no gradient, the trial's word stands
     way = next(way for way, times in booked.items() if (times > 1).any())
     step = next((lesson.stack for lesson in trial.lessons if lesson.asked), None)

@@ -14,7 +14,6 @@ def check(case: Case) -> Finding:
     clean = "No pass over the validation tokens is repeated with what an earlier one learned."
     found = verdict_on(case, ID, CLAUSE, clean)
     which, own, _ = passes_of(case)
-    open_ = all(fault.kind == "rescoring-after-adaptation" for fault in own)  # of which kind the second pass is
-    counts = counts_of(case, which) if found.verdict == "clean" and open_ else None
-    shown = epochs(case, which, counts, bool(own)) if counts is not None else None
+    counts = counts_of(case, which) if found.verdict == "clean" and not own else None
+    shown = epochs(case, which, counts) if counts is not None else None
     return found if shown is None else Finding(ID, "violates", shown[0], CLAUSE, case.place(shown[1]))
