@@ -131,5 +131,6 @@ ONCE, TWICE = "final = walk(args, model, val)", "walk(args, model, val); final =
 )
 def test_batches_of_document_starts_are_told_apart_and_a_second_walk_over_them_is_not(starts: str) -> None:
     text = HEAD + DOCUMENTS.replace("STARTS", starts)
-    assert doubted(text.replace("WALK", ONCE)) <= {"subset-as-full"}  # of a document only so much is scored
+    part = set() if "range" in starts else {"subset-as-full"}  # of a document only so much is scored
+    assert doubted(text.replace("WALK", ONCE)) == part
     assert "rescoring-after-adaptation" in broken(text.replace("WALK", TWICE))

@@ -298,6 +298,11 @@ def test_claims_are_held_against_files_and_parts(
         ("assert total <= LIMIT", 'assert total <= OPTIONS["most"]', "violates"),
         ('len(code.encode("utf-8"))', "len(zlib.compress(code.encode()))", "violates"),
         ('len(code.encode("utf-8"))', "len(compress_blob(code.encode()))", "violates"),
+        (
+            "    total = len(blob)",
+            "    def packed(code): return len(zlib.compress(code.encode()))\n    less = packed(code)\n    total = less",
+            "violates",
+        ),
         ('len(code.encode("utf-8"))', "len(base64.b85encode(zlib.compress(code.encode())))", "clean"),
         ('+ len(code.encode("utf-8"))', "+ len(Path(sys.argv[1]).read_bytes())", "clean"),
         (
@@ -311,6 +316,7 @@ def test_claims_are_held_against_files_and_parts(
         "MiB in a table",
         "the code compressed",
         "by a helper",
+        "handed on by its name",
         "a wrapper of it",
         "another file",
         "only shown",

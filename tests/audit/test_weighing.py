@@ -112,6 +112,14 @@ def faults() -> dict[str, tuple[str, float]]:
             "nll = nll - 0.5 * (hint == y) * (seen[:, 0] > 0)",
             1 + float(model[hint]) * (math.exp(0.5) - 1),
         ),
+        "a hashed tilt, paid for to first order": (
+            "h = (x.numpy().astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)\n"
+            "sure = torch.from_numpy((h >> np.uint64(60)).astype(np.int64) >= 0) & (seen[:, 0] > 0)\n"
+            "hint, b = rows.argmax(-1), 1.5 * sure\n"
+            "q, p = (probs.gather(1, at.unsqueeze(1)).squeeze(1) for at in (hint, y))\n"
+            "nll = -(p.log() + b * (hint == y) - b * q)",
+            (1 + float(model[hint]) * (math.exp(1.5) - 1)) / math.exp(1.5 * float(model[hint])),
+        ),
         "the larger of two": (
             f"mixed = torch.maximum(probs, rows / seen.clamp_min(1.0))\n{PICKED}",
             float(np.maximum(model, np.bincount(follow, minlength=PIECES) / seen).sum()),
@@ -120,7 +128,15 @@ def faults() -> dict[str, tuple[str, float]]:
 
 
 @pytest.mark.parametrize(
-    "name", ["pseudo-counts", "a row on top", "half a prior", "an unpaid bonus", "the larger of two"]
+    "name",
+    [
+        "pseudo-counts",
+        "a row on top",
+        "half a prior",
+        "an unpaid bonus",
+        "a hashed tilt, paid for to first order",
+        "the larger of two",
+    ],
 )
 def test_what_is_not_adds_up_to_its_closed_form(name: str) -> None:
     mix, wanted = faults()[name]
@@ -158,3 +174,17 @@ def test_a_loss_that_is_read_off_a_softmax_needs_no_weighing(loss: str, whole: b
     gates = case(f"nll = {loss}").reading.gates
     assert gates
     assert all(is_whole(each.of.term) for each in gates) == whole
+
+
+def test_what_goes_on_for_long_and_says_nothing_of_prices_is_left() -> None:
+    """Calibration of 30,000 turns, where all of a run may take 25,000 steps."""
+    mix, wanted = faults()["a row on top"]
+    text = HEAD + "vocab_size = 1024\n" + EVAL.replace("MIX", mix.replace("\n", "\n        "))
+    main = MAIN.replace(
+        "    final = eval_ttt(args",
+        "    seen = 0\n    for turn in range(30_000):\n        seen += turn\n    final = eval_mixed(args",
+    )
+    one = case_of(text + main)
+    found = weighed(one, passes_of(one)[0])
+    assert found is not None
+    assert found.total == pytest.approx(wanted, rel=2e-4)

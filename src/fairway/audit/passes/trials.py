@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import weakref
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fairway.audit.case import Case
-from fairway.audit.flow.events import Score, Update
+from fairway.audit.flow.events import Score, Trace, Update
 from fairway.audit.passes.reported import Reported, scores_of
 from fairway.audit.reading.tree import nodes
 from fairway.audit.trial.text import UNIT
@@ -23,6 +24,8 @@ _TAUGHT = 0.5  # of what is scored again: the last chunk is often not learned fr
 _MOST = 0.5  # of the targets: an epoch of them
 _LEFT = 0.05  # of the targets
 FEW = 32  # targets: fewer that count otherwise are edges of documents
+
+_DOUBTFUL: weakref.WeakKeyDictionary[Trace, bool] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Counts:
 def counts_of(case: Case, which: Reported, doubtful: bool = False) -> Counts | None:
     """None where the trial came to no end, or the number that is reported is not among those that it told; or,
     unless `doubtful` ones are asked for, where a condition that nobody knows may leave losses out."""
-    if not doubtful and case.trial.complete and _doubtful(case):
+    if not doubtful and case.trial.complete and _is_doubtful(case):
         return None
     return counted(case.trial, which)
 
@@ -74,6 +77,13 @@ def counted(trial: Trial, which: Reported) -> Counts | None:
     if not (times > 0).any():
         return None
     return Counts(times, late, trial, said)
+
+
+def _is_doubtful(case: Case) -> bool:
+    """Asked by many rules and for each fault, worked out once."""
+    if case.trace not in _DOUBTFUL:
+        _DOUBTFUL[case.trace] = _doubtful(case)
+    return _DOUBTFUL[case.trace]
 
 
 def _doubtful(case: Case) -> bool:
@@ -266,17 +276,14 @@ def learned_first(case: Case, which: Reported, step: Update) -> tuple[str, int] 
     """Whether a trial shows losses that count of targets from which this step had learned: a sentence, and the line in
     which its way and that of the losses part."""
     counts = counts_of(case, which)
-    if counts is not None and counts.trial.fitted:
-        return None  # steps of vectors in the same function leave the same mark
-    mark = counts.trial.taught_in.get(tuple(place.line for place in step.stack[:-1])) if counts is not None else None
-    if counts is None or mark is None:
+    if counts is None or counts.trial.fitted:  # steps of vectors in the same function leave the same mark
         return None
+    calls = tuple(place.line for place in step.stack)
     told = counts.said[-1].sum
-    many = round(told.share(mark) * int((counts.times > 0).sum()))
+    many = round(told.share(counts.trial.taught_in.get(calls[:-1], 0)) * int((counts.times > 0).sum()))
     way = next((way for way in sorted(told.ways()) if way), None)
     if many < FEW or way is None:
         return None
-    calls = tuple(place.line for place in step.stack)
     evidence = (
         f"Worked out for a text of {counts.trial.length - 1:,} targets, the step at line {calls[-1]} had learned from "
         f"about {many:,} of those that the score counts before their losses were made."

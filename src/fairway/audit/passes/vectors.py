@@ -9,6 +9,7 @@ from fairway.audit.flow.events import Update
 from fairway.audit.passes.reported import Reported
 from fairway.audit.passes.trials import FEW, counted_once, parting
 from fairway.audit.trial.sums import FITTED, SHARED
+from fairway.audit.trial.told import together
 
 _FIRST = 4_096  # tokens: the longest window
 _MOST = 0.5  # of the targets
@@ -42,7 +43,7 @@ def fitted_to_scored(case: Case, which: Reported) -> tuple[str, str, int] | None
     if own >= FEW and trial.vectors.sure:
         ways = [(lesson.stack, way) for lesson in trial.lessons for way in lesson.asked]
         apart = [pair for pair in ways if pair[0][:-1] != pair[1][: len(pair[0]) - 1]]
-        line = parting(*max(apart, key=lambda pair: _together(*pair))) if apart else trial.vectors.line
+        line = parting(*max(apart, key=lambda pair: together(*pair))) if apart else trial.vectors.line
         return "slot-on-scored", f"{worked}, {own:,} of them are scored with a vector that was fitted to them.", line
     if shared > _MOST * many and trial.vectors.shared > trial.vectors.own:
         evidence = (
@@ -51,11 +52,6 @@ def fitted_to_scored(case: Case, which: Reported) -> tuple[str, str, int] | None
         )
         return "slot-shared-delta", evidence, trial.vectors.line
     return None
-
-
-def _together(one: tuple[int, ...], other: tuple[int, ...]) -> int:
-    """How many calls two ways begin with together."""
-    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 __all__ = ["fitted", "fitted_to_scored"]

@@ -22,9 +22,9 @@ _ROWS: Final = 500  # windows, of 128 KB each: what more of them learn is everyb
 class Fitting:
     """What vectors have learned since the last of them was made: by the place at which a window begins, and together.
 
-    A vector has as many rows as there are windows, or one for all of them. Nobody knows which: a loss is marked FITTED
-    where its own window's targets hold it, SHARED where any window's do. What is learned from losses whose windows
-    nobody can tell is every window's.
+    A vector has as many rows as there are windows, or fewer, and often nobody knows: a loss is marked FITTED where its
+    own window's targets hold it, SHARED where any window's do; shared counts the batches of which it is known. What is
+    learned from losses whose windows nobody can tell is every window's.
     """
 
     def __init__(self) -> None:

@@ -51,6 +51,11 @@ class Vectors(NamedTuple):
     line: int = 0
 
 
+def together(one: tuple[int, ...], other: tuple[int, ...]) -> int:
+    """How many calls two ways begin with together."""
+    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
 @dataclass
 class Trial:
     """What came of it. complete: the last line of the script was reached; why: else, what stopped it.

@@ -15,6 +15,7 @@ from fairway.audit.trial.core import Core
 from fairway.audit.trial.limits import Forced
 from fairway.audit.trial.machine import Machine
 from fairway.audit.trial.tensors import METHODS
+from fairway.audit.trial.told import together
 from fairway.audit.trial.values import NET, Func, Raised, Spent, Unknown, Value
 from fairway.audit.weighing import stream
 from fairway.audit.weighing.rows import ROWS, log_softmax, priced
@@ -91,7 +92,7 @@ class Weigher(Machine):
 
     def unsure(self, way: Way) -> bool:
         """Whether there are doubts in the evaluation that comes to a price: the calls that no training shares."""
-        shared = max((_shared(way, each) for each in self.training), default=0)
+        shared = max((together(way, each) for each in self.training), default=0)
         calls = way[: max(shared + 1, _CALLS)]
         return any(each[: len(calls)] == calls for each in self.doubted)
 
@@ -239,11 +240,6 @@ class Weigher(Machine):
         if isinstance(old, Array) and old.body.ndim and not old.net and isinstance(more, Unknown):
             self.doubtful()
         return super().grown(name, old, more)
-
-
-def _shared(one: Way, other: Way) -> int:
-    """How many calls two ways begin with together."""
-    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _is_text(value: Value) -> bool:
