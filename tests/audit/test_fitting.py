@@ -85,6 +85,41 @@ def test_a_model_that_learns_beside_the_vectors_is_not_charged_with_what_they_le
     assert broken(written().replace("    return nats / count\n", learn.removeprefix("\n"))) == set()
 
 
+CLOSED = (
+    HEAD
+    + """
+def evaluate(net, val, chunk=512):
+    notes = torch.optim.SGD(net.parameters(), lr=1e-3)
+    nats = 0.0
+    for at in range(0, len(val) - 1, chunk):
+        x, y = val[at : at + chunk], val[at + 1 : at + chunk + 1]
+        said = net(x)
+        shift = torch.zeros(1024, requires_grad=True)
+        fit = torch.optim.LBFGS([shift], max_iter=4)
+
+        def closure():
+            fit.zero_grad()
+            value = F.cross_entropy(said.detach() + shift, GOALS)
+            value.backward()
+            return value
+
+        fit.step(closure)
+        price = F.cross_entropy(said + shift.detach(), y, reduction="none")
+        nats += price.detach().sum().item()
+        price.mean().backward()
+        notes.step()
+    return nats / (len(val) - 1)
+
+print(f"val_loss {evaluate(Net(), load()):.5f}")
+"""
+)
+
+
+def test_a_vector_that_learns_by_a_closure_is_not_cleared_by_a_model_that_learns_afterwards() -> None:
+    """Without the closure's lesson the trial would see only steps that follow the losses."""
+    assert "slot-on-scored" in broken(CLOSED.replace("GOALS", "y"))
+
+
 PLANNED = (
     HEAD.replace("import glob, math", "import glob, math, typing")
     + """

@@ -91,6 +91,8 @@ class Attributes(Arrays):
                 return functools.partial(self.gathered, value)
             if name == "requires_grad_" and value is BLANK:
                 return self.leaf
+            if name == "step":
+                return self.stepped
             if name in _LEVELS and not value.net:  # of a logger
                 return functools.partial(self.told_by_format, "")
             return functools.partial(self.learn_unknown, value) if name == "backward" else value
@@ -202,6 +204,10 @@ class Attributes(Arrays):
             self.fitting.made_anew(self.rows_made)
             self.rows_made = 0
         return UNKNOWN
+
+    def stepped(self, closure: Value = None, **_: Value) -> Value:
+        """optimizer.step(closure): what makes the loss, and learns from it, is called."""
+        return self.call(closure, (), {}, self.line) if isinstance(closure, (Func, Bound)) else UNKNOWN
 
     def learn_unknown(self, value: Unknown, *_: Value, **__: Value) -> None:
         self.learn(value)
