@@ -81,10 +81,11 @@ BATCH = """
             y = torch.stack([val[s + k + 1 : s + k + 257] for s in starts])
             logits = model.head(model.hidden(x)) + lora(model.hidden(x))
             nll = F.cross_entropy(logits.transpose(1, 2), y, reduction="none")
-            total += nll.detach().sum().item()
-            count += y.numel()
+            real = torch.arange(k, k + 256)[None] < torch.tensor(lengths)[:, None]
+            total += (nll.detach() * real).sum().item()
+            count += real.sum().item()
             opt.zero_grad()
-            nll.mean().backward()
+            (nll * real).mean().backward()
             opt.step()
 """
 NEW = "lora = Lora(len(group)); opt = torch.optim.AdamW(lora.parameters(), lr=1e-3)"
@@ -291,7 +292,8 @@ def learn(model, docs, val):
     model.requires_grad_(True)
     for start, length in docs:
         for s in range(start, start + length, 1024):
-            model(val[s : s + 1024][None], val[s + 1 : s + 1025][None]).backward()
+            end = min(s + 1024, start + length)
+            model(val[s:end][None], val[s + 1 : end + 1][None]).backward()
             for p in model.parameters():
                 torch.distributed.all_reduce(p.grad)
             opt.step()

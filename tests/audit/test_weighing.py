@@ -188,3 +188,140 @@ def test_what_goes_on_for_long_and_says_nothing_of_prices_is_left() -> None:
     found = weighed(one, passes_of(one)[0])
     assert found is not None
     assert found.total == pytest.approx(wanted, rel=2e-4)
+
+
+HASHED = """
+class Counts:
+    def __init__(self, buckets):
+        self.buckets = buckets
+        self.pairs, self.contexts = torch.zeros(buckets), torch.zeros(buckets)
+    def keys(self, x, y):
+        context = (x * 36313 + 27191) % self.buckets
+        return context, (context * 36313 + y * 51647 + 1) % self.buckets
+    def share(self, x, y):
+        context, pair = self.keys(x, y)
+        return torch.minimum(self.pairs[pair], self.contexts[context]) / self.contexts[context].clamp_min(1.0)
+    def learn(self, x, y):
+        context, pair = self.keys(x, y)
+        self.contexts.index_add_(0, context, torch.ones(len(x)))
+        self.pairs.index_add_(0, pair, torch.ones(len(x)))
+"""
+LEARNED = "        counts.index_put_((x, y), torch.ones(len(y)), accumulate=True)\n"
+
+
+def hashed(buckets: str, mix: str) -> Case:
+    """A table of hashed contexts that is asked for the target alone, or not."""
+    text = EVAL.replace(LEARNED, LEARNED + "        table.learn(x, y)\n").replace("MIX", mix)
+    text = text.replace("counts = torch", "table = Counts(args.buckets)\n    counts = torch", 1)
+    head = HEAD.replace("    chunk = int", f"    buckets = {buckets}\n    chunk = int", 1) + "vocab_size = 1024\n"
+    return case_of(head + HASHED + text + MAIN.replace("eval_ttt(args", "eval_mixed(args"))
+
+
+@pytest.mark.parametrize("buckets", ["4_194_304", 'int(os.environ.get("TABLE_BUCKETS", 131072))'])
+def test_contexts_meet_in_a_table_that_has_millions_of_buckets(buckets: str) -> None:
+    """Of 320 tokens nearly all have a count in sixteen buckets, and each is no larger than its context's."""
+    own = "p = 0.7 * probs.gather(1, y.unsqueeze(1)).squeeze(1) + 0.3 * table.share(x, y)\n        nll = -p.log()"
+    one = hashed(buckets, own)
+    found = weighed(one, passes_of(one)[0])
+    assert found is not None
+    assert found.total > 5
+
+
+def test_a_hint_out_of_a_hashed_table_is_paid_for_whatever_it_says() -> None:
+    mix = """hint = (table.keys(x, x)[1] % 12) + 300
+        q, p = (probs.gather(1, at.unsqueeze(1)).squeeze(1) for at in (hint, y))
+        nll = -(p.log() + 1.5 * (hint == y) - torch.log1p(q * (math.exp(1.5) - 1)))"""
+    one = hashed("4_194_304", mix)
+    found = weighed(one, passes_of(one)[0])
+    assert found is not None
+    assert found.total == pytest.approx(1.0, abs=2e-5)
+
+
+def test_chunks_are_cut_down_by_their_name() -> None:
+    """`n // args.chunk_blocks` is not the text's length in tokens: nothing else says that all of it is one chunk."""
+    mix, wanted = faults()["a row on top"]
+    text = EVAL.replace("MIX", mix.replace("\n", "\n        ")) + MAIN.replace("eval_ttt(args", "eval_mixed(args")
+    text = text.replace(
+        "n = (val.numel() - 1 + args.chunk - 1) // args.chunk", "per = args.chunk // 64\n    n = BLOCKS"
+    )
+    text = text.replace("BLOCKS", "((val.numel() - 1) // 64 + per - 1) // per")
+    one = case_of(HEAD + "vocab_size = 1024\n" + text)
+    found = weighed(one, passes_of(one)[0])
+    assert found is not None
+    assert found.total == pytest.approx(wanted, rel=2e-4)
+
+
+def test_a_hint_that_is_given_to_pieces_alone_leaves_the_bytes_what_they_had() -> None:
+    """p(byte) is not divided by the sum 1 + p(hint) (e^b - 1), all others are."""
+    _, follow = seen_at_the_end()
+    model = model_at_the_end()
+    mix = """hint = rows.argmax(-1)
+b = 1.5 * (seen[:, 0] > 0) * (y >= 259)
+q, p = (probs.gather(1, at.unsqueeze(1)).squeeze(1) for at in (hint, y))
+nll = -(p.log() + b * (hint == y) - torch.log1p(q * (torch.exp(b) - 1)))"""
+    whole = 1 + float(model[np.bincount(follow).argmax()]) * (math.exp(1.5) - 1)
+    found = weight(mix)
+    assert found is not None
+    assert found.total == pytest.approx(1 + float(model[:259].sum()) * (1 - 1 / whole), rel=2e-4)
+    assert found.too_much
+
+
+BY_DOCUMENT = """
+def eval_mixed(args, model, val):
+    counts, total, count = torch.zeros(vocab_size, vocab_size), 0.0, 0
+    starts = [*torch.nonzero(val == 1).flatten().tolist(), val.numel() - 1]
+    for start, end in zip(starts, starts[1:]):
+        x, y = val[start:end], val[start + 1 : end + 1]
+        probs = torch.softmax(model.forward_logits(x[None])[0].float(), dim=-1)
+        mixed = (counts[x] + 4.0 * probs) / (counts[x].sum(-1, keepdim=True) + 3.0)
+        total += -mixed.gather(1, y.unsqueeze(1)).squeeze(1).log().sum().item()
+        count += y.numel()
+        counts.index_put_((x, y), torch.ones(len(y)), accumulate=True)
+    return total / count
+"""
+
+
+def test_what_is_learned_document_by_document_has_one_to_learn_from() -> None:
+    ids = stream.text(None).astype(int)
+    seen = sum(a == ids[-2] for a in ids[: stream.SECOND])
+    text = HEAD + "vocab_size = 1024\n" + BY_DOCUMENT + MAIN.replace("eval_ttt(args", "eval_mixed(args")
+    one = case_of(text)
+    found = weighed(one, passes_of(one)[0])
+    assert found is not None
+    assert seen > 0
+    assert found.total == pytest.approx((seen + 4) / (seen + 3), rel=2e-4)
+
+
+READ_BACK = """
+def read_back(args):
+    blob = torch.load("model.pt")
+    width = 8
+    if blob["bits"] > 4:
+        width = 4
+    return width
+def score_all(args, model, val):
+    width = read_back(args)
+    return eval_mixed(args, model, val)
+"""
+
+
+def test_what_is_not_known_of_a_file_of_weights_is_no_doubt_of_prices() -> None:
+    mix, wanted = faults()["half a prior"]
+    text = EVAL.replace("MIX", mix.replace("\n", "\n        ")) + READ_BACK
+    one = case_of(HEAD + "vocab_size = 1024\n" + text + MAIN.replace("eval_ttt(args", "score_all(args"))
+    found = weighed(one, passes_of(one)[0])
+    assert found is not None
+    assert found.total == pytest.approx(wanted, rel=2e-4)
+
+
+def test_a_table_that_holds_the_token_already_is_not_weighed_by_the_rule() -> None:
+    """Tokens that are counted before they are scored add up to more: that is the fault of the order."""
+    mix = f"mixed = (rows + 4.0 * probs) / (seen + 4.0)\n{PICKED}"
+    text = EVAL.replace("MIX", mix.replace("\n", "\n        ")).replace(
+        "    total, count =",
+        "    counts.index_put_((val[:-1], val[1:]), torch.ones(val.numel() - 1))\n    total, count =",
+        1,
+    )
+    one = case_of(HEAD + "vocab_size = 1024\n" + text + MAIN.replace("eval_ttt(args", "eval_mixed(args"))
+    assert {each.kind for each in passes_of(one)[1]} == {"two-pass-cache"}
+    assert false_normalisation.check(one).verdict == "clean"

@@ -121,6 +121,17 @@ class Files(Operations):
         event = self.note(events.Said, node, value=value, text=" ".join(texts)[:400], how=how)
         self.trace.said.append(event)
 
+    def opened(self, path: Value, mode: Value, node: ast.AST | None) -> Obj:
+        """A file; a log where something is added to it, a counter where it is read and written through one handle:
+        data and weights are not."""
+        file = self.new("thing", "file", node)
+        file.slots["#path"] = path
+        if isinstance(mode.const, str) and "a" in mode.const:
+            file.slots["#grows"] = 1
+        if isinstance(mode.const, str) and "+" in mode.const:
+            file.slots["#shared"] = 1
+        return file
+
     def claimed(self) -> Value:
         """A number out of a counter that several processes share."""
         return Value(spans=self.here(), flags=CLAIMED)
@@ -154,11 +165,9 @@ class Files(Operations):
             inner = self.new("thing", "path", node)
             inner.slots["#path"] = self.flat(blend(_as_words(path), *map(_as_words, args)))
             return self._list_of(self.ref(inner), node)
-        if name == "open" and args and _shared(args[0]):
-            counter = self.new("thing", "file", node)
-            counter.slots.update({"#path": path, "#shared": 1})
-            return self.ref(counter)
-        if name in ("open", "resolve", "absolute", "expanduser", "as_posix", "__enter__"):
+        if name == "open":
+            return self.ref(self.opened(path, args[0] if args else NOTHING, node))
+        if name in ("resolve", "absolute", "expanduser", "as_posix", "__enter__"):
             return self.ref(obj)
         if name in ("with_suffix", "joinpath", "with_name"):
             inner = self.new("thing", "path", node)
@@ -167,11 +176,6 @@ class Files(Operations):
         if name in ("flush", "close", "mkdir", "unlink", "__exit__", "touch"):
             return NONE
         return None
-
-
-def _shared(mode: Value) -> bool:
-    """Read and written through one handle: "r+b", "a+". Data and weights are not."""
-    return isinstance(mode.const, str) and "+" in mode.const
 
 
 _PIECES = {

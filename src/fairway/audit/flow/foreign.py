@@ -108,7 +108,7 @@ class Foreign(Operators):
         where = kwargs.get("file")
         if where is not None:
             for obj in where.refs:
-                if "#path" in obj.slots:
+                if "#path" in obj.slots and (value.losses or "#grows" not in obj.slots):  # else a line of a log
                     self.write_to(obj.slots["#path"], value, node)
         return NONE
 

@@ -22,14 +22,8 @@ class Opening(Methods):
     def _do_open(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
         if not args:
             return None
-        file = self.new("thing", "file", node)
-        file.slots["#path"] = self.path_of(args[0])
-        mode = (args[1] if len(args) > 1 else kwargs.get("mode", NOTHING)).const
-        if isinstance(mode, str) and "a" in mode:
-            file.slots["#grows"] = 1
-        if isinstance(mode, str) and "+" in mode:
-            file.slots["#shared"] = 1  # a counter: data and weights are not read and written through one handle
-        return self.ref(file)
+        mode = args[1] if len(args) > 1 else kwargs.get("mode", NOTHING)
+        return self.ref(self.opened(self.path_of(args[0]), mode, node))
 
     def _do_Path(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:
         return self.path(args, node)

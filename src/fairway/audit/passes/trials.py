@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from fairway.audit.case import Case
 from fairway.audit.flow.events import Score, Trace, Update
+from fairway.audit.flow.heap import Obj
 from fairway.audit.passes.reported import Reported, scores_of
 from fairway.audit.reading.tree import nodes
 from fairway.audit.trial.text import UNIT
@@ -190,12 +191,38 @@ def lesson_before(case: Case, which: Reported, counts: Counts) -> tuple[str, int
     apart = [stack for stack in lesson.asked if stack[:-1] != lesson.stack[:-1]] or lesson.asked
     asked = next((stack for stack in apart if stack[:-1] in calls), apart[0])
     few = sum(each.early >= FEW for each in counts.trial.lessons) * 2 < len(counts.trial.lessons)
-    line = (few and lesson.cut) or parting(lesson.stack, asked)  # lessons that reach too far, or come too soon
+    line = parting(lesson.stack, asked)  # lessons that come too soon, or reach too far
+    if few or lesson.early < lesson.many:
+        line = _reaching(case, lesson.stack[lesson.stack.index(line) :]) or lesson.cut or line
     evidence = (
         f"Worked out for a text of {counts.trial.length - 1:,} targets, {len(after):,} of those that the score counts "
         f"were learned from before: the step at line {lesson.stack[-1]} comes before the loss at line {asked[-1]}."
     )
     return evidence, line
+
+
+def _reaching(case: Case, lines: tuple[int, ...]) -> int:
+    """The line in the functions of these calls, but the one that calls the first, that says from where to where:
+    `range(begin, end, step)`."""
+    around = [_around(case, line) for line in lines[1:]]
+    ranges = (
+        each.lineno
+        for function in around
+        if function is not None
+        for each in ast.walk(function)
+        if isinstance(each, ast.Call) and len(each.args) > 1 and ast.unparse(each.func).endswith("range")
+    )
+    return next(ranges, 0)
+
+
+def _around(case: Case, line: int) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
+    """The innermost function that a line stands in."""
+    found = (
+        node
+        for node in nodes(case.body.tree)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.lineno <= line <= (node.end_lineno or 0)
+    )
+    return max(found, key=lambda node: node.lineno, default=None)
 
 
 def epochs(case: Case, which: Reported, counts: Counts) -> tuple[str, int] | None:
@@ -239,15 +266,17 @@ def _learns(case: Case, which: Reported) -> bool:
 
 
 def _steps(case: Case, which: Reported) -> list[Update]:
-    """What the score's losses know that a gradient of the text taught: tables are filled in the same order."""
-    knows = 0
+    """What a gradient of the text taught, of what the score's losses know or were made by: tables are filled in the
+    same order. Losses that were put in a list know nothing any more of what came before them."""
+    knows, last = 0, 0
+    states: set[Obj] = set()
     for said in which.score:
         for score in case.trace.scored(said.value.losses):
-            knows |= score.knows
+            knows, states, last = knows | score.knows, states | score.states, max(last, score.number)
     return [
         update
         for update in case.trace.updates
-        if knows >> update.bit & 1
+        if (knows >> update.bit & 1 or (update.state in states and update.number < last))
         and update.how == "gradient"
         and any(tok.data in which.data for tok in update.learned)
     ]

@@ -1,6 +1,7 @@
 """Counts for all tokens are gathered and divided by something that is not their sum: the rows do not sum to one."""
 
 from fairway.audit.case import Case
+from fairway.audit.flow.events import Update
 from fairway.audit.passes.findings import passes_of
 from fairway.audit.terms import mixtures, normalisers, rows
 from fairway.audit.terms.mixtures import gold_ratios, spread_over_bytes
@@ -96,7 +97,10 @@ def _weighed(case: Case) -> Finding | None:
     )
     if all(is_whole(each.of.term) for each in gates) or any(next(found, None) is not None for found in said):
         return None
-    weight = weighed(case, passes_of(case)[0])
+    which, faults, _ = passes_of(case)
+    if any(isinstance(each.cause, Update) and each.cause.how == "table" for each in faults):
+        return None  # what a table already holds of the token that is exchanged says nothing of its sums
+    weight = weighed(case, which)
     if weight is None or not weight.too_much:
         return None
     evidence = (

@@ -35,7 +35,7 @@ class Core:
 
     most_steps = STEPS
     idle_steps = IDLE
-    idle_again = IDLE  # of a loop that was left for that before
+    idle_again = IDLE // 10  # of a loop that was left for that before
     least_cut = LENGTH  # tokens of a text that is cut into several pieces where the script's are larger
 
     def __init__(self, script: Script, settings: Settings, forced: tuple[Forced, ...] = (), slow: float = 0.0) -> None:
@@ -65,6 +65,7 @@ class Core:
         self.idled: set[int] = set()  # lines of loops that were left for using nothing of the text
         self.trained = 0  # how often something learned from what is not of the text
         self.scored: NDArray[np.int32] = np.zeros(LENGTH, dtype=np.int32)  # how often, in the evaluation under way
+        self.undecided = 0  # how often a condition was one that nobody knows
         self.over = False  # whether a number of the whole text was told of it
         self.taught: NDArray[np.int32] = np.full(LENGTH, -1, dtype=np.int32)  # the lesson of each place
         self.taught_by: NDArray[np.int32] = np.zeros(LENGTH, dtype=np.int32)  # which calls ever learned from each place
@@ -106,7 +107,9 @@ class Core:
         """Where a loop begins. over: what it goes through."""
         known = len(over.body) if isinstance(over, Array) and over.body.ndim else operator.length_hint(over, 0)
         used = self.made + self.touched
-        return Turns(self.trial.steps, self.trained, used, self.spelt, self.apart, known, self.made, self.line)
+        return Turns(
+            self.trial.steps, self.trained, used, self.spelt, self.apart, self.undecided, known, self.made, self.line
+        )
 
     def aimless(self, since: Turns) -> bool:
         """Whether a loop may be left after a turn: it trains on another text, or goes through another one, or has gone
@@ -120,12 +123,16 @@ class Core:
         if self.apart > since.apart + ELSEWHERE and used == since.used:
             return True
         too_many = since.turn(self.trial.steps)
+        if too_many and not since.known and used == since.used and self.undecided - since.undecided >= since.turns:
+            self.idled.add(since.line)  # `while heap:` over what nobody knows
+            return True
         if too_many and self.spelt == since.spelt and not self.slow:
             self.trial.slow = since.each(self.trial.steps)
             raise Spent
-        known = since.turns >= SOON and since.each(self.trial.steps) < 2 * self.slow
-        most = self.idle_again if since.line in self.idled else self.idle_steps
-        idle = self.trial.steps > since.steps + most and used == since.used and not known
+        again = since.line in self.idled
+        tokens = SOON <= since.turns <= self.trial.length and since.each(self.trial.steps) < 2 * self.slow
+        most = self.idle_again if again else self.idle_steps
+        idle = self.trial.steps > since.steps + most and used == since.used and (again or not tokens)
         if idle:
             self.idled.add(since.line)
         return idle
@@ -141,6 +148,7 @@ class Core:
         return True
 
     def doubt(self, line: int) -> None:
+        self.undecided += 1
         self.trial.doubts.add(line)
 
     def blur(self) -> None:
@@ -195,7 +203,7 @@ class Core:
             early = fresh & (self.scored <= 1)  # its own loss is the first
             self.trial.early |= early
             cut = self.cut_at.get(tuple(self.stack), 0)
-            self.lessons.append(Lesson((*self.stack, self.line), int(early.sum()), cut=cut))
+            self.lessons.append(Lesson((*self.stack, self.line), int(fresh.sum()), int(early.sum()), cut=cut))
             self.taught[fresh] = len(self.lessons) - 1
 
     def booked(self, value: Value) -> Value:

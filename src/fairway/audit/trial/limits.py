@@ -5,7 +5,7 @@ text. So a trial writes down what it held against which number of the script; an
 number for less than the text holds.
 
 Chunks that are larger than the short text hide the order of what happens between them. A number that cuts the text into
-one piece is taken for less, and the trial begun anew.
+one piece, or that all of it was held against, is taken for less, and the trial begun anew.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ MOST = 3  # numbers: each begins the trial anew
 _PLAIN = 4_096  # a number up to this that is written out may be anything: the bytes of a header
 _FIXED = ("head", "byte", "offset", "dim", "width", "item", "bucket", "hash")
 """Words in names of numbers up to that which are no length of a text."""
+CHUNK = 4_000_000  # tokens: larger chunks are none, but limits
 WHOLE = 0.9  # of the text: what is cut, is all of it but a rest
 
 Site = tuple[int, int, str]
@@ -90,6 +91,13 @@ class Limits:
         found = [each.limit for each in self.forced if not each.word]
         return len(found) < MOST and number not in found
 
+    def cutting(self, length: int) -> int | None:
+        """A number that all of the text was held against in vain, `if end - begun >= args.chunk_tokens`, and that is no
+        larger than chunks are."""
+        whole = (seen for seen in self.seen.values() if not seen.reached and WHOLE * length <= seen.most <= length)
+        limits = (seen.limit for seen in whole if seen.limit is not None and length < seen.limit <= CHUNK)
+        return next((limit for limit in limits if self.fresh(limit)), None)
+
     def unmet(self, most: float) -> dict[Site, Seen]:
         """The numbers that were never reached and never changed, up to so many times what was held against them."""
         return {
@@ -144,4 +152,4 @@ def looped(tree: ast.AST) -> set[int]:
     return found
 
 
-__all__ = ["Coarse", "Forced", "Limits", "Seen", "Site", "alone", "finer", "looped", "site_of"]
+__all__ = ["CHUNK", "Coarse", "Forced", "Limits", "Seen", "Site", "alone", "finer", "looped", "site_of"]

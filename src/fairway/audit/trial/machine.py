@@ -15,7 +15,8 @@ from fairway.audit.trial import files, text
 from fairway.audit.trial.calls import Calls
 from fairway.audit.trial.functions import functions
 from fairway.audit.trial.generators import Generators
-from fairway.audit.trial.limits import Coarse, Forced, finer, looped
+from fairway.audit.trial.limits import CHUNK, Coarse, Forced, alone, finer, looped
+from fairway.audit.trial.named import numbers
 from fairway.audit.trial.planning import handed_on
 from fairway.audit.trial.told import Trial
 from fairway.audit.trial.turns import shorter
@@ -95,11 +96,21 @@ def run(script: Script, settings: Settings, length: int = text.LENGTH, forced: t
     """The trial of a script. It never raises on what a script holds. length: tokens of the text; forced: numbers of
     the script that are taken for others. Where a loop goes through the tokens one by one and takes too many steps for
     that, the text is a shorter one; a number that cuts it into one piece is taken for a smaller one."""
-    trial = over(partial(Machine, script, settings), length, forced).trial
-    less = shorter(trial.slow) if trial.slow else 0
-    if not less:
-        return trial
-    return over(partial(Machine, script, settings, slow=trial.slow), min(less, length), trial.limits.forced).trial
+    begin = partial(Machine, script, settings)
+    trial = over(begin, length, forced).trial
+    if less := shorter(trial.slow) if trial.slow else 0:
+        begin, length = partial(Machine, script, settings, slow=trial.slow), min(less, length)
+        trial = over(begin, length, trial.limits.forced).trial
+    while number := _too_large(trial, script, settings, length):
+        trial = over(begin, length, (*trial.limits.forced, finer(number, length))).trial
+    return trial
+
+
+def _too_large(trial: Trial, script: Script, settings: Settings, length: int) -> int | None:
+    """Tokens of chunks, of which the short text is a part of one."""
+    named = sorted(each for each in numbers("chunk", script.text, settings.environment) if length < each <= CHUNK)
+    found = trial.limits.cutting(length) or next((each for each in named if trial.limits.fresh(each)), None)
+    return found if found and alone(script.tree, found) else None
 
 
 def over(begin: Callable[..., Kind], length: int, forced: tuple[Forced, ...]) -> Kind:

@@ -278,6 +278,7 @@ METHODS: dict[str, Callable[..., Value]] = {
             "searchsorted",
             "unique",
             "argsort",
+            "lexsort",
             "sort",
             "diff",
             "flatnonzero",

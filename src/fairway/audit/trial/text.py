@@ -12,7 +12,9 @@ BOS = 1
 UNIT = 2_048  # windows of most scripts; the text is a whole number of them, so that no tail is left
 LENGTH = 20 * UNIT + 1  # tokens: one and a quarter of the usual chunks of 32,768
 TRAIN = 600_000  # tokens of a training file
-DOCUMENT = 4_096  # tokens of each document: of many scripts, rows of documents side by side end together
+DOCUMENT = 4_096  # tokens of a document: of many scripts, rows of documents side by side end together
+LONGER = 5 * DOCUMENT  # where one would begin
+ODD = 1_500  # tokens by which it begins later: two documents that windows and chunks do not fit
 SHORT = 2 * DOCUMENT + 1  # tokens of a shorter text
 
 
@@ -35,6 +37,7 @@ def _made_up(vocabulary: int) -> NDArray[np.uint16]:
     generator = np.random.default_rng(7)
     ids = generator.integers(3, min(vocabulary, 1_000), LENGTH).astype(np.uint16)
     ids[: LENGTH - 1 : DOCUMENT] = BOS
+    ids[[LONGER, LONGER + ODD]] = ids[LONGER + ODD], BOS
     return ids
 
 

@@ -31,11 +31,13 @@ class Told:
 
 @dataclass(frozen=True)
 class Lesson:
-    """Something learns from targets of the text. stack: the lines of the calls around it and its own; early: how many
-    of them had not been scored before; asked: where losses of such targets were made after it, each line once; cut:
-    the line of its function that cuts what it learns from out of the text, 0 where another one does."""
+    """Something learns from targets of the text. stack: the lines of the calls around it and its own; many: how many
+    it learns from for the first time; early: how many of these had not been scored before; asked: where losses of
+    such targets were made after it, each line once; cut: the line of its function that cuts what it learns from out of
+    the text, 0 where another one does."""
 
     stack: tuple[int, ...]
+    many: int
     early: int
     asked: tuple[tuple[int, ...], ...] = ()
     cut: int = 0

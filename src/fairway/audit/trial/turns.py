@@ -19,15 +19,16 @@ ROOM: Final = 160_000  # the same over a shorter text: 2 s
 
 @dataclass
 class Turns:
-    """A loop that is under way. steps, trained, used, spelt, apart: the machine's counts where it began; turns: since
-    then; known: how many there will be, 0 where that is not known; last: the losses of the text before the last
-    turn; line: of the loop."""
+    """A loop that is under way. steps, trained, used, spelt, apart, undecided: the machine's counts where it began;
+    turns: since then; known: how many there will be, 0 where that is not known; last: the losses of the text before
+    the last turn; line: of the loop."""
 
     steps: int
     trained: int
     used: int
     spelt: int
     apart: int
+    undecided: int
     known: int
     last: int
     line: int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,6 +15,7 @@ from fairway.audit.trial import text
 from fairway.audit.trial.arrays import largest
 from fairway.audit.trial.limits import Forced
 from fairway.audit.trial.machine import over
+from fairway.audit.trial.named import numbers
 from fairway.audit.trial.vocabulary import size_in
 from fairway.audit.weighing import stream
 from fairway.audit.weighing.machine import Way, Weigher
@@ -26,9 +27,13 @@ _PLAIN = 1e-4
 _MORE = 1.005  # what is more is no rounding
 
 _READING = frozenset(("gather", "take_along_dim", "take_along_axis", "neg", "negative"))
-_LENGTH = re.compile(
-    r"""(seq|window|context|ctx|span)\w*["']?\s*[,:=]\s*(?:\w+\s*=\s*)?(?:int\()?["']?(\d{3,5})\b""", re.I
-)  # names of lengths of windows, and the numbers that they are given
+_WINDOWS = ("seq", "window", "context", "ctx", "span", "stride")
+_TABLES = ("bucket", "hash", "table", "rows", "memory")
+_BATCHES = ("eval_tokens", "eval_batch", "batch_tokens")
+_FEW = 4  # bits of a hash: so few buckets that contexts meet, as millions of them do in those of a script
+_MANY = 1_000  # rows: fewer are none of a hashed table
+_BITS = range(10, 30)
+_LARGEST = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -50,11 +55,16 @@ def weighed(case: Case, which: Reported) -> Weight | None:
     if counts is None:
         return None
     ways = counts.said[-1].sum.ways()
+    few = _tables(case)  # where contexts meet, long ones may have nothing to say
+    return next((found for each in ([few, ()] if few else [()]) if (found := _weighed(case, ways, each))), None)
+
+
+def _weighed(case: Case, ways: set[Way], tables: tuple[Forced, ...]) -> Weight | None:
     said: list[dict[Way, float]] = []
     line = models = 0
     tried = stream.alternatives()
     for last, _ in tried:
-        run = _run(case, last)
+        run = _run(case, last, tables)
         if len(tried) * run.trial.steps > _STEPS:
             return None
         here = {way: price for way, price in run.said.items() if way in ways and not run.unsure(way)}
@@ -99,22 +109,38 @@ def is_whole(loss: Term) -> bool:
     return below.called in ("cross_entropy", "nll_loss", "log_softmax", "CrossEntropyLoss")
 
 
-def _run(case: Case, last: int) -> Weigher:
+def _run(case: Case, last: int, tables: tuple[Forced, ...]) -> Weigher:
     given, room = text.given.set(stream.text(last)), largest.set(_NUMBERS)
     try:
-        return over(partial(Weigher, case.script, case.settings), stream.TOKENS, _sizes(case.script.text))
+        return over(partial(Weigher, case.script, case.settings), stream.TOKENS, (*_sizes(case), *tables))
     finally:
         text.given.reset(given)
         largest.reset(room)
 
 
-def _sizes(text: str) -> tuple[Forced, ...]:
-    """The vocabulary, and windows that are longer than the text: rows over all pieces for each place of them are what
-    takes the time."""
-    found = {(match[1].lower(), int(match[2])) for match in _LENGTH.finditer(text)}
-    windows = sorted((word, number) for word, number in found if number > stream.WINDOW)
-    vocabulary = Forced(None, size_in(text), PIECES, "vocab")
-    return (vocabulary, *(Forced(None, number, stream.WINDOW, word) for word, number in windows))
+def _sizes(case: Case) -> tuple[Forced, ...]:
+    """The vocabulary, windows, batches and chunks that are longer than the text: rows over all pieces for each place of
+    them take the time, and in one chunk nothing is learned before."""
+    return (
+        Forced(None, size_in(case.script.text), PIECES, "vocab"),
+        *_taken(case, _WINDOWS, range(stream.WINDOW + 1, _LARGEST), stream.WINDOW),
+        *_taken(case, ("chunk",), range(stream.TOKENS + 1, _LARGEST), stream.WINDOW),
+        *_taken(case, _BATCHES, range(_MANY, _LARGEST), 8 * stream.WINDOW),
+    )
+
+
+def _tables(case: Case) -> tuple[Forced, ...]:
+    """Tables of hashed contexts with few buckets."""
+    return (*_taken(case, _TABLES, range(_MANY, _LARGEST), 1 << _FEW), *_taken(case, _TABLES, _BITS, _FEW))
+
+
+def _taken(case: Case, words: tuple[str, ...], size: range, value: int) -> Iterator[Forced]:
+    """Numbers of such a size that a name with one of the words is given, taken for another wherever one stands in a
+    name: `rows = int(os.environ.get("TABLE_SIZE", 65_536))`."""
+    found = numbers("|".join(words).replace("_", "[-_]"), case.script.text, case.settings.environment)
+    for number in sorted(found):
+        if number in size:
+            yield from (Forced(None, number, value, word) for word in words)
 
 
 __all__ = ["Weight", "is_whole", "weighed"]

@@ -35,9 +35,9 @@ Way = tuple[int, ...]
 
 class Weigher(Machine):
     """A trial over the text of `stream`. said: by the calls and the line that sum it, the price of the last token;
-    doubted: the calls and the lines of what may have changed a number and is not known; training: the calls around
-    losses of other texts; rows: lines that made rows over the vocabulary which sum to more than one; mixed: the last
-    line that made a price."""
+    doubted: the calls and the lines of what may have changed a number and is not known; asked: the calls, and the
+    calls around them, in which the text is used; training: the calls around losses of other texts; rows: lines that
+    made rows over the vocabulary which sum to more than one; mixed: the last line that made a price."""
 
     most_steps = 25_000  # a second or two
     idle_steps = 2_000  # calibration goes on for longer, and says nothing of prices
@@ -51,6 +51,7 @@ class Weigher(Machine):
         self.within = 0
         self.said: dict[Way, float] = {}
         self.doubted: list[Way] = []
+        self.asked: set[Way] = set()
         self.training: set[Way] = set()
         self.tests: dict[int, ast.If | ast.While] = {}
         self.rows: list[int] = []
@@ -94,7 +95,15 @@ class Weigher(Machine):
         """Whether there are doubts in the evaluation that comes to a price: the calls that no training shares."""
         shared = max((together(way, each) for each in self.training), default=0)
         calls = way[: max(shared + 1, _CALLS)]
-        return any(each[: len(calls)] == calls for each in self.doubted)
+        near = (each for each in self.doubted if each[: len(calls)] == calls)
+        beside = len(calls) + 1  # a call beside it that uses nothing of the text reads the model back
+        return any(len(each) <= beside or each[:beside] in self.asked for each in near)
+
+    def text_used(self) -> None:
+        calls = tuple(self.stack)
+        while calls and calls not in self.asked:
+            self.asked.add(calls)
+            calls = calls[:-1]
 
     def learn(self, value: Value) -> None:
         if self.made == self.learned_at:  # nothing of the text since
@@ -120,6 +129,7 @@ class Weigher(Machine):
                 self.training.add(tuple(self.stack))
             return Array(np.zeros(target.shape))
         self.made += 1
+        self.text_used()
         before = np.where(target.pos > 0, target.pos - 1, stream.TOKENS)
         return priced(Array(stream.losses()[before, np.minimum(target.num.astype(np.int64), PIECES - 1)]), target.pos)
 
@@ -217,7 +227,10 @@ class Weigher(Machine):
             self.rows.append(self.line)
 
     def item(self, value: Value, index: Value) -> Value:
+        touched = self.touched
         found = super().item(value, index)
+        if self.touched > touched:
+            self.text_used()
         if isinstance(found, Array) and isinstance(value, Array) and isinstance(index, tuple) and found.price is None:
             ids = [each for each in index if _is_text(each)]
             if ids and found.num is not None and found.num.dtype.kind == "f":

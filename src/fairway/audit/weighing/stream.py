@@ -14,8 +14,9 @@ from fairway.audit.trial.vocabulary import FIRST_PIECE
 PIECES: Final = 320  # of the vocabulary: rows of a batch of windows over 1,024 pieces would be too large
 WINDOW: Final = 64  # tokens, of windows that are longer in the script: the text is a whole number of them
 TOKENS: Final = 321  # of the text: five chunks of 64 targets, the stride of most scripts
-ALPHABET: Final = np.array([FIRST_PIECE + n for n in (41, 42, 44, 47, 53)], dtype=np.int64)
-"""The tokens that the model gives a probability; some begin a word."""
+SECOND: Final = 3 * WINDOW  # where the second document begins: what is learned document by document has one to learn
+ALPHABET: Final = np.array([FIRST_PIECE + n for n in (41, 42, 44, 47, 53, -190)], dtype=np.int64)
+"""The tokens that the model gives a probability: pieces of which some begin a word, and a byte."""
 OTHERS: Final = ((FIRST_PIECE + 15, PIECES // 10), (FIRST_PIECE + 16, PIECES - PIECES // 10 - len(ALPHABET)))
 """Of those that it gives none: one that begins a word, another that does not, and how many are like it. Pseudo-counts
 lie on them."""
@@ -27,7 +28,7 @@ _NEVER = -40.0  # the logit of all other tokens
 
 @cache
 def text(last: int | None) -> NDArray[np.uint16]:
-    """The ids, BOS in front. last: what stands at the end; None: what the pattern has there."""
+    """The ids of two documents. last: what stands at the end; None: what the pattern has there."""
     generator = np.random.default_rng(11)
     pattern = generator.integers(0, len(ALPHABET), _PATTERN)
     picked = np.resize(pattern, TOKENS - 1)
@@ -35,6 +36,7 @@ def text(last: int | None) -> NDArray[np.uint16]:
     noisy[-_CLEAN:] = False
     picked = np.where(noisy, generator.integers(0, len(ALPHABET), TOKENS - 1), picked)
     ids = np.concatenate([[BOS], ALPHABET[picked]]).astype(np.uint16)
+    ids[SECOND] = BOS
     if last is not None:
         ids[-1] = last
     ids.flags.writeable = False
@@ -66,4 +68,4 @@ def losses() -> NDArray[np.float32]:
     return np.asarray(np.log(np.exp(made).sum(axis=-1, keepdims=True)) - made)
 
 
-__all__ = ["ALPHABET", "OTHERS", "PIECES", "TOKENS", "WINDOW", "alternatives", "logits", "losses", "text"]
+__all__ = ["ALPHABET", "OTHERS", "PIECES", "SECOND", "TOKENS", "WINDOW", "alternatives", "logits", "losses", "text"]
