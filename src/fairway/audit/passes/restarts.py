@@ -45,9 +45,12 @@ def looks(tree: ast.AST | None) -> int:
     loops = (node for node in nodes(tree) if isinstance(node, (ast.For, ast.While)))
     taught = [node for node in functions if node.name in teaching]
     bodies = [node.body for node in loops if _learns(node, teaching)]
-    looped = {id(each) for body in bodies for statement in body for each in ast.walk(statement)}
-    bodies += [node.body for node in taught if not any(id(each) in looped for each in ast.walk(node))]
-    asked = {id(each) for body in bodies for each in _always(body, teaching) if _asks(each, asking)}
+    inner = [each for body in bodies for statement in body for each in ast.walk(statement)]
+    looped, called = {id(each) for each in inner}, {_called(each) for each in inner}
+    bodies += [
+        node.body for node in taught if node.name in called or not any(id(each) in looped for each in ast.walk(node))
+    ]
+    asked = {id(each) for body in bodies for each in _always(body, teaching, asking) if _asks(each, asking)}
     managers = {id(item.context_expr) for node in nodes(tree) if isinstance(node, ast.With) for item in node.items}
     return len(asked) + len(asked & managers)  # a block has two ends
 
@@ -87,23 +90,29 @@ def _helpers(functions: list[ast.FunctionDef | ast.AsyncFunctionDef]) -> list[as
     return found
 
 
-def _always(body: list[ast.stmt], teaching: Collection[str]) -> Iterator[ast.AST]:
-    """What is worked out below some statements in every turn, or where something learns."""
+def _always(body: list[ast.stmt], teaching: Collection[str], asking: Collection[str]) -> Iterator[ast.AST]:
+    """What is worked out below some statements in every turn, or where something learns; and what does nothing but ask
+    the clock, `if running: clock.stop()`."""
     for statement in body:
         if isinstance(statement, ast.If) and not _learns(statement, teaching):
-            yield from ast.walk(statement.test)
+            alone = all(any(_asks(part, asking) for part in ast.walk(each)) for each in statement.body)
+            yield from ast.walk(statement if alone else statement.test)
         elif isinstance(statement, (ast.If, ast.With, ast.Try)):
             heads = statement.items if isinstance(statement, ast.With) else []
             yield from (each for head in heads for each in ast.walk(head))
-            yield from _always([*statement.body, *getattr(statement, "orelse", [])], teaching)
+            yield from _always([*statement.body, *getattr(statement, "orelse", [])], teaching, asking)
         elif not isinstance(statement, (ast.For, ast.While, *_FUNCTIONS)):
             yield from ast.walk(statement)
 
 
 def _asks(node: ast.AST, asking: Collection[str]) -> bool:
     """Whether a node calls something of one of these names."""
+    return _called(node) in asking
+
+
+def _called(node: ast.AST) -> str:
     name = node.func if isinstance(node, ast.Call) else None
-    return getattr(name, "attr", getattr(name, "id", "")) in asking
+    return str(getattr(name, "attr", getattr(name, "id", "")))
 
 
 def _set_back(loop: ast.For | ast.While, begun: set[str], clocks: set[str], teaching: set[str]) -> Iterator[int]:
@@ -148,11 +157,15 @@ def _blocks(loop: ast.For | ast.While) -> Iterator[list[ast.stmt]]:
 
 
 def _learns(node: ast.AST, teaching: Collection[str]) -> bool:
-    """Whether a gradient is taken below a node, or a function called that takes one."""
-    return any(
-        (isinstance(each, ast.Attribute) and each.attr == "backward") or getattr(each, "id", None) in teaching
-        for each in ast.walk(node)
-    )
+    """Whether a gradient is taken below a node, or a function or a method of the same object called that takes one."""
+
+    def takes(each: ast.AST) -> bool:
+        if not isinstance(each, ast.Attribute):
+            return getattr(each, "id", None) in teaching
+        own = isinstance(each.value, ast.Name) and each.value.id == "self" and each.attr in teaching
+        return own or each.attr == "backward"
+
+    return any(takes(each) for each in ast.walk(node))
 
 
 def _is_clock(node: ast.AST) -> bool:

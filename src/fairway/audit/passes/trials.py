@@ -230,7 +230,7 @@ def epochs(case: Case, which: Reported, counts: Counts) -> tuple[str, int] | Non
     once: a sentence, and the loop over the passes."""
     trial = counts.trial
     booked = {way: trial.booked[way] for way in sorted(counts.said[-1].sum.ways()) if way in trial.booked}
-    again = sum(int((times > 1).sum()) for times in booked.values())
+    again = int(np.any([times > 1 for times in booked.values()], axis=0).sum()) if booked else 0
     late = int((counts.late > 0).sum())
     if again < _MOST * (trial.length - 1) or late < _TAUGHT * again or len(counts.more) or trial.fitted:
         return None

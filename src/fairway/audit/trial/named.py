@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
+
+from fairway.audit.reading.script import Script
+from fairway.audit.settings import Settings
+from fairway.audit.trial.limits import Forced
+
+LARGEST = 1 << 30
 
 
 def numbers(words: str, text: str, environment: Mapping[str, object]) -> set[int]:
@@ -15,6 +21,15 @@ def numbers(words: str, text: str, environment: Mapping[str, object]) -> set[int
     return found | {int(value) for value in told if isinstance(value, str) and value.isdecimal()}
 
 
+def taken(script: Script, settings: Settings, words: tuple[str, ...], size: range, value: int) -> Iterator[Forced]:
+    """Numbers of such a size that a name with one of the words is given, taken for another wherever one stands in a
+    name: `rows = int(os.environ.get("TABLE_SIZE", 65_536))`."""
+    found = numbers("|".join(words).replace("_", "[-_]"), script.text, settings.environment)
+    for number in sorted(found):
+        if number in size:
+            yield from (Forced(None, number, value, word) for word in words)
+
+
 @cache
 def _given(words: str) -> re.Pattern[str]:
     option = r"(?:type\s*=\s*int\s*,\s*)?"
@@ -22,4 +37,4 @@ def _given(words: str) -> re.Pattern[str]:
     return re.compile(rf"(?:{words})[\w-]*{named}\s*{option}{number}", re.IGNORECASE)
 
 
-__all__ = ["numbers"]
+__all__ = ["LARGEST", "numbers", "taken"]

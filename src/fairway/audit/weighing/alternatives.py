@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,7 +14,7 @@ from fairway.audit.trial import text
 from fairway.audit.trial.arrays import largest
 from fairway.audit.trial.limits import Forced
 from fairway.audit.trial.machine import over
-from fairway.audit.trial.named import numbers
+from fairway.audit.trial.named import LARGEST, taken
 from fairway.audit.trial.vocabulary import size_in
 from fairway.audit.weighing import stream
 from fairway.audit.weighing.machine import Way, Weigher
@@ -33,7 +32,6 @@ _BATCHES = ("eval_tokens", "eval_batch", "batch_tokens")
 _FEW = 4  # bits of a hash: so few buckets that contexts meet, as millions of them do in those of a script
 _MANY = 1_000  # rows: fewer are none of a hashed table
 _BITS = range(10, 30)
-_LARGEST = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -123,24 +121,18 @@ def _sizes(case: Case) -> tuple[Forced, ...]:
     them take the time, and in one chunk nothing is learned before."""
     return (
         Forced(None, size_in(case.script.text), PIECES, "vocab"),
-        *_taken(case, _WINDOWS, range(stream.WINDOW + 1, _LARGEST), stream.WINDOW),
-        *_taken(case, ("chunk",), range(stream.TOKENS + 1, _LARGEST), stream.WINDOW),
-        *_taken(case, _BATCHES, range(_MANY, _LARGEST), 8 * stream.WINDOW),
+        *taken(case.script, case.settings, _WINDOWS, range(stream.WINDOW + 1, LARGEST), stream.WINDOW),
+        *taken(case.script, case.settings, ("chunk",), range(stream.TOKENS + 1, LARGEST), stream.WINDOW),
+        *taken(case.script, case.settings, _BATCHES, range(_MANY, LARGEST), 8 * stream.WINDOW),
     )
 
 
 def _tables(case: Case) -> tuple[Forced, ...]:
     """Tables of hashed contexts with few buckets."""
-    return (*_taken(case, _TABLES, range(_MANY, _LARGEST), 1 << _FEW), *_taken(case, _TABLES, _BITS, _FEW))
-
-
-def _taken(case: Case, words: tuple[str, ...], size: range, value: int) -> Iterator[Forced]:
-    """Numbers of such a size that a name with one of the words is given, taken for another wherever one stands in a
-    name: `rows = int(os.environ.get("TABLE_SIZE", 65_536))`."""
-    found = numbers("|".join(words).replace("_", "[-_]"), case.script.text, case.settings.environment)
-    for number in sorted(found):
-        if number in size:
-            yield from (Forced(None, number, value, word) for word in words)
+    return (
+        *taken(case.script, case.settings, _TABLES, range(_MANY, LARGEST), 1 << _FEW),
+        *taken(case.script, case.settings, _TABLES, _BITS, _FEW),
+    )
 
 
 __all__ = ["Weight", "is_whole", "weighed"]

@@ -2,8 +2,9 @@
 
 The script decides by its own arithmetic when its 600 s are over: pauses are taken off, a start is moved on, a share is
 counted. Here its clock is ours. It goes on with everything that training is made of - a lesson, a read of the training
-text, a message between the cards, a step of an optimiser - and stands still else, so that looking at the validation
-text on the way costs nothing, as is accepted. What a loop took from its first turn to its last is then a number.
+text, a message between the cards, a step of an optimiser, an average of the weights - and stands still else, so that a
+look at the validation text on the way costs nothing, as is accepted. What a loop took from its first turn to its last
+is then a number.
 """
 
 from __future__ import annotations
@@ -24,15 +25,17 @@ from fairway.audit.trial.arrays import Array
 from fairway.audit.trial.core import Core
 from fairway.audit.trial.limits import Forced
 from fairway.audit.trial.machine import Machine, over
+from fairway.audit.trial.named import LARGEST, taken
 from fairway.audit.trial.turns import Turns
 from fairway.audit.trial.values import Lib, Spent, Unknown, Value
 from fairway.audit.weighing.machine import Way
 
-LESSON, READ, MESSAGE, STEP = 0.5, 0.1, 0.1, 0.5  # seconds: of a hundred turns rather than seven thousand
+LESSON, READ, MESSAGE, STEP, AVERAGE = 0.5, 0.4, 0.1, 0.5, 0.8  # seconds: of a hundred turns rather than seven thousand
 _LARGE = 10_000  # tokens: of the training text, and no table
 _NUMBERS = 100_000  # of an array: a step
 _LOOKS = 3  # at the clock, where the model learns: one ends the loop, one is said in the log
 _TURNS = 2_000  # of a loop that no clock ends
+_BATCH = 65_536  # tokens: reading larger ones row by row takes the steps
 _FEW = 12  # turns that say too little
 _LESS = 0.7  # of the turns, where the clock ends them and goes twice as fast
 _MOST = 0.9  # of what is lost
@@ -41,6 +44,7 @@ _ROOM = 1.02  # of the limit, besides two turns: the clock is looked at between 
 _MESSAGES = frozenset(
     ("all_reduce", "all_gather", "reduce", "reduce_scatter", "all_gather_into_tensor", "reduce_scatter_tensor")
 )
+_AVERAGING = frozenset(("lerp_", "mul_", "_foreach_lerp_", "_foreach_mul_", "clip_grad_norm_"))
 
 
 @dataclass
@@ -81,6 +85,8 @@ class Timer(Machine):
     """The trial's machine with a clock that goes on."""
 
     most_steps = 150_000
+    idle_steps = 1_000  # of a loop that reads a batch row by row
+    idle_again = 20
 
     def __init__(self, script: Script, settings: Settings, forced: tuple[Forced, ...] = (), rate: float = 1.0) -> None:
         super().__init__(script, settings, forced)
@@ -91,6 +97,7 @@ class Timer(Machine):
             self.functions[f"time.{name}"] = _look_ns
         self.now = 0.0
         self.total = 0  # lessons
+        self.done: set[tuple[int, int]] = set()  # lines that read and average, since the last lesson
         self.looks = 0  # at the clock
         self.running: dict[int, tuple[Turns, Loop]] = {}
         self.loops: list[Loop] = []
@@ -142,17 +149,27 @@ class Timer(Machine):
 
     def item(self, value: Value, index: Value) -> Value:
         if isinstance(value, Array) and value.pos is None and value.num is not None and value.num.size > _LARGE:
-            self.spend(READ)
+            self.once(READ)
         return super().item(value, index)
 
     def foreign(self, func: Lib, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
         if func.path.startswith("torch.distributed.") and func.name in _MESSAGES:
             self.spend(MESSAGE)
+        if func.name in _AVERAGING:
+            self.once(AVERAGE)
         return super().foreign(func, args, kwargs, line)
+
+    def once(self, seconds: float) -> None:
+        """A batch is read, weights are averaged, gradients clipped: all at once or one by one."""
+        if (self.line, self.total) not in self.done:
+            self.done = {each for each in self.done if each[1] == self.total} | {(self.line, self.total)}
+            self.spend(seconds)
 
     def attribute(self, value: Value, name: str) -> Value:
         if name == "step" and isinstance(value, Unknown):
             self.spend(STEP)
+        if name in _AVERAGING and isinstance(value, Unknown):
+            self.once(AVERAGE)
         return super().attribute(value, name)
 
 
@@ -195,7 +212,8 @@ def steps_after(case: Case, line: int) -> int:
 def _trained(case: Case, rate: float = 1.0) -> tuple[Timer, Loop | None]:
     """A trial of so many seconds for a second, and its longest loop that looks at the clock in its turns."""
     begin: Callable[..., Timer] = partial(Timer, case.script, case.settings, rate=rate)
-    machine = over(begin, text.SHORT, ())
+    batches = taken(case.script, case.settings, ("batch_tokens", "step_tokens"), range(_BATCH + 1, LARGEST), _BATCH)
+    machine = over(begin, text.SHORT, tuple(batches))
     ended = [each for each in machine.loops if each.timed > 0.9 * each.turns]
     loop = max(ended, key=lambda each: each.now - each.begun, default=None)
     return machine, loop if loop is not None and _FEW <= loop.turns < _TURNS else None
@@ -203,19 +221,21 @@ def _trained(case: Case, rate: float = 1.0) -> tuple[Timer, Loop | None]:
 
 def _lost(case: Case, machine: Timer, loop: Loop) -> int:
     """The line of the look at the clock that begins the shortest interval with all that is lost in it, or that asks a
-    short helper for it; the loop's own where the clock is looked at once in it."""
+    short helper for it, one that ends where a sum is moved on before others; the loop's own where the clock is looked
+    at once in it."""
     own = (each for each in machine.intervals.values() if each.since >= loop.begun)
     often = [each for each in own if each.spent > _SOME * (loop.now - loop.begun)]
     if len(often) < 2:
         return often[0].second[-1] if often else loop.line
     lost = _MOST * (loop.now - loop.begun - LIMIT)
-    between = min(often, key=lambda each: (each.spent < lost, each.spent))
+    sums = (node for node in nodes(case.body.tree) if isinstance(node, ast.AugAssign))
+    moved = {node.lineno for node in sums if isinstance(node.target, ast.Name)}
+    between = min(often, key=lambda each: (each.spent < lost, each.second[-1] not in moved, each.spent))
     helpers = short_helpers(case.body.tree)
     begins, ends = (
         next((line for line in reversed(way) if not any(line in lines for lines in helpers)), way[-1])
         for way in (between.first, between.second)
     )
-    moved = {node.lineno for node in nodes(case.body.tree) if isinstance(node, ast.AugAssign)}
     return ends if ends in moved else begins  # t0 += time() - t1
 
 
