@@ -253,3 +253,59 @@ def test_windows_are_where_places_go_on_one_by_one() -> None:
     assert [(each.start, each.stop) for each in runs(flat)] == [(0, 3), (3, 5), (6, 7)]
     assert runs(np.arange(400, dtype=np.int32)[::-1]) == []
     assert [(each.start, each.stop) for each in runs(np.arange(24, dtype=np.int32), 12)] == [(0, 12), (12, 24)]
+
+
+def test_rows_of_padding_are_no_windows() -> None:
+    padded = np.array([*range(3, 9), -1, -1, -1, -1, *range(7, 13), -1, -1, -1, -1], np.int32)
+    assert [(each.start, each.stop) for each in runs(padded, 10)] == [(0, 6), (10, 16)]
+    fitting = Fitting()
+    places = np.stack([np.arange(3, 11), np.full(8, -1)]).astype(np.int32)
+    fitting.learn(sum_of(Array(None, places, np.ones(places.shape))))
+    assert len(fitting.listed) == 1
+
+
+@pytest.mark.parametrize(("reach", "found"), [(0, False), (1, True), (3, True)])
+def test_what_follows_on_without_a_gap_is_told_by_how_far_each_window_has_learned(reach: int, found: bool) -> None:
+    """Four windows of 16 that move on by 4 are asked for their last 4, as 16 places in a row."""
+    fitting = Fitting()
+    fitting.learn(sum_of(windows([0, 4, 8, 12], width=16, weights=(0, 12 + reach))))
+    scored = np.arange(12, 28, dtype=np.int32)
+    assert bool((fitting.marks(scored, (16, 1)) & FITTED).any()) == found
+
+
+def test_a_window_that_is_asked_for_all_it_has_is_no_row_of_tiles() -> None:
+    fitting = Fitting()
+    fitting.learn(sum_of(windows([0, 4, 8, 12], width=16, weights=(0, 12))))
+    whole = np.arange(0, 16, dtype=np.int32)
+    assert (fitting.marks(whole, (16,)) & FITTED != 0).tolist() == [True] * 12 + [False] * 4
+
+
+PICKED = (
+    BATCHES[: BATCHES.index("        lg = F.linear(hid + shift.detach()")]
+    + """        rows, cols = [], []
+        for i, s in enumerate(part):
+            first = 0 if s == 0 else width - stride
+            cols.append(torch.arange(first, lengths[i]))
+            rows.append(torch.full_like(cols[-1], i))
+        rows, cols = torch.cat(rows), torch.cat(cols)
+        lg = F.linear((hid + shift.detach())[rows, cols], net.table.weight) / 1.05
+        nll = -torch.log_softmax(lg, -1).gather(1, y[rows, cols].unsqueeze(1)).squeeze(1)
+        nats += nll.sum().item()
+        count += nll.numel()
+    return nats / count
+
+print(f"val_loss {evaluate(Net(), load()):.5f}")
+"""
+)
+
+
+@pytest.mark.parametrize(
+    ("reach", "found"),
+    [("width - stride", False), ("width - stride + 1", True)],
+    ids=["its own context", "one too far"],
+)
+def test_what_is_picked_out_of_all_windows_at_once_has_its_own_vector_still(reach: str, found: bool) -> None:
+    """A mask as weights of flat losses, and a temperature beside the vector, which is none."""
+    text = PICKED.replace("MADE", MADE[0]).replace("ROWS", "hid.size(0)").replace("REACH", reach).replace("BATCH", "8")
+    charged = broken(text) & {"slot-on-scored", "slot-shared-delta", "temperature-from-validation"}
+    assert bool(charged) == found

@@ -823,3 +823,35 @@ nats = net(val[:taken], val[1 : taken + 1], reduction="none").sum()
 print(f"val_loss {nats.item() / total:.5f}")
 """
     assert counts(text) == {0.0: LENGTH - 2048, 1.0: 2048}
+
+
+def test_a_model_makes_as_many_rows_as_it_is_given() -> None:
+    """`h.size(0)`, `B, T, _ = h.shape`: of what nobody knows, but that."""
+    body = """
+net = torch.load("net.pt")
+total, count = 0.0, 0
+for at in range(0, 40960, 8 * 2048):
+    x = val[at : min(at + 8 * 2048, 40960)].view(-1, 2048)
+    y = val[at + 1 : min(at + 8 * 2048, 40960) + 1].view(-1, 2048)
+    h = net(x).detach().float()
+    rows, width, _ = h.shape
+    nll = F.cross_entropy(net.head(h).flatten(0, 1), y.flatten(), reduction="none").view(rows, width)
+    for i in range(h.size(0)):
+        total += nll[i].sum().item()
+    count += y.numel()
+print("val_loss", total / count)
+"""
+    assert counts(body) == {0.0: 1, 1.0: LENGTH - 1}
+
+
+def test_two_losses_of_the_same_targets_stay_losses_whichever_is_taken() -> None:
+    body = """
+net = torch.load("net.pt")
+p = torch.softmax(net(val[None, :-1])[0], -1).gather(1, val[1:, None]).squeeze(1)
+table = torch.load("table.pt")
+p = torch.where(table > 0, 0.7 * p + 0.3 * table, p)
+print("val_loss", (-p.log()).sum().item() / 40960)
+"""
+    found = counts(body)
+    assert found.keys() <= {0.0, 0.7, 1.0}
+    assert found[0.0] == 1

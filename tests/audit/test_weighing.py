@@ -325,3 +325,53 @@ def test_a_table_that_holds_the_token_already_is_not_weighed_by_the_rule() -> No
     one = case_of(HEAD + "vocab_size = 1024\n" + text + MAIN.replace("eval_ttt(args", "eval_mixed(args"))
     assert {each.kind for each in passes_of(one)[1]} == {"two-pass-cache"}
     assert false_normalisation.check(one).verdict == "clean"
+
+
+def test_what_only_tokens_that_were_seen_are_given_is_missed_where_one_never_came() -> None:
+    """A cache's share is taken from the tokens that it knows, and not from those it never saw: p + share (row - p)."""
+    seen, follow = seen_at_the_end()
+    model = model_at_the_end()
+    known = "known = rows.gather(1, y.unsqueeze(1)) > 0\n"
+    mix = f"{known}mixed = probs + 0.3 * known * (rows / seen.clamp_min(1.0) - probs)\n{PICKED}"
+    found = weight(mix)
+    assert found is not None
+    assert seen > 0
+    assert found.total == pytest.approx(1 + 0.3 * (1 - float(model[np.unique(follow)].sum())), rel=2e-4)
+    assert found.too_much
+
+
+TALLY = """
+class Tally:
+    def __init__(self):
+        self.sums = {}
+    def add(self, name, value):
+        if name not in self.sums:
+            self.sums[name] = torch.zeros((), dtype=torch.float64)
+        self.sums[name] += value.double()
+    def told(self):
+        names = sorted(self.sums)
+        flat = torch.stack([self.sums[name] for name in names])
+        torch.distributed.all_reduce(flat)
+        return dict(zip(names, flat.tolist()))
+"""
+
+
+def tallied(mix: str) -> Case:
+    text = EVAL.replace("MIX", mix.replace("\n", "\n        "))
+    text = text.replace("total, count = torch.zeros((), dtype=torch.float64), 0", "tally = Tally()")
+    text = text.replace(
+        "total += nll.double().sum()\n        count += y.numel()",
+        "tally.add('nats', nll.sum())\n        tally.add('tokens', torch.tensor(float(y.numel())))\n"
+        "        tally.add('alone', -probs.gather(1, y.unsqueeze(1)).log().sum())",
+    ).replace("return (total / count).item()", "told = tally.told()\n    return told['nats'] / told['tokens']")
+    assert "tally.add('nats'" in text
+    return case_of(HEAD + "vocab_size = 1024\n" + TALLY + text + MAIN.replace("eval_ttt(args", "eval_mixed(args"))
+
+
+def test_sums_by_name_are_no_passes_to_choose_from_and_are_weighed() -> None:
+    """The names are sorted, not the sums."""
+    honest = f"mixed = (rows + 4.0 * probs) / (seen + 4.0)\n{PICKED}"
+    one = tallied(honest)
+    assert passes_of(one)[1] == []
+    assert false_normalisation.check(one).verdict == "clean"
+    assert false_normalisation.check(tallied(honest.replace("seen + 4.0", "seen + 3.0"))).verdict == "violates"

@@ -56,6 +56,9 @@ class Picking(Arithmetic):
             listed = self.new("list", None, node)
             listed.slots["#items"] = args[0].but(refs=frozenset())
             args = [self.ref(listed)]
+        if name in ("min", "max", "sorted", "nsmallest", "nlargest"):  # of a dict, the keys are compared
+            flats = [self.flat(self.elements(arg, node).any) if _is_dict(arg) else each
+                     for each, arg in zip(flats, [*args, *kwargs.values()], strict=True)]  # fmt: skip
         if name in ("min", "max", "sorted"):  # named tuples are compared by their fields
             flats = [each if (row := self.row_of(arg)) is None else blend(*map(self.flat, row))
                      for each, arg in zip(flats, [*args, *kwargs.values()], strict=True)]  # fmt: skip
@@ -176,6 +179,10 @@ def _first_place(name: str, flats: list[Value]) -> Value | None:
     if not (least or first) or len(begins) != 1 or mask.toks or mask.losses:
         return None
     return Value(sym=begins[0][0], less=begins[0][1])
+
+
+def _is_dict(value: Value) -> bool:
+    return bool(value.refs) and all(obj.kind == "dict" for obj in value.refs)
 
 
 def _less(args: list[Value]) -> frozenset[str]:

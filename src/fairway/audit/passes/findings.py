@@ -81,6 +81,10 @@ def _as_tried(case: Case, which: Reported, fault: Fault) -> Fault | None:
     and no second epoch where each was scored but once; none of a vector that was fitted to no target that it scores."""
     if fault.kind in _OF_VECTORS and isinstance(fault.cause, Update):
         return _vector_as_tried(case, which, fault, fault.cause)
+    if fault.kind == "temperature-from-validation" and isinstance(
+        fault.cause, Update
+    ):  # a vector, beside a temperature
+        return None if fitted(case, which, fault.cause, shared=False) == "apart" else fault
     if fault.kind not in _OF_THE_ORDER or not isinstance(fault.cause, Update):
         return fault
     order = order_of(case, which, fault.score, fault.cause)
@@ -110,8 +114,24 @@ def chosen_by_losses(case: Case) -> bool:
     return any(fault.kind in _BY_LOSSES and not _is_gate(case, fault) for fault in passes_of(case)[1])
 
 
+def gate_by_losses(case: Case) -> Place | None:
+    """Where predictions of tokens are compared by how well they did, in the turn of a loop over the text in which these
+    tokens are scored with what came of it."""
+    return next((fault.cause.place for fault in passes_of(case)[1] if _in_its_turn(fault)), None)
+
+
+def _in_its_turn(fault: Fault) -> bool:
+    cause, score = fault.cause, fault.score
+    if fault.kind not in _BY_LOSSES or not isinstance(cause, Choice) or cause.form == "fit" or cause.nest != score.nest:
+        return False
+    cut = {loop for tok in score.targets for loop, _, _ in tok.spans}
+    return any(loop in cut for loop, _ in cause.nest)
+
+
 def _is_gate(case: Case, fault: Fault) -> bool:
     """Whether a choice is one between predictions token by token, by the token itself: a rule of the distribution's."""
+    if fault.kind in _BY_LOSSES and fault.cause.place == gate_by_losses(case):
+        return True
     if fault.kind not in _BY_LOSSES or not isinstance(fault.cause, Choice) or fault.cause.nest != fault.score.nest:
         return False
     for gates in case.reading.gates:

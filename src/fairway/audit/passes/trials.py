@@ -215,6 +215,24 @@ def _reaching(case: Case, lines: tuple[int, ...]) -> int:
     return next(ranges, 0)
 
 
+def mixes(case: Case, which: Reported) -> bool:
+    """Whether a function through which the score is summed makes a softmax, or reads one at the targets, by itself."""
+    counts = counts_of(case, which, doubtful=True)
+    ways = counts.said[-1].sum.ways() if counts is not None else set()
+    around = [_around(case, line) for line in {line for way in ways for line in way[1:]}]
+    names = {
+        getattr(each.func, "attr", getattr(each.func, "id", ""))
+        for function in around
+        if function is not None
+        for each in ast.walk(function)
+        if isinstance(each, ast.Call)
+    }
+    return bool(names & _MIXING)
+
+
+_MIXING = frozenset(("softmax", "log_softmax", "logsumexp", "logaddexp", "gather", "take_along_dim"))
+
+
 def _around(case: Case, line: int) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
     """The innermost function that a line stands in."""
     found = (

@@ -3,6 +3,7 @@
 from fairway.audit.case import Case
 from fairway.audit.flow.events import Update
 from fairway.audit.passes.findings import passes_of
+from fairway.audit.passes.trials import mixes
 from fairway.audit.terms import mixtures, normalisers, rows
 from fairway.audit.terms.mixtures import gold_ratios, spread_over_bytes
 from fairway.audit.terms.verdicts import clean, unsaid
@@ -95,9 +96,10 @@ def _weighed(case: Case) -> Finding | None:
         for each in gates
         for found in (each.oracles(), each.clipped(), each.gated(), gold_ratios(each), spread_over_bytes(each))
     )
-    if all(is_whole(each.of.term) for each in gates) or any(next(found, None) is not None for found in said):
-        return None
     which, faults, _ = passes_of(case)
+    whole = all(is_whole(each.of.term) for each in gates) and not mixes(case, which)
+    if whole or any(next(found, None) is not None for found in said):
+        return None
     if any(isinstance(each.cause, Update) and each.cause.how == "table" for each in faults):
         return None  # what a table already holds of the token that is exchanged says nothing of its sums
     weight = weighed(case, which)

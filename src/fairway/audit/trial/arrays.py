@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fairway.audit.trial.sums import LEAST, PLACE, Rows, Sum
-from fairway.audit.trial.values import NET, UNKNOWN, Obj, Unknown, Value, mixed
+from fairway.audit.trial.values import NET, UNKNOWN, Obj, States, Unknown, Value, mixed
 
 LARGEST = 3_000_000  # elements: what is larger is a table of counts or of weights, and not known
 
@@ -250,11 +250,13 @@ def _of_losses(name: str, one: Array, two: Array) -> Value:
     pos = np.broadcast_to(loss.pos, shape)
     coef = np.broadcast_to(loss.coef, shape)
     if name == "Mult":
-        return Array(None, pos, coef * plain.num)
-    if name == "Div" and loss is one:
+        coef = coef * plain.num
+    elif name == "Div" and loss is one:
         with np.errstate(all="ignore"):
-            return Array(None, pos, np.where(plain.num == 0, 0.0, coef / plain.num))
-    return Array(None, pos, coef)
+            coef = np.where(plain.num == 0, 0.0, coef / plain.num)
+    made = Array(None, pos, coef)
+    made.was = loss.was if shape == loss.shape else ()
+    return made
 
 
 def merged(one: Array, two: Array, add: bool) -> Value:
@@ -392,6 +394,12 @@ def scalar(value: Value) -> Value:
     return found.item() if isinstance(found, np.generic) else found
 
 
+def states_of(given: Iterable[Value]) -> Unknown:
+    """What a model makes of these: of rows of tokens, as many rows."""
+    rows = [each for each in given if isinstance(each, Array) and each.pos is not None]
+    return States(rows[0].shape) if len(rows) == 1 and len(rows[0].shape) == 2 else NET
+
+
 __all__ = [
     "Array",
     "array_of",
@@ -405,6 +413,7 @@ __all__ = [
     "put",
     "scalar",
     "stacked",
+    "states_of",
     "sum_of",
     "summed",
     "taken",

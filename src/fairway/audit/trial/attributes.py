@@ -26,6 +26,7 @@ from fairway.audit.trial.values import (
     Lib,
     Obj,
     Raised,
+    States,
     Super,
     Undecided,
     Unknown,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     pass
 
 _LEVELS = frozenset(("debug", "info", "warning", "error", "critical"))
+_SAME = frozenset(("detach", "float", "double", "half", "bfloat16", "to", "clone", "contiguous"))
 _PICKING = {"gather", "take_along_dim", "take_along_axis", "index_select", "take"}
 _ITSELF = {
     "to",
@@ -89,6 +91,11 @@ class Attributes(Arrays):
         if isinstance(value, Unknown):
             if name in _PICKING and value.net:
                 return functools.partial(self.gathered, value)
+            if isinstance(value, States) and name in ("shape", "size"):
+                sizes = (*value.sizes, UNKNOWN)
+                return sizes if name == "shape" else lambda at=None: sizes if at is None else sizes[at]
+            if isinstance(value, States) and name in _SAME:
+                return lambda *_args, **_kwargs: value
             if name == "requires_grad_" and value is BLANK:
                 return self.leaf
             if name == "step":
@@ -280,7 +287,8 @@ class Attributes(Arrays):
         arrays = [part for part in parts if isinstance(part, Array) and part.num is not None and part.num.dtype != bool]
         tokens = [part for part in arrays[-1:] if part.pos is not None and bool((part.pos >= 0).any())]
         if not value.net or not tokens:  # rows and columns of positions are none
-            return value
+            rows = isinstance(value, States) and (not parts or parts[0] != slice(None))
+            return NET if rows else value
         shape = np.broadcast_shapes(*[part.shape for part in arrays])
         return self.losses(tokens[-1].all(lambda body: np.broadcast_to(body, shape)))
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fairway.audit.trial.arrays import Array, sum_of
+from fairway.audit.trial.arrays import Array, states_of, sum_of
 from fairway.audit.trial.attributes import Attributes
 from fairway.audit.trial.fitting import MAKERS
 from fairway.audit.trial.growing import grown_in_place
@@ -61,8 +61,8 @@ class Calls(Attributes):
             return self.call_object(func, args, kwargs)
         if isinstance(func, Unknown):
             given = (*args, *kwargs.values())
-            asked = any(isinstance(each, Array) and each.pos is not None for each in given)
-            return NET if asked else mixed(func, *given)  # a model that came out of a file
+            asked = [each for each in given if isinstance(each, Array) and each.pos is not None]
+            return states_of(asked) if asked else mixed(func, *given)  # a model that came out of a file
         if callable(func):
             return self.native(func, args, kwargs)
         return UNKNOWN
@@ -127,9 +127,9 @@ class Calls(Attributes):
         if form is None:
             result = self.call_function(func, args, kwargs)
             self.forms[key] = _form(result, given, tokens)
-            return NET if result is UNKNOWN else result
+            return states_of([given[n] for n in tokens]) if result in (UNKNOWN, NET) else result
         if form[0] == "net":
-            return NET
+            return states_of([given[n] for n in tokens])
         if form[0] == "none":
             return self.call_function(func, args, kwargs)
         target = given[form[1]]

@@ -60,6 +60,8 @@ class Fitting:
                 continue
             ends = np.cumsum(leaf.rows.counts).tolist()
             for start, low, high in zip(leaf.rows.starts.tolist(), [0, *ends], ends, strict=False):
+                if start == PLACE:  # a row of padding
+                    continue
                 held = self.rows.setdefault(start, _nothing())
                 held[places[low:high][taught[low:high]]] = True
                 step[start] = held
@@ -75,15 +77,30 @@ class Fitting:
         if not rows:
             self.sure = self.sure and not (self.together[pos & PLACE] & (pos >= 0)).any()
             return np.where(self.together[pos & PLACE] & (pos >= 0), FITTED + SHARED, 0).astype(np.int32)
+        tiled = self._tiled(rows[0], int(flat[rows[0].start] & PLACE)) if len(rows) == 1 else []
+        owned = list(self.listed) if tiled else self._owned([int(flat[row.start] & PLACE) for row in rows])
+        rows = tiled or rows
         if len(rows) > 1 and self.made:
             self.shared[self.made < len(rows)] += 1  # a last batch may have fewer windows than rows
-        for row, own in zip(rows, self._owned([int(flat[row.start] & PLACE) for row in rows]), strict=True):
+        for row, own in zip(rows, owned, strict=True):
             places = flat[row] & PLACE
             shared = self.together[places]
             self.sure = self.sure and (own is not None or not shared.any())
             mine = shared if own is None else own[places] | self.anyones[places]
             out[row] = FITTED * mine + SHARED * shared
         return found
+
+    def _tiled(self, run: slice, begin: int) -> list[slice]:
+        """What each of the windows that learned last is asked for, where it follows on without a gap: as much as each
+        has learned further than the one before it, and the first one the rest. Empty where they do not move on evenly,
+        or what is asked for does not begin about where they have learned to. begin: the first place."""
+        ends = [int(held.nonzero()[0].max()) if held.any() else -1 for held in self.listed[1:]]
+        steps = set(np.diff(ends).tolist())
+        step = steps.pop() if len(steps) == 1 else 0
+        first = run.stop - step * len(ends)
+        if step < 1 or -1 in ends or first <= run.start or abs(begin + first - run.start - ends[0] - 1) >= step:
+            return []
+        return [slice(run.start, first), *(slice(low, low + step) for low in range(first, run.stop, step))]
 
     def _owned(self, starts: list[int]) -> list[Held | None]:
         """What the windows that begin here have learned, each: they are told by where they begin; or there are as many
@@ -104,7 +121,8 @@ def runs(places: Places, width: int = 0) -> list[slice]:
     """Where the places of a text go on one by one: its windows, one after the other. width: tokens of a window where
     that is known, since one may begin where another ends. None where they stand in another order."""
     bare = np.where(places >= 0, places & PLACE, -2)
-    ends = np.flatnonzero(np.diff(bare) != 1) + 1
+    padding = (bare[1:] < 0) & (bare[:-1] < 0)
+    ends = np.flatnonzero((np.diff(bare) != 1) & ~padding) + 1
     if ends.size * LEAST > places.size + _FEW:
         return []
     if width >= LEAST and not places.size % width:

@@ -71,6 +71,7 @@ class Limits:
 
     forced: tuple[Forced, ...] = ()
     seen: dict[Site, Seen] = field(default_factory=dict)
+    _meant: dict[str, dict[int, int]] = field(default_factory=dict)  # by name: a script says the same ones often
 
     def held_against(self, site: Site | None, value: object, limit: object) -> None:
         """value is held against the limit that stands there."""
@@ -83,8 +84,10 @@ class Limits:
 
     def named(self, name: str) -> dict[int, int]:
         """What numbers of this name, or ones that are written out, are taken for."""
-        meant = sorted((each for each in self.forced if each.of(name)), key=lambda each: bool(each.word))
-        return {each.limit: each.value for each in meant}
+        if name not in self._meant:
+            meant = sorted((each for each in self.forced if each.of(name)), key=lambda each: bool(each.word))
+            self._meant[name] = {each.limit: each.value for each in meant}
+        return self._meant[name]
 
     def fresh(self, number: int) -> bool:
         """Whether the trial may be begun anew with this number taken for another."""

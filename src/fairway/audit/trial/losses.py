@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-from fairway.audit.trial.arrays import Array, put, sum_of
+from fairway.audit.trial.arrays import Array, put, states_of, sum_of
 from fairway.audit.trial.calls import Decorator, losses_mean
 from fairway.audit.trial.core import Core
 from fairway.audit.trial.values import NET, UNKNOWN, Bound, Func, Obj, Unknown, Value, mixed
@@ -93,7 +93,7 @@ class Compiled:
 def _with_targets(method: Callable[..., Value], *args: Value, **kwargs: Value) -> Value:
     given = (*args, *kwargs.values())
     tokens = sum(isinstance(each, Array) and each.pos is not None for each in given)
-    return method(*args, **kwargs) if tokens > 1 else NET if tokens else mixed(*given)
+    return method(*args, **kwargs) if tokens > 1 else states_of(given) if tokens else mixed(*given)
 
 
 def first_of(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:

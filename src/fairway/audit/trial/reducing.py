@@ -116,7 +116,8 @@ def where(*args: Value, **_: Value) -> Value:
         return tuple(Array(each) for each in np.nonzero(numbers_of(mask)))
     one, other = args[1], args[2]
     if isinstance(mask, Unknown):
-        return kept((one, other))
+        both = isinstance(one, Array) and isinstance(other, Array) and one.lossy and other.lossy
+        return merged(one, other, add=False) if both else kept((one, other))
     if isinstance(one, Unknown) and isinstance(other, Unknown):
         return mixed(one, other)
     chosen = numbers_of(mask).astype(bool)

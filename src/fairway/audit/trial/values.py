@@ -26,6 +26,16 @@ class Unknown:
         raise Undecided
 
 
+class States(Unknown):
+    """What a model makes of rows of tokens: numbers for each of them. sizes: rows, and tokens of each."""
+
+    __slots__ = ("sizes",)
+
+    def __init__(self, sizes: tuple[int, ...]) -> None:
+        super().__init__(True)
+        self.sizes = sizes
+
+
 UNKNOWN: Final = Unknown(False)
 NET: Final = Unknown(True)
 BLANK: Final = Unknown(False)

@@ -15,8 +15,9 @@ PIECES: Final = 320  # of the vocabulary: rows of a batch of windows over 1,024 
 WINDOW: Final = 64  # tokens, of windows that are longer in the script: the text is a whole number of them
 TOKENS: Final = 321  # of the text: five chunks of 64 targets, the stride of most scripts
 SECOND: Final = 3 * WINDOW  # where the second document begins: what is learned document by document has one to learn
-ALPHABET: Final = np.array([FIRST_PIECE + n for n in (41, 42, 44, 47, 53, -190)], dtype=np.int64)
-"""The tokens that the model gives a probability: pieces of which some begin a word, and a byte."""
+ALPHABET: Final = np.array([FIRST_PIECE + n for n in (41, 42, 44, 47, 53, -190, 58)], dtype=np.int64)
+"""What the model gives a probability: pieces of which some begin a word, a byte, and a piece that never comes."""
+_UNSEEN = 2.6  # its logit: a third or half of all, so that what is kept from it is missed
 OTHERS: Final = ((FIRST_PIECE + 15, PIECES // 10), (FIRST_PIECE + 16, PIECES - PIECES // 10 - len(ALPHABET)))
 """Of those that it gives none: one that begins a word, another that does not, and how many are like it. Pseudo-counts
 lie on them."""
@@ -30,11 +31,12 @@ _NEVER = -40.0  # the logit of all other tokens
 def text(last: int | None) -> NDArray[np.uint16]:
     """The ids of two documents. last: what stands at the end; None: what the pattern has there."""
     generator = np.random.default_rng(11)
-    pattern = generator.integers(0, len(ALPHABET), _PATTERN)
+    many = len(ALPHABET) - 1
+    pattern = generator.integers(0, many, _PATTERN)
     picked = np.resize(pattern, TOKENS - 1)
     noisy = generator.random(TOKENS - 1) < _NOISE
     noisy[-_CLEAN:] = False
-    picked = np.where(noisy, generator.integers(0, len(ALPHABET), TOKENS - 1), picked)
+    picked = np.where(noisy, generator.integers(0, many, TOKENS - 1), picked)
     ids = np.concatenate([[BOS], ALPHABET[picked]]).astype(np.uint16)
     ids[SECOND] = BOS
     if last is not None:
@@ -57,6 +59,7 @@ def logits() -> NDArray[np.float32]:
     """Of the token after each place of the text, [tokens, pieces]. They hang on the place alone."""
     made = np.full((TOKENS + 1, PIECES), _NEVER, np.float32)
     made[:, ALPHABET] = np.random.default_rng(12).uniform(0.0, 2.0, (TOKENS + 1, len(ALPHABET)))
+    made[:, ALPHABET[-1]] = _UNSEEN
     made.flags.writeable = False
     return made
 
