@@ -192,3 +192,15 @@ def test_a_line_of_a_log_is_no_artifact(opened: str, write: str) -> None:
     """A table that is spoken of in a log was taken for a part of the training."""
     say = SAY.replace("OPEN", opened).replace("WRITE", write)
     assert broken(HEAD + say + LOGGED + MAIN.replace("eval_ttt(args", "eval_counted(args")) == {"two-pass-cache"}
+
+
+LIMITED = "    n = (val.numel() - 1 + args.chunk - 1) // args.chunk\n"
+
+
+@pytest.mark.parametrize("chunk", ["32768", "8192", "262144"])
+def test_a_limit_of_chunks_is_found_whether_the_short_text_is_one_of_them_or_not(chunk: str) -> None:
+    """Chunks are taken for smaller ones in the trial, and not where the trial is held against a shorter text."""
+    text = (HEAD + MAIN).replace(LIMITED, LIMITED + "    n = min(n, args.most) if args.most > 0 else n\n")
+    text = text.replace("    chunk = int", '    most = int(os.environ.get("MOST", 0))\n    chunk = int', 1)
+    assert "subset-as-full" in broken(text, MOST="200", CHUNK=chunk)
+    assert "subset-as-full" not in broken(text, CHUNK=chunk)

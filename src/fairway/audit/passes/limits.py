@@ -30,7 +30,8 @@ def cut_short(case: Case, which: Reported, counts: Counts) -> tuple[str, int] | 
             continue
         length, many = tried.text.length, float((whole.times > 0).sum())
         forced = Forced(tried.site, tried.limit, tried.most // 2)
-        less = counted(run(case.script, case.settings, length, (forced, *tried.text.limits.forced)), which)
+        taken = (forced, *tried.text.limits.forced)
+        less = counted(run(case.script, case.settings, length, taken, cut=False), which)
         left = float((less.times > 0).sum()) if less is not None else many
         if left < _LESS * many:
             evidence = (
@@ -64,7 +65,7 @@ def _limits(case: Case) -> Iterator[_Limit]:
     unmet = {site: seen for site, seen in long.limits.unmet(_TIMES).items() if seen.limit != long.length - 1}
     if not unmet or long.length <= SHORT:
         return
-    short = run(case.script, case.settings, SHORT)  # of a number that the text sets, less is seen
+    short = run(case.script, case.settings, SHORT, cut=False)  # of a number that the text sets, less is seen
     tried: dict[tuple[int, str], _Limit] = {}
     for site, seen in reversed(unmet.items()):
         other = short.limits.seen.get(site)

@@ -92,16 +92,19 @@ class Machine(Calls):
 Kind = TypeVar("Kind", bound=Machine)
 
 
-def run(script: Script, settings: Settings, length: int = text.LENGTH, forced: tuple[Forced, ...] = ()) -> Trial:
+def run(
+    script: Script, settings: Settings, length: int = text.LENGTH, forced: tuple[Forced, ...] = (), cut: bool = True
+) -> Trial:
     """The trial of a script. It never raises on what a script holds. length: tokens of the text; forced: numbers of
-    the script that are taken for others. Where a loop goes through the tokens one by one and takes too many steps for
-    that, the text is a shorter one; a number that cuts it into one piece is taken for a smaller one."""
+    the script that are taken for others; cut: whether chunks that are larger than the text are taken for smaller ones.
+    Where a loop goes through the tokens one by one and takes too many steps for that, the text is a shorter one; a
+    number that cuts it into one piece is taken for a smaller one."""
     begin = partial(Machine, script, settings)
     trial = over(begin, length, forced).trial
     if less := shorter(trial.slow) if trial.slow else 0:
         begin, length = partial(Machine, script, settings, slow=trial.slow), min(less, length)
         trial = over(begin, length, trial.limits.forced).trial
-    while number := _too_large(trial, script, settings, length):
+    while cut and (number := _too_large(trial, script, settings, length)):
         trial = over(begin, length, (*trial.limits.forced, finer(number, length))).trial
     return trial
 
