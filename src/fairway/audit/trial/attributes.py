@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fairway.audit.trial.arrays import LARGEST, Array, limited, put, taken
+from fairway.audit.trial.arrays import LARGEST, Array, TooLarge, limited, put, taken
 from fairway.audit.trial.files import Raw
 from fairway.audit.trial.given import index_of, key_of
 from fairway.audit.trial.operators import PLAIN
@@ -249,7 +249,11 @@ class Attributes(Arrays):
                 if value.pos.size >= self.trial.length - 1:
                     self.cut_at[tuple(self.stack)] = self.line
             try:
+                if isinstance(place, np.ndarray) and place.dtype != bool and value.pos is None:  # a row for each place
+                    limited(float(place.size * np.prod(value.shape[1:])))
                 part = taken(value, place)
+            except TooLarge:
+                return UNKNOWN
             except IndexError as error:
                 raise Raised("IndexError", str(error)) from None
             if isinstance(part, Array) and part.body.base is None:  # a copy: places that an array names
