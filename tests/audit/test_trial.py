@@ -858,17 +858,21 @@ print("val_loss", (-p.log()).sum().item() / 40960)
 
 
 def test_a_row_of_counts_for_each_place_of_a_batch_is_not_worked_out() -> None:
-    """67 million numbers for 32 windows, which no loss hangs on."""
+    """67 million numbers for 32 windows, which no loss hangs on, and 33,000 steps of the 250,000."""
     body = """
 net = torch.load("net.pt")
 seen = torch.zeros(1024, 1024)
+starts = list(range(-1984, 40960 - 1984, 64))
 total = 0.0
-for at in range(0, 40960, 2048 * 20):
-    x, y = val[at : at + 2048 * 20].view(20, 2048), val[at + 1 : at + 2048 * 20 + 1].view(20, 2048)
-    for _ in range(20):
-        boosted = net(x) + torch.log1p(seen[x])
+for at in range(0, len(starts), 32):
+    batch = starts[at : at + 32]
+    x = torch.stack([val[max(s, 0) : max(s, 0) + 2048] for s in batch])
+    y = torch.stack([val[max(s, 0) + 1 : max(s, 0) + 2049] for s in batch])
+    boosted = net(x) + torch.log1p(seen[x])
     nll = torch.logsumexp(net(x), -1) - torch.gather(boosted, 2, y.unsqueeze(-1)).squeeze(-1)
-    total += nll.sum().item()
+    for i, s in enumerate(batch):
+        last = s + 2048 - max(s, 0)
+        total += nll[i, last - 64 : last].sum().item()
 print("val_loss", total / 40960)
 """
     assert counts(body) == {0.0: 1, 1.0: LENGTH - 1}
