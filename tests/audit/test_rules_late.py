@@ -107,12 +107,14 @@ SET_BACK = {
     "anew": "t0 = time.perf_counter()",
     "another": "watch = Watch()",
     "moved on": "t0 += 0.5 * (time.perf_counter() - fetched)",
+    "to nought": "watch.since = 0.0",
 }
 KEPT_UP = {
     "counted before": "spent += time.perf_counter() - t0\n            t0 = time.perf_counter()",
     "counted elsewhere": "spent = 12.0 + watch.read()\n            t0 = time.perf_counter()",
     "no step within": "paused = time.perf_counter()\n            t0 += time.perf_counter() - paused",
     "a clock of its own": "started = time.perf_counter()",
+    "told before": "spent += watch.spent\n            watch.spent = 0.0",
 }
 
 

@@ -77,7 +77,9 @@ def divisor(case: Case) -> Divisor | None:
 def _assumed(rate: float) -> bool:
     """Whether bytes are so many for each target that somebody wrote the number down: 2.44, 3.9216."""
     parts = rate * 10_000
-    return abs(parts - round(parts)) < 1e-6 and _FEWEST < parts < _MOST
+    near = round(parts) / 10_000
+    written = any(abs(rate / each - 1.0) < _NEAR for each in (near, float(np.float32(near))) if each)
+    return written and _FEWEST < parts < _MOST
 
 
 def _written(case: Case, rate: float) -> Place | None:

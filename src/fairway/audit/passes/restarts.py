@@ -92,10 +92,12 @@ def _helpers(functions: list[ast.FunctionDef | ast.AsyncFunctionDef]) -> list[as
 
 def _always(body: list[ast.stmt], teaching: Collection[str], asking: Collection[str]) -> Iterator[ast.AST]:
     """What is worked out below some statements in every turn, or where something learns; and what does nothing but ask
-    the clock, `if running: clock.stop()`."""
+    the clock, `if running: clock.stop()`, and sets numbers, `clock.spent = 0.0`."""
     for statement in body:
         if isinstance(statement, ast.If) and not _learns(statement, teaching):
-            alone = all(any(_asks(part, asking) for part in ast.walk(each)) for each in statement.body)
+            asks = [any(_asks(part, asking) for part in ast.walk(each)) for each in statement.body]
+            sets = [isinstance(each, ast.Assign) and isinstance(each.value, ast.Constant) for each in statement.body]
+            alone = any(asks) and all(one or other for one, other in zip(asks, sets, strict=True))
             yield from ast.walk(statement if alone else statement.test)
         elif isinstance(statement, (ast.If, ast.With, ast.Try)):
             heads = statement.items if isinstance(statement, ast.With) else []
@@ -125,6 +127,9 @@ def _set_back(loop: ast.For | ast.While, begun: set[str], clocks: set[str], teac
             again = _started(statement, clocks) & begun if block is not loop.body else set()
             if again and not any(_names(each) & (again | counted) for each in before):
                 yield statement.lineno
+            nought = _to_nought(statement, begun) if block is not loop.body else ""
+            if nought and not any(nought in ast.unparse(each) for each in before):
+                yield statement.lineno
             if (
                 isinstance(statement, ast.AugAssign)
                 and isinstance(statement.op, ast.Add)
@@ -135,6 +140,19 @@ def _set_back(loop: ast.For | ast.While, begun: set[str], clocks: set[str], teac
                 from_there = [n for n, each in enumerate(above) if _started(each, clocks) & since]
                 if from_there and any(_learns(each, teaching) for each in above[from_there[-1] :]):
                     yield statement.lineno
+
+
+def _to_nought(statement: ast.stmt, begun: set[str]) -> str:
+    """What a statement sets to nought of an object that counts time, `clock.spent = 0.0`; "" where it sets none."""
+    if not isinstance(statement, ast.Assign) or not isinstance(statement.value, ast.Constant):
+        return ""
+    fields = [
+        each for each in statement.targets if isinstance(each, ast.Attribute) and isinstance(each.value, ast.Name)
+    ]
+    own = [each for each in fields if getattr(each.value, "id", "") in begun]
+    return (
+        ast.unparse(own[0]) if own and type(statement.value.value) in (int, float) and not statement.value.value else ""
+    )
 
 
 def _within(body: list[ast.stmt]) -> Iterator[ast.AST]:

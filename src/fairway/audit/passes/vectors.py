@@ -11,6 +11,7 @@ from fairway.audit.passes.trials import FEW, counted_once, parting
 from fairway.audit.trial.sums import FITTED, SHARED
 from fairway.audit.trial.told import together
 
+_LAST = 256  # targets: of the last window
 _FIRST = 4_096  # tokens: the longest window
 _MOST = 0.5  # of the targets
 
@@ -25,8 +26,10 @@ def fitted(case: Case, which: Reported, step: Update, shared: bool) -> Literal["
     trial, told = counts.trial, counts.said[-1].sum
     if calls not in trial.taught_in or calls in trial.untold:
         return ""
-    share = told.share(SHARED if shared else FITTED)
-    return "apart" if not share else "met" if share > _MOST and calls not in trial.blurred else ""
+    mark = SHARED if shared else FITTED
+    share = told.share(mark)
+    met = told.marked(mark) < trial.length - _LAST  # copies that fill up the last batch learn from all of a window
+    return "apart" if not met.any() else "met" if share > _MOST and calls not in trial.blurred else ""
 
 
 def fitted_to_scored(case: Case, which: Reported) -> tuple[str, str, int] | None:
@@ -37,7 +40,8 @@ def fitted_to_scored(case: Case, which: Reported) -> tuple[str, str, int] | None
         return None
     trial, told = counts.trial, counts.said[-1].sum
     many = int((counts.times > 0).sum())
-    own = int((told.marked(FITTED) >= _FIRST).sum())  # the first window, which is scored whole, may have a switch
+    places = told.marked(FITTED)  # the first window, which is scored whole, may have a switch
+    own = int(((places >= _FIRST) & (places < trial.length - _LAST)).sum())
     shared = round(told.share(SHARED) * many)
     worked = f"Worked out for a text of {trial.length - 1:,} targets"
     if own >= FEW and trial.vectors.sure:

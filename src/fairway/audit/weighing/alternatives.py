@@ -27,7 +27,7 @@ _MORE = 1.002  # what is more is no rounding, nor an epsilon of 1e-6 for each to
 
 _READING = frozenset(("gather", "take_along_dim", "take_along_axis", "neg", "negative"))
 _WINDOWS = ("seq", "window", "context", "ctx", "span", "stride")
-_TABLES = ("bucket", "hash", "table", "rows", "memory")
+_TABLES = ("bucket", "hash", "table", "rows", "slots", "memory")
 _BATCHES = ("eval_tokens", "eval_batch", "batch_tokens")
 _FEW = 4  # bits of a hash: so few buckets that contexts meet, as millions of them do in those of a script
 _MANY = 1_000  # rows: fewer are none of a hashed table
