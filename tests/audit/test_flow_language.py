@@ -239,3 +239,34 @@ def test_a_choice_between_patterns_by_a_setting_follows_the_command() -> None:
     )
     assert doubted(text) == set()
     assert broken(text, MODE="again") == {"rescoring-after-adaptation"}
+
+
+PACKED = """
+def packed(args, model, val):
+    for clip in (1.0, 1.1, 1.2, 1.4):
+        blob = zlib.compress(io.BytesIO(pack(model, clip)).getvalue())
+        if len(blob) < 16_000_000:
+            break
+    else:
+        raise RuntimeError("it does not fit")
+    open("model.bin", "wb").write(blob)
+    model.load_state_dict(torch.load(io.BytesIO(zlib.decompress(open("model.bin", "rb").read()))))
+    return eval_val(args, model, val)
+def pack(model, clip):
+    buffer = io.BytesIO()
+    torch.save({k: v / clip for k, v in model.state_dict().items()}, buffer)
+    return buffer.getvalue()
+"""
+LOOKED = """    opt = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    model(val[:4096].view(-1, 1024), val[1:4097].view(-1, 1024)).backward()
+    opt.step()
+"""
+
+
+def test_what_follows_a_loop_whose_else_raises_was_come_to_by_a_break() -> None:
+    """The artifact was never written: nothing that scored had been trained."""
+    main = MAIN.replace(EVAL, "    LOOK\n    final = packed(args, model, val)\n")
+    assert "training-before-scoring" in broken(HEAD + PACKED + main.replace("    LOOK\n", LOOKED)) | broken(
+        HEAD + PACKED + main.replace("    LOOK\n", LOOKED).replace("AdamW", "SGD")
+    )
+    assert doubted(HEAD + PACKED + main.replace("    LOOK\n", "")) == set()

@@ -134,6 +134,8 @@ class Loops(Definitions):
             if not alive:
                 break
         frame.loops.pop()
+        if alive and node.orelse and not record.broke:  # of the turns that no break left: it may raise
+            alive = self.block(node.orelse)
         came = alive or record.broke or bool(record.breaks)
         if record.breaks:
             self.settle(record.breaks, alive or record.broke)
@@ -142,8 +144,6 @@ class Loops(Definitions):
                 if update.state is not None:
                     root = update.state.root
                     self.heap.set(root, "#choices", root.slots.get("#choices", 0) | record.chosen)
-        if came and alive and node.orelse and not record.broke:
-            return self.block(node.orelse)
         return came
 
     def _drift(self, names: frozenset[str], loop: int, turn: int) -> None:

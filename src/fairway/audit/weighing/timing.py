@@ -34,7 +34,7 @@ LESSON, READ, MESSAGE, STEP, AVERAGE = 0.5, 0.4, 0.1, 0.5, 0.8  # seconds: of a 
 _LARGE = 10_000  # tokens: of the training text, and no table
 _NUMBERS = 100_000  # of an array: a step
 _LOOKS = 3  # at the clock, where the model learns: one ends the loop, one is said in the log
-_TURNS = 2_000  # of a loop that no clock ends
+_TURNS = 600  # of a loop that no clock ends
 _BATCH = 65_536  # tokens: reading larger ones row by row takes the steps
 _FEW = 12  # turns that say too little
 _LESS = 0.7  # of the turns, where the clock ends them and goes twice as fast
@@ -50,7 +50,7 @@ _AVERAGING = frozenset(("lerp_", "mul_", "_foreach_lerp_", "_foreach_mul_", "cli
 @dataclass
 class Loop:
     """A loop that trains. begun: when it began; now: at the end of its last turn; lessons, looks: how many there had
-    been when it began; timed: turns in which the clock was looked at."""
+    been when it began; timed: turns in which the clock was looked at; listed: among those that train."""
 
     line: int
     begun: float
@@ -59,6 +59,7 @@ class Loop:
     looks: int
     turns: int = 0
     timed: int = 0
+    listed: bool = False
 
 
 @dataclass
@@ -133,7 +134,8 @@ class Timer(Machine):
         loop.turns += 1
         loop.timed += self.looks > loop.looks
         loop.now, loop.looks = self.now, self.looks
-        if loop not in self.loops:
+        if not loop.listed:
+            loop.listed = True
             self.loops.append(loop)
         if loop.turns > _TURNS:
             raise Spent
