@@ -311,29 +311,15 @@ def test_what_is_picked_out_of_all_windows_at_once_has_its_own_vector_still(reac
     assert bool(charged) == found
 
 
-FILLED = (
-    PICKED[: PICKED.index("        rows, cols = [], []")]
-    .replace(
-        "        hid = net.table(x)",
-        "        if len(part) < batch:  # copies of the last window, which learn from all of it and are not scored\n"
-        "            more = batch - len(part)\n"
-        "            x = torch.cat([x, x[-1:].expand(more, -1)])\n"
-        "            y = torch.cat([y, y[-1:].expand(more, -1)])\n"
-        "            seen = torch.cat([seen, torch.full((more, width), 1.0 / width)])\n"
-        "        hid = net.table(x)",
-    )
-    .replace(".view(len(part), width)", ".view(batch, width)")
-    + """        lg = F.linear(hid + shift.detach(), net.table.weight)
-        nll = F.cross_entropy(lg.flatten(0, 1), y.flatten(), reduction="none").view(batch, width)
-        for i, s in enumerate(part):
-            first = 0 if s == 0 else width - stride
-            nats += nll[i, first : lengths[i]].sum().item()
-            count += lengths[i] - first
-    return nats / count
-
-print(f"val_loss {evaluate(Net(), load()):.5f}")
-"""
-)
+FILLED = BATCHES.replace(
+    "        hid = net.table(x)",
+    "        if len(part) < batch:  # copies of the last window, which learn from all of it and are not scored\n"
+    "            more = batch - len(part)\n"
+    "            x = torch.cat([x, x[-1:].expand(more, -1)])\n"
+    "            y = torch.cat([y, y[-1:].expand(more, -1)])\n"
+    "            seen = torch.cat([seen, torch.full((more, width), 1.0 / width)])\n"
+    "        hid = net.table(x)",
+).replace(".view(len(part), width)", ".view(batch, width)")
 
 
 @pytest.mark.parametrize(("reach", "found"), [("width - stride", set()), ("width - stride + 1", {"slot-on-scored"})])
