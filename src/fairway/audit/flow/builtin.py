@@ -179,10 +179,19 @@ class Builtins(Opening):
                 made = self.new("thing", "field", node)
                 made.slots["name"] = Value(const=field)
                 made.slots["type"] = self._type_of(cls, field)
+                self._defaulted(made, cls, field)
                 found.append(self.ref(made))
         listed = self.new("list", None, node)
         listed.slots["#items"] = Value(items=tuple(found))
         return self.ref(listed)
+
+    def _defaulted(self, made: Obj, cls: Obj, field: str) -> None:
+        """A field knows its default, or what makes one: entry.default, entry.default_factory."""
+        default = self.find(cls, field)
+        if default is None:
+            return
+        maker = next((obj.slots["#factory"] for obj in default[0].refs if "#factory" in obj.slots), None)
+        made.slots["default" if maker is None else "default_factory"] = default[0] if maker is None else maker
 
     def _type_of(self, cls: Obj, field: str) -> Value:
         """The type that a class gives a field, where its name is a builtin's: a name, or the text of one."""

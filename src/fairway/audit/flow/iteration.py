@@ -189,10 +189,11 @@ def _runs(value: Value) -> bool:
 
 
 def _plain_section(obj: Obj) -> bool:
-    """{"steps": 20, "rate": 0.1, "orders": [1, 2]}"""
-    held = [value for key, value in obj.slots.items() if isinstance(key, tuple)]
+    """{"steps": 20, "rate": 0.1, "orders": [1, 2]}, or a dataclass of such fields"""
+    named: type = {"dict": tuple, "instance": str}.get(obj.kind, int)
+    held = [value for key, value in obj.slots.items() if isinstance(key, named) and not str(key).startswith("#")]
     plain = (isinstance(each, Value) and all(map(_plain_list, each.refs)) for each in held)
-    return obj.kind == "dict" and bool(held) and all(plain)
+    return bool(held) and all(plain)
 
 
 def _plain_list(obj: Obj) -> bool:

@@ -370,7 +370,7 @@ def put(array: Array, index: Any, value: Value) -> None:
     assert other.num is not None
     if other.num.dtype == object and array.num.dtype != object:
         array.num = array.num.astype(object)
-    array.num[index] = other.num
+    array.num[index] = other.num[()]  # of no dimension: its element, not an array within an array
     if other.price is not None and array.price is None:
         array.price = np.array(array.num)
     if array.price is not None:

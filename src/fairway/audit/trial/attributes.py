@@ -17,6 +17,7 @@ from fairway.audit.trial.sums import Sum
 from fairway.audit.trial.tensors import Arrays, array_attribute
 from fairway.audit.trial.values import (
     BLANK,
+    MISSING,
     NET,
     UNKNOWN,
     Bound,
@@ -427,6 +428,7 @@ _CONSTANTS: dict[str, Value] = {
     "numpy.inf": float("inf"),
     "torch.inf": float("inf"),
     "numpy.newaxis": None,
+    "dataclasses.MISSING": MISSING,
     "sys.argv": ["train_gpt.py"],
     "sys.maxsize": 2**63 - 1,
     "os.sep": "/",

@@ -167,10 +167,7 @@ class Calls(Attributes):
 
     def _filled(self, me: Obj, args: tuple[Value, ...], kwargs: dict[str, Value]) -> None:
         """The fields of a dataclass or a named tuple."""
-        fields: dict[str, Any] = {}
-        for each in reversed(list(me.kind.line())):
-            fields.update(dict(each.fields))
-        for n, (name, default) in enumerate(fields.items()):
+        for n, (name, default) in enumerate(me.kind.all_fields().items()):
             if n < len(args):
                 me.vars[name] = args[n]
             elif name in kwargs:

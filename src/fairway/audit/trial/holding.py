@@ -16,7 +16,7 @@ from fairway.audit.trial.calls import Decorator, Field
 from fairway.audit.trial.core import Core
 from fairway.audit.trial.displays import hashable
 from fairway.audit.trial.operators import combine
-from fairway.audit.trial.values import UNKNOWN, Class, Obj, Unknown, Value
+from fairway.audit.trial.values import MISSING, UNKNOWN, Class, Obj, Unknown, Value
 
 
 def held(kind: Callable[..., Any]) -> Act:
@@ -94,6 +94,22 @@ def dataclass_field(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Va
     if factory is not None:
         return Field(lambda: machine.call(factory, (), {}, line))
     return Field(lambda: kwargs.get("default"))
+
+
+def dataclass_fields(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
+    """dataclasses.fields(settings): each with its name, and its default or what makes one."""
+    kind = args[0].kind if isinstance(args[0], Obj) else args[0]
+    if not isinstance(kind, Class):
+        return UNKNOWN
+    found = []
+    for name, default in kind.all_fields().items():
+        told: dict[str, Value] = {"name": name, "type": UNKNOWN, "default": MISSING, "default_factory": MISSING}
+        value = default() if default is not None else MISSING
+        told["default_factory" if isinstance(value, Field) else "default"] = (
+            value.made if isinstance(value, Field) else value
+        )
+        found.append(Obj(Class("Field", [], {}), told))
+    return tuple(found)
 
 
 def dataclass_kind(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:

@@ -116,6 +116,9 @@ class Func:
         return self.call(self, args, kwargs)
 
 
+MISSING: Final = Lib("dataclasses.MISSING")
+
+
 @dataclass(eq=False)
 class Class:
     """A class of the script. made: how an instance is made where the class says nothing: "" or "dataclass", "tuple"."""
@@ -132,6 +135,10 @@ class Class:
         for base in self.bases:
             if isinstance(base, Class):
                 yield from base.line()
+
+    def all_fields(self) -> dict[str, Callable[[], Value] | None]:
+        """A dataclass's or named tuple's fields with what gives their defaults, those it inherits first."""
+        return {name: default for each in reversed(list(self.line())) for name, default in each.fields}
 
     def find(self, name: str) -> Value:
         for each in self.line():
