@@ -280,6 +280,20 @@ def test_a_window_that_is_asked_for_all_it_has_is_no_row_of_tiles() -> None:
     assert (fitting.marks(whole, (16,)) & FITTED != 0).tolist() == [True] * 12 + [False] * 4
 
 
+def test_windows_that_begin_at_the_same_place_are_told_by_their_order() -> None:
+    """The first windows of a chunk all begin where it does, and each is scored on four more; a later window begins
+    where an earlier one is scored."""
+    fitting = Fitting()
+    places = np.array([range(16)] * 3 + [range(4, 20)], np.int32)
+    learned = np.array([[n < many for n in range(16)] for many in (4, 8, 12, 12)], np.float64)
+    fitting.learn(sum_of(Array(None, places, learned)))
+    fitting.learn(sum_of(Array(None, places, learned)))
+    scored = np.array([range(low, low + 4) for low in (4, 8, 12, 16)], np.int32)
+    assert not (fitting.marks(scored, scored.shape) & FITTED).any()
+    too_far = np.array([range(low, low + 4) for low in (3, 7, 11, 15)], np.int32)
+    assert (fitting.marks(too_far, too_far.shape) & FITTED != 0).tolist() == [[True, False, False, False]] * 4
+
+
 PICKED = (
     BATCHES[: BATCHES.index("        lg = F.linear(hid + shift.detach()")]
     + """        rows, cols = [], []

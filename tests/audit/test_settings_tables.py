@@ -4,6 +4,7 @@ argparse over a table of defaults, vars() of what it read, a JSON file that the 
 
 import ast
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -229,3 +230,97 @@ def test_sections_that_a_text_of_the_script_is_laid_over_have_its_values() -> No
     text = HEAD.replace("import copy,", "import copy, dataclasses, json,") + LAID_OVER
     assert broken(text) == set()
     assert broken(text.replace('"ahead": 0', '"ahead": 2'))
+
+
+BY_FIELDS = """
+@dataclasses.dataclass(frozen=True)
+class Data:
+    train_glob: str = "./data/shards_train_*.bin"
+    val_glob: str = "./data/shards_val_*.bin"
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    ahead: int = 0
+    chunk: int = 32768
+    rate: float = 0.001
+    quick: bool = False
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    seed: int = 1337
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    data: Data = dataclasses.field(default_factory=Data)
+    score: Score = dataclasses.field(default_factory=Score)
+    run: Run = dataclasses.field(default_factory=Run)
+
+    @classmethod
+    def parse(cls, argv=None, environ=os.environ):
+        ap = argparse.ArgumentParser()
+        sections = {each.name: each.default_factory() for each in dataclasses.fields(cls)}
+        for title, section in sections.items():
+            group = ap.add_argument_group(title)
+            for each in dataclasses.fields(section):
+                group.add_argument(f"--{each.name}", dest=each.name, default=given(environ, each.name, each.default))
+        found = vars(ap.parse_args(argv))
+        return cls(**{
+            title: type(section)(**{each.name: found[each.name] for each in dataclasses.fields(section)})
+            for title, section in sections.items()
+        })
+
+def yes(text):
+    return text.lower() in ("1", "true", "yes")
+
+def given(environ, name, default):
+    text = environ.get(name.upper())
+    return default if text is None else (yes if isinstance(default, bool) else type(default))(text)
+
+def main():
+    settings = Settings.parse()
+    args = Hyperparameters()
+    args.train_files = settings.data.train_glob
+    args.chunk = settings.score.chunk
+    model = GPT().cuda()
+    train(args, model)
+    val = load(settings.data.val_glob)
+    for _ in range(settings.score.ahead):
+        eval_ttt(args, model, val)
+    final = eval_ttt(args, model, val)
+    print(f"final val_loss:{final:.8f} val_bpb:{final / math.log(2) / 2.4:.8f}")
+
+main()
+"""
+
+
+def by_fields(command: str = "", **defaults: str) -> Case:
+    """defaults: others for the fields of these names."""
+    text = HEAD.replace("import copy,", "import argparse, copy, dataclasses,") + BY_FIELDS
+    for name, value in defaults.items():
+        text = re.sub(rf"({name}: \w+ = ).*", lambda found, value=value: found[1] + value, text, count=1)
+    entry = Script("train_gpt.py", text, ast.parse(text))
+    return Case(Submission(Path("."), "ours", entry, (entry,), {}, {}, {}, f"    {command} torchrun train_gpt.py\n"))
+
+
+@pytest.mark.parametrize(
+    ("case", "rules"),
+    [
+        (by_fields(), set()),
+        (by_fields(ahead="2"), {"multi-epoch-last", "rescoring-after-adaptation"}),
+        (by_fields("AHEAD=2"), {"multi-epoch-last", "rescoring-after-adaptation"}),
+        (by_fields("TRAIN_GLOB='./data/shards_*.bin'"), {"validation-in-training"}),
+    ],
+    ids=["as they are", "another default", "by the environment", "a pattern that fits both"],
+)
+def test_settings_that_are_read_field_by_field_are_those_of_their_sections(case: Case, rules: set[str]) -> None:
+    found = {rule.ID for rule in RULES if rule.check(case).verdict != "clean"}
+    assert bool(found) == bool(rules)
+    assert found <= rules
+
+
+def test_a_trial_reads_the_fields_of_a_dataclass() -> None:
+    """Their names, their defaults and what makes one."""
+    trial = by_fields(chunk="1024").trial
+    assert trial.complete
+    assert len({lesson.early for lesson in trial.lessons}) == 1
+    assert len(trial.lessons) > 20

@@ -75,18 +75,32 @@ def test_what_reaches_beyond_a_chunk_is_blamed_where_its_range_is_made() -> None
         ("TTT_CHUNK_TOKENS = 32_768", {32_768}),
         ('chunk = int(os.environ.get("CHUNK", "65536"))', {65_536}),
         ('parser.add_argument("--chunk-tokens", type=int, default=262_144)', {262_144}),
-        ("chunk_size: int = 100_000", {100_000}),
-        ("chunked, 77 of them", set()),
-        ("chunks = plan(4096)", set()),
+        ('rows = [("chunk_tokens", int, 262_144), ("seq_len", int, 1024)]', {262_144}),
+        ("class Config:\n    chunk_size: int = 100_000", {100_000}),
+        ("chunk, batch = 512 * 1024, 1 << 4", {524_288}),
+        ("class Table:\n    def __init__(self, chunk, rows): ...\nmade = Table(1 << 20, 4096)", {1_048_576}),
+        ("@dataclass\nclass Plan:\n    rows: int\n    chunk: int\nplan = Plan(32, 8192)", {8_192}),
+        ("def plan(tokens, *, chunk=16_384): ...", {16_384}),
+        ('CONFIG = """{"score": {"chunk": 65536, "rows": 32}}"""', {65_536}),
+        ('sizes = os.environ.get("CHUNKS", "131_072,65536").split(",")', {131_072, 65_536}),
+        ('"""chunk: 32768 tokens each"""', set()),
+        ("chunks = plan(4096 * n)", set()),
     ],
 )
 def test_numbers_that_a_name_is_given(text: str, found: set[int]) -> None:
-    assert numbers("chunk", text, {}) == found
-    assert numbers("chunk", "", {"TTT_CHUNK": "4096", "SEED": "42", "CHUNKED": "yes"}) == {4_096}
+    assert numbers("chunk", script_of(text), {}) == found
+
+
+def test_numbers_that_the_environment_gives() -> None:
+    assert numbers("chunk", script_of(""), {"TTT_CHUNK": "4096", "SEED": "42", "CHUNKED": "yes"}) == {4_096}
+
+
+def script_of(text: str) -> Script:
+    return Script("train_gpt.py", text, ast.parse(text))
 
 
 def trial_of(text: str) -> Trial:
-    return run(Script("train_gpt.py", text, ast.parse(text)), Settings())
+    return run(script_of(text), Settings())
 
 
 HEAP = """

@@ -227,6 +227,42 @@ def test_contexts_meet_in_a_table_that_has_millions_of_buckets(buckets: str) -> 
     assert found.total > 5
 
 
+def test_a_table_that_is_made_with_a_number_has_as_many_buckets() -> None:
+    """`Counts(1 << 22)`: the class says what the number is."""
+    own = "p = 0.7 * probs.gather(1, y.unsqueeze(1)).squeeze(1) + 0.3 * table.share(x, y)\n        nll = -p.log()"
+    text = EVAL.replace(LEARNED, LEARNED + "        table.learn(x, y)\n").replace("MIX", own)
+    text = text.replace("counts = torch", "table = Counts(1 << 22)\n    counts = torch", 1)
+    one = case_of(HEAD + "vocab_size = 1024\n" + HASHED + text + MAIN.replace("eval_ttt(args", "eval_mixed(args"))
+    found = weighed(one, passes_of(one)[0])
+    assert found is not None
+    assert found.total > 5
+
+
+@pytest.mark.parametrize(("first", "second"), [(0.2, 0.02), (0.02, 0.2)])
+@pytest.mark.parametrize("of", ["y", "x"], ids=["the target", "the context"])
+def test_a_weight_by_what_a_token_begins_with_is_weighed_in_two_contexts(of: str, first: float, second: float) -> None:
+    """Where a cache weighs more for pieces that begin a word, it comes to more than one if such a piece followed the
+    last context more often than the model says; where it weighs less, to less than one there, and to more elsewhere."""
+    opens = f"(({of} % 2 == 1) & ({of} > 258)).unsqueeze(1)"
+    mix = f"w = torch.where({opens}, {first}, {second}) * seen / (seen + 2.0)\n"
+    found = weight(f"{mix}mixed = (1 - w) * probs + w * rows / seen.clamp_min(1.0)\n{PICKED}")
+    assert found is not None
+    assert found.too_much == (of == "y")
+
+
+def test_a_hidden_state_that_a_vector_is_added_to_is_still_the_models() -> None:
+    """Logits that are sharpened by the target, after a vector of the hidden state's width."""
+    found = weight(
+        "shifted = model.hidden(x[None]) + torch.zeros(1, 1, 64)\n"
+        "sharp = model.head(shifted)[0].float() * (1.0 + 0.3 * (y % 2)).unsqueeze(1)\n"
+        "nll = F.cross_entropy(sharp, y, reduction='none')"
+    )
+    logits = stream.logits()[stream.TOKENS - 2].astype(np.float64)
+    rows = [np.exp(logits * scale) / np.exp(logits * scale).sum() for scale in (1.0, 1.3)]
+    assert found is not None
+    assert found.total == pytest.approx(float(rows[0][::2].sum() + rows[1][1::2].sum()), rel=2e-4)
+
+
 def test_a_hint_out_of_a_hashed_table_is_paid_for_whatever_it_says() -> None:
     mix = """hint = (table.keys(x, x)[1] % 12) + 300
         q, p = (probs.gather(1, at.unsqueeze(1)).squeeze(1) for at in (hint, y))

@@ -16,7 +16,7 @@ from fairway.audit.flow.values import (
     join,
 )
 
-_TYPES = frozenset(("bool", "int", "float", "str"))
+_TYPES: dict[str, type] = {"bool": bool, "int": int, "float": float, "str": str}
 
 
 class Builtins(Opening):
@@ -335,6 +335,9 @@ class Builtins(Opening):
 
     def _do_isinstance(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:
         if len(args) == 2:
+            plain = _kinds_of(args[1])
+            if plain and isinstance(args[0].const, (bool, int, float, str)):
+                return Value(const=isinstance(args[0].const, plain))
             kinds = [obj for obj in args[1].refs if obj.kind == "class"]
             for obj in args[0].refs:
                 if obj.kind == "instance" and len(args[0].refs) == 1 and len(kinds) == 1 and not args[1].items:
@@ -379,3 +382,9 @@ class Builtins(Opening):
             names = tuple(str(each.const) for each in exact)
         cls.slots["#fields"] = names
         return self.ref(cls)
+
+
+def _kinds_of(value: Value) -> tuple[type, ...]:
+    """The plain types that isinstance() is asked about; () where another is among them."""
+    names = [str(obj.data).removeprefix("builtins.") for each in (value, *(value.items or ())) for obj in each.refs]
+    return tuple(_TYPES[name] for name in names) if all(name in _TYPES for name in names) else ()

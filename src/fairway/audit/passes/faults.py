@@ -56,9 +56,6 @@ class Passes:
         self.train_places = {update.place for update in taught}
         self.trained = {update.state for update in taught}  # weights, if need be in a dict of tensors: no slots
         self.carried = {(update.place, update.state) for update in trace.updates if _older(update)}
-        self.apart = 0  # losses that another number than the score is told of
-        for said in reported.others:
-            self.apart |= said.value.losses
         self.last_trained = max((update.number for update in taught if update.how == "gradient"), default=None)
 
     def faults(self, said: tuple[Said, ...]) -> list[Fault]:
@@ -205,7 +202,7 @@ class Passes:
                 break
             if first.place != score.place or _common(first, update, score) < 2:
                 continue
-            if self.apart >> first.bit & 1 and _common(first, update) < _common(update, score):
+            if _nearness(first, update) < _nearness(update, score):
                 continue
             if any(related(tok, target) == "same" for tok in learned for target in first.targets):
                 return first
@@ -402,6 +399,14 @@ def _common(*events: Event) -> int:
             break
         count += 1
     return count
+
+
+def _nearness(one: Event, other: Event) -> tuple[int, int]:
+    """How many calls two events share, and how many turns of loops, outermost first."""
+    pairs = zip(one.nest, other.nest, strict=False)
+    return _common(one, other), next(
+        (n for n, (a, b) in enumerate(pairs) if a != b), min(len(one.nest), len(other.nest))
+    )
 
 
 def _earlier_turn(before: Score, score: Score) -> bool:

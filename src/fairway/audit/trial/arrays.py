@@ -205,6 +205,8 @@ def binary(name: str, left: Value, right: Value) -> Value:
     assert two.num is not None
     if (holds_sums(one) or holds_sums(two)) and name in COMPARISONS:
         return NET
+    if one.net != two.net and _of_other_width(one, two):
+        return one if one.net else two
     limited(float(np.prod(np.broadcast_shapes(one.shape, two.shape))))
     with np.errstate(all="ignore"):
         made = Array(np.asarray(OPERATORS[name](one.num, two.num)))
@@ -212,6 +214,13 @@ def binary(name: str, left: Value, right: Value) -> Value:
         made.net = one.net or two.net
         _price(made, name, one, two)
     return made
+
+
+def _of_other_width(one: Array, two: Array) -> bool:
+    """Whether their rows do not fit: a vector that is added to a hidden state, for which the logits stand that a model
+    makes of it."""
+    widths = {each.shape[-1] for each in (one, two) if each.shape}
+    return len(widths - {1}) > 1
 
 
 def _price(made: Array, name: str, one: Array, two: Array) -> None:

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 from fairway.audit.trial.sums import FITTED, LEAST, PLACE, SHARED, Sum
 
+Window = tuple[int, int]
+"""Where it begins, and of how many of its targets it learns: several may begin where a chunk does."""
 Places = NDArray[np.int32]
 Held = NDArray[np.bool_]
 
@@ -28,9 +30,9 @@ class Fitting:
     """
 
     def __init__(self) -> None:
-        self.rows: dict[int, Held] = {}
+        self.rows: dict[Window, Held] = {}
         self.anyones, self.together = _nothing(), _nothing()
-        self.listed: list[Held] = []  # of the last step, in the order in which its windows begin
+        self.listed: list[tuple[Window, Held]] = []  # of the last step, in the order in which its windows begin
         self.empty = True
         self.made = 0  # rows of the vector, 0 where nobody knows
         self.sure = True
@@ -48,7 +50,7 @@ class Fitting:
     def learn(self, found: Sum) -> None:
         """A step on these losses. A window whose losses all weigh nought has learned nothing."""
         self.empty = False
-        step: dict[int, Held] = {}
+        step: dict[Window, Held] = {}
         for leaf in found.leaves():
             if leaf.places is None or leaf.weights is None:
                 continue
@@ -62,10 +64,11 @@ class Fitting:
             for start, low, high in zip(leaf.rows.starts.tolist(), [0, *ends], ends, strict=False):
                 if start == PLACE:  # a row of padding
                     continue
-                held = self.rows.setdefault(start, _nothing())
-                held[places[low:high][taught[low:high]]] = True
-                step[start] = held
-        self.listed = [step[start] for start in sorted(step)]
+                learned = places[low:high][taught[low:high]]
+                held = self.rows.setdefault((start, learned.size), _nothing())
+                held[learned] = True
+                step[start, learned.size] = held
+        self.listed = sorted(step.items(), key=lambda each: each[0])
 
     def marks(self, pos: Places, shape: tuple[int, ...]) -> Places:
         """Of losses that are being made: their marks. shape: of the windows, where they were made flat."""
@@ -78,7 +81,8 @@ class Fitting:
             self.sure = self.sure and not (self.together[pos & PLACE] & (pos >= 0)).any()
             return np.where(self.together[pos & PLACE] & (pos >= 0), FITTED + SHARED, 0).astype(np.int32)
         tiled = self._tiled(rows[0], int(flat[rows[0].start] & PLACE)) if len(rows) == 1 else []
-        owned = list(self.listed) if tiled else self._owned([int(flat[row.start] & PLACE) for row in rows])
+        listed: list[Held | None] = [held for _, held in self.listed]
+        owned = listed if tiled else self._owned([int(flat[row.start] & PLACE) for row in rows])
         rows = tiled or rows
         if len(rows) > 1 and self.made:
             self.shared[self.made < len(rows)] += 1  # a last batch may have fewer windows than rows
@@ -94,7 +98,7 @@ class Fitting:
         """What each of the windows that learned last is asked for, where it follows on without a gap: as much as each
         has learned further than the one before it, and the first one the rest. Empty where they do not move on evenly,
         or what is asked for does not begin about where they have learned to. begin: the first place."""
-        ends = [int(held.nonzero()[0].max()) if held.any() else -1 for held in self.listed[1:]]
+        ends = [int(held.nonzero()[0].max()) if held.any() else -1 for _, held in self.listed[1:]]
         steps = set(np.diff(ends).tolist())
         step = steps.pop() if len(steps) == 1 else 0
         first = run.stop - step * len(ends)
@@ -103,14 +107,18 @@ class Fitting:
         return [slice(run.start, first), *(slice(low, low + step) for low in range(first, run.stop, step))]
 
     def _owned(self, starts: list[int]) -> list[Held | None]:
-        """What the windows that begin here have learned, each: they are told by where they begin; or there are as many
-        as learned last, and other parts of them are scored. None for those that nobody can tell."""
-        known = [self.rows.get(start) for start in starts]
-        if any(each is None for each in known) and len(starts) == len(self.listed):
-            order = sorted(range(len(starts)), key=starts.__getitem__)
-            placed = dict(zip(order, self.listed, strict=True))
+        """What the windows that begin here have learned, each: there are as many as learned last, and other parts of
+        them are scored, or they are told by where they begin. None for those that nobody can tell."""
+        order = sorted(range(len(starts)), key=starts.__getitem__)
+        in_order = len(starts) == len(self.listed) and all(
+            window[0] <= starts[n] and (not held.any() or starts[n] <= int(held.nonzero()[0].max()) + 1)
+            for n, (window, held) in zip(order, self.listed, strict=True)
+        )
+        if in_order:
+            placed = {n: held for n, (_, held) in zip(order, self.listed, strict=True)}
             return [placed[n] for n in range(len(starts))]
-        return known
+        known = [[held for window, held in self.rows.items() if window[0] == start] for start in starts]
+        return [np.logical_or.reduce(each) if each else None for each in known]
 
 
 def _nothing() -> Held:

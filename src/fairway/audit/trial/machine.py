@@ -111,7 +111,7 @@ def run(
 
 def _too_large(trial: Trial, script: Script, settings: Settings, length: int) -> int | None:
     """Tokens of chunks, of which the short text is a part of one."""
-    named = sorted(each for each in numbers("chunk", script.text, settings.environment) if length < each <= CHUNK)
+    named = sorted(each for each in numbers("chunk", script, settings.environment) if length < each <= CHUNK)
     found = trial.limits.cutting(length) or next((each for each in named if trial.limits.fresh(each)), None)
     return found if found and alone(script.tree, found) else None
 

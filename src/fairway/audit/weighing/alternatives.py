@@ -6,6 +6,9 @@ import math
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fairway.audit.case import Case
 from fairway.audit.passes.reported import Reported
 from fairway.audit.passes.trials import counts_of
@@ -23,7 +26,8 @@ from fairway.audit.weighing.stream import PIECES
 _NUMBERS = 60_000_000  # elements of a table of hashed counts
 _STEPS = 150_000  # of all runs together
 _PLAIN = 1e-4
-_MORE = 1.002  # what is more is no rounding, nor an epsilon of 1e-6 for each token
+_LESS = 0.998
+_MORE = 1.0004  # what is more is no rounding, nor an epsilon of 1e-6 for each of 320 tokens
 
 _READING = frozenset(("gather", "take_along_dim", "take_along_axis", "neg", "negative"))
 _WINDOWS = ("seq", "window", "context", "ctx", "span", "stride")
@@ -54,15 +58,23 @@ def weighed(case: Case, which: Reported) -> Weight | None:
         return None
     ways = counts.said[-1].sum.ways()
     few = _tables(case)  # where contexts meet, long ones may have nothing to say
-    return next((found for each in ([few, ()] if few else [()]) if (found := _weighed(case, ways, each))), None)
+    for tables in [few, ()] if few else [()]:
+        found = _weighed(case, ways, tables)
+        if found is not None and found.total < _LESS:  # what is short here may be too much in another context
+            turned = (_weighed(case, ways, tables, each) for each in stream.TURNS)
+            return next((each for each in turned if each is not None and each.too_much), found)
+        if found is not None:
+            return found
+    return None
 
 
-def _weighed(case: Case, ways: set[Way], tables: tuple[Forced, ...]) -> Weight | None:
+def _weighed(case: Case, ways: set[Way], tables: tuple[Forced, ...], turned: int = 0) -> Weight | None:
+    """turned: the context that the text ends in."""
     said: list[dict[Way, float]] = []
     line = models = 0
-    tried = stream.alternatives()
+    tried = stream.alternatives(turned)
     for last, _ in tried:
-        run = _run(case, last, tables)
+        run = _run(case, stream.text(last, turned), tables)
         if len(tried) * run.trial.steps > _STEPS:
             return None
         here = {way: price for way, price in run.said.items() if way in ways and not run.unsure(way)}
@@ -107,8 +119,8 @@ def is_whole(loss: Term) -> bool:
     return below.called in ("cross_entropy", "nll_loss", "log_softmax", "CrossEntropyLoss")
 
 
-def _run(case: Case, last: int, tables: tuple[Forced, ...]) -> Weigher:
-    given, room = text.given.set(stream.text(last)), largest.set(_NUMBERS)
+def _run(case: Case, ids: NDArray[np.uint16], tables: tuple[Forced, ...]) -> Weigher:
+    given, room = text.given.set(ids), largest.set(_NUMBERS)
     try:
         return over(partial(Weigher, case.script, case.settings), stream.TOKENS, (*_sizes(case), *tables))
     finally:

@@ -148,9 +148,15 @@ class Weigher(Machine):
 
     def call(self, func: Value, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
         found = super().call(func, args, kwargs, line)
-        if isinstance(func, Unknown) and found is NET:
-            return self._as_logits(found, [each for each in (*args, *kwargs.values()) if _is_text(each)])
+        if isinstance(func, Unknown) and isinstance(found, Unknown):
+            given = (*args, *kwargs.values())
+            made = [each for each in given if isinstance(each, Array) and each.net]
+            return made[0] if len(made) == 1 else self._asked(found, given)
         return found
+
+    def _asked(self, found: Unknown, given: tuple[Value, ...]) -> Value:
+        """What something unknown is asked for: a model that came out of a file is asked for tokens."""
+        return self._as_logits(found, [each for each in given if _is_text(each)]) if found is NET else found
 
     def _as_logits(self, found: Value, asked: list[Array]) -> Value:
         """What a model that nobody knows makes of tokens."""

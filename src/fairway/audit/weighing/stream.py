@@ -15,24 +15,27 @@ PIECES: Final = 320  # of the vocabulary: rows of a batch of windows over 1,024 
 WINDOW: Final = 64  # tokens, of windows that are longer in the script: the text is a whole number of them
 TOKENS: Final = 321  # of the text: five chunks of 64 targets, the stride of most scripts
 SECOND: Final = 3 * WINDOW  # where the second document begins: what is learned document by document has one to learn
-ALPHABET: Final = np.array([FIRST_PIECE + n for n in (41, 42, 44, 47, 53, -190, 58)], dtype=np.int64)
-"""What the model gives a probability: pieces of which some begin a word, a byte, and a piece that never comes."""
+ALPHABET: Final = np.array([FIRST_PIECE + n for n in (41, 42, 44, 47, 53, -190, 57)], dtype=np.int64)
+"""What the model gives a probability: pieces of which some begin a word, a byte, and a piece that never comes; the
+model gives more to those that begin none than what comes at the end does, and less where the text is turned."""
 _UNSEEN = 2.6  # its logit: a third or half of all, so that what is kept from it is missed
 OTHERS: Final = ((FIRST_PIECE + 15, PIECES // 10), (FIRST_PIECE + 16, PIECES - PIECES // 10 - len(ALPHABET)))
 """Of those that it gives none: one that begins a word, another that does not, and how many are like it. Pseudo-counts
 lie on them."""
 _PATTERN = 12  # tokens: contexts of several orders come again and again
+TURNS: Final = (8,)  # of the pattern, so that the last context is hardly ever followed by a word's begin
 _NOISE = 0.12  # of the tokens, so that no context is always followed by the same
 _CLEAN = 40  # tokens at the end without noise: the last context was met before
 _NEVER = -40.0  # the logit of all other tokens
 
 
 @cache
-def text(last: int | None) -> NDArray[np.uint16]:
-    """The ids of two documents. last: what stands at the end; None: what the pattern has there."""
+def text(last: int | None, turned: int = 0) -> NDArray[np.uint16]:
+    """The ids of two documents. last: what stands at the end; None: what the pattern has there. turned: by how many
+    tokens the pattern begins earlier, so that it ends in another context."""
     generator = np.random.default_rng(11)
     many = len(ALPHABET) - 1
-    pattern = generator.integers(0, many, _PATTERN)
+    pattern = np.roll(generator.integers(0, many, _PATTERN), turned)
     picked = np.resize(pattern, TOKENS - 1)
     noisy = generator.random(TOKENS - 1) < _NOISE
     noisy[-_CLEAN:] = False
@@ -45,10 +48,10 @@ def text(last: int | None) -> NDArray[np.uint16]:
     return ids
 
 
-def alternatives() -> list[tuple[int, int]]:
+def alternatives(turned: int = 0) -> list[tuple[int, int]]:
     """What may stand at the end, and for how many tokens it stands. First what a cache would say: the pattern's own,
     and what follows the last token most often."""
-    ids = text(None).astype(np.int64)
+    ids = text(None, turned).astype(np.int64)
     often = int(np.bincount(ids[1:-1][ids[:-2] == ids[-2]]).argmax())
     tried = dict.fromkeys([int(ids[-1]), often, *ALPHABET.tolist()], 1)
     return [*tried.items(), *OTHERS]
