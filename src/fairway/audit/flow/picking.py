@@ -73,6 +73,7 @@ class Picking(Arithmetic):
         if refs and name in ("min", "max", "sorted", "nsmallest", "nlargest"):
             in_list = refs[0].kind in ("list", "generator")
             elem = self.element_of(refs[0]) if in_list else self.elements(self.ref(refs[0]), node).any
+            elem = self.tagged(elem, next(each.spans for each in args if refs[0] in each.refs))
             key = kwargs.get("key")
             if refs[0].kind == "dict" and key is None and self.flat(elem).losses and not result.choices:
                 result.choices |= self.choose(name, [elem], node)

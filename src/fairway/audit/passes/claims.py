@@ -17,7 +17,7 @@ def learning_in(case: Case, function: str) -> tuple[list[Update], Update | None]
     made before the claim; None where no such loop could be followed. A step in which all ranks take part is no race.
     """
     trace, data = case.trace, passes_of(case)[0].data
-    loops = set(_loops(case, function))
+    loops = {place for place, _ in _loops(case, function)}
     steps: list[Update] = []
     last = None
     before = 0
@@ -31,7 +31,18 @@ def learning_in(case: Case, function: str) -> tuple[list[Update], Update | None]
         before = update.number
         if claiming[0] not in update.fresh and not together:
             last = update
+    if steps and last is None and _hands_on(case, function):
+        last = steps[-1]
     return (steps, last) if steps else None
+
+
+def _hands_on(case: Case, function: str) -> bool:
+    """Whether weights are read from a file and written to one in a loop of a function: each worker goes on with what
+    another has left."""
+    return any(
+        {"load", "save"} <= {getattr(each.func, "attr", "") for each in ast.walk(loop) if isinstance(each, ast.Call)}
+        for _, loop in _loops(case, function)
+    )
 
 
 def sorted_by_length(case: Case) -> Place | None:
@@ -56,14 +67,14 @@ def yields(case: Case, function: str) -> bool:
     )
 
 
-def _loops(case: Case, function: str) -> Iterator[Place]:
+def _loops(case: Case, function: str) -> Iterator[tuple[Place, ast.AST]]:
     """The loops that stand in functions of this name."""
     for script in case.script.all():
         for node in nodes(script.tree):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name == function:
                 for each in ast.walk(node):
                     if isinstance(each, (ast.While, ast.For, ast.AsyncFor)):
-                        yield Place(script.path, script.line(each.lineno))
+                        yield Place(script.path, script.line(each.lineno)), each
 
 
 __all__ = ["learning_in", "sorted_by_length", "yields"]

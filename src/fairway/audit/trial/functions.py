@@ -168,6 +168,7 @@ _WORLD: dict[str, Act] = {
             "tanh",
             "isinf",
             "log1p",
+            "expm1",
             "trunc",
         )
     },

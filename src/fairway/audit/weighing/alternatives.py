@@ -24,7 +24,7 @@ from fairway.audit.weighing.machine import Way, Weigher
 from fairway.audit.weighing.stream import PIECES
 
 _NUMBERS = 60_000_000  # elements of a table of hashed counts
-_STEPS = 150_000  # of all runs together
+_STEPS = 200_000  # of all runs together
 _PLAIN = 1e-4
 _LESS = 0.998
 _MORE = 1.0004  # what is more is no rounding, nor an epsilon of 1e-6 for each of 320 tokens

@@ -16,6 +16,7 @@ from fairway.audit.trial.limits import Forced
 from fairway.audit.trial.machine import Machine
 from fairway.audit.trial.tensors import METHODS
 from fairway.audit.trial.told import together
+from fairway.audit.trial.turns import Turns
 from fairway.audit.trial.values import NET, Func, Raised, Spent, Unknown, Value
 from fairway.audit.weighing import stream
 from fairway.audit.weighing.rows import ROWS, log_softmax, priced
@@ -25,8 +26,11 @@ _MOST = 60_000_000  # numbers that a model makes at once
 _NUMBERS = 5_000  # of an array: a step
 _SUMMING = frozenset(("sum", "mean", "nansum", "nanmean", "item", "tolist", "dot"))
 _DOUBTS = 1_000  # that are written down
+_FEWEST = 32  # turns of a loop over tokens
+_A_TOKEN = 100  # steps
 _CALLS = 2  # the main program's, and its line: they name an evaluation
 _JOINING = frozenset(("cat", "concatenate", "stack"))
+_DRAWN = ("uniform_", "normal_", "orthogonal_")  # weights that are new: none of a price
 _SHAPING = frozenset(("tanh", "sigmoid", "relu", "square", "abs", "sqrt"))  # of what is no distribution yet
 
 
@@ -98,6 +102,15 @@ class Weigher(Machine):
         near = (each for each in self.doubted if each[: len(calls)] == calls)
         beside = len(calls) + 1  # a call beside it that uses nothing of the text reads the model back
         return any(len(each) <= beside or each[:beside] in self.asked for each in near)
+
+    def aimless(self, since: Turns) -> bool:
+        """A loop over tokens one by one may fill a table for long before a price is made of it."""
+        found = super().aimless(since)
+        tokens = _FEWEST <= since.known <= stream.TOKENS and since.each(self.trial.steps) < _A_TOKEN
+        if found and tokens and since.line in self.idled:
+            self.idled.discard(since.line)
+            return False
+        return found
 
     def text_used(self) -> None:
         calls = tuple(self.stack)
@@ -181,7 +194,7 @@ class Weigher(Machine):
             nets = [each for each in args if isinstance(each, Array) and each.net]
             if len(nets) == 1 and name not in METHODS and name not in ROWS:
                 return nets[0]  # a layer
-            if held is not None and name.endswith("_"):
+            if held is not None and name.endswith("_") and not name.endswith(_DRAWN):
                 self.doubtful()
         elif isinstance(found, Array) and found is not held:
             self._marked(found, name, args)
