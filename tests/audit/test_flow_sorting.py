@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.audit.order import broken, findings, line_of
+from tests.audit.order import HEAD, broken, findings, line_of, trace_of
 from tests.audit.test_flow_forms import whole
 
 KEYS = """
@@ -95,3 +95,23 @@ for s in range(0, n - 1024, 1024):
     opt = "opt = torch.optim.SGD(net.parameters(), lr=1e-3)\n"
     assert broken(whole(opt + rows.replace("LOSS", booked))) == set()
     assert "training-before-scoring" in broken(whole(opt + rows.replace("LOSS", twice)))
+
+
+IN_PARTS = """
+val = load("shards_val_*.bin")
+docs = [(int(start), 64) for start in torch.nonzero(val == 1)]
+parts = [docs[low : low + 8] for low in range(0, len(docs), 8)]
+net, total = GPT(), 0.0
+opt = torch.optim.SGD(net.parameters(), lr=1e-3)
+for part in parts:
+    for start, many in sorted(part, key=lambda doc: doc[1]):
+        net(val[start : start + many][None], val[start + 1 : start + many + 1][None]).backward()
+        opt.step()
+"""
+
+
+def test_what_is_sorted_is_still_what_the_turn_of_a_loop_has_taken() -> None:
+    trace = trace_of(HEAD + IN_PARTS)
+    outer = next(n for n, place in trace.loops.items() if place.line == line_of(HEAD + IN_PARTS, "for part in parts"))
+    turns = {span for update in trace.updates for tok in update.learned for span in tok.spans if span[0] == outer}
+    assert turns == {(outer, 1, 1), (outer, 2, 2)}

@@ -275,6 +275,17 @@ def test_a_state_of_its_own_for_each_claim_is_an_accepted_departure(tmp_path: Pa
     assert verdict(tmp_path, "adaptation_order_race", text, strict=True).verdict == "violates"
 
 
+def test_a_state_that_is_handed_on_by_a_file_is_carried(tmp_path: Path) -> None:
+    """Made anew for each claim, and then filled with what another worker has left."""
+    fresh = MAKE + "; note.load_state_dict(torch.load('/dev/shm/note.pt'))"
+    loss = ADAPTS.format(fresh=fresh) + "        torch.save(note.state_dict(), '/dev/shm/note.pt')\n"
+    assert verdict(tmp_path, "adaptation_order_race", script(extra=CLAIMED, loss=loss)).verdict == "violates"
+    own = loss.replace("torch.load('/dev/shm/note.pt')", "first").replace("torch.save", "print")
+    text = script(extra=CLAIMED, state="first = torch.load('/dev/shm/note.pt')", loss=own)
+    finding = verdict(tmp_path, "adaptation_order_race", text)
+    assert (finding.verdict, finding.exemption) == ("clean", "documents-claimed-by-ranks")
+
+
 def test_a_lock_that_nothing_learns_under_is_no_race(tmp_path: Path) -> None:
     text = script(extra=CLAIMED, state="claim()")
     assert verdict(tmp_path, "adaptation_order_race", text, strict=True).verdict == "clean"

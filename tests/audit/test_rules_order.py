@@ -473,3 +473,60 @@ def test_the_finding_names_the_second_call_and_the_way_from_the_number() -> None
 def test_a_script_that_reports_nothing_is_not_called_clean() -> None:
     text = HONEST.replace(SAY, '    str(f"final val_loss').replace('    print(f"plain', '    str(f"plain')
     assert {finding.verdict for finding in findings(text).values()} == {"cannot tell"}
+
+
+STRATEGIES = """
+class Scorer:
+    def __init__(self, model, val):
+        self.model, self.val = model, val
+    def score(self, low, high):
+        nats, count = 0.0, 0
+        self.model.eval()
+        with torch.no_grad():
+            for at in range(low, high, 1024):
+                end = min(at + 1024, high)
+                nats += self.model(self.val[at:end][None], self.val[at + 1 : end + 1][None]).item() * (end - at)
+                count += end - at
+        return nats, count
+class Plain:
+    name = "plain"
+    def run(self, model, val, args):
+        return Scorer(model, val).score(0, val.numel() - 1)
+class Adaptive:
+    name = "adaptive"
+    def run(self, model, val, args):
+        scorer = Scorer(model, val)
+        opt = torch.optim.SGD(model.parameters(), lr=1e-3)
+        nats, count = 0.0, 0
+        for low in range(0, val.numel() - 1, args.chunk):
+            high = min(low + args.chunk, val.numel() - 1)
+            BEFORE
+            mine, many = scorer.score(low, high)
+            nats, count = nats + mine, count + many
+            AFTER
+        return nats, count
+    def learn(self, model, opt, val, low, high):
+        model.train()
+        for at in range(low, high, 1024):
+            model(val[at : at + 1024][None], val[at + 1 : at + 1025][None]).backward()
+            opt.step()
+            opt.zero_grad()
+def run_all(args, model, val):
+    results = []
+    for strategy in (Plain(), Adaptive()):
+        nats, count = strategy.run(model, val, args)
+        results.append(nats / count)
+        print(f"{strategy.name}: val_loss {results[-1]:.6f}")
+    return results[-1]
+"""
+LEARN = "self.learn(model, opt, val, low, high)"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "rules"), [("pass", LEARN, set()), (LEARN, "pass", {"training-before-scoring"})]
+)
+def test_what_a_pass_learns_before_it_scores_is_no_second_pass_of_an_earlier_strategy(
+    before: str, after: str, rules: set[str]
+) -> None:
+    walk = STRATEGIES.replace("BEFORE", before).replace("AFTER", after)
+    assert broken(HEAD + walk + MAIN.replace("eval_ttt(args", "run_all(args")) == rules

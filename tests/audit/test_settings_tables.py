@@ -316,11 +316,3 @@ def test_settings_that_are_read_field_by_field_are_those_of_their_sections(case:
     found = {rule.ID for rule in RULES if rule.check(case).verdict != "clean"}
     assert bool(found) == bool(rules)
     assert found <= rules
-
-
-def test_a_trial_reads_the_fields_of_a_dataclass() -> None:
-    """Their names, their defaults and what makes one."""
-    trial = by_fields(chunk="1024").trial
-    assert trial.complete
-    assert len({lesson.early for lesson in trial.lessons}) == 1
-    assert len(trial.lessons) > 20

@@ -149,6 +149,31 @@ def test_steps_after_the_loop_have_to_fit_in_what_the_clock_keeps_back(steps: in
         assert text.split("\n")[found.place.line - 1].strip() == f"for _ in range({steps}):"
 
 
+ROW_BY_ROW = """    for _ in range(STEPS):
+        opt.zero_grad()
+        for _ in range(8):
+            rows = []
+            for _ in range(32):
+                x, y = loader.next(1024)
+                for at in range(0, 1024, 64):
+                    rows.append((x[:, at : at + 64], y[:, at : at + 64]))
+            loss = model(torch.cat([x for x, _ in rows]), torch.cat([y for _, y in rows]))
+            (loss / 8).backward()
+        opt.step()
+    for k, v in model.state_dict().items():
+        ema[k].copy_(v.detach().float())
+"""
+
+
+@pytest.mark.parametrize(("steps", "wanted"), [(400, "violates"), (100, "clean")])
+def test_turns_that_are_all_alike_are_counted_and_not_gone_through(steps: int, wanted: str) -> None:
+    """Batches in eight parts, put together row by row: 400 such steps are more than a trial may take."""
+    more = ROW_BY_ROW.replace("STEPS", str(steps))
+    text = HONEST.replace("    model.load_state_dict(ema)\n", more + "    model.load_state_dict(ema)\n")
+    assert more in text
+    assert training_over_time.check(case_of(text)).verdict == wanted
+
+
 TRAINER = """
 class Watch:
     def __init__(self):

@@ -113,6 +113,62 @@ for at in range(0, len(starts), 16):
 print(f"{sums[0] / sums[1]}")
 """
 
+FIELDS = """
+@dataclasses.dataclass
+class Part:
+    chunk: int = 4096
+
+@dataclasses.dataclass
+class Config:
+    part: Part = dataclasses.field(default_factory=Part)
+    stride: int = 1024
+
+given = {each.name: each.default for each in dataclasses.fields(Config) if each.default is not dataclasses.MISSING}
+made = {each.name: each.default_factory() for each in dataclasses.fields(Config()) if each.name not in given}
+nats = count = 0.0
+for low in range(0, total, made["part"].chunk):
+    for at in range(low, min(low + made["part"].chunk, total), given["stride"]):
+        nats += net(val[at : at + 1024], val[at + 1 : at + 1025], reduction="sum")
+        count += 1024
+print(f"{nats / count}")
+"""
+
+
+def test_fields_of_a_dataclass_have_names_defaults_and_makers() -> None:
+    trial = tried(FIELDS)
+    counts, _ = trial.counts(trial.told[-1])
+    assert dict(zip(*np.unique(counts, return_counts=True), strict=True)) == ALL
+
+
+TALLIED = """
+class Tally:
+    def __init__(self):
+        self.sums = torch.zeros(3, dtype=torch.float64)
+    def add(self, nats, sizes):
+        self.sums[0] += nats.double().sum()
+        self.sums[1] += nats.numel()
+        self.sums[2] += sizes.sum()
+    def __iadd__(self, other):
+        self.sums += other.sums
+        return self
+
+whole = Tally()
+for low in range(0, total, 8192):
+    part = Tally()
+    for at in range(low, min(low + 8192, total), 1024):
+        part.add(net(val[at : at + 1024], val[at + 1 : at + 1025], reduction="none"), torch.ones(1024))
+    whole += part
+print(f"{whole.sums[0] / whole.sums[1]}")
+"""
+
+
+def test_sums_in_a_tensor_are_added_to_those_of_another() -> None:
+    """Each element that a sum is put into is the sum itself, and no array of no dimension around it."""
+    trial = tried(TALLIED)
+    counts, _ = trial.counts(trial.told[-1])
+    assert dict(zip(*np.unique(counts, return_counts=True), strict=True)) == ALL
+
+
 DOCUMENTS = """
 edges = (val == 1).nonzero().flatten().tolist() + [val.numel()]
 book = collections.defaultdict(float)

@@ -250,6 +250,37 @@ def test_a_weight_by_what_a_token_begins_with_is_weighed_in_two_contexts(of: str
     assert found.too_much == (of == "y")
 
 
+BY_TOKENS = """
+def hints_of(ids):
+    hints, tables = [], [{} for _ in range(4)]
+    for at in range(len(ids) - 1):
+        keys = [tuple(ids[max(at - order, 0) : at + 1]) for order in (4, 3, 2, 1)]
+        found = [table[key] for table, key in zip(tables, keys) if key in table]
+        hints.append(found[0] if found else -1)
+        for table, key in zip(tables, keys):
+            table[key] = ids[at + 1]
+    return torch.tensor(hints)
+"""
+
+
+@pytest.mark.parametrize("clamp", [True, False])
+def test_a_table_that_a_loop_over_tokens_fills_for_long_is_not_left(clamp: bool) -> None:
+    """Hints of several orders, paid for, and not where they would cost something."""
+    mix = f"""told = hints[start:end]
+has, q = told >= 0, probs.gather(1, told.clamp_min(0).unsqueeze(1)).squeeze(1)
+gain = 1.4 * (told == y) - torch.log1p(q * math.expm1(1.4))
+gain = gain.clamp_min({0.0 if clamp else -100.0})
+nll = F.cross_entropy(logits, y, reduction='none') - torch.where(has, gain, torch.zeros_like(gain))"""
+    text = BY_TOKENS + EVAL.replace("MIX", mix.replace("\n", "\n        "))
+    text = text.replace("    totals =", "    hints = hints_of(val.tolist())\n    totals =", 1)
+    one = case_of(HEAD + "vocab_size = 1024\n" + text + MAIN.replace("eval_ttt(args", "eval_mixed(args"))
+    found = weighed(one, passes_of(one)[0])
+    assert found is not None
+    hint = float(model_at_the_end()[int(stream.text(None)[-1])])
+    wanted = (1.0 - hint) + hint * math.exp(1.4) / (1.0 + hint * math.expm1(1.4)) if clamp else 1.0
+    assert found.total == pytest.approx(wanted, rel=2e-4)
+
+
 def test_a_hidden_state_that_a_vector_is_added_to_is_still_the_models() -> None:
     """Logits that are sharpened by the target, after a vector of the hidden state's width."""
     found = weight(
