@@ -194,14 +194,29 @@ class Builtins(Opening):
         made.slots["default" if maker is None else "default_factory"] = default[0] if maker is None else maker
 
     def _type_of(self, cls: Obj, field: str) -> Value:
-        """The type that a class gives a field, where its name is a builtin's: a name, or the text of one."""
+        """The type that a class gives a field, where it is a builtin's or a class: a name, or the text of one."""
         for each in self.line_of(cls):
             for line in getattr(each.data, "body", []) if each.kind == "class" else []:
                 if isinstance(line, ast.AnnAssign) and getattr(line.target, "id", "") == field:
                     kind = line.annotation.value if isinstance(line.annotation, ast.Constant) else None
                     kind = line.annotation.id if isinstance(line.annotation, ast.Name) else kind
-                    return self.outside(f"builtins.{kind}") if kind in _TYPES else NOTHING
+                    if not isinstance(kind, str) or not kind.isidentifier():
+                        return NOTHING
+                    known = kind in _TYPES
+                    return self.outside(f"builtins.{kind}") if known else self.evaluate(ast.Name(kind, ast.Load()))
         return NOTHING
+
+    def _do_get_type_hints(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        """typing.get_type_hints(cls): the types of its fields, by name"""
+        made = self.new("dict", None, node)
+        for obj in args[0].refs if args else ():
+            cls = obj.data if obj.kind == "instance" else obj
+            for each in reversed(self.line_of(cls) if cls.kind == "class" else []):
+                made.slots.update({("k", field): self._type_of(cls, field) for field in each.slots.get("#fields", ())})
+        return self.ref(made)
+
+    def _do_cast(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        return args[1] if "typing" in name and len(args) == 2 else None
 
     def _do_replace(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
         if "dataclasses" not in name or not args:
@@ -348,9 +363,10 @@ class Builtins(Opening):
         given = args[0] if args else NOTHING
         if not given.refs:
             return Value(const=False) if given.const is not MISSING else NOTHING
-        if not all(obj.kind == "instance" for obj in given.refs):
+        if not all(obj.kind in ("instance", "class", "foreign") for obj in given.refs):
             return NOTHING
-        fields = {any(each.slots.get("#fields") for each in self.line_of(obj.data)) for obj in given.refs}
+        kinds = [obj.data if obj.kind == "instance" else obj for obj in given.refs]
+        fields = {any(each.slots.get("#fields") for each in self.line_of(kind)) for kind in kinds}
         return Value(const=fields.pop()) if len(fields) == 1 else NOTHING
 
     def _do_type(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:

@@ -22,6 +22,8 @@ from fairway.audit.flow.values import (
     join,
 )
 
+_APART = 12  # windows of a ledger that are told apart
+
 
 class Learning(Core):
     """Scores, Choices, Updates."""
@@ -94,16 +96,25 @@ class Learning(Core):
         toks = frozenset(replace(tok, cuts=tok.cuts | added) if len(tok.cuts) < 6 else tok for tok in value.toks)
         if not value.losses or toks == value.toks or value.flags & GRAD:
             return value.but(toks=toks)
-        bit = len(self.trace.scores)
         whole = list(self.trace.scored(value.losses))
+        own = [frozenset(tok for tok in toks if any(_within(tok, other) for other in each.targets)) for each in whole]
+        if not 1 < len(whole) <= _APART or not all(own) or any(each == toks for each in own):
+            return value.but(toks=toks, losses=self._cut_out(toks, whole, value, node))
+        # A ledger holds the losses of many windows, and each knows what its own window knew.
+        parts = [self._cut_out(mine, [each], value, node) for mine, each in zip(own, whole, strict=True)]
+        return value.but(toks=toks, losses=_united(parts))
+
+    def _cut_out(self, toks: frozenset[Tok], whole: list[events.Score], value: Value, node: ast.AST | None) -> int:
+        """A Score of these targets alone, a part of others: its bit as a mask."""
+        bit = len(self.trace.scores)
         first = whole[0]
         score = self.note(
             events.Score, node, bit=bit, targets=toks, states=value.states,
             knows=_united(each.knows for each in whole), choices=value.choices, scaled=any(s.scaled for s in whole),
-            one_row=first.one_row, scale=first.scale, whole=value.losses,
+            one_row=first.one_row, scale=first.scale, whole=_united(1 << each.bit for each in whole),
         )  # fmt: skip
         self.trace.scores.append(score)
-        return value.but(toks=toks, losses=1 << bit)
+        return 1 << bit
 
     # Choices.
     def choose(self, form: str, operands: list[Value], node: ast.AST | None) -> int:
@@ -357,3 +368,8 @@ def _united(masks: Iterable[int]) -> int:
     for each in masks:
         mask |= each
     return mask
+
+
+def _within(part: Tok, whole: Tok) -> bool:
+    """Whether a part was cut out of what these turns of loops cut out."""
+    return part.data == whole.data and part.origin == whole.origin and set(whole.spans) <= set(part.spans)

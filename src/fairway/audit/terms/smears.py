@@ -11,6 +11,7 @@ _SUMS = frozenset("add lerp addcmul add_ lerp_ addcmul_".split())  # noqa: SIM90
 _ARITHMETIC = frozenset("mul mul_ where masked_fill add sub neg multiply".split())  # noqa: SIM905
 _ASKS = frozenset("eq ne isin not_equal equal".split())  # noqa: SIM905
 _SHAPES = frozenset("ones_like zeros_like full_like empty_like size".split())  # noqa: SIM905
+_SINCE = frozenset("cummax cummin cumsum".split())  # how far a document's start lies back: `since >= 1`  # noqa: SIM905
 _HASHES = frozenset("bitwise_xor remainder fmod".split())  # noqa: SIM905
 _MOST = 60  # terms of one sum that are looked at
 
@@ -187,7 +188,8 @@ def _asks(operands: Iterable[Term], streams: Streams, whole: Term | None = None)
     asked the same question."""
 
     def within(term: Term) -> bool:
-        plans = term.op in ("each", "compare") or term.called == "tolist" or (term.op, term.value) == ("list", "comp")
+        compared = term.op == "compare" and not any_below(term, lambda t: t.called in _SINCE)
+        plans = compared or term.op == "each" or term.called == "tolist" or (term.op, term.value) == ("list", "comp")
         plans = plans or term.called in _SHAPES  # of what it is made of, only the shape
         return not (plans or streams.is_stream(term) or (whole is not None and _same(term, whole)))
 

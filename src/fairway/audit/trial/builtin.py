@@ -324,7 +324,7 @@ BUILTIN: dict[str, Act] = {
     "ord": numeric(ord),
     "chr": numeric(chr),
     "slice": plain(slice),
-    "id": plain(id),
+    "id": plain(lambda value: UNKNOWN if isinstance(value, Unknown) else id(value)),
     "vars": lambda machine, args, kwargs, line: args[0].vars if args and isinstance(args[0], (Obj, Class)) else UNKNOWN,
     "open": lambda machine, args, kwargs, line: files.File(
         text_of(args[0]) or "", args[1] if len(args) > 1 else kwargs.get("mode", "r")

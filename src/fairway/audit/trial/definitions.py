@@ -78,6 +78,11 @@ class Definitions(Statements):
             for each in node.body
             if isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name)
         ]
+        hints = {
+            each.target.id: self.compiled(each.annotation)
+            for each in node.body
+            if isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name)
+        }
         host = self.host
 
         def run(frame: Frame) -> None:
@@ -91,6 +96,7 @@ class Definitions(Statements):
                     func.owner = made
             _detach(inner, frame)
             made.fields = [(name, partial(inner.vars.get, name) if given else None) for name, given in fields]
+            made.hints = {name: partial(hint, frame) for name, hint in hints.items()}
             if any(base.name == "NamedTuple" for base in made.bases if isinstance(base, Lib)):
                 made.made = "tuple"
             value: Value = made

@@ -12,7 +12,7 @@ from fairway.audit.trial.host import Compute
 from fairway.audit.trial.limits import site_of
 from fairway.audit.trial.operators import combine, contained, name_of, negated
 from fairway.audit.trial.sums import Sum
-from fairway.audit.trial.values import UNKNOWN, Frame, Undecided, Unknown, Value
+from fairway.audit.trial.values import UNKNOWN, Frame, Lib, Undecided, Unknown, Value
 
 
 class Expressions(Displays):
@@ -137,7 +137,7 @@ class Expressions(Displays):
     def _compare(self, node: ast.Compare) -> Compute:
         first = self.compiled(node.left)
         rest = [(name_of(op), self.compiled(each)) for op, each in zip(node.ops, node.comparators, strict=True)]
-        truth, held_against = self.host.truth, self.host.limits.held_against
+        truth, held_against, is_set, line = self.host.truth, self.host.limits.held_against, self._is_set, node.lineno
         sides = [site_of(each) for each in (node.left, *node.comparators)]
 
         def compared(frame: Frame) -> Value:
@@ -148,7 +148,8 @@ class Expressions(Displays):
                 if name in _SIZES:
                     held_against(one, right, left)
                     held_against(other, left, right)
-                found = _compared(name, left, right)
+                asked = isinstance(right, Lib) and right.path == "os.environ" and name in ("In", "NotIn")
+                found = is_set(name, left, line) if asked else _compared(name, left, right)
                 if len(rest) > 1:
                     try:
                         if not truth(found):
@@ -159,6 +160,11 @@ class Expressions(Displays):
             return found
 
         return compared
+
+    def _is_set(self, name: str, variable: Value, line: int) -> Value:
+        """variable in os.environ; variable not in os.environ"""
+        held = self.host.call(Lib("os.environ.get"), (variable,), {}, line)
+        return UNKNOWN if isinstance(held, Unknown) else (held is not None) == (name == "In")
 
     def _ifexp(self, node: ast.IfExp) -> Compute:
         test, one, other = self.compiled(node.test), self.compiled(node.body), self.compiled(node.orelse)

@@ -28,11 +28,13 @@ from fairway.audit.trial.holding import (
     deepcopy,
     grouped,
     held,
+    is_dataclass,
     iterated,
     made_dict,
     named_tuple,
     partial,
     reduced_by,
+    type_hints,
 )
 from fairway.audit.trial.losses import (
     applied,
@@ -105,6 +107,9 @@ _WORLD: dict[str, Act] = {
     "argparse.ArgumentParser": lambda machine, args, kwargs, line: Parser(machine),
     "dataclasses.field": dataclass_field,
     "dataclasses.fields": dataclass_fields,
+    "dataclasses.is_dataclass": plain(is_dataclass),
+    "typing.get_type_hints": type_hints,
+    "typing.cast": plain(lambda kind, value: value),
     "dataclasses.dataclass": dataclass_kind,
     "functools.partial": partial,
     "functools.reduce": reduced_by,

@@ -112,6 +112,19 @@ def dataclass_fields(machine: Core, args: tuple[Value, ...], kwargs: dict[str, V
     return tuple(found)
 
 
+def type_hints(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
+    """typing.get_type_hints(cls): the types of its fields, by name."""
+    kind = args[0].kind if isinstance(args[0], Obj) else args[0]
+    if not isinstance(kind, Class):
+        return UNKNOWN
+    return {name: hint() for each in reversed(list(kind.line())) for name, hint in each.hints.items()}
+
+
+def is_dataclass(value: Value) -> Value:
+    kind = value.kind if isinstance(value, Obj) else value
+    return UNKNOWN if isinstance(value, Unknown) else isinstance(kind, Class) and kind.made == "dataclass"
+
+
 def dataclass_kind(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
     def act(kind: Value) -> Value:
         if isinstance(kind, Class):

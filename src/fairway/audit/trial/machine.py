@@ -23,6 +23,7 @@ from fairway.audit.trial.turns import shorter
 from fairway.audit.trial.values import Class, Frame, Lib, Obj, Raised, Spent, Value
 
 _STACK = 20_000  # Python frames; a call of the script takes about twenty
+_CHUNKS = "chunk|segment|span"  # names of what the text is cut into
 _MODULE = Class("module", [], {})
 
 
@@ -111,7 +112,7 @@ def run(
 
 def _too_large(trial: Trial, script: Script, settings: Settings, length: int) -> int | None:
     """Tokens of chunks, of which the short text is a part of one."""
-    named = sorted(each for each in numbers("chunk", script, settings.environment) if length < each <= CHUNK)
+    named = sorted(each for each in numbers(_CHUNKS, script, settings.environment) if length < each <= CHUNK)
     found = trial.limits.cutting(length) or next((each for each in named if trial.limits.fresh(each)), None)
     return found if found and alone(script.tree, found) else None
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from fairway.audit.trial.arguments import RANKS
 from fairway.audit.trial.arrays import COMPARISONS, OPERATORS, Array, TooLarge, binary, limited
 from fairway.audit.trial.files import Path
 from fairway.audit.trial.sums import Sum
@@ -147,8 +146,6 @@ def contained(item: Value, container: Value) -> Value:
     if isinstance(container, Obj):
         method = container.kind.find("__contains__")
         return method(container, item) if method is not None else mixed()
-    if isinstance(container, Lib) and container.path == "os.environ" and isinstance(item, str) and item in RANKS:
-        return True
     if isinstance(container, Unknown) or isinstance(item, Unknown) or not isinstance(container, PLAIN):
         return mixed()
     if isinstance(container, (list, tuple)) and any(isinstance(each, Unknown) for each in container):

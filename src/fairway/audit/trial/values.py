@@ -121,13 +121,15 @@ MISSING: Final = Lib("dataclasses.MISSING")
 
 @dataclass(eq=False)
 class Class:
-    """A class of the script. made: how an instance is made where the class says nothing: "" or "dataclass", "tuple"."""
+    """A class of the script. made: how an instance is made where the class says nothing: "" or "dataclass", "tuple";
+    hints: what gives the types of its fields."""
 
     name: str
     bases: list[Value]
     vars: dict[str, Value]
     made: str = ""
     fields: list[tuple[str, Callable[[], Value] | None]] = field(default_factory=list)
+    hints: dict[str, Callable[[], Value]] = field(default_factory=dict)
 
     def line(self) -> Iterator[Class]:
         """This class and those it inherits from, each once, nearest first."""

@@ -134,7 +134,7 @@ def _sizes(case: Case) -> tuple[Forced, ...]:
     return (
         Forced(None, size_in(case.script.text), PIECES, "vocab"),
         *taken(case.script, case.settings, _WINDOWS, range(stream.WINDOW + 1, LARGEST), stream.WINDOW),
-        *taken(case.script, case.settings, ("chunk",), range(stream.TOKENS + 1, LARGEST), stream.WINDOW),
+        *taken(case.script, case.settings, ("chunk", "segment"), range(stream.TOKENS + 1, LARGEST), stream.WINDOW),
         *taken(case.script, case.settings, _BATCHES, range(_MANY, LARGEST), 8 * stream.WINDOW),
     )
 
