@@ -324,7 +324,8 @@ def contributions(root: Term, streams: Streams, limit: int = 24) -> list[Contrib
         if inner is not None:
             waiting.extend(inner)
             continue
-        if term.op == "const" or (term.op == "call" and term.called.startswith(("zeros", "empty"))):
+        made = peel(term.parts[0]) if term.op == "item" else term  # sums[2] of torch.zeros(3) is nought as well
+        if term.op == "const" or (made.op == "call" and made.called.startswith(("zeros", "empty"))):
             continue
         key = (term.file, term.line, f"{term.op} {term.value}")
         if key not in lines:

@@ -39,8 +39,8 @@ Way = tuple[int, ...]
 
 class Weigher(Machine):
     """A trial over the text of `stream`. said: by the calls and the line that sum it, the price of the last token;
-    doubted: the calls and the lines of what may have changed a number and is not known; asked: the calls, and the
-    calls around them, in which the text is used; training: the calls around losses of other texts; rows: lines that
+    doubted: the calls and the lines of what may have changed a number and is not known, and the step; asked: the calls,
+    and the calls around them, in which the text is used, and the step in which it is for the first time; training: the calls around losses of other texts; rows: lines that
     made rows over the vocabulary which sum to more than one; mixed: the last line that made a price."""
 
     most_steps = 25_000  # a second or two
@@ -54,8 +54,8 @@ class Weigher(Machine):
         self.functions.update(_FUNCTIONS)
         self.within = 0
         self.said: dict[Way, float] = {}
-        self.doubted: list[Way] = []
-        self.asked: set[Way] = set()
+        self.doubted: list[tuple[Way, int]] = []
+        self.asked: dict[Way, int] = {}
         self.training: set[Way] = set()
         self.tests: dict[int, ast.If | ast.While] = {}
         self.rows: list[int] = []
@@ -67,7 +67,7 @@ class Weigher(Machine):
     def doubtful(self, line: int = 0) -> None:
         """Something may have changed a number that a price hangs on."""
         if not self.within and len(self.doubted) < _DOUBTS:
-            self.doubted.append((*self.stack, line or self.line))
+            self.doubted.append(((*self.stack, line or self.line), self.trial.steps))
 
     def doubt(self, line: int) -> None:
         super().doubt(line)
@@ -99,9 +99,13 @@ class Weigher(Machine):
         """Whether there are doubts in the evaluation that comes to a price: the calls that no training shares."""
         shared = max((together(way, each) for each in self.training), default=0)
         calls = way[: max(shared + 1, _CALLS)]
-        near = (each for each in self.doubted if each[: len(calls)] == calls)
         beside = len(calls) + 1  # a call beside it that uses nothing of the text reads the model back
-        return any(len(each) <= beside or each[:beside] in self.asked for each in near)
+        begun = self.asked.get(way[:beside], 0)
+        near = ((each, step) for each, step in self.doubted if each[: len(calls)] == calls)
+        return any(
+            len(each) <= beside or (each[:beside] in self.asked and (step >= begun or each[:-1] in self.asked))
+            for each, step in near
+        )
 
     def aimless(self, since: Turns) -> bool:
         """A loop over tokens one by one may fill a table for long before a price is made of it."""
@@ -115,7 +119,7 @@ class Weigher(Machine):
     def text_used(self) -> None:
         calls = tuple(self.stack)
         while calls and calls not in self.asked:
-            self.asked.add(calls)
+            self.asked[calls] = self.trial.steps
             calls = calls[:-1]
 
     def learn(self, value: Value) -> None:
