@@ -5,7 +5,7 @@ import pytest
 
 from fairway.audit.trial.arrays import Array, sum_of
 from fairway.audit.trial.fitting import Fitting, runs
-from fairway.audit.trial.sums import FITTED, SHARED
+from fairway.audit.trial.sums import FITTED, SHARED, Sum
 from tests.audit.order import broken
 from tests.audit.test_rules_trials import HEAD
 
@@ -292,6 +292,17 @@ def test_windows_that_begin_at_the_same_place_are_told_by_their_order() -> None:
     assert not (fitting.marks(scored, scored.shape) & FITTED).any()
     too_far = np.array([range(low, low + 4) for low in (3, 7, 11, 15)], np.int32)
     assert (fitting.marks(too_far, too_far.shape) & FITTED != 0).tolist() == [[True, False, False, False]] * 4
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["row by row", "without a gap"])
+def test_a_window_without_a_context_is_the_first_of_those_that_begin_where_it_does(flat: bool) -> None:
+    """All of its targets are left out, so that nothing tells where it begins."""
+    fitting = Fitting()
+    many = [0, 4, 8, 12]
+    losses = [Array(None, np.arange(each, dtype=np.int32), np.ones(each)) for each in many]
+    fitting.learn(Sum(parts=tuple((sum_of(each), 1.0) for each in losses)))
+    scored = np.arange(16, dtype=np.int32) if flat else np.arange(16, dtype=np.int32).reshape(4, 4)
+    assert not (fitting.marks(scored, scored.shape) & FITTED).any()
 
 
 PICKED = (

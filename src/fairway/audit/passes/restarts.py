@@ -194,11 +194,21 @@ def _is_clock(node: ast.AST) -> bool:
 
 
 def _started(node: ast.AST, clocks: set[str]) -> set[str]:
-    """The name that is given the time, or an object of a class that asks for it."""
-    if not isinstance(node, ast.Assign) or len(node.targets) != 1 or not isinstance(node.targets[0], ast.Name):
+    """The names that are given the time, or an object of a class that asks for it: `start, done = time(), False`."""
+    if not isinstance(node, ast.Assign) or len(node.targets) != 1:
         return set()
-    made = isinstance(node.value, ast.Call) and isinstance(node.value.func, ast.Name) and node.value.func.id in clocks
-    return {node.targets[0].id} if made or _is_clock(node.value) else set()
+    target, value = node.targets[0], node.value
+    pairs = zip(_parts(target), _parts(value), strict=False)
+    return {name.id for name, given in pairs if isinstance(name, ast.Name) and _begins(given, clocks)}
+
+
+def _parts(node: ast.expr) -> list[ast.expr]:
+    return node.elts if isinstance(node, ast.Tuple) else [node]
+
+
+def _begins(value: ast.expr, clocks: set[str]) -> bool:
+    made = isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id in clocks
+    return made or _is_clock(value)
 
 
 def _difference(node: ast.AST) -> set[str]:

@@ -323,9 +323,11 @@ def learned_first(case: Case, which: Reported, step: Update) -> tuple[str, int] 
     """Whether a trial shows losses that count of targets from which this step had learned: a sentence, and the line in
     which its way and that of the losses part."""
     counts = counts_of(case, which)
-    if counts is None or counts.trial.fitted:  # steps of vectors in the same function leave the same mark
-        return None
     calls = tuple(place.line for place in step.stack)
+    vectors = (each for each in case.trace.updates if each.state is not None and each.state.kind == "tensor")
+    beside = {tuple(place.line for place in each.stack[:-1]) for each in vectors if each.state is not step.state}
+    if counts is None or (counts.trial.fitted and calls[:-1] in beside):  # they leave the same mark
+        return None
     told = counts.said[-1].sum
     many = round(told.share(counts.trial.taught_in.get(calls[:-1], 0)) * int((counts.times > 0).sum()))
     way = next((way for way in sorted(told.ways()) if way), None)

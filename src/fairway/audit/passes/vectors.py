@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+import numpy as np
+
 from fairway.audit.case import Case
 from fairway.audit.flow.events import Update
 from fairway.audit.passes.reported import Reported
@@ -26,7 +28,7 @@ def fitted(case: Case, which: Reported, step: Update, shared: bool) -> Literal["
     trial, told = counts.trial, counts.said[-1].sum
     if calls not in trial.taught_in or calls in trial.untold:
         return ""
-    mark = SHARED if shared else FITTED
+    mark = SHARED | FITTED if shared else FITTED
     share = told.share(mark)
     met = told.marked(mark) < trial.length - _LAST  # copies that fill up the last batch learn from all of a window
     return "apart" if not met.any() else "met" if share > _MOST and calls not in trial.blurred else ""
@@ -40,11 +42,12 @@ def fitted_to_scored(case: Case, which: Reported) -> tuple[str, str, int] | None
         return None
     trial, told = counts.trial, counts.said[-1].sum
     many = int((counts.times > 0).sum())
-    places = told.marked(FITTED)  # the first window, which is scored whole, may have a switch
+    places = np.intersect1d(told.marked(FITTED), told.marked(SHARED))  # where nobody can tell the window, FITTED alone
+    # The first window, which is scored whole, may have a switch.
     own = int(((places >= _FIRST) & (places < trial.length - _LAST)).sum())
     shared = round(told.share(SHARED) * many)
     worked = f"Worked out for a text of {trial.length - 1:,} targets"
-    if own >= FEW and trial.vectors.sure:
+    if own >= FEW:
         ways = [(lesson.stack, way) for lesson in trial.lessons for way in lesson.asked]
         apart = [pair for pair in ways if pair[0][:-1] != pair[1][: len(pair[0]) - 1]]
         line = parting(*max(apart, key=lambda pair: together(*pair))) if apart else trial.vectors.line

@@ -256,8 +256,7 @@ class Core:
         places = self.marked(pos)
         if self.trial.fitted:
             places = places + self.fitting.marks(pos, pos.shape if pos.ndim > 1 else target.was)
-            own, shared = self.fitting.shared
-            self.trial.vectors = Vectors(own, shared, self.fitting.sure, self.made_at)
+            self.trial.vectors = Vectors(self.fitting.shared[0], self.fitting.shared[1], self.made_at)
         losses = Array(None, places, np.ones(target.shape))
         losses.was = target.was
         return losses

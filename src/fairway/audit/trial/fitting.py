@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from fairway.audit.trial.sums import FITTED, LEAST, PLACE, SHARED, Sum
 
 Window = tuple[int, int]
-"""Where it begins, and of how many of its targets it learns: several may begin where a chunk does."""
+"""Where it begins, and how far it learns: several may begin where a chunk does."""
 Places = NDArray[np.int32]
 Held = NDArray[np.bool_]
 
@@ -25,17 +25,18 @@ class Fitting:
     """What vectors have learned since the last of them was made: by the place at which a window begins, and together.
 
     A vector has as many rows as there are windows, or fewer, and often nobody knows: a loss is marked FITTED where its
-    own window's targets hold it, SHARED where any window's do; shared counts the batches of which it is known. What is
-    learned from losses whose windows nobody can tell is every window's.
+    own window's targets hold it, SHARED where any window's do; FITTED alone where any window's do and nobody can tell
+    the own one. shared counts the batches of which it is known. What is learned from losses whose windows nobody can
+    tell is every window's.
     """
 
     def __init__(self) -> None:
         self.rows: dict[Window, Held] = {}
         self.anyones, self.together = _nothing(), _nothing()
         self.listed: list[tuple[Window, Held]] = []  # of the last step, in the order in which its windows begin
+        self.blank = 0  # windows of the last step whose targets were all left out
         self.empty = True
         self.made = 0  # rows of the vector, 0 where nobody knows
-        self.sure = True
         self.shared = [0, 0]  # batches of windows that have a row each, and those that share fewer
 
     def made_anew(self, rows: int = 0) -> None:
@@ -51,9 +52,11 @@ class Fitting:
         """A step on these losses. A window whose losses all weigh nought has learned nothing."""
         self.empty = False
         step: dict[Window, Held] = {}
+        self.blank = 0
         for leaf in found.leaves():
             if leaf.places is None or leaf.weights is None:
                 continue
+            self.blank += not leaf.places.size  # one that was summed by itself
             places = leaf.places & PLACE
             taught = leaf.weights != 0
             self.together[places[taught]] = True
@@ -62,12 +65,13 @@ class Fitting:
                 continue
             ends = np.cumsum(leaf.rows.counts).tolist()
             for start, low, high in zip(leaf.rows.starts.tolist(), [0, *ends], ends, strict=False):
-                if start == PLACE:  # a row of padding
+                if start == PLACE:  # a row of padding, or a window without a context
+                    self.blank += 1
                     continue
                 learned = places[low:high][taught[low:high]]
-                held = self.rows.setdefault((start, learned.size), _nothing())
+                window = start, int(learned.max(initial=-1))
+                held = step[window] = self.rows.setdefault(window, _nothing())
                 held[learned] = True
-                step[start, learned.size] = held
         self.listed = sorted(step.items(), key=lambda each: each[0])
 
     def marks(self, pos: Places, shape: tuple[int, ...]) -> Places:
@@ -78,44 +82,54 @@ class Fitting:
         flat, out = pos.reshape(-1), found.reshape(-1)
         rows = runs(flat, shape[-1] if len(shape) > 1 else 0)
         if not rows:
-            self.sure = self.sure and not (self.together[pos & PLACE] & (pos >= 0)).any()
-            return np.where(self.together[pos & PLACE] & (pos >= 0), FITTED + SHARED, 0).astype(np.int32)
-        tiled = self._tiled(rows[0], int(flat[rows[0].start] & PLACE)) if len(rows) == 1 else []
-        listed: list[Held | None] = [held for _, held in self.listed]
-        owned = listed if tiled else self._owned([int(flat[row.start] & PLACE) for row in rows])
-        rows = tiled or rows
-        if len(rows) > 1 and self.made:
-            self.shared[self.made < len(rows)] += 1  # a last batch may have fewer windows than rows
-        for row, own in zip(rows, owned, strict=True):
+            return np.where(self.together[pos & PLACE] & (pos >= 0), FITTED, 0).astype(np.int32)
+        told: list[tuple[slice, Held | None]] = []
+        if len(rows) == 1:
+            told = self._tiled(rows[0], int(flat[rows[0].start] & PLACE))
+        if not told:
+            told = list(zip(rows, self._owned([int(flat[row.start] & PLACE) for row in rows]), strict=True))
+        if len(told) > 1 and self.made:
+            self.shared[self.made < len(told)] += 1  # a last batch may have fewer windows than rows
+        for row, own in told:
             places = flat[row] & PLACE
             shared = self.together[places]
-            self.sure = self.sure and (own is not None or not shared.any())
-            mine = shared if own is None else own[places] | self.anyones[places]
-            out[row] = FITTED * mine + SHARED * shared
+            if own is None:
+                out[row] = FITTED * shared
+            else:
+                out[row] = FITTED * (own[places] | self.anyones[places]) + SHARED * shared
         return found
 
-    def _tiled(self, run: slice, begin: int) -> list[slice]:
+    def _tiled(self, run: slice, begin: int) -> list[tuple[slice, Held | None]]:
         """What each of the windows that learned last is asked for, where it follows on without a gap: as much as each
         has learned further than the one before it, and the first one the rest. Empty where they do not move on evenly,
         or what is asked for does not begin about where they have learned to. begin: the first place."""
-        ends = [int(held.nonzero()[0].max()) if held.any() else -1 for _, held in self.listed[1:]]
-        steps = set(np.diff(ends).tolist())
-        step = steps.pop() if len(steps) == 1 else 0
-        first = run.stop - step * len(ends)
-        if step < 1 or -1 in ends or first <= run.start or abs(begin + first - run.start - ends[0] - 1) >= step:
-            return []
-        return [slice(run.start, first), *(slice(low, low + step) for low in range(first, run.stop, step))]
+        learned = [held for _, held in self.listed]
+        ends = [int(held.nonzero()[0].max()) if held.any() else -1 for held in learned]
+        for lead in ([_nothing()], []) if self.blank else ([],):  # a window without a context is the first
+            owned = [*lead, *learned]
+            after = ends if lead else ends[1:]
+            steps = set(np.diff(after).tolist())
+            step = steps.pop() if len(steps) == 1 else 0
+            first = run.stop - step * len(after)
+            if step < 1 or -1 in after or first <= run.start or abs(begin + first - run.start - after[0] - 1) >= step:
+                continue
+            tiles = [slice(run.start, first), *(slice(low, low + step) for low in range(first, run.stop, step))]
+            return list(zip(tiles, owned, strict=True))
+        return []
 
     def _owned(self, starts: list[int]) -> list[Held | None]:
         """What the windows that begin here have learned, each: there are as many as learned last, and other parts of
         them are scored, or they are told by where they begin. None for those that nobody can tell."""
         order = sorted(range(len(starts)), key=starts.__getitem__)
-        in_order = len(starts) == len(self.listed) and all(
+        more = len(starts) - len(self.listed)
+        first: list[tuple[Window, Held]] = [((0, -1), _nothing())] * more if 0 < more <= self.blank else []
+        listed = [*first, *self.listed]  # those without a context are the first ones of the text
+        in_order = len(starts) == len(listed) and all(
             window[0] <= starts[n] and (not held.any() or starts[n] <= int(held.nonzero()[0].max()) + 1)
-            for n, (window, held) in zip(order, self.listed, strict=True)
+            for n, (window, held) in zip(order, listed, strict=True)
         )
         if in_order:
-            placed = {n: held for n, (_, held) in zip(order, self.listed, strict=True)}
+            placed = {n: held for n, (_, held) in zip(order, listed, strict=True)}
             return [placed[n] for n in range(len(starts))]
         known = [[held for window, held in self.rows.items() if window[0] == start] for start in starts]
         return [np.logical_or.reduce(each) if each else None for each in known]

@@ -45,11 +45,10 @@ class Lesson:
 
 class Vectors(NamedTuple):
     """Of those that are fitted to windows: batches whose windows have a row each, batches whose windows share fewer
-    rows; whether it was always known which window a loss is of; and the line that made the last one."""
+    rows; and the line that made the last one."""
 
     own: int = 0
     shared: int = 0
-    sure: bool = True
     line: int = 0
 
 

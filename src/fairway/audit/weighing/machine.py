@@ -30,6 +30,7 @@ _FEWEST = 32  # turns of a loop over tokens
 _A_TOKEN = 100  # steps
 _CALLS = 2  # the main program's, and its line: they name an evaluation
 _JOINING = frozenset(("cat", "concatenate", "stack"))
+_LOG = 0.2  # of a probability that is no more than 1.2
 _DRAWN = ("uniform_", "normal_", "orthogonal_")  # weights that are new: none of a price
 _SHAPING = frozenset(("tanh", "sigmoid", "relu", "square", "abs", "sqrt"))  # of what is no distribution yet
 
@@ -39,9 +40,10 @@ Way = tuple[int, ...]
 
 class Weigher(Machine):
     """A trial over the text of `stream`. said: by the calls and the line that sum it, the price of the last token;
-    doubted: the calls and the lines of what may have changed a number and is not known, and the step; asked: the calls,
-    and the calls around them, in which the text is used, and the step in which it is for the first time; training: the calls around losses of other texts; rows: lines that
-    made rows over the vocabulary which sum to more than one; mixed: the last line that made a price."""
+    doubted: the calls and the lines of what may have changed a number and is not known, and the step; asked: the
+    calls, and the calls around them, in which the text is used, and the step in which it is for the first time;
+    training: the calls around losses of other texts; rows: lines that made rows over the vocabulary which sum to more
+    than one; mixed: the last line that made a price."""
 
     most_steps = 25_000  # a second or two
     idle_steps = 2_000  # calibration goes on for longer, and says nothing of prices
@@ -245,8 +247,11 @@ class Weigher(Machine):
         num = array.num
         if num is None or num.dtype.kind != "f" or array.net or not num.size or num.shape[-1:] != (PIECES,):
             return
-        sums = num.reshape(-1, PIECES)[-64:].sum(axis=-1)
-        if num.min() >= 0.0 and bool(((sums > 1.001) & (np.abs(sums - np.round(sums)) > 1e-6)).any()):
+        last = num.reshape(-1, PIECES)[-64:]
+        logs = num.max() <= _LOG and num.min() < 0.0  # of probabilities
+        sums = (np.exp(last) if logs else last).sum(axis=-1)
+        whole = np.abs(sums - np.round(sums)) <= 1e-6
+        if (logs or num.min() >= 0.0) and bool(((sums > 1.001) & ~whole).any()):
             self.rows.append(self.line)
 
     def item(self, value: Value, index: Value) -> Value:
