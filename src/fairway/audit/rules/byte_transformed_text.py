@@ -11,6 +11,7 @@ from fairway.audit.terms.sidecars import added_to_sidecar
 from fairway.audit.terms.streams import Streams
 from fairway.audit.terms.tables import tables_of
 from fairway.audit.terms.term import Term, any_below, peel, walk
+from fairway.audit.terms.totals import GATHERS, LOSSES
 from fairway.audit.terms.verdicts import byte_factors, clean, counted_otherwise
 from fairway.audit.verdict import Finding
 
@@ -19,7 +20,7 @@ CHARGE = "the bytes of a transformed text are the denominator"
 CLAUSE = 'RULES.md R7 and (c) "Transformed-text denominator"'
 
 _CASED = re.compile(
-    r"(?<!without )(?<!no )(?<!not )(?:case.?op(?!s?.?free)|caps.?op(?!s?.?free)|lossless.?cap)|\bU\+E00\d",
+    r"(?<!without )(?<!no )(?<!not )(?:case.?(?:op|mark)(?!s?.?free)|caps.?op(?!s?.?free)|lossless.?cap)|\bU\+E00\d",
     re.IGNORECASE,
 )
 _CHANGING = frozenset("lower casefold normalize translate sub subn".split())  # noqa: SIM905
@@ -88,13 +89,18 @@ def _from_sidecar(factor: Term) -> bool:
         seen.add(id(term))
         if streams.is_stream(term):
             return True
-        if term.called in _BUFFERS:  # its size is no value of it
+        if term.called in _BUFFERS or (term.op == "attr" and term.value in ("device", "dtype", "shape")):
+            continue  # its size is no value of it
+        if term.op == "compare" or term.called in LOSSES | GATHERS:  # a mask, a loss
             continue
         waiting.extend(term.parts[1:] if term.op == "choice" else parts_of(term))
     return False
 
 
-_BUFFERS = frozenset("zeros empty full ones zeros_like empty_like full_like nonzero flatnonzero arange range".split())  # noqa: SIM905
+_BUFFERS = frozenset(
+    ("zeros", "empty", "full", "ones", "zeros_like", "empty_like", "full_like", "ones_like", "nonzero", "flatnonzero",
+     "arange", "range")
+)  # fmt: skip
 
 
 def _marks_of_sidecar(factor: Term) -> Term | None:

@@ -110,11 +110,15 @@ class Fitting:
             after = ends if lead else ends[1:]
             steps = set(np.diff(after).tolist())
             step = steps.pop() if len(steps) == 1 else 0
-            first = run.stop - step * len(after)
-            if step < 1 or -1 in after or first <= run.start or abs(begin + first - run.start - after[0] - 1) >= step:
+            if step < 1 or -1 in after:
                 continue
-            tiles = [slice(run.start, first), *(slice(low, low + step) for low in range(first, run.stop, step))]
-            return list(zip(tiles, owned, strict=True))
+            firsts = (run.stop - step * len(after), run.start + step)  # the first has the rest, or the last has less
+            first = min(firsts, key=lambda each: abs(begin + each - run.start - after[0] - 1))
+            if first <= run.start or abs(begin + first - run.start - after[0] - 1) >= step:
+                continue
+            bounds = [run.start, *range(first, first + step * len(after), step), run.stop]
+            if bounds[-2] < run.stop:
+                return list(zip(itertools.starmap(slice, itertools.pairwise(bounds)), owned, strict=True))
         return []
 
     def _owned(self, starts: list[int]) -> list[Held | None]:
