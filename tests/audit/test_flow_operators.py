@@ -127,6 +127,49 @@ def test_a_ledger_with_operators_of_its_own_is_followed(book: str) -> None:
     assert broken(LEDGER.replace("ONE", LEARN).replace("TWO", BOOKS[book])) == {"training-before-scoring"}
 
 
+KEPT = (
+    HEAD
+    + """
+class Book:
+    def __init__(self, many):
+        self.nats = torch.zeros(many)
+        self.seen = torch.zeros(many, dtype=torch.uint8)
+    def write(self, places, nats):
+        self.nats[places] = nats.float()
+        self.seen[places] += 1
+    def parts(self, size=4096):
+        for low in range(0, self.nats.numel(), size):
+            yield slice(low, min(low + size, self.nats.numel()))
+    def told(self):
+        sums = torch.zeros(2, dtype=torch.float64)
+        for part in self.parts():
+            own = self.seen[part].bool()
+            sums[0] += own.sum()
+            sums[1] += self.nats[part][own].double().sum()
+        count, nats = sums.tolist()
+        return nats / count
+def walk(args, model, val):
+    opt, book = torch.optim.SGD(model.parameters(), lr=1e-3), Book(val.numel() - 1)
+    for low in range(0, val.numel() - 1, args.chunk):
+        high = min(low + args.chunk, val.numel() - 1)
+        x, y = val[low:high][None], val[low + 1 : high + 1][None]
+        BEFORE
+        for s in range(low, high, 1024):
+            places = torch.arange(s, min(s + 1024, high))
+            logits = model.forward_logits(val[places][None])[0]
+            book.write(places, F.cross_entropy(logits, val[places + 1], reduction="none"))
+        AFTER
+    return book.told()
+"""
+    + MAIN.replace(EVAL, "    final = walk(args, model, val)\n")
+)
+
+
+def test_a_part_of_a_ledger_knows_what_each_of_its_windows_knew() -> None:
+    assert doubted(KEPT.replace("BEFORE", "pass").replace("AFTER", LEARN)) == set()
+    assert broken(KEPT.replace("BEFORE", LEARN).replace("AFTER", "pass")) == {"training-before-scoring"}
+
+
 def test_named_operators_fold_as_the_written_ones() -> None:
     text = "import operator\na = operator.mul(3, operator.add(2, 5))\nb = operator.gt(a, 20)\nc = (3).__sub__(1)\nprint(a, b, c)\n"
     assert trace_of(text).unknowns() == []

@@ -220,6 +220,20 @@ def test_pieces_of_a_case_transformed_text_are_no_bytes_of_the_original(tmp_path
     assert finding.verdict == "violates"
 
 
+def test_marks_by_another_name_are_those_of_a_transform(tmp_path: Path) -> None:
+    said = "Lossless case marks before capitalised words; data: fineweb10B_casemarks."
+    assert verdict(tmp_path, "byte_transformed_text", script(), README__md=said).verdict == "violates"
+    said = "SP8192, case-marks-free"
+    assert verdict(tmp_path, "byte_transformed_text", script(), README__md=said).verdict == "clean"
+
+
+def test_a_mask_that_reads_the_tokens_is_no_sidecar(tmp_path: Path) -> None:
+    """Bytes are still those of the pieces, whatever tells which of them count."""
+    count = "((size[y] + (lead[y] & ~edge[x])) * (tokens[at + 1 : at + 513] >= 0)).sum()"
+    said = "Tokens are CaseOps, U+E001 marks capitals."
+    assert verdict(tmp_path, "byte_transformed_text", script(count=count), README__md=said).verdict == "violates"
+
+
 @pytest.mark.parametrize("said", ["SP8192 without CaseOps", "SP8192, CaseOps-free", "SP8192, no case ops"])
 def test_a_transform_that_a_readme_says_it_does_without_is_none(tmp_path: Path, said: str) -> None:
     assert verdict(tmp_path, "byte_transformed_text", script(), README__md=said).verdict == "clean"

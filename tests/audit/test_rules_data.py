@@ -352,6 +352,16 @@ def test_a_mask_that_is_replaced_by_ones_of_its_shape_is_none(tmp_path: Path) ->
     assert verdict(tmp_path, "boundary_leak", text).verdict == "violates"
 
 
+@pytest.mark.parametrize(("bound", "wanted"), [("since >= 1", "clean"), ("torch.arange(len(ids)) >= 1", "violates")])
+def test_a_mask_by_how_far_a_documents_start_lies_back_is_one(tmp_path: Path, bound: str, wanted: str) -> None:
+    since = (
+        "places = torch.arange(len(ids))\n        since = places - torch.where(ids == 1, places, 0).cummax(0).values\n"
+    )
+    masked = f"{since}        {SHIFTS[0]}\n        before = before * ({bound})[:, None]"
+    text = script(extra=SMEAR.format(before=masked), state=BY_DOCUMENT)
+    assert verdict(tmp_path, "boundary_leak", text).verdict == wanted
+
+
 def test_how_deep_a_token_stands_in_its_document_makes_no_score_document_by_document(tmp_path: Path) -> None:
     deep = "; ".join(
         [

@@ -127,6 +127,15 @@ def test_a_clock_that_is_set_back_in_its_loop_counts_too_little(tmp_path: Path, 
     assert text.split("\n")[found.place.line - 1].strip() == SET_BACK[name]
 
 
+def test_a_clock_that_begins_beside_another_name_is_set_back_as_well(tmp_path: Path) -> None:
+    text = CLOCKED.replace(
+        "    t0 = time.perf_counter()\n    while", "    t0, halt = time.perf_counter(), None\n    while"
+    )
+    found = verdict(tmp_path, "training_over_time", HEAD + text.replace("AGAIN", SET_BACK["anew"]))
+    assert found.verdict == "violates"
+    assert "is set back here" in found.evidence
+
+
 CALLED = """
 class Step:
     def __init__(self, model, loader):

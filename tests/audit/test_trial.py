@@ -140,6 +140,24 @@ def test_fields_of_a_dataclass_have_names_defaults_and_makers() -> None:
     assert dict(zip(*np.unique(counts, return_counts=True), strict=True)) == ALL
 
 
+def test_what_nobody_knows_is_not_one_and_the_same() -> None:
+    """`id()` of two parameters that a trial knows nothing of: whether one is the other is not decided."""
+    picked = """
+other = {id(p) for p in net.blocks[0].parameters()}
+rest = [p for p in net.parameters() if id(p) not in other]
+nats = count = 0.0
+if rest:
+    for at in range(0, total, 1024):
+        nats += net(val[at : at + 1024], val[at + 1 : at + 1025], reduction="sum")
+        count += 1024
+print(f"{nats / count}")
+"""
+    trial = tried(picked)
+    assert trial.told
+    counts, _ = trial.counts(trial.told[-1])
+    assert dict(zip(*np.unique(counts, return_counts=True), strict=True)) == ALL
+
+
 TALLIED = """
 class Tally:
     def __init__(self):
