@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from fairway.audit.trial.sums import FITTED, LEAST, PLACE, SHARED, Sum
 
 Window = tuple[int, int]
-"""Where it begins, and how far it learns: several may begin where a chunk does."""
+"""Where it begins, and how far it learns (several may begin where a chunk does), or how much it is asked for."""
 Places = NDArray[np.int32]
 Held = NDArray[np.bool_]
 
@@ -87,7 +87,8 @@ class Fitting:
         if len(rows) == 1:
             told = self._tiled(rows[0], int(flat[rows[0].start] & PLACE))
         if not told:
-            told = list(zip(rows, self._owned([int(flat[row.start] & PLACE) for row in rows]), strict=True))
+            asked = [(int(flat[row.start] & PLACE), row.stop - row.start) for row in rows]
+            told = list(zip(rows, self._owned(asked), strict=True))
         if len(told) > 1 and self.made:
             self.shared[self.made < len(told)] += 1  # a last batch may have fewer windows than rows
         for row, own in told:
@@ -121,9 +122,11 @@ class Fitting:
                 return list(zip(itertools.starmap(slice, itertools.pairwise(bounds)), owned, strict=True))
         return []
 
-    def _owned(self, starts: list[int]) -> list[Held | None]:
-        """What the windows that begin here have learned, each: there are as many as learned last, and other parts of
-        them are scored, or they are told by where they begin. None for those that nobody can tell."""
+    def _owned(self, asked: list[Window]) -> list[Held | None]:
+        """What the windows have learned that are asked for so many targets from a place on, each: there are as many as
+        learned last, and other parts of them are scored, or they are told by where they begin, where all that they have
+        learned is among what they are asked for. None for those that nobody can tell."""
+        starts = [start for start, _ in asked]
         order = sorted(range(len(starts)), key=starts.__getitem__)
         more = len(starts) - len(self.listed)
         first: list[tuple[Window, Held]] = [((0, -1), _nothing())] * more if 0 < more <= self.blank else []
@@ -135,7 +138,10 @@ class Fitting:
         if in_order:
             placed = {n: held for n, (_, held) in zip(order, listed, strict=True)}
             return [placed[n] for n in range(len(starts))]
-        known = [[held for window, held in self.rows.items() if window[0] == start] for start in starts]
+        known = [
+            [held for (begin, reach), held in self.rows.items() if begin == start and reach < start + many]
+            for start, many in asked
+        ]
         return [np.logical_or.reduce(each) if each else None for each in known]
 
 
