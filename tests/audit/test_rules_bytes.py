@@ -205,6 +205,11 @@ def test_the_known_total_of_the_split_is_no_guess(tmp_path: Path) -> None:
     assert verdict(tmp_path, "byte_constant", script(bpb="nats / math.log(2) / 151_999_999")).verdict == "suspect"
 
 
+def test_infinity_is_no_number_of_bytes(tmp_path: Path) -> None:
+    """What a best score begins with."""
+    assert verdict(tmp_path, "byte_constant", script(bpb="nats / math.log(2) / float('inf')")).verdict != "suspect"
+
+
 def test_only_the_reported_number_counts(tmp_path: Path) -> None:
     text = script() + '    print(f"about {loss / math.log(2):.3f} bits per token")\n'
     assert all(verdict(tmp_path, rule, text).verdict == "clean" for rule in RULES)

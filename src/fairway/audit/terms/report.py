@@ -330,4 +330,4 @@ def _plausible(term: Term) -> bool:
     value = term.constant()
     if isinstance(value, bool) or not isinstance(value, (int, float)) or is_log_two(term):
         return False
-    return 1.5 <= value <= 8.0 or 0.125 <= value <= 0.66 or value > 1e6
+    return 1.5 <= value <= 8.0 or 0.125 <= value <= 0.66 or 1e6 < value < math.inf
