@@ -12,6 +12,8 @@ import pytest
 from fairway.audit.reading.script import Script
 from fairway.audit.settings import Settings
 from fairway.audit.trial import Trial, run
+from fairway.audit.trial.arrays import Array, TooLarge
+from fairway.audit.trial.reducing import by_numpy, elementwise, reduction
 from fairway.audit.trial.sums import LATE, Sum
 from fairway.audit.trial.text import BOS, LENGTH, UNIT, tokens
 from fairway.audit.trial.vocabulary import Processor, octets
@@ -950,3 +952,14 @@ for at in range(0, len(starts), 32):
 print("val_loss", total / 40960)
 """
     assert counts(body) == {0.0: 1, 1.0: LENGTH - 1}
+
+
+def test_what_is_larger_than_a_trial_holds_costs_it_nothing() -> None:
+    """Angles of a quarter of a million positions: one after another they took 14 s."""
+    wide = Array(np.broadcast_to(np.float32(0), (1 << 18, 66)))
+    with pytest.raises(TooLarge):
+        elementwise("cos")(wide)
+    with pytest.raises(TooLarge):
+        reduction("sum")(wide, 0)
+    with pytest.raises(TooLarge):
+        by_numpy("outer")(Array(np.arange(1 << 18)), Array(np.arange(66)))

@@ -92,7 +92,7 @@ def made(fill: float) -> Act:
             dtype = None
         numbers = sizes_of(tuple(sizes))
         limited(np.prod(numbers, dtype=np.float64))
-        return _new(np.full(numbers, fill), dtype)
+        return _new(numbers, fill, dtype)
 
     return act
 
@@ -107,12 +107,13 @@ def full(shape: Value, fill: Value, dtype: Value = None, **_: Value) -> Value:
     numbers = sizes_of((shape,))
     limited(np.prod(numbers, dtype=np.float64))
     value = scalar(fill)
-    return _new(np.full(numbers, value if isinstance(value, (int, float)) else 0), dtype)
+    return _new(numbers, value if isinstance(value, (int, float)) else 0, dtype)
 
 
-def _new(body: Any, dtype: Value) -> Array:
-    kind = dtype_of(dtype)
-    array = Array(body.astype(kind) if kind is not None else body.astype(np.float64))
+def _new(sizes: tuple[int, ...], fill: float, dtype: Value) -> Array:
+    kind = dtype_of(dtype) or np.dtype(np.float64)
+    body = np.full(sizes, fill).astype(kind) if fill else np.zeros(sizes, kind)  # of noughts the system has pages
+    array = Array(body)
     if array.num is not None and array.num.dtype.kind in "iu" and array.num.ndim and array.num.size < 5_000_000:
         array.pos = np.full(array.shape, -1, np.int32)  # ids may be written to it, and to views of it
     return array
@@ -122,7 +123,7 @@ def like(fill: float) -> Act:
     def act(array: Value, dtype: Value = None, **_: Value) -> Value:
         held = body_of(array)
         kind = dtype if dtype is not None else (Lib(f"x.{held.num.dtype.name}") if held.num is not None else None)
-        return _new(np.full(held.shape, fill), kind)
+        return _new(held.shape, fill, kind)
 
     return act
 

@@ -34,6 +34,7 @@ def reduction(name: str) -> Act:
             count = held.body.size if along is None else int(np.prod([held.shape[each] for each in axes]))
             return found / count if isinstance(found, Sum) else binary("Div", found, count)
         assert held.num is not None
+        limited(held.body.size)
         if name in ("max", "min") and isinstance(along, int) and not isinstance(along, bool):
             return Array(getattr(held.num, name)(axis=along, keepdims=keep))
         turn = {"nansum": "sum", "nanmean": "mean", "amax": "max", "amin": "min"}.get(name, name)
@@ -48,8 +49,10 @@ def elementwise(name: str) -> Act:
     def act(array: Value, *args: Value, **kwargs: Value) -> Value:
         if isinstance(array, Sum) or (isinstance(array, Array) and array.lossy):
             return array
+        numbers = numbers_of(array)
+        limited(numbers.size)
         with np.errstate(all="ignore"):
-            return Array(np.asarray(getattr(np, name)(numbers_of(array))))
+            return Array(np.asarray(getattr(np, name)(numbers)))
 
     return act
 
@@ -185,6 +188,8 @@ def by_numpy(name: str) -> Act:
         named = {key: scalar(each) for key, each in kwargs.items() if key in _KEYWORDS}
         if "dim" in named:
             named["axis"] = named.pop("dim")
+        if name == "outer":
+            limited(float(np.size(given[0])) * np.size(given[1]))
         found = getattr(np, name)(*given, **named)
         if isinstance(found, tuple):
             return tuple(Array(np.asarray(each)) for each in found)
