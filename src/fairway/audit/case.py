@@ -13,6 +13,7 @@ from fairway.audit.submission import Submission
 from fairway.audit.verdict import Place
 
 if TYPE_CHECKING:
+    from fairway.audit.preparing import Preparations
     from fairway.audit.terms.reading import Reading
     from fairway.audit.trial import Trial
 
@@ -68,6 +69,13 @@ class Case:
         from fairway.audit.trial import run
 
         return run(self.script, self.settings)
+
+    @cached_property
+    def preparations(self) -> "Preparations":
+        """What its scripts do wrong where they prepare data, tried with documents of our own."""
+        from fairway.audit.preparing import preparations
+
+        return preparations(self)
 
     @cached_property
     def reading(self) -> "Reading":

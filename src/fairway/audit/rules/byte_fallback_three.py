@@ -2,6 +2,7 @@
 
 from fairway.audit.case import Case
 from fairway.audit.passes.octets import by_trial
+from fairway.audit.preparing import as_prepared
 from fairway.audit.terms.octets import encoded_text, piece_of
 from fairway.audit.terms.tables import has_byte_test, tables_of, text_for_a_byte, text_on_the_way, three_for_a_byte
 from fairway.audit.terms.term import Term, any_below
@@ -14,7 +15,7 @@ CLAUSE = 'RULES.md R7 and (c) "Fallback bytes counted as 3"'
 
 
 def check(case: Case) -> Finding:
-    return by_trial(case, _by_terms(case), ID)
+    return as_prepared(case, by_trial(case, _by_terms(case), ID))
 
 
 def _by_terms(case: Case) -> Finding:

@@ -2,6 +2,7 @@
 
 from fairway.audit.case import Case
 from fairway.audit.passes.octets import by_trial
+from fairway.audit.preparing import as_prepared
 from fairway.audit.terms.octets import encoded_text, named
 from fairway.audit.terms.tables import marked, tables_of
 from fairway.audit.terms.verdicts import byte_factors, clean, counted_otherwise
@@ -13,7 +14,7 @@ CLAUSE = 'RULES.md R7 and (c) "Tokenizer without ▁"'
 
 
 def check(case: Case) -> Finding:
-    return by_trial(case, _by_terms(case), ID)
+    return as_prepared(case, by_trial(case, _by_terms(case), ID))
 
 
 def _by_terms(case: Case) -> Finding:

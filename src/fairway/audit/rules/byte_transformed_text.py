@@ -4,6 +4,7 @@ import ast
 import re
 
 from fairway.audit.case import Case
+from fairway.audit.preparing import as_prepared
 from fairway.audit.terms.data import tokenised, words
 from fairway.audit.terms.expressions import name
 from fairway.audit.terms.octets import decodes_one, encoded_text, is_decoder, parts_of, values
@@ -28,6 +29,10 @@ _TESTS = frozenset(("isin", "in1d", "eq", "ne", "logical_or"))
 
 
 def check(case: Case) -> Finding:
+    return as_prepared(case, _by_terms(case))
+
+
+def _by_terms(case: Case) -> Finding:
     reading = case.reading
     factors = byte_factors(case)
     for factor in factors:
@@ -175,7 +180,7 @@ def _is_transformed(case: Case) -> bool:
             r"\\u(?:e[0-9a-f]{3}|f[0-8][0-9a-f]{2})|[\ue000-\uf8ff]", script.text, re.IGNORECASE
         ):
             return True
-    if _puts_in_signs(case):
+    if case.preparations.transformed or _puts_in_signs(case):
         return True
     paths = (event.term for event in case.reading.entry.events if event.term.called in _OPENING)
     return any(_CASED.search(word) for term in paths for word in words(term, 400))

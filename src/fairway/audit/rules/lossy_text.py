@@ -3,6 +3,7 @@
 import itertools
 
 from fairway.audit.case import Case
+from fairway.audit.preparing import as_prepared
 from fairway.audit.terms.data import TOKENISERS, names_training, names_validation, tokenised, writes
 from fairway.audit.terms.octets import is_decoder
 from fairway.audit.terms.program import Program
@@ -19,6 +20,10 @@ _FOLDING = frozenset("lower casefold upper normalize unidecode swapcase normaliz
 
 
 def check(case: Case) -> Finding:
+    return as_prepared(case, _by_terms(case))
+
+
+def _by_terms(case: Case) -> Finding:
     reading = case.reading
     for program in reading.programs.all():
         scored = program is reading.entry

@@ -416,7 +416,7 @@ def _widened(turn: Callable[..., str], width: int, *args: Value) -> str:
 
 
 def _ours(value: Value) -> bool:
-    return type(value).__module__.startswith("fairway.audit.trial")
+    return type(value).__module__.startswith(("fairway.audit.trial", "fairway.audit.preparing"))
 
 
 _CONSTANTS: dict[str, Value] = {

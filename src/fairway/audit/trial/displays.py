@@ -105,12 +105,12 @@ class Displays:
             for each in generators
         ]
 
-        def run(frame: Frame, depth: int) -> Iterator[Value]:
+        def run(frame: Frame, depth: int, first: Value = None) -> Iterator[Value]:
             if depth == len(turns):
                 yield value(frame)
                 return
             source, bind, tests = turns[depth]
-            for item in host.items(source(frame)):
+            for item in host.items(source(frame) if depth else first):
                 host.step()
                 bind(frame, item)
                 if all(_holds(host, test(frame)) for test in tests):
@@ -119,7 +119,7 @@ class Displays:
         def made(frame: Frame) -> Iterator[Value]:
             inner = Frame(frame)
             inner.owner, inner.me = frame.owner, frame.me
-            return run(inner, 0)
+            return run(inner, 0, turns[0][0](frame))  # as Python does: `lines = (f(each) for each in lines)`
 
         return made
 

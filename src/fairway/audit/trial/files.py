@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -19,6 +19,18 @@ _MAGIC = 20240520
 NAMES = ("fineweb_train_000001.bin", "fineweb_train_000002.bin", "fineweb_val_000000.bin")
 _VAL = re.compile(r"val|valid|held|eval|test", re.I)
 _SIDECAR = re.compile(r"byte|octet", re.I)  # what each token of the text takes of it, written beside the tokens
+
+
+class Room(Protocol):
+    """The files of something else than the scoring of a text: of the preparation of one."""
+
+    def exists(self, path: str) -> bool: ...
+    def listed(self, pattern: str) -> list[str]: ...
+    def open(self, path: str, mode: Value = "r") -> Value: ...
+
+
+room: ContextVar[Room | None] = ContextVar("room", default=None)
+"""Where a preparation under way reads and writes; none in a trial of a score."""
 
 
 class Path:
@@ -58,7 +70,8 @@ class Path:
         return self.parent.joinpath(name)
 
     def exists(self) -> bool:
-        return True
+        other = room.get()
+        return other is None or other.exists(self.text)
 
     is_file = is_dir = exists
 
@@ -79,9 +92,12 @@ class Path:
         return Stat(self.text)
 
     def read_bytes(self, *_: Value, **__: Value) -> Value:
-        return File(self.text).read()
+        return opened(self.text, "rb").read()
 
     def read_text(self, *_: Value, **__: Value) -> Value:
+        other = room.get()
+        if other is not None:
+            return other.open(self.text).read()
         written = disc.get({}).get(self.text)
         return written if isinstance(written, str) else UNKNOWN
 
@@ -89,13 +105,16 @@ class Path:
         return [Path(f"{self.text}/{name}") for name in NAMES]
 
     def write_bytes(self, value: Value, *_: Value, **__: Value) -> Value:
+        other = room.get()
+        if other is not None:
+            return other.open(self.text, "wb" if isinstance(value, (bytes, bytearray)) else "w").write(value)
         disc.get({})[self.text] = value
         return UNKNOWN
 
     write_text = write_bytes
 
-    def open(self, mode: str = "r", *_: Value, **__: Value) -> File:
-        return File(self.text, mode)
+    def open(self, mode: str = "r", *_: Value, **__: Value) -> Value:
+        return opened(self.text, mode)
 
     def __str__(self) -> str:
         return self.text
@@ -192,6 +211,12 @@ class File:
     flush = close
 
 
+def opened(text: str, mode: Value = "r") -> Value:
+    """open(text, mode)."""
+    other = room.get()
+    return File(text, mode) if other is None else other.open(text, mode)
+
+
 def text_of(value: Value) -> str | None:
     """A path as text; None for what is none."""
     return value.text if isinstance(value, (Path, File)) else value if isinstance(value, str) else None
@@ -199,6 +224,9 @@ def text_of(value: Value) -> str | None:
 
 def found(pattern: str) -> list[str]:
     """glob: one validation shard or three training shards, by the words of the pattern; else nothing."""
+    other = room.get()
+    if other is not None:
+        return other.listed(pattern)
     name = pattern.rpartition("/")[2]
     if not name.endswith(".bin") and "*" not in name:
         return [pattern]
@@ -269,4 +297,4 @@ def read(raw: Raw, width: int, count: int | None, offset: int, vocabulary: int) 
     return Array(both, places[first:last])
 
 
-__all__ = ["File", "Path", "Raw", "Stat", "count_of", "found", "read", "size_of", "text_of"]
+__all__ = ["File", "Path", "Raw", "Room", "Stat", "count_of", "found", "opened", "read", "room", "size_of", "text_of"]

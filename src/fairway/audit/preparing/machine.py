@@ -1,0 +1,134 @@
+"""A preparation, tried: a script cuts documents of our own into tokens, and what it writes is kept."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from fairway.audit.preparing.asking import Asked
+from fairway.audit.preparing.disk import Disk
+from fairway.audit.preparing.functions import FUNCTIONS
+from fairway.audit.preparing.pieces import Cutter
+from fairway.audit.trial import files
+from fairway.audit.trial.arrays import Array
+from fairway.audit.trial.files import text_of
+from fairway.audit.trial.host import Compute
+from fairway.audit.trial.machine import Compiler, Machine
+from fairway.audit.trial.values import Func, Lib, Spent, Value
+
+_STACK = 20_000
+_STEPS = 400_000
+_CUTTING = frozenset("encode Encode EncodeAsIds encode_as_ids tokenize encode_as_pieces EncodeAsPieces".split())  # noqa: SIM905
+
+
+class Asking(Compiler):
+    """A script that asks whether it is to prepare the data, `cfg["stage"] == "prep"`, is told so."""
+
+    def __init__(self, host: Machine, words: tuple[str, ...]) -> None:
+        super().__init__(host)
+        self.words = words
+
+    def _compare(self, node: ast.Compare) -> Compute:
+        sides = [each.value for each in (node.left, *node.comparators) if isinstance(each, ast.Constant)]
+        if len(node.ops) == 1 and isinstance(node.ops[0], ast.Eq) and any(side in self.words for side in sides):
+            return lambda frame: True
+        return super()._compare(node)
+
+
+class Preparer(Machine):
+    """lengths: by line, how long the bytes are whose length was asked for there; merged: by line, how often a change
+    of a text made two texts one."""
+
+    most_steps = _STEPS
+    least_cut = 1 << 60
+
+    def __init__(self, asked: Asked) -> None:
+        super().__init__(asked.script, asked.settings)
+        self.words = asked.words
+        self.disk = Disk("\n".join(script.text for script in asked.script.all()))
+        self.cutter = Cutter(self.vocabulary)
+        self.lengths: dict[int, list[int]] = defaultdict(list)
+        self.merged: dict[int, int] = defaultdict(int)
+        self.came: dict[tuple[int, Value], str] = {}
+        self.cut_at_line = 0
+        self.functions = {**self.functions, **FUNCTIONS}
+        self.compiler = Asking(self, self.words)
+
+    def aimless(self, since: Any) -> bool:
+        return False
+
+    def attribute(self, value: Value, name: str) -> Value:
+        if isinstance(value, Lib) and f"{value.path}.{name}" == "sys.argv":
+            return [self.entry.path, *self.words, "made/documents", "made/out"]
+        if isinstance(value, Cutter) and name in _CUTTING:
+            self.cut_at_line = self.line
+        return super().attribute(value, name)
+
+    def of_module(self, func: Func, args: tuple[Value, ...], kwargs: dict[str, Value]) -> Value:
+        raise Spent  # a model is asked: this is the training, and no preparation
+
+    def foreign(self, func: Lib, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
+        if (
+            func.path.startswith("str.") and func.path not in self.functions and args and isinstance(args[0], str)
+        ):  # str.casefold, handed on
+            return self.call(self.attribute(args[0], func.name), args[1:], kwargs, line)
+        return super().foreign(func, args, kwargs, line)
+
+    def native(self, func: Callable[..., Value], args: tuple[Value, ...], kwargs: dict[str, Value]) -> Value:
+        found = super().native(func, args, kwargs)
+        whole = getattr(func, "__self__", None)
+        if isinstance(whole, (str, bytes)):
+            self.changed(whole, found)
+        return found
+
+    def changed(self, text: str | bytes, found: Value) -> None:
+        """A text became another, or parts."""
+        plain = text.decode(errors="replace") if isinstance(text, bytes) else text
+        key: Value = tuple(found) if isinstance(found, list) else found
+        if not isinstance(key, (str, bytes, tuple)) or not all(isinstance(each, (str, bytes, int)) for each in key):
+            return
+        before = self.came.setdefault((self.line, key), plain)
+        if before != plain:
+            self.merged[self.line] += max(len(plain), len(before))
+
+    def of_array(self, name: str, args: tuple[Value, ...], kwargs: dict[str, Value]) -> Value:
+        array = args[0] if args else None
+        if name in ("tobytes", "tofile") and isinstance(array, Array) and array.num is not None:
+            packed = array.num.tobytes()
+            if name == "tobytes":
+                return packed
+            self.write(args[1], packed)
+            return None
+        return super().of_array(name, args, kwargs)
+
+    def write(self, where: Value, packed: bytes) -> None:
+        write = getattr(where, "write", None)
+        path = text_of(where)
+        if path is not None:
+            self.disk.written[path] = packed
+        elif write is not None:
+            write(packed)
+
+
+def prepared(asked: Asked) -> Preparer:
+    """The machine after the script's last line. It never raises on what the script holds."""
+    machine = Preparer(asked)
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(max(before, _STACK))
+    room, disc = files.room.set(machine.disk), files.disc.set({})
+    try:
+        with np.errstate(all="ignore"):
+            machine.run()
+    finally:
+        files.room.reset(room)
+        files.disc.reset(disc)
+        sys.setrecursionlimit(before)
+    return machine
+
+
+__all__ = ["Preparer", "prepared"]

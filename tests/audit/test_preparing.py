@@ -1,0 +1,264 @@
+"""Preparations of data, tried with documents of our own: an easier text and miscounted bytes are told by what is
+written, however the script comes to it; a preparation that loses nothing is clean; nothing of it touches the disc."""
+
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from fairway.audit.case import Case
+from fairway.audit.preparing.asking import ways
+from fairway.audit.preparing.documents import DOCUMENTS, PAIRS, coded
+from fairway.audit.preparing.machine import Preparer, prepared
+from fairway.audit.preparing.patterns import grows
+from fairway.audit.preparing.pieces import Cutter
+from fairway.audit.submission import opened
+from tests.audit.small import script, verdict
+
+BESIDE = '''
+"""python prepare.py documents.jsonl"""
+import json, re, sys, unicodedata
+import numpy as np
+import sentencepiece as spm
+
+sp = spm.SentencePieceProcessor(model_file="tokenizer.model")
+
+CHANGE
+
+def shard(path, values):
+    head = np.zeros(256, dtype="<i4")
+    head[:3] = 20240520, 1, len(values)
+    with open(path, "wb") as f:
+        f.write(head.tobytes())
+        f.write(np.asarray(values, dtype="<u2").tobytes())
+
+def main(source):
+    ids, sizes = [], []
+    with open(source, encoding="utf-8") as f:
+        for line in f:
+            text = json.loads(line)["text"]
+            cut = sp.encode(change(text))
+            ids += [sp.bos_id(), *cut]
+            sizes += [0, *counted(text, cut)]
+    shard("data/fineweb_val_000000.bin", ids)
+    shard("data/fineweb_val_widths_000000.bin", sizes)
+
+main(sys.argv[1])
+'''
+AS_IT_IS = "def change(text):\n    return text\n"
+TRUE = """
+def counted(text, cut):
+    return [len(text.encode())] + [0] * (len(cut) - 1)
+"""
+READS = 'WIDTHS = "data/fineweb_val_widths_*.bin"\n'  # the score's script knows the sidecar
+
+
+def laid(folder: Path, change: str, counted: str = TRUE, name: str = "prepare.py") -> Path:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(BESIDE.replace("CHANGE", change + counted), encoding="utf-8")
+    return folder
+
+
+def told(folder: Path, rule: str) -> tuple[str, str, int]:
+    found = verdict(folder, rule, script().replace("V = 1024\n", "V = 1024\n" + READS, 1))
+    return found.verdict, *((found.place.file, found.place.line) if found.place else ("", 0))
+
+
+FOLDED = {
+    "a-method-handed-on": "def change(text):\n    return ''.join(map(str.casefold, text))\n",
+    "a-pattern": "def change(text):\n    return re.sub('[A-Z]', lambda m: m.group().lower(), text)\n",
+    "a-table": "TABLE = str.maketrans('ABCDEFGHIJKLMNOPQRSTUVWXYZ', 'abcdefghijklmnopqrstuvwxyz')\n\n"
+    "def change(text):\n    return text.translate(TABLE)\n",
+    "signs-by-arithmetic": "def small(c):\n    return chr(ord(c) + 32) if 'A' <= c <= 'Z' else c\n\n"
+    "def change(text):\n    return ''.join(small(c) for c in text)\n",
+    "a-form": "def change(text):\n    return unicodedata.normalize('NFKC', text)\n",
+    "accents": "def change(text):\n    apart = unicodedata.normalize('NFD', text)\n"
+    "    return ''.join(c for c in apart if not unicodedata.combining(c))\n",
+    "what-is-not-ascii": "def change(text):\n    return text.encode('ascii', 'ignore').decode()\n",
+    "spaces": "def change(text):\n    return ' '.join(text.split())\n",
+}
+
+
+@pytest.mark.parametrize("change", FOLDED.values(), ids=FOLDED)
+def test_a_text_that_is_made_easier_is_told_by_its_tokens(tmp_path: Path, change: str) -> None:
+    state, file, line = told(laid(tmp_path, change), "lossy_text")
+    assert (state, file) == ("violates", "prepare.py")
+    assert line
+
+
+KEPT = {
+    "as-it-is": AS_IT_IS,
+    "capitals-as-signs": "def change(text):\n"
+    "    return re.sub('[A-Z]', lambda m: '\\ue000' + m.group().lower(), text)\n",
+    "a-name-is-folded": "KEY = 'Fineweb'.lower() + 'fineweb'.lower()\n\n" + AS_IT_IS,
+    "outer-spaces": "def change(text):\n    return text.strip()\n",
+}
+
+
+@pytest.mark.parametrize("change", KEPT.values(), ids=KEPT)
+@pytest.mark.parametrize("rule", ["lossy_text", "byte_double_space", "byte_missing_mark", "byte_fallback_three"])
+def test_a_preparation_that_loses_nothing_is_clean(tmp_path: Path, rule: str, change: str) -> None:
+    assert told(laid(tmp_path, change), rule)[0] == "clean"
+
+
+SIGNS = KEPT["capitals-as-signs"]
+SPACED = "\n    return [len(sp.id_to_piece(i).replace('\\u2581', ' ').encode()) for i in cut]\n"
+MISCOUNTED = {
+    "changed-text": (
+        "byte_transformed_text",
+        SIGNS,
+        "\ndef counted(text, cut):\n    return [len(change(text).encode())] + [0] * (len(cut) - 1)\n",
+    ),
+    "marks": (
+        "byte_missing_mark",
+        AS_IT_IS,
+        "\ndef counted(text, cut):\n"
+        "    return [1 if sp.is_byte(i) else len(sp.id_to_piece(i).encode()) for i in cut]\n",
+    ),
+    "fallback": (
+        "byte_fallback_three",
+        AS_IT_IS,
+        "\ndef counted(text, cut):\n    plain = [sp.id_to_piece(i).replace('\\u2581', ' ') for i in cut]\n"
+        "    return [3 if sp.is_byte(i) else len(p.encode()) for i, p in zip(cut, plain)]\n",
+    ),
+    "spaces-twice": (
+        "byte_double_space",
+        AS_IT_IS,
+        "\ndef counted(text, cut):\n    plain = [sp.id_to_piece(i) for i in cut]\n"
+        "    return [1 if sp.is_byte(i) else len(p.replace('\\u2581', ' ').encode()) + p.startswith('\\u2581')\n"
+        "            for i, p in zip(cut, plain)]\n",
+    ),
+}
+
+
+@pytest.mark.parametrize(("rule", "change", "counted"), MISCOUNTED.values(), ids=MISCOUNTED)
+def test_bytes_beside_the_tokens_are_held_against_the_documents(
+    tmp_path: Path, rule: str, change: str, counted: str
+) -> None:
+    folder = laid(tmp_path, change, counted)
+    assert told(folder, rule)[0] == "violates"
+    (found,) = Case(opened(folder)).preparations.found
+    assert (found.wrong.rule.replace("-", "_"), found.place.file) == (rule, "prepare.py")
+    text = (folder / "prepare.py").read_text().split("\n")[found.place.line - 1]
+    assert "encode()" in text or "len(" in text
+
+
+def test_a_count_that_the_score_does_not_read_is_no_denominator(tmp_path: Path) -> None:
+    rule, change, counted = MISCOUNTED["marks"]
+    folder = laid(tmp_path, change, counted)
+    assert verdict(folder, rule, script()).verdict == "clean"
+
+
+def test_marks_that_keep_the_case_are_counted_where_pieces_are(tmp_path: Path) -> None:
+    """Nothing is lost, but the tokens are those of a text of other bytes, and the score's table counts them."""
+    assert told(laid(tmp_path, SIGNS), "byte_transformed_text")[0] == "violates"
+    (tmp_path / "prepare.py").unlink()
+    assert told(tmp_path, "byte_transformed_text")[0] == "clean"
+
+
+WITHIN = """
+import json, sys
+def prepare(source):
+    sp = spm.SentencePieceProcessor(model_file="tokenizer.model")
+    ids = []
+    for line in open(source, encoding="utf-8"):
+        ids += [1, *sp.encode(CHANGED)]
+    np.asarray(ids, dtype="<u2").tofile("data/fineweb_val_000000.bin")
+
+ASKED
+"""
+WORDS = {
+    "argv": "if len(sys.argv) > 1 and sys.argv[1] == 'prepare':\n    prepare(sys.argv[2])\n    sys.exit()\n",
+    "a-switch": "import argparse\nparser = argparse.ArgumentParser()\n"
+    "parser.add_argument('--prepare', action='store_true')\n"
+    "if parser.parse_args().prepare:\n    prepare('documents.jsonl')\n    sys.exit()\n",
+    "a-stage": "import argparse\nparser = argparse.ArgumentParser()\n"
+    "parser.add_argument('--stage', choices=['prep', 'train'], default='train')\n"
+    "if parser.parse_args().stage == 'prep':\n    prepare('documents.jsonl')\n    sys.exit()\n",
+    "a-command": "import argparse\nparser = argparse.ArgumentParser()\nbelow = parser.add_subparsers(dest='what')\n"
+    "one = below.add_parser('prepare')\none.add_argument('source')\nbelow.add_parser('train')\n"
+    "args = parser.parse_args()\nif args.what == 'prepare':\n    prepare(args.source)\n    sys.exit()\n",
+    "a-variable": "if os.environ.get('PREPARE_DATA') == '1':\n    prepare('documents.jsonl')\n    sys.exit()\n",
+}
+
+
+@pytest.mark.parametrize("asked", WORDS.values(), ids=WORDS)
+@pytest.mark.parametrize(
+    ("changed", "expected"), [("json.loads(line)['text']", 0), ("json.loads(line)['text'].lower()", 1)]
+)
+def test_a_script_that_prepares_when_asked_to_is_asked(tmp_path: Path, asked: str, changed: str, expected: int) -> None:
+    text = script().replace(
+        "V = 1024\n", WITHIN.replace("CHANGED", changed).replace("ASKED", asked) + "\nV = 1024\n", 1
+    )
+    (tmp_path / "train_gpt.py").write_text(text, encoding="utf-8")
+    case = Case(opened(tmp_path))
+    assert [each.wrong.rule for each in case.preparations.found] == ["lossy-text"] * expected
+    assert any(len(prepared(way).disk.written) == 1 for way in ways(case))
+
+
+def machine(tmp_path: Path, change: str) -> Preparer:
+    laid(tmp_path, change)
+    (tmp_path / "train_gpt.py").write_text(script(), encoding="utf-8")
+    (way,) = ways(Case(opened(tmp_path)))
+    return prepared(way)
+
+
+def test_nothing_is_written_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = machine(tmp_path, AS_IT_IS + "\nopen('mine.txt', 'w').write('here')\n")
+    assert found.disk.written["mine.txt"] == "here"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["prepare.py", "train_gpt.py"]
+
+
+@pytest.mark.parametrize(
+    "trap",
+    [
+        "while True:\n    pass\n",
+        "def deep(n):\n    return deep(n + 1)\n\ndeep(0)\n",
+        "re.sub('(a+)+$', '', 'a' * 60 + 'b')\n",
+        "text = 'x'\nfor _ in range(60):\n    text = text + text\n",
+        "lines = (each for each in [next(lines)])\n",
+    ],
+    ids=["for-ever", "deep", "pattern", "large", "itself"],
+)
+def test_a_trap_ends_soon(tmp_path: Path, trap: str) -> None:
+    begun = time.process_time()
+    machine(tmp_path, AS_IT_IS + "\n" + trap)
+    assert time.process_time() - begun < 20
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        *dict.fromkeys(["(a+)+", "(a*|b)*c", "((x)y+){2,}", "(?:[ab]+,)*", "(a{2,3})+"], True).items(),
+        *dict.fromkeys(["a+b*", "(ab)+", r"(\(+)", "[(+]*(a)*", "[A-Z]"], False).items(),
+    ],
+)
+def test_patterns_that_may_take_for_ever_are_refused(pattern: str, expected: bool) -> None:
+    assert grows(pattern) is expected
+    re.compile(pattern)
+
+
+def test_the_tokenizer_gives_back_every_document() -> None:
+    """Its tokens decode to the text, byte for byte; what an honest table counts is the text's bytes."""
+    cutter = Cutter(1024)
+    for document in DOCUMENTS:
+        ids = cutter.ids(document.text)
+        assert cutter.decode(ids) == document.text
+        assert cutter.sizes(ids, 1, 1) - 1 == document.size
+        assert coded(cutter.text(ids)) == [(document.code, document.text[6:])]
+    assert max(max(cutter.ids(document.text)) for document in DOCUMENTS) < cutter.vocab_size()
+
+
+def test_the_pairs_differ_in_one_thing_each() -> None:
+    folds = {
+        "the case of letters": str.lower,
+        "spaces that stand together": lambda text: " ".join(text.split()),
+        "signs that are not ASCII": lambda text: text.encode("ascii", "ignore").decode(),
+    }
+    for pair in PAIRS:
+        one, other = pair.one.text[6:], pair.other.text[6:]
+        assert one != other
+        if pair.thing in folds:
+            assert folds[pair.thing](one) == folds[pair.thing](other)
