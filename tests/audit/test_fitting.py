@@ -351,3 +351,24 @@ FILLED = BATCHES.replace(
 def test_copies_that_fill_up_the_last_batch_are_no_fault(reach: str, found: set[str]) -> None:
     text = FILLED.replace("MADE", MADE[0]).replace("ROWS", "batch").replace("REACH", reach).replace("BATCH", "12")
     assert broken(text) & {"slot-on-scored", "slot-shared-delta"} == found
+
+
+def test_a_context_that_is_gathered_backwards_is_one_window() -> None:
+    """`lo - 1 - arange(reach)`, clamped: places that weigh nought stand at its end, again and again."""
+    found = sum_of(Array(None, np.asarray([9, 8, 7, 7, 7]), np.asarray([0.5, 0.5, 0.5, 0.0, 0.0])))
+    assert found.rows is not None
+    assert (found.rows.starts.tolist(), found.rows.counts.tolist()) == ([7], [3])
+    apart = sum_of(Array(None, np.asarray([9, 8, 6]), np.ones(3)))
+    assert apart.rows is None
+
+
+def test_a_window_of_nothing_but_places_that_weigh_nought_is_the_first() -> None:
+    """Its vector has learned nothing, and the scored parts follow on without a gap, 64 places each."""
+    fitting = Fitting()
+    fitting.made_anew()
+    nothing = sum_of(Array(None, np.asarray([0, 0, 0]), np.zeros(3)))
+    others = [sum_of(Array(None, np.arange(low, low + 64)[::-1], np.ones(64))) for low in (0, 64)]
+    fitting.learn(nothing + others[0] + others[1])
+    assert fitting.blank == 1
+    marks = fitting.marks(np.arange(192), (192, 1))
+    assert not (marks & FITTED).any()

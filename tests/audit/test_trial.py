@@ -15,6 +15,7 @@ from fairway.audit.trial import Trial, run
 from fairway.audit.trial.arrays import Array, TooLarge
 from fairway.audit.trial.reducing import by_numpy, elementwise, reduction
 from fairway.audit.trial.sums import LATE, Sum
+from fairway.audit.trial.tensors import METHODS
 from fairway.audit.trial.text import BOS, LENGTH, UNIT, tokens
 from fairway.audit.trial.vocabulary import Processor, octets
 
@@ -963,3 +964,14 @@ def test_what_is_larger_than_a_trial_holds_costs_it_nothing() -> None:
         reduction("sum")(wide, 0)
     with pytest.raises(TooLarge):
         by_numpy("outer")(Array(np.arange(1 << 18)), Array(np.arange(66)))
+
+
+def test_extremes_so_far_have_values_and_shapes_follow_others() -> None:
+    """cummax(...).values, expand_as: documents' starts, rows of windows. Both were unknown."""
+    starts = METHODS["cummax"](Array(np.asarray([0, 3, 1, 7])), dim=0)
+    assert starts.values.num.tolist() == [0, 3, 3, 7]
+    rows = METHODS["expand_as"](Array(np.arange(3)[:, None]), Array(np.zeros((3, 4))))
+    assert rows.shape == (3, 4)
+    best = METHODS["argmax"](Array(np.asarray([[1, 5], [7, 2]])), dim=-1, keepdim=True)
+    assert best.num.tolist() == [[1], [0]]
+    assert METHODS["rsqrt"](Array(np.asarray([4.0]))).num.tolist() == [0.5]

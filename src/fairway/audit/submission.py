@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fairway.audit import subcommands
 from fairway.audit.beside import BYTES
 from fairway.audit.reading import Folder, Reader, Script, bounds
 from fairway.audit.told import Told, settle
@@ -68,6 +69,7 @@ def holds_script(folder: Path) -> bool:
 def _lone(path: Path) -> Submission:
     reader = Reader(Folder(path.parent))
     entry = reader.script(path.name)
+    subcommands.settle([script.tree for script in entry.all() if script.tree is not None])
     reached = {script.path: 0 for script in entry.all() if "!" not in script.path}
     sizes = {name: (path.parent / name).stat().st_size for name in reached}
     scripts = tuple(reader.done[name][0] for name in reached if name in reader.done)
@@ -87,6 +89,7 @@ def _folder(root: Path) -> Submission:
     reader = Reader(Folder(root))
     entry = reader.script(_entry(root, scripts, [command, readme, *logs.values()]))
     trees = [script.tree for script in entry.all() if script.tree is not None]
+    subcommands.settle(trees)
     told = settle(trees, entry.path, [("README.md", readme), ("run.sh", command)], logs)
     others = [name for name in scripts if name != entry.path]
     read = (entry, *(reader.script(name) for name in sorted(others)[:50]))

@@ -85,8 +85,8 @@ def _words(script: Script) -> list[str]:
 class Options(Parser):
     """argparse.ArgumentParser: what must be given is made up, and the sub-command is the one asked for."""
 
-    def __init__(self, machine: Core, words: tuple[str, ...]) -> None:
-        super().__init__(machine)
+    def __init__(self, machine: Core, words: tuple[str, ...], parents: Value = ()) -> None:
+        super().__init__(machine, parents)
         self.words = words
         self.below: dict[str, Options] = {}
         self.named = "command"
@@ -114,8 +114,8 @@ class Options(Parser):
         self.named = dest if isinstance(dest, str) else "command"
         return self
 
-    def add_parser(self, name: Value, *_: Value, **__: Value) -> Options:
-        made = Options(self.machine, self.words)
+    def add_parser(self, name: Value = "", *_: Value, parents: Value = (), **__: Value) -> Options:
+        made = Options(self.machine, self.words, parents)
         self.below[str(name)] = made
         return made
 

@@ -95,8 +95,10 @@ class Numbers(list[Value]):
 class Pool:
     """multiprocessing.Pool: one process."""
 
-    def __init__(self, machine: Any) -> None:
+    def __init__(self, machine: Any, initializer: Value = None, initargs: Value = ()) -> None:
         self.machine = machine
+        if initializer is not None:
+            machine.call(initializer, tuple(machine.items(initargs)), {}, machine.line)
 
     def entered(self) -> Pool:
         return self
@@ -119,6 +121,15 @@ class Pool:
         return None
 
     join = terminate = close
+
+
+def _pool(machine: Any, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
+    given = dict(zip(("processes", "initializer", "initargs"), args, strict=False)) | kwargs
+    return Pool(machine, given.get("initializer"), given.get("initargs", ()))
+
+
+def _options(machine: Any, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
+    return Options(machine, machine.words, kwargs.get("parents", ()))
 
 
 def _opened(machine: Any, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
@@ -161,9 +172,9 @@ FUNCTIONS: dict[str, Any] = {
     "bytearray": held(bytearray),
     "bytes": held(bytes),
     "str.maketrans": lambda machine, args, kwargs, line: str.maketrans(*args),
-    **dict.fromkeys(["multiprocessing.Pool", "multiprocessing.pool.Pool"], lambda machine, *_: Pool(machine)),
+    **dict.fromkeys(["multiprocessing.Pool", "multiprocessing.pool.Pool"], _pool),
     "concurrent.futures.ProcessPoolExecutor": lambda machine, args, kwargs, line: Executor(machine),
-    "argparse.ArgumentParser": lambda machine, args, kwargs, line: Options(machine, machine.words),
+    "argparse.ArgumentParser": _options,
     **dict.fromkeys(["tqdm.tqdm", "tqdm.auto.tqdm", "rich.progress.track", "tqdm"], _through),
     "sentencepiece.SentencePieceProcessor": _cutter,
     "datasets.load_dataset": lambda machine, args, kwargs, line: machine.disk.rows(),

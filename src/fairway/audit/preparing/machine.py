@@ -14,6 +14,7 @@ from fairway.audit.preparing.asking import Asked
 from fairway.audit.preparing.disk import Disk
 from fairway.audit.preparing.functions import FUNCTIONS
 from fairway.audit.preparing.pieces import Cutter
+from fairway.audit.subcommands import INSTEAD
 from fairway.audit.trial import files
 from fairway.audit.trial.arrays import Array
 from fairway.audit.trial.files import text_of
@@ -32,6 +33,9 @@ class Asking(Compiler):
     def __init__(self, host: Machine, words: tuple[str, ...]) -> None:
         super().__init__(host)
         self.words = words
+
+    def _name(self, node: ast.Name) -> Compute:
+        return super()._name(node) if not hasattr(node, INSTEAD) else self.compiled(getattr(node, INSTEAD))
 
     def _compare(self, node: ast.Compare) -> Compute:
         sides = [each.value for each in (node.left, *node.comparators) if isinstance(each, ast.Constant)]

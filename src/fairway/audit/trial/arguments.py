@@ -24,11 +24,15 @@ def _argument(machine: Core, option: str, default: Value, kind: Value) -> Value:
 
 
 class Parser:
-    """argparse.ArgumentParser: the options with what the run command or their default gives."""
+    """argparse.ArgumentParser: the options with what the run command or their default gives. Those of all sub-commands
+    are its own: which of them runs is settled in the script's tree (subcommands.py)."""
 
-    def __init__(self, machine: Core) -> None:
+    def __init__(self, machine: Core, parents: Value = ()) -> None:
         self.machine = machine
         self.values: dict[str, Value] = {}
+        for each in parents if isinstance(parents, (list, tuple)) else ():
+            if isinstance(each, Parser):
+                self.values.update(each.values)
 
     def add_argument(self, *names: Value, **kwargs: Value) -> None:
         plain = [str(each) for each in names if isinstance(each, str)]
@@ -42,6 +46,17 @@ class Parser:
         return self
 
     add_mutually_exclusive_group = add_argument_group
+
+    def add_subparsers(self, *_: Value, **__: Value) -> Parser:
+        return self
+
+    def add_parser(self, *_: Value, parents: Value = (), **__: Value) -> Parser:
+        below = Parser(self.machine, parents)
+        self.values = below.values = {**below.values, **self.values}
+        return below
+
+    def set_defaults(self, **values: Value) -> None:
+        self.values.update(values)
 
     def parse_args(self, *_: Value, **__: Value) -> Obj:
         return Obj(Class("Namespace", [], {}), dict(self.values))

@@ -318,8 +318,12 @@ def _rows(array: Array, counted: NDArray[np.bool_]) -> Rows | None:
         return Rows(array.pos.reshape(-1, width)[:, 0] & PLACE, counted.reshape(-1, width).sum(axis=1))
     flat = array.pos.reshape(-1)
     inside = flat[flat >= 0] & PLACE
-    if not inside.size or int(inside[-1]) - int(inside[0]) != inside.size - 1:
+    if not inside.size:
         return None
+    if int(inside[-1]) - int(inside[0]) != inside.size - 1:  # backwards, or with places that weigh nought
+        inside = np.sort(flat[counted.reshape(-1)] & PLACE)
+        if not inside.size or (np.diff(inside) != 1).any():
+            return None
     return Rows(inside[:1], np.array([counted.sum()]))
 
 

@@ -61,6 +61,7 @@ class Fitting:
             taught = leaf.weights != 0
             self.together[places[taught]] = True
             if leaf.rows is None or len(self.rows) > _ROWS:
+                self.blank += bool(leaf.places.size) and not taught.any()
                 self.anyones[places[taught]] = True
                 continue
             ends = np.cumsum(leaf.rows.counts).tolist()

@@ -104,7 +104,7 @@ _WORLD: dict[str, Act] = {
     "collections.namedtuple": named_tuple,
     "types.SimpleNamespace": lambda machine, args, kwargs, line: Obj(Class("Namespace", [], {}), dict(kwargs)),
     "argparse.Namespace": lambda machine, args, kwargs, line: Obj(Class("Namespace", [], {}), dict(kwargs)),
-    "argparse.ArgumentParser": lambda machine, args, kwargs, line: Parser(machine),
+    "argparse.ArgumentParser": lambda machine, args, kwargs, line: Parser(machine, kwargs.get("parents", ())),
     "dataclasses.field": dataclass_field,
     "dataclasses.fields": dataclass_fields,
     "dataclasses.is_dataclass": plain(is_dataclass),

@@ -23,7 +23,7 @@ from fairway.audit.trial.turns import shorter
 from fairway.audit.trial.values import Class, Frame, Lib, Obj, Raised, Spent, Value
 
 _STACK = 20_000  # Python frames; a call of the script takes about twenty
-_CHUNKS = "chunk|segment|span"  # names of what the text is cut into
+_CHUNKS = "chunk|segment|span|region"  # names of what the text is cut into
 _MODULE = Class("module", [], {})
 
 

@@ -9,7 +9,7 @@ from fairway.audit.trial.given import Act, body_of, index_of, kept, numbers_of, 
 from fairway.audit.trial.growing import grown_in_place
 from fairway.audit.trial.operators import combine
 from fairway.audit.trial.sums import Sum
-from fairway.audit.trial.values import NET, Lib, Unknown, Value, mixed
+from fairway.audit.trial.values import NET, UNKNOWN, Lib, Unknown, Value, mixed
 
 
 def reduction(name: str) -> Act:
@@ -39,6 +39,28 @@ def reduction(name: str) -> Act:
             return Array(getattr(held.num, name)(axis=along, keepdims=keep))
         turn = {"nansum": "sum", "nanmean": "mean", "amax": "max", "amin": "min"}.get(name, name)
         return Array(np.asarray(getattr(np, turn)(held.num, axis=along, keepdims=keep)))
+
+    return act
+
+
+class Extremes(tuple[Value, ...]):
+    """What torch gives of extremes along an axis: the values, and where they stand."""
+
+    @property
+    def values(self) -> Value:
+        return self[0]
+
+    @property
+    def indices(self) -> Value:
+        return self[1]
+
+
+def running(name: str) -> Act:
+    """cummax, cummin."""
+
+    def act(array: Value, dim: Value = 0, **_: Value) -> Value:
+        numbers = numbers_of(array)
+        return Extremes((Array(getattr(np, name).accumulate(numbers, axis=scalar(dim))), UNKNOWN))
 
     return act
 
@@ -186,8 +208,9 @@ def by_numpy(name: str) -> Act:
             if not isinstance(each, Lib)
         ]
         named = {key: scalar(each) for key, each in kwargs.items() if key in _KEYWORDS}
-        if "dim" in named:
-            named["axis"] = named.pop("dim")
+        for torch_said, said in (("dim", "axis"), ("keepdim", "keepdims")):
+            if torch_said in named:
+                named[said] = named.pop(torch_said)
         if name == "outer":
             limited(float(np.size(given[0])) * np.size(given[1]))
         found = getattr(np, name)(*given, **named)
@@ -198,7 +221,19 @@ def by_numpy(name: str) -> Act:
     return act
 
 
-_KEYWORDS = {"axis", "dim", "side", "return_index", "return_counts", "return_inverse", "kind", "stable", "prepend"}
+_KEYWORDS = {
+    "axis",
+    "dim",
+    "keepdim",
+    "keepdims",
+    "side",
+    "return_index",
+    "return_counts",
+    "return_inverse",
+    "kind",
+    "stable",
+    "prepend",
+}
 
 
 def nonzero(array: Value, as_tuple: Value = False, **_: Value) -> Value:

@@ -75,6 +75,10 @@ def expand(array: Value, *shape: Value) -> Value:
     return held.all(lambda body: np.broadcast_to(body, sizes))
 
 
+def expand_as(array: Value, other: Value) -> Value:
+    return expand(array, body_of(other).shape)
+
+
 def masked_select(array: Value, mask: Value) -> Value:
     return taken(body_of(array), numbers_of(mask).astype(bool))
 

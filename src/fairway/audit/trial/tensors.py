@@ -23,6 +23,7 @@ from fairway.audit.trial.reducing import (
     operated,
     pairwise,
     reduction,
+    running,
     where,
     zero_,
 )
@@ -31,6 +32,7 @@ from fairway.audit.trial.shapes import (
     cat,
     chunk,
     expand,
+    expand_as,
     flatten,
     flip,
     gather,
@@ -144,7 +146,8 @@ def dimensions(array: Value) -> Value:
 
 METHODS: dict[str, Callable[..., Value]] = {
     **dict.fromkeys(["reshape", "view"], reshape),
-    **dict.fromkeys(["view_as", "reshape_as", "expand_as"], lambda array, other: reshape(array, body_of(other).shape)),
+    "expand_as": expand_as,
+    **dict.fromkeys(["view_as", "reshape_as"], lambda array, other: reshape(array, body_of(other).shape)),
     "unflatten": unflatten,
     "flatten": flatten,
     "ravel": flatten,
@@ -205,6 +208,11 @@ METHODS: dict[str, Callable[..., Value]] = {
             "tanh",
             "sign",
             "trunc",
+            "exp2",
+            "log10",
+            "nan_to_num",
+            "invert",
+            "reciprocal",
         )
     },
     "neg": elementwise("negative"),
@@ -212,6 +220,12 @@ METHODS: dict[str, Callable[..., Value]] = {
         name: pairwise(name) for name in ("minimum", "maximum", "logaddexp", "logical_and", "logical_or", "logical_xor")
     },
     "fmin": pairwise("minimum"),
+    "fmax": pairwise("maximum"),
+    "bitwise_not": elementwise("invert"),
+    "rsqrt": lambda array: elementwise("reciprocal")(elementwise("sqrt")(array)),
+    "cummax": running("maximum"),
+    "cummin": running("minimum"),
+    "type_as": lambda array, other: cast(array, Lib(f"x.{numbers_of(other).dtype.name}")),
     **{
         name: operated(kind)
         for name, kind in (
@@ -275,6 +289,7 @@ METHODS: dict[str, Callable[..., Value]] = {
         name: by_numpy(name)
         for name in (
             "cumsum",
+            "cumprod",
             "searchsorted",
             "unique",
             "argsort",

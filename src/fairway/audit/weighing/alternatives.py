@@ -32,7 +32,8 @@ _MORE = 1.0004  # what is more is no rounding, nor an epsilon of 1e-6 for each o
 _READING = frozenset(("gather", "take_along_dim", "take_along_axis", "neg", "negative"))
 _WINDOWS = ("seq", "window", "context", "ctx", "span", "stride")
 _TABLES = ("bucket", "hash", "table", "rows", "slots", "memory")
-_BATCHES = ("eval_tokens", "eval_batch", "batch_tokens")
+_CHUNKS = ("chunk", "segment", "region")
+_BATCHES = ("eval_tokens", "eval_batch", "val_batch", "batch_tokens")
 _FEW = 4  # bits of a hash: so few buckets that contexts meet, as millions of them do in those of a script
 _MANY = 1_000  # rows: fewer are none of a hashed table
 _BITS = range(10, 30)
@@ -134,7 +135,7 @@ def _sizes(case: Case) -> tuple[Forced, ...]:
     return (
         Forced(None, size_in(case.script.text), PIECES, "vocab"),
         *taken(case.script, case.settings, _WINDOWS, range(stream.WINDOW + 1, LARGEST), stream.WINDOW),
-        *taken(case.script, case.settings, ("chunk", "segment"), range(stream.TOKENS + 1, LARGEST), stream.WINDOW),
+        *taken(case.script, case.settings, _CHUNKS, range(stream.TOKENS + 1, LARGEST), stream.WINDOW),
         *taken(case.script, case.settings, _BATCHES, range(_MANY, LARGEST), 8 * stream.WINDOW),
     )
 
