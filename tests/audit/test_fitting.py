@@ -372,3 +372,68 @@ def test_a_window_of_nothing_but_places_that_weigh_nought_is_the_first() -> None
     assert fitting.blank == 1
     marks = fitting.marks(np.arange(192), (192, 1))
     assert not (marks & FITTED).any()
+
+
+HELD = (
+    HEAD
+    + """
+class Shifts:
+    def __init__(self, rows, width):
+        self.delta = torch.zeros(rows, 1, width, requires_grad=True)
+        self.opt = torch.optim.AdamW([self.delta], lr=0.01)
+
+    def move(self):
+        self.opt.step()
+        self.opt.zero_grad(set_to_none=True)
+
+class Scorer:
+    def __init__(self, net):
+        self.net = net
+        self._objective = torch.compile(self._fit_loss, dynamic=False)
+        self._losses = torch.compile(self._token_losses, dynamic=False)
+
+    def _token_losses(self, h, y, delta):
+        lg = F.linear(h + delta, self.net.table.weight)
+        return F.cross_entropy(lg.flatten(0, 1), y.flatten(), reduction="none").view_as(y)
+
+    def _fit_loss(self, h, y, weight, delta):
+        return ((self._token_losses(h, y, delta) * weight).sum(1) / weight.sum(1).clamp_min(1.0)).sum()
+
+    def fit(self, h, y, weight):
+        shifts = Shifts(h.size(0), 64)
+        for step in range(4):
+            loss = self._objective(h, y, weight, shifts.delta)
+            loss.backward()
+            shifts.move()
+        return shifts
+
+def plan(total, width, stride):
+    start = np.arange(0, total, stride, dtype=np.int64)
+    stop = np.minimum(start + stride, total)
+    return np.stack((np.maximum(stop - width, 0), start, stop), axis=1)
+
+def evaluate(net, val, width=1024, stride=256, batch=8):
+    scorer, nats = Scorer(net), torch.zeros((), dtype=torch.float64)
+    rows = plan(len(val) - 1, width, stride)
+    for at in range(0, len(rows), batch):
+        edges = torch.from_numpy(rows[at : at + batch])
+        left, start, stop = edges[:, 0:1], edges[:, 1:2], edges[:, 2:3]
+        pos = left + torch.arange(width)[None, :]
+        inside = pos < stop
+        place = torch.where(inside, pos, torch.zeros_like(pos))
+        x, y = val[place].long(), val[place + 1].long()
+        fit = inside & (pos < start + AHEAD)
+        h = net.table(x).detach()
+        shifts = scorer.fit(h, y, fit.float())
+        nats += scorer._losses(h, y, shifts.delta)[inside & (pos >= start)].double().sum()
+    return (nats / (len(val) - 1)).item()
+
+print(f"val_loss {evaluate(Net(), load()):.5f}")
+"""
+)
+
+
+@pytest.mark.parametrize(("ahead", "found"), [("0", set()), ("64", {"slot-on-scored"})])
+def test_vectors_whose_step_stands_in_a_helper_of_their_own(ahead: str, found: set[str]) -> None:
+    """Compiled methods of what is no model, gradients asked for in one place, the step taken in another."""
+    assert broken(HELD.replace("AHEAD", ahead)) & {"slot-on-scored", "slot-shared-delta"} == found

@@ -291,7 +291,8 @@ class Operations(Picking):
             self.write(obj, flats[0] if flats else NOTHING, node, strong=True)
         elif name in KEYED or (name == "scatter_" and len(flats) > 2 and flats[-1].const is MISSING):
             keys = self.token_keys([each for each in rest if each.const is MISSING])
-            if keys and "#leaf" not in obj.slots and obj.owner is None:
+            shares = bool(flats) and flats[-1].active and not flats[-1].losses  # votes of states, shared out once
+            if keys and "#leaf" not in obj.slots and obj.owner is None and not shares:
                 self.entered(obj, keys, NOTHING, node)
             else:
                 self.write(obj, blend(*flats) if flats else NOTHING, node)

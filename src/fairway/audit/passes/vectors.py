@@ -13,6 +13,7 @@ from fairway.audit.passes.trials import FEW, counted_once, parting
 from fairway.audit.trial.sums import FITTED, SHARED
 from fairway.audit.trial.told import together
 
+_NEAR = 2  # calls that both have in common, at least
 _LAST = 256  # targets: of the last window
 _FIRST = 4_096  # tokens: the longest window
 _MOST = 0.5  # of the targets
@@ -26,6 +27,8 @@ def fitted(case: Case, which: Reported, step: Update, shared: bool) -> Literal["
     if counts is None or not counts.trial.fitted:
         return ""
     trial, told = counts.trial, counts.said[-1].sum
+    while calls[_NEAR:] and calls not in trial.taught_in and calls not in trial.untold:
+        calls = calls[:-1]  # the step stands in a helper, the gradients were asked for around it
     if calls not in trial.taught_in or calls in trial.untold:
         return ""
     mark = SHARED | FITTED if shared else FITTED

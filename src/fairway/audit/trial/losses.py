@@ -62,9 +62,11 @@ def gather_objects(parts: Value, mine: Value, *_: Value, **__: Value) -> None:
 
 def compiled(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
     """torch.compile(f): the function; of a model or a method of one what is known of models, which costs no steps,
-    unless the method is given tokens twice: inputs and their targets."""
+    unless the method is given tokens twice: inputs and their targets. A method of what is no model is itself."""
     if not args:
         return Decorator(lambda value: value)
+    if isinstance(args[0], Bound) and isinstance(args[0].me, Obj) and not args[0].me.kind.is_module:
+        return args[0]
     if isinstance(args[0], Bound):
         return functools.partial(_with_targets, args[0])
     if isinstance(args[0], Obj) and args[0].kind.is_module:
