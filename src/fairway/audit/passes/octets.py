@@ -83,11 +83,30 @@ def _assumed(rate: float) -> bool:
 
 
 def _written(case: Case, rate: float) -> Place | None:
-    """Where the number stands."""
+    """Where the number stands in a product or a quotient, by itself or by the one name that it was given."""
     for node in nodes(case.body.tree) if rate else ():
         if isinstance(node, ast.Constant) and isinstance(node.value, float) and abs(node.value - rate) < 1e-6:
-            return case.place(node.lineno)
+            return case.place(_used(case, node) or node.lineno)
     return None
+
+
+def _used(case: Case, number: ast.Constant) -> int:
+    """The line of the only operation that names what is assigned in the number's line; 0 where there is none."""
+    bound = [
+        target
+        for node in nodes(case.body.tree)
+        if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.lineno <= number.lineno <= (node.end_lineno or 0)
+        for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+    ]
+    names = {each.id for each in bound if isinstance(each, ast.Name)}
+    lines = {
+        node.lineno
+        for node in nodes(case.body.tree)
+        if isinstance(node, (ast.BinOp, ast.AugAssign))
+        for part in ast.walk(node)
+        if isinstance(part, (ast.Name, ast.Attribute)) and getattr(part, "id", getattr(part, "attr", "")) in names
+    }
+    return lines.pop() if len(lines) == 1 else 0
 
 
 def _laws(text: Octets) -> list[tuple[str, bool, NDArray[np.int64]]]:

@@ -175,7 +175,9 @@ class Gates:
 
     def _switch(self, term: Term, test: Term, yes: Term, no: Term) -> Iterator[Term]:
         kinds = self.kinds(test)
-        if any_below(test, lambda t: t.op == "call" and t.called in _CHECKS) or same(yes, no):
+        # Two losses that are made the same way are still two: of a model with its vectors, and without.
+        two = term.called == "where" and yes is not no and "read" in kinds and self._scored(yes) and self._scored(no)
+        if any_below(test, lambda t: t.op == "call" and t.called in _CHECKS) or (same(yes, no) and not two):
             return
         known = "read" in kinds or ("score" in kinds and not any(self._compared(test)))
         if known and not (is_nothing(yes) or is_nothing(no)):

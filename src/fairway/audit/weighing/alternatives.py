@@ -34,6 +34,8 @@ _WINDOWS = ("seq", "window", "context", "ctx", "span", "stride")
 _TABLES = ("bucket", "hash", "table", "rows", "slots", "memory")
 _CHUNKS = ("chunk", "segment", "region")
 _BATCHES = ("eval_tokens", "eval_batch", "val_batch", "batch_tokens")
+_WINDOWED = ("eval_batch", "val_batch", "batch_windows", "batch_seqs")
+_PAIR = 2  # windows of a batch: a cache that learns after each batch has something to say in the second
 _FEW = 4  # bits of a hash: so few buckets that contexts meet, as millions of them do in those of a script
 _MANY = 1_000  # rows: fewer are none of a hashed table
 _BITS = range(10, 30)
@@ -137,6 +139,7 @@ def _sizes(case: Case) -> tuple[Forced, ...]:
         *taken(case.script, case.settings, _WINDOWS, range(stream.WINDOW + 1, LARGEST), stream.WINDOW),
         *taken(case.script, case.settings, _CHUNKS, range(stream.TOKENS + 1, LARGEST), stream.WINDOW),
         *taken(case.script, case.settings, _BATCHES, range(_MANY, LARGEST), 8 * stream.WINDOW),
+        *taken(case.script, case.settings, _WINDOWED, range(_PAIR + 1, _MANY), _PAIR),
     )
 
 
