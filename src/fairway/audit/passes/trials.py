@@ -273,14 +273,13 @@ def epochs(case: Case, which: Reported, counts: Counts) -> tuple[str, int] | Non
 
 
 def _learns(case: Case, which: Reported) -> bool:
-    """Whether what scores has learned from the text, and is one state that is carried on, or states that are made anew
-    with optimisers of their own: the walk follows copies, vectors fitted to windows, and what is thrown away, which the
-    trial does not tell apart."""
+    """Whether what scores has learned from the text, and is one state that is carried on, states that are made anew
+    with optimisers of their own, or both: the walk follows copies, vectors fitted to windows, and what is thrown away,
+    which the trial does not tell apart."""
     steps = _steps(case, which)
-    states = {update.state for update in steps}
-    fresh = {bool(update.fresh) for update in steps}
+    carried_on = {update.state for update in steps if not update.fresh}
     modules = all(update.state is not None and update.state.kind == "instance" for update in steps)
-    return modules and (fresh == {True} or (fresh == {False} and len(states) == 1))
+    return bool(steps) and modules and len(carried_on) <= 1
 
 
 def _steps(case: Case, which: Reported) -> list[Update]:

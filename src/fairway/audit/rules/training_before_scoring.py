@@ -22,9 +22,8 @@ def check(case: Case) -> Finding:
     if early is not None:
         return Finding(ID, "violates", early[0], CLAUSE, case.place(early[1]))
     made = list(_departures(case)) if found.verdict == "clean" else []
-    if made:
-        return departures(case, CLAUSE, made)
-    return _by_trial(case, found)
+    shown = _by_trial(case, found) if thrown_away(case) is None else found
+    return departures(case, CLAUSE, made) if made and shown.verdict == "clean" else shown
 
 
 def _by_trial(case: Case, found: Finding) -> Finding:
