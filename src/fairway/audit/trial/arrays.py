@@ -226,6 +226,8 @@ def _of_other_width(one: Array, two: Array) -> bool:
 def _price(made: Array, name: str, one: Array, two: Array) -> None:
     """What an operator leaves of prices: a constant factor is a unit, what is masked has none."""
     held, other = (one, two) if one.price is not None else (two, one)
+    if other.price is not None and held.pos is not None and other.pos is not None and (held.pos < 0).any():
+        held, other = other, held  # a hint is a token of the text only where there is one
     if held.price is None or held.pos is None or made.shape != held.shape:
         return
     assert made.num is not None

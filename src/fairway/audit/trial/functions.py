@@ -48,7 +48,7 @@ from fairway.audit.trial.losses import (
 )
 from fairway.audit.trial.making import Dtype, arange, full, full_like, like, made, tensor, wrapping
 from fairway.audit.trial.reading import frombuffer, fromfile, joined_path, memmap, packed, path_of, paths, unpacked
-from fairway.audit.trial.reducing import add_at, numpy_nonzero
+from fairway.audit.trial.reducing import add_at, by_numpy, numpy_nonzero
 from fairway.audit.trial.shapes import cat
 from fairway.audit.trial.threads import Capture, Executor, Graph, Queue, Stack, Store, Suppress, Thread
 from fairway.audit.trial.values import NET, UNKNOWN, Bound, Class, Func, Obj, Raised, Value
@@ -245,6 +245,7 @@ _WORLD: dict[str, Act] = {
     "torch.distributed.all_gather_into_tensor": lambda machine, args, kwargs, line: machine.of_array("copy_", args, {}),
     "numpy.add.at": plain(add_at),
     "numpy.nonzero": plain(numpy_nonzero),
+    "numpy.sort": plain(by_numpy("sort")),
     "numpy.append": plain(lambda array, more, axis=0: cat([array, more], axis)),
     **dict.fromkeys(["*.gather", "*.take_along_dim", "*.take_along_axis"], gather_losses),
     "*.zeros": plain(made(0)),

@@ -65,6 +65,13 @@ def running(name: str) -> Act:
     return act
 
 
+def ordered(array: Value, dim: Value = -1, descending: Value = False, **_: Value) -> Value:
+    """torch.sort, x.sort(): stable."""
+    numbers = numbers_of(array)
+    at = np.argsort(-numbers.astype(np.float64) if descending else numbers, axis=scalar(dim), kind="stable")
+    return Extremes((Array(np.take_along_axis(numbers, at, scalar(dim))), Array(at)))
+
+
 def elementwise(name: str) -> Act:
     """A function of each number; of losses, losses of the same targets."""
 

@@ -95,6 +95,26 @@ def _weighed(case: Case, ways: set[Way], tables: tuple[Forced, ...], turned: int
     return Weight(total, line) if total > 0.0 else None
 
 
+def foresees(case: Case, which: Reported) -> bool | None:
+    """Whether a price hangs on what comes after its token: two texts that differ from the middle on give their first
+    halves different prices (RULES.md (b) 1). None where the trials cannot say, or the model alone says the prices."""
+    counts = counts_of(case, which, doubtful=True)
+    if counts is None:
+        return None
+    ways = counts.said[-1].sum.ways()
+    runs = [_run(case, ids, ()) for ids in (stream.text(None), stream.otherwise())]
+    plain = stream.losses()[np.arange(stream.HALF - 1), stream.text(None)[1 : stream.HALF]]
+    spoke = False
+    for way in ways:
+        paid = [run.paid[way][1 : stream.HALF] for run in runs if way in run.paid and not run.unsure(way)]
+        if len(paid) < len(runs) or not all(run.trial.complete for run in runs) or np.isnan(paid).any():
+            return None
+        if not np.allclose(paid[0], paid[1], atol=_PLAIN):
+            return True
+        spoke = spoke or not np.allclose(np.abs(paid[0]), plain, atol=_PLAIN)
+    return False if spoke else None
+
+
 def _total(prices: list[float], many: list[int]) -> float:
     """sum of exp(-loss); of exp(log p) where a script sums those: a loss is not below nought."""
     sign = -1.0 if sum(prices) >= 0.0 else 1.0
@@ -151,4 +171,4 @@ def _tables(case: Case) -> tuple[Forced, ...]:
     )
 
 
-__all__ = ["Weight", "is_whole", "weighed"]
+__all__ = ["Weight", "foresees", "is_whole", "weighed"]

@@ -6,6 +6,7 @@ import ast
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fairway.audit.reading.script import Script
 from fairway.audit.reading.tree import nodes
@@ -61,6 +62,7 @@ class Weigher(Machine):
         self.training: set[Way] = set()
         self.tests: dict[int, ast.If | ast.While] = {}
         self.rows: list[int] = []
+        self.paid: dict[Way, NDArray[np.float64]] = {}  # the price of each place
         self.mixed = 0
         self.learned_at = 0
 
@@ -236,9 +238,13 @@ class Weigher(Machine):
         """Prices are summed, or looked at one by one."""
         if array.pos is None or array.price is None:
             return
-        here = np.flatnonzero(array.pos.reshape(-1) == stream.TOKENS - 1)
+        places, prices = array.pos.reshape(-1), array.price.reshape(-1)
+        paid = self.paid.setdefault((*self.stack, self.line), np.full(stream.TOKENS, np.nan))
+        inside = (places >= 0) & (places < stream.TOKENS)
+        paid[places[inside]] = prices[inside]
+        here = np.flatnonzero(places == stream.TOKENS - 1)
         if here.size:
-            self.said[(*self.stack, self.line)] = float(array.price.reshape(-1)[here[-1]])
+            self.said[(*self.stack, self.line)] = float(prices[here[-1]])
 
     def weigh(self, array: Array) -> None:
         self.trial.steps += array.body.size // _NUMBERS

@@ -48,6 +48,20 @@ def text(last: int | None, turned: int = 0) -> NDArray[np.uint16]:
     return ids
 
 
+HALF: Final = TOKENS // 2  # from here on another text may go on
+
+
+@cache
+def otherwise() -> NDArray[np.uint16]:
+    """The text, but every token from the middle on is another."""
+    ids = text(None).astype(np.int64)
+    turn = {int(each): int(after) for each, after in zip(ALPHABET[:-1], np.roll(ALPHABET[:-1], 1), strict=True)}
+    ids[HALF:] = [turn.get(each, each) for each in ids[HALF:].tolist()]
+    made = ids.astype(np.uint16)
+    made.flags.writeable = False
+    return made
+
+
 def alternatives(turned: int = 0) -> list[tuple[int, int]]:
     """What may stand at the end, and for how many tokens it stands. First what a cache would say: the pattern's own,
     and what follows the last token most often."""
