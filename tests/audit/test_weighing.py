@@ -11,8 +11,8 @@ import pytest
 
 from fairway.audit.case import Case
 from fairway.audit.passes.findings import passes_of
-from fairway.audit.rules import false_normalisation
-from fairway.audit.weighing import PIECES, Weight, is_whole, stream, weighed
+from fairway.audit.rules import false_normalisation, two_pass_cache
+from fairway.audit.weighing import PIECES, Weight, foresees, is_whole, stream, weighed
 from tests.audit.order import HEAD, MAIN, case_of
 
 EVAL = """
@@ -442,3 +442,82 @@ def test_sums_by_name_are_no_passes_to_choose_from_and_are_weighed() -> None:
     assert passes_of(one)[1] == []
     assert false_normalisation.check(one).verdict == "clean"
     assert false_normalisation.check(tallied(honest.replace("seen + 4.0", "seen + 3.0"))).verdict == "violates"
+
+
+HINTED = """
+class Hints:
+    def __init__(self, tokens):
+        ids = tokens.long()
+        n = ids.numel() - 1
+        self.hint = torch.zeros(n, dtype=torch.int32)
+        self.level = torch.zeros(n)
+        for order in (2, 4):
+            self.match(ids, n, order)
+
+    def match(self, ids, n, order):
+        count = n - order + 1
+        key = torch.zeros(count, dtype=torch.int64)
+        for j in range(order):
+            key = key * 1000003 + ids[j : j + count]
+        keys, where = torch.sort(key, stable=True)
+        same = keys[1:] == keys[:-1]
+        later, earlier = where[1:][same] + order - 1, where[:-1][same] + order - 1
+        self.hint[FILLED] = ids[TAKEN + 1].to(torch.int32)
+        self.level[FILLED] = 0.5
+
+    def nll(self, logits, y, start):
+        hint = self.hint[start : start + len(y)].long()
+        beta = self.level[start : start + len(y)]
+        logp = torch.log_softmax(logits, -1)
+        q = logp.gather(1, hint[:, None]).squeeze(1).exp()
+        held = logp.gather(1, y[:, None]).squeeze(1)
+        return torch.log1p(q * torch.expm1(beta)) - held - beta * (hint == y).float()
+"""
+
+
+def hinted(filled: str, taken_from: str) -> Case:
+    text = EVAL.replace("MIX", "nll = hints.nll(logits, y, start)").replace(
+        "    total, count", "    hints = Hints(val)\n    total, count", 1
+    )
+    hints = HINTED.replace("FILLED", filled).replace("TAKEN", taken_from)
+    return case_of(HEAD + "vocab_size = 1024\n" + hints + text + MAIN.replace("eval_ttt(args", "eval_mixed(args"))
+
+
+def test_a_table_that_is_filled_ahead_of_the_score_may_foresee_nothing() -> None:
+    """A stable sort puts equal contexts side by side: what followed the earlier one is a hint for the later one."""
+    one = hinted("later", "earlier")
+    assert foresees(one, passes_of(one)[0]) is False
+    assert two_pass_cache.check(one).verdict == "clean"
+
+
+def test_what_follows_the_next_occurrence_is_foreseen() -> None:
+    one = hinted("earlier", "later")
+    assert foresees(one, passes_of(one)[0]) is True
+    assert two_pass_cache.check(one).verdict == "violates"
+
+
+@pytest.mark.parametrize(("more", "expected"), [(", accumulate=True", True), ("", False)])
+def test_a_table_of_the_whole_text_is_charged_whatever_is_foreseen(more: str, expected: bool) -> None:
+    """Of pairs that are only marked, prices hang on their own: those add up to more than one."""
+    mix = f"mixed = (rows + 4.0 * probs) / (seen + 4.0)\n{PICKED}"
+    text = EVAL.replace("MIX", mix.replace("\n", "\n        ")).replace(
+        "    total, count =",
+        "    counts.index_put_((val[:-1], val[1:]), torch.ones(val.numel() - 1)MORE)\n    total, count =".replace(
+            "MORE", more
+        ),
+        1,
+    )
+    one = case_of(HEAD + "vocab_size = 1024\n" + text + MAIN.replace("eval_ttt(args", "eval_mixed(args"))
+    assert foresees(one, passes_of(one)[0]) is expected
+    assert two_pass_cache.check(one).verdict == "violates"
+
+
+def test_a_model_alone_foresees_nothing_that_could_be_told() -> None:
+    alone = case("nll = F.cross_entropy(logits, y, reduction='none')")
+    assert foresees(alone, passes_of(alone)[0]) is None
+
+
+def test_the_other_text_is_the_same_up_to_its_middle() -> None:
+    one, other = stream.text(None), stream.otherwise()
+    assert (one[: stream.HALF] == other[: stream.HALF]).all()
+    assert (one[stream.HALF :] != other[stream.HALF :]).mean() > 0.95
