@@ -84,7 +84,8 @@ def _cut(machine: Preparer, path: str, held: bytes | str) -> Cut | None:
         ids = tuple(int(each) for each in numbers)
         documents = tuple((code, body) for code, body in coded(machine.cutter.text(ids)) if code in BY_CODE)
         if len(documents) >= _FEW:  # the first mark of each is no space
-            return Cut(path, ids, machine.cutter.sizes(ids, 1, 1) - len(documents), documents)
+            begun = len(documents) * machine.cutter.prefix
+            return Cut(path, ids, machine.cutter.sizes(ids, 1, 1) - begun, documents)
     return None
 
 
@@ -129,7 +130,8 @@ def _claims(machine: Preparer, cut: Cut, score: str) -> Iterator[tuple[int, str]
                     break
         elif isinstance(held, str):
             said = [number for number, key in _said(held) if key in score]
-            yield from ((number, path) for number in said if cut.true / 2 < number < 2 * cut.true)
+            if cut.true not in said:  # else others are told beside it
+                yield from ((number, path) for number in said if cut.true / 2 < number < 2 * cut.true)
 
 
 def _near(numbers: NDArray[Any], cut: Cut) -> bool:
@@ -171,7 +173,7 @@ def _miscounted(machine: Preparer, cut: Cut, claimed: int, where: str) -> Wrong 
 
 
 def _mistakes(machine: Preparer, cut: Cut) -> Iterator[tuple[str, str, int]]:
-    count = len(cut.documents)
+    count = len(cut.documents) * machine.cutter.prefix
 
     def sizes(marks: int, octets: int) -> int:
         return machine.cutter.sizes(cut.ids, marks, octets)

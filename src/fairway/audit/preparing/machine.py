@@ -13,7 +13,7 @@ import numpy as np
 from fairway.audit.preparing.asking import Asked
 from fairway.audit.preparing.disk import Disk
 from fairway.audit.preparing.functions import FUNCTIONS
-from fairway.audit.preparing.pieces import Cutter
+from fairway.audit.preparing.pieces import Cutter, cutter_for
 from fairway.audit.subcommands import INSTEAD
 from fairway.audit.trial import files
 from fairway.audit.trial.arrays import Array
@@ -54,8 +54,9 @@ class Preparer(Machine):
     def __init__(self, asked: Asked) -> None:
         super().__init__(asked.script, asked.settings)
         self.words = asked.words
-        self.disk = Disk("\n".join(script.text for script in asked.script.all()))
-        self.cutter = Cutter(self.vocabulary)
+        text = "\n".join(script.text for script in asked.script.all())
+        self.disk = Disk(text)
+        self.cutter = cutter_for(self.vocabulary, text)
         self.lengths: dict[int, list[int]] = defaultdict(list)
         self.merged: dict[int, int] = defaultdict(int)
         self.came: dict[tuple[int, Value], str] = {}

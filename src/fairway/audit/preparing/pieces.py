@@ -7,8 +7,6 @@ import unicodedata
 from collections.abc import Iterable
 from functools import cache
 
-import numpy as np
-
 from fairway.audit.preparing.documents import DOCUMENTS
 from fairway.audit.trial.arrays import Array, scalar
 from fairway.audit.trial.values import UNKNOWN, Value
@@ -20,8 +18,8 @@ _LAST = 0x24F  # the last sign that has pieces of its own: Latin letters; others
 _PRIVATE = ("\ue000", "\uf8ff")
 
 
-def _cut(text: str) -> list[str]:
-    return _CUT.findall(MARK + text.replace(" ", MARK)) if text else []
+def _cut(text: str, prefix: bool) -> list[str]:
+    return _CUT.findall(MARK * prefix + text.replace(" ", MARK)) if text else []
 
 
 def _spelt(piece: str) -> bool:
@@ -30,13 +28,13 @@ def _spelt(piece: str) -> bool:
 
 
 @cache
-def _pieces() -> tuple[str, ...]:
+def _pieces(prefix: bool) -> tuple[str, ...]:
     """All pieces that the documents are cut into, as they are and as they are often changed; the mark is the first."""
     found: dict[str, None] = {MARK: None}
     for document in DOCUMENTS:
         for form in (document.text, unicodedata.normalize("NFKC", document.text)):
             for text in (form, form.lower(), form.upper(), form.title()):
-                found.update(dict.fromkeys(piece for piece in _cut(text) if _spelt(piece)))
+                found.update(dict.fromkeys(piece for piece in _cut(text, prefix) if _spelt(piece)))
     found.update(dict.fromkeys(map(chr, range(32, 127))))
     return tuple(found)
 
@@ -45,9 +43,12 @@ class Cutter(Processor):
     """sentencepiece.SentencePieceProcessor. Pieces that no document has are added as they come: tables over the
     vocabulary do not know them."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, marks: str = "", prefix: bool = True) -> None:
+        """marks: signs that have pieces of their own beforehand; prefix: whether a text begins with a mark that stands
+        for no space of it."""
         super().__init__(size)
-        self._list = list(_pieces())
+        self.prefix = prefix
+        self._list = [*dict.fromkeys((*_pieces(prefix), *marks))]
         self._ids = {piece: FIRST_PIECE + n for n, piece in enumerate(self._list)}
         self._size = max(min(size, SIZE), FIRST_PIECE + len(self._list) + 64)
 
@@ -80,7 +81,7 @@ class Cutter(Processor):
 
     def ids(self, text: str) -> list[int]:
         found: list[int] = []
-        for piece in _cut(text):
+        for piece in _cut(text, self.prefix):
             if _spelt(piece):
                 found.append(self._id(piece))
             else:
@@ -112,7 +113,10 @@ class Cutter(Processor):
         if isinstance(ids, Array) and ids.num is not None:
             ids = ids.num.reshape(-1).tolist()
         ids = [ids] if isinstance(ids, int) else ids
-        return self.text(ids).removeprefix(" ") if isinstance(ids, (list, tuple)) else UNKNOWN
+        if not isinstance(ids, (list, tuple)):
+            return UNKNOWN
+        text = self.text(ids)
+        return text.removeprefix(" ") if self.prefix else text
 
     Decode = DecodeIds = decode_ids = decode
 
@@ -138,13 +142,14 @@ class Cutter(Processor):
         return total
 
 
-def numbers(value: Value) -> list[int] | None:
-    """Whole numbers of a list or an array in order; None of what is none."""
-    if isinstance(value, Array) and value.num is not None and value.num.dtype.kind in "iu":
-        return [int(each) for each in value.num.reshape(-1)]
-    if isinstance(value, (list, tuple)) and all(type(each) in (int, np.int64, bool) for each in value):
-        return [int(each) for each in value]
-    return None
+_MARKS = re.compile(r"\\u(e[0-9a-f]{3}|f[0-8][0-9a-f]{2})|([\ue000-\uf8ff])", re.IGNORECASE)
+_BARE = re.compile(r"add_dummy_prefix[\"']?\s*[=:]\s*(?:False|false)")
 
 
-__all__ = ["Cutter", "numbers"]
+def cutter_for(size: int, text: str) -> Cutter:
+    """The processor that a script is given: with the signs that it names, and no prefix where it was trained so."""
+    signs = (found[2] or chr(int(found[1], 16)) for found in _MARKS.finditer(text))
+    return Cutter(size, "".join(dict.fromkeys(signs)), prefix=_BARE.search(text) is None)
+
+
+__all__ = ["Cutter", "cutter_for"]
