@@ -11,7 +11,7 @@ import pytest
 
 from fairway.audit.case import Case
 from fairway.audit.passes.findings import passes_of
-from fairway.audit.rules import false_normalisation, two_pass_cache
+from fairway.audit.rules import false_normalisation, training_before_scoring, two_pass_cache
 from fairway.audit.weighing import PIECES, Weight, foresees, is_whole, stream, weighed
 from tests.audit.order import HEAD, MAIN, case_of
 
@@ -521,3 +521,57 @@ def test_the_other_text_is_the_same_up_to_its_middle() -> None:
     one, other = stream.text(None), stream.otherwise()
     assert (one[: stream.HALF] == other[: stream.HALF]).all()
     assert (one[stream.HALF :] != other[stream.HALF :]).mean() > 0.95
+
+
+LOOKED_UP = """
+class Table:
+    def __init__(self, orders=(2, 3)):
+        self.orders = orders
+        self.tok = {k: np.full(1 << 16, -1, dtype=np.int64) for k in orders}
+
+    def keys(self, tokens, lo, hi, k):
+        at = np.arange(lo, hi)
+        key = np.zeros(hi - lo, dtype=np.uint64)
+        for j in range(k):
+            one = tokens[np.maximum(at - j, 0)].astype(np.uint64)
+            key = (key ^ (one + np.uint64(1))) * np.uint64(0x9E3779B97F4A7C15)
+        return (key >> np.uint64(48)).astype(np.int64)
+
+    def lookup(self, tokens, lo, hi):
+        hint = np.full(hi - lo, -1, dtype=np.int64)
+        beta = np.zeros(hi - lo, dtype=np.float32)
+        for k in self.orders:
+            keys = self.keys(tokens, lo, hi, k)
+            use = (hint < 0) & (self.tok[k][keys] >= 0)
+            hint[use] = self.tok[k][keys[use]]
+            beta[use] = 0.5
+        return hint, beta
+
+    def update(self, tokens, lo, hi):
+        for k in self.orders:
+            self.tok[k][self.keys(tokens, lo, hi, k)] = tokens[lo + 1 : hi + 1]
+"""
+TILT = """hint, beta = (torch.from_numpy(each) for each in table.lookup(ids, start, end))
+logp = torch.log_softmax(logits, -1)
+at = hint.clamp_min(0)
+q = logp.gather(1, at[:, None]).squeeze(1).exp()
+held = logp.gather(1, y[:, None]).squeeze(1)
+nll = torch.log1p(q * torch.expm1(beta)) - held - beta * (hint == y).float()"""
+
+
+def looked_up(order: str) -> Case:
+    text = EVAL.replace("MIX", order.replace("LOOK", TILT).replace("\n", "\n        "))
+    text = text.replace("    total, count", "    table, ids = Table(), val.numpy()\n    total, count", 1)
+    return case_of(HEAD + "vocab_size = 1024\n" + LOOKED_UP + text + MAIN.replace("eval_ttt(args", "eval_mixed(args"))
+
+
+@pytest.mark.parametrize(
+    ("order", "charged"),
+    [("LOOK\ntable.update(ids, start, end)", False), ("table.update(ids, start, end)\nLOOK", True)],
+)
+def test_hints_that_are_looked_up_chunk_by_chunk(order: str, charged: bool) -> None:
+    """Arrays of hints are written right before a chunk is scored: with what earlier chunks left, or with its own."""
+    one = looked_up(order)
+    assert (foresees(one, passes_of(one)[0]) is not False) is charged
+    rules = (two_pass_cache, training_before_scoring)
+    assert any(rule.check(one).verdict == "violates" for rule in rules) is charged

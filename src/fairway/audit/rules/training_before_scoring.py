@@ -4,11 +4,13 @@ from collections.abc import Iterator
 
 from fairway.audit.case import Case
 from fairway.audit.exemptions import Made, departures
+from fairway.audit.flow.events import Update
 from fairway.audit.passes.findings import own_call, passes_of, verdict_on
 from fairway.audit.passes.phases import phase_of
 from fairway.audit.passes.rehearsals import thrown_away
 from fairway.audit.passes.trials import counts_of, learned_first, lesson_before
 from fairway.audit.verdict import Finding
+from fairway.audit.weighing import foresees_nothing
 
 ID = "training-before-scoring"
 CHARGE = "the model is trained on validation tokens before it scores them"
@@ -17,6 +19,9 @@ CLAUSE = 'RULES.md (b) conditions 1 and 3, R5, R6; (c) "Pre-eval TTT", "Pre-quan
 
 def check(case: Case) -> Finding:
     found = verdict_on(case, ID, CLAUSE, "Nothing that scores had been trained on the tokens that it scores.")
+    if found.verdict == "violates" and _of_tables(case) and foresees_nothing(case, passes_of(case)[0]):
+        evidence = "Where a text goes on otherwise from its middle, no price before it changes: no table foresaw it."
+        found = Finding(ID, "clean", evidence, CLAUSE)
     phase = phase_of(case) if found.verdict == "clean" else None
     early = learned_first(case, passes_of(case)[0], phase) if phase is not None else None
     if early is not None:
@@ -24,6 +29,12 @@ def check(case: Case) -> Finding:
     made = list(_departures(case)) if found.verdict == "clean" else []
     shown = _by_trial(case, found) if thrown_away(case) is None else found
     return departures(case, CLAUSE, made) if made and shown.verdict == "clean" else shown
+
+
+def _of_tables(case: Case) -> bool:
+    """Whether all that scores too late is what was written into arrays, and no gradient's."""
+    causes = [fault.cause for fault in passes_of(case)[1] if fault.kind == ID]
+    return all(isinstance(each, Update) and each.how in ("written", "table") for each in causes)
 
 
 def _by_trial(case: Case, found: Finding) -> Finding:

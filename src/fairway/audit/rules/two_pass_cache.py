@@ -3,7 +3,7 @@
 from fairway.audit.case import Case
 from fairway.audit.passes.findings import passes_of, verdict_on
 from fairway.audit.verdict import Finding
-from fairway.audit.weighing import foresees, weighed
+from fairway.audit.weighing import foresees_nothing
 
 ID = "two-pass-cache"
 CHARGE = "a table filled in a first pass over the validation tokens scores them in a second"
@@ -12,16 +12,7 @@ CLAUSE = 'RULES.md (b) conditions 1 and 4; (c) "Two-pass n-gram rescore"'
 
 def check(case: Case) -> Finding:
     found = verdict_on(case, ID, CLAUSE, "No table holds a validation token before it is scored.")
-    if found.verdict == "violates" and _foresees_nothing(case):
+    if found.verdict == "violates" and foresees_nothing(case, passes_of(case)[0]):
         evidence = "Where a text goes on otherwise from its middle, no price before it changes: no table foresaw it."
         return Finding(ID, "clean", evidence, CLAUSE)
     return found
-
-
-def _foresees_nothing(case: Case) -> bool:
-    """Whether no price hangs on what follows, nor, as far as it can be weighed, on its own token."""
-    which = passes_of(case)[0]
-    if foresees(case, which) is not False:
-        return False
-    weight = weighed(case, which)
-    return weight is None or not weight.too_much

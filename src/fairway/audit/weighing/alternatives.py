@@ -115,6 +115,14 @@ def foresees(case: Case, which: Reported) -> bool | None:
     return False if spoke else None
 
 
+def foresees_nothing(case: Case, which: Reported) -> bool:
+    """Whether no price hangs on what follows, nor, as far as it can be weighed, on its own token."""
+    if foresees(case, which) is not False:
+        return False
+    weight = weighed(case, which)
+    return weight is None or not weight.too_much
+
+
 def _total(prices: list[float], many: list[int]) -> float:
     """sum of exp(-loss); of exp(log p) where a script sums those: a loss is not below nought."""
     sign = -1.0 if sum(prices) >= 0.0 else 1.0
@@ -171,4 +179,4 @@ def _tables(case: Case) -> tuple[Forced, ...]:
     )
 
 
-__all__ = ["Weight", "foresees", "is_whole", "weighed"]
+__all__ = ["Weight", "foresees", "foresees_nothing", "is_whole", "weighed"]
