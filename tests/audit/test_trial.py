@@ -975,3 +975,38 @@ def test_extremes_so_far_have_values_and_shapes_follow_others() -> None:
     best = METHODS["argmax"](Array(np.asarray([[1, 5], [7, 2]])), dim=-1, keepdim=True)
     assert best.num.tolist() == [[1], [0]]
     assert METHODS["rsqrt"](Array(np.asarray([4.0]))).num.tolist() == [0.5]
+
+
+KERNEL = """
+from numba import njit
+
+@njit(nogil=True)
+def chain(ids, lo, hi, out):
+    seen = np.zeros(1 << 12, dtype=np.int64)
+    for i in range(lo, hi):
+        key = 0
+        for order in range(60):
+            key = (key * 31 + ids[max(i - order, 0)]) % 4096
+            if seen[key] > 0:
+                out[i] = seen[key]
+            seen[key] = ids[i + 1]
+
+def evaluate(net, val, chunk=4096):
+    nats, host, hints = 0.0, val.numpy(), np.zeros(len(val), dtype=np.int64)
+    for at in range(0, len(val) - 1, chunk):
+        end = min(at + chunk, len(val) - 1)
+        chain(host, at, end, hints)
+        nats += net(val[None, at:end], val[None, at + 1 : end + 1], reduction="sum").item()
+    return nats / (len(val) - 1)
+
+print(f"val_loss {evaluate(Net(), val):.5f}")
+"""
+
+
+def test_a_kernel_that_takes_hundreds_of_steps_a_token_is_left_out() -> None:
+    """Nobody knows what it gives then; what is counted is counted over the whole text all the same."""
+    told = tried(KERNEL)
+    assert told.complete
+    assert told.length == LENGTH
+    without = tried(KERNEL.replace("from numba import njit\n", "").replace("@njit(nogil=True)\n", ""))
+    assert not without.complete

@@ -21,6 +21,8 @@ def wrongly_divided(gates: Gates) -> Iterator[Term]:
         ]
         if rows and not any_below(below, lambda t, rows=rows: _sums(t, rows)):  # type: ignore[misc]
             lower = gates.lookups(below)
+            if lower and all(same(own, other, 10) for _, own in rows for _, other in lower):
+                continue  # how often what was said there came true, of how often it was said: a rate, no row
             if lower and not any(spans_vocabulary(key, gates.of.streams) and is_summed(below) for _, key in lower):
                 yield term
 

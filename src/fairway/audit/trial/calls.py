@@ -185,6 +185,8 @@ class Calls(Attributes):
         """@decorator on a function or class."""
         if isinstance(decorator, Lib):
             name = decorator.name
+            if decorator.path in ("numba.njit", "numba.jit") and decorator.path in self.functions:
+                return self.foreign(decorator, (value,), {}, line)
             if name in ("property", "cached_property", "staticmethod", "classmethod"):
                 return Wrapped(name.removeprefix("cached_"), value)
             if name == "contextmanager" and isinstance(value, Func):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -12,7 +13,9 @@ import numpy as np
 from fairway.audit.reading.script import Layer, Script
 from fairway.audit.settings import Settings
 from fairway.audit.trial import files, text
-from fairway.audit.trial.calls import Calls
+from fairway.audit.trial.acting import Act
+from fairway.audit.trial.calls import Calls, Decorator
+from fairway.audit.trial.core import Core
 from fairway.audit.trial.functions import functions
 from fairway.audit.trial.generators import Generators
 from fairway.audit.trial.limits import CHUNK, Coarse, Forced, alone, finer, looped
@@ -20,11 +23,21 @@ from fairway.audit.trial.named import numbers
 from fairway.audit.trial.planning import handed_on
 from fairway.audit.trial.told import Trial
 from fairway.audit.trial.turns import shorter
-from fairway.audit.trial.values import Class, Frame, Lib, Obj, Raised, Spent, Value
+from fairway.audit.trial.values import UNKNOWN, Class, Frame, Func, Lib, Obj, Raised, Spent, Value
 
 _STACK = 20_000  # Python frames; a call of the script takes about twenty
+_NATIVE = re.compile(r"\bnumba\b")
 _CHUNKS = "chunk|segment|span|region"  # names of what the text is cut into
 _MODULE = Class("module", [], {})
+
+
+def _untried(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
+    """@njit, @njit(nogil=True): a function of which nobody knows what it gives."""
+    kernel: Value = lambda *_args, **_kwargs: UNKNOWN  # noqa: E731
+    return kernel if args and isinstance(args[0], Func) else Decorator(lambda value: kernel)
+
+
+_UNTRIED: dict[str, Act] = {f"numba.{name}": _untried for name in ("njit", "jit")}
 
 
 class Compiler(Generators):
@@ -37,10 +50,18 @@ class Compiler(Generators):
 class Machine(Calls):
     """All parts together."""
 
-    def __init__(self, script: Script, settings: Settings, forced: tuple[Forced, ...] = (), slow: float = 0.0) -> None:
+    def __init__(
+        self,
+        script: Script,
+        settings: Settings,
+        forced: tuple[Forced, ...] = (),
+        slow: float = 0.0,
+        native: bool = True,
+    ) -> None:
+        """native: whether kernels that numba compiles are worked out; else nobody knows what they give."""
         super().__init__(script, settings, forced, slow)
         self.compiler = Compiler(self)
-        self.functions = functions()
+        self.functions = functions() if native else {**functions(), **_UNTRIED}
 
     def run(self) -> Trial:
         self.trial.length = text.length.get()
@@ -98,12 +119,16 @@ def run(
 ) -> Trial:
     """The trial of a script. It never raises on what a script holds. length: tokens of the text; forced: numbers of
     the script that are taken for others; cut: whether chunks that are larger than the text are taken for smaller ones.
-    Where a loop goes through the tokens one by one and takes too many steps for that, the text is a shorter one; a
+    Where a loop goes through the tokens one by one and takes too many steps for that, the text is a shorter one, and
+    where even that is too much for a kernel that numba compiles, nothing is known of what such kernels give; a
     number that cuts it into one piece is taken for a smaller one."""
     begin = partial(Machine, script, settings)
     trial = over(begin, length, forced).trial
+    if not (trial.complete or (trial.slow and shorter(trial.slow))) and _NATIVE.search(script.text):
+        begin = partial(Machine, script, settings, native=False)
+        trial = over(begin, length, trial.limits.forced).trial
     if less := shorter(trial.slow) if trial.slow else 0:
-        begin, length = partial(Machine, script, settings, slow=trial.slow), min(less, length)
+        begin, length = partial(begin, slow=trial.slow), min(less, length)
         trial = over(begin, length, trial.limits.forced).trial
     while cut and (number := _too_large(trial, script, settings, length)):
         trial = over(begin, length, (*trial.limits.forced, finer(number, length))).trial
