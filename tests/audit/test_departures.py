@@ -379,6 +379,22 @@ def test_phases_at_boundaries_between_claims_are_accepted_with_the_claims(tmp_pa
     }
 
 
+AHEAD = """x = torch.stack([val[s + k + STEP : s + k + STEP + 256] for s in starts])
+            y = torch.stack([val[s + k + STEP + 1 : s + k + STEP + 257] for s in starts])
+            logits = model.head(model.hidden(x)) + lora(model.hidden(x))
+            nll = F.cross_entropy(logits.transpose(1, 2), y, reduction="none")
+            opt.zero_grad()
+            (nll * real).mean().backward()"""
+
+
+@pytest.mark.parametrize("step", ["0", "256"])
+def test_an_accepted_phase_hides_no_adapter_that_learns_from_the_next_chunk(tmp_path: Path, step: str) -> None:
+    text = TWO_WALKS.replace("FRESH", NEW).replace("LEARN", "learn(model, docs[:2000], val)")
+    text = text.replace("opt.zero_grad()\n            (nll * real).mean().backward()", AHEAD.replace("STEP", step))
+    finding = told(tmp_path, script(text))["training-before-scoring"]
+    assert finding.verdict == ("violates" if step == "256" else "clean")
+
+
 def test_documents_with_adapters_alone_have_no_phase(tmp_path: Path) -> None:
     assert accepted(tmp_path, script(TWO_WALKS.replace("FRESH", NEW).replace("LEARN", "pass"))) == {}
 

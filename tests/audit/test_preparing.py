@@ -217,10 +217,12 @@ def test_nothing_is_written_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "while True:\n    pass\n",
         "def deep(n):\n    return deep(n + 1)\n\ndeep(0)\n",
         "re.sub('(a+)+$', '', 'a' * 60 + 'b')\n",
+        "re.sub('(a|a)*b', '', 'a' * 60)\n",
+        "re.sub('a', '\\\\9', 'a')\n",
         "text = 'x'\nfor _ in range(60):\n    text = text + text\n",
         "lines = (each for each in [next(lines)])\n",
     ],
-    ids=["for-ever", "deep", "pattern", "large", "itself"],
+    ids=["for-ever", "deep", "pattern", "choices", "no-such-group", "large", "itself"],
 )
 def test_a_trap_ends_soon(tmp_path: Path, trap: str) -> None:
     begun = time.process_time()
@@ -232,7 +234,9 @@ def test_a_trap_ends_soon(tmp_path: Path, trap: str) -> None:
     ("pattern", "expected"),
     [
         *dict.fromkeys(["(a+)+", "(a*|b)*c", "((x)y+){2,}", "(?:[ab]+,)*", "(a{2,3})+"], True).items(),
+        *dict.fromkeys(["(a|a)*b", "(?:a|b)+", "(a?){60}", "(?P<x>a?)*", "((?:a|b)c)+"], True).items(),
         *dict.fromkeys(["a+b*", "(ab)+", r"(\(+)", "[(+]*(a)*", "[A-Z]"], False).items(),
+        *dict.fromkeys(["(?:ab)+c", "(?<!a)b+", "a|b", "(a|b)c", "[A-Z]{2,}(?![a-z])"], False).items(),
     ],
 )
 def test_patterns_that_may_take_for_ever_are_refused(pattern: str, expected: bool) -> None:

@@ -53,6 +53,17 @@ def test_the_answers_are_told_with_or_without_an_axis_of_length_one(tmp_path: Pa
     assert verdict(tmp_path, "target_gated_tilt", text(context)).verdict == "clean"
 
 
+TWO = """def losses(shift):
+            return F.cross_entropy((z + shift).flatten(0, 1), rows[:, 1:].flatten(), reduction="none")
+        nll = torch.where(torch.from_numpy(lead)[PLACE].flatten(), losses(torch.zeros(1)), losses(torch.zeros(1)))"""
+
+
+@pytest.mark.parametrize(("place", "wanted"), [("rows[:, 1:]", "violates"), ("rows[:, :-1]", "clean")])
+def test_two_losses_that_are_made_alike_are_still_two(tmp_path: Path, place: str, wanted: str) -> None:
+    """A vector that was fitted is a tensor of noughts to the terms, as the one that was not."""
+    assert verdict(tmp_path, "target_gated_tilt", text(TWO.replace("PLACE", place))).verdict == wanted
+
+
 @pytest.mark.parametrize(
     ("price", "wanted"), [("math.expm1(2.0)", "clean"), ("(math.exp(2.0) - 1)", "clean"), ("2.0", "violates")]
 )

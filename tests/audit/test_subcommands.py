@@ -5,7 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from fairway.audit.reading.script import Script
+from fairway.audit.settings import Settings
 from fairway.audit.subcommands import settle
+from fairway.audit.trial.arguments import Parser
+from fairway.audit.trial.machine import Machine
 from tests.audit.small import script, verdict
 
 COMMANDS = """
@@ -60,3 +64,12 @@ def test_a_single_default_is_no_choice() -> None:
     tree = ast.parse(text)
     settle([tree])
     assert "options.call(options)" in ast.unparse(tree)
+
+
+def test_options_of_all_sub_commands_are_known_in_whatever_order_they_are_made() -> None:
+    """The first sub-command's options are added when the second one is there already."""
+    parser = Parser(Machine(Script("train_gpt.py", "", ast.parse("")), Settings()))
+    first, second = parser.add_parser("train"), parser.add_parser("tokenizer")
+    first.add_argument("--stride", default=64)
+    second.add_argument("--vocab", default=1024)
+    assert parser.parse_args().vars == {"stride": 64, "vocab": 1024}

@@ -13,6 +13,7 @@ from fairway.audit.case import Case
 from fairway.audit.passes.findings import passes_of
 from fairway.audit.rules import false_normalisation, training_before_scoring, two_pass_cache
 from fairway.audit.weighing import PIECES, Weight, foresees, is_whole, stream, weighed
+from fairway.audit.weighing.alternatives import _sizes
 from tests.audit.order import HEAD, MAIN, case_of
 
 EVAL = """
@@ -553,10 +554,9 @@ class Table:
 """
 TILT = """hint, beta = (torch.from_numpy(each) for each in table.lookup(ids, start, end))
 logp = torch.log_softmax(logits, -1)
-at = hint.clamp_min(0)
-q = logp.gather(1, at[:, None]).squeeze(1).exp()
-held = logp.gather(1, y[:, None]).squeeze(1)
-nll = torch.log1p(q * torch.expm1(beta)) - held - beta * (hint == y).float()"""
+tilt = torch.zeros_like(logp)
+tilt.scatter_(1, hint.clamp_min(0)[:, None], beta[:, None])
+nll = -(logp + tilt - torch.logsumexp(logp + tilt, -1, keepdim=True)).gather(1, y[:, None]).squeeze(1)"""
 
 
 def looked_up(order: str) -> Case:
@@ -572,6 +572,16 @@ def looked_up(order: str) -> Case:
 def test_hints_that_are_looked_up_chunk_by_chunk(order: str, charged: bool) -> None:
     """Arrays of hints are written right before a chunk is scored: with what earlier chunks left, or with its own."""
     one = looked_up(order)
+    assert {each.kind for each in passes_of(one)[1]} == {"training-before-scoring"}  # of the walk alone, either is one
     assert (foresees(one, passes_of(one)[0]) is not False) is charged
     rules = (two_pass_cache, training_before_scoring)
     assert any(rule.check(one).verdict == "violates" for rule in rules) is charged
+
+
+def test_a_batch_is_cut_down_by_its_name_whether_it_counts_tokens_or_windows() -> None:
+    """A padded batch of 524,288 tokens is too large to be weighed; of 32 windows the whole short text is one."""
+    one = case_of(HEAD + "val_batch_size = 524_288\neval_batch_windows = 32\n" + MAIN)
+    taken = {
+        (each.limit, each.value) for each in _sizes(one) if each.of("val_batch_size") or each.of("eval_batch_windows")
+    }
+    assert {(524_288, 512), (32, 2)} <= taken

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fairway.audit.preparing import Preparations
     from fairway.audit.terms.reading import Reading
     from fairway.audit.trial import Trial
+    from fairway.audit.weighing import Weight
 
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 
@@ -76,6 +77,14 @@ class Case:
         from fairway.audit.preparing import preparations
 
         return preparations(self)
+
+    @cached_property
+    def weight(self) -> "Weight | None":
+        """What the probabilities of a token add up to in the score."""
+        from fairway.audit.passes.findings import passes_of
+        from fairway.audit.weighing import weighed
+
+        return weighed(self, passes_of(self)[0])
 
     @cached_property
     def reading(self) -> "Reading":

@@ -119,9 +119,6 @@ class Options(Parser):
         self.below[str(name)] = made
         return made
 
-    def set_defaults(self, **values: Value) -> None:
-        self.values.update(values)
-
     def parse_args(self, *_: Value, **__: Value) -> Obj:
         values = dict(self.values)
         word = next((each for each in self.words if each in self.below), None)

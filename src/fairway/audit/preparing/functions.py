@@ -132,16 +132,11 @@ def _options(machine: Any, args: tuple[Value, ...], kwargs: dict[str, Value], li
     return Options(machine, machine.words, kwargs.get("parents", ()))
 
 
-def _opened(machine: Any, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
-    path = text_of(args[0])
-    return UNKNOWN if path is None else machine.disk.open(path, args[1] if len(args) > 1 else kwargs.get("mode", "r"))
-
-
 def _packed_open(machine: Any, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
     """gzip.open: bytes where nobody asks for text."""
     mode = args[1] if len(args) > 1 else kwargs.get("mode", "rb")
     kind = mode if not isinstance(mode, str) or mode[-1:] in ("b", "t") else mode + "b"
-    return _opened(machine, args[:1], {"mode": kind}, line)
+    return BUILTIN["open"](machine, args[:1], {"mode": kind}, line)
 
 
 def _through(machine: Any, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
@@ -154,8 +149,7 @@ def _cutter(machine: Any, args: tuple[Value, ...], kwargs: dict[str, Value], lin
 
 FUNCTIONS: dict[str, Any] = {
     "len": _len,
-    "open": _opened,
-    "io.open": _opened,
+    "io.open": BUILTIN["open"],
     **dict.fromkeys(["gzip.open", "bz2.open", "lzma.open"], _packed_open),
     "os.path.exists": lambda machine, args, kwargs, line: machine.disk.exists(text_of(args[0]) or ""),
     "os.path.isfile": lambda machine, args, kwargs, line: machine.disk.exists(text_of(args[0]) or ""),

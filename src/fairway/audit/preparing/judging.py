@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from fairway.audit.preparing.documents import BY_CODE, PAIRS, coded
 from fairway.audit.preparing.machine import Preparer
+from fairway.audit.trial.files import HEADER, MAGIC
 from fairway.audit.trial.vocabulary import MARK
 
-_HEADER = 1_024  # bytes before the tokens of a shard
-_MAGIC = 20240520
+_HEADER = 4 * HEADER  # bytes before the tokens of a shard
 _KINDS = ("<u2", "<u4", "<i4", "<u1", "<i2", "<i8")
 _WORD = re.compile(r"[A-Za-z]{3,}")
 _FEW = 8  # documents: fewer are no split
@@ -70,7 +70,7 @@ def _arrays(held: bytes | str) -> Iterator[NDArray[Any]]:
     """The numbers of a file, by every width that they may have."""
     if not isinstance(held, bytes):
         return
-    headed = len(held) >= _HEADER and int(np.frombuffer(held[:4], "<i4")[0]) == _MAGIC
+    headed = len(held) >= _HEADER and int(np.frombuffer(held[:4], "<i4")[0]) == MAGIC
     body = held[_HEADER:] if headed else held
     for kind in _KINDS:
         if body and len(body) % np.dtype(kind).itemsize == 0:

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import ast
-import sys
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
-
-import numpy as np
 
 from fairway.audit.preparing.asking import Asked
 from fairway.audit.preparing.disk import Disk
 from fairway.audit.preparing.functions import FUNCTIONS
 from fairway.audit.preparing.pieces import Cutter, cutter_for
 from fairway.audit.subcommands import INSTEAD
+from fairway.audit.terms.data import TOKENISERS
 from fairway.audit.trial import files
 from fairway.audit.trial.arrays import Array
 from fairway.audit.trial.files import text_of
 from fairway.audit.trial.host import Compute
-from fairway.audit.trial.machine import Compiler, Machine
+from fairway.audit.trial.machine import Compiler, Machine, over
+from fairway.audit.trial.text import LENGTH
 from fairway.audit.trial.values import Func, Lib, Spent, Value
 
-_STACK = 20_000
 _STEPS = 400_000
-_CUTTING = frozenset("encode Encode EncodeAsIds encode_as_ids tokenize encode_as_pieces EncodeAsPieces".split())  # noqa: SIM905
 
 
 class Asking(Compiler):
@@ -70,7 +67,7 @@ class Preparer(Machine):
     def attribute(self, value: Value, name: str) -> Value:
         if isinstance(value, Lib) and f"{value.path}.{name}" == "sys.argv":
             return [self.entry.path, *self.words, "made/documents", "made/out"]
-        if isinstance(value, Cutter) and name in _CUTTING:
+        if isinstance(value, Cutter) and name in TOKENISERS:
             self.cut_at_line = self.line
         return super().attribute(value, name)
 
@@ -78,9 +75,8 @@ class Preparer(Machine):
         raise Spent  # a model is asked: this is the training, and no preparation
 
     def foreign(self, func: Lib, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
-        if (
-            func.path.startswith("str.") and func.path not in self.functions and args and isinstance(args[0], str)
-        ):  # str.casefold, handed on
+        of_text = func.path.startswith("str.") and func.path not in self.functions
+        if of_text and args and isinstance(args[0], str):  # str.casefold, handed on
             return self.call(self.attribute(args[0], func.name), args[1:], kwargs, line)
         return super().foreign(func, args, kwargs, line)
 
@@ -123,17 +119,11 @@ class Preparer(Machine):
 def prepared(asked: Asked) -> Preparer:
     """The machine after the script's last line. It never raises on what the script holds."""
     machine = Preparer(asked)
-    before = sys.getrecursionlimit()
-    sys.setrecursionlimit(max(before, _STACK))
-    room, disc = files.room.set(machine.disk), files.disc.set({})
+    room = files.room.set(machine.disk)
     try:
-        with np.errstate(all="ignore"):
-            machine.run()
+        return over(lambda forced: machine, LENGTH, ())
     finally:
         files.room.reset(room)
-        files.disc.reset(disc)
-        sys.setrecursionlimit(before)
-    return machine
 
 
 __all__ = ["Preparer", "prepared"]

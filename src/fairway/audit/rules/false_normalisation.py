@@ -8,7 +8,7 @@ from fairway.audit.terms import mixtures, normalisers, rows
 from fairway.audit.terms.mixtures import gold_ratios, spread_over_bytes
 from fairway.audit.terms.verdicts import clean, unsaid
 from fairway.audit.verdict import Finding
-from fairway.audit.weighing import PIECES, is_whole, weighed
+from fairway.audit.weighing import PIECES, is_whole
 
 ID = "false-normalisation"
 CHARGE = "a distribution is divided by something else than its sum"
@@ -102,7 +102,7 @@ def _weighed(case: Case) -> Finding | None:
         return None
     if any(isinstance(each.cause, Update) and each.cause.how == "table" for each in faults):
         return None  # what a table already holds of the token that is exchanged says nothing of its sums
-    weight = weighed(case, which)
+    weight = case.weight
     if weight is None or not weight.too_much:
         return None
     evidence = (

@@ -10,7 +10,7 @@ from fairway.audit.passes.phases import phase_of
 from fairway.audit.passes.rehearsals import thrown_away
 from fairway.audit.passes.trials import counts_of, learned_first, lesson_before
 from fairway.audit.verdict import Finding
-from fairway.audit.weighing import foresees_nothing
+from fairway.audit.weighing import as_foreseen
 
 ID = "training-before-scoring"
 CHARGE = "the model is trained on validation tokens before it scores them"
@@ -19,9 +19,7 @@ CLAUSE = 'RULES.md (b) conditions 1 and 3, R5, R6; (c) "Pre-eval TTT", "Pre-quan
 
 def check(case: Case) -> Finding:
     found = verdict_on(case, ID, CLAUSE, "Nothing that scores had been trained on the tokens that it scores.")
-    if found.verdict == "violates" and _of_tables(case) and foresees_nothing(case, passes_of(case)[0]):
-        evidence = "Where a text goes on otherwise from its middle, no price before it changes: no table foresaw it."
-        found = Finding(ID, "clean", evidence, CLAUSE)
+    found = as_foreseen(case, found) if _of_tables(case) else found
     phase = phase_of(case) if found.verdict == "clean" else None
     early = learned_first(case, passes_of(case)[0], phase) if phase is not None else None
     if early is not None:

@@ -52,7 +52,8 @@ class Parser:
 
     def add_parser(self, *_: Value, parents: Value = (), **__: Value) -> Parser:
         below = Parser(self.machine, parents)
-        self.values = below.values = {**below.values, **self.values}
+        self.values.update({name: value for name, value in below.values.items() if name not in self.values})
+        below.values = self.values
         return below
 
     def set_defaults(self, **values: Value) -> None:

@@ -326,7 +326,7 @@ BUILTIN: dict[str, Act] = {
     "slice": plain(slice),
     "id": plain(lambda value: UNKNOWN if isinstance(value, Unknown) else id(value)),
     "vars": lambda machine, args, kwargs, line: args[0].vars if args and isinstance(args[0], (Obj, Class)) else UNKNOWN,
-    "open": lambda machine, args, kwargs, line: files.File(
+    "open": lambda machine, args, kwargs, line: files.opened(
         text_of(args[0]) or "", args[1] if len(args) > 1 else kwargs.get("mode", "r")
     ),
     "object": lambda machine, args, kwargs, line: Obj(Class("object", [], {})),

@@ -13,9 +13,9 @@ from fairway.audit.trial.text import TRAIN, length, tokens
 from fairway.audit.trial.values import UNKNOWN, Value
 from fairway.audit.trial.vocabulary import octets
 
-_HEADER = 256
+HEADER = 256
 _SMALL = 100_000  # characters of a file that the script writes
-_MAGIC = 20240520
+MAGIC = 20240520
 NAMES = ("fineweb_train_000001.bin", "fineweb_train_000002.bin", "fineweb_val_000000.bin")
 _VAL = re.compile(r"val|valid|held|eval|test", re.I)
 _SIDECAR = re.compile(r"byte|octet", re.I)  # what each token of the text takes of it, written beside the tokens
@@ -268,7 +268,7 @@ class Raw:
 def size_of(path: str) -> int | None:
     """The bytes of a shard; None for what is none."""
     count = count_of(path)
-    return _HEADER * 4 + 2 * count if count else None
+    return HEADER * 4 + 2 * count if count else None
 
 
 def read(raw: Raw, width: int, count: int | None, offset: int, vocabulary: int) -> Value:
@@ -279,10 +279,10 @@ def read(raw: Raw, width: int, count: int | None, offset: int, vocabulary: int) 
         return UNKNOWN
     first = (raw.start + offset) // width
     last = raw.stop // width if count is None or count < 0 else min(first + count, raw.stop // width)
-    if width == 2 and not scored and first >= 2 * _HEADER:
-        return Array(np.broadcast_to(np.uint16(5), (min(last, 2 * _HEADER + held) - first,)))
-    header = np.zeros(_HEADER, np.int32)
-    header[:3] = (_MAGIC, 1, held)
+    if width == 2 and not scored and first >= 2 * HEADER:
+        return Array(np.broadcast_to(np.uint16(5), (min(last, 2 * HEADER + held) - first,)))
+    header = np.zeros(HEADER, np.int32)
+    header[:3] = (MAGIC, 1, held)
     if width == 4:
         return Array(header[first:last])
     head = header.view(np.uint16)
@@ -297,4 +297,7 @@ def read(raw: Raw, width: int, count: int | None, offset: int, vocabulary: int) 
     return Array(both, places[first:last])
 
 
-__all__ = ["File", "Path", "Raw", "Room", "Stat", "count_of", "found", "opened", "read", "room", "size_of", "text_of"]
+__all__ = [
+    "HEADER", "MAGIC", "File", "Path", "Raw", "Room", "Stat", "count_of", "found", "opened", "read", "room", "size_of",
+    "text_of",
+]  # fmt: skip

@@ -15,8 +15,9 @@ says of them must add up to one at most: exp(-loss) summed over the tokens, RULE
 More than one is a fault in any case. Less is none: what is left may lie on tokens that were not tried.
 """
 
-from fairway.audit.weighing.alternatives import Weight, foresees, foresees_nothing, is_whole, weighed
+from fairway.audit.weighing.alternatives import Weight, is_whole, weighed
+from fairway.audit.weighing.foreseeing import as_foreseen, foresees
 from fairway.audit.weighing.stream import PIECES
 from fairway.audit.weighing.timing import Overrun, steps_after, timed
 
-__all__ = ["PIECES", "Overrun", "Weight", "foresees", "foresees_nothing", "is_whole", "steps_after", "timed", "weighed"]
+__all__ = ["PIECES", "Overrun", "Weight", "as_foreseen", "foresees", "is_whole", "steps_after", "timed", "weighed"]

@@ -25,7 +25,7 @@ from fairway.audit.weighing.stream import PIECES
 
 _NUMBERS = 60_000_000  # elements of a table of hashed counts
 _STEPS = 200_000  # of all runs together
-_PLAIN = 1e-4
+PLAIN = 1e-4
 _LESS = 0.998
 _MORE = 1.0004  # what is more is no rounding, nor an epsilon of 1e-6 for each of 320 tokens
 
@@ -77,7 +77,7 @@ def _weighed(case: Case, ways: set[Way], tables: tuple[Forced, ...], turned: int
     line = models = 0
     tried = stream.alternatives(turned)
     for last, _ in tried:
-        run = _run(case, stream.text(last, turned), tables)
+        run = over_text(case, stream.text(last, turned), tables)
         if len(tried) * run.trial.steps > _STEPS:
             return None
         here = {way: price for way, price in run.said.items() if way in ways and not run.unsure(way)}
@@ -86,41 +86,13 @@ def _weighed(case: Case, ways: set[Way], tables: tuple[Forced, ...], turned: int
         said.append(here)
         line = line or _to_blame(run)
         plain = stream.losses()[stream.TOKENS - 2, last]
-        if all(abs(abs(price) - plain) < _PLAIN for price in said[-1].values()):
+        if all(abs(abs(price) - plain) < PLAIN for price in said[-1].values()):
             models += 1
             if models == len(said) == 2:
                 return None
     shared = set.intersection(*(set(each) for each in said))
     total = max((_total([each[way] for each in said], [many for _, many in tried]) for way in shared), default=0.0)
     return Weight(total, line) if total > 0.0 else None
-
-
-def foresees(case: Case, which: Reported) -> bool | None:
-    """Whether a price hangs on what comes after its token: two texts that differ from the middle on give their first
-    halves different prices (RULES.md (b) 1). None where the trials cannot say, or the model alone says the prices."""
-    counts = counts_of(case, which, doubtful=True)
-    if counts is None:
-        return None
-    ways = counts.said[-1].sum.ways()
-    runs = [_run(case, ids, ()) for ids in (stream.text(None), stream.otherwise())]
-    plain = stream.losses()[np.arange(stream.HALF - 1), stream.text(None)[1 : stream.HALF]]
-    spoke = False
-    for way in ways:
-        paid = [run.paid[way][1 : stream.HALF] for run in runs if way in run.paid and not run.unsure(way)]
-        if len(paid) < len(runs) or not all(run.trial.complete for run in runs) or np.isnan(paid).any():
-            return None
-        if not np.allclose(paid[0], paid[1], atol=_PLAIN):
-            return True
-        spoke = spoke or not np.allclose(np.abs(paid[0]), plain, atol=_PLAIN)
-    return False if spoke else None
-
-
-def foresees_nothing(case: Case, which: Reported) -> bool:
-    """Whether no price hangs on what follows, nor, as far as it can be weighed, on its own token."""
-    if foresees(case, which) is not False:
-        return False
-    weight = weighed(case, which)
-    return weight is None or not weight.too_much
 
 
 def _total(prices: list[float], many: list[int]) -> float:
@@ -150,7 +122,7 @@ def is_whole(loss: Term) -> bool:
     return below.called in ("cross_entropy", "nll_loss", "log_softmax", "CrossEntropyLoss")
 
 
-def _run(case: Case, ids: NDArray[np.uint16], tables: tuple[Forced, ...]) -> Weigher:
+def over_text(case: Case, ids: NDArray[np.uint16], tables: tuple[Forced, ...]) -> Weigher:
     given, room = text.given.set(ids), largest.set(_NUMBERS)
     try:
         return over(partial(Weigher, case.script, case.settings), stream.TOKENS, (*_sizes(case), *tables))
@@ -179,4 +151,4 @@ def _tables(case: Case) -> tuple[Forced, ...]:
     )
 
 
-__all__ = ["Weight", "foresees", "foresees_nothing", "is_whole", "weighed"]
+__all__ = ["PLAIN", "Weight", "is_whole", "over_text", "weighed"]

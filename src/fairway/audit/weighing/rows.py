@@ -8,19 +8,8 @@ import numpy as np
 
 from fairway.audit.trial.arrays import Array, Numbers, scalar
 from fairway.audit.trial.given import body_of, numbers_of
+from fairway.audit.trial.reducing import Extremes
 from fairway.audit.trial.values import Value
-
-
-class Found(tuple[Array, Array]):
-    """torch.return_types: values and indices."""
-
-    @property
-    def values(self) -> Array:
-        return self[0]
-
-    @property
-    def indices(self) -> Array:
-        return self[1]
 
 
 def _floats(array: Value) -> Numbers:
@@ -84,7 +73,7 @@ def extreme(name: str) -> Callable[..., Value]:
         at = np.expand_dims(getattr(rows, f"arg{name}")(axis=axis), axis)
         values = np.take_along_axis(rows, at, axis)
         keep = bool(keepdim or kwargs.get("keepdims", False))
-        return Found(Array(each if keep else each.squeeze(axis)) for each in (values, at))
+        return Extremes(Array(each if keep else each.squeeze(axis)) for each in (values, at))
 
     return act
 
@@ -93,7 +82,7 @@ def topk(array: Value, k: Value, dim: Value = None, **kwargs: Value) -> Value:
     rows, many, axis = numbers_of(array), scalar(k), _axis(dim, kwargs)
     order = np.argsort(-rows if kwargs.get("largest", True) else rows, axis=axis, kind="stable")
     at = np.take(order, np.arange(many), axis=axis)
-    return Found((Array(np.take_along_axis(rows, at, axis)), Array(at)))
+    return Extremes((Array(np.take_along_axis(rows, at, axis)), Array(at)))
 
 
 def one_hot(array: Value, num_classes: Value = -1, **_: Value) -> Value:

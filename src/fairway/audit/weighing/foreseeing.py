@@ -1,0 +1,47 @@
+"""Two texts that differ from their middle on: does a price before the middle hang on what follows it?"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fairway.audit.case import Case
+from fairway.audit.passes.findings import passes_of
+from fairway.audit.passes.reported import Reported
+from fairway.audit.passes.trials import counts_of
+from fairway.audit.verdict import Finding
+from fairway.audit.weighing import stream
+from fairway.audit.weighing.alternatives import PLAIN, over_text
+
+
+def foresees(case: Case, which: Reported) -> bool | None:
+    """Whether a price hangs on what comes after its token: two texts that differ from the middle on give their first
+    halves different prices (RULES.md (b) 1). None where the trials cannot say, or the model alone says the prices."""
+    counts = counts_of(case, which, doubtful=True)
+    if counts is None:
+        return None
+    ways = counts.said[-1].sum.ways()
+    runs = [over_text(case, ids, ()) for ids in (stream.text(None), stream.otherwise())]
+    plain = stream.losses()[np.arange(stream.HALF - 1), stream.text(None)[1 : stream.HALF]]
+    spoke = False
+    for way in ways:
+        paid = [each.paid[way][1 : stream.HALF] for each in runs if way in each.paid and not each.unsure(way)]
+        if len(paid) < len(runs) or not all(each.trial.complete for each in runs) or np.isnan(paid).any():
+            return None
+        if not np.allclose(paid[0], paid[1], atol=PLAIN):
+            return True
+        spoke = spoke or not np.allclose(np.abs(paid[0]), plain, atol=PLAIN)
+    return False if spoke else None
+
+
+def as_foreseen(case: Case, found: Finding) -> Finding:
+    """A charge that an array knew too much, dropped where no price hangs on what follows, nor, as far as it can be
+    weighed, on its own token."""
+    if found.verdict != "violates" or foresees(case, passes_of(case)[0]) is not False:
+        return found
+    if case.weight is not None and case.weight.too_much:
+        return found
+    evidence = "Where a text goes on otherwise from its middle, no price before it changes: no table foresaw it."
+    return Finding(found.id, "clean", evidence, found.clause)
+
+
+__all__ = ["as_foreseen", "foresees"]
