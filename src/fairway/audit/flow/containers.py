@@ -289,7 +289,7 @@ class Containers(Indexing):
         """tensor[parts]: tokens by the loops that the index depends on, windows by their cuts."""
         keys = [self.flat(part.value) for part in parts if part.value is not None and part.value.const is MISSING]
         raw_keys = [key for key in keys if key.raw]
-        if raw_keys and value.active and not value.flags & GRAD and not self.quiet:  # logp[arange, y]
+        if raw_keys and _asks(value, raw_keys[0]) and not self.quiet:  # logp[arange, y]
             return self.scored(self.following(value), raw_keys[0], node)
         keyed = [key for key in keys if key.toks]
         if keyed and not value.toks:
@@ -391,3 +391,10 @@ def is_same(one: Value, other: Value) -> bool:
     if one.const is not MISSING and other.const is not MISSING:
         return bool(same(one.const, other.const))
     return one.const is other.const and len(one.refs) == 1 and one.refs == other.refs
+
+
+def _asks(value: Value, key: Value) -> bool:
+    """Whether reading a value at token ids asks what a state says of these tokens: of what it made of tokens of
+    theirs. Counts of other texts that came with the weights, `counts[tokens]`, are looked up."""
+    made = {tok.data for tok in value.toks}
+    return value.active and not value.flags & GRAD and not made.isdisjoint(tok.data for tok in key.toks)

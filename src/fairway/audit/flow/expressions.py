@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fairway.audit.flow.comprehensions import Comprehensions
+from fairway.audit.flow.heap import Obj
 from fairway.audit.flow.values import (
     GRAD,
     MISSING,
@@ -23,6 +24,7 @@ from fairway.audit.flow.values import (
 )
 
 _BUILTINS = frozenset(dir(builtins))
+_OWN = frozenset(("function", "bound", "instance"))
 _TRUE, _FALSE = Value(const=True), Value(const=False)
 
 
@@ -144,13 +146,41 @@ class Expressions(Comprehensions):
             base = self.evaluate(function.value)
             args, kwargs = self.arguments(node)
             self.frame.line = node.lineno
+            lent = self._lent(base, node, args)
             result = self.method(base, function.attr, args, kwargs, node)
+            self._given_back(lent)
             library = bool(base.refs) and all(obj.kind == "foreign" for obj in base.refs)
             return self.given_out(result, kwargs["out"], node) if library and "out" in kwargs else result
         called = self.evaluate(function)
         args, kwargs = self.arguments(node)
         self.frame.line = node.lineno
-        return self.call(called, args, kwargs, node)
+        lent = self._lent(called, node, args)
+        result = self.call(called, args, kwargs, node)
+        self._given_back(lent)
+        return result
+
+    def _lent(self, called: Value, node: ast.Call, args: list[Value]) -> list[tuple[ast.Subscript, Obj, Value]]:
+        """Parts of sums that a function of the script is given, `book(sums[0], nll)`: as tensors of their own, for what
+        it adds to them. Each with its tensor and what that holds."""
+        found: list[tuple[ast.Subscript, Obj, Value]] = []
+        if len(args) != len(node.args) or not any(obj.kind in _OWN for obj in called.refs):
+            return found
+        for place, part in enumerate(node.args):
+            value = args[place]
+            if not isinstance(part, ast.Subscript) or value.refs or value.items or value.const is not MISSING:
+                continue
+            sums = value.losses or self.plain(value)
+            if sums and any(obj.kind == "tensor" and not self.learner(obj) for obj in self.evaluate(part.value).refs):
+                cell = self.new("tensor", None, part)
+                cell.slots["#content"] = value
+                args[place] = self.ref(cell)
+                found.append((part, cell, value))
+        return found
+
+    def _given_back(self, lent: list[tuple[ast.Subscript, Obj, Value]]) -> None:
+        for part, cell, old in lent:
+            if self.content(cell) is not old:
+                self.assign(part, self.content(cell))
 
     def _super(self, node: ast.Call) -> Value:
         names = self.frame.node.args.args if self.frame.node is not None else []

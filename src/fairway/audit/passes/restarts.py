@@ -72,6 +72,53 @@ def _teaching(tree: ast.AST | None) -> set[str]:
     return found
 
 
+def held(tree: ast.AST | None, line: int) -> bool:
+    """Whether the loop at a line stands between two calls of what looks at the clock, `clock.hold()` before it and
+    `clock.go()` after it."""
+    functions = [node for node in nodes(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    asking = {node.name for node in _helpers(functions)}
+    for node in nodes(tree):
+        block = getattr(node, "body", None)
+        for number, statement in enumerate(block if isinstance(block, list) else ()):
+            if statement.lineno == line and isinstance(statement, (ast.For, ast.While)):
+                before, after = (_switched(part, asking) for part in (block[:number], block[number + 1 :]))
+                return bool(before and after) and before[-1][0] == after[0][0] and before[-1][1] != after[0][1]
+    return False
+
+
+def _switched(block: list[ast.stmt], asking: set[str]) -> list[tuple[str, str]]:
+    """What is called of an object, for nothing that it gives, and looks at the clock."""
+    calls = (each.value for each in block if isinstance(each, ast.Expr) and isinstance(each.value, ast.Call))
+    methods = (call.func for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr in asking)
+    return [(ast.unparse(method.value), method.attr) for method in methods]
+
+
+def milestones(tree: ast.AST | None) -> Iterator[ast.expr]:
+    """What is held for equal in a condition under which something that the clock is counted in is set:
+    `if step == args.settled: clock.spent = 0.0`."""
+    functions = [node for node in nodes(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    looked = [*_helpers(functions), *(each for each in nodes(tree) if isinstance(each, (ast.Assign, ast.AugAssign)))]
+    counted = {
+        name
+        for each in looked
+        if any(map(_is_clock, ast.walk(each)))
+        for part in ast.walk(each)
+        for name in (getattr(part, "attr", ""), getattr(part, "id", ""))
+        if name and isinstance(getattr(part, "ctx", None), (ast.Store, ast.Load))
+    }
+    for node in nodes(tree):
+        if isinstance(node, ast.If) and any(_sets(each, counted) for each in node.body):
+            for test in ast.walk(node.test):
+                if isinstance(test, ast.Compare) and isinstance(test.ops[0], (ast.Eq, ast.GtE, ast.Gt)):
+                    yield from (test.left, test.comparators[0])
+
+
+def _sets(statement: ast.stmt, counted: Collection[str]) -> bool:
+    """Whether a statement gives something of these names another value."""
+    targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
+    return any(getattr(each, "attr", getattr(each, "id", "")) in counted for each in targets)
+
+
 def short_helpers(tree: ast.AST | None) -> list[range]:
     """The lines of the short functions that look at the clock for others."""
     functions = [node for node in nodes(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
@@ -230,4 +277,4 @@ def _names(node: ast.AST) -> set[str]:
     return {each.id for each in ast.walk(node) if isinstance(each, ast.Name)}
 
 
-__all__ = ["looks", "restarted", "short_helpers"]
+__all__ = ["held", "looks", "milestones", "restarted", "short_helpers"]

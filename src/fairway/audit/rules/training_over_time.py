@@ -6,7 +6,7 @@ from fairway.audit.case import Case
 from fairway.audit.passes.findings import passes_of
 from fairway.audit.passes.late import LIMIT, beyond, overrun, unclocked
 from fairway.audit.passes.reserves import commanded
-from fairway.audit.passes.restarts import restarted
+from fairway.audit.passes.restarts import held, restarted
 from fairway.audit.records import Amount, Log, record_of
 from fairway.audit.terms.clocks import limits, said_at
 from fairway.audit.verdict import Finding, Place, Step
@@ -59,7 +59,11 @@ def _beyond(case: Case) -> Finding | None:
         return None
     step, limit = found
     loop = next((case.trace.loops[loop] for loop, _ in step.nest if loop in case.trace.loops), step.place)
-    steps = steps_after(case, loop.line) if loop.file == case.body.path else 0
+    own = loop.file == case.body.path
+    if own and held(case.body.tree, loop.line):
+        evidence = f"The weights learn at {step.place} while the clock of the training is held: these steps are in no 600 s."
+        return Finding(ID, "violates", evidence, CLAUSE, loop)
+    steps = steps_after(case, loop.line) if own else 0
     if steps * FASTEST <= LIMIT - limit:
         return None
     evidence = (

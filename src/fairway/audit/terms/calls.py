@@ -325,7 +325,7 @@ def is_array(term: Term) -> bool:
             return True
         if one.op in ("choice", "merge"):
             waiting.extend(one.parts[1:] if one.op == "choice" else one.parts)
-        elif one.op in ("store", "mutate", "op") and one.parts:
+        elif one.op in ("store", "mutate", "op", "item") and one.parts:
             waiting.append(one.parts[0])
     return False
 

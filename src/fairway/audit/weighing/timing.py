@@ -10,20 +10,20 @@ is then a number.
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
 from fairway.audit.case import Case
 from fairway.audit.passes.late import LIMIT
-from fairway.audit.passes.restarts import looks, short_helpers
+from fairway.audit.passes.restarts import looks, milestones, short_helpers
 from fairway.audit.reading.script import Script
 from fairway.audit.reading.tree import nodes
 from fairway.audit.settings import Settings
 from fairway.audit.trial import text
 from fairway.audit.trial.arrays import Array
 from fairway.audit.trial.core import Core
-from fairway.audit.trial.limits import Forced
+from fairway.audit.trial.limits import Forced, site_of
 from fairway.audit.trial.machine import Machine, over
 from fairway.audit.trial.named import LARGEST, taken
 from fairway.audit.trial.turns import Turns
@@ -38,6 +38,7 @@ _TURNS = 600  # of a loop that no clock ends
 _BATCH = 65_536  # tokens: reading larger ones row by row takes the steps
 _ALIKE = 3  # turns of a loop of which all are alike: the rest of them takes as long for each
 _FEW = 12  # turns that say too little
+_SOON, _LATEST = 10, 20_000  # steps
 _LESS = 0.7  # of the turns, where the clock ends them and goes twice as fast
 _MOST = 0.9  # of what is lost
 _SOME = 0.02  # of what a loop takes
@@ -208,13 +209,22 @@ def timed(case: Case) -> Overrun | None:
     clock: a loop that is takes half as many turns of twice the time."""
     if looks(case.body.tree) < _LOOKS:
         return None
-    machine, loop = _trained(case)
+    sooner = tuple(_sooner(case))
+    for forced in ((), sooner) if sooner else ((),):
+        found = _timed(case, forced)
+        if found is not None:
+            return found
+    return None
+
+
+def _timed(case: Case, forced: tuple[Forced, ...]) -> Overrun | None:
+    machine, loop = _trained(case, forced)
     if loop is None:
         return None
     seconds = loop.now - loop.begun
     if seconds <= _ROOM * LIMIT + 2 * seconds / loop.turns:
         return None
-    slower = _trained(case, rate=2.0)[1]
+    slower = _trained(case, forced, rate=2.0)[1]
     if slower is None or slower.line != loop.line or slower.turns > _LESS * loop.turns:
         return None
     return Overrun(seconds, loop.line, _lost(case, machine, loop))
@@ -229,11 +239,22 @@ def steps_after(case: Case, line: int) -> int:
     return max((each.turns for each in machine.loops if each.line == line and each.begun >= loop.now), default=0)
 
 
-def _trained(case: Case, rate: float = 1.0) -> tuple[Timer, Loop | None]:
+def _sooner(case: Case) -> Iterator[Forced]:
+    """Steps at which something is done to the clock, and that come after the turns of a trial: taken for earlier ones."""
+    for node in milestones(case.body.tree):
+        site = site_of(node)
+        name = site[2] if site is not None else ""
+        if name:
+            yield from taken(case.script, case.settings, (name,), range(_SOON, _LATEST), _SOON)
+        elif site is not None and isinstance(node, ast.Constant) and _SOON < node.value < _LATEST:
+            yield Forced(site, node.value, _SOON)
+
+
+def _trained(case: Case, more: tuple[Forced, ...] = (), rate: float = 1.0) -> tuple[Timer, Loop | None]:
     """A trial of so many seconds for a second, and its longest loop that looks at the clock in its turns."""
     begin: Callable[..., Timer] = partial(Timer, case.script, case.settings, rate=rate)
     batches = taken(case.script, case.settings, ("batch_tokens", "step_tokens"), range(_BATCH + 1, LARGEST), _BATCH)
-    machine = over(begin, text.SHORT, tuple(batches))
+    machine = over(begin, text.SHORT, (*batches, *more))
     ended = [each for each in machine.loops if each.timed > 0.9 * each.turns]
     loop = max(ended, key=lambda each: each.now - each.begun, default=None)
     return machine, loop if loop is not None and _FEW <= loop.turns < _TURNS else None
