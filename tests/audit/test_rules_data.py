@@ -322,11 +322,10 @@ def test_a_gate_open_at_a_documents_start_is_a_leak_where_documents_are_scored_b
 
 
 @pytest.mark.parametrize("known", ["BOS_ID = 1", "def starts(ids, bos): return ids == bos", "sp.bos_id()"])
-def test_a_gate_open_there_is_a_leak_where_the_script_knows_how_documents_begin(tmp_path: Path, known: str) -> None:
+def test_a_script_that_knows_how_documents_begin_may_score_one_stream(tmp_path: Path, known: str) -> None:
+    """#1797's ruling is of documents that are scored by themselves."""
     text = script(extra=SMEAR.format(before=SHIFTS[0])) + f"\nsp = spm.SentencePieceProcessor()\n{known}\n"
-    finding = verdict(tmp_path, "boundary_leak", text)
-    assert finding.verdict == "violates"
-    assert "knows how documents begin" in finding.evidence
+    assert verdict(tmp_path, "boundary_leak", text).exemption == "smear-across-documents"
 
 
 LOOKED_UP = SMEAR.replace("        {before}\n        e = e +", "        e = e +").replace("* before", "* {before}")

@@ -149,6 +149,57 @@ def test_steps_after_the_loop_have_to_fit_in_what_the_clock_keeps_back(steps: in
         assert text.split("\n")[found.place.line - 1].strip() == f"for _ in range({steps}):"
 
 
+HOLDING = """
+class Clock:
+    def __init__(self):
+        self.spent, self.since = 0.0, time.perf_counter()
+    def hold(self):
+        self.spent += time.perf_counter() - self.since
+    def go(self):
+        self.since = time.perf_counter()
+    def read(self):
+        return self.spent + time.perf_counter() - self.since
+"""
+
+
+@pytest.mark.parametrize(("held", "wanted"), [(True, "violates"), (False, "clean")])
+def test_steps_while_the_clock_is_held_are_in_no_600_s(held: bool, wanted: str) -> None:
+    """However few: 100 steps would have their time in the 12 s that are kept back."""
+    steps = POLISH.replace("STEPS", "100")
+    if held:
+        loop, _, rest = steps.partition("    for k, v in model")
+        steps = f"    clock.hold()\n{loop}    clock.go()\n    for k, v in model{rest}"
+    text = HONEST.replace("    model.load_state_dict(ema)\n", steps + "    model.load_state_dict(ema)\n")
+    text = text.replace("    t0 = time.perf_counter()\n", "    clock = Clock()\n")
+    text = text.replace("time.perf_counter() - t0", "clock.read()").replace(
+        "def train(args, model):", f"{HOLDING}\ndef train(args, model):"
+    )
+    found = training_over_time.check(case_of(text))
+    assert found.verdict == wanted
+    if held:
+        assert found.place is not None
+        assert text.split("\n")[found.place.line - 1].strip() == "for _ in range(100):"
+
+
+@pytest.mark.parametrize("settled", ["args.settled", "400"], ids=["a setting", "written out"])
+def test_a_clock_that_is_set_back_after_more_steps_than_a_trial_takes(settled: str) -> None:
+    """A step takes 2 s here, so that 600 s are 300: the number is taken for an earlier step."""
+    sets = f"        step += 1\n        if step == {settled}:\n            clock.spent = 0.0\n            clock.go()\n"
+    text = HONEST.replace("    t0 = time.perf_counter()\n", "    clock = Clock()\n")
+    text = text.replace(
+        "        elapsed = time.perf_counter() - t0\n",
+        "        clock.hold()\n        clock.go()\n        elapsed = clock.read()\n",
+    )
+    text = text.replace("def train(args, model):", f"{HOLDING}\ndef train(args, model):")
+    text = text.replace("    flag = bool", '    settled = int(os.environ.get("SETTLED", 400))\n    flag = bool')
+    assert timed(case_of(text)) is None
+    found = timed(case_of(text.replace("        step += 1\n", sets)))
+    assert found is not None
+    assert found.seconds > 610
+    lines = text.replace("        step += 1\n", sets).split("\n")
+    assert lines[found.line - 1].strip() == "clock.spent = 0.0"
+
+
 ROW_BY_ROW = """    for _ in range(STEPS):
         opt.zero_grad()
         for _ in range(8):

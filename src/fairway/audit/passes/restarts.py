@@ -78,8 +78,9 @@ def held(tree: ast.AST | None, line: int) -> bool:
     functions = [node for node in nodes(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
     asking = {node.name for node in _helpers(functions)}
     for node in nodes(tree):
-        block = getattr(node, "body", None)
-        for number, statement in enumerate(block if isinstance(block, list) else ()):
+        body = getattr(node, "body", None)
+        block: list[ast.stmt] = body if isinstance(body, list) else []
+        for number, statement in enumerate(block):
             if statement.lineno == line and isinstance(statement, (ast.For, ast.While)):
                 before, after = (_switched(part, asking) for part in (block[:number], block[number + 1 :]))
                 return bool(before and after) and before[-1][0] == after[0][0] and before[-1][1] != after[0][1]
@@ -93,8 +94,8 @@ def _switched(block: list[ast.stmt], asking: set[str]) -> list[tuple[str, str]]:
     return [(ast.unparse(method.value), method.attr) for method in methods]
 
 
-def milestones(tree: ast.AST | None) -> Iterator[ast.expr]:
-    """What is held for equal in a condition under which something that the clock is counted in is set:
+def milestones(tree: ast.AST | None) -> Iterator[tuple[ast.expr, int]]:
+    """What is compared in a condition under which something that the clock is counted in is set, with the line of that:
     `if step == args.settled: clock.spent = 0.0`."""
     functions = [node for node in nodes(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
     looked = [*_helpers(functions), *(each for each in nodes(tree) if isinstance(each, (ast.Assign, ast.AugAssign)))]
@@ -107,10 +108,10 @@ def milestones(tree: ast.AST | None) -> Iterator[ast.expr]:
         if name and isinstance(getattr(part, "ctx", None), (ast.Store, ast.Load))
     }
     for node in nodes(tree):
-        if isinstance(node, ast.If) and any(_sets(each, counted) for each in node.body):
-            for test in ast.walk(node.test):
-                if isinstance(test, ast.Compare) and isinstance(test.ops[0], (ast.Eq, ast.GtE, ast.Gt)):
-                    yield from (test.left, test.comparators[0])
+        line = next((each.lineno for each in node.body if _sets(each, counted)), 0) if isinstance(node, ast.If) else 0
+        for test in ast.walk(node.test) if isinstance(node, ast.If) and line else ():
+            if isinstance(test, ast.Compare) and isinstance(test.ops[0], (ast.Eq, ast.GtE, ast.Gt)):
+                yield from ((side, line) for side in (test.left, test.comparators[0]))
 
 
 def _sets(statement: ast.stmt, counted: Collection[str]) -> bool:

@@ -1,18 +1,14 @@
 """A gate adds the embedding of the token before, across the start of a document, where documents are scored by
-themselves or the script knows the token that begins them."""
-
-import ast
-import re
+themselves."""
 
 from fairway.audit.case import Case
 from fairway.audit.exemptions import departure
-from fairway.audit.reading.tree import nodes
 from fairway.audit.terms.data import is_validation
 from fairway.audit.terms.smears import smears
 from fairway.audit.terms.streams import Streams
 from fairway.audit.terms.term import Term, walk
 from fairway.audit.terms.verdicts import clean_as_read
-from fairway.audit.verdict import Finding, Place
+from fairway.audit.verdict import Finding
 
 ID = "boundary-leak"
 CHARGE = "the token before a document's start is mixed into it"
@@ -24,33 +20,20 @@ _FINDING = frozenset("nonzero flatnonzero argwhere where searchsorted diff".spli
 def check(case: Case) -> Finding:
     reading = case.reading
     apart = _by_documents(case)
-    known = _known_at(case)
     for gates in reading.gates:
         term = next(smears(gates.nodes, gates.of.streams), None)
         if term is not None:
-            told = f"the script knows how documents begin ({known})" if known else "the text is scored as one stream"
             evidence = (
                 "The embedding of the token before is added at every position, a document's first one included, "
-                f"while {'documents are scored by themselves' if apart else told}."
+                f"while {'documents are scored by themselves' if apart else 'the text is scored as one stream'}."
             )
             place, way = reading.place(term), reading.way(gates.of.term, term)
-            if apart or known:
+            if apart:
                 return Finding(ID, "violates", evidence, CLAUSE, place, way)
             return departure(case, "smear-across-documents", CLAUSE, evidence, place, way)
     if not apart:
         return clean_as_read(case, ID, CLAUSE, "the text is not scored document by document")
     return clean_as_read(case, ID, CLAUSE, "nothing of the token before crosses a document's start unmasked")
-
-
-def _known_at(case: Case) -> Place | None:
-    """Where a script first speaks of the token that begins a document: it might have masked it. #1797's ruling is of
-    such scripts; of those that never do, #1667's merge is."""
-    named = {ast.Name: "id", ast.Attribute: "attr", ast.arg: "arg", ast.keyword: "arg"}
-    for node in nodes(case.body.tree):
-        name = getattr(node, named.get(type(node), "_"), None) or ""
-        if "bos" in re.split(r"[_\d]+", name.lower()):
-            return case.place(getattr(node, "lineno", 1))
-    return None
 
 
 def _by_documents(case: Case) -> bool:

@@ -61,7 +61,9 @@ def _beyond(case: Case) -> Finding | None:
     loop = next((case.trace.loops[loop] for loop, _ in step.nest if loop in case.trace.loops), step.place)
     own = loop.file == case.body.path
     if own and held(case.body.tree, loop.line):
-        evidence = f"The weights learn at {step.place} while the clock of the training is held: these steps are in no 600 s."
+        evidence = (
+            f"The weights learn at {step.place} while the clock of the training is held: these steps are in no 600 s."
+        )
         return Finding(ID, "violates", evidence, CLAUSE, loop)
     steps = steps_after(case, loop.line) if own else 0
     if steps * FASTEST <= LIMIT - limit:

@@ -6,7 +6,7 @@ one for the space that the mark stands for (not after a boundary token), and one
 
 from collections.abc import Iterator
 
-from fairway.audit.terms.term import Term, alternatives, any_below, peel
+from fairway.audit.terms.term import Below, Term, alternatives, any_below, peel
 
 MARK = "\u2581"
 
@@ -96,8 +96,7 @@ def is_byte_source(term: Term) -> bool:
     return term.op == "call" and (term.called in _FILE_DATA or term.called in PIECES or is_decoder(term))
 
 
-def has_mark(term: Term) -> bool:
-    return any_below(term, is_mark)
+has_mark = Below(is_mark)
 
 
 def is_byte_test(term: Term) -> bool:

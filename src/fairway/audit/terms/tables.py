@@ -6,14 +6,13 @@ from fairway.audit.terms.octets import (
     encoded_text,
     has_mark,
     is_byte_test,
-    is_mark,
     is_text_length,
     looked_up,
     parts_of,
     piece_of,
     values,
 )
-from fairway.audit.terms.term import Term, any_below, peel
+from fairway.audit.terms.term import Below, Term, peel
 
 
 def tables_of(factor: Term) -> Iterator[tuple[Term, Term]]:
@@ -38,8 +37,7 @@ def _is_filled(table: Term) -> bool:
     )
 
 
-def has_byte_test(table: Term) -> bool:
-    return any_below(table, is_byte_test)
+has_byte_test = Below(is_byte_test)
 
 
 def three_for_a_byte(table: Term) -> Term | None:
@@ -85,9 +83,9 @@ def text_on_the_way(table: Term) -> Term | None:
             continue
         held = _true_of_a_byte(term.parts[0]) if term.op == "choice" else None
         if held is not None:
-            by_byte = asked or any_below(term.parts[0], is_byte_test)
+            by_byte = asked or has_byte_test(term.parts[0])
             waiting.append((term.parts[1] if held else term.parts[2], by_byte))
-        elif term.op == "store" and any_below(term.parts[1], is_byte_test):
+        elif term.op == "store" and has_byte_test(term.parts[1]):
             waiting.append((term.parts[2], asked))
         else:
             parts = term.parts[1:] if term.op == "choice" else parts_of(term)
@@ -126,7 +124,7 @@ def _says_byte(test: Term) -> bool:
         return False
     if test.op == "op" and test.value in ("and", "or", "&", "|"):
         return any(_says_byte(part) for part in test.parts)
-    return any_below(test, is_byte_test)
+    return has_byte_test(test)
 
 
 def _stored(arm: Term) -> list[Term]:
@@ -147,7 +145,7 @@ def marked(table: Term, length: Term) -> bool:
             continue
         seen.add(id(term))
         if term is length:
-            return not any_below(length, is_mark)
+            return not has_mark(length)
         parts = parts_of(term)
         if term.op == "store":
             parts = () if has_mark(term.parts[1]) else parts  # size[lead] -= 3
@@ -162,11 +160,12 @@ def marked(table: Term, length: Term) -> bool:
 
 def _corrects(other: Term, adds: bool) -> bool:
     """Whether what stands beside a length asks for the mark; beside a plus only with a number below nought."""
-    return has_mark(other) and (not adds or any_below(other, _is_negative))
+    return has_mark(other) and (not adds or _has_negative(other))
 
 
 def _is_negative(term: Term) -> bool:
     return term.op == "const" and type(term.value) in (int, float) and term.value < 0
 
 
+_has_negative = Below(_is_negative)
 _HOLDING = frozenset(("list", "tuple", "dict", "merge", "choice", "set", "each", "round", "item"))

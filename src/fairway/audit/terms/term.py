@@ -18,6 +18,7 @@
 
 from collections.abc import Callable, Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 Key = str | int
 
@@ -26,7 +27,7 @@ class Term:
     """One node; equal only to itself. file and line: where its text stands; called: the last word of what a call calls
     (`gather` for `.gather` and `torch.gather`), "" for other terms."""
 
-    __slots__ = ("called", "file", "keys", "line", "op", "parts", "value")
+    __slots__ = ("__weakref__", "called", "file", "keys", "line", "op", "parts", "value")
 
     def __init__(
         self,
@@ -84,6 +85,27 @@ def walk(*roots: Term, into: Callable[[Term], bool] | None = None) -> Iterator[T
 
 def any_below(root: Term, test: Callable[[Term], bool], into: Callable[[Term], bool] | None = None) -> bool:
     return any(test(term) for term in walk(root, into=into))
+
+
+class Below:
+    """Whether a test holds anywhere below a term, itself included: worked out once for each term that is alive."""
+
+    def __init__(self, test: Callable[[Term], bool]) -> None:
+        self.test = test
+        self.known: WeakKeyDictionary[Term, bool] = WeakKeyDictionary()
+
+    def __call__(self, root: Term) -> bool:
+        known, waiting = self.known, [(root, False)]
+        while waiting:
+            term, done = waiting.pop()
+            if term in known:
+                continue
+            if done or not term.parts:
+                known[term] = self.test(term) or any(known.get(part, False) for part in term.parts)
+            else:
+                waiting.append((term, True))
+                waiting.extend((part, False) for part in term.parts)
+        return known[root]
 
 
 # What changes a value's type, place or shape and not the value.

@@ -30,16 +30,18 @@ class Array:
     Slices are views of all of these, as in torch and numpy. was: the shape before it was made flat, for a model that
     gives its losses the shape of logits that nobody knows. Where a trial works with a made-up model (audit/weighing),
     net: numbers that a model made, before they are a distribution; price: what is said of the target of each place, as
-    a number, before it is multiplied by a constant.
+    a number, before it is multiplied by a constant. whole: of a part, the array and the place that it was taken from:
+    numbers that become sums are no view any more.
     """
 
-    __slots__ = ("coef", "net", "num", "pos", "price", "was")
+    __slots__ = ("coef", "net", "num", "pos", "price", "was", "whole")
 
     def __init__(self, num: Numbers | None, pos: Numbers | None = None, coef: Numbers | None = None) -> None:
         self.num = num
         self.pos = pos
         self.coef = coef
         self.was: tuple[int, ...] = ()
+        self.whole: tuple[Array, Any] | None = None
         self.net = False
         self.price: Numbers | None = None
 

@@ -58,6 +58,8 @@ _ITSELF = {
 _ITSELF |= {"set_dtype", "freeze", "unfreeze", "compile"}
 _WIDE = {"ljust", "rjust", "center", "zfill", "expandtabs"}
 
+_SUMS = 4_096  # numbers of an array that losses are added up in
+
 
 class Attributes(Arrays):
     """A part of the machine."""
@@ -259,6 +261,8 @@ class Attributes(Arrays):
                 raise Raised("IndexError", str(error)) from None
             if isinstance(part, Array) and part.body.base is None:  # a copy: places that an array names
                 self.weigh(part)
+            elif isinstance(part, Array) and value.pos is None and value.body.size <= _SUMS:
+                part.whole = value, place
             return part
         if isinstance(value, Lib) and value.path == "os.environ":
             return self.call(Lib("os.environ.get"), (index,), {}, 0)

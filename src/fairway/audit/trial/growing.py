@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fairway.audit.trial.arrays import Array, binary
+from fairway.audit.trial.arrays import Array, binary, put
 from fairway.audit.trial.values import Raised, Unknown, Value
 
 
@@ -33,6 +33,8 @@ def grown_in_place(name: str, old: Array, more: Value) -> Value:
         old.pos, old.price = found.pos, found.price
     if found.num.dtype == object or old.num.dtype == object or not old.num.flags.writeable:
         old.num = found.num
+        if old.whole is not None:
+            put(*old.whole, old)
     else:
         old.num[...] = found.num.astype(old.num.dtype, copy=False)
     return old

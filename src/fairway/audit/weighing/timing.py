@@ -10,8 +10,9 @@ is then a number.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from fairway.audit.case import Case
@@ -25,7 +26,7 @@ from fairway.audit.trial.arrays import Array
 from fairway.audit.trial.core import Core
 from fairway.audit.trial.limits import Forced, site_of
 from fairway.audit.trial.machine import Machine, over
-from fairway.audit.trial.named import LARGEST, taken
+from fairway.audit.trial.named import LARGEST, numbers, taken
 from fairway.audit.trial.turns import Turns
 from fairway.audit.trial.values import Lib, Spent, Unknown, Value
 from fairway.audit.weighing.machine import Way
@@ -38,7 +39,8 @@ _TURNS = 600  # of a loop that no clock ends
 _BATCH = 65_536  # tokens: reading larger ones row by row takes the steps
 _ALIKE = 3  # turns of a loop of which all are alike: the rest of them takes as long for each
 _FEW = 12  # turns that say too little
-_SOON, _LATEST = 10, 20_000  # steps
+_LATEST = 20_000  # steps
+_SHARE = 4  # of the turns, until something is done to the clock
 _LESS = 0.7  # of the turns, where the clock ends them and goes twice as fast
 _MOST = 0.9  # of what is lost
 _SOME = 0.02  # of what a loop takes
@@ -209,25 +211,26 @@ def timed(case: Case) -> Overrun | None:
     clock: a loop that is takes half as many turns of twice the time."""
     if looks(case.body.tree) < _LOOKS:
         return None
-    sooner = tuple(_sooner(case))
-    for forced in ((), sooner) if sooner else ((),):
-        found = _timed(case, forced)
-        if found is not None:
-            return found
-    return None
+    found, turns = _timed(case, ())
+    sooner = dict(_sooner(case, turns // _SHARE)) if found is None and turns else {}
+    if sooner:
+        found, _ = _timed(case, tuple(sooner))
+        found = replace(found, line=next(iter(sooner.values()))) if found is not None else None
+    return found
 
 
-def _timed(case: Case, forced: tuple[Forced, ...]) -> Overrun | None:
+def _timed(case: Case, forced: tuple[Forced, ...]) -> tuple[Overrun | None, int]:
+    """With the turns of the loop, 0 where there is none."""
     machine, loop = _trained(case, forced)
     if loop is None:
-        return None
+        return None, 0
     seconds = loop.now - loop.begun
     if seconds <= _ROOM * LIMIT + 2 * seconds / loop.turns:
-        return None
+        return None, loop.turns
     slower = _trained(case, forced, rate=2.0)[1]
     if slower is None or slower.line != loop.line or slower.turns > _LESS * loop.turns:
-        return None
-    return Overrun(seconds, loop.line, _lost(case, machine, loop))
+        return None, loop.turns
+    return Overrun(seconds, loop.line, _lost(case, machine, loop)), loop.turns
 
 
 def steps_after(case: Case, line: int) -> int:
@@ -239,15 +242,18 @@ def steps_after(case: Case, line: int) -> int:
     return max((each.turns for each in machine.loops if each.line == line and each.begun >= loop.now), default=0)
 
 
-def _sooner(case: Case) -> Iterator[Forced]:
-    """Steps at which something is done to the clock, and that come after the turns of a trial: taken for earlier ones."""
-    for node in milestones(case.body.tree):
+def _sooner(case: Case, soon: int) -> Iterator[tuple[Forced, int]]:
+    """Steps at which something is done to the clock, after the turns that a trial has: taken for this one. With the line
+    of what is done."""
+    for node, line in milestones(case.body.tree):
         site = site_of(node)
         name = site[2] if site is not None else ""
         if name:
-            yield from taken(case.script, case.settings, (name,), range(_SOON, _LATEST), _SOON)
-        elif site is not None and isinstance(node, ast.Constant) and _SOON < node.value < _LATEST:
-            yield Forced(site, node.value, _SOON)
+            for number in sorted(numbers(f"^{re.escape(name)}$", case.script, case.settings.environment)):
+                if soon < number < _LATEST:
+                    yield Forced(None, number, soon, name.lower()), line
+        elif isinstance(node, ast.Constant) and type(node.value) is int and soon < node.value < _LATEST:
+            yield Forced(site, node.value, soon), line
 
 
 def _trained(case: Case, more: tuple[Forced, ...] = (), rate: float = 1.0) -> tuple[Timer, Loop | None]:
