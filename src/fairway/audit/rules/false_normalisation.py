@@ -1,14 +1,11 @@
 """Counts for all tokens are gathered and divided by something that is not their sum: the rows do not sum to one."""
 
 from fairway.audit.case import Case
-from fairway.audit.flow.events import Update
 from fairway.audit.passes.findings import passes_of
-from fairway.audit.passes.trials import mixes
 from fairway.audit.terms import mixtures, normalisers, rows
-from fairway.audit.terms.mixtures import gold_ratios, spread_over_bytes
 from fairway.audit.terms.verdicts import clean, unsaid
 from fairway.audit.verdict import Finding
-from fairway.audit.weighing import PIECES, is_whole
+from fairway.audit.weighing import PIECES, excess, foresees
 
 ID = "false-normalisation"
 CHARGE = "a distribution is divided by something else than its sum"
@@ -89,21 +86,10 @@ _WAYS = (
 
 
 def _weighed(case: Case) -> Finding | None:
-    """Of a form that nobody foresaw, the sum itself, where no other rule of the distribution speaks."""
-    gates = case.reading.gates
-    said = (
-        found
-        for each in gates
-        for found in (each.oracles(), each.clipped(), each.gated(), gold_ratios(each), spread_over_bytes(each))
-    )
-    which, faults, _ = passes_of(case)
-    whole = all(is_whole(each.of.term) for each in gates) and not mixes(case, which)
-    if whole or any(next(found, None) is not None for found in said):
-        return None
-    if any(isinstance(each.cause, Update) and each.cause.how == "table" for each in faults):
-        return None  # what a table already holds of the token that is exchanged says nothing of its sums
-    weight = case.weight
-    if weight is None or not weight.too_much:
+    """Of a form that nobody foresaw, the sum itself. What a table already holds of the token that is exchanged says
+    nothing of its sums: that prices hang on what follows is another rule's matter."""
+    weight = excess(case)
+    if weight is None or foresees(case, passes_of(case)[0]):
         return None
     evidence = (
         f"Worked out with a made-up model over a short text: what the script says of all {PIECES} tokens that may "

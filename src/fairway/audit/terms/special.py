@@ -368,6 +368,21 @@ def _send(m: "Machine", base: Term, positional: list[Term], named: dict[str, Ter
     return calls.send(m, base, positional[0], here.file, here.line) if positional else None
 
 
+def _between(m: "Machine", name: str, positional: list[Term], named: dict[str, Term], here: "Here") -> Term | None:
+    """torch.lerp(one, other, weight): (1 - weight) * one + weight * other."""
+    given = [*positional, *(named[key] for key in ("end", "weight") if key in named)]
+    if len(given) != 3:
+        return None
+    one, other, weight = given
+    rest = Term("op", (constant(1.0, here.file, here.line), weight), "-", here.file, here.line)
+    sides = (Term("op", each, "*", here.file, here.line) for each in ((rest, one), (weight, other)))
+    return Term("op", tuple(sides), "+", here.file, here.line)
+
+
+def _lerp(m: "Machine", base: Term, positional: list[Term], named: dict[str, Term], here: "Here") -> Term | None:
+    return _between(m, "", [base, *positional], named, here)
+
+
 FUNCTIONS: dict[str, Any] = {
     "os.environ.get": _environ_get,
     "os.getenv": _environ_get,
@@ -390,6 +405,7 @@ FUNCTIONS: dict[str, Any] = {
     "logging.basicConfig": _logging,
     "type": _type,
     "asyncio.run": _same,
+    "torch.lerp": _between,
     "typing.cast": lambda m, name, positional, named, here: positional[1] if len(positional) == 2 else None,
 }
 LAST_WORDS: dict[str, Any] = {
@@ -419,4 +435,5 @@ METHODS: dict[str, Any] = {
     "pop": _pop,
     "run_until_complete": lambda m, base, positional, named, here: positional[0] if positional else None,
     "asend": _send,
+    "lerp": _lerp,
 }

@@ -87,6 +87,8 @@ class Fitting:
         told: list[tuple[slice, Held | None]] = []
         if len(rows) == 1:
             told = self._tiled(rows[0], int(flat[rows[0].start] & PLACE))
+        if not told and len(rows) < len(self.listed):
+            told = self._followed(rows, flat & PLACE)
         if not told:
             asked = [(int(flat[row.start] & PLACE), row.stop - row.start) for row in rows]
             told = list(zip(rows, self._owned(asked), strict=True))
@@ -122,6 +124,25 @@ class Fitting:
             if bounds[-2] < run.stop:
                 return list(zip(itertools.starmap(slice, itertools.pairwise(bounds)), owned, strict=True))
         return []
+
+    def _followed(self, rows: list[slice], places: Places) -> list[tuple[slice, Held | None]]:
+        """What each of the windows that learned last is asked for, where it is what follows on all that it has learned:
+        a window ends where another one's begins. Empty where there is one that is asked for nothing of that kind, or
+        more that nobody owns than there are windows without a context."""
+        after = {int(held.nonzero()[0].max()) + 1: held for _, held in self.listed if held.any()}
+        told: list[tuple[slice, Held | None]] = []
+        begun: set[int] = set()
+        for row in rows:
+            first, last = int(places[row.start]), int(places[row.stop - 1])
+            starts = sorted({first, *(place for place in after if first < place <= last)})
+            bounds = [*(row.start + place - first for place in starts), row.stop]
+            told += [
+                (slice(low, high), after.get(place, _nothing()))
+                for place, low, high in zip(starts, bounds, bounds[1:], strict=False)
+            ]
+            begun.update(starts)
+        blank = self.blank + sum(not held.any() for _, held in self.listed)
+        return told if after and after.keys() <= begun and len(begun - after.keys()) <= blank else []
 
     def _owned(self, asked: list[Window]) -> list[Held | None]:
         """What the windows have learned that are asked for so many targets from a place on, each: there are as many as

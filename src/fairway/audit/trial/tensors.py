@@ -326,3 +326,19 @@ METHODS: dict[str, Callable[..., Value]] = {
     "pad": pad,
     **dict.fromkeys(["equal", "array_equal", "allclose"], equal),
 }
+
+
+def _written_back(act: Callable[..., Value]) -> Callable[..., Value]:
+    """`rows.pow_(2)`: what `rows.pow(2)` gives is written into the rows."""
+    return lambda array, *args, **kwargs: copy_(array, act(array, *args, **kwargs))
+
+
+METHODS.update(
+    {
+        f"{name}_": _written_back(METHODS[name])
+        for name in """abs exp log log2 log10 sqrt rsqrt square pow neg negative reciprocal round floor ceil trunc tanh
+        sigmoid expm1 log1p exp2 sin cos sign nan_to_num logical_not logical_and logical_or logical_xor bitwise_and
+        bitwise_or bitwise_xor""".split()  # noqa: SIM905
+        if name in METHODS and f"{name}_" not in METHODS
+    }
+)

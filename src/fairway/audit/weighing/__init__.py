@@ -10,14 +10,27 @@ says of them must add up to one at most: exp(-loss) summed over the tokens, RULE
 
     weighed(case, which) -> Weight | None      the sum, and where it is made; None where the trial cannot say
     foresees(case, which) -> bool | None       whether prices change where a text goes on otherwise from its middle
+    excess(case) -> Weight | None              sums above one that nothing else explains
     timed(case) -> Overrun | None              the same idea for the 600 s of training: a trial whose clock is ours
 
 More than one is a fault in any case. Less is none: what is left may lie on tokens that were not tried.
 """
 
 from fairway.audit.weighing.alternatives import Weight, is_whole, weighed
+from fairway.audit.weighing.excess import excess
 from fairway.audit.weighing.foreseeing import as_foreseen, foresees
 from fairway.audit.weighing.stream import PIECES
 from fairway.audit.weighing.timing import Overrun, steps_after, timed
 
-__all__ = ["PIECES", "Overrun", "Weight", "as_foreseen", "foresees", "is_whole", "steps_after", "timed", "weighed"]
+__all__ = [
+    "PIECES",
+    "Overrun",
+    "Weight",
+    "as_foreseen",
+    "excess",
+    "foresees",
+    "is_whole",
+    "steps_after",
+    "timed",
+    "weighed",
+]

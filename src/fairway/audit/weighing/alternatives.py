@@ -60,24 +60,24 @@ def weighed(case: Case, which: Reported) -> Weight | None:
     if counts is None:
         return None
     ways = counts.said[-1].sum.ways()
-    few = _tables(case)  # where contexts meet, long ones may have nothing to say
-    for tables in [few, ()] if few else [()]:
-        found = _weighed(case, ways, tables)
+    few = tables(case)  # where contexts meet, long ones may have nothing to say
+    for small in [few, ()] if few else [()]:
+        found = _weighed(case, ways, small)
         if found is not None and found.total < _LESS:  # what is short here may be too much in another context
-            turned = (_weighed(case, ways, tables, each) for each in stream.TURNS)
+            turned = (_weighed(case, ways, small, each) for each in stream.TURNS)
             return next((each for each in turned if each is not None and each.too_much), found)
         if found is not None:
             return found
     return None
 
 
-def _weighed(case: Case, ways: set[Way], tables: tuple[Forced, ...], turned: int = 0) -> Weight | None:
+def _weighed(case: Case, ways: set[Way], small: tuple[Forced, ...], turned: int = 0) -> Weight | None:
     """turned: the context that the text ends in."""
     said: list[dict[Way, float]] = []
     line = models = 0
     tried = stream.alternatives(turned)
     for last, _ in tried:
-        run = over_text(case, stream.text(last, turned), tables)
+        run = over_text(case, stream.text(last, turned), small)
         if len(tried) * run.trial.steps > _STEPS:
             return None
         here = {way: price for way, price in run.said.items() if way in ways and not run.unsure(way)}
@@ -122,10 +122,10 @@ def is_whole(loss: Term) -> bool:
     return below.called in ("cross_entropy", "nll_loss", "log_softmax", "CrossEntropyLoss")
 
 
-def over_text(case: Case, ids: NDArray[np.uint16], tables: tuple[Forced, ...]) -> Weigher:
+def over_text(case: Case, ids: NDArray[np.uint16], small: tuple[Forced, ...]) -> Weigher:
     given, room = text.given.set(ids), largest.set(_NUMBERS)
     try:
-        return over(partial(Weigher, case.script, case.settings), stream.TOKENS, (*_sizes(case), *tables))
+        return over(partial(Weigher, case.script, case.settings), stream.TOKENS, (*_sizes(case), *small))
     finally:
         text.given.reset(given)
         largest.reset(room)
@@ -143,7 +143,7 @@ def _sizes(case: Case) -> tuple[Forced, ...]:
     )
 
 
-def _tables(case: Case) -> tuple[Forced, ...]:
+def tables(case: Case) -> tuple[Forced, ...]:
     """Tables of hashed contexts with few buckets."""
     return (
         *taken(case.script, case.settings, _TABLES, range(_MANY, LARGEST), 1 << _FEW),
@@ -151,4 +151,4 @@ def _tables(case: Case) -> tuple[Forced, ...]:
     )
 
 
-__all__ = ["PLAIN", "Weight", "is_whole", "over_text", "weighed"]
+__all__ = ["PLAIN", "Weight", "is_whole", "over_text", "tables", "weighed"]

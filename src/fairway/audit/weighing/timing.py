@@ -243,8 +243,8 @@ def steps_after(case: Case, line: int) -> int:
 
 
 def _sooner(case: Case, soon: int) -> Iterator[tuple[Forced, int]]:
-    """Steps at which something is done to the clock, after the turns that a trial has: taken for this one. With the line
-    of what is done."""
+    """Steps at which something is done to the clock, after the turns that a trial has: taken for this one. With the
+    line of what is done."""
     for node, line in milestones(case.body.tree):
         site = site_of(node)
         name = site[2] if site is not None else ""
