@@ -177,7 +177,9 @@ class Arithmetic(Comparisons):
             less = one.less | two.less | {"loss"} if isinstance(op, ast.Sub) else one.less | two.less
             return blend(one, two).but(knows=0, less=less)
         loss, other = (one, two) if one.losses else (two, one)
-        if isinstance(op, (ast.Div, ast.Mult)) and other.states and not other.flags & GRAD and self.ended(loss.losses):
+        over = isinstance(op, ast.Div) and loss is one  # a sum over what was counted is a score
+        ended = isinstance(op, (ast.Div, ast.Mult)) and not other.flags & GRAD and self.ended(loss.losses)
+        if ended and other.states and not over:
             return self._fitted(loss, other, node)
         if other.active and self.past(loss.losses):  # weights that follow what was booked in earlier turns
             return blend(one, two)
@@ -190,7 +192,7 @@ class Arithmetic(Comparisons):
         if other.cuts and not other.flags & INDEXED and not isinstance(op, ast.Div):  # a mask's count picks nothing
             result = self.cut(result, other.cuts, node)
         apart = other.states - loss.states
-        if apart and not other.flags & (WEIGHTS | GRAD):
+        if apart and not other.flags & (WEIGHTS | GRAD) and not (over and ended):
             inner = self.nest[-1][0] if self.nest else 0
             by_position = not any(span[0] == inner for tok in loss.toks for span in tok.spans)
             result = self.rescored(result, self.earlier_dropped(other) if by_position else other, node)

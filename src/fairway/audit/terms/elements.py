@@ -54,6 +54,9 @@ def _element(m: "Machine", term: Term, file: str, line: int) -> Term:
             return element(m, below, file, line)
     if term.op == "call" and term.called == "filter" and len(term.parts) == 2:
         return element(m, term.parts[1], file, line)
+    keys = _keys(term) if term.op == "store" and term.value is None else None
+    if keys:  # of a table its keys, and nothing that it holds
+        return keys[0] if len(keys) == 1 else Term("merge", tuple(keys), None, file, line)
     sliced = term.op == "item" and term.parts[1].op == "slice"
     if sliced or term.op == "round":  # documents[rank::size], a loop's batch of them: objects that are all alike
         one = element(m, term.parts[0], file, line)
@@ -76,6 +79,32 @@ def _element(m: "Machine", term: Term, file: str, line: int) -> Term:
         if within is not None:
             return element(m, within, file, line)
     return Term("each", (term,), None, file, line)
+
+
+_TABLES = frozenset(("dict.fromkeys", "collections.defaultdict", "collections.Counter", "collections.OrderedDict"))
+
+
+def _keys(term: Term) -> list[Term] | None:
+    """What a table has been filled under, `table[key] = value`; None of what was made as no table."""
+    found: dict[int, Term] = {}
+    waiting, seen = [term], set[int]()
+    while waiting and len(seen) < 200:
+        one = waiting.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        if one.op == "store" and one.value is None:
+            found[id(one.parts[1])] = one.parts[1]
+            waiting.append(one.parts[0])
+        elif one.op in ("merge", "round"):
+            waiting.extend(one.parts)
+        elif one.op == "choice":
+            waiting.extend(one.parts[1:])
+        elif one.op == "dict" and one.value != "comp":
+            found.update((id(key), key) for key in one.parts[::2])
+        elif not (one.op == "call" and one.value in _TABLES):
+            return None
+    return [*found.values()][:24]
 
 
 def _is_object(term: Term, depth: int = 4) -> bool:
