@@ -68,7 +68,14 @@ def _clock(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], lin
 # -- losses -----------------------------------------------------------------------------------------------------------
 
 
+def _from_items(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
+    """numpy.fromiter(items, dtype, count)"""
+    dtype = kwargs.get("dtype", args[1] if len(args) > 1 else None)
+    return tensor(list(machine.items(args[0])), dtype) if args else UNKNOWN
+
+
 _WORLD: dict[str, Act] = {
+    "numpy.fromiter": _from_items,
     "os.environ.get": environ,
     "os.getenv": environ,
     "os.environ.setdefault": environ,

@@ -145,6 +145,16 @@ def dimensions(array: Value) -> Value:
     return body_of(array).body.ndim
 
 
+_BYTES = 1 << 20
+
+
+def tobytes(array: Value) -> Value:
+    """Of whole numbers; of a size that a trial holds."""
+    num = body_of(array).num
+    known = num is not None and num.dtype.kind in "iu" and num.nbytes <= _BYTES
+    return num.tobytes() if known and num is not None else UNKNOWN
+
+
 METHODS: dict[str, Callable[..., Value]] = {
     **dict.fromkeys(["reshape", "view"], reshape),
     "expand_as": expand_as,
@@ -278,6 +288,7 @@ METHODS: dict[str, Callable[..., Value]] = {
     "scatter_add_": scatter_add_,
     "bucketize": bucketize,
     "tolist": tolist,
+    "tobytes": tobytes,
     **dict.fromkeys(["cat", "concatenate", "concat", "hstack"], cat),
     "stack": stack,
     "item": item,

@@ -25,6 +25,7 @@ from fairway.audit.weighing.stream import PIECES
 
 _NUMBERS = 60_000_000  # elements of a table of hashed counts
 _STEPS = 200_000  # of all runs together
+_ONE, LONG = 25_000, 90_000  # of one: a second or two, and of one that goes through the tokens one by one
 PLAIN = 1e-4
 _LESS = 0.998
 _MORE = 1.0004  # what is more is no rounding, nor an epsilon of 1e-6 for each of 320 tokens
@@ -56,10 +57,9 @@ class Weight:
 def weighed(case: Case, which: Reported) -> Weight | None:
     """The most that the probabilities of the last token add up to in the score; None where the trial cannot say, or
     where the model alone says them."""
-    counts = counts_of(case, which, doubtful=True)
-    if counts is None:
+    ways = ways_of(case, which)
+    if not ways:
         return None
-    ways = counts.said[-1].sum.ways()
     few = tables(case)  # where contexts meet, long ones may have nothing to say
     for small in [few, ()] if few else [()]:
         found = _weighed(case, ways, small)
@@ -69,6 +69,16 @@ def weighed(case: Case, which: Reported) -> Weight | None:
         if found is not None:
             return found
     return None
+
+
+def ways_of(case: Case, which: Reported) -> set[Way]:
+    """The calls that make the losses of the score. A script that goes through the tokens one by one may be too long for
+    the trial's text, and come to the end of this one: there the last calls that say a price are meant."""
+    counts = counts_of(case, which, doubtful=True)
+    if counts is not None:
+        return counts.said[-1].sum.ways()
+    run = over_text(case, stream.text(None), tables(case), LONG) if not case.trial.complete else None
+    return set(list(run.paid)[-1:]) if run is not None and run.trial.complete else set()
 
 
 def _weighed(case: Case, ways: set[Way], small: tuple[Forced, ...], turned: int = 0) -> Weight | None:
@@ -122,10 +132,11 @@ def is_whole(loss: Term) -> bool:
     return below.called in ("cross_entropy", "nll_loss", "log_softmax", "CrossEntropyLoss")
 
 
-def over_text(case: Case, ids: NDArray[np.uint16], small: tuple[Forced, ...]) -> Weigher:
+def over_text(case: Case, ids: NDArray[np.uint16], small: tuple[Forced, ...], steps: int = _ONE) -> Weigher:
+    """small: what makes tables of hashed contexts small enough; steps: what is too many."""
     given, room = text.given.set(ids), largest.set(_NUMBERS)
     try:
-        return over(partial(Weigher, case.script, case.settings), stream.TOKENS, (*_sizes(case), *small))
+        return over(partial(Weigher, case.script, case.settings, most=steps), stream.TOKENS, (*_sizes(case), *small))
     finally:
         text.given.reset(given)
         largest.reset(room)
@@ -151,4 +162,4 @@ def tables(case: Case) -> tuple[Forced, ...]:
     )
 
 
-__all__ = ["PLAIN", "Weight", "is_whole", "over_text", "tables", "weighed"]
+__all__ = ["LONG", "PLAIN", "Weight", "is_whole", "over_text", "tables", "ways_of", "weighed"]

@@ -7,29 +7,26 @@ import numpy as np
 from fairway.audit.case import Case
 from fairway.audit.passes.findings import passes_of
 from fairway.audit.passes.reported import Reported
-from fairway.audit.passes.trials import counts_of
 from fairway.audit.trial.limits import Forced
 from fairway.audit.verdict import Finding
 from fairway.audit.weighing import stream
-from fairway.audit.weighing.alternatives import PLAIN, over_text, tables
+from fairway.audit.weighing.alternatives import LONG, PLAIN, over_text, tables, ways_of
 from fairway.audit.weighing.machine import Way
 
 
 def foresees(case: Case, which: Reported) -> bool | None:
     """Whether a price hangs on what comes after its token: two texts that differ from the middle on give their first
     halves different prices (RULES.md (b) 1). None where the trials cannot say, or the model alone says the prices."""
-    counts = counts_of(case, which, doubtful=True)
-    if counts is None:
+    few, ways = tables(case), ways_of(case, which)
+    if not ways:
         return None
-    few = tables(case)
-    ways = counts.said[-1].sum.ways()
     tried = (_foresees(case, ways, each) for each in ((), few)[: 1 + bool(few)])
     return next((found for found in tried if found is not None), None)
 
 
 def _foresees(case: Case, ways: set[Way], few: tuple[Forced, ...]) -> bool | None:
     """few: what makes tables of hashed contexts small enough for a trial."""
-    runs = [over_text(case, ids, few) for ids in (stream.text(None), stream.otherwise())]
+    runs = [over_text(case, ids, few, LONG) for ids in (stream.text(None), stream.otherwise())]
     plain = stream.losses()[np.arange(stream.HALF - 1), stream.text(None)[1 : stream.HALF]]
     spoke = False
     for way in ways:

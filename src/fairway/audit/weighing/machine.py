@@ -46,13 +46,14 @@ class Weigher(Machine):
     training: the calls around losses of other texts; rows: lines that made rows over the vocabulary which sum to more
     than one; mixed: the last line that made a price."""
 
-    most_steps = 25_000  # a second or two
     idle_steps = 2_000  # calibration goes on for longer, and says nothing of prices
     idle_again = 200
     least_cut = 0
 
-    def __init__(self, script: Script, settings: Settings, forced: tuple[Forced, ...] = ()) -> None:
+    def __init__(self, script: Script, settings: Settings, forced: tuple[Forced, ...] = (), most: int = 0) -> None:
+        """most: steps, where not as many as a trial takes."""
         super().__init__(script, settings, forced)
+        self.most_steps = most or self.most_steps
         self.vocabulary = min(self.vocabulary, PIECES)
         self.functions.update(_FUNCTIONS)
         self.within = 0
