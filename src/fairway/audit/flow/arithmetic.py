@@ -166,7 +166,7 @@ class Arithmetic(Comparisons):
             if again and node is not None:  # list(range(0, n, chunk)) * 3: each place comes several times
                 elem = self.place_of_many(elem, node)
                 elem = elem.but(flags=elem.flags | REPEATS)
-            new.slots["#elem"] = elem.but(const=MISSING)
+            new.slots["#elem"] = elem if elem.const is None else elem.but(const=MISSING)  # [None] * n: filled by and by
         return self.ref(new)
 
     def _of_losses(self, op: ast.operator, one: Value, two: Value, node: ast.AST | None) -> Value:
