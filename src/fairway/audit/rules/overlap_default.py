@@ -24,8 +24,9 @@ def check(case: Case) -> Finding:
     looked = []
     for program in case.reading.programs.all():
         split, does = _split(program), "keeps {:,} documents for validation"
-        if split is None:
-            split, does = _skipped(program), "skips {:,} documents and makes training text of all others"
+        if not any(number.value < SCORED for number in split or ()):  # what is trained on may begin before that ends
+            skipped = _skipped(program)
+            split, does = skipped or split, "skips {:,} documents and makes training text of all others"
         if not split:
             continue
         looked.append(program.script.path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -200,7 +201,9 @@ def _enumerate(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value],
 
 
 def _zip(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
-    return zip(*[machine.items(each) for each in args], strict=False)
+    sized = any(isinstance(each, (list, tuple, range, Array)) for each in args)  # as many rows as there are windows
+    rows = (itertools.repeat(each) if sized and isinstance(each, Unknown) else machine.items(each) for each in args)
+    return zip(*rows, strict=False)
 
 
 def _map(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
