@@ -42,8 +42,10 @@ class Statements(Loops):
         elif isinstance(target, ast.Subscript):
             base = self.evaluate(target.value)
             parts = self.parts(target.slice)
-            if not base.refs and isinstance(target.value, ast.Subscript):  # x[1:][mask] = v, x[row][:n] = v
-                base, parts = self._seen_through(target.value, parts)
+            named = self.frame.views.get(target.value.id) if isinstance(target.value, ast.Name) else None
+            view = named or target.value
+            if not base.refs and isinstance(view, ast.Subscript):  # x[1:][mask] = v, x[row][:n] = v, part[:] = v
+                base, parts = self._seen_through(view, parts)
             if base.refs:
                 self.put_item(base, parts, value, target)
             elif isinstance(target.value, (ast.Name, ast.Attribute)) and base is not NOTHING:

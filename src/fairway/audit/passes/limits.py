@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fairway.audit.case import Case
 from fairway.audit.passes.reported import Reported
 from fairway.audit.passes.trials import Counts, counted
+from fairway.audit.reading.tree import nodes
 from fairway.audit.trial import run
 from fairway.audit.trial.limits import Forced, Site
 from fairway.audit.trial.text import LENGTH, SHORT
@@ -19,6 +21,7 @@ _TIMES = 0.9 * _TEXT / LENGTH  # what the whole text has more of, of whatever it
 _TRIED = 2  # numbers: each costs another trial
 _FEW = 4  # of whatever is counted: half of fewer says little, so the longer text is asked, for five times as long
 _LESS = 0.95  # of the targets
+_SHORTEST = 8  # tokens: what has less has nothing to be scored
 
 
 def cut_short(case: Case, which: Reported, counts: Counts) -> tuple[str, int] | None:
@@ -41,6 +44,38 @@ def cut_short(case: Case, which: Reported, counts: Counts) -> tuple[str, int] | 
             )
             return evidence, tried.site[0]
     return None
+
+
+def too_short(case: Case, which: Reported, counts: Counts) -> tuple[str, int] | None:
+    """A number of tokens that a document, or a window, must have to be scored, where all in the text of the trial have
+    more: taken for more than some of them have, those do not count. A sentence, and its line."""
+    skipping = _skipping(case)
+    for site, seen in counts.trial.limits.passed().items():
+        if seen.limit is None or site[0] not in skipping or not _SHORTEST <= seen.limit < seen.least < seen.most:
+            continue
+        forced = Forced(site, seen.limit, (seen.least + seen.most) // 2)
+        taken = (forced, *counts.trial.limits.forced)
+        less = counted(run(case.script, case.settings, counts.trial.length, taken, cut=False), which)
+        many = float((counts.times > 0).sum())
+        if less is not None and float((less.times > 0).sum()) < _LESS * many:
+            evidence = (
+                f"What has less than {seen.limit:,} tokens is left out of the score: of the text of a trial, where all "
+                f"have {seen.least:,} and more, {1 - float((less.times > 0).sum()) / many:.0%} when it is "
+                f"{forced.value:,}."
+            )
+            return evidence, site[0]
+    return None
+
+
+def _skipping(case: Case) -> set[int]:
+    """Lines of conditions under which a loop goes on to its next turn, or that let through what is listed."""
+    found: set[int] = set()
+    for node in nodes(case.body.tree):
+        if isinstance(node, ast.If) and isinstance(node.body[-1], ast.Continue):
+            found.add(node.test.lineno)
+        elif isinstance(node, ast.comprehension):
+            found.update(test.lineno for test in node.ifs)
+    return found
 
 
 def stated_at(case: Case, limit: float) -> Place | None:
@@ -76,4 +111,4 @@ def _limits(case: Case) -> Iterator[_Limit]:
     yield from list(tried.values())[:_TRIED]
 
 
-__all__ = ["cut_short", "stated_at"]
+__all__ = ["cut_short", "stated_at", "too_short"]

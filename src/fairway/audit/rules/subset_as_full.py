@@ -3,7 +3,7 @@
 from fairway.audit.case import Case
 from fairway.audit.flow.events import Score
 from fairway.audit.passes.findings import passes_of, unseen
-from fairway.audit.passes.limits import cut_short, stated_at
+from fairway.audit.passes.limits import cut_short, stated_at, too_short
 from fairway.audit.passes.reported import Reported, scores_of
 from fairway.audit.passes.trials import counts_of, left_out
 from fairway.audit.records import record_of
@@ -87,7 +87,9 @@ def check(case: Case) -> Finding:
     if counted is not None:
         return counted
     counts = counts_of(case, which, doubtful=True)
-    limited = left_out(case, which) or (cut_short(case, which, counts) if counts is not None else None)
+    limited = left_out(case, which)
+    if limited is None and counts is not None:
+        limited = cut_short(case, which, counts) or too_short(case, which, counts)
     if limited is not None:
         evidence, line = limited
         return Finding(ID, "violates", evidence, CLAUSE, case.place(line))

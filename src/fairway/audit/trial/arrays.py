@@ -76,6 +76,23 @@ class Array:
         return f"Array{self.shape}{'of losses' if self.lossy else ''}"
 
 
+class Id(int):
+    """The id of a token as a number of Python, which still knows its place in the text."""
+
+    place: int
+
+
+def ids_of(num: Numbers, pos: Numbers) -> Any:
+    """Numbers with places, as Python has them: nested lists, or one."""
+    if np.ndim(num):
+        return [ids_of(*each) for each in zip(num, pos, strict=True)]
+    if pos < 0:
+        return num.item()
+    made = Id(num)
+    made.place = int(pos)
+    return made
+
+
 class TooLarge(ValueError):
     """An array, a text, a number of a size that a trial does not hold."""
 
@@ -92,6 +109,8 @@ def array_of(value: Value) -> Array | None:
         return value
     if isinstance(value, Sum):
         return Array(_objects([value]).reshape(()))
+    if isinstance(value, Id):
+        return Array(np.asarray(int(value)), np.asarray(value.place, np.int32))
     if isinstance(value, (bool, int, float, np.number)):
         return Array(np.asarray(value))
     if isinstance(value, (list, tuple, range)):
@@ -115,6 +134,9 @@ def _listed(items: list[Value]) -> Array | None:
         return Array(_objects(items))
     if not all(isinstance(item, (bool, int, float, np.number)) for item in items):
         return None
+    if any(isinstance(item, Id) for item in items):
+        places = [item.place if isinstance(item, Id) else -1 for item in items]
+        return Array(np.asarray([*map(int, items)]), np.asarray(places, np.int32))
     return Array(np.asarray(items))
 
 
@@ -407,6 +429,8 @@ def scalar(value: Value) -> Value:
     if value.lossy:
         return sum_of(value)
     assert value.num is not None
+    if value.pos is not None and value.num.dtype.kind in "iu":
+        return ids_of(value.num.reshape(-1)[0], value.pos.reshape(-1)[0])
     found = value.num.reshape(-1)[0]
     return found.item() if isinstance(found, np.generic) else found
 
@@ -419,10 +443,12 @@ def states_of(given: Iterable[Value]) -> Unknown:
 
 __all__ = [
     "Array",
+    "Id",
     "array_of",
     "as_losses",
     "binary",
     "holds_sums",
+    "ids_of",
     "joined",
     "limited",
     "merged",

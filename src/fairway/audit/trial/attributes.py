@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fairway.audit.trial.arrays import LARGEST, Array, TooLarge, limited, put, taken
+from fairway.audit.trial.arrays import LARGEST, Array, Id, TooLarge, array_of, limited, put, taken
 from fairway.audit.trial.files import Raw
 from fairway.audit.trial.given import index_of, key_of
 from fairway.audit.trial.operators import PLAIN
@@ -241,6 +241,8 @@ class Attributes(Arrays):
     # -- elements -------------------------------------------------------------------------------------------------
 
     def item(self, value: Value, index: Value) -> Value:
+        if isinstance(index, Id) and isinstance(value, (Unknown, Array)):
+            index = array_of(index)
         if isinstance(value, Unknown):
             return self.picked(value, index)
         if isinstance(value, Array):

@@ -9,9 +9,10 @@ import numpy as np
 
 from fairway.audit.trial import files
 from fairway.audit.trial.acting import Act, all_items, numeric, plain
-from fairway.audit.trial.arrays import Array, scalar
+from fairway.audit.trial.arrays import Array, Id, scalar
 from fairway.audit.trial.core import Core
 from fairway.audit.trial.files import Path, text_of
+from fairway.audit.trial.given import key_of
 from fairway.audit.trial.holding import held, made_dict
 from fairway.audit.trial.operators import PLAIN, combine
 from fairway.audit.trial.sums import Sum
@@ -200,6 +201,18 @@ def _enumerate(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value],
     return enumerate(machine.items(args[0]), scalar(start))
 
 
+def _int(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
+    """A token's id keeps its place."""
+    found = scalar(args[0]) if args else 0
+    return found if isinstance(found, Id) else numeric(int)(machine, args, kwargs, line)
+
+
+def _from_keys(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
+    """dict.fromkeys(keys, value)"""
+    keys = [key_of(each) for each in machine.items(args[0])] if args else []
+    return UNKNOWN if any(isinstance(key, Unknown) for key in keys) else dict.fromkeys(keys, *args[1:2])
+
+
 def _zip(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
     sized = any(isinstance(each, (list, tuple, range, Array)) for each in args)  # as many rows as there are windows
     rows = (itertools.repeat(each) if sized and isinstance(each, Unknown) else machine.items(each) for each in args)
@@ -319,7 +332,9 @@ BUILTIN: dict[str, Act] = {
     "callable": _callable,
     "type": _type,
     "reversed": _reversed,
-    "int": numeric(int),
+    "int": _int,
+    "dict.fromkeys": _from_keys,
+    "builtins.dict.fromkeys": _from_keys,
     "float": numeric(float),
     "round": numeric(round),
     "abs": numeric(abs),

@@ -257,7 +257,7 @@ class Core:
         if self.trial.fitted:
             places = places + self.fitting.marks(pos, pos.shape if pos.ndim > 1 else target.was)
             self.trial.vectors = Vectors(self.fitting.shared[0], self.fitting.shared[1], self.made_at)
-        losses = Array(None, places, np.ones(target.shape))
+        losses = Array(None, np.array(places), np.ones(target.shape))  # of no dimension, numpy makes it a number
         losses.was = target.was
         return losses
 

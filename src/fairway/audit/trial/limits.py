@@ -29,11 +29,12 @@ Site = tuple[int, int, str]
 
 @dataclass
 class Seen:
-    """What one number was held against. limit: the number, None where it was not always the same; most: the largest of
-    what it was held against; reached: whether that was ever more than it."""
+    """What one number was held against. limit: the number, None where it was not always the same; most, least: the
+    largest and the smallest of what it was held against; reached: whether that was ever more than it."""
 
     limit: int | None
     most: int
+    least: int
     reached: bool = False
 
     def met(self, value: int, limit: int) -> None:
@@ -43,6 +44,8 @@ class Seen:
             self.reached = True
         if value > self.most:
             self.most = value
+        elif value < self.least:
+            self.least = value
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class Limits:
             return
         seen = self.seen.get(site)
         if seen is None:
-            seen = self.seen[site] = Seen(limit, value)
+            seen = self.seen[site] = Seen(limit, value, value)
         seen.met(value, limit)
 
     def named(self, name: str) -> dict[int, int]:
@@ -108,6 +111,10 @@ class Limits:
             for site, seen in self.seen.items()
             if seen.limit is not None and not seen.reached and 1 < seen.most < seen.limit < most * seen.most
         }
+
+    def passed(self) -> dict[Site, Seen]:
+        """The numbers that never changed, and that all that was held against them was more than."""
+        return {site: seen for site, seen in self.seen.items() if seen.limit is not None and seen.least > seen.limit}
 
 
 class Coarse(BaseException):

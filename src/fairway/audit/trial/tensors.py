@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fairway.audit.trial.arrays import Array, limited, scalar, taken
+from fairway.audit.trial.arrays import Array, ids_of, limited, scalar, taken
 from fairway.audit.trial.core import Core
 from fairway.audit.trial.given import body_of, kept, numbers_of
 from fairway.audit.trial.making import cast, copied, full, made, same, tensor, typed
@@ -122,7 +122,7 @@ _LOSING = {"argmax", "argmin", "argsort", "sort", "topk", "eq", "ne", "lt", "le"
 
 
 def tolist(array: Value, *_: Value) -> Value:
-    """Numbers or Sums as lists; ids lose their places."""
+    """Numbers, Sums or ids as lists."""
     held = body_of(array)
     limited(held.body.size * 10)
     if held.lossy or (held.num is not None and held.num.dtype == object):
@@ -130,6 +130,8 @@ def tolist(array: Value, *_: Value) -> Value:
             return scalar(held)
         return [tolist(taken(held, n)) for n in range(len(held.body))]
     assert held.num is not None
+    if held.pos is not None and held.num.dtype.kind in "iu" and bool((held.pos >= 0).any()):
+        return ids_of(held.num, held.pos)
     return held.num.tolist()
 
 
