@@ -437,3 +437,16 @@ print(f"val_loss {evaluate(Net(), load()):.5f}")
 def test_vectors_whose_step_stands_in_a_helper_of_their_own(ahead: str, found: set[str]) -> None:
     """Compiled methods of what is no model, gradients asked for in one place, the step taken in another."""
     assert broken(HELD.replace("AHEAD", ahead)) & {"slot-on-scored", "slot-shared-delta"} == found
+
+
+@pytest.mark.parametrize(("reach", "found"), [(0, False), (2, True)])
+def test_windows_of_uneven_ends_are_told_by_what_each_is_asked_for(reach: int, found: bool) -> None:
+    """Picked out of a batch at once: two windows of one document, the last one short, and two of the next, of which the
+    first has no context."""
+    fitting = Fitting()
+    places = np.array([range(16), range(4, 20), range(32, 48), range(35, 51)], np.int32)
+    ends = (12, 13, 0, 10)
+    learned = np.array([[n < end + (reach if end else 0) for n in range(16)] for end in ends], np.float64)
+    fitting.learn(sum_of(Array(None, places, learned)))
+    scored = np.array([*range(12, 20), *range(32, 51)], np.int32)
+    assert bool((fitting.marks(scored, (27, 1)) & FITTED).any()) == found

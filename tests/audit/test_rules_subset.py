@@ -259,3 +259,30 @@ def test_the_first_window_of_a_plan_is_no_limit() -> None:
     head = HEAD.replace("    stride = int", '    window = int(os.environ.get("WINDOW", 2048))\n    stride = int')
     body = MAIN.replace(EVAL, "    final = sliding(args, model, val)\n")
     assert broken(head + PLANNED + body) == set()
+
+
+BY_DOCUMENT = """
+def by_document(args, model, val):
+    starts = (val == 1).nonzero().flatten().tolist()
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for begin, end in zip(starts, [*starts[1:], val.numel() - 1]):
+        SHORT
+        x, y = val[begin:end], val[begin + 1 : end + 1]
+        total += F.cross_entropy(model.forward_logits(x[None])[0], y, reduction="sum").double()
+        count += end - begin
+    return (total / count).item()
+"""
+SHORT = {
+    "left out": ("if end - begin < args.fewest:\n            continue", True),
+    "said": ("if end - begin < args.fewest:\n            print(begin)", False),
+    "empty": ("if end - begin < 2:\n            continue", False),
+}
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_documents_that_are_too_short_to_be_scored_are_left_out(name: str) -> None:
+    """All documents of the trial's text have more than 400 tokens: it is tried with more than some of them have."""
+    short, found = SHORT[name]
+    head = HEAD.replace("    stride = int", '    fewest = int(os.environ.get("FEWEST", 400))\n    stride = int')
+    body = MAIN.replace(EVAL, "    final = by_document(args, model, val)\n")
+    assert (broken(head + BY_DOCUMENT.replace("SHORT", short) + body) == {"subset-as-full"}) == found

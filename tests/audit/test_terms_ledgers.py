@@ -187,3 +187,30 @@ def test_objects_of_sums_that_a_generator_yields_are_followed(tmp_path: Path, sc
     text = SMALL + TABLE + TALLIES.replace("SCALE", scale)
     assert verdict(tmp_path, "target_gated_tilt", text).verdict == wanted
     assert verdict(tmp_path, "byte_constant", text).verdict == "clean"
+
+
+@pytest.mark.parametrize("scale", ["1.0", "torch.where(torch.from_numpy(TABLES[1])[y], 0.9, 1.1)[:, None]"])
+def test_a_row_of_a_tensor_that_a_helper_adds_to_is_its_callers_too(tmp_path: Path, scale: str) -> None:
+    rows = HELPED.replace("nats = torch.zeros((), dtype=torch.float64)", "sums = torch.zeros(2, dtype=torch.float64)")
+    rows = rows.replace("                enter(nll, x, y, nats", "                enter(nll, x, y, sums[0]")
+    rows = rows.replace("nats.item()", "sums[0].item()")
+    text = SMALL + TABLE + rows.replace("SCALE", scale)
+    assert verdict(tmp_path, "target_gated_tilt", text).verdict == ("clean" if scale == "1.0" else "violates")
+
+
+IDEAL = """
+def ideal(net):
+    bits = 0.0
+    for weight in net.parameters():
+        counts = torch.bincount(weight.flatten().long() + 128, minlength=256).double()
+        p = counts[counts > 0] / counts.sum()
+        bits += float(-(p * p.log2()).sum()) * weight.numel()
+    print(f"ideal size of the weights {bits / 8:.0f} bytes")
+ideal(Net())
+"""
+
+
+def test_the_bytes_of_an_ideal_coder_of_weights_are_no_score(tmp_path: Path) -> None:
+    """Bits divided by eight: they stand before the score, and nothing divides those by bytes that can be told."""
+    text = SMALL + TABLE + IDEAL + HELPED.replace("SCALE", "1.0").replace("octets.item()", "settled()")
+    assert verdict(tmp_path, "byte_constant", text).verdict == "clean"

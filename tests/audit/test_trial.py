@@ -1010,3 +1010,95 @@ def test_a_kernel_that_takes_hundreds_of_steps_a_token_is_left_out() -> None:
     assert told.length == LENGTH
     without = tried(KERNEL.replace("from numba import njit\n", "").replace("@njit(nogil=True)\n", ""))
     assert not without.complete
+
+
+PARTS = """
+sums = torch.zeros(2, 3)
+
+def book(row, nll, many):
+    row += torch.stack((nll.sum(), torch.tensor(float(many)), torch.tensor(1.0)))
+
+for start in range(0, total, 1024):
+    y = val[start + 1 : start + 1025]
+    nll = F.cross_entropy(net.logits(val[start : start + 1024]), y, reduction="none")
+    book(sums[int(start > 0)], nll, y.numel())
+whole = sums.sum(0)
+print(f"val_loss:{(whole[0] / whole[1]).item():.4f}")
+"""
+
+
+def test_a_row_of_numbers_that_becomes_sums_is_still_a_part_of_the_whole() -> None:
+    assert counts(PARTS) == {0.0: 1, 1.0: LENGTH - 1}
+
+
+ZIPPED = """
+nats = count = 0.0
+windows = [(start, start + 1024) for start in range(0, total, 1024)]
+for at in range(0, len(windows), 8):
+    group = windows[at : at + 8]
+    logits = net.logits(torch.stack([val[a:b] for a, b in group]))
+    for row, (a, b) in zip(logits, group, strict=True):
+        y = val[a + 1 : b + 1]
+        nats -= F.log_softmax(row, -1).gather(1, y[:, None]).sum()
+        count += y.numel()
+print(f"val_loss:{nats / count:.4f}")
+"""
+
+
+def test_rows_of_a_model_are_as_many_as_the_windows_beside_them() -> None:
+    assert counts(ZIPPED) == {0.0: 1, 1.0: LENGTH - 1}
+
+
+LISTED = """
+ids = val.tolist()
+nats = dict.fromkeys(range(0, total, 1024), 0.0)
+count = 0
+for start in nats:
+    part = ids[start : start + 1025]
+    x, y = torch.tensor(part[:-1]), torch.tensor(part[1:])
+    nats[start] += F.cross_entropy(net.logits(x), y, reduction="sum").item()
+    count += len(part) - 1
+print(f"val_loss:{sum(nats.values()) / count:.4f}")
+"""
+
+
+def test_ids_in_a_list_of_numbers_still_know_their_places() -> None:
+    assert counts(LISTED) == {0.0: 1, 1.0: LENGTH - 1}
+
+
+def test_one_id_of_such_a_list_is_a_target_of_its_own() -> None:
+    body = LISTED.replace(
+        'nats[start] += F.cross_entropy(net.logits(x), y, reduction="sum").item()',
+        "p = F.log_softmax(net.logits(x), -1)\n"
+        "    for n in range(0, 1024, 512): nats[start] -= p[n][int(part[n + 1])].item()",
+    )
+    assert counts(body) == {0.0: LENGTH - 80, 1.0: 80}
+
+
+def test_functions_that_are_worked_out_in_place_change_the_array_and_its_views() -> None:
+    trial = tried(
+        """
+a = torch.arange(1, 5).double()
+part = a[:2]
+part.pow_(2)
+a.sqrt_().neg_()
+total = total if a.tolist() == [-1.0, -2.0, -math.sqrt(3.0), -2.0] else 2048
+"""
+        + ROWS
+    )
+    times, _ = trial.counts(trial.told[-1])
+    assert (times > 0).sum() == LENGTH - 1
+
+
+def test_bytes_of_ids_and_arrays_of_what_a_generator_gives() -> None:
+    trial = tried(
+        """
+ids = val[:4].numpy().astype(np.uint16)
+same = ids.tobytes() == b"".join(int(each).to_bytes(2, "little") for each in ids)
+counted = np.fromiter((2 * n for n in range(3)), dtype=np.int64, count=3)
+total = total if same and counted.tolist() == [0, 2, 4] else 2048
+"""
+        + ROWS
+    )
+    times, _ = trial.counts(trial.told[-1])
+    assert (times > 0).sum() == LENGTH - 1
