@@ -266,3 +266,17 @@ def test_the_pairs_differ_in_one_thing_each() -> None:
         assert one != other
         if pair.thing in folds:
             assert folds[pair.thing](one) == folds[pair.thing](other)
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+@pytest.mark.parametrize("text", ["Hello wörld 日本  a", "x", " lead", ""])
+def test_spans_of_pieces_are_those_of_the_text(text: str, prefix: bool) -> None:
+    """`encode(text, out_type="immutable_proto").pieces`: each with the signs that it stands for."""
+    cutter = Cutter(1024, "", prefix=prefix)
+    pieces = cutter.encode(text, out_type="immutable_proto").vars["pieces"]
+    assert [each.vars["id"] for each in pieces] == cutter.ids(text)
+    assert "".join(each.vars["surface"] for each in pieces) == text
+    ends = [0, *(each.vars["end"] for each in pieces)]
+    assert [each.vars["begin"] for each in pieces] == ends[:-1]
+    assert ends[-1] == len(text)
+    assert all(each.vars["surface"] == text[each.vars["begin"] : each.vars["end"]] for each in pieces)

@@ -9,7 +9,7 @@ from functools import cache
 
 from fairway.audit.preparing.documents import DOCUMENTS
 from fairway.audit.trial.arrays import Array, scalar
-from fairway.audit.trial.values import UNKNOWN, Value
+from fairway.audit.trial.values import UNKNOWN, Class, Obj, Value
 from fairway.audit.trial.vocabulary import FIRST_BYTE, FIRST_PIECE, MARK, Processor
 
 SIZE = 4_096
@@ -97,9 +97,36 @@ class Cutter(Processor):
             return [self.encode(each, *kinds, add_bos=add_bos, add_eos=add_eos, **more) for each in text]
         if not isinstance(text, str):
             return UNKNOWN
+        if any(isinstance(each, str) and each in _PROTOS for each in (kind, more.get("return_type"))):
+            return Obj(_PROTO, {"text": text, "pieces": self.spans(text)})
         found = [1] * bool(add_bos) + self.ids(text) + [2] * bool(add_eos)
         spelt = getattr(kind, "name", kind) == "str"
         return [self.id_to_piece(each) for each in found] if spelt else found
+
+    def spans(self, text: str) -> list[Value]:
+        """The pieces of a text with the signs that each stands for: of the bytes of one sign, the last one has it, and
+        the mark that is put before a text has none."""
+        found: list[Value] = []
+        at = 0
+
+        def keep(number: int, many: int) -> None:
+            nonlocal at
+            surface = text[at : at + many]
+            held = {"id": number, "piece": self.id_to_piece(number), "surface": surface, "begin": at, "end": at + many}
+            found.append(Obj(_PROTO, held))
+            at += many
+
+        for piece in _cut(text, self.prefix):
+            before = bool(self.prefix and not found)
+            if _spelt(piece):
+                keep(self._id(piece), len(piece) - before)
+                continue
+            for n, sign in enumerate(piece):
+                octets = [] if _spelt(sign) else [FIRST_BYTE + byte for byte in sign.encode()]
+                for number in octets[:-1]:
+                    keep(number, 0)
+                keep(octets[-1] if octets else self._id(sign), int(not before or n > 0))
+        return found
 
     Encode = EncodeAsIds = encode_as_ids = tokenize = encode
 
@@ -142,6 +169,8 @@ class Cutter(Processor):
         return total
 
 
+_PROTO = Class("SentencePieceText", [], {})
+_PROTOS = frozenset(("immutable_proto", "serialized_proto", "proto"))
 _MARKS = re.compile(r"\\u(e[0-9a-f]{3}|f[0-8][0-9a-f]{2})|([\ue000-\uf8ff])", re.IGNORECASE)
 _BARE = re.compile(r"add_dummy_prefix[\"']?\s*[=:]\s*(?:False|false)")
 
