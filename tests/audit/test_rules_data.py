@@ -224,6 +224,17 @@ def test_fewer_documents_held_back_than_scored_are_trained_on(tmp_path: Path, fo
     assert verdict(tmp_path, "overlap_default", script(), prepare__py=full).verdict == "clean"
 
 
+@pytest.mark.parametrize(("begins", "wanted"), [("10_000", "violates"), ("50_000", "clean")])
+def test_training_text_that_begins_before_the_scored_text_ends_is_trained_on(
+    tmp_path: Path, begins: str, wanted: str
+) -> None:
+    """Two numbers: all that is scored is written as validation, and the training text begins where the other says."""
+    prepare = BY_OPTION.replace("{held}", begins).replace("if number < given.held_out:", "if number < 50_000:")
+    prepare = prepare.replace("    else:\n", "    if number >= given.held_out:\n")
+    finding = verdict(tmp_path, "overlap_default", script(), prepare__py=prepare)
+    assert finding.verdict == wanted
+
+
 def test_the_command_decides_over_the_default(tmp_path: Path) -> None:
     prepare = BY_OPTION.replace("{held}", "10_000")
     readme = "    python prepare.py --docs docs.jsonl --held-out 50000\n"

@@ -76,3 +76,36 @@ def test_a_bonus_on_the_logarithm_is_paid_by_its_exponential(tmp_path: Path, pri
 def test_a_bonus_that_is_no_constant_is_too(tmp_path: Path, price: str, wanted: str) -> None:
     paid = "gain = 0.1 * torch.log1p(hs.float().abs())\n        " + PAID.replace("math.expm1(2.0)", price)
     assert verdict(tmp_path, "false_normalisation", text(paid.replace("2.0 *", "gain *"))).verdict == wanted
+
+
+MEMORY = """p = lp.gather(2, rows[:, 1:, None])[..., 0].exp()
+        q = torch.softmax(net(rows[:, :-1].roll(1, 1).contiguous()), -1).gather(2, rows[:, 1:, None])[..., 0]
+        share = SHARE
+        nll = -MIXED.log()"""
+
+
+@pytest.mark.parametrize("mixed", ["torch.lerp(p, q, share)", "p.lerp(q, share)"], ids=["function", "method"])
+@pytest.mark.parametrize(
+    ("share", "wanted"),
+    [("0.3 * (hs >= 0).float()", "clean"), ("torch.from_numpy(lead)[rows[:, 1:]].float()", "violates")],
+    ids=["by the context", "by the target"],
+)
+def test_what_lies_between_two_probabilities_is_a_mixture_of_them(
+    tmp_path: Path, mixed: str, share: str, wanted: str
+) -> None:
+    found = text(MEMORY.replace("MIXED", mixed).replace("SHARE", share))
+    assert verdict(tmp_path, "target_gated_tilt", found).verdict == wanted
+
+
+BOOK = """
+        rows = torch.from_numpy(piece)[None]
+        held = -torch.log_softmax(net(rows[:, :-1]), -1).gather(2, rows[:, 1:, None])[0, :, 0]
+        book[at] = 0.0
+        book[at] += held.sum()
+        nll = sum(book[each] for each in book) / len(book) + 0.0 * held
+"""
+
+
+def test_what_a_table_is_gone_through_by_are_its_keys_and_not_its_losses(tmp_path: Path) -> None:
+    found = script(loss=BOOK, state="book = dict.fromkeys([0], 0.0)")
+    assert verdict(tmp_path, "target_gated_tilt", found).verdict == "clean"

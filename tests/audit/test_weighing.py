@@ -585,3 +585,77 @@ def test_a_batch_is_cut_down_by_its_name_whether_it_counts_tokens_or_windows() -
         (each.limit, each.value) for each in _sizes(one) if each.of("val_batch_size") or each.of("eval_batch_windows")
     }
     assert {(524_288, 512), (32, 2)} <= taken
+
+
+VISITED = """
+def eval_visited(args, model, val):
+    counts = torch.zeros(vocab_size, vocab_size)
+    sums, kept = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    n = (val.numel() - 1 + args.chunk - 1) // args.chunk
+    for turn in range(n * VISITS):
+        ci, visit = divmod(turn, VISITS)
+        if visit == 0:
+            kept = sums.clone()
+        else:
+            sums.copy_(kept)
+        start, end = ci * args.chunk, min((ci + 1) * args.chunk, val.numel() - 1)
+        x, y = val[start:end], val[start + 1 : end + 1]
+        probs = torch.softmax(model.forward_logits(x[None])[0].float(), dim=-1)
+        rows = counts[x]
+        mixed = (rows + 4.0 * probs) / (rows.sum(-1, keepdim=True) + 4.0)
+        sums[0] += -mixed.gather(1, y.unsqueeze(1)).squeeze(1).log().double().sum()
+        sums[1] += y.numel()
+        counts.index_put_((x, y), torch.ones(len(y)), accumulate=True)
+    return (sums[0] / sums[1]).item()
+"""
+
+
+@pytest.mark.parametrize(("visits", "wanted"), [("1", "clean"), ("2", "violates")])
+def test_chunks_that_are_visited_twice_are_charged_with_what_they_foresee_and_not_with_their_sums(
+    visits: str, wanted: str
+) -> None:
+    text = VISITED.replace("VISITS", visits) + MAIN.replace("eval_ttt(args", "eval_visited(args")
+    one = case_of(HEAD + "vocab_size = 1024\n" + text)
+    assert false_normalisation.check(one).verdict == "clean"
+    orders = {rule.check(one).verdict for rule in (two_pass_cache, training_before_scoring)}
+    assert ("violates" in orders) == (wanted == "violates")
+
+
+TOKEN_BY_TOKEN = """
+def eval_slow(args, model, val):
+    pending, book = [], {}
+    total, count, ids = 0.0, 0, val.tolist()
+    for start in range(0, len(ids) - 1, 64):
+        end = min(start + 64, len(ids) - 1)
+        probs = torch.softmax(model.forward_logits(val[start:end][None])[0].float(), dim=-1)
+        LEARN
+        mixed = probs.clone()
+        for t in range(start, end):
+            seen = book.get(ids[t])
+            work = 0
+            for _ in range(40):
+                work += 1
+            if seen:
+                many = sum(seen.values())
+                mixed[t - start] *= 0.9
+                for token, times in seen.items():
+                    mixed[t - start, token] += 0.1 * times / many
+        y = val[start + 1 : end + 1]
+        total += -mixed.gather(1, y.unsqueeze(1)).squeeze(1).log().double().sum().item()
+        count += end - start
+        THEN
+    return total / count
+"""
+NOTED = """for t in range(start, end):
+            page = book.setdefault(ids[t], {})
+            page[ids[t + 1]] = page.get(ids[t + 1], 0) + 1"""
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_what_is_too_long_for_a_trial_is_asked_over_the_short_text_whether_it_foresees(ahead: bool) -> None:
+    """Forty steps for each of 4,096 tokens and more are too many; of 320 they are not."""
+    first, last = (NOTED, "pass") if ahead else ("pass", NOTED)
+    text = TOKEN_BY_TOKEN.replace("LEARN", first, 1).replace("THEN", last)
+    one = case_of(HEAD + "vocab_size = 1024\n" + text + MAIN.replace("eval_ttt(args", "eval_slow(args"))
+    assert not one.trial.complete
+    assert foresees(one, passes_of(one)[0]) is ahead
