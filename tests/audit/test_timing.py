@@ -287,3 +287,33 @@ def test_a_batch_that_is_read_row_by_row_leaves_steps_for_the_training() -> None
     found = timed(case_of(by_trainer("self.watch.stop()", "self.watch.start()", rows="512")))
     assert found is not None
     assert found.seconds > 650
+
+
+BY_EVENTS = """
+class Watch:
+    def __init__(self):
+        self.spent, self.since = 0.0, self.mark()
+    def mark(self):
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+    def stop(self):
+        self.spent += self.since.elapsed_time(self.mark())
+    def start(self):
+        self.since = self.mark()
+    def read(self):
+        return (self.spent + self.since.elapsed_time(self.mark())) / 1000.0
+watch = Watch()
+"""
+
+
+@pytest.mark.parametrize("stops", [True, False])
+def test_events_of_the_card_are_a_clock_as_well(stops: bool) -> None:
+    step = "        opt.step()\n"
+    paused = f"        watch.stop()\n{step}        watch.start()\n"
+    running = f"        watch.read()\n{step}        watch.read()\n"
+    text = trained(step, paused if stops else running).replace(WATCH, BY_EVENTS)
+    found = timed(case_of(text))
+    assert (found is not None) == stops
+    if found is not None:
+        assert found.seconds > 650

@@ -9,7 +9,7 @@ from fairway.audit.case import Case
 from fairway.audit.reading.tree import nodes
 from fairway.audit.verdict import Place
 
-_CLOCKS = frozenset(("time", "perf_counter", "monotonic", "perf_counter_ns", "monotonic_ns", "time_ns"))
+_CLOCKS = frozenset(("time", "perf_counter", "monotonic", "perf_counter_ns", "monotonic_ns", "time_ns", "elapsed_time"))
 _SHORT = 12  # statements of a helper
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
 

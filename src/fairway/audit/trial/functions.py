@@ -50,7 +50,7 @@ from fairway.audit.trial.making import Dtype, arange, full, full_like, like, mad
 from fairway.audit.trial.reading import frombuffer, fromfile, joined_path, memmap, packed, path_of, paths, unpacked
 from fairway.audit.trial.reducing import add_at, by_numpy, numpy_nonzero
 from fairway.audit.trial.shapes import cat
-from fairway.audit.trial.threads import Capture, Executor, Graph, Queue, Stack, Store, Suppress, Thread
+from fairway.audit.trial.threads import Capture, Event, Executor, Graph, Queue, Stack, Store, Suppress, Thread
 from fairway.audit.trial.values import NET, UNKNOWN, Bound, Class, Func, Obj, Raised, Value
 from fairway.audit.trial.vocabulary import Processor
 
@@ -61,8 +61,7 @@ from fairway.audit.trial.vocabulary import Processor
 
 
 def _clock(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
-    machine.clock += 1e-4
-    return machine.clock
+    return machine.read_clock()
 
 
 # -- losses -----------------------------------------------------------------------------------------------------------
@@ -192,6 +191,7 @@ _WORLD: dict[str, Act] = {
     "json.dump": printed,
     **{f"logging.{level}": printed for level in ("debug", "info", "warning", "error", "critical")},
     "json.dumps": lambda machine, args, kwargs, line: printed(machine, args, kwargs, line) or UNKNOWN,
+    "torch.cuda.Event": lambda machine, args, kwargs, line: Event(machine),
     "torch.cuda.CUDAGraph": lambda machine, args, kwargs, line: Graph(),
     "torch.cuda.graph": lambda machine, args, kwargs, line: Capture(args[0] if args else kwargs.get("cuda_graph")),
     "contextlib.suppress": lambda machine, args, kwargs, line: Suppress(),

@@ -153,6 +153,29 @@ class Store:
         return None
 
 
+class Event:
+    """torch.cuda.Event: a reading of the clock where it is recorded."""
+
+    def __init__(self, machine: Core) -> None:
+        self._machine = machine
+        self.at: Value = UNKNOWN
+
+    def record(self, *_: Value) -> None:
+        self.at = self._machine.read_clock()
+
+    def elapsed_time(self, other: Value) -> Value:
+        """Milliseconds."""
+        if not isinstance(other, Event) or UNKNOWN in (self.at, other.at):
+            return UNKNOWN
+        return 1000.0 * (other.at - self.at)
+
+    def synchronize(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+
 class Graph:
     """torch.cuda.CUDAGraph: what was captured is done again by replay()."""
 
@@ -206,4 +229,4 @@ class Stack:
         return False
 
 
-__all__ = ["Capture", "Executor", "Future", "Graph", "Queue", "Stack", "Suppress", "Thread"]
+__all__ = ["Capture", "Event", "Executor", "Future", "Graph", "Queue", "Stack", "Suppress", "Thread"]
