@@ -634,3 +634,13 @@ def test_a_line_on_the_way_that_shows_the_claimed_number_is_not_the_score(tmp_pa
     assert found(subset_as_full, tmp_path).verdict == "clean"
     (tmp_path / "train_gpt.py").write_text(SHARES.replace("SUM\n", ""))
     assert found(subset_as_full, tmp_path).verdict == "violates"
+
+
+def test_a_mean_over_seeds_that_only_a_line_on_the_way_comes_near_to_is_no_score_of_that_line(tmp_path: Path) -> None:
+    """1.1192 is claimed, each seed's own score is another, and a sum on the way has those digits."""
+    (tmp_path / "submission.json").write_text('{"val_bpb": 1.1192}')
+    way = "piece done sofar bits 1.119210\npiece done sofar bits 1.118900\n"
+    for seed, score in ((1, "1.11930100"), (2, "1.11910100")):
+        (tmp_path / f"train_seed{seed}.log").write_text(f"{way}final score bits {score}\n")
+    (tmp_path / "train_gpt.py").write_text(SHARES.replace("SUM", "dist.all_reduce(total)\ndist.all_reduce(count)"))
+    assert found(subset_as_full, tmp_path).verdict == "clean"

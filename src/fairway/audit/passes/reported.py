@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from fairway.audit.flow.events import Said, Score, Trace
 from fairway.audit.submission import Submission
-from fairway.audit.terms.report import DIAGNOSIS
+from fairway.audit.terms.report import DIAGNOSIS, last_of_kind
 
 _WORD = re.compile(r"[A-Za-z_]{3,}")
 _SELF = ("train", "random", "generated")
@@ -88,12 +88,13 @@ def _by_record(said: list[Said], submission: Submission) -> list[Said]:
     claims = claimed(submission)
     if not claims:
         return []
-    lines = [line for text in submission.logs.values() for line in text.splitlines()]
-    shown = [line for line in lines if any(claim in number for claim in claims for number in _numbers(line))]
+    logs = [text.splitlines() for text in submission.logs.values()]
     fitting: list[tuple[tuple[int, int], Said]] = []
     for each in said:
         words = [word for word in _WORD.findall(each.text) if word not in ("val_loss", "val_bpb", "logs", "txt")]
-        found = [line for line in shown if all(word in line for word in words)]
+        found = [
+            line for line in last_of_kind(logs, words) if any(claim in n for claim in claims for n in _numbers(line))
+        ]
         if words and found:  # "quantized" stands in a line that says "quantized_ttt", but is no word of it
             whole = max(len(set(words) & set(_WORD.findall(line))) for line in found)
             fitting.append(((whole, len(words)), each))

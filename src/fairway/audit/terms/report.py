@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -147,13 +147,21 @@ class Report:
         value = claimed_value(self.submission.claims)
         if value is None:
             return []
-        lines = [line for text in self.submission.logs.values() for line in text.splitlines() if _prints(line, value)]
+        logs = [text.splitlines() for text in self.submission.logs.values()]
         found = []
         for number in self.scores:
             words = [word for word in re.findall(r"[A-Za-z_]{4,}", number.label.split("\0")[0])]
-            if words and any(all(word in line for word in words) for line in lines):
+            if words and any(_prints(line, value) for line in last_of_kind(logs, words)):
                 found.append(number)
         return found[-2:]
+
+
+def last_of_kind(logs: Iterable[list[str]], words: list[str]) -> Iterator[str]:
+    """Of each log the last line with all of these words: a sum that is said on the way comes near to any claim once."""
+    for lines in logs:
+        line = next((line for line in reversed(lines) if all(word in line for word in words)), None)
+        if line is not None:
+            yield line
 
 
 def claimed_value(claims: Any) -> float | None:
