@@ -109,6 +109,25 @@ def test_numbers_and_training_tokens_are_none(tmp_path: Path, state: str) -> Non
     assert verdict(tmp_path, "paid_prefix", script(state=state)).verdict == "clean"
 
 
+CLAIMS = """
+def claim(path):
+    with open(path, "r+") as file:
+        at = int(file.read())
+        file.seek(0)
+        file.write(str(WRITTEN))
+    return at
+"""
+
+
+@pytest.mark.parametrize(("written", "wanted"), [("at + 1", "clean"), ("list(tokens[:512])", "violates")])
+def test_a_counter_that_is_read_and_written_through_one_handle_holds_no_tokens(
+    tmp_path: Path, written: str, wanted: str
+) -> None:
+    claims = CLAIMS.replace("WRITTEN", written).replace("claim(path)", "claim(path, tokens)")
+    text = script(extra=claims, state='claim("val_claims.txt", tokens)')
+    assert verdict(tmp_path, "paid_prefix", text).verdict == wanted
+
+
 # ---- easier texts
 
 PREPARE = """
