@@ -87,6 +87,14 @@ class Case:
         return weighed(self, passes_of(self)[0])
 
     @cached_property
+    def foresees(self) -> bool | None:
+        """Whether a price hangs on what comes after its token; None where nobody can tell."""
+        from fairway.audit.passes.findings import passes_of
+        from fairway.audit.weighing import foresees
+
+        return foresees(self, passes_of(self)[0])
+
+    @cached_property
     def reading(self) -> "Reading":
         """How the script computes its values: terms down to constants, files and settings."""
         from fairway.audit.terms.reading import Reading

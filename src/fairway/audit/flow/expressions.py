@@ -167,7 +167,9 @@ class Expressions(Comprehensions):
             return found
         for place, part in enumerate(node.args):
             value = args[place]
-            if not isinstance(part, ast.Subscript) or value.refs or value.items or value.const is not MISSING:
+            if not isinstance(part, ast.Subscript) or not isinstance(part.value, (ast.Name, ast.Attribute)):
+                continue  # what is called is not called again
+            if value.refs or value.items or value.const is not MISSING:
                 continue
             sums = value.losses or self.plain(value)
             if sums and any(obj.kind == "tensor" and not self.learner(obj) for obj in self.evaluate(part.value).refs):

@@ -1,11 +1,10 @@
 """Counts for all tokens are gathered and divided by something that is not their sum: the rows do not sum to one."""
 
 from fairway.audit.case import Case
-from fairway.audit.passes.findings import passes_of
 from fairway.audit.terms import mixtures, normalisers, rows
 from fairway.audit.terms.verdicts import clean, unsaid
 from fairway.audit.verdict import Finding
-from fairway.audit.weighing import PIECES, excess, foresees
+from fairway.audit.weighing import PIECES, excess
 
 ID = "false-normalisation"
 CHARGE = "a distribution is divided by something else than its sum"
@@ -89,7 +88,7 @@ def _weighed(case: Case) -> Finding | None:
     """Of a form that nobody foresaw, the sum itself. What a table already holds of the token that is exchanged says
     nothing of its sums: that prices hang on what follows is another rule's matter."""
     weight = excess(case)
-    if weight is None or foresees(case, passes_of(case)[0]):
+    if weight is None or case.foresees:
         return None
     evidence = (
         f"Worked out with a made-up model over a short text: what the script says of all {PIECES} tokens that may "

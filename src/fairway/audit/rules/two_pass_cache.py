@@ -3,7 +3,7 @@
 from fairway.audit.case import Case
 from fairway.audit.passes.findings import passes_of, verdict_on
 from fairway.audit.verdict import Finding
-from fairway.audit.weighing import as_foreseen, excess, foresees
+from fairway.audit.weighing import as_foreseen, excess
 
 ID = "two-pass-cache"
 CHARGE = "a table filled in a first pass over the validation tokens scores them in a second"
@@ -19,7 +19,7 @@ def check(case: Case) -> Finding:
 def _foreseen(case: Case) -> Finding | None:
     """Where the walk sees no table that knew too much: prices hang on what follows, and add up to more than one."""
     weight = excess(case)
-    if weight is None or not foresees(case, passes_of(case)[0]):
+    if weight is None or not case.foresees:
         return None
     evidence = (
         "Where a text goes on otherwise from its middle, prices before it change, and what the script says of all "

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fairway.audit.trial.ids import Id, ids_of
 from fairway.audit.trial.sums import LEAST, PLACE, Rows, Sum
 from fairway.audit.trial.values import NET, UNKNOWN, Obj, States, Unknown, Value, mixed
 
@@ -74,23 +75,6 @@ class Array:
 
     def __repr__(self) -> str:
         return f"Array{self.shape}{'of losses' if self.lossy else ''}"
-
-
-class Id(int):
-    """The id of a token as a number of Python, which still knows its place in the text."""
-
-    place: int
-
-
-def ids_of(num: Numbers, pos: Numbers) -> Any:
-    """Numbers with places, as Python has them: nested lists, or one."""
-    if np.ndim(num):
-        return [ids_of(*each) for each in zip(num, pos, strict=True)]
-    if pos < 0:
-        return num.item()
-    made = Id(num)
-    made.place = int(pos)
-    return made
 
 
 class TooLarge(ValueError):
@@ -443,12 +427,10 @@ def states_of(given: Iterable[Value]) -> Unknown:
 
 __all__ = [
     "Array",
-    "Id",
     "array_of",
     "as_losses",
     "binary",
     "holds_sums",
-    "ids_of",
     "joined",
     "limited",
     "merged",

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fairway.audit.trial.arrays import LARGEST, Array, Id, TooLarge, array_of, limited, put, taken
+from fairway.audit.trial.arrays import LARGEST, Array, TooLarge, array_of, limited, put, taken
 from fairway.audit.trial.files import Raw
 from fairway.audit.trial.given import index_of, key_of
+from fairway.audit.trial.ids import Id
 from fairway.audit.trial.operators import PLAIN
 from fairway.audit.trial.sums import Sum
 from fairway.audit.trial.tensors import Arrays, array_attribute

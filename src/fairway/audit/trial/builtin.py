@@ -9,11 +9,12 @@ import numpy as np
 
 from fairway.audit.trial import files
 from fairway.audit.trial.acting import Act, all_items, numeric, plain
-from fairway.audit.trial.arrays import Array, Id, scalar
+from fairway.audit.trial.arrays import Array, scalar
 from fairway.audit.trial.core import Core
 from fairway.audit.trial.files import Path, text_of
 from fairway.audit.trial.given import key_of
 from fairway.audit.trial.holding import held, made_dict
+from fairway.audit.trial.ids import Id
 from fairway.audit.trial.operators import PLAIN, combine
 from fairway.audit.trial.sums import Sum
 from fairway.audit.trial.threads import Queue

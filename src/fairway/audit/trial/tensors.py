@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fairway.audit.trial.arrays import Array, ids_of, limited, scalar, taken
+from fairway.audit.trial.arrays import Array, limited, scalar, taken
 from fairway.audit.trial.core import Core
 from fairway.audit.trial.given import body_of, kept, numbers_of
+from fairway.audit.trial.ids import ids_of
 from fairway.audit.trial.making import cast, copied, full, made, same, tensor, typed
 from fairway.audit.trial.reducing import (
     bincount,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 from fairway.audit.case import Case
-from fairway.audit.passes.findings import passes_of
 from fairway.audit.passes.reported import Reported
 from fairway.audit.trial.limits import Forced
 from fairway.audit.verdict import Finding
@@ -42,7 +41,7 @@ def _foresees(case: Case, ways: set[Way], few: tuple[Forced, ...]) -> bool | Non
 def as_foreseen(case: Case, found: Finding) -> Finding:
     """A charge that an array knew too much, dropped where no price hangs on what follows, nor, as far as it can be
     weighed, on its own token."""
-    if found.verdict != "violates" or foresees(case, passes_of(case)[0]) is not False:
+    if found.verdict != "violates" or case.foresees is not False:
         return found
     if case.weight is not None and case.weight.too_much:
         return found
