@@ -5,15 +5,21 @@ The sums are checked against their closed forms: one for whatever is normalised,
 import ast
 import itertools
 import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
+from fairway.audit import audit
 from fairway.audit.case import Case
 from fairway.audit.passes.findings import passes_of
 from fairway.audit.rules import false_normalisation, training_before_scoring, two_pass_cache
+from fairway.audit.trial.arrays import Array, TooLarge
 from fairway.audit.weighing import PIECES, Weight, foresees, is_whole, stream, weighed
 from fairway.audit.weighing.alternatives import _sizes
+from fairway.audit.weighing.rows import one_hot
 from tests.audit.order import HEAD, MAIN, case_of
 
 EVAL = """
@@ -511,6 +517,29 @@ def test_a_table_of_the_whole_text_is_charged_whatever_is_foreseen(more: str, ex
     one = case_of(HEAD + "vocab_size = 1024\n" + text + MAIN.replace("eval_ttt(args", "eval_mixed(args"))
     assert foresees(one, passes_of(one)[0]) is expected
     assert two_pass_cache.check(one).verdict == "violates"
+
+
+def test_a_text_that_a_trial_did_not_come_to_the_end_of_is_not_asked_for_the_other_one(monkeypatch: Any) -> None:
+    """Each costs up to 90,000 steps: of burray's base, 10 of 28 s."""
+    one, run = hinted("later", "earlier"), SimpleNamespace(trial=SimpleNamespace(complete=False))
+    asked: list[Any] = []
+    monkeypatch.setattr("fairway.audit.weighing.foreseeing.over_text", lambda *given: (asked.append(given), run)[1])
+    assert foresees(one, passes_of(one)[0]) is None
+    assert len(asked) == len({few for _, _, few, _ in asked}), "once with tables of each size"
+
+
+def test_only_what_seems_to_know_too_much_is_asked_whether_it_foresees(monkeypatch: Any, tmp_path: Path) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr("fairway.audit.weighing.foresees", lambda *given: asked.append(given))
+    (tmp_path / "train_gpt.py").write_text(case(WHOLE["a mixture"]).script.text)
+    audit(tmp_path)
+    assert not asked
+
+
+def test_classes_of_one_hot_rows_are_bounded_as_all_arrays_are() -> None:
+    """32 windows of 4,096 places and 1,024 classes: two gigabytes with what is made of them."""
+    with pytest.raises(TooLarge):
+        one_hot(Array(np.zeros((32, 4096), np.int64)), 1024)
 
 
 def test_a_model_alone_foresees_nothing_that_could_be_told() -> None:

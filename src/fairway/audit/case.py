@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 
 
+class on_demand(cached_property[bool | None]):
+    """What only some findings ask for, and what takes seconds: not prepared for every case."""
+
+
 @dataclass(frozen=True)
 class Case:
     """strict: accepted departures count as violations."""
@@ -86,7 +90,7 @@ class Case:
 
         return weighed(self, passes_of(self)[0])
 
-    @cached_property
+    @on_demand
     def foresees(self) -> bool | None:
         """Whether a price hangs on what comes after its token; None where nobody can tell."""
         from fairway.audit.passes.findings import passes_of

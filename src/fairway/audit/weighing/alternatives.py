@@ -23,7 +23,7 @@ from fairway.audit.weighing import stream
 from fairway.audit.weighing.machine import Way, Weigher
 from fairway.audit.weighing.stream import PIECES
 
-_NUMBERS = 60_000_000  # elements of a table of hashed counts
+_NUMBERS = 8_000_000  # elements of a table of hashed counts: 64 MB as float64
 _STEPS = 200_000  # of all runs together
 _ONE, LONG = 25_000, 90_000  # of one: a second or two, and of one that goes through the tokens one by one
 PLAIN = 1e-4

@@ -25,12 +25,16 @@ def foresees(case: Case, which: Reported) -> bool | None:
 
 def _foresees(case: Case, ways: set[Way], few: tuple[Forced, ...]) -> bool | None:
     """few: what makes tables of hashed contexts small enough for a trial."""
-    runs = [over_text(case, ids, few, LONG) for ids in (stream.text(None), stream.otherwise())]
+    runs = []
+    for ids in (stream.text(None), stream.otherwise()):
+        runs.append(over_text(case, ids, few, LONG))
+        if not runs[-1].trial.complete:
+            return None
     plain = stream.losses()[np.arange(stream.HALF - 1), stream.text(None)[1 : stream.HALF]]
     spoke = False
     for way in ways:
         paid = [each.paid[way][1 : stream.HALF] for each in runs if way in each.paid and not each.unsure(way)]
-        if len(paid) < len(runs) or not all(each.trial.complete for each in runs) or np.isnan(paid).any():
+        if len(paid) < len(runs) or np.isnan(paid).any():
             return None
         if not np.allclose(paid[0], paid[1], atol=PLAIN):
             return True

@@ -23,7 +23,7 @@ from fairway.audit.weighing import stream
 from fairway.audit.weighing.rows import ROWS, log_softmax, priced
 from fairway.audit.weighing.stream import PIECES
 
-_MOST = 60_000_000  # numbers that a model makes at once
+_MOST = 20_000_000  # numbers that a model makes at once
 _NUMBERS = 5_000  # of an array: a step
 _SUMMING = frozenset(("sum", "mean", "nansum", "nanmean", "item", "tolist", "dot"))
 _DOUBTS = 1_000  # that are written down

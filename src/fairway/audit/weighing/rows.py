@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from fairway.audit.trial.arrays import Array, Numbers, scalar
+from fairway.audit.trial.arrays import Array, Numbers, limited, scalar
 from fairway.audit.trial.given import body_of, numbers_of
 from fairway.audit.trial.reducing import Extremes
 from fairway.audit.trial.values import Value
@@ -87,6 +87,7 @@ def topk(array: Value, k: Value, dim: Value = None, **kwargs: Value) -> Value:
 
 def one_hot(array: Value, num_classes: Value = -1, **_: Value) -> Value:
     ids, many = numbers_of(array), scalar(num_classes)
+    limited(float(ids.size) * many)
     return Array((ids[..., None] == np.arange(many)).astype(np.int64))
 
 
