@@ -427,3 +427,80 @@ def test_it_is_shown_whether_a_segment_is_scored_before_it_is_learned_from(
     score = scores_of(case.trace, which.score, which.data)[-1]
     steps = [each for each in case.trace.updates if any(tok.data == "val" for tok in each.learned)]
     assert {order_of(case, which, score, step) for step in steps} == {order}
+
+
+READ_INTO = '''
+from pathlib import Path
+def shard(path):
+    file = Path(path)
+    header = torch.from_file(str(file), False, 256, dtype=torch.int32)
+    tokens = torch.empty(int(header[2]), dtype=torch.uint16)
+    with file.open("rb", buffering=0) as f:
+        f.seek(256 * 4)
+        assert f.readinto(tokens.numpy()) == 2 * len(tokens)
+    return tokens.numpy().astype(np.int64)
+
+def load():'''
+
+TEMPERED = """
+import random
+net = Net()
+log_temp = torch.zeros((), requires_grad=True)
+gain = torch.ones(64, requires_grad=True)
+opt = torch.optim.AdamW([log_temp, gain], lr=1e-3)
+nats, count = torch.zeros((), dtype=torch.float64), 0
+
+def cut(low, high, width):
+    return [(a, min(a + width, high)) for a in range(low, high, width)]
+
+def deal(blocks):
+    blocks = blocks + [(1, 1)] * (-len(blocks) % 4)
+    for at in range(0, len(blocks), 4):
+        part = torch.tensor(blocks[at : at + 4])
+        yield part[:, 0], part[:, 1]
+
+def windows(val, first, end):
+    pos = (end - 1 - 1024).clamp_min(0)[:, None] + torch.arange(1024)[None, :]
+    live = pos < (end - 1)[:, None]
+    x = torch.where(live, val[pos.clamp_max(val.numel() - 1)], 0)
+    y = torch.where(live, val[(pos + 1).clamp_max(val.numel() - 1)], 0)
+    return x, y, live & (pos + 1 >= first[:, None])
+
+def losses(x, y):
+    logits = F.linear(net.table(x) * gain, net.table.weight) * torch.exp(-log_temp)
+    return F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view_as(y)
+
+def score(low, high):
+    global nats, count
+    for first, end in deal(cut(low, high, 256)):
+        x, y, own = windows(val, first, end)
+        with torch.no_grad():
+            nats += losses(x, y)[own].double().sum()
+        count += int(own.sum())
+
+def learn(low, high):
+    blocks = cut(low, high, 1024)
+    for first, end in deal(random.Random(low).sample(blocks, len(blocks))):
+        x, y, own = windows(val, first, end)
+        opt.zero_grad()
+        ((losses(x, y) * own).sum() / own.sum()).backward()
+        opt.step()
+
+val = load()
+for low, high in cut(1, val.numel(), 8192):
+    FIRST(low, high)
+    THEN(low, high)
+print(f"val_loss {(nats / count).item():.5f}")
+"""
+
+
+@pytest.mark.parametrize("loading", ["def load():", READ_INTO], ids=["fromfile", "readinto"])
+@pytest.mark.parametrize(("first", "then", "wanted"), [("score", "learn", "clean"), ("learn", "score", "violates")])
+def test_a_temperature_that_learns_of_what_was_scored_is_fitted_to_nothing_that_it_scores(
+    tmp_path: Path, loading: str, first: str, then: str, wanted: str
+) -> None:
+    """Blocks in a list, dealt in another order: the walk cannot tell those of a chunk from those of the next one. The
+    shards may be read as modded-nanogpt reads them."""
+    text = HEAD.replace("def load():", loading) + TEMPERED.replace("FIRST", first).replace("THEN", then)
+    found = [verdict(tmp_path, name, text) for name in ("temperature_from_validation", "training_before_scoring")]
+    assert ("violates" if any(each.verdict == "violates" for each in found) else "clean") == wanted

@@ -461,6 +461,17 @@ def test_what_is_unknown_leaves_no_count_behind() -> None:
     assert not any((trial.counts(told)[0] > 0).any() for told in trial.told)
 
 
+def test_a_sum_that_is_mixed_with_itself_again_and_again_is_counted_once_for_each_part() -> None:
+    """`w = w * 0.9 + w * 0.1` two hundred times: 2**200 ways to the one loss, whose weight stays one."""
+    loss = one = Sum(np.array([3], np.int32), np.array([1.0]))
+    for _ in range(200):
+        one = one * 0.9 + one * 0.1
+    total, _ = one.counts(5)
+    assert total.tolist() == pytest.approx([0.0, 0.0, 0.0, 1.0, 0.0])
+    twice = loss + (loss + (loss + loss))
+    assert twice.counts(5)[0].tolist() == [0.0, 0.0, 0.0, 4.0, 0.0]
+
+
 def test_a_sum_of_sums_weighs_each_target_by_all_ways_that_lead_to_it() -> None:
     one = Sum(np.array([1, 2, 2], np.int32), np.array([1.0, 1.0, 1.0]))
     two = Sum(np.array([2, 3 + LATE], np.int32), np.array([0.5, 0.5]))

@@ -81,9 +81,10 @@ def _as_tried(case: Case, which: Reported, fault: Fault) -> Fault | None:
     and no second epoch where each was scored but once; none of a vector that was fitted to no target that it scores."""
     if fault.kind in _OF_VECTORS and isinstance(fault.cause, Update):
         return _vector_as_tried(case, which, fault, fault.cause)
-    # A vector beside a temperature is none; a temperature is fitted to what it scores, and stays a fault.
+    # A vector beside a temperature is none; a temperature that is fitted to what it scores stays a fault.
     if fault.kind == "temperature-from-validation" and isinstance(fault.cause, Update):
-        return None if fitted(case, which, fault.cause, shared=False) == "apart" else fault
+        apart = fitted(case, which, fault.cause, shared=False) == "apart"
+        return None if apart or order_of(case, which, fault.score, fault.cause) == "first" else fault
     if fault.kind not in _OF_THE_ORDER or not isinstance(fault.cause, Update):
         return fault
     order = order_of(case, which, fault.score, fault.cause)

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fairway.audit.trial.arrays import LARGEST, Array, TooLarge, array_of, limited, put, taken
-from fairway.audit.trial.files import Raw
+from fairway.audit.trial.files import File, Raw
 from fairway.audit.trial.given import index_of, key_of
 from fairway.audit.trial.ids import Id
 from fairway.audit.trial.operators import PLAIN
+from fairway.audit.trial.reading import read_into
 from fairway.audit.trial.sums import Sum
 from fairway.audit.trial.tensors import Arrays, array_attribute
 from fairway.audit.trial.values import (
@@ -128,6 +129,8 @@ class Attributes(Arrays):
             )
         if isinstance(value, Bound):
             return UNKNOWN
+        if isinstance(value, File) and name.startswith("readinto"):
+            return functools.partial(read_into, self, value)
         if name.startswith("__") or not (
             isinstance(value, (*PLAIN, random.Random, functools.partial, Raised)) or _ours(value)
         ):

@@ -47,7 +47,17 @@ from fairway.audit.trial.losses import (
     mlx_cross_entropy,
 )
 from fairway.audit.trial.making import Dtype, arange, full, full_like, like, made, tensor, wrapping
-from fairway.audit.trial.reading import frombuffer, fromfile, joined_path, memmap, packed, path_of, paths, unpacked
+from fairway.audit.trial.reading import (
+    frombuffer,
+    fromfile,
+    joined_path,
+    memmap,
+    packed,
+    path_of,
+    paths,
+    tensor_from,
+    unpacked,
+)
 from fairway.audit.trial.reducing import add_at, by_numpy, numpy_nonzero
 from fairway.audit.trial.shapes import cat
 from fairway.audit.trial.threads import Capture, Event, Executor, Graph, Queue, Stack, Store, Suppress, Thread
@@ -88,6 +98,7 @@ _WORLD: dict[str, Act] = {
     "glob.glob": paths,
     "glob.iglob": paths,
     "numpy.fromfile": lambda machine, args, kwargs, line: fromfile(machine, *args, **kwargs),
+    "torch.from_file": lambda machine, args, kwargs, line: tensor_from(machine, *args, **kwargs),
     **dict.fromkeys(
         ["numpy.frombuffer", "torch.frombuffer"],
         lambda machine, args, kwargs, line: frombuffer(machine, *args, **kwargs),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 
 from fairway.audit.trial import files
-from fairway.audit.trial.arrays import Array, scalar
+from fairway.audit.trial.arrays import Array, put, scalar
 from fairway.audit.trial.core import Core
 from fairway.audit.trial.files import Path, text_of
 from fairway.audit.trial.making import dtype_of
@@ -62,6 +62,24 @@ def frombuffer(machine: Core, source: Value, *args: Value, **kwargs: Value) -> V
         return UNKNOWN
     named = dict(zip(("dtype", "count", "offset"), args, strict=False))
     return fromfile(machine, source, **{**named, **kwargs})
+
+
+def tensor_from(
+    machine: Core, source: Value, shared: Value = None, size: Value = -1, dtype: Value = None, **_: Value
+) -> Value:
+    """torch.from_file(path, shared, size, dtype=...): its first numbers."""
+    return fromfile(machine, source, dtype, size)
+
+
+def read_into(machine: Core, file: files.File, room: Value) -> Value:
+    """file.readinto(tokens.numpy()): an array is filled from where the file stands; the bytes that were read."""
+    raw = file.read(room.num.nbytes if isinstance(room, Array) and room.num is not None else -1)
+    if not isinstance(raw, files.Raw) or not isinstance(room, Array) or room.num is None:
+        return UNKNOWN
+    found = files.read(raw, room.num.itemsize, None, 0, machine.vocabulary)
+    if isinstance(found, Array):
+        put(room, slice(len(found)), found)
+    return len(raw)
 
 
 def packed(form: Value, *values: Value) -> Value:

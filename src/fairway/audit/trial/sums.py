@@ -112,18 +112,32 @@ class Sum:
 
     def counts(self, length: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """For each place of a text of `length` tokens: the weight in all, and that of late ones among it."""
-        factors: dict[int, float] = {}
-        leaves: dict[int, Sum] = {}
-        waiting: list[tuple[Sum, float]] = [(self, 1.0)]
-        while waiting:
-            each, factor = waiting.pop()
+        factors = {id(self): 1.0}
+        leaves: list[Sum] = []
+        for each in self._before_their_parts():
             if each.places is not None:
-                leaves[id(each)] = each
-                factors[id(each)] = factors.get(id(each), 0.0) + factor
-            waiting += [(part, factor * times) for part, times in each.parts]
-        places = [leaf.places for leaf in leaves.values() if leaf.places is not None]
-        weights = [np.abs(leaf.weights * factors[key]) for key, leaf in leaves.items() if leaf.weights is not None]
+                leaves.append(each)
+            for part, times in each.parts:
+                factors[id(part)] = factors.get(id(part), 0.0) + factors[id(each)] * times
+        places = [leaf.places for leaf in leaves if leaf.places is not None]
+        weights = [np.abs(leaf.weights * factors[id(leaf)]) for leaf in leaves if leaf.weights is not None]
         return _counted(np.concatenate(places), np.concatenate(weights), length) if places else _counted(*_NONE, length)
+
+    def _before_their_parts(self) -> list[Sum]:
+        """All that it is made of, each once and before its parts: the ways to a part double with each step of a
+        recurrence, `w = w * (1 - rate) + rate * w.mean()`."""
+        done: list[Sum] = []
+        seen: set[int] = set()
+        waiting: list[tuple[Sum, bool]] = [(self, False)]
+        while waiting:
+            each, after = waiting.pop()
+            if after:
+                done.append(each)
+            elif id(each) not in seen:
+                seen.add(id(each))
+                waiting.append((each, True))
+                waiting += [(part, False) for part, _ in each.parts]
+        return done[::-1]
 
     def scaled(self, factor: float) -> Sum:
         return Sum(parts=((self, factor),))

@@ -41,8 +41,8 @@ class Turns:
         return self.turns == asked and self.each(steps) * LENGTH > SHARE * STEPS
 
     def each(self, steps: int) -> float:
-        """Steps of one turn."""
-        return (steps - self.steps) / self.turns
+        """Steps of one turn; of the first one before it has ended."""
+        return (steps - self.steps) / max(self.turns, 1)
 
 
 def shorter(each: float) -> int:
