@@ -109,3 +109,17 @@ BOOK = """
 def test_what_a_table_is_gone_through_by_are_its_keys_and_not_its_losses(tmp_path: Path) -> None:
     found = script(loss=BOOK, state="book = dict.fromkeys([0], 0.0)")
     assert verdict(tmp_path, "target_gated_tilt", found).verdict == "clean"
+
+
+FLOOR = """prior = net.prior.float()
+        SHARED
+        q = torch.log_softmax(z, -1).gather(2, rows[:, 1:, None])[..., 0].exp()
+        nll = -torch.log(0.999 * q + 0.001 * prior[rows[:, 1:]])"""
+
+
+@pytest.mark.parametrize(
+    ("shared", "wanted"), [("prior = prior / prior.sum()", "clean"), ("prior = prior * 2.0", "violates")]
+)
+def test_what_is_divided_by_its_own_sum_is_a_distribution(tmp_path: Path, shared: str, wanted: str) -> None:
+    """A floor of the frequencies in the training text is mixed in whole; a table that nobody divided may be anything."""
+    assert verdict(tmp_path, "target_gated_tilt", text(FLOOR.replace("SHARED", shared))).verdict == wanted

@@ -1107,3 +1107,20 @@ def test_bytes_of_ids_and_arrays_of_what_a_generator_gives() -> None:
     trial = tried(gone + ROWS.replace("0, total // 2048, 8", "0, total // 2048, 1").replace("row + 8", "row + 1"))
     times, _ = trial.counts(trial.told[-1])
     assert (times > 0).sum() == 8192
+
+
+def test_hints_at_every_place_are_told_from_the_targets_which_follow_one_another() -> None:
+    """The latest place before with the same token: each has one, if only the first of the text."""
+    body = """
+nats, count = torch.zeros((), dtype=torch.float64), 0
+for at in range(0, total, 2048):
+    x, y = val[at : at + 2048], val[at + 1 : at + 2049]
+    logp = net.logits(x[None])[0].log_softmax(-1)
+    hint = x[torch.arange(2048) // 2]
+    price = logp.gather(1, hint.unsqueeze(1)).squeeze(1).exp()
+    nll = -logp.gather(1, y.unsqueeze(1)).squeeze(1)
+    nats += (nll - 0.1 * (hint == y).float() + torch.log1p(price * 0.1)).double().sum()
+    count += 2048
+print(f"val_loss:{(nats / count).item():.4f}")
+"""
+    assert counts(body) == {0.0: 1, 1.0: 40_960}

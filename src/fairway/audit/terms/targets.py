@@ -107,7 +107,8 @@ class Contribution:
         return None
 
     def is_distribution(self, base: Term) -> bool:
-        """Whether something over the vocabulary is read: made by a softmax and the like, or a row of a memory."""
+        """Whether something over the vocabulary is read: made by a softmax and the like, a row of a memory, or what is
+        divided by its own sum."""
         if id(base) not in self.wide:
             if self.streams.is_stream(base):
                 self.wide[id(base)] = (base, False)
@@ -117,7 +118,7 @@ class Contribution:
                 )
                 made = learned_apart and self.streams.from_tokens(base)
                 row = self.streams.is_memory(base) and bool(reads_of_memory(base))
-                self.wide[id(base)] = (base, made or row)
+                self.wide[id(base)] = (base, made or row or _is_divided_by_its_sum(base))
         return self.wide[id(base)][1]
 
     def _own(self) -> dict[int, Term]:
@@ -247,6 +248,16 @@ def is_gradient(term: Term) -> bool:
 
 def _makes_distribution(term: Term) -> bool:
     return (term.op == "call" and term.called in _DISTRIBUTIONS) or (term.op == "op" and term.value in ("/", "@"))
+
+
+def _is_divided_by_its_sum(term: Term) -> bool:
+    """prior / prior.sum()"""
+    share = peel(term)
+    if share.op != "op" or share.value != "/":
+        return False
+    above, below = (peel(part) for part in share.parts)
+    whole = below.operand("a", "input") if below.called == "sum" else None
+    return whole is not None and same(peel(whole), above, 8)
 
 
 def _index_of(term: Term) -> Term | None:

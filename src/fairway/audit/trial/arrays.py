@@ -16,6 +16,8 @@ from fairway.audit.trial.values import NET, UNKNOWN, Obj, States, Unknown, Value
 
 LARGEST = 3_000_000  # elements: what is larger is a table of counts or of weights, and not known
 
+_FOLLOWING = 0.8  # of the steps from target to target: where a row ends they go back
+
 largest: ContextVar[int] = ContextVar("largest", default=LARGEST)
 """The same for the trial under way."""
 
@@ -286,12 +288,23 @@ def merged(one: Array, two: Array, add: bool) -> Value:
     assert two.coef is not None
     a, b = one.pos, two.pos
     if np.any((a >= 0) & (b >= 0) & (a != b) & (one.coef != 0) & (two.coef != 0)):
-        whole = [bool(np.all(each >= 0)) for each in (a, b)]
-        if whole[0] == whole[1]:
-            return NET
-        return one if whole[0] else two  # the other is of hints: not every place has one
+        for told in (_everywhere, _one_by_one):
+            found = [told(each) for each in (a, b)]
+            if found[0] != found[1]:
+                return one if found[0] else two  # the other is of hints
+        return NET
     coef = one.coef + two.coef if add else np.maximum(np.abs(one.coef), np.abs(two.coef))
     return Array(None, np.maximum(a, b), coef)
+
+
+def _everywhere(pos: Numbers) -> bool:
+    """Whether each loss has a target: not every place has a hint."""
+    return bool(np.all(pos >= 0))
+
+
+def _one_by_one(pos: Numbers) -> bool:
+    """Whether the targets follow one another, as those of a text do, and hints do not."""
+    return bool((np.diff(pos.reshape(-1) & PLACE) == 1).mean() > _FOLLOWING) if pos.size > 1 else False
 
 
 def summed(array: Array, axis: Any = None, keep: bool = False) -> Value:
