@@ -121,5 +121,5 @@ FLOOR = """prior = net.prior.float()
     ("shared", "wanted"), [("prior = prior / prior.sum()", "clean"), ("prior = prior * 2.0", "violates")]
 )
 def test_what_is_divided_by_its_own_sum_is_a_distribution(tmp_path: Path, shared: str, wanted: str) -> None:
-    """A floor of the frequencies in the training text is mixed in whole; a table that nobody divided may be anything."""
+    """A floor of frequencies in the training text is mixed in whole; a table that nobody divided may be anything."""
     assert verdict(tmp_path, "target_gated_tilt", text(FLOOR.replace("SHARED", shared))).verdict == wanted

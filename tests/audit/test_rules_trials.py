@@ -429,7 +429,7 @@ def test_it_is_shown_whether_a_segment_is_scored_before_it_is_learned_from(
     assert {order_of(case, which, score, step) for step in steps} == {order}
 
 
-READ_INTO = '''
+READ_INTO = """
 from pathlib import Path
 def shard(path):
     file = Path(path)
@@ -440,7 +440,7 @@ def shard(path):
         assert f.readinto(tokens.numpy()) == 2 * len(tokens)
     return tokens.numpy().astype(np.int64)
 
-def load():'''
+def load():"""
 
 TEMPERED = """
 import random

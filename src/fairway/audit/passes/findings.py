@@ -174,7 +174,7 @@ def place_of(case: Case, fault: Fault) -> Place:
         if filled is not None:
             return filled
     if fault.kind in ("rescoring-after-adaptation", "two-pass-cache") and isinstance(fault.cause, Update):
-        place = _parting(fault.score, fault.before or fault.cause)
+        place = parting_of(fault.score, fault.before or fault.cause)
         return _repeated(case.trace, fault) if place == fault.score.place else place
     if fault.kind == "multi-epoch-last":
         return _loop_again(case.trace, fault)
@@ -189,9 +189,9 @@ def place_of(case: Case, fault: Fault) -> Place:
         shared = fault.cause.state if fault.kind == "slot-shared-delta" else None
         if shared is not None and "#broadcast" in shared.slots and isinstance(shared.place, Place):
             return shared.place  # made for all windows, as its shape says; else it is handed all of them
-        return _parting(fault.cause, fault.score)
+        return parting_of(fault.cause, fault.score)
     if fault.kind == "temperature-from-validation":  # the call of what fits it
-        return _parting(fault.cause, fault.score)
+        return parting_of(fault.cause, fault.score)
     return fault.cause.place
 
 
@@ -212,7 +212,7 @@ def _called_as_well(case: Case, update: Update) -> Place | None:
 def own_call(trace: Trace, update: Update) -> Place:
     """The call that leads to an update alone, where other calls lead to its line too; else its line."""
     first = next((each for each in trace.updates if each.place == update.place and each.stack != update.stack), None)
-    return update.place if first is None else _parting(update, first)
+    return update.place if first is None else parting_of(update, first)
 
 
 def _own_reads(case: Case, update: Update, score: Score) -> list[int]:
@@ -244,11 +244,12 @@ def _filled(trace: Trace, update: Update, score: Score) -> Place | None:
     if own and any(own[0] in each.nest for each in trace.scores):
         return None
     if not own:
-        return None if {loop for loop, _ in update.nest} & {loop for loop, _ in score.nest} else _parting(update, score)
+        together = {loop for loop, _ in update.nest} & {loop for loop, _ in score.nest}
+        return None if together else parting_of(update, score)
     depth = trace.depth.get(own[0][0], 0)
     for other in trace.updates:
         if own[0][0] in dict(other.nest) and other.stack[: depth - 1] != update.stack[: depth - 1]:
-            return _parting(update, other)
+            return parting_of(update, other)
     return update.stack[depth - 1] if 0 < depth <= len(update.stack) < 12 else None
 
 
@@ -261,6 +262,7 @@ def _calibrated(case: Case, update: Update, score: Score) -> Place:
         for event in case.trace.events[: update.number]
         if isinstance(event, Forward) and any(tok.data in kinds for tok in event.toks)
     ]
+    runs = [run for run in runs if not _scores(case, run)] or runs
     learned = {(tok.data, tok.spans) for tok in update.learned}
     fitting = [event for event in runs if any((tok.data, tok.spans) in learned for tok in event.toks)]
     run = fitting[-1] if fitting else runs[-1] if runs else update
@@ -268,7 +270,33 @@ def _calibrated(case: Case, update: Update, score: Score) -> Place:
         asked = _asked_for(case, origin)
         if asked is not None:
             return asked
-    return _handed_over(case, run, score) or called_at(run)
+    called, handed = run_for(case, run, called_at(run)), _handed_over(case, run, score)
+    return max((place for place in (called, handed) if place in run.stack), key=run.stack.index, default=called)
+
+
+def _scores(case: Case, run: Event) -> bool:
+    """Whether losses are made in the call in which the model is run."""
+    way = tuple(place for place in run.stack if not _in_a_model(case, place))[:-1]
+    return any(score.stack[: len(way)] == way for score in case.trace.scores)
+
+
+def run_for(case: Case, run: Event, least: Place) -> Place:
+    """The call of what runs the model for something. least: at least as far in as this line of the run's way."""
+    own = [place for place in run.stack if not _in_a_model(case, place)]
+    inside = own[own.index(least) :] if least in own else []
+    return inside[-2] if len(inside) > 1 else least
+
+
+def _in_a_model(case: Case, place: Place) -> bool:
+    """Whether a line stands in a class that is a torch module by its own words."""
+    return any(
+        isinstance(node, ast.ClassDef)
+        and any(ast.unparse(base).endswith("Module") for base in node.bases)
+        and script.line(node.lineno) <= place.line <= script.line(node.end_lineno or node.lineno)
+        for script in case.script.all()
+        if script.path == place.file
+        for node in nodes(script.tree)
+    )
 
 
 def _handed_over(case: Case, run: Event, score: Score) -> Place | None:
@@ -361,7 +389,7 @@ def _repeated(trace: Trace, fault: Fault) -> Place:
     return fault.score.place
 
 
-def _parting(event: Event, other: Event) -> Place:
+def parting_of(event: Event, other: Event) -> Place:
     """The call in which two events part: of the first, the line in the last function that both stand in."""
     for mine, theirs in zip(event.stack, other.stack, strict=False):
         if mine != theirs:

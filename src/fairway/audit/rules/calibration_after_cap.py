@@ -3,7 +3,7 @@
 from fairway.audit.case import Case
 from fairway.audit.exemptions import departure
 from fairway.audit.flow.events import Choice, Forward, Update
-from fairway.audit.passes.findings import called_at, passes_of, unseen
+from fairway.audit.passes.findings import called_at, parting_of, passes_of, run_for, unseen
 from fairway.audit.passes.late import late_calibration, over_long, taught_at_evaluation
 from fairway.audit.passes.reserves import unreserved
 from fairway.audit.verdict import Finding, Place
@@ -26,7 +26,7 @@ def check(case: Case) -> Finding:
         kept_back = unreserved(case)
         if kept_back is not None:
             evidence += f" The setting at {kept_back} keeps nothing back for it."
-        return Finding(ID, "violates", evidence, CLAUSE, kept_back or _place(case, late.update))
+        return Finding(ID, "violates", evidence, CLAUSE, _place(case, late.update))
     if late is not None:
         evidence = (
             f"The weights are calibrated on training data at {late.update.place} after the training loop, and no limit "
@@ -59,11 +59,14 @@ def _made(late: Update | Choice) -> str:
 
 
 def _place(case: Case, update: Update | Choice) -> Place:
-    """Where the model is run on training data for the calibration, in the main program."""
-    trained = [each.number for each in case.trace.updates if each.how == "gradient" and each.number < update.number]
-    runs = [
+    """The call of what runs the model on training data for the calibration: at least as far in as where its way parts
+    from that to the last step of training."""
+    trained = [each for each in case.trace.updates if each.how == "gradient" and each.number < update.number]
+    begun = max((each.number for each in trained), default=0)
+    runs = (
         event
-        for event in case.trace.events[max(trained, default=0) : update.number]
+        for event in case.trace.events[begun : update.number]
         if isinstance(event, Forward) and any(tok.data == "train" for tok in event.toks)
-    ]
-    return called_at(runs[0] if runs else update)
+    )
+    run = next(runs, update)
+    return run_for(case, run, parting_of(run, trained[-1]) if trained else called_at(run))
