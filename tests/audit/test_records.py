@@ -649,8 +649,8 @@ def test_a_mean_over_seeds_that_only_a_line_on_the_way_comes_near_to_is_no_score
 
 
 def test_what_a_packed_script_would_weigh_is_worked_out_in_little_memory() -> None:
-    """LZMA takes 94 MB at its usual dictionary of 8 MiB: beside what a trial held, twelve clean scripts had no verdict on
-    their size."""
+    """LZMA takes 94 MB at its usual dictionary of 8 MiB: beside what a trial held, twelve clean scripts of one hand had
+    no verdict on their size."""
     told = (
         "import ast; from fairway.audit.worker import bound; from fairway.audit.reading.script import Script\n"
         "from fairway.audit.records.claims import Claims; from fairway.audit.records.folder import Record\n"

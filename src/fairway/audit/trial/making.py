@@ -131,7 +131,8 @@ def like(fill: float) -> Act:
 def arange(*args: Value, **kwargs: Value) -> Value:
     numbers = [scalar(each) for each in args if not isinstance(each, Lib)]
     limited(max(abs(each) for each in numbers))
-    return Array(np.arange(*numbers))
+    dtype = dtype_of(kwargs.get("dtype", next((each for each in args if isinstance(each, Lib)), None)))
+    return Array(np.arange(*numbers, dtype=dtype))
 
 
 def tensor(value: Value, dtype: Value = None, **_: Value) -> Value:

@@ -36,6 +36,7 @@ _TABLES = ("bucket", "hash", "table", "rows", "slots", "memory")
 _CHUNKS = ("chunk", "segment", "region")
 _BATCHES = ("eval_tokens", "eval_batch", "val_batch", "batch_tokens")
 _WINDOWED = ("eval_batch", "val_batch", "batch_windows", "batch_seqs")
+_GROUPED = ("chunk_windows", "windows_per_chunk", "chunk_seqs", "chunk_batches")
 _PAIR = 2  # windows of a batch: a cache that learns after each batch has something to say in the second
 _FEW = 4  # bits of a hash: so few buckets that contexts meet, as millions of them do in those of a script
 _MANY = 1_000  # rows: fewer are none of a hashed table
@@ -84,6 +85,7 @@ def ways_of(case: Case, which: Reported) -> set[Way]:
 def _weighed(case: Case, ways: set[Way], small: tuple[Forced, ...], turned: int = 0) -> Weight | None:
     """turned: the context that the text ends in."""
     said: list[dict[Way, float]] = []
+    rows: list[NDArray[np.float64] | None] = []
     line = models = 0
     tried = stream.alternatives(turned)
     for last, _ in tried:
@@ -94,6 +96,7 @@ def _weighed(case: Case, ways: set[Way], small: tuple[Forced, ...], turned: int 
         if not run.trial.complete or not here:
             return None
         said.append(here)
+        rows.append(run.row_of(next(reversed(here.values())), last))
         line = line or _to_blame(run)
         plain = stream.losses()[stream.TOKENS - 2, last]
         if all(abs(abs(price) - plain) < PLAIN for price in said[-1].values()):
@@ -102,7 +105,16 @@ def _weighed(case: Case, ways: set[Way], small: tuple[Forced, ...], turned: int 
                 return None
     shared = set.intersection(*(set(each) for each in said))
     total = max((_total([each[way] for each in said], [many for _, many in tried]) for way in shared), default=0.0)
-    return Weight(total, line) if total > 0.0 else None
+    one = _one_row(rows)
+    return Weight(total if one is None else one, line) if total > 0.0 else None
+
+
+def _one_row(rows: list[NDArray[np.float64] | None]) -> float | None:
+    """What the row adds up to, where all tokens are priced by one and the same. Of a table of hashed pairs each token
+    has a bucket of its own, and a few do not stand for all."""
+    known = [row for row in rows if row is not None]
+    same = len(known) == len(rows) and all(np.allclose(row, known[0], atol=1e-6) for row in known)
+    return float(known[0].sum()) if same else None
 
 
 def _total(prices: list[float], many: list[int]) -> float:
@@ -151,6 +163,7 @@ def _sizes(case: Case) -> tuple[Forced, ...]:
         *taken(case.script, case.settings, _CHUNKS, range(stream.TOKENS + 1, LARGEST), stream.WINDOW),
         *taken(case.script, case.settings, _BATCHES, range(_MANY, LARGEST), 8 * stream.WINDOW),
         *taken(case.script, case.settings, _WINDOWED, range(_PAIR + 1, _MANY), _PAIR),
+        *taken(case.script, case.settings, _GROUPED, range(_PAIR + 1, LARGEST), _PAIR),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,11 @@ from fairway.audit.trial.told import together
 from fairway.audit.trial.turns import Turns
 from fairway.audit.trial.values import NET, Func, Raised, Spent, Unknown, Value
 from fairway.audit.weighing import stream
-from fairway.audit.weighing.rows import ROWS, log_softmax, priced
+from fairway.audit.weighing.rows import ROWS, gather, log_softmax, priced
 from fairway.audit.weighing.stream import PIECES
 
 _MOST = 20_000_000  # numbers that a model makes at once
+_SAME = 1e-5  # of a loss: rounding to float32
 _NUMBERS = 5_000  # of an array: a step
 _SUMMING = frozenset(("sum", "mean", "nansum", "nanmean", "item", "tolist", "dot"))
 _DOUBTS = 1_000  # that are written down
@@ -64,6 +66,7 @@ class Weigher(Machine):
         self.tests: dict[int, ast.If | ast.While] = {}
         self.rows: list[int] = []
         self.paid: dict[Way, NDArray[np.float64]] = {}  # the price of each place
+        self.row: NDArray[np.float64] | None = None  # the probabilities that the last target's was read from
         self.mixed = 0
         self.learned_at = 0
 
@@ -218,6 +221,8 @@ class Weigher(Machine):
             return None
         for each in found if isinstance(found, tuple) else (found,):
             self.weigh(each)
+        if ROWS[name] is gather:
+            self.read_from(args[0], found)
         return found
 
     def _marked(self, found: Array, name: str, args: tuple[Value, ...]) -> None:
@@ -269,8 +274,24 @@ class Weigher(Machine):
         if isinstance(found, Array) and isinstance(value, Array) and isinstance(index, tuple) and found.price is None:
             ids = [each for each in index if _is_text(each)]
             if ids and found.num is not None and found.num.dtype.kind == "f":
-                priced(found, ids[-1].pos)
+                self.read_from(value, priced(found, ids[-1].pos))
         return found
+
+    def read_from(self, rows: Array, found: Array) -> None:
+        """Keeps the row of the last place's target, where rows over all pieces are read at targets, one for each."""
+        num = rows.num
+        if num is None or num.dtype.kind != "f" or num.shape[-1:] != (PIECES,) or found.pos is None:
+            return
+        here = np.flatnonzero(found.pos.reshape(-1) == stream.TOKENS - 1)
+        if here.size and found.pos.size * PIECES == num.size:
+            row = num.reshape(-1, PIECES)[here[-1]].astype(np.float64)
+            self.row = np.exp(row) if row.min() < 0.0 else row
+
+    def row_of(self, price: float, last: int) -> NDArray[np.float64] | None:
+        """That row, where what is said of the last token is what stands in it and nothing else."""
+        if self.row is None or self.row[last] <= 0.0:
+            return None
+        return self.row if abs(abs(math.log(self.row[last])) - abs(price)) < _SAME else None
 
     def picked(self, value: Unknown, index: Value) -> Value:
         """What nobody knows, at tokens: a logarithm, a probability or a logit."""
