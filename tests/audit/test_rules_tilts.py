@@ -123,3 +123,20 @@ FLOOR = """prior = net.prior.float()
 def test_what_is_divided_by_its_own_sum_is_a_distribution(tmp_path: Path, shared: str, wanted: str) -> None:
     """A floor of frequencies in the training text is mixed in whole; a table that nobody divided may be anything."""
     assert verdict(tmp_path, "target_gated_tilt", text(FLOOR.replace("SHARED", shared))).verdict == wanted
+
+
+AVERAGED = """one, other = torch.log_softmax(z, -1), torch.log_softmax(z * 1.0, -1)
+        z = 0.75 * one + 0.25 * other
+        nll = SCORED"""
+
+
+@pytest.mark.parametrize(
+    ("scored", "wanted"),
+    [
+        ('F.cross_entropy(z.flatten(0, 1), rows[:, 1:].flatten(), reduction="none")', "clean"),
+        ("-z.gather(2, rows[:, 1:, None])[..., 0]", "violates"),
+    ],
+)
+def test_a_mean_of_logarithms_is_divided_by_its_sum_in_the_loss(tmp_path: Path, scored: str, wanted: str) -> None:
+    """The geometric mean of two distributions sums to less than one; cross entropy makes a softmax of it."""
+    assert verdict(tmp_path, "false_normalisation", text(AVERAGED.replace("SCORED", scored))).verdict == wanted

@@ -181,6 +181,38 @@ def test_steps_while_the_clock_is_held_are_in_no_600_s(held: bool, wanted: str) 
         assert text.split("\n")[found.place.line - 1].strip() == "for _ in range(100):"
 
 
+@pytest.mark.parametrize("held", [True, False])
+def test_a_helper_that_learns_while_the_clock_is_held_is_in_no_600_s(held: bool) -> None:
+    """The loop stands in the helper, and the clock is held around its call."""
+    loop, _, rest = POLISH.replace("STEPS", "100").partition("    for k, v in model")
+    helper = "    def settle():\n" + "".join(f"    {row}\n" for row in loop.rstrip("\n").split("\n"))
+    called = "    clock.hold()\n    settle()\n    clock.go()\n" if held else "    settle()\n"
+    steps = f"{helper}{called}    for k, v in model{rest}"
+    text = HONEST.replace("    model.load_state_dict(ema)\n", steps + "    model.load_state_dict(ema)\n")
+    text = text.replace("    t0 = time.perf_counter()\n", "    clock = Clock()\n")
+    text = text.replace("time.perf_counter() - t0", "clock.read()").replace(
+        "def train(args, model):", f"{HOLDING}\ndef train(args, model):"
+    )
+    assert (training_over_time.check(case_of(text)).verdict == "violates") is held
+
+
+@pytest.mark.parametrize(("more", "wanted"), [("0", "clean"), ("20", "clean"), ("290", "violates")])
+def test_steps_on_top_of_those_that_the_clock_ends(more: str, wanted: str) -> None:
+    """290 steps of 50 ms are 14.5 s, and 12 are kept back; 20 of them would have their time."""
+    ending = (
+        "        if elapsed >= args.cap - args.reserve and stop is None:\n            stop = step + MORE\n"
+        "        if stop is not None and step >= stop:\n            break\n"
+    ).replace("MORE", more)
+    text = HONEST.replace("        if elapsed >= args.cap - args.reserve:\n            break\n", ending)
+    text = text.replace("    step = 0\n", "    step, stop = 0, None\n")
+    text = text.replace('print(f"step:{step} train_loss', 'print(f"{time.perf_counter() - t0} step:{step} train_loss')
+    found = training_over_time.check(case_of(text))
+    assert found.verdict == wanted
+    if wanted == "violates":
+        assert found.place is not None
+        assert text.split("\n")[found.place.line - 1].strip() == "stop = step + 290"
+
+
 @pytest.mark.parametrize("settled", ["args.settled", "400"], ids=["a setting", "written out"])
 def test_a_clock_that_is_set_back_after_more_steps_than_a_trial_takes(settled: str) -> None:
     """A step takes 2 s here, so that 600 s are 300: the number is taken for an earlier step."""

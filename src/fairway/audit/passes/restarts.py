@@ -73,15 +73,15 @@ def _teaching(tree: ast.AST | None) -> set[str]:
 
 
 def held(tree: ast.AST | None, line: int) -> bool:
-    """Whether the loop at a line stands between two calls of what looks at the clock, `clock.hold()` before it and
-    `clock.go()` after it."""
+    """Whether the loop at a line, or the call at it of what has the loop, stands between two calls of what looks at the
+    clock, `clock.hold()` before it and `clock.go()` after it."""
     functions = [node for node in nodes(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
     asking = {node.name for node in _helpers(functions)}
     for node in nodes(tree):
         body = getattr(node, "body", None)
         block: list[ast.stmt] = body if isinstance(body, list) else []
         for number, statement in enumerate(block):
-            if statement.lineno == line and isinstance(statement, (ast.For, ast.While)):
+            if statement.lineno == line and isinstance(statement, (ast.For, ast.While, ast.Expr, ast.Assign)):
                 before, after = (_switched(part, asking) for part in (block[:number], block[number + 1 :]))
                 return bool(before and after) and before[-1][0] == after[0][0] and before[-1][1] != after[0][1]
     return False

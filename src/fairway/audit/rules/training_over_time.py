@@ -10,14 +10,13 @@ from fairway.audit.passes.restarts import held, restarted
 from fairway.audit.records import Amount, Log, record_of
 from fairway.audit.terms.clocks import limits, said_at
 from fairway.audit.verdict import Finding, Place, Step
-from fairway.audit.weighing import steps_after, timed
+from fairway.audit.weighing import FASTEST, steps_after, timed
 
 ID = "training-over-time"
 CHARGE = "Training takes longer than 600 s."
 CLAUSE = "R2: training <= 600 s"
 WITHOUT_SCRIPT = True
 
-FASTEST = 0.05  # of a step on the machine of the challenge: the records have 60 to 130 ms
 _CALIBRATION = re.compile(r"calibrat|hessian", re.IGNORECASE)
 _TIME = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|sec|seconds)\b")
 _OWN_TEXT = re.compile(r"self[-_ ]?gen|autoregressive|\bAR\b|synthetic|random", re.IGNORECASE)
@@ -33,6 +32,13 @@ def check(case: Case) -> Finding:
     if not asked:
         return found
     long = timed(case)
+    if long is not None and long.more:
+        evidence = (
+            f"The loop at line {long.loop} takes {long.more} further steps after the clock has ended it at about "
+            f"{long.seconds:.0f} s: the {LIMIT - long.seconds:.0f} s that are left do not hold them, at "
+            f"{1000 * FASTEST:.0f} ms a step."
+        )
+        return Finding(ID, "violates", evidence, CLAUSE, case.place(long.line))
     if long is not None:
         evidence = (
             f"Worked out with a clock that goes on with every lesson, read, message and step: the loop at line "
@@ -60,7 +66,8 @@ def _beyond(case: Case) -> Finding | None:
     step, limit = found
     loop = next((case.trace.loops[loop] for loop, _ in step.nest if loop in case.trace.loops), step.place)
     own = loop.file == case.body.path
-    if own and held(case.body.tree, loop.line):
+    lines = {loop.line, *(place.line for place in step.stack if place.file == case.body.path)}
+    if own and any(held(case.body.tree, line) for line in lines):
         evidence = (
             f"The weights learn at {step.place} while the clock of the training is held: these steps are in no 600 s."
         )

@@ -114,7 +114,15 @@ def made_whole(term: Term) -> Iterator[Term]:
 def normalised(gates: Gates) -> set[int]:
     """The ids of what is divided by its own sum further up, or goes into a softmax."""
     whole = {id(below) for term in gates.nodes for below in made_whole(term)}
-    return whole | {id(b) for t in gates.nodes if t.called in _SOFTENING for b in gates.of.below(*t.parts)}
+    for term in gates.nodes:
+        softened = term.parts if term.called in _SOFTENING else (term.operand("input", "a"),) if _is_loss(term) else ()
+        whole.update(id(below) for below in gates.of.below(*(part for part in softened if part is not None)))
+    return whole
+
+
+def _is_loss(term: Term) -> bool:
+    """cross_entropy(logits, targets) makes a softmax of its logits."""
+    return term.op == "call" and term.called == "cross_entropy"
 
 
 def undivided(gates: Gates) -> Iterator[Term]:

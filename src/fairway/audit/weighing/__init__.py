@@ -20,9 +20,10 @@ from fairway.audit.weighing.alternatives import Weight, is_whole, weighed
 from fairway.audit.weighing.excess import excess
 from fairway.audit.weighing.foreseeing import as_foreseen, foresees
 from fairway.audit.weighing.stream import PIECES
-from fairway.audit.weighing.timing import Overrun, steps_after, timed
+from fairway.audit.weighing.timing import FASTEST, Overrun, steps_after, timed
 
 __all__ = [
+    "FASTEST",
     "PIECES",
     "Overrun",
     "Weight",
