@@ -1124,3 +1124,28 @@ for at in range(0, total, 2048):
 print(f"val_loss:{(nats / count).item():.4f}")
 """
     assert counts(body) == {0.0: 1, 1.0: 40_960}
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        "np.random.default_rng(7).permutation(20)",
+        "np.random.RandomState(7).permutation(np.arange(20))",
+        "torch.randperm(20, generator=torch.Generator())",
+        "shuffled(list(range(20)))",
+    ],
+)
+def test_each_row_comes_once_in_an_order_that_is_drawn(order: str) -> None:
+    """Nothing was known of such orders, and the steps that went through one had learned from nothing."""
+    body = """
+def shuffled(rows):
+    np.random.default_rng(7).shuffle(rows)
+    return rows
+
+nats = torch.zeros((), dtype=torch.float64)
+for row in ORDER:
+    at = int(row) * 2048
+    nats += net(val[at : at + 2048][None], val[at + 1 : at + 2049][None], reduction="sum").double()
+print(f"val_loss:{(nats / total).item():.4f}")
+"""
+    assert counts(body.replace("ORDER", order)) == ALL

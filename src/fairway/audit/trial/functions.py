@@ -16,6 +16,7 @@ from fairway.audit.trial.arrays import scalar
 from fairway.audit.trial.builtin import BUILTIN, printed
 from fairway.audit.trial.calls import Decorator
 from fairway.audit.trial.core import Core
+from fairway.audit.trial.drawing import Draws
 from fairway.audit.trial.files import text_of
 from fairway.audit.trial.holding import (
     accumulated,
@@ -194,6 +195,12 @@ _WORLD: dict[str, Act] = {
             "trunc",
         )
     },
+    **dict.fromkeys(["numpy.random.default_rng", "numpy.random.RandomState"], plain(Draws)),
+    **dict.fromkeys(
+        ["numpy.random.permutation", "torch.randperm"],
+        plain(lambda *args, **kwargs: Draws().permutation(*args, **kwargs)),
+    ),
+    "numpy.random.shuffle": plain(lambda things: Draws().shuffle(things)),
     "random.Random": lambda machine, args, kwargs, line: random.Random(scalar(args[0]) if args else 0),
     **{
         f"random.{name}": plain(getattr(random.Random(5), name))
