@@ -690,7 +690,7 @@ def test_what_is_too_long_for_a_trial_is_asked_over_the_short_text_whether_it_fo
     assert foresees(one, passes_of(one)[0]) is ahead
 
 
-HASHED = """bucket = (x * 31337) & (size - 1)
+BUCKETED = """bucket = (x * 31337) & (size - 1)
 keys = (torch.arange(vocab_size, dtype=torch.int64) * 40503) & (size - 1)
 rows = pairs[bucket[:, None] ^ keys[None, :]]
 mixed = 0.8 * probs + 0.2 * rows / DIVISOR
@@ -702,14 +702,19 @@ nll = -mixed.gather(1, y.unsqueeze(1)).squeeze(1).log()"""
 )
 def test_a_row_of_hashed_pairs_is_summed_over_all_its_buckets(divisor: str, too_much: bool) -> None:
     """In few buckets each token has one of its own: two tokens that were not seen do not stand for three hundred."""
-    text = EVAL.replace("MIX", HASHED.replace("DIVISOR", divisor).replace("\n", "\n        "))
+    text = EVAL.replace("MIX", BUCKETED.replace("DIVISOR", divisor).replace("\n", "\n        "))
     text = text.replace(
         "    total, count =", "    size = 1 << table_bits\n    pairs = torch.zeros(size)\n    total, count =", 1
     )
     learned = "pairs.index_add_(0, bucket ^ ((y * 40503) & (size - 1)), torch.ones(len(y)))"
     text = text.replace("        totals.index_add_", f"        {learned}\n        totals.index_add_")
     head = HEAD + "vocab_size = 1024\ntable_bits = 16\n"
-    one = case_of(head + text + MAIN.replace("eval_ttt(args", "eval_mixed(args"))
+    main = MAIN.replace("eval_ttt(args", "eval_mixed(args")
+    again = "    looked = eval_mixed(args, model, val)\n    print(f'diag {looked:.4f}')\n"
+    main = main.replace(
+        '\nif __name__ == "__main__"', f'{again}\nif __name__ == "__main__"'
+    )  # and a look at it afterwards
+    one = case_of(head + text + main)
     found = weighed(one, passes_of(one)[0])
     assert found is not None
     assert found.too_much is too_much

@@ -25,6 +25,7 @@ from fairway.audit.weighing.rows import ROWS, gather, log_softmax, priced
 from fairway.audit.weighing.stream import PIECES
 
 _MOST = 20_000_000  # numbers that a model makes at once
+_ROWS = 64  # kept: an evaluation reads the last target once, or once for each of its predictions
 _SAME = 1e-5  # of a loss: rounding to float32
 _NUMBERS = 5_000  # of an array: a step
 _SUMMING = frozenset(("sum", "mean", "nansum", "nanmean", "item", "tolist", "dot"))
@@ -66,7 +67,7 @@ class Weigher(Machine):
         self.tests: dict[int, ast.If | ast.While] = {}
         self.rows: list[int] = []
         self.paid: dict[Way, NDArray[np.float64]] = {}  # the price of each place
-        self.row: NDArray[np.float64] | None = None  # the probabilities that the last target's was read from
+        self.read: list[NDArray[np.float64]] = []  # rows of probabilities that the last target's was read from
         self.mixed = 0
         self.learned_at = 0
 
@@ -283,15 +284,15 @@ class Weigher(Machine):
         if num is None or num.dtype.kind != "f" or num.shape[-1:] != (PIECES,) or found.pos is None:
             return
         here = np.flatnonzero(found.pos.reshape(-1) == stream.TOKENS - 1)
-        if here.size and found.pos.size * PIECES == num.size:
+        if here.size and found.pos.size * PIECES == num.size and len(self.read) < _ROWS:
             row = num.reshape(-1, PIECES)[here[-1]].astype(np.float64)
-            self.row = np.exp(row) if row.min() < 0.0 else row
+            self.read.append(np.exp(row) if row.min() < 0.0 else row)
 
     def row_of(self, price: float, last: int) -> NDArray[np.float64] | None:
-        """That row, where what is said of the last token is what stands in it and nothing else."""
-        if self.row is None or self.row[last] <= 0.0:
-            return None
-        return self.row if abs(abs(math.log(self.row[last])) - abs(price)) < _SAME else None
+        """The one in which what is said of the last token stands, and nothing else is made of it."""
+        return next(
+            (row for row in self.read if row[last] > 0.0 and abs(-math.log(row[last]) - abs(price)) < _SAME), None
+        )
 
     def picked(self, value: Unknown, index: Value) -> Value:
         """What nobody knows, at tokens: a logarithm, a probability or a logit."""
