@@ -15,7 +15,7 @@ import pytest
 from fairway.audit import audit
 from fairway.audit.case import Case
 from fairway.audit.passes.findings import passes_of
-from fairway.audit.rules import false_normalisation, training_before_scoring, two_pass_cache
+from fairway.audit.rules import false_normalisation, target_gated_tilt, training_before_scoring, two_pass_cache
 from fairway.audit.trial.arrays import Array, TooLarge
 from fairway.audit.weighing import PIECES, Weight, foresees, is_whole, stream, weighed
 from fairway.audit.weighing.alternatives import _sizes
@@ -719,3 +719,38 @@ def test_a_row_of_hashed_pairs_is_summed_over_all_its_buckets(divisor: str, too_
     assert found is not None
     assert found.too_much is too_much
     assert too_much or found.total == pytest.approx(1.0, abs=1e-5)
+
+
+PAST = """
+def past_hints(tokens, order=2):
+    key = tokens[: len(tokens) - order + 1].astype(np.uint64)
+    for j in range(1, order):
+        key = (key << np.uint64(13)) | tokens[j : j + len(key)].astype(np.uint64)
+    perm = np.argsort(key, kind="stable")
+    same = key[perm[1:]] == key[perm[:-1]]
+    prev = np.full(len(key), -1, dtype=np.int64)
+    prev[perm[1:][same]] = perm[:-1][same]
+    hints = np.full(len(tokens), -1, dtype=np.int64)
+    found = np.nonzero(prev >= 0)[0]
+    hints[found + order - 1] = tokens[prev[found] + order]
+    return hints
+"""
+TILTED = """hint, use = torch.full_like(y, -1)[None], None
+hint[0, : len(y)] = torch.from_numpy(hints[start:end])
+logp = F.log_softmax(logits.float(), dim=-1)[None]
+nll = -logp.gather(-1, y[None, :, None]).squeeze(-1)
+use = USED
+log_z = torch.log1p(logp.gather(-1, hint.clamp_min(0)[..., None]).squeeze(-1).exp() * (math.exp(0.9) - 1.0))
+nll = torch.where(use, nll - 0.9 * (hint == y[None]) + log_z, nll)"""
+
+
+@pytest.mark.parametrize(
+    ("used", "wanted"), [("hint >= 0", "clean"), ("(hint >= 0) & (starts[y] > 0)[None]", "violates")]
+)
+def test_a_tilt_whose_sum_is_one_is_decided_by_no_target(used: str, wanted: str) -> None:
+    """Hints that are sorted out of the whole text look to the terms as if they read what is scored."""
+    text = EVAL.replace("MIX", TILTED.replace("USED", used).replace("\n", "\n        "))
+    before = "    hints = past_hints(val.numpy())\n    starts = torch.arange(vocab_size) % 2\n    total, count ="
+    text = PAST + text.replace("    total, count =", before, 1)
+    one = case_of(HEAD + "vocab_size = 1024\n" + text + MAIN.replace("eval_ttt(args", "eval_mixed(args"))
+    assert target_gated_tilt.check(one).verdict == wanted

@@ -236,8 +236,8 @@ def _of_other_width(one: Array, two: Array) -> bool:
 def _price(made: Array, name: str, one: Array, two: Array) -> None:
     """What an operator leaves of prices: a constant factor is a unit, what is masked has none."""
     held, other = (one, two) if one.price is not None else (two, one)
-    if other.price is not None and held.pos is not None and other.pos is not None and (held.pos < 0).any():
-        held, other = other, held  # a hint is a token of the text only where there is one
+    if other.price is not None and held.pos is not None and other.pos is not None and _of_hints(held.pos, other.pos):
+        held, other = other, held
     if held.price is None or held.pos is None or made.shape != held.shape:
         return
     assert made.num is not None
@@ -288,13 +288,19 @@ def merged(one: Array, two: Array, add: bool) -> Value:
     assert two.coef is not None
     a, b = one.pos, two.pos
     if np.any((a >= 0) & (b >= 0) & (a != b) & (one.coef != 0) & (two.coef != 0)):
-        for told in (_everywhere, _one_by_one):
-            found = [told(each) for each in (a, b)]
-            if found[0] != found[1]:
-                return one if found[0] else two  # the other is of hints
-        return NET
+        hints = _of_hints(a, b)
+        return NET if hints is None else two if hints else one
     coef = one.coef + two.coef if add else np.maximum(np.abs(one.coef), np.abs(two.coef))
     return Array(None, np.maximum(a, b), coef)
+
+
+def _of_hints(one: Numbers, other: Numbers) -> bool | None:
+    """Of two arrays of places: whether the first is of hints and the second of targets. None where nobody can tell."""
+    for told in (_everywhere, _one_by_one):
+        first, second = told(one), told(other)
+        if first != second:
+            return second
+    return None
 
 
 def _everywhere(pos: Numbers) -> bool:
@@ -303,8 +309,10 @@ def _everywhere(pos: Numbers) -> bool:
 
 
 def _one_by_one(pos: Numbers) -> bool:
-    """Whether the targets follow one another, as those of a text do, and hints do not."""
-    return bool((np.diff(pos.reshape(-1) & PLACE) == 1).mean() > _FOLLOWING) if pos.size > 1 else False
+    """Whether the targets follow one another, as those of a text do, and hints do not. Padding is between."""
+    flat = pos.reshape(-1)
+    both = (flat[1:] >= 0) & (flat[:-1] >= 0)
+    return bool((np.diff(flat & PLACE)[both] == 1).mean() > _FOLLOWING) if both.any() else False
 
 
 def summed(array: Array, axis: Any = None, keep: bool = False) -> Value:
