@@ -161,7 +161,7 @@ def _seldom_collected() -> Iterator[None]:
     """Cycles are looked for every 50,000 objects instead of 700: closures and frames of the trials are held throughout,
     and going through them again and again took an eighth of the time."""
     before = gc.get_threshold()
-    gc.set_threshold(_OBJECTS, 50, 100)
+    gc.set_threshold(_OBJECTS, *before[1:])
     try:
         yield
     finally:
