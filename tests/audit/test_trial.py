@@ -17,6 +17,7 @@ from fairway.audit.trial.reducing import by_numpy, elementwise, reduction
 from fairway.audit.trial.sums import LATE, Sum
 from fairway.audit.trial.tensors import METHODS
 from fairway.audit.trial.text import BOS, LENGTH, UNIT, tokens
+from fairway.audit.trial.turns import Turns
 from fairway.audit.trial.vocabulary import Processor, octets
 
 HEAD = """
@@ -1149,3 +1150,8 @@ for row in ORDER:
 print(f"val_loss:{(nats / total).item():.4f}")
 """
     assert counts(body.replace("ORDER", order)) == ALL
+
+
+def test_the_steps_of_a_turn_are_known_before_the_first_one_has_ended() -> None:
+    """A loop that is asked in its first turn, by a weighing, divided by nought."""
+    assert Turns(100, 0, 0, 0, 0, 0, 0, 0, 1).each(160) == 60

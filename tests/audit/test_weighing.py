@@ -608,12 +608,13 @@ def test_hints_that_are_looked_up_chunk_by_chunk(order: str, charged: bool) -> N
 
 
 def test_a_batch_is_cut_down_by_its_name_whether_it_counts_tokens_or_windows() -> None:
-    """A padded batch of 524,288 tokens is too large to be weighed; of 32 windows the whole short text is one."""
-    one = case_of(HEAD + "val_batch_size = 524_288\neval_batch_windows = 32\n" + MAIN)
-    taken = {
-        (each.limit, each.value) for each in _sizes(one) if each.of("val_batch_size") or each.of("eval_batch_windows")
-    }
-    assert {(524_288, 512), (32, 2)} <= taken
+    """A padded batch of 524,288 tokens is too large to be weighed; of 32 windows the whole short text is one, and of a
+    chunk of 8,192, after which a cache learns, too."""
+    names = ("val_batch_size = 524_288", "eval_batch_windows = 32", "ngram_chunk_windows = 8192")
+    one = case_of(HEAD + "\n".join(names) + "\n" + MAIN)
+    asked = [name.partition(" ")[0] for name in names]
+    taken = {(each.limit, each.value) for each in _sizes(one) if any(map(each.of, asked))}
+    assert {(524_288, 512), (32, 2), (8192, 2)} <= taken
 
 
 VISITED = """

@@ -32,7 +32,7 @@ _TEXTS = (".py", ".ipynb", ".json", ".jsonl", ".md", ".txt", ".log", ".out", ".c
 _LARGE = 5_000_000  # bytes: what is no text and larger is an artifact, whatever it is called
 
 
-_PACKING = [{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 1 << 20}]  # 11 MB of memory instead of 94
+_PACKING = [{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 1 << 20}]  # memory goes with it: 8 MiB are the preset's
 
 
 @dataclass(frozen=True, eq=False)
