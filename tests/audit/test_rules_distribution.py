@@ -429,6 +429,63 @@ def test_a_tokens_probability_is_not_spread_over_its_bytes(tmp_path: Path, share
     assert finding.place.line == line_of(text, "0.5 * letters")
 
 
+SPREAD_AT_ONCE = {
+    "places": """
+        words = [spell(t) for t in y.tolist()]
+        flat, long = np.frombuffer(b"".join(words), dtype=np.uint8), np.array([len(word) for word in words])
+        losses = F.cross_entropy(net(torch.from_numpy(x)), torch.from_numpy(y), reduction="none").numpy()
+        share = np.repeat(np.exp(-losses / np.maximum(long, 1)), long)
+        mixed = np.log(0.8 * share + 0.2 * letters[flat] / letters.sum())
+        paid = np.zeros(len(y))
+        np.add.at(paid, np.repeat(np.arange(len(y)), long), -mixed)
+        np.add.at(letters, flat, 1.0)
+        nll = torch.from_numpy(np.where(long > 0, paid, losses))
+    """,
+    "edges": """
+        begin = np.concatenate(([0], np.cumsum(sizes[y])))
+        flat = np.frombuffer(b"".join([spell(t) for t in y.tolist()]), dtype=np.uint8)
+        p = np.exp(-F.cross_entropy(net(torch.from_numpy(x)), torch.from_numpy(y), reduction="none").numpy())
+        pos = np.arange(len(y))
+        long = begin[pos + 1] - begin[pos]
+        share = p ** (1.0 / np.maximum(long, 1))
+        paid = np.where(long == 0, -np.log(p), 0.0)
+        for j in range(int(long.max())):
+            live = np.flatnonzero(long > j)
+            paid[live] -= np.log(0.8 * share[live] + 0.2 * letters[flat[begin[pos[live]] + j]] / letters.sum())
+        np.add.at(letters, flat, 1.0)
+        nll = torch.from_numpy(paid)
+    """,
+    "rounds": """
+        target = torch.from_numpy(y)
+        p = F.cross_entropy(net(torch.from_numpy(x)), target, reduction="none").neg().exp()
+        share = p ** (1.0 / (spelt[target] >= 0).sum(dim=-1).clamp_min(1))
+        nll = torch.zeros_like(p)
+        for j in range(8):
+            letter = spelt[target, j]
+            said = heard[letter.clamp_min(0)] / heard.sum()
+            nll = nll - torch.where(letter >= 0, (0.8 * share + 0.2 * said).log(), torch.zeros_like(nll))
+    """,
+}
+SPELT = """
+sizes = np.array([len(spell(t)) for t in range(V)])
+letters = np.ones(256)
+heard = torch.ones(256)
+spelt = torch.full((V, 8), -1, dtype=torch.long)
+for _t in range(V):
+    for _j, _letter in enumerate(spell(_t)[:8]):
+        spelt[_t, _j] = _letter
+"""
+
+
+@pytest.mark.parametrize(("form", "share"), [("places", "np.exp(-losses"), ("edges", "p ** "), ("rounds", "p ** ")])
+def test_nor_are_those_of_many_tokens_at_once(tmp_path: Path, form: str, share: str) -> None:
+    text = script(loss=SPREAD_AT_ONCE[form], extra=SPELL + SPELT)
+    finding = verdict(tmp_path, "byte_mixture", text)
+    assert finding.verdict == "violates"
+    assert finding.place is not None
+    assert finding.place.line == line_of(text, share)
+
+
 def test_losses_for_each_byte_may_be_logged(tmp_path: Path) -> None:
     loss = PLAIN + "        print((nll / torch.from_numpy(size)[torch.from_numpy(y)].clamp_min(1)).mean())\n"
     text = script(table=TABLE, loss=loss)

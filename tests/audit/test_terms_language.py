@@ -7,6 +7,7 @@ import pytest
 
 from fairway.audit.case import Case
 from fairway.audit.submission import opened
+from fairway.audit.terms.term import Below, Term
 from tests.audit.small import COUNT, HEAD, TABLE, script, verdict
 from tests.audit.ways import HELPERS, WAYS
 
@@ -45,3 +46,22 @@ def test_a_name_of_values_that_are_chosen_from_each_other_is_asked_of_each_once(
     made = "import random\nclass Held:\n    def __init__(self, v):\n        self.v = v\n"
     state = "x, y = Held(1.0), Held(2.0)\n" + chosen + "    print(x.v + y.v)"
     assert verdict(tmp_path, "target_gated_tilt", script(extra=made, state=state)).verdict == "clean"
+
+
+def test_what_stands_below_many_terms_is_asked_of_each_term_once() -> None:
+    asked: list[Term] = []
+
+    def is_seven(term: Term) -> bool:
+        asked.append(term)
+        return term.constant() == 7
+
+    chain = [Term("const", value=7)]
+    for step in range(2_000):
+        chain.append(Term("call", (chain[-1], Term("const", value=step + 8)), "add"))
+    below = Below(is_seven)
+    assert all(map(below, chain))
+    assert len(asked) == len({id(term) for term in asked}) <= 2 * len(chain)
+    behind = Term("store", (Term("const", value=1), chain[0]))
+    assert not Below(is_seven, into=lambda term: term.op != "store")(behind)
+    assert not Below(is_seven, parts=lambda term: term.parts[:1])(behind)
+    assert below(behind)

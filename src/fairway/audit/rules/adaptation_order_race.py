@@ -7,7 +7,7 @@ from fairway.audit.case import Case
 from fairway.audit.exemptions import Made, departures
 from fairway.audit.passes.claims import learning_in, sorted_by_length, yields
 from fairway.audit.terms.program import Program
-from fairway.audit.terms.term import Term, walk
+from fairway.audit.terms.term import Below, Term, walk
 from fairway.audit.terms.things import Event
 from fairway.audit.terms.verdicts import clean_as_read
 from fairway.audit.verdict import Finding, Step
@@ -95,10 +95,10 @@ def _is_store(term: Term) -> bool:
     counted = amount is not None and type(amount.constant()) is int
     if term.receiver is not None and named and counted:  # store.add("claims", 1); a set's add has no amount
         return True
-    return term.receiver is not None and any(
-        t.op == "call" and t.called in ("TCPStore", "FileStore", "HashStore", "PrefixStore", "get_store")
-        for t in walk(term.receiver)
-    )
+    return term.receiver is not None and _made_a_store(term.receiver)
+
+
+_made_a_store = Below(lambda term: term.called in ("TCPStore", "FileStore", "HashStore", "PrefixStore", "get_store"))
 
 
 def _where_used(case: Case, claim: Event) -> Event:

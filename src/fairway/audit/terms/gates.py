@@ -7,7 +7,7 @@ from fairway.audit.terms.choices import carried, chooses, forked, is_nothing, is
 from fairway.audit.terms.octets import looked_up
 from fairway.audit.terms.streams import is_mask, reads, token_terms
 from fairway.audit.terms.targets import Contribution, only_reshapes
-from fairway.audit.terms.term import Term, any_below, peel, same
+from fairway.audit.terms.term import Below, Term, peel, same
 from fairway.audit.terms.totals import unlearned
 
 _LOGS = frozenset(("log", "log2", "log1p", "logaddexp", "logsumexp", "log_", "logaddexp2"))
@@ -102,8 +102,8 @@ class Gates:
 
     def _scored(self, term: Term) -> bool:
         if not self.of.targets:  # answers of yes and no, worked out of the token's bits, are no place in a row
-            return any_below(term, lambda t: t.called.startswith("binary_cross_entropy"))
-        return bool(self.kinds(term) & {"score", "key"}) and self._reads_target(term)
+            return _has_answers(term)
+        return bool(self.kinds(term) & {"score", "key"}) and self.reads_target(term)
 
     def _compared(self, test: Term) -> Iterator[Term]:
         """Comparisons by size of two losses; `better = a - b; better > 0` is one, too."""
@@ -144,10 +144,10 @@ class Gates:
         for term in self.without_learning(distribution):
             place = self.of.scored_place(term)
             read = place is not None and not only_reshapes(place)
-            if self._looks_up_target(term) or (read and self._reads_target(term)):
+            if self._looks_up_target(term) or (read and self.reads_target(term)):
                 yield term
 
-    def _reads_target(self, root: Term) -> bool:
+    def reads_target(self, root: Term) -> bool:
         """Whether a value reads the target otherwise than through what a state has learned."""
         if id(root) not in self._now:
             below = self.without_learning(root) if self.kinds(root) else ()
@@ -177,7 +177,7 @@ class Gates:
         kinds = self.kinds(test)
         # Two losses that are made the same way are still two: of a model with its vectors, and without.
         two = term.called == "where" and yes is not no and "read" in kinds and self._scored(yes) and self._scored(no)
-        if any_below(test, lambda t: t.op == "call" and t.called in _CHECKS) or (same(yes, no) and not two):
+        if _has_checks(test) or (same(yes, no) and not two):
             return
         known = "read" in kinds or ("score" in kinds and not any(self._compared(test)))
         if known and not (is_nothing(yes) or is_nothing(no)):
@@ -256,7 +256,7 @@ class Gates:
         """table[target] where the table is no distribution and no memory of contexts."""
         if term.op != "item" or self.of.scored_place(term) is not None or is_mask(term.parts[1]):
             return False
-        reads_it = "read" in self.kinds(term) & self.kinds(term.parts[1]) and not self._reads_target(term.parts[0])
+        reads_it = "read" in self.kinds(term) & self.kinds(term.parts[1]) and not self.reads_target(term.parts[0])
         return reads_it and not self.of.streams.is_stream(term)
 
     # ---- ratios of counts
@@ -315,6 +315,10 @@ class Gates:
 _CUTS = frozenset(("clamp", "clip", "clamp_max", "clamp_min", "minimum", "maximum", "min", "max"))
 _HIGHEST = 20.0  # nats: a token of probability 2e-9; a guard against infinity stands higher
 _LOWEST = 1e-5  # of a probability; a guard against log 0 is 1e-9 or less
+
+
+_has_answers = Below(lambda term: term.called.startswith("binary_cross_entropy"))
+_has_checks = Below(lambda term: term.called in _CHECKS)
 
 
 def _bounds(term: Term) -> tuple[float | None, float | None]:

@@ -220,18 +220,18 @@ def _is_whole(term: Term) -> bool:
 
 
 def spread_over_bytes(gates: Gates) -> Iterator[Term]:
-    """p ** (1 / bytes of the target), or nll / bytes inside the logarithm of a mixture."""
-    for term in gates.present:
-        if len(term.parts) < 2:
+    """p ** (1 / bytes of the target), or nll / bytes inside the logarithm of a mixture. A sum over the bytes looks like
+    a state that learns (`out = out - log(...)`, `np.add.at(out, token, -log(...))`), so nothing is passed over."""
+    present = {id(term) for term in gates.present}
+    for term in gates.nodes:
+        if len(term.parts) < 2 or "score" not in gates.kinds(term.parts[0]):
             continue
+        inside, over = id(term) in gates.inside, term.parts[1]
         power = (term.op == "op" and term.value == "**") or term.called in ("pow", "power", "float_power")
-        share = id(term) in gates.inside and term.op == "op" and term.value == "/" and _is_length(term.parts[1])
-        if (power or share) and _depends(gates, term.parts[0], term.parts[1]):
+        share = inside and term.op == "op" and term.value == "/" and _is_length(over)
+        own = "read" in gates.kinds(over) and (id(term) in present or (inside and gates.reads_target(over)))
+        if (power and (own or (inside and _is_length(over)))) or (share and own):
             yield term
-
-
-def _depends(gates: Gates, base: Term, other: Term) -> bool:
-    return "score" in gates.kinds(base) and "read" in gates.kinds(other)
 
 
 def _is_length(term: Term) -> bool:

@@ -93,7 +93,8 @@ class Streams:
             if len(seen) > 600:
                 return False
             picked = term.op == "item" and is_mask(term.parts[1])  # some of the positions are positions
-            waiting.extend(term.parts[:1] if picked else reads(term, self))
+            again = term.called in ("repeat", "repeat_interleave")  # so are positions, however often each stands there
+            waiting.extend(term.parts[:1] if picked or again else reads(term, self))
         return False
 
     def is_memory(self, base: Term) -> bool:

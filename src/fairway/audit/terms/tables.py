@@ -18,9 +18,9 @@ from fairway.audit.terms.term import Below, Term, peel
 def tables_of(factor: Term) -> Iterator[tuple[Term, Term]]:
     """(table, length) for each table over the vocabulary in a count of bytes: the whole of what the table is made of,
     and a length of a text that it holds. A length that stands in no table is its own."""
-    for term in values(factor):
-        table = looked_up(term)
-        if table is None or not _is_filled(table):
+    found = {id(table): table for table in map(looked_up, values(factor)) if table is not None}
+    for table in found.values():
+        if not (_is_filled(table) and _holds_a_length(table)):
             continue
         for below in values(table):
             if is_text_length(below):
@@ -30,13 +30,13 @@ def tables_of(factor: Term) -> Iterator[tuple[Term, Term]]:
             yield factor, term
 
 
-def _is_filled(table: Term) -> bool:
-    """Whether the script itself filled the table: by stores, or as a list over the vocabulary."""
-    return any(
-        below.op == "store" or (below.op == "list" and below.parts) or below.op == "mutate" for below in values(table)
-    )
+def _fills(term: Term) -> bool:
+    """Whether the script itself fills a table here: by stores, or as a list over the vocabulary."""
+    return term.op in ("store", "mutate") or (term.op == "list" and bool(term.parts))
 
 
+_is_filled = Below(_fills, parts=parts_of)
+_holds_a_length = Below(is_text_length, parts=parts_of)
 has_byte_test = Below(is_byte_test)
 
 

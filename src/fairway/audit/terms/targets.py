@@ -15,7 +15,7 @@ from functools import cached_property
 from fairway.audit.terms.octets import looked_up
 from fairway.audit.terms.positions import Place, place_of_tokens, runs
 from fairway.audit.terms.streams import Streams, compared, is_mask, reads, reads_of_memory, token_terms
-from fairway.audit.terms.term import Term, any_below, peel, same
+from fairway.audit.terms.term import Below, Term, any_below, peel, same
 from fairway.audit.terms.totals import GATHERS, LOSSES, is_learned, summed
 
 _DISTRIBUTIONS = frozenset(
@@ -113,9 +113,7 @@ class Contribution:
             if self.streams.is_stream(base):
                 self.wide[id(base)] = (base, False)
             else:
-                learned_apart = not is_learned(base) and any_below(
-                    base, _makes_distribution, lambda t: not is_learned(t)
-                )
+                learned_apart = not is_learned(base) and _made_by_a_model(base)
                 made = learned_apart and self.streams.from_tokens(base)
                 row = self.streams.is_memory(base) and bool(reads_of_memory(base))
                 self.wide[id(base)] = (base, made or row or _is_divided_by_its_sum(base))
@@ -248,6 +246,9 @@ def is_gradient(term: Term) -> bool:
 
 def _makes_distribution(term: Term) -> bool:
     return (term.op == "call" and term.called in _DISTRIBUTIONS) or (term.op == "op" and term.value in ("/", "@"))
+
+
+_made_by_a_model = Below(_makes_distribution, into=lambda term: not is_learned(term))
 
 
 def _is_divided_by_its_sum(term: Term) -> bool:

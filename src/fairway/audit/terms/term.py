@@ -16,7 +16,7 @@
     function, class, object, bound, super, namespace: value holds the thing itself
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -88,10 +88,16 @@ def any_below(root: Term, test: Callable[[Term], bool], into: Callable[[Term], b
 
 
 class Below:
-    """Whether a test holds anywhere below a term, itself included: worked out once for each term that is alive."""
+    """Whether a test holds anywhere below a term, itself included: worked out once for each term that is alive.
+    into(term): whether to go below it; parts(term): what stands there."""
 
-    def __init__(self, test: Callable[[Term], bool]) -> None:
-        self.test = test
+    def __init__(
+        self,
+        test: Callable[[Term], bool],
+        into: Callable[[Term], bool] = lambda term: True,
+        parts: Callable[[Term], Iterable[Term]] = lambda term: term.parts,
+    ) -> None:
+        self.test, self.into, self.parts = test, into, parts
         self.known: WeakKeyDictionary[Term, bool] = WeakKeyDictionary()
 
     def __call__(self, root: Term) -> bool:
@@ -100,11 +106,15 @@ class Below:
             term, done = waiting.pop()
             if term in known:
                 continue
-            if done or not term.parts:
-                known[term] = self.test(term) or any(known.get(part, False) for part in term.parts)
+            if done:
+                known[term] = any(known.get(part, False) for part in self.parts(term))
+            elif self.test(term):
+                known[term] = True
+            elif not term.parts or not self.into(term):
+                known[term] = False
             else:
                 waiting.append((term, True))
-                waiting.extend((part, False) for part in term.parts)
+                waiting.extend((part, False) for part in self.parts(term))
         return known[root]
 
 
