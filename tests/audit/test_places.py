@@ -362,3 +362,56 @@ def test_training_on_validation_text_is_named_where_a_step_of_the_evaluation_is_
     text = HEAD + POLISHED
     assert line(findings(text)["validation-in-training"]) == line_of(text, "    adapt(model, val, torch")
     assert "validation-in-training" not in broken(text.replace("    adapt(model, val, torch", "    print(torch"))
+
+
+RIGHTLY_PLANNED = """
+def planned(total):
+    plan, end = [], 0
+    while end < total:
+        first, end = end, min(total, end + 256)
+        plan.append((max(0, end - 2048), first BACK, end))
+    return plan
+
+def inputs(val, low):
+    at = low[:, None] + torch.arange(2048)
+    return at, val[at]
+
+def evaluate(net, val):
+    losses, windows = [], planned(len(val) - 1)
+    for n in range(0, len(windows), 8):
+        low, first, end = (torch.tensor(column) for column in zip(*windows[n : n + 8]))
+        at, x = inputs(val, low)
+        nll = F.cross_entropy(net(x).transpose(1, 2), val[at + 1], reduction="none")
+        COUNTED
+    nll = torch.cat(losses)
+    return nll.sum().item() / len(nll)
+
+print(f"val_loss {evaluate(Net(), load()):.5f}")
+"""
+BY_MASK = """own = (at < end[:, None]) & (at >= first[:, None] BEFORE)
+        losses.append(nll[own])"""
+BY_SLICE = """for row, (a, b, c) in enumerate(windows[n : n + 8]):
+            since = max(0, b - a BEFORE)
+            losses.append(nll[row, since : c - a])"""
+BY_CUT = """for row, (a, b, c) in enumerate(windows[n : n + 8]):
+            cut = slice(max(0, b - a BEFORE), c - a)
+            losses.append(nll[row, cut])"""
+
+
+@pytest.mark.parametrize(
+    ("counted", "wanted"),
+    [(BY_MASK, "own = "), (BY_SLICE, "since = "), (BY_CUT, "cut = ")],
+    ids=["mask", "slice", "made-apart"],
+)
+def test_where_windows_are_planned_side_by_side_what_is_counted_of_them_is_named(
+    tmp_path: Path, counted: str, wanted: str
+) -> None:
+    def found(back: str, before: str) -> tuple[str, int]:
+        text = SMALL + DEALT[: DEALT.index("def evaluate")] + RIGHTLY_PLANNED.replace("COUNTED", counted)
+        said = verdict(tmp_path, "twice_counted_tokens", text.replace("BACK", back).replace("BEFORE", before))
+        return said.verdict, said.place.line if said.place is not None else 0
+
+    text = SMALL + DEALT[: DEALT.index("def evaluate")] + RIGHTLY_PLANNED.replace("COUNTED", counted)
+    assert found("", "")[0] == "clean"
+    assert found("", "- 64") == ("violates", line_of(text, wanted))
+    assert found("- 64", "") == ("violates", line_of(text, "plan.append("))

@@ -13,7 +13,7 @@ from fairway.audit.passes.findings import passes_of, unseen
 from fairway.audit.passes.reported import Reported, scores_of
 from fairway.audit.passes.trials import counts_of, repeated
 from fairway.audit.reading.tree import nodes
-from fairway.audit.terms.windows import planned
+from fairway.audit.terms.windows import begun, listed, masked
 from fairway.audit.verdict import Finding, Place
 
 ID = "twice-counted-tokens"
@@ -62,12 +62,16 @@ def which_score(case: Case, which: Reported) -> Score:
 
 
 def _decided(case: Case, score: Score) -> Place:
-    """Where windows are planned: seen in the trial, or in how the end of what counts is worked out; else their loop."""
-    if case.trial.plans.line:
-        return case.place(case.trial.plans.line)
-    terms = (planned(gates.of) for gates in case.reading.gates)
+    """Where it is decided what counts of a window: the plan that the trial saw to overlap; where each target is planned
+    once, or no plan was seen, the end or the mask of what counts; else the plan, or the loop over the windows."""
+    plans = case.trial.plans
+    if plans.overlapping:
+        return case.place(plans.overlapping)
+    terms = (said(gates.of) for said in (begun, masked, listed) for gates in case.reading.gates)
     term = next((term for term in terms if term is not None), None)
-    return _in_the_windows_loop(case, score) if term is None else case.reading.place(term)
+    if term is not None:
+        return case.reading.place(term)
+    return case.place(plans.line) if plans.line else _in_the_windows_loop(case, score)
 
 
 def _in_the_windows_loop(case: Case, score: Score) -> Place:
