@@ -415,3 +415,53 @@ def test_where_windows_are_planned_side_by_side_what_is_counted_of_them_is_named
     assert found("", "")[0] == "clean"
     assert found("", "- 64") == ("violates", line_of(text, wanted))
     assert found("- 64", "") == ("violates", line_of(text, "plan.append("))
+
+
+LAPS = """
+class Book:
+    def __init__(self):
+        self.sums = torch.zeros(2, dtype=torch.float64)
+
+    def add(self, nll, mask):
+        weight = mask.to(torch.float64)
+        self.sums[0] += (nll.to(torch.float64) * weight).sum()
+        self.sums[1] += weight.sum()
+
+def token_nll(net, x, y):
+    return F.cross_entropy(net(x).transpose(1, 2), y, reduction="none")
+
+def gathered(val, batch):
+    x = torch.stack([val[a:b] for a, b in batch])
+    first = torch.tensor([0 for a, b in batch])
+    mask = torch.arange(x.size(1))[None, :] >= first[:, None]
+    return x, torch.stack([val[a + 1 : b + 1] for a, b in batch]), mask
+
+def score(net, val, windows, book):
+    for k in range(0, len(windows), 2):
+        x, y, mask = gathered(val, windows[k : k + 2])
+        book.add(token_nll(net, x, y), mask)
+
+def evaluate(net, val):
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
+    total = len(val) - 1
+    chunks = [(a, [(b, b + 1024) for b in range(a, a + 4096, 1024)]) for a in range(0, total - 4095, 4096)]
+    for lap in range(LAPS):
+        book = Book()
+        for a, windows in chunks:
+            with torch.no_grad():
+                score(net, val, windows, book)
+            optimizer.zero_grad()
+            token_nll(net, val[a : a + 4096][None], val[a + 1 : a + 4097][None]).mean().backward()
+            optimizer.step()
+        print(f"lap {lap} {book.sums[0].item() / book.sums[1].item():.4f}")
+    return book.sums[0].item() / book.sums[1].item()
+
+print(f"val_loss {evaluate(Net(), load()):.5f}")
+"""
+
+
+def test_laps_whose_losses_are_weighed_before_they_are_booked_are_named_by_their_loop(tmp_path: Path) -> None:
+    text = SMALL + DEALT[: DEALT.index("def evaluate")] + LAPS
+    assert verdict(tmp_path, "multi_epoch_last", text.replace("range(LAPS)", "range(1)")).verdict == "clean"
+    found = verdict(tmp_path, "multi_epoch_last", text.replace("range(LAPS)", "range(2)"))
+    assert line(found) == line_of(text, "for lap in")

@@ -191,7 +191,17 @@ class Passes:
             )
             if shared and same and (found is None or first.number < found.number):
                 found = first
-        return found or self._same_site(score, update, learned) or self._followed(score, update, learned)
+        if found is not None:
+            return self._booked_alike(score, update, found)
+        return self._same_site(score, update, learned) or self._followed(score, update, learned)
+
+    def _booked_alike(self, score: Score, update: Update, first: Score) -> Score:
+        """What was made of a first scoring where this one was made of its own: `sums += (nll * mask).sum()`."""
+        if first.place != score.place:
+            made = (each for each in self.booked if first.number < each.number < update.number)
+            same = (each for each in made if each.place == score.place and each.stack[:-1] == score.stack[:-1])
+            return next((each for each in same if ((each.parts | each.whole) >> first.bit) & 1), first)
+        return first
 
     def _in_one_evaluation(self, score: Score, update: Update, learned: list[Tok]) -> Score | None:
         """A first scoring of what was learned, where it, the learning and this scoring are steps of one function that

@@ -1,4 +1,4 @@
-"""Where it was decided which targets of a window count: the end of a slice of losses, a mask, the list of the windows."""
+"""Where it was decided which targets of a window count: the end of a slice of losses, a mask, a list of windows."""
 
 from __future__ import annotations
 

@@ -83,11 +83,8 @@ def _tiled(windows: list[tuple[int, ...]]) -> bool:
     edges = [np.array([each[:width] for each in windows], dtype=np.int64)[:, part] for part in range(width)]
     lengths = [edge for edge in edges if (np.diff(edge) == 0).mean() >= _MOST]
     edges += [edge + length for edge in edges for length in lengths if edge is not length]
-    for end in edges:
-        if (np.diff(end) > 0).mean() >= _MOST:
-            if any(((begin[1:] == end[:-1]) & (begin[1:] < end[1:])).mean() >= _MOST for begin in edges):
-                return True
-    return False
+    ends = [edge for edge in edges if (np.diff(edge) > 0).mean() >= _MOST]
+    return any(((begin[1:] == end[:-1]) & (begin[1:] < end[1:])).mean() >= _MOST for end in ends for begin in edges)
 
 
 __all__ = ["Plans", "handed_on"]
