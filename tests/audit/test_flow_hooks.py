@@ -110,3 +110,11 @@ def test_hooks_of_more_modules_than_a_value_remembers_are_taken_off_too() -> Non
 
 def test_hooks_of_many_modules_that_stay_on_see_the_evaluation_too() -> None:
     assert "calibration-on-validation" in broken(HEAD + WATCHED.replace("TAKEN_OFF", "pass"))
+
+
+def test_a_hook_that_looks_at_its_modules_mode_may_go_on() -> None:
+    resting = "        def hook(module, args, out):\n            if module.training:\n                return\n"
+    text = WATCHED.replace("        def hook(module, args, out):\n", resting)
+    assert "calibration-on-validation" in broken(HEAD + text.replace("TAKEN_OFF", "pass"))
+    taken = HEAD + text.replace("TAKEN_OFF", "for each in handles:\n        each.remove()")
+    assert "calibration-on-validation" not in doubted(taken)

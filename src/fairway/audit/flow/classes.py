@@ -223,8 +223,8 @@ class Classes(Learning):
             return self._groups(obj, node)
         if "#module" in obj.slots and name in _SAME:
             return this
-        if "#module" in obj.slots and name in ("weight", "bias"):
-            return this.but(flags=WEIGHTS)
+        if "#module" in obj.slots and name in _OF_MODULES:
+            return this.but(flags=WEIGHTS) if name != "training" else Value()
         if any(each.kind == "foreign" for each in self.line_of(obj.data)[1:]):
             return self.ref(self.new("method", (this, name)))
         return self.flat(obj.slots.get("#content", NOTHING))
@@ -278,8 +278,8 @@ class Classes(Learning):
             return held if isinstance(held, Value) else NOTHING
         if name == "param_groups" and "#targets" in obj.slots:
             return self._groups(obj, None)
-        if "#module" in obj.slots and name in ("weight", "bias"):
-            return this.but(flags=WEIGHTS)
+        if "#module" in obj.slots and name in _OF_MODULES:
+            return this.but(flags=WEIGHTS) if name != "training" else Value()
         if "#path" in obj.slots and name in ("parent", "name", "stem", "suffix"):
             piece = self.piece_of_path(this, name)
             return self.path([piece], None) if name == "parent" else piece
@@ -361,6 +361,9 @@ class Classes(Learning):
 
 def _last(name: str) -> str:
     return name.rsplit(".", 1)[-1]
+
+
+_OF_MODULES = ("weight", "bias", "training")  # which of two modes a module is in nobody follows
 
 
 def _is_layer(name: str) -> bool:
