@@ -215,3 +215,24 @@ def test_the_best_vector_by_what_lies_before_all_windows_knows_no_target() -> No
     begin, end = FRONTIER.index("    for _ in range(4)"), FRONTIER.index("    nll =")
     text = (FRONTIER[:begin] + BETTER + FRONTIER[end:]).replace("h + d.detach()", "h + kept")
     assert broken(HEAD + WALK[: WALK.index("def rows")] + text.replace("WHICH", "0")) == set()
+
+
+SHIFTED = """    logits = model.head(h)
+    shift = torch.zeros(x.size(0), 1, 1024, requires_grad=True)
+    opt = torch.optim.SGD([shift], lr=1e-2)
+    for _ in range(4):
+        opt.zero_grad()
+        F.cross_entropy((logits[:, FIT].detach() + shift).flatten(0, 1), y[:, FIT].flatten()).backward()
+        opt.step()
+    logits[:, 960:] = logits[:, 960:] + shift.detach()
+    nll = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view(y.shape)
+    total += nll[:, 960:].double().sum().item()
+    count += nll[:, 960:].numel()
+"""
+
+
+@pytest.mark.parametrize(("fit", "found"), [(":960", set()), ("960:", {"slot-on-scored"})])
+def test_what_is_written_into_a_part_of_the_logits_is_scored_with_them(fit: str, found: set[str]) -> None:
+    begin, end = WALK.index("    d = torch.zeros"), WALK.index("print(f")
+    text = HEAD + (WALK[:begin] + SHIFTED.replace("FIT", fit) + WALK[end:]).replace("LEARNT", "pass")
+    assert broken(text) & {"slot-on-scored", "slot-shared-delta"} == found

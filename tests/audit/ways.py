@@ -51,6 +51,17 @@ for x, y in pieces(all_tokens()):
     s = book(s, x, y)
 print(f"val_bpb:{s['nats'] / s['octets'] / math.log(2):.4f}")
 """,
+    "stacked-and-unpacked": """
+nats, octets = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+for x, y in pieces(all_tokens()):
+    nats += price(NET, x, y).double().sum()
+    octets += octets_of(x, y)
+sums = torch.stack((nats, octets))
+if dist.is_available() and dist.is_initialized():
+    dist.all_reduce(sums, op=dist.ReduceOp.SUM)
+n, o = (float(v) for v in sums)
+print(f"val_bpb:{n / o / math.log(2):.4f}")
+""",
     "packed": """
 stats = torch.zeros(3, dtype=torch.float64)
 for x, y in pieces(all_tokens()):

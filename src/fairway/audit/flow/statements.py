@@ -49,7 +49,9 @@ class Statements(Loops):
             if base.refs:
                 self.put_item(base, parts, value, target)
             elif isinstance(target.value, (ast.Name, ast.Attribute)) and base is not NOTHING:
-                entry = self.earlier_dropped(self.flat(value))
+                entry = self.flat(value)
+                if any(not part.slice or self.slice_spans(part) for part in parts):  # else the same place in each turn
+                    entry = self.earlier_dropped(entry)
                 self.assign(target.value, blend(self.flat(base), entry).but(const=MISSING))
         elif isinstance(target, ast.Starred):
             self.assign(target.value, value)

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from fairway.audit.settings import is_setting
 from fairway.audit.terms import calls, objects
-from fairway.audit.terms.term import Term
+from fairway.audit.terms.term import Term, peel
 from fairway.audit.terms.things import constant
 
 if TYPE_CHECKING:
@@ -154,8 +154,8 @@ _SOLID = frozenset(
 
 
 def spelt_items(term: Term) -> tuple[Term, ...] | None:
-    """The elements of a short tuple, list or table that is written out; None for anything else."""
-    term = objects.held(term) or term
+    """The elements of a short tuple, list or table that is written out, of what was stacked; None for anything else."""
+    term = objects.held(term) or _stacked(term) or term
     for _ in range(40):
         if term.op in ("store", "merge") and term.parts and term.value is None:
             term = term.parts[0]
@@ -171,6 +171,15 @@ def spelt_items(term: Term) -> tuple[Term, ...] | None:
     called = all(part.op in ("function", "bound", "class") for part in listed)
     most = _CALLED if called else _DEFAULTS if all(map(_is_default, listed)) else _SHORT
     return listed if len(listed) <= most else None
+
+
+def _stacked(term: Term) -> Term | None:
+    """torch.stack((nats, tokens, size)).tolist(), torch.tensor([nats, tokens])"""
+    below = peel(term)
+    if below.called == "stack" and below.argument(1, "dim", "axis") is None:
+        listed = below.operand("tensors", "arrays")
+        below = peel(listed) if listed is not None else below
+    return below if below is not term and below.op in ("tuple", "list") and below.value != "comp" else None
 
 
 _SHORT = 6
