@@ -1,9 +1,12 @@
 """Vectors that are found on a window's earlier places, and vectors that are found on what they then score."""
 
+from pathlib import Path
+
 import pytest
 
 from fairway.audit.flow.tokens import Tok, cut_apart, merged, perhaps_apart
 from tests.audit.order import HEAD, broken, findings
+from tests.audit.small import verdict
 
 WALK = """
 args = Hyperparameters()
@@ -236,3 +239,19 @@ def test_what_is_written_into_a_part_of_the_logits_is_scored_with_them(fit: str,
     begin, end = WALK.index("    d = torch.zeros"), WALK.index("print(f")
     text = HEAD + (WALK[:begin] + SHIFTED.replace("FIT", fit) + WALK[end:]).replace("LEARNT", "pass")
     assert broken(text) & {"slot-on-scored", "slot-shared-delta"} == found
+
+
+CHOSEN = """    tuned, plain = losses(h, d.detach(), y), losses(h, torch.zeros_like(d), y)
+    helped = (tuned * ASKED).sum(dim=1) < (plain * ASKED).sum(dim=1)
+    total += torch.where(helped[:, None], tuned, plain)[mine].double().sum().item()
+"""
+
+
+@pytest.mark.parametrize(("asked", "wanted"), [("where", "clean"), ("mine", "violates"), ("1.0", "violates")])
+def test_of_two_predictions_one_may_be_chosen_by_what_came_before_the_window(
+    tmp_path: Path, asked: str, wanted: str
+) -> None:
+    begin, end = WALK.index("    total += losses"), WALK.index("    count += int")
+    text = HEAD + (WALK[:begin] + CHOSEN.replace("ASKED", asked) + WALK[end:]).replace("ROWS", "x.size(0)")
+    text = text.replace("LEARNT", BEGINS["the least place of the mask"])
+    assert verdict(tmp_path, "oracle_gate", text).verdict == wanted

@@ -1,13 +1,18 @@
 """Choices that read nothing but losses of what came before the tokens whose scoring they decide."""
 
+from collections.abc import Callable
+
 from fairway.audit.flow.events import Choice, Score, Trace
 from fairway.audit.flow.tokens import ALL_BEFORE, Tok, related
 from fairway.audit.verdict import Place
 
 
-def by_the_past(trace: Trace, choice: Choice) -> bool:
-    """Whether all losses that a choice compares are of earlier tokens than each loss that hangs on it. Of losses of
-    whole windows, of which only a part counts, that part is asked."""
+Holds = Callable[[Tok, Tok, Score], bool]
+
+
+def _compares(trace: Trace, choice: Choice, holds: Holds) -> bool:
+    """Whether it holds of all tokens whose losses a choice compares, and of the target of each loss that hangs on it.
+    Of losses of whole windows, of which only a part counts, that part is asked."""
     compared = [tok for score in trace.scored(choice.losses) for tok in score.targets]
     hanging = [score for score in trace.scores if score.choices >> choice.bit & 1 and score.number > choice.number]
     divided = 0
@@ -16,7 +21,7 @@ def by_the_past(trace: Trace, choice: Choice) -> bool:
     decided = [score for score in hanging if not divided >> score.bit & 1]
     if not compared or not decided:
         return False
-    return all(_before(tok, target, score) for tok in compared for score in decided for target in score.targets)
+    return all(holds(tok, target, score) for tok in compared for score in decided for target in score.targets)
 
 
 def _before(tok: Tok, target: Tok, score: Score) -> bool:
@@ -24,7 +29,26 @@ def _before(tok: Tok, target: Tok, score: Score) -> bool:
     return how == "earlier" or (how == "apart" and any(end.startswith(ALL_BEFORE) for _, end, _ in tok.cuts))
 
 
+def _apart(tok: Tok, target: Tok, score: Score) -> bool:
+    return related(tok, target, [loop for loop, _ in score.nest]) in ("earlier", "apart")
+
+
+def by_the_past(trace: Trace, choice: Choice) -> bool:
+    """Whether all losses that a choice compares are of earlier tokens than each loss that hangs on it."""
+    return _compares(trace, choice, _before)
+
+
 def places_of_the_past(trace: Trace) -> set[Place]:
     """The lines in which every choice is one by the past."""
-    past = {choice.place for choice in trace.choices if by_the_past(trace, choice)}
-    return past - {choice.place for choice in trace.choices if choice.place in past and not by_the_past(trace, choice)}
+    return _everywhere(trace, _before)
+
+
+def places_of_others(trace: Trace) -> set[Place]:
+    """The lines in which every choice compares losses of other tokens alone than those that hang on it: of a window's
+    context, whose head ends where what is scored of the window begins."""
+    return _everywhere(trace, _apart)
+
+
+def _everywhere(trace: Trace, holds: Holds) -> set[Place]:
+    told = [(choice.place, _compares(trace, choice, holds)) for choice in trace.choices]
+    return {place for place, held in told if held} - {place for place, held in told if not held}

@@ -2,8 +2,13 @@
 
 from fairway.audit.case import Case
 from fairway.audit.passes.findings import gate_by_losses
+from fairway.audit.passes.past import places_of_others
+from fairway.audit.terms.choices import forked
+from fairway.audit.terms.gates import Gates
+from fairway.audit.terms.reading import Reading
+from fairway.audit.terms.term import Term
 from fairway.audit.terms.verdicts import clean, unsaid
-from fairway.audit.verdict import Finding
+from fairway.audit.verdict import Finding, Place
 
 ID = "oracle-gate"
 CHARGE = "the better of two predictions is chosen by comparing their losses on the target"
@@ -16,6 +21,7 @@ _COMPARED = (
 
 def check(case: Case) -> Finding:
     reading = case.reading
+    others = places_of_others(case.trace) if reading.gates else set()
     for gates in reading.gates:
         cut = next(gates.clipped(), None)
         if cut is not None:
@@ -24,7 +30,7 @@ def check(case: Case) -> Finding:
                 "that probability unless its parts are mixed before."
             )
             return Finding(ID, "violates", evidence, CLAUSE, reading.place(cut), reading.way(gates.of.term, cut))
-        term = next(gates.oracles(), None)
+        term = next((one for one in gates.oracles() if not _by_others(reading, gates, one, others)), None)
         if term is not None:
             return Finding(ID, "violates", _COMPARED, CLAUSE, reading.place(term), reading.way(gates.of.term, term))
     place = gate_by_losses(case)
@@ -33,3 +39,10 @@ def check(case: Case) -> Finding:
     if not reading.reported:
         return unsaid(ID, CLAUSE)
     return clean(ID, CLAUSE, "no loss that reaches the score is the smaller of two on the same target")
+
+
+def _by_others(reading: Reading, gates: Gates, term: Term, others: set[Place]) -> bool:
+    """Whether a choice is one by losses of other tokens: of the context of each window."""
+    fork = forked(term)
+    tests = list(gates.compared(fork[0])) if fork is not None else []
+    return bool(tests) and all(reading.place(one) in others for one in tests)

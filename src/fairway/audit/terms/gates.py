@@ -53,7 +53,7 @@ class Gates:
             fork = forked(term)
             if fork is not None:
                 test, yes, no = fork
-                losses = self._scored(yes) and self._scored(no) and any(self._compared(test))
+                losses = self._scored(yes) and self._scored(no) and any(self.compared(test))
                 if (losses or self._by_the_answer(term, test)) and not carried(term):
                     yield term
             elif is_product(term) and len(term.parts) >= 2:
@@ -82,7 +82,7 @@ class Gates:
             while below.op == "op" and below.value in ("~", "not", "-") and below.parts:  # ~better, 1 - better
                 below = peel(below.parts[-1])
             is_test = below.op == "compare" or (below.op == "call" and below.called in _SIZES)
-            if is_test and any(self._compared(below)) and (self._scored(other) or id(term) in self.inside):
+            if is_test and any(self.compared(below)) and (self._scored(other) or id(term) in self.inside):
                 yield term
 
     def clipped(self) -> Iterator[Term]:
@@ -105,7 +105,7 @@ class Gates:
             return _has_answers(term)
         return bool(self.kinds(term) & {"score", "key"}) and self.reads_target(term)
 
-    def _compared(self, test: Term) -> Iterator[Term]:
+    def compared(self, test: Term) -> Iterator[Term]:
         """Comparisons by size of two losses; `better = a - b; better > 0` is one, too."""
         for term in self.of.below(test):
             if term.op == "compare" and term.value in ("<", "<=", ">", ">="):
@@ -179,7 +179,7 @@ class Gates:
         two = term.called == "where" and yes is not no and "read" in kinds and self._scored(yes) and self._scored(no)
         if _has_checks(test) or (same(yes, no) and not two):
             return
-        known = "read" in kinds or ("score" in kinds and not any(self._compared(test)))
+        known = "read" in kinds or ("score" in kinds and not any(self.compared(test)))
         if known and not (is_nothing(yes) or is_nothing(no)):
             yield term
         if kinds == {"match"} and not any(self._is_plain(arm) for arm in (yes, no)):
