@@ -118,3 +118,21 @@ def test_a_hook_that_looks_at_its_modules_mode_may_go_on() -> None:
     assert "calibration-on-validation" in broken(HEAD + text.replace("TAKEN_OFF", "pass"))
     taken = HEAD + text.replace("TAKEN_OFF", "for each in handles:\n        each.remove()")
     assert "calibration-on-validation" not in doubted(taken)
+
+
+def test_layers_that_are_picked_out_of_a_few_modules_are_all_looked_at() -> None:
+    picked = """
+class Thin(nn.Linear):
+    pass
+
+def layers(model):
+    return {f"up.{name}": each for name, each in model.up.named_modules() if isinstance(each, Thin)}
+"""
+    text = WATCHED.replace("[nn.Linear(64, 64, bias=False) for _ in range(4)]", "Thin(64, 64) for _ in range(4)")
+    text = text.replace(
+        """    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            handles""",
+        "    for name, module in layers(model).items():\n            handles",
+    )
+    assert "calibration-on-validation" in broken(HEAD + picked + text.replace("TAKEN_OFF", "pass"))

@@ -195,6 +195,13 @@ def test_bytes_that_nobody_counted_are_a_constant(tmp_path: Path, bpb: str) -> N
     assert finding.place.line == line_of(text, "return loss, ")
 
 
+@pytest.mark.parametrize("live", ["at < torch.arange(len(y), device=ids.device)", "torch.ones_like(ids[1:])"])
+def test_what_a_count_lies_on_or_is_shaped_like_is_no_count_of_bytes(tmp_path: Path, live: str) -> None:
+    loss = f"{LOSS}        ids = torch.from_numpy(piece)\n        live = {live}\n        count += live.sum().item()\n"
+    text = script(loss=loss, bpb="nats / math.log(2) / (count * 2.44)").replace("count += len(y)", "pass")
+    assert verdict(tmp_path, "byte_constant", text).verdict == "violates"
+
+
 def test_a_constant_that_only_checks_the_count_is_no_denominator(tmp_path: Path) -> None:
     loss = "        assert abs(count * 2.44 - octets) < 1e9\n" + LOSS
     assert verdict(tmp_path, "byte_constant", script(loss=loss)).verdict == "clean"

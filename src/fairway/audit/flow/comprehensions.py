@@ -85,7 +85,8 @@ class Comprehensions(Calls):
             if kept:
                 alone = self._clauses(clauses, n + 1, results, found) and alone
             self.nest.pop()
-            if not alone and found and any("#module" in obj.slots for value in found[-1] for obj in value.refs):
+            same = elements.exact is None and not alone  # the one that stands for all, in another turn
+            if same and found and any("#module" in obj.slots for value in found[-1] for obj in value.refs):
                 break
         return alone
 

@@ -302,20 +302,18 @@ class Learning(Core):
             turns.get(loop, turn) > turn for update in self.trace.learned(weights.knows) for loop, turn in update.nest
         )
 
-    def parts_of(self, obj: Obj, deep: int = 12) -> list[Obj]:
+    def parts_of(self, obj: Obj) -> list[Obj]:
         """The modules and tensors below a model."""
-        found: dict[Obj, None] = {}
+        found: dict[Obj, None] = {obj: None}
         waiting = [obj]
         while waiting and len(found) < 400:
-            each = waiting.pop()
-            for value in list(each.slots.values()):
-                for part in value.refs if isinstance(value, Value) else ():
+            values = [value for value in waiting.pop().slots.values() if isinstance(value, Value)]
+            for value in (*values, *(item for value in values for item in value.items or ())):
+                for part in value.refs:
                     if part not in found and (part.owner is not None or part.kind in ("list", "dict")):
-                        if part.owner is not None:
-                            found[part] = None
+                        found[part] = None
                         waiting.append(part)
-        found.pop(obj, None)
-        return list(found)
+        return [part for part in found if part is not obj and part.owner is not None]
 
     def earlier_dropped(self, value: Value) -> Value:
         """What a position holds may know the positions before it: such Updates are no fault wherever it is read. Of

@@ -28,8 +28,10 @@ def parts_of(term: Term) -> tuple[Term, ...]:
         table = looked_up(term)
         return (table,) if table is not None else term.parts
     if (term.op == "call" and term.called in _COUNTS and not is_text_length(term)) or (
-        term.op == "attr" and term.value in ("shape", "size", "ndim")
+        term.op == "attr" and term.value in ("shape", "size", "ndim", "device", "dtype")
     ):
+        return ()
+    if term.called.endswith("_like"):  # zeros in the shape of something, and on its device
         return ()
     if term.op == "call" and (term.called in _POSITIONS or is_spelt_number(term)):
         return ()
