@@ -398,6 +398,23 @@ def test_the_same_switches_may_read_the_token_before(tmp_path: Path) -> None:
     assert all(verdict(tmp_path, rule, text).verdict == "clean" for rule in RULES)
 
 
+TRUSTED = """
+        logits = net(torch.from_numpy(x)).float()
+        tuned = F.cross_entropy(logits, torch.from_numpy(y), reduction="none")
+        plain = F.cross_entropy(0.9 * logits, torch.from_numpy(y), reduction="none")
+        {now}
+        nll = torch.where(trust, tuned, plain)
+        {next}
+"""
+
+
+@pytest.mark.parametrize(("when", "wanted"), [("next", "clean"), ("now", "violates")])
+def test_a_gate_may_be_set_by_a_chunk_for_the_next_one(tmp_path: Path, when: str, wanted: str) -> None:
+    line = {"now": "pass", "next": "pass"} | {when: "trust = tuned.sum() <= plain.sum()"}
+    text = script(loss=TRUSTED.format(**line), state="trust = torch.ones((), dtype=torch.bool)")
+    assert verdict(tmp_path, "oracle_gate", text).verdict == wanted
+
+
 # ---- bytes of a token's probability
 
 SPREAD = """

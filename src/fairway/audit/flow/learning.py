@@ -308,7 +308,7 @@ class Learning(Core):
         waiting = [obj]
         while waiting and len(found) < 400:
             values = [value for value in waiting.pop().slots.values() if isinstance(value, Value)]
-            for value in (*values, *(item for value in values for item in value.items or ())):
+            for value in (*values, *(item for each in values for item in each.items or ())):
                 for part in value.refs:
                     if part not in found and (part.owner is not None or part.kind in ("list", "dict")):
                         found[part] = None

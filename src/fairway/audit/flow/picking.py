@@ -135,6 +135,8 @@ class Picking(Arithmetic):
             result = self.cut(result, condition.cuts, node)
         elif condition.cuts and one.flags & POSITIONS and not one.cuts:  # where(mask, places, n)
             result.cuts = condition.cuts
+        if condition.choices and result.losses:  # which losses hang on the choice is asked of these alone
+            return self.rescored(result, condition, node)
         return result
 
     def _logarithm(self, value: Value, node: ast.AST | None) -> Value:

@@ -1,27 +1,29 @@
 """Choices that read nothing but losses of what came before the tokens whose scoring they decide."""
 
+import itertools
 from collections.abc import Callable
 
 from fairway.audit.flow.events import Choice, Score, Trace
 from fairway.audit.flow.tokens import ALL_BEFORE, Tok, related
 from fairway.audit.verdict import Place
 
-
 Holds = Callable[[Tok, Tok, Score], bool]
 
 
-def _compares(trace: Trace, choice: Choice, holds: Holds) -> bool:
-    """Whether it holds of all tokens whose losses a choice compares, and of the target of each loss that hangs on it.
-    Of losses of whole windows, of which only a part counts, that part is asked."""
+def _compares(trace: Trace, choice: Choice, holds: Holds) -> bool | None:
+    """Whether it holds of all tokens whose losses a choice compares, and of the target of each loss that hangs on it;
+    None where none does, as of the last turn's choice for the next. Of losses of whole windows, of which only a part
+    counts, that part is asked."""
     compared = [tok for score in trace.scored(choice.losses) for tok in score.targets]
     hanging = [score for score in trace.scores if score.choices >> choice.bit & 1 and score.number > choice.number]
     divided = 0
     for score in hanging:
         divided |= score.whole
     decided = [score for score in hanging if not divided >> score.bit & 1]
-    if not compared or not decided:
-        return False
-    return all(holds(tok, target, score) for tok in compared for score in decided for target in score.targets)
+    if not decided:
+        return None
+    asked = ((tok, target, score) for tok in compared for score in decided for target in score.targets)
+    return bool(compared) and all(itertools.starmap(holds, asked))
 
 
 def _before(tok: Tok, target: Tok, score: Score) -> bool:
@@ -35,7 +37,7 @@ def _apart(tok: Tok, target: Tok, score: Score) -> bool:
 
 def by_the_past(trace: Trace, choice: Choice) -> bool:
     """Whether all losses that a choice compares are of earlier tokens than each loss that hangs on it."""
-    return _compares(trace, choice, _before)
+    return bool(_compares(trace, choice, _before))
 
 
 def places_of_the_past(trace: Trace) -> set[Place]:
@@ -51,4 +53,4 @@ def places_of_others(trace: Trace) -> set[Place]:
 
 def _everywhere(trace: Trace, holds: Holds) -> set[Place]:
     told = [(choice.place, _compares(trace, choice, holds)) for choice in trace.choices]
-    return {place for place, held in told if held} - {place for place, held in told if not held}
+    return {place for place, held in told if held} - {place for place, held in told if held is False}
