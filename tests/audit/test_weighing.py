@@ -755,3 +755,79 @@ def test_a_tilt_whose_sum_is_one_is_decided_by_no_target(used: str, wanted: str)
     text = PAST + text.replace("    total, count =", before, 1)
     one = case_of(HEAD + "vocab_size = 1024\n" + text + MAIN.replace("eval_ttt(args", "eval_mixed(args"))
     assert target_gated_tilt.check(one).verdict == wanted
+
+
+BY_CHUNKS = """
+def eval_mixed(args, model, val, doc_chunk=256):
+    total, count = 0.0, 0
+    starts = [*torch.nonzero(val == 1).flatten().tolist(), val.numel() - 1]
+    for start, end in zip(starts, starts[1:]):
+        used = torch.zeros(vocab_size)
+        for at in range(start, end, doc_chunk):
+            x, y = val[at : min(at + doc_chunk, end)], val[at + 1 : min(at + doc_chunk, end) + 1]
+            probs = torch.softmax(model.forward_logits(x[None])[0].float(), dim=-1)
+            prior = used / WHOLE if at > start else probs
+            mixed = 0.96 * probs + 0.04 * prior
+            total += -mixed.gather(1, y.unsqueeze(1)).squeeze(1).log().sum().item()
+            count += y.numel()
+            used.index_add_(0, y, torch.ones(len(y)))
+    return total / count
+"""
+
+
+@pytest.mark.parametrize(("whole", "wanted"), [("used.sum()", 1.0), ("doc_chunk", 0.96 + 0.04 * 3)])
+def test_chunks_of_documents_are_made_so_short_that_there_are_several(whole: str, wanted: float) -> None:
+    """The last of the text's documents has 128 targets: three chunks of 32 before the one that it ends with."""
+    text = HEAD + "vocab_size = 1024\n" + BY_CHUNKS.replace("WHOLE", whole)
+    one = case_of(text + MAIN.replace("eval_ttt(args", "eval_mixed(args"))
+    found = weighed(one, passes_of(one)[0])
+    assert found is not None
+    assert found.total == pytest.approx(wanted, rel=2e-4)
+
+
+IN_ROWS = """
+class Rows:
+    def __init__(self, row_bits=17):
+        rows = 1 << row_bits
+        self.bits = row_bits
+        self.counts = np.zeros((rows, V), dtype=np.uint16)
+        self.total = np.zeros(rows, dtype=np.uint32)
+
+    def at(self, x):
+        key = (x.numpy().astype(np.uint64) + np.uint64(7)) * np.uint64(0x9E3779B97F4A7C15)
+        return (key >> np.uint64(64 - self.bits)).astype(np.int64)
+
+    def look(self, x):
+        row = self.at(x)
+        counts = torch.from_numpy(self.counts[row].view(np.int16)).to(torch.int32) & 0xFFFF
+        return counts.float(), torch.from_numpy(self.total[row].astype(np.float32))[:, None]
+
+    def see(self, x, y):
+        row = self.at(x)
+        np.add.at(self.counts, (row, y.numpy()), 1)
+        np.add.at(self.total, row, 1)
+
+def eval_mixed(args, model, val):
+    rows, total, count, L = Rows(), 0.0, 0, 2048
+    for at in range(0, val.numel() - 1, args.chunk):
+        stop = min(at + args.chunk, val.numel() - 1)
+        for low in range(at, stop, L):
+            x, y = val[low : min(low + L, stop)], val[low + 1 : min(low + L, stop) + 1]
+            probs = torch.softmax(model.forward_logits(x[None])[0].float(), dim=-1)
+            counts, seen = rows.look(x)
+            mixed = (counts + SHARE * probs) / (seen + 4.0)
+            total += -mixed.gather(1, y.unsqueeze(1)).squeeze(1).log().sum().item()
+            count += y.numel()
+        rows.see(val[at:stop], val[at + 1 : stop + 1])
+    return total / count
+"""
+
+
+@pytest.mark.parametrize(("share", "much"), [("4.0", False), ("6.0", True)])
+def test_rows_of_two_bytes_and_names_of_one_letter_are_weighed(share: str, much: bool) -> None:
+    text = HEAD + "V = 1024\n" + IN_ROWS.replace("SHARE", share)
+    one = case_of(text + MAIN.replace("eval_ttt(args", "eval_mixed(args"))
+    found = weighed(one, passes_of(one)[0])
+    assert found is not None
+    assert found.too_much is much
+    assert much or found.total == pytest.approx(1.0, abs=2e-5)

@@ -52,7 +52,7 @@ class Seen:
 class Forced:
     """A number that is taken for another wherever it stands by its name, or is written out: a batch that is smaller in
     one place is so in all, and what begins where another part ends still does. Without a site, under all names that
-    have this word in them."""
+    have this word in them; a letter is the whole name, `V`."""
 
     site: Site | None
     limit: int
@@ -64,7 +64,7 @@ class Forced:
         if self.site is not None:
             return self.site[2] == name
         if self.word:
-            return self.word in name.lower()
+            return self.word in name.lower() if len(self.word) > 1 else self.word == name
         return self.limit > _PLAIN or (bool(name) and not any(word in name.lower() for word in _FIXED))
 
 

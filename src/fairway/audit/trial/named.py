@@ -30,7 +30,8 @@ def numbers(words: str, script: Script, environment: Mapping[str, object]) -> se
 def taken(script: Script, settings: Settings, words: tuple[str, ...], size: range, value: int) -> Iterator[Forced]:
     """Numbers of such a size that a name with one of the words is given, taken for another wherever one stands in a
     name: `rows = int(os.environ.get("TABLE_SIZE", 65_536))`."""
-    found = numbers("|".join(words).replace("_", "[-_]"), script, settings.environment)
+    meant = "|".join(word if len(word) > 1 else f"(?-i:^{word}$)" for word in words)
+    found = numbers(meant.replace("_", "[-_]"), script, settings.environment)
     for number in sorted(found):
         if number in size:
             yield from (Forced(None, number, value, word) for word in words)

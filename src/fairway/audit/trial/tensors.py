@@ -8,7 +8,7 @@ from fairway.audit.trial.arrays import Array, limited, scalar, taken
 from fairway.audit.trial.core import Core
 from fairway.audit.trial.given import body_of, kept, numbers_of
 from fairway.audit.trial.ids import ids_of
-from fairway.audit.trial.making import cast, copied, full, made, same, tensor, typed
+from fairway.audit.trial.making import cast, copied, dtype_of, full, made, same, tensor, typed
 from fairway.audit.trial.reducing import (
     bincount,
     by_numpy,
@@ -158,8 +158,19 @@ def tobytes(array: Value) -> Value:
     return num.tobytes() if known and num is not None else UNKNOWN
 
 
+def view(array: Value, *shape: Value, **named: Value) -> Value:
+    """In another shape; of whole numbers, as others of the same size: uint16 travels as int16."""
+    dtype = dtype_of(shape[0]) if len(shape) == 1 else dtype_of(named.get("dtype"))
+    if dtype is None:
+        return reshape(array, *shape)
+    held = body_of(array).num
+    same = held is not None and {held.dtype.kind, dtype.kind} <= set("iu") and held.dtype.itemsize == dtype.itemsize
+    return cast(array, Lib(f"numpy.{dtype.name}")) if same else mixed(array)
+
+
 METHODS: dict[str, Callable[..., Value]] = {
-    **dict.fromkeys(["reshape", "view"], reshape),
+    "reshape": reshape,
+    "view": view,
     "expand_as": expand_as,
     **dict.fromkeys(["view_as", "reshape_as"], lambda array, other: reshape(array, body_of(other).shape)),
     "unflatten": unflatten,

@@ -31,7 +31,7 @@ _LESS = 0.998
 _MORE = 1.0004  # what is more is no rounding, nor an epsilon of 1e-6 for each of 320 tokens
 
 _READING = frozenset(("gather", "take_along_dim", "take_along_axis", "neg", "negative"))
-_WINDOWS = ("seq", "window", "context", "ctx", "span", "stride")
+_WINDOWS = ("seq", "window", "context", "ctx", "span", "stride", "L", "T")
 _TABLES = ("bucket", "hash", "table", "rows", "slots", "memory")
 _CHUNKS = ("chunk", "segment", "region")
 _BATCHES = ("eval_tokens", "eval_batch", "val_batch", "batch_tokens")
@@ -156,11 +156,13 @@ def over_text(case: Case, ids: NDArray[np.uint16], small: tuple[Forced, ...], st
 
 def _sizes(case: Case) -> tuple[Forced, ...]:
     """The vocabulary, windows, batches and chunks that are longer than the text: rows over all pieces for each place of
-    them take the time, and in one chunk nothing is learned before."""
+    them take the time, and in one chunk nothing is learned before. Chunks that are shorter than that are parts of a
+    document, and of the last document there should be several."""
     return (
-        Forced(None, size_in(case.script.text), PIECES, "vocab"),
+        *(Forced(None, size_in(case.script.text), PIECES, word) for word in ("vocab", "V")),
         *taken(case.script, case.settings, _WINDOWS, range(stream.WINDOW + 1, LARGEST), stream.WINDOW),
         *taken(case.script, case.settings, _CHUNKS, range(stream.TOKENS + 1, LARGEST), stream.WINDOW),
+        *taken(case.script, case.settings, _CHUNKS, range(stream.WINDOW + 1, stream.TOKENS + 1), stream.WINDOW // 2),
         *taken(case.script, case.settings, _BATCHES, range(_MANY, LARGEST), 8 * stream.WINDOW),
         *taken(case.script, case.settings, _WINDOWED, range(_PAIR + 1, _MANY), _PAIR),
         *taken(case.script, case.settings, _GROUPED, range(_PAIR + 1, LARGEST), _PAIR),
@@ -168,10 +170,15 @@ def _sizes(case: Case) -> tuple[Forced, ...]:
 
 
 def tables(case: Case) -> tuple[Forced, ...]:
-    """Tables of hashed contexts with few buckets."""
+    """Tables of hashed contexts with few buckets. `rows = 1 << bits` of few bits is few already, and no bits."""
+    bits = ("bits", "log2")
     return (
         *taken(case.script, case.settings, _TABLES, range(_MANY, LARGEST), 1 << _FEW),
-        *(Forced(None, number, _FEW, word) for number in _BITS for word in (*_TABLES, "bits", "log2")),
+        *(
+            Forced(None, number, _FEW, word)
+            for number in _BITS
+            for word in (bits if number == 1 << _FEW else (*_TABLES, *bits))
+        ),
     )
 
 
