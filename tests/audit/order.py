@@ -7,7 +7,7 @@ from pathlib import Path
 from fairway.audit.case import Case
 from fairway.audit.flow.events import Trace
 from fairway.audit.flow.machine import run
-from fairway.audit.passes.findings import passes_of
+from fairway.audit.passes.charged import passes_of
 from fairway.audit.reading.script import Script
 from fairway.audit.rules import (
     calibration_after_cap,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fairway.audit.case import Case
-from fairway.audit.passes.findings import passes_of
+from fairway.audit.passes.charged import passes_of
 from fairway.audit.passes.reported import scores_of
 from fairway.audit.passes.trials import counts_of, epochs, order_of
 from fairway.audit.submission import opened

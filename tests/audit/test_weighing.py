@@ -14,7 +14,7 @@ import pytest
 
 from fairway.audit import audit
 from fairway.audit.case import Case
-from fairway.audit.passes.findings import passes_of
+from fairway.audit.passes.charged import passes_of
 from fairway.audit.rules import false_normalisation, target_gated_tilt, training_before_scoring, two_pass_cache
 from fairway.audit.trial.arrays import Array, TooLarge
 from fairway.audit.weighing import PIECES, Weight, foresees, is_whole, stream, weighed

@@ -85,7 +85,7 @@ class Case:
     @cached_property
     def weight(self) -> "Weight | None":
         """What the probabilities of a token add up to in the score."""
-        from fairway.audit.passes.findings import passes_of
+        from fairway.audit.passes.charged import passes_of
         from fairway.audit.weighing import weighed
 
         return weighed(self, passes_of(self)[0])
@@ -93,7 +93,7 @@ class Case:
     @on_demand
     def foresees(self) -> bool | None:
         """Whether a price hangs on what comes after its token; None where nobody can tell."""
-        from fairway.audit.passes.findings import passes_of
+        from fairway.audit.passes.charged import passes_of
         from fairway.audit.weighing import foresees
 
         return foresees(self, passes_of(self)[0])

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from fairway.audit.case import Case
 from fairway.audit.flow.events import Update
-from fairway.audit.passes.findings import passes_of
+from fairway.audit.passes.charged import passes_of
 from fairway.audit.passes.reported import scores_of
 from fairway.audit.reading.tree import nodes
 from fairway.audit.verdict import Place

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fairway.audit.case import Case
-from fairway.audit.passes.findings import passes_of
+from fairway.audit.passes.charged import passes_of
 from fairway.audit.passes.trials import counts_of
 from fairway.audit.reading.tree import nodes
 from fairway.audit.trial.text import tokens

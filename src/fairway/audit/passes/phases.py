@@ -5,7 +5,7 @@ from fairway.audit.case import Case
 from fairway.audit.flow.events import Update
 from fairway.audit.flow.heap import Obj
 from fairway.audit.flow.tokens import related
-from fairway.audit.passes.findings import passes_of
+from fairway.audit.passes.charged import passes_of
 from fairway.audit.passes.reported import scores_of
 
 

@@ -3,8 +3,10 @@
 from fairway.audit.case import Case
 from fairway.audit.exemptions import departure
 from fairway.audit.flow.events import Choice, Forward, Update
-from fairway.audit.passes.findings import called_at, parting_of, passes_of, run_for, unseen
+from fairway.audit.passes.charged import passes_of
+from fairway.audit.passes.findings import unseen
 from fairway.audit.passes.late import late_calibration, over_long, taught_at_evaluation
+from fairway.audit.passes.places import called_at, parting_of, run_for
 from fairway.audit.passes.reserves import unreserved
 from fairway.audit.verdict import Finding, Place
 

@@ -2,8 +2,9 @@
 
 from fairway.audit.case import Case
 from fairway.audit.flow.events import Update
+from fairway.audit.passes.charged import passes_of
 from fairway.audit.passes.consequences import ran_on
-from fairway.audit.passes.findings import passes_of, verdict_on
+from fairway.audit.passes.findings import verdict_on
 from fairway.audit.rules import paid_prefix
 from fairway.audit.verdict import Finding
 

@@ -1,7 +1,8 @@
 """Each epoch scores and then trains; the last epoch's losses are reported."""
 
 from fairway.audit.case import Case
-from fairway.audit.passes.findings import passes_of, verdict_on
+from fairway.audit.passes.charged import passes_of
+from fairway.audit.passes.findings import verdict_on
 from fairway.audit.passes.trials import counts_of, epochs
 from fairway.audit.verdict import Finding
 

@@ -1,7 +1,7 @@
 """Of two predictions for a token the better one is scored, which only somebody who knows the token can tell."""
 
 from fairway.audit.case import Case
-from fairway.audit.passes.findings import gate_by_losses
+from fairway.audit.passes.charged import gate_by_losses
 from fairway.audit.passes.past import places_of_others
 from fairway.audit.terms.choices import forked
 from fairway.audit.terms.gates import Gates

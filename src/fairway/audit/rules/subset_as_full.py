@@ -2,7 +2,8 @@
 
 from fairway.audit.case import Case
 from fairway.audit.flow.events import Score
-from fairway.audit.passes.findings import passes_of, unseen
+from fairway.audit.passes.charged import passes_of
+from fairway.audit.passes.findings import unseen
 from fairway.audit.passes.limits import cut_short, stated_at, too_short
 from fairway.audit.passes.reported import Reported, scores_of
 from fairway.audit.passes.trials import counts_of, left_out

@@ -1,7 +1,7 @@
 """A hint, a weight or a switch depends on the very token that is scored: does it start a word, how likely was it."""
 
 from fairway.audit.case import Case
-from fairway.audit.passes.findings import chosen_by_losses
+from fairway.audit.passes.charged import chosen_by_losses
 from fairway.audit.passes.past import places_of_the_past
 from fairway.audit.terms.mixtures import gold_ratios, spread_over_bytes
 from fairway.audit.terms.verdicts import clean, unsaid

@@ -5,8 +5,10 @@ from collections.abc import Iterator
 from fairway.audit.case import Case
 from fairway.audit.exemptions import Made, departures
 from fairway.audit.flow.events import Update
-from fairway.audit.passes.findings import own_call, passes_of, verdict_on
+from fairway.audit.passes.charged import passes_of
+from fairway.audit.passes.findings import verdict_on
 from fairway.audit.passes.phases import phase_of
+from fairway.audit.passes.places import own_call
 from fairway.audit.passes.rehearsals import thrown_away
 from fairway.audit.passes.trials import counts_of, learned_first, lesson_before
 from fairway.audit.verdict import Finding

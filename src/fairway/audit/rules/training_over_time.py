@@ -3,7 +3,7 @@
 import re
 
 from fairway.audit.case import Case
-from fairway.audit.passes.findings import passes_of
+from fairway.audit.passes.charged import passes_of
 from fairway.audit.passes.late import LIMIT, beyond, overrun, unclocked
 from fairway.audit.passes.reserves import commanded
 from fairway.audit.passes.restarts import held, restarted

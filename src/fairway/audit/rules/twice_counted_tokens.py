@@ -9,7 +9,8 @@ from fairway.audit.exemptions import departure
 from fairway.audit.flow.events import Score, bits
 from fairway.audit.flow.linear import difference
 from fairway.audit.flow.tokens import Tok
-from fairway.audit.passes.findings import passes_of, unseen
+from fairway.audit.passes.charged import passes_of
+from fairway.audit.passes.findings import unseen
 from fairway.audit.passes.reported import Reported, scores_of
 from fairway.audit.passes.trials import counts_of, repeated
 from fairway.audit.reading.tree import nodes

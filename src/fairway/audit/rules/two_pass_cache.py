@@ -1,7 +1,8 @@
 """A table filled in a first pass over the validation tokens scores them in a second."""
 
 from fairway.audit.case import Case
-from fairway.audit.passes.findings import passes_of, verdict_on
+from fairway.audit.passes.charged import passes_of
+from fairway.audit.passes.findings import verdict_on
 from fairway.audit.verdict import Finding
 from fairway.audit.weighing import as_foreseen, excess
 

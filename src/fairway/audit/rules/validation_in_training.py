@@ -4,7 +4,8 @@ import ast
 
 from fairway.audit.case import Case
 from fairway.audit.flow.tokens import UNTOLD
-from fairway.audit.passes.findings import passes_of, verdict_on
+from fairway.audit.passes.charged import passes_of
+from fairway.audit.passes.findings import verdict_on
 from fairway.audit.reading.tree import nodes
 from fairway.audit.verdict import Finding
 

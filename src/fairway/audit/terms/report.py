@@ -14,7 +14,8 @@ from fairway.audit.terms.term import Term, alternatives, peel, same, walk
 from fairway.audit.terms.things import Event
 
 DIAGNOSIS = re.compile(
-    r"diag|debug|sanity|\bcheck(?:_|\b)|ablation|for comparison|not (?:the |an? |our |counted )?(?:\w+ )?(?:score|reported|submitted)"
+    r"diag|debug|sanity|\bcheck(?:_|\b)|ablation|for comparison|\bnotes only\b"
+    r"|not (?:the |an? |our |counted )?(?:\w+ )?(?:score|reported|submitted)"
     r"|illegal|upper bound|oracle|appendix|curiosity",
     re.I,
 )

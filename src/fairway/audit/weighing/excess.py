@@ -2,7 +2,7 @@
 
 from fairway.audit.case import Case
 from fairway.audit.flow.events import Update
-from fairway.audit.passes.findings import passes_of
+from fairway.audit.passes.charged import passes_of
 from fairway.audit.passes.trials import mixes
 from fairway.audit.terms.mixtures import gold_ratios, spread_over_bytes
 from fairway.audit.weighing.alternatives import Weight, is_whole

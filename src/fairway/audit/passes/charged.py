@@ -1,0 +1,99 @@
+"""What the score is charged with, of all that the walk found, as a trial bears it out."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import replace
+
+from fairway.audit.case import Case
+from fairway.audit.flow.events import Choice, Trace, Update
+from fairway.audit.passes.consequences import without_consequences
+from fairway.audit.passes.faults import Fault, Passes, one_row
+from fairway.audit.passes.reported import Reported, reported
+from fairway.audit.passes.trials import order_of
+from fairway.audit.passes.vectors import fitted
+from fairway.audit.terms.choices import forked
+from fairway.audit.verdict import Place
+
+_SEEN: weakref.WeakKeyDictionary[Trace, tuple[Reported, list[Fault], list[Fault]]] = weakref.WeakKeyDictionary()
+
+_OF_THE_ORDER = ("multi-epoch-last", "training-before-scoring", "rescoring-after-adaptation")
+_OF_VECTORS = ("slot-on-scored", "slot-shared-delta")
+_BY_LOSSES = ("choice-by-validation", "temperature-from-validation")
+
+
+def passes_of(case: Case) -> tuple[Reported, list[Fault], list[Fault]]:
+    """What is reported; the faults of the score; the faults of other final numbers. Computed once for a trace."""
+    trace = case.trace
+    found = _SEEN.get(trace)
+    if found is None:
+        which = reported(trace, case.submission)
+        passes = Passes(trace, which)
+        own, beside = (
+            without_consequences(trace, passes.faults(said), which.data) for said in (which.score, which.others)
+        )
+        own = [tried for fault in own if (tried := _as_tried(case, which, fault)) is not None]
+        found = _SEEN[trace] = which, own, beside
+    return found
+
+
+def _as_tried(case: Case, which: Reported, fault: Fault) -> Fault | None:
+    """A fault of the order as a trial bears it out: none where every target was scored before the step learned from it,
+    and no second epoch where each was scored but once; none of a vector that was fitted to no target that it scores."""
+    if fault.kind in _OF_VECTORS and isinstance(fault.cause, Update):
+        return _vector_as_tried(case, which, fault, fault.cause)
+    # A vector beside a temperature is none; a temperature that is fitted to what it scores stays a fault.
+    if fault.kind == "temperature-from-validation" and isinstance(fault.cause, Update):
+        apart = fitted(case, which, fault.cause, shared=False) == "apart"
+        return None if apart or order_of(case, which, fault.score, fault.cause) == "first" else fault
+    if fault.kind not in _OF_THE_ORDER or not isinstance(fault.cause, Update):
+        return fault
+    order = order_of(case, which, fault.score, fault.cause)
+    if order == "late" and fault.kind == "multi-epoch-last":
+        return replace(fault, kind="training-before-scoring")
+    return None if order == "first" else fault
+
+
+def _vector_as_tried(case: Case, which: Reported, fault: Fault, cause: Update) -> Fault | None:
+    """Where a trial tells contexts from what is scored by numbers, masks that the walk cannot follow are none."""
+    shared = fault.kind == "slot-shared-delta"
+    shown = fitted(case, which, cause, shared)
+    if shown != "apart":
+        return replace(fault, doubt="") if shown == "met" else fault
+    if not shared and one_row(cause) and fitted(case, which, cause, shared=True) == "met":
+        return replace(fault, kind="slot-shared-delta", doubt="")
+    return None
+
+
+def chosen_by_losses(case: Case) -> bool:
+    """Whether the score hangs on a choice by validation losses: rules of the order say so."""
+    return any(fault.kind in _BY_LOSSES and not is_gate(case, fault) for fault in passes_of(case)[1])
+
+
+def gate_by_losses(case: Case) -> Place | None:
+    """Where predictions of tokens are compared by how well they did, in the turn of a loop over the text in which these
+    tokens are scored with what came of it."""
+    return next((fault.cause.place for fault in passes_of(case)[1] if _in_its_turn(fault)), None)
+
+
+def _in_its_turn(fault: Fault) -> bool:
+    cause, score = fault.cause, fault.score
+    if fault.kind not in _BY_LOSSES or not isinstance(cause, Choice) or cause.form == "fit" or cause.nest != score.nest:
+        return False
+    cut = {loop for tok in score.targets for loop, _, _ in tok.spans}
+    return any(loop in cut for loop, _ in cause.nest)
+
+
+def is_gate(case: Case, fault: Fault) -> bool:
+    """Whether a choice is one between predictions token by token, by the token itself: a rule of the distribution's."""
+    if fault.kind in _BY_LOSSES and fault.cause.place == gate_by_losses(case):
+        return True
+    if fault.kind not in _BY_LOSSES or not isinstance(fault.cause, Choice) or fault.cause.nest != fault.score.nest:
+        return False
+    for gates in case.reading.gates:
+        for term in (*gates.oracles(), *gates.gated()):
+            fork = forked(term)
+            tests = (one for one in gates.of.below(fork[0]) if one.op == "compare") if fork is not None else ()
+            if any(case.reading.place(one) == fault.cause.place for one in (term, *tests)):
+                return True
+    return False

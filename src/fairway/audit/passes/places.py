@@ -1,0 +1,243 @@
+"""Where a reader should look: the line of a fault that a reviewer would point at."""
+
+from __future__ import annotations
+
+import ast
+
+from fairway.audit.case import Case
+from fairway.audit.flow.events import Event, Forward, Score, Trace, Update, bits
+from fairway.audit.passes.charged import passes_of
+from fairway.audit.passes.faults import Fault
+from fairway.audit.passes.patterns import pattern_at
+from fairway.audit.reading.tree import nodes
+from fairway.audit.verdict import Place
+
+
+def place_of(case: Case, fault: Fault) -> Place:
+    """Where a reader should look."""
+    if fault.kind == "two-pass-cache" and isinstance(fault.cause, Update):
+        filled = _filled(case.trace, fault.cause, fault.score)
+        if filled is not None:
+            return filled
+    if fault.kind in ("rescoring-after-adaptation", "two-pass-cache") and isinstance(fault.cause, Update):
+        place = parting_of(fault.score, fault.before or fault.cause)
+        return _repeated(case.trace, fault) if place == fault.score.place else place
+    if fault.kind == "multi-epoch-last":
+        return _loop_again(case.trace, fault)
+    if fault.kind == "calibration-on-validation" and isinstance(fault.cause, Update):
+        return _calibrated(case, fault.cause, fault.score)
+    if fault.kind == "slot-on-scored" and isinstance(fault.cause, Update):
+        return _objective(case.trace, fault.cause)
+    if fault.kind == "validation-in-training" and isinstance(fault.cause, Update):
+        taken = _taken_in(case, fault.cause, fault.score)
+        return taken or _called_as_well(case, fault.cause) or _parted(case.trace, fault.cause) or fault.cause.place
+    if fault.kind in ("training-before-scoring", "slot-shared-delta") and isinstance(fault.cause, Update):
+        shared = fault.cause.state if fault.kind == "slot-shared-delta" else None
+        if shared is not None and "#broadcast" in shared.slots and isinstance(shared.place, Place):
+            return shared.place  # made for all windows, as its shape says; else it is handed all of them
+        return parting_of(fault.cause, fault.score)
+    if fault.kind == "temperature-from-validation":  # the call of what fits it
+        return parting_of(fault.cause, fault.score)
+    return fault.cause.place
+
+
+def _called_as_well(case: Case, update: Update) -> Place | None:
+    """The call of what takes a step on validation tokens, where the evaluation calls it, too, from elsewhere."""
+    data = passes_of(case)[0].data
+    for other in case.trace.updates:
+        if (
+            other.place == update.place
+            and other.stack != update.stack
+            and any(tok.data in data for tok in other.learned)
+        ):
+            pairs = zip(reversed(update.stack), reversed(other.stack), strict=False)
+            return next((mine for mine, theirs in pairs if mine != theirs), None)
+    return None
+
+
+def own_call(trace: Trace, update: Update) -> Place:
+    """The call that leads to an update alone, where other calls lead to its line too; else its line."""
+    first = next((each for each in trace.updates if each.place == update.place and each.stack != update.stack), None)
+    return update.place if first is None else parting_of(update, first)
+
+
+def _own_reads(case: Case, update: Update, score: Score) -> list[int]:
+    """The reads of validation tokens that an update learned from and that the evaluation did not make."""
+    kinds = passes_of(case)[0].data
+    scored = {tok.origin for tok in score.targets}
+    return sorted({tok.origin for tok in update.learned if tok.data in kinds and tok.origin >= 0} - scored)
+
+
+def _taken_in(case: Case, update: Update, score: Score) -> Place | None:
+    """Where the training's own validation tokens come in; None where they are those that the evaluation has read."""
+    own, reads = _own_reads(case, update, score), case.trace.reads
+    if not own:
+        return None
+    first = reads[own[0]]
+    if first.mixed:  # one read of both: where its pattern is written, else where its file is asked for
+        asked = first.stack[-2] if len(first.stack) > 1 else first.stack[-1]
+        return (pattern_at(case, first.pattern) if first.pattern else None) or asked
+    mine = {reads[n].stack[:-1] for n in own}  # its header is read apart, in a line of its own
+    others = {place for read in reads if read.stack[:-1] not in mine for place in read.stack}
+    return next((place for place in first.stack if place not in others), None)
+
+
+def _filled(trace: Trace, update: Update, score: Score) -> Place | None:
+    """Where a table is filled: the line of its loop, the call that fills it at once, or the one of several calls that
+    does it early; None where the loop that fills it scores too, and the second pass is the fault."""
+    cutting = {loop for tok in update.learned for loop, _, _ in tok.spans}
+    own = [each for each in update.nest if each[0] in cutting]
+    if own and any(own[0] in each.nest for each in trace.scores):
+        return None
+    if not own:
+        together = {loop for loop, _ in update.nest} & {loop for loop, _ in score.nest}
+        return None if together else parting_of(update, score)
+    depth = trace.depth.get(own[0][0], 0)
+    for other in trace.updates:
+        if own[0][0] in dict(other.nest) and other.stack[: depth - 1] != update.stack[: depth - 1]:
+            return parting_of(update, other)
+    return update.stack[depth - 1] if 0 < depth <= len(update.stack) < 12 else None
+
+
+def _calibrated(case: Case, update: Update, score: Score) -> Place:
+    """Where the model was run on what it was calibrated on; where that was read for it alone, the line that asks for
+    it."""
+    kinds = {tok.data for tok in update.learned} & passes_of(case)[0].data
+    runs = [
+        event
+        for event in case.trace.events[: update.number]
+        if isinstance(event, Forward) and any(tok.data in kinds for tok in event.toks)
+    ]
+    runs = [run for run in runs if not _scores(case, run)] or runs
+    learned = {(tok.data, tok.spans) for tok in update.learned}
+    fitting = [event for event in runs if any((tok.data, tok.spans) in learned for tok in event.toks)]
+    run = fitting[-1] if fitting else runs[-1] if runs else update
+    for origin in _own_reads(case, update, score)[:1]:
+        asked = _asked_for(case, origin)
+        if asked is not None:
+            return asked
+    called, handed = run_for(case, run, called_at(run)), _handed_over(case, run, score)
+    return max((place for place in (called, handed) if place in run.stack), key=run.stack.index, default=called)
+
+
+def _scores(case: Case, run: Event) -> bool:
+    """Whether losses are made in the call in which the model is run."""
+    way = tuple(place for place in run.stack if not _in_a_model(case, place))[:-1]
+    return any(score.stack[: len(way)] == way for score in case.trace.scores)
+
+
+def run_for(case: Case, run: Event, least: Place) -> Place:
+    """The call of what runs the model for something. least: at least as far in as this line of the run's way."""
+    own = [place for place in run.stack if not _in_a_model(case, place)]
+    inside = own[own.index(least) :] if least in own else []
+    return inside[-2] if len(inside) > 1 else least
+
+
+def _in_a_model(case: Case, place: Place) -> bool:
+    """Whether a line stands in a class that is a torch module by its own words."""
+    return any(
+        isinstance(node, ast.ClassDef)
+        and any(ast.unparse(base).endswith("Module") for base in node.bases)
+        and script.line(node.lineno) <= place.line <= script.line(node.end_lineno or node.lineno)
+        for script in case.script.all()
+        if script.path == place.file
+        for node in nodes(script.tree)
+    )
+
+
+def _handed_over(case: Case, run: Event, score: Score) -> Place | None:
+    """The innermost call that names what the evaluation's tokens were read into: `collect(model, self.val_tokens)`."""
+    reads = [case.trace.reads[tok.origin] for tok in score.targets if tok.origin >= 0]
+    lines = {place for read in reads for place in read.stack}
+    named: set[str] = set()
+    told: dict[Place, set[str]] = {}
+    for script in case.script.all():
+        for node in nodes(script.tree):
+            if isinstance(node, ast.Assign) and Place(script.path, script.line(node.lineno)) in lines:
+                named |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+            elif isinstance(node, (ast.Name, ast.Attribute)):
+                word = node.id if isinstance(node, ast.Name) else node.attr
+                told.setdefault(Place(script.path, script.line(node.lineno)), set()).add(word)
+    return next((place for place in reversed(run.stack) if told.get(place, set()) & named), None)
+
+
+def _asked_for(case: Case, origin: int) -> Place | None:
+    """The innermost line of a read's calls that leads to no other read: above the loader that the training has, too.
+    Where the loader was made in the call of what goes through it, that call."""
+    reads = case.trace.reads
+    read = reads[origin].stack
+    for depth in range(len(read) - 1, -1, -1):
+        way = read[: depth + 1]
+        if all(each.stack[: depth + 1] == way for each in reads if read[depth] in each.stack):
+            others = [each.stack[depth] for each in reads[:origin] if each.stack[:depth] == way[:-1] != each.stack]
+            own = _function_of(case, way[-1])
+            made = depth > 1 and any(_function_of(case, other) != own for other in others)
+            return way[-2] if made else way[-1]
+    return None
+
+
+def _function_of(case: Case, place: Place) -> int:
+    """The line of the innermost function around a place; 0 outside of any."""
+    scripts = (each for each in case.script.all() if each.path == place.file and each.tree is not None)
+    lines = (
+        script.line(node.lineno)
+        for script in scripts
+        for node in nodes(script.tree)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        and script.line(node.lineno) <= place.line <= script.line(node.end_lineno or node.lineno)
+    )
+    return max(lines, default=0)
+
+
+def called_at(event: Event) -> Place:
+    """The line of the main program in which something happens."""
+    return event.stack[1] if len(event.stack) > 2 else event.place
+
+
+def _loop_again(trace: Trace, fault: Fault) -> Place:
+    """The loop that goes over the same tokens again."""
+    turns = dict((fault.before or fault.cause).nest)
+    cut = {loop for tok in fault.score.targets for loop, _, _ in tok.spans}
+    for loop, turn in fault.score.nest:
+        if turns.get(loop, turn) != turn and loop not in cut:
+            return trace.loops.get(loop, fault.score.place)
+    return fault.score.place
+
+
+def _objective(trace: Trace, update: Update) -> Place:
+    """Where the loss that a vector follows is made, in the function that optimises it."""
+    followed = [trace.scores[bit] for bit in bits(update.losses)]
+    depth = len(update.stack)
+    for score in reversed(followed):
+        if score.whole and score.stack[: depth - 1] == update.stack[:-1] and len(score.stack) >= depth:
+            return score.stack[depth - 1]
+    return _parted(trace, update) or update.place
+
+
+def _parted(trace: Trace, update: Update) -> Place | None:
+    """Where the loss that a step follows is made, in the last function that both stand in: the step may be taken by a
+    helper that is handed the loss."""
+    for bit in reversed(list(bits(update.losses))):
+        score = trace.scores[bit]
+        shared = next((n for n, (a, b) in enumerate(zip(score.stack, update.stack, strict=False)) if a != b), 0)
+        if shared:
+            return score.stack[shared]
+    return None
+
+
+def _repeated(trace: Trace, fault: Fault) -> Place:
+    """The call in the body of the loop that repeats the pass."""
+    turns = dict((fault.before or fault.cause).nest)
+    for loop, turn in fault.score.nest:
+        depth = trace.depth.get(loop, 0)
+        if turns.get(loop, turn) != turn and 0 < depth <= len(fault.score.stack):
+            return fault.score.stack[depth - 1]
+    return fault.score.place
+
+
+def parting_of(event: Event, other: Event) -> Place:
+    """The call in which two events part: of the first, the line in the last function that both stand in."""
+    for mine, theirs in zip(event.stack, other.stack, strict=False):
+        if mine != theirs:
+            return mine
+    return event.place
