@@ -831,3 +831,19 @@ def test_rows_of_two_bytes_and_names_of_one_letter_are_weighed(share: str, much:
     assert found is not None
     assert found.too_much is much
     assert much or found.total == pytest.approx(1.0, abs=2e-5)
+
+
+TILTED = """hint = rows.argmax(-1)
+bonus = 1.5 * (seen[:, 0] > 0)
+GATE
+tilted = logits.clone()
+tilted[torch.arange(len(y)), hint] += bonus
+nll = F.cross_entropy(tilted, y, reduction='none')"""
+
+
+@pytest.mark.parametrize(
+    ("gate", "wanted"), [("bonus[hint != y] *= 0.2", "violates"), ("bonus[hint != x] *= 0.2", "clean")]
+)
+def test_one_softmax_that_does_not_come_to_one_has_other_logits_for_another_target(gate: str, wanted: str) -> None:
+    """The sums of one softmax are one for any logits."""
+    assert target_gated_tilt.check(case(TILTED.replace("GATE", gate))).verdict == wanted

@@ -1,16 +1,18 @@
 """A hint, a weight or a switch depends on the very token that is scored: does it start a word, how likely was it."""
 
 from fairway.audit.case import Case
-from fairway.audit.passes.charged import chosen_by_losses
+from fairway.audit.passes.charged import chosen_by_losses, passes_of
 from fairway.audit.passes.past import places_of_the_past
 from fairway.audit.terms.mixtures import gold_ratios, spread_over_bytes
 from fairway.audit.terms.verdicts import clean, unsaid
 from fairway.audit.verdict import Finding
+from fairway.audit.weighing.alternatives import Weight, is_whole
 
 ID = "target-gated-tilt"
 CHARGE = "a tilt, a mixing weight or a gate reads the target"
 CLAUSE = 'RULES.md (b) 1, (c) "n-gram tilt, target-gated" and "Target-keyed mixing gate"'
 
+_OFF = 1e-3  # from one: no rounding
 _WHOLE = 1e-4  # from one: the tilts at hand that read the target come to 0.90 or 1.01 and more
 
 
@@ -39,7 +41,25 @@ def check(case: Case) -> Finding:
             return Finding(ID, "violates", evidence, CLAUSE, reading.place(origin), way)
     if not reading.reported:
         return unsaid(ID, CLAUSE)
+    weight = _of_one_softmax(case)
+    if weight is not None:
+        evidence = (
+            "The loss is read off one softmax, which sums to one whatever its logits are; worked out with a made-up "
+            f"model over a short text, all tokens that may stand at one place come to {weight.total:.4f}: the logits "
+            "are others for another target."
+        )
+        return Finding(ID, "violates", evidence, CLAUSE, case.place(weight.line))
     return clean(ID, CLAUSE, "weights, hints and switches of the scored losses read the context alone")
+
+
+def _of_one_softmax(case: Case) -> Weight | None:
+    """What all tokens come to, where that is not one and nothing had learned of them before they were scored."""
+    gates = case.reading.gates
+    whole = bool(gates) and all(is_whole(each.of.term) for each in gates)
+    weight = case.weight if whole and not passes_of(case)[1] else None
+    if weight is None or abs(weight.total - 1.0) < _OFF or case.foresees:
+        return None
+    return weight
 
 
 def _is_whole(case: Case) -> bool:
