@@ -833,7 +833,7 @@ def test_rows_of_two_bytes_and_names_of_one_letter_are_weighed(share: str, much:
     assert much or found.total == pytest.approx(1.0, abs=2e-5)
 
 
-TILTED = """hint = rows.argmax(-1)
+SETTLED = """hint = rows.argmax(-1)
 bonus = 1.5 * (seen[:, 0] > 0)
 GATE
 tilted = logits.clone()
@@ -846,4 +846,4 @@ nll = F.cross_entropy(tilted, y, reduction='none')"""
 )
 def test_one_softmax_that_does_not_come_to_one_has_other_logits_for_another_target(gate: str, wanted: str) -> None:
     """The sums of one softmax are one for any logits."""
-    assert target_gated_tilt.check(case(TILTED.replace("GATE", gate))).verdict == wanted
+    assert target_gated_tilt.check(case(SETTLED.replace("GATE", gate))).verdict == wanted
