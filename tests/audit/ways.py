@@ -62,6 +62,14 @@ if dist.is_available() and dist.is_initialized():
 n, o = (float(v) for v in sums)
 print(f"val_bpb:{n / o / math.log(2):.4f}")
 """,
+    "rows-of-sums": """
+rows = torch.zeros(100, 2, dtype=torch.float64)
+for n, (x, y) in enumerate(pieces(all_tokens())):
+    rows[n % 100, 0] += price(NET, x, y).double().sum()
+    rows[n % 100, 1] += octets_of(x, y)
+s = rows.sum(dim=0).tolist()
+print(f"val_bpb:{s[0] / s[1] / math.log(2):.4f}")
+""",
     "packed": """
 stats = torch.zeros(3, dtype=torch.float64)
 for x, y in pieces(all_tokens()):

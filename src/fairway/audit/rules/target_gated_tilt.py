@@ -31,7 +31,7 @@ def check(case: Case) -> Finding:
                 "with another target at the same place the distribution would be another."
             )
             origin = gates.origin(term)
-            if origin is term and _is_whole(case):
+            if origin is term and not gates.asks_the_answer(term) and _is_whole(case):
                 evidence = (
                     "Worked out with a made-up model over a short text: what the script says of all tokens that may "
                     "stand at one place adds up to one, as it does where the target decides nothing."
@@ -64,6 +64,6 @@ def _of_one_softmax(case: Case) -> Weight | None:
 
 def _is_whole(case: Case) -> bool:
     """Whether all tokens come to one. It says nothing of a table that is looked up by the target (does it begin a
-    word): of a made-up text's few pieces all may be alike there."""
+    word), nor of how likely the answer was: of a made-up text's few pieces all may be alike there."""
     weight = case.weight
     return weight is not None and abs(weight.total - 1.0) < _WHOLE

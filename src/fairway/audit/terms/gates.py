@@ -159,6 +159,11 @@ class Gates:
         """All that a value reads now; what a state has learned is another rule's matter."""
         return unlearned(root, lambda term: reads(term, self.of.streams))
 
+    def asks_the_answer(self, term: Term) -> bool:
+        """Whether a switch asks what a distribution says of the target; of a weight nobody looks so closely."""
+        test = forked(term)
+        return test is None or any(self._read_at_target(one) for one in self.of.below(test[0]))
+
     def looks_up(self, term: Term) -> bool:
         """Whether a switch looks its target up in a table, whatever else it reads."""
         test = forked(term)

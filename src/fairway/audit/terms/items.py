@@ -80,7 +80,8 @@ def _item(m: "Machine", base: Term, index: Term, file: str, line: int) -> Term:
         return one if other is one else Term("merge", (other, one), None, file, line)
     if base.op == "call" and isinstance(key, int) and base.called in _HOLDERS:
         held = base.operand("data", "a", "tensors")
-        if held is not None and (held.op != "call" or held.called in _HOLDERS or _packed_rows(held) is not None):
+        summed = held is not None and (_packed_rows(held) is not None or _table_of_sums(held) is not None)
+        if held is not None and (held.op != "call" or held.called in _HOLDERS or summed):
             return item(m, held, index, file, line)
     if base.op == "call" and base.value in ("reversed", "sorted") and isinstance(key, int) and base.parts:
         return element(m, base.parts[0], file, line)
@@ -111,6 +112,9 @@ def _item(m: "Machine", base: Term, index: Term, file: str, line: int) -> Term:
         if rows is not None:
             column = item(m, element(m, rows, file, line), index, file, line)
             return Term("call", (column,), base.value, base.file, base.line, ("self",))
+        table = _table_of_sums(base)
+        if table is not None:
+            return Term("call", (_column(table, key), *base.parts[1:]), base.value, base.file, base.line, base.keys)
     if base.op == "name" and base.value == "os.environ":
         return m.environ(index, Term("free", (), "no default", file, line), file, line)
     if base.op == "object" and isinstance(key, int):  # a named tuple's component
@@ -146,6 +150,52 @@ def _packed_rows(total: Term) -> Term | None:
         return held.parts[0]
     each = held.parts[0] if held.op == "list" and held.value == "comp" and held.parts else None
     return held if each is not None and any(_is_packed(one) for one in alternatives(each, 8)) else None
+
+
+def _table_of_sums(total: Term) -> Term | None:
+    """A table that was filled by row and column, `sums[chunk, 2] += nbytes`, of a sum over its rows."""
+    axis = total.at(1, "dim", "axis") if total.called == "sum" else None
+    held = total.operand("a") if axis is not None and axis.constant() == 0 else None
+    table = held
+    for _ in range(_FEW):
+        if table is not None and table.op in ("merge", "choice"):
+            table = table.parts[-1]
+    return held if table is not None and _column_in(table) is not None else None
+
+
+def _column_in(store: Term) -> int | None:
+    """The column that a number is stored in."""
+    index = store.parts[1] if store.op == "store" else None
+    last = index.parts[-1].constant() if index is not None and index.op == "tuple" and len(index.parts) == 2 else None
+    return last if type(last) is int else None
+
+
+def _column(table: Term, key: int) -> Term:
+    """A table without what was stored in other columns."""
+    made: dict[int, Term] = {}
+    waiting = [(table, False)]
+    while waiting:
+        term, done = waiting.pop()
+        if id(term) in made:
+            continue
+        inner = term.parts[:1] if term.op == "store" else term.parts if term.op in ("merge", "choice") else ()
+        if not done and inner:
+            waiting.append((term, True))
+            waiting.extend((part, False) for part in inner)
+        elif term.op == "store":
+            base, column = made[id(term.parts[0])], _column_in(term)
+            kept = (base, *term.parts[1:])
+            other = column is not None and column != key
+            made[id(term)] = base if other else Term("store", kept, term.value, term.file, term.line, term.keys)
+        elif inner:
+            parts = tuple(made.get(id(part), part) for part in inner)
+            made[id(term)] = Term(term.op, parts, term.value, term.file, term.line, term.keys)
+        else:
+            made[id(term)] = term
+    return made[id(table)]
+
+
+_FEW = 8  # choices around one table
 
 
 def _updated(m: "Machine", base: Term, index: Term, file: str, line: int) -> Term:

@@ -6,6 +6,7 @@ from typing import TypeAlias
 
 from fairway.audit.terms.octets import MARK, encoded_text, has_mark, is_byte_test, is_mark, looked_up, named, negated
 from fairway.audit.terms.term import Term, any_below, peel
+from fairway.audit.terms.totals import added_to_row
 
 Origin: TypeAlias = tuple[str, int, str, str, int]
 """File, line, kind and value of a term, and the table that it was looked up in."""
@@ -88,7 +89,9 @@ class SpaceCount:
             return self._most((term.parts[0], term.parts[2]), marked, table, depth)
         column = looked_up(term)
         if column is not None:
-            summed = peel(column).op == "op"  # counts of tokens, of which a mask picks some: no table
+            summed = peel(column).op == "op" or _is_ledger(
+                column
+            )  # counts of tokens, of which a mask picks some: no table
             return self.of(column, marked, table if summed else id(column), depth)
         if term.op == "compare":
             return self._one(term, table) if self.has_mark(term) else NONE
@@ -161,6 +164,15 @@ class SpaceCount:
         if word in _SUMS:
             return self._most(term.parts, marked, table, depth)
         return NONE
+
+
+def _is_ledger(table: Term) -> bool:
+    """Rows of sums, `sums[chunk, 3] += nbytes`: what is read of them is what was added before."""
+    below = peel(table)
+    for _ in range(8):
+        if below.op in ("merge", "choice"):
+            below = peel(below.parts[-1])
+    return added_to_row(below) is not None
 
 
 def is_conditional(term: Term) -> bool:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 
-from fairway.audit.terms.term import Term, any_below, peel
+from fairway.audit.terms.term import Term, any_below, peel, same
 
 LOSSES = frozenset(("cross_entropy", "nll_loss", "softmax_cross_entropy_with_integer_labels"))
 GATHERS = frozenset(("gather", "take_along_axis", "take_along_dim", "index_select", "index_sample"))
@@ -41,9 +41,21 @@ def summed(term: Term) -> tuple[Term, ...] | None:
         return (operand,) if operand is not None else ()
     if term.op in ("list", "tuple"):
         return term.parts
+    if term.op == "store":
+        added = added_to_row(term)
+        return (added, term.parts[0]) if added is not None else None
     if term.op == "each" and term.parts[0].op in ("merge", "choice", "mutate", "list", "store"):
         return term.parts
     return None
+
+
+def added_to_row(term: Term) -> Term | None:
+    """What `sums[chunk, 3] += x` adds, with the table after it given; None of another store."""
+    value = peel(term.parts[2]) if term.op == "store" and term.parts[1].op == "tuple" else term
+    if value is term or value.op != "op" or value.value != "+":
+        return None
+    before = peel(value.parts[0])
+    return value.parts[1] if before.op == "item" and same(before.parts[1], term.parts[1], 8) else None
 
 
 def _is_total(term: Term) -> bool:
