@@ -349,3 +349,15 @@ def test_events_of_the_card_are_a_clock_as_well(stops: bool) -> None:
     assert (found is not None) == stops
     if found is not None:
         assert found.seconds > 650
+
+
+@pytest.mark.parametrize("every", ["30", "args.check_every"])
+@pytest.mark.parametrize("off", [False, True])
+def test_a_clock_that_is_asked_in_some_turns_alone_ends_the_loop_that_much_later(every: str, off: bool) -> None:
+    """Thirty turns of a trial are 50 s, and on the machine of the challenge three."""
+    old, new, _ = PAUSED["a start that is moved on"]
+    text = trained(old, new if off else old + "        now = time.perf_counter() - t0\n")
+    asked = f"if step % {every} == 0 and elapsed >= args.cap - args.reserve:"
+    text = text.replace("if elapsed >= args.cap - args.reserve:", asked)
+    text = text.replace("class Hyperparameters:", "class Hyperparameters:\n    check_every = 30", 1)
+    assert (timed(case_of(text)) is not None) is off

@@ -44,6 +44,7 @@ _SHARE = 4  # of the turns, until something is done to the clock
 _LESS = 0.7  # of the turns, where the clock ends them and goes twice as fast
 _MOST = 0.9  # of what is lost
 _SOME = 0.02  # of what a loop takes
+_OFTEN = 32  # turns: who asks less often than that may well be too late
 FASTEST = 0.05  # of a step on the machine of the challenge: the records have 60 to 130 ms
 _ROOM = 1.02  # of the limit, besides two turns: the clock is looked at between steps
 _MESSAGES = frozenset(
@@ -231,7 +232,7 @@ def _timed(case: Case, forced: tuple[Forced, ...]) -> tuple[Overrun | None, int]
     if loop is None:
         return None, 0
     seconds = loop.now - loop.begun
-    if seconds <= _ROOM * LIMIT + 2 * seconds / loop.turns:
+    if seconds <= _ROOM * LIMIT + max(2, _every(case, loop.line)) * seconds / loop.turns:
         return None, loop.turns
     slower = _trained(case, forced, rate=2.0)[1]
     if slower is None or slower.line != loop.line:
@@ -254,15 +255,8 @@ def _longer(case: Case, loop: Loop, ended: int) -> Overrun | None:
 
 def _moved_on(case: Case, line: int) -> int:
     """The line in a loop that sets what the loop is held against to a sum: `stop_after = step + more`."""
-    loops = (each for each in nodes(case.body.tree) if isinstance(each, (ast.For, ast.While)) and each.lineno == line)
-    inside = [part for loop in loops for part in ast.walk(loop)]
-    held = {
-        part.id
-        for each in inside
-        if isinstance(each, ast.Compare)
-        for part in ast.walk(each)
-        if isinstance(part, ast.Name)
-    }
+    inside = _inside(case, line)
+    held = _held(inside)
     return next(
         (
             each.lineno
@@ -274,6 +268,48 @@ def _moved_on(case: Case, line: int) -> int:
         ),
         0,
     )
+
+
+def _every(case: Case, line: int) -> int:
+    """In how many turns a loop asks once whether to end: `if step % 8 == 0 and now >= cap: stop_after = step`. On the
+    machine of the challenge so many steps take a second."""
+    inside = _inside(case, line)
+    held = _held(inside)
+    found: set[int] = set()
+    for test in (
+        each for each in inside if isinstance(each, ast.If) and any(_ends(part, held) for part in ast.walk(each))
+    ):
+        for part in ast.walk(test.test):
+            if isinstance(part, ast.BinOp) and isinstance(part.op, ast.Mod):
+                site = site_of(part.right)
+                if isinstance(part.right, ast.Constant) and type(part.right.value) is int:
+                    found.add(part.right.value)
+                elif site is not None:
+                    found |= numbers(f"^{re.escape(site[2])}$", case.script, case.settings.environment)
+    return max((each for each in found if each <= _OFTEN), default=0)
+
+
+def _ends(node: ast.AST, held: set[str]) -> bool:
+    """Whether a loop is left here, or what it is held against is set."""
+    set_here = isinstance(node, ast.Assign) and any(getattr(target, "id", "") in held for target in node.targets)
+    return set_here or isinstance(node, (ast.Break, ast.Return))
+
+
+def _inside(case: Case, line: int) -> list[ast.AST]:
+    """All that stands in the loop at a line."""
+    loops = (each for each in nodes(case.body.tree) if isinstance(each, (ast.For, ast.While)) and each.lineno == line)
+    return [part for loop in loops for part in ast.walk(loop)]
+
+
+def _held(inside: list[ast.AST]) -> set[str]:
+    """The names in comparisons."""
+    return {
+        part.id
+        for each in inside
+        if isinstance(each, ast.Compare)
+        for part in ast.walk(each)
+        if isinstance(part, ast.Name)
+    }
 
 
 def steps_after(case: Case, line: int) -> int:
