@@ -128,7 +128,7 @@ class Thin(nn.Linear):
 def layers(model):
     return {f"up.{name}": each for name, each in model.up.named_modules() if isinstance(each, Thin)}
 """
-    text = WATCHED.replace("[nn.Linear(64, 64, bias=False) for _ in range(4)]", "Thin(64, 64) for _ in range(4)")
+    text = WATCHED.replace("[nn.Linear(64, 64, bias=False) for _ in range(4)]", "Thin(64, 64) for _ in range(11)")
     text = text.replace(
         """    for name, module in model.named_modules():
         if isinstance(module, nn.Linear):

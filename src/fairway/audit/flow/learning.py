@@ -303,13 +303,12 @@ class Learning(Core):
         )
 
     def parts_of(self, obj: Obj) -> list[Obj]:
-        """The modules and tensors below a model."""
+        """The modules and tensors below a model; of a list whose elements are known one by one, none."""
         found: dict[Obj, None] = {obj: None}
         waiting = [obj]
         while waiting and len(found) < 400:
-            values = [value for value in waiting.pop().slots.values() if isinstance(value, Value)]
-            for value in (*values, *(item for each in values for item in each.items or ())):
-                for part in value.refs:
+            for value in list(waiting.pop().slots.values()):
+                for part in value.refs if isinstance(value, Value) else ():
                     if part not in found and (part.owner is not None or part.kind in ("list", "dict")):
                         found[part] = None
                         waiting.append(part)
