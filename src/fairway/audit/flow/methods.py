@@ -293,12 +293,8 @@ class Methods(Files):
         return None
 
     def _modules(self, parts: list[Obj], named: bool, node: ast.AST | None) -> Value:
-        """modules(), named_modules(): few one by one, so that "each of this class is put back" is seen; many as one,
-        in which each class is found: hooks are put on one of them."""
+        """modules(), named_modules(): few one by one, so that "each of this class is put back" is seen; many as one."""
         few = len(parts) <= REFS
-        if not few:
-            firsts = {part.data: part for part in reversed(parts)}
-            parts = [*firsts.values(), *(part for part in parts if firsts[part.data] is not part)]
         values = [self.ref(part) for part in parts] if few else [Value(refs=frozenset(parts[:REFS]))]
         told = tuple(Value(items=(NOTHING, value)) if named else value for value in values)
         if not few:

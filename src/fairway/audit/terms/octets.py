@@ -31,8 +31,6 @@ def parts_of(term: Term) -> tuple[Term, ...]:
         term.op == "attr" and term.value in ("shape", "size", "ndim", "device", "dtype")
     ):
         return ()
-    if term.called.endswith("_like"):  # zeros in the shape of something, and on its device
-        return ()
     if term.op == "call" and (term.called in _POSITIONS or is_spelt_number(term)):
         return ()
     return term.parts

@@ -89,9 +89,8 @@ class SpaceCount:
             return self._most((term.parts[0], term.parts[2]), marked, table, depth)
         column = looked_up(term)
         if column is not None:
-            summed = peel(column).op == "op" or _is_ledger(
-                column
-            )  # counts of tokens, of which a mask picks some: no table
+            # Counts of tokens, of which a mask picks some, and sums of them by row are no table.
+            summed = peel(column).op == "op" or _is_ledger(column)
             return self.of(column, marked, table if summed else id(column), depth)
         if term.op == "compare":
             return self._one(term, table) if self.has_mark(term) else NONE
