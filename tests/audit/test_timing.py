@@ -213,6 +213,33 @@ def test_steps_on_top_of_those_that_the_clock_ends(more: str, wanted: str) -> No
         assert text.split("\n")[found.place.line - 1].strip() == "stop = step + 290"
 
 
+@pytest.mark.parametrize(("more", "wanted"), [("args.more", "violates"), ("0", "clean")])
+def test_steps_on_top_of_those_of_a_clock_that_is_looked_at_once(more: str, wanted: str) -> None:
+    """All 600 s are used, the step that crosses the line besides: 200 steps are 10 s at the least."""
+    ending = (
+        "        if elapsed >= 600.0 and stop is None:\n            stop = step + MORE\n"
+        "        if stop is not None and step >= stop:\n            break\n"
+    ).replace("MORE", more)
+    text = HONEST.replace("        if elapsed >= args.cap - args.reserve:\n            break\n", ending)
+    text = text.replace("    step = 0\n", "    step, stop = 0, None\n")
+    text = text.replace("    flag = bool", '    more = int(os.environ.get("MORE", 200))\n    flag = bool')
+    found = training_over_time.check(case_of(text))
+    assert found.verdict == wanted
+    if wanted == "violates":
+        assert found.place is not None
+        assert text.split("\n")[found.place.line - 1].strip() == "stop = step + args.more"
+
+
+@pytest.mark.parametrize(("steps", "wanted"), [(400, "violates"), (20, "clean")])
+def test_steps_after_a_loop_that_ends_before_a_last_step_would_cross_the_limit(steps: int, wanted: str) -> None:
+    """What the clock keeps back is a step or two of the script's own, of which the walk knows no length."""
+    ending = "        if elapsed + 2.0 * elapsed / max(step, 1) >= 600.0:\n            break\n"
+    text = HONEST.replace("        if elapsed >= args.cap - args.reserve:\n            break\n", ending)
+    polish = POLISH.replace("STEPS", str(steps))
+    text = text.replace("    model.load_state_dict(ema)\n", polish + "    model.load_state_dict(ema)\n")
+    assert training_over_time.check(case_of(text)).verdict == wanted
+
+
 @pytest.mark.parametrize("settled", ["args.settled", "400"], ids=["a setting", "written out"])
 def test_a_clock_that_is_set_back_after_more_steps_than_a_trial_takes(settled: str) -> None:
     """A step takes 2 s here, so that 600 s are 300: the number is taken for an earlier step."""

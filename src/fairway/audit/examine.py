@@ -49,10 +49,10 @@ def audit(path: Path, strict: bool = False, rules: Sequence[Any] | None = None) 
     DataError where there is no script at `path`; everything that is wrong inside it is a verdict.
     """
     started = time.monotonic()
-    submission = opened(path)
     chosen = rule_modules() if rules is None else rules
-    facts: dict[str, Any] = {"path": str(path), **_read(submission), "rule_seconds": {}, "failed": {}}
     with _deep(), _seldom_collected():
+        submission = opened(path)
+        facts: dict[str, Any] = {"path": str(path), **_read(submission), "rule_seconds": {}, "failed": {}}
         case = Case(submission, strict)
         if submission.entry.tree is not None:
             _prepared(case, facts)

@@ -41,7 +41,7 @@ def _settings(tree: ast.Module) -> Iterator[tuple[str, str, ast.expr]]:
         if len(targets) != 1 or not isinstance(targets[0], (ast.Name, ast.Attribute)) or node.value is None:  # type: ignore[attr-defined]
             continue
         expression: ast.expr = node.value  # type: ignore[attr-defined]
-        variables = {variable for part in ast.walk(expression) if (variable := _variable(part)) is not None}
+        variables = {variable for part in nodes(expression) if (variable := _variable(part)) is not None}
         if len(variables) == 1:
             name = targets[0].id if isinstance(targets[0], ast.Name) else targets[0].attr
             yield name, variables.pop(), expression

@@ -41,7 +41,7 @@ def _reach(name: str, known: Mapping[str, ast.stmt]) -> int:
         if each in seen or each not in known:
             continue
         seen.add(each)
-        waiting += [node.id for node in ast.walk(known[each]) if isinstance(node, ast.Name)]
+        waiting += [node.id for node in nodes(known[each]) if isinstance(node, ast.Name)]
     return sum((known[each].end_lineno or 0) - known[each].lineno + 1 for each in seen)
 
 

@@ -169,7 +169,7 @@ def _heads(tree: ast.Module) -> Iterator[str]:
             key = node.slice
         if key is None or ".upper()" not in ast.unparse(key):
             continue
-        texts = [each.value for each in ast.walk(key) if isinstance(each, ast.Constant) and isinstance(each.value, str)]
+        texts = [each.value for each in nodes(key) if isinstance(each, ast.Constant) and isinstance(each.value, str)]
         yield texts[0] if texts else ""
 
 

@@ -14,6 +14,7 @@ from fairway.audit.flow.values import (
     Value,
     hashable,
 )
+from fairway.audit.reading.tree import nodes
 
 
 class Comprehensions(Calls):
@@ -93,11 +94,11 @@ class Comprehensions(Calls):
     def narrow(self, test: ast.expr) -> dict[str, Value]:
         """`name.startswith("fineweb_val_")`: what the test lets through is named so. The names' values before."""
         before: dict[str, Value] = {}
-        for each in ast.walk(test):
+        for each in nodes(test):
             name, text = None, None
             if isinstance(each, ast.Call) and (matched := _matched(each)) is not None:
                 about, pattern, rest = matched
-                names = [part.id for part in ast.walk(about) if isinstance(part, ast.Name)]
+                names = [part.id for part in nodes(about) if isinstance(part, ast.Name)]
                 name = next((part for part in names if part in self.frame.obj.slots), None)
                 told = self.flat(self.evaluate(pattern))
                 text = told.const if isinstance(told.const, str) else "".join(map(str, told.words[-1:])) or None
@@ -106,7 +107,7 @@ class Comprehensions(Calls):
                 where = each.comparators[0]
                 name, text = getattr(where, "id", None), self.evaluate(each.left).const
             elif isinstance(each, ast.Compare) and isinstance(each.ops[0], ast.NotIn):
-                names = [part.id for part in ast.walk(each.comparators[0]) if isinstance(part, ast.Name)]
+                names = [part.id for part in nodes(each.comparators[0]) if isinstance(part, ast.Name)]
                 left = self.evaluate(each.left).const
                 side = side_of(left) if isinstance(left, str) else ""
                 name = next((part for part in names if part in self.frame.obj.slots), None)

@@ -10,6 +10,7 @@ from fairway.audit.flow.heap import Obj
 from fairway.audit.flow.loops import changed
 from fairway.audit.flow.statements import Statements
 from fairway.audit.flow.values import NONE, NOTHING, Value, join
+from fairway.audit.reading.tree import nodes
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Coroutines(Statements):
         """What stands behind the yield at which it waits."""
         where = plan.at if plan.at is not None else plan.loop.test if isinstance(plan.loop, ast.While) else None
         result: Value | None = None
-        for each in ast.walk(where) if where is not None else ():
+        for each in nodes(where) if where is not None else ():
             if isinstance(each, ast.Yield):
                 value = self.evaluate(each.value) if each.value is not None else NONE
                 result = value if result is None else join(result, value)
@@ -103,7 +104,7 @@ class Coroutines(Statements):
 
 
 def _yields(node: ast.AST) -> bool:
-    return any(isinstance(each, (ast.Yield, ast.YieldFrom)) for each in ast.walk(node))
+    return any(isinstance(each, (ast.Yield, ast.YieldFrom)) for each in nodes(node))
 
 
 def _plan(code: ast.FunctionDef) -> Plan:

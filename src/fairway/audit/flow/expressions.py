@@ -22,6 +22,7 @@ from fairway.audit.flow.values import (
     hashable,
     join,
 )
+from fairway.audit.reading.tree import nodes
 
 _BUILTINS = frozenset(dir(builtins))
 _OWN = frozenset(("function", "bound", "instance"))
@@ -271,7 +272,7 @@ class Expressions(Comprehensions):
 
     def _perhaps(self, before: list[Value], node: ast.expr) -> Value:
         """A part of `a < b and model.load_state_dict(kept)`: done where what stands before it says so."""
-        if not before or not any(isinstance(each, ast.Call) for each in ast.walk(node)):
+        if not before or not any(isinstance(each, ast.Call) for each in nodes(node)):
             return self.evaluate(node)
         done: list[Value] = []
 

@@ -9,6 +9,7 @@ from fairway.audit.flow.core import DEPTH, Frame
 from fairway.audit.flow.foreign import Foreign
 from fairway.audit.flow.heap import Obj
 from fairway.audit.flow.values import MISSING, NONE, NOTHING, Value, blend, join
+from fairway.audit.reading.tree import is_generator, nodes, own
 
 _RECURSION = 2  # times a function may stand within itself
 
@@ -57,7 +58,7 @@ class Functions(Foreign):
             values.append(definite)
         elif (alive and not values) or (alive and not all(value.items is not None or value.refs for value in values)):
             values.append(NONE)
-        if frame.yields or _is_generator(code):
+        if frame.yields or is_generator(code):
             made = self.new("generator", code.name, code)
             if frame.yields:
                 elem = frame.yields[0]
@@ -104,33 +105,11 @@ def _outside(code: Any) -> frozenset[str]:
     """The names that a function declares global or nonlocal."""
     cached = getattr(code, "_fairway_outside", None)
     if cached is None:
-        names: set[str] = set()
-        waiting: list[ast.AST] = list(code.body) if isinstance(code.body, list) else []
-        while waiting:
-            each = waiting.pop()
-            if isinstance(each, (ast.Global, ast.Nonlocal)):
-                names.update(each.names)
-            if not isinstance(each, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)):
-                waiting += ast.iter_child_nodes(each)
-        cached = frozenset(names)
+        declared = own(code.body if isinstance(code.body, list) else ())
+        names = (each.names for each in declared if isinstance(each, (ast.Global, ast.Nonlocal)))
+        cached = frozenset(name for each in names for name in each)
         code._fairway_outside = cached
     return cached
-
-
-def _is_generator(code: Any) -> bool:
-    """Whether a function yields."""
-    cached = getattr(code, "_fairway_yields", None)
-    if cached is None:
-        cached = False
-        waiting: list[ast.AST] = list(code.body) if isinstance(code.body, list) else []
-        while waiting and not cached:
-            each = waiting.pop()
-            if isinstance(each, (ast.Yield, ast.YieldFrom)):
-                cached = True
-            elif not isinstance(each, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)):
-                waiting += ast.iter_child_nodes(each)
-        code._fairway_yields = cached
-    return bool(cached)
 
 
 def _is_context(code: Any) -> bool:
@@ -143,9 +122,9 @@ def _is_coroutine(code: Any) -> bool:
     cached = getattr(code, "_fairway_coroutine", None)
     if cached is None:
         cached = False
-        if _is_generator(code) and isinstance(code, ast.FunctionDef):
-            alone = {id(each.value) for each in ast.walk(code) if isinstance(each, ast.Expr)}
-            cached = any(isinstance(each, ast.Yield) and id(each) not in alone for each in ast.walk(code))
+        if is_generator(code) and isinstance(code, ast.FunctionDef):
+            alone = {id(each.value) for each in nodes(code) if isinstance(each, ast.Expr)}
+            cached = any(isinstance(each, ast.Yield) and id(each) not in alone for each in nodes(code))
         code._fairway_coroutine = cached
     return bool(cached)
 

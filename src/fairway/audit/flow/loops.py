@@ -10,6 +10,7 @@ from fairway.audit.flow.core import Loop
 from fairway.audit.flow.definitions import Definitions
 from fairway.audit.flow.indices import Elements
 from fairway.audit.flow.values import CLAIMED, LENGTH, MISSING, NONE, Value
+from fairway.audit.reading.tree import nodes
 
 
 class Loops(Definitions):
@@ -221,7 +222,7 @@ def _learns(node: Any) -> bool:
     """Whether a loop's body takes gradients or steps."""
     cached = getattr(node, "_fairway_learns", None)
     if cached is None:
-        names = {each.attr for each in ast.walk(node) if isinstance(each, ast.Attribute)}
+        names = {each.attr for each in nodes(node) if isinstance(each, ast.Attribute)}
         cached = bool(names & {"backward", "step", "grad"})
         node._fairway_learns = cached
     return bool(cached)
@@ -239,11 +240,11 @@ def changed(node: Any) -> frozenset[str]:
                 names.add(each.target.id)
             elif isinstance(each, ast.Assign):
                 for target in each.targets:
-                    names.update(part.id for part in ast.walk(target) if isinstance(part, ast.Name))
+                    names.update(part.id for part in nodes(target) if isinstance(part, ast.Name))
             if not isinstance(each, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)):
                 waiting += ast.iter_child_nodes(each)
         if isinstance(node, ast.For):
-            names -= {part.id for part in ast.walk(node.target) if isinstance(part, ast.Name)}
+            names -= {part.id for part in nodes(node.target) if isinstance(part, ast.Name)}
         cached = frozenset(names)
         node._fairway_assigned = cached
     return cached

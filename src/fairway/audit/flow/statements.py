@@ -11,6 +11,7 @@ from fairway.audit.flow.indices import Part
 from fairway.audit.flow.loops import Loops
 from fairway.audit.flow.patterns import Bound
 from fairway.audit.flow.values import CAPPED, GRAD, MISSING, NO_TOKENS, NOTHING, ORDERED, RANKED, Value, blend
+from fairway.audit.reading.tree import nodes
 from fairway.audit.verdict import Place
 
 
@@ -143,7 +144,7 @@ class Statements(Loops):
     @staticmethod
     def _moves(target: ast.Attribute, source: ast.expr) -> bool:
         """self.pos = self.pos + n: a place in a stream that moves with each call."""
-        return any(isinstance(each, ast.Attribute) and each.attr == target.attr for each in ast.walk(source))
+        return any(isinstance(each, ast.Attribute) and each.attr == target.attr for each in nodes(source))
 
     def _advanced(self, target: ast.Attribute, value: Value) -> Value:
         if not self.plain(value) or value.choices or isinstance(value.const, (str, bool)) or value.const is None:

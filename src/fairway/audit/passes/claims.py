@@ -40,7 +40,7 @@ def _hands_on(case: Case, function: str) -> bool:
     """Whether weights are read from a file and written to one in a loop of a function: each worker goes on with what
     another has left."""
     return any(
-        {"load", "save"} <= {getattr(each.func, "attr", "") for each in ast.walk(loop) if isinstance(each, ast.Call)}
+        {"load", "save"} <= {getattr(each.func, "attr", "") for each in nodes(loop) if isinstance(each, ast.Call)}
         for _, loop in _loops(case, function)
     )
 
@@ -63,7 +63,7 @@ def yields(case: Case, function: str) -> bool:
         for script in case.script.all()
         for node in nodes(script.tree)
         if isinstance(node, ast.FunctionDef) and node.name == function
-        for each in ast.walk(node)
+        for each in nodes(node)
     )
 
 
@@ -72,7 +72,7 @@ def _loops(case: Case, function: str) -> Iterator[tuple[Place, ast.AST]]:
     for script in case.script.all():
         for node in nodes(script.tree):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name == function:
-                for each in ast.walk(node):
+                for each in nodes(node):
                     if isinstance(each, (ast.While, ast.For, ast.AsyncFor)):
                         yield Place(script.path, script.line(each.lineno)), each
 

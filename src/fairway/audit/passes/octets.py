@@ -103,7 +103,7 @@ def _used(case: Case, number: ast.Constant) -> int:
         node.lineno
         for node in nodes(case.body.tree)
         if isinstance(node, (ast.BinOp, ast.AugAssign))
-        for part in ast.walk(node)
+        for part in nodes(node)
         if isinstance(part, (ast.Name, ast.Attribute)) and getattr(part, "id", getattr(part, "attr", "")) in names
     }
     return lines.pop() if len(lines) == 1 else 0

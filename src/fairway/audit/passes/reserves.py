@@ -93,13 +93,13 @@ class _Names:
                     self._add(name, arg)
 
     def _add(self, name: str, value: ast.expr) -> None:
-        parts = list(ast.walk(value))
+        parts = list(nodes(value))
         if all(isinstance(part, _PLAIN) for part in parts):
             self.sources.setdefault(name, set()).update(filter(None, map(_named, parts)))
 
     def settings(self, node: ast.expr) -> Iterator[tuple[Value, Place]]:
         """Of the names in an expression, and of what they are made of."""
-        names = {name for part in ast.walk(node) if (name := _named(part))}
+        names = {name for part in nodes(node) if (name := _named(part))}
         for _ in range(_STEPS):
             names |= {more for name in names for more in self.sources.get(name, ())}
         return (each for name in sorted(names) for each in self.given.get(name, ()))

@@ -18,9 +18,7 @@ def restarted(case: Case) -> Place | None:
     """Where a start of the time that has gone by, or the object that counts it, is made anew under a condition of the
     training loop and nothing kept what it had counted; or where it is moved on by time in which the model learned."""
     tree = case.body.tree
-    clocks = {
-        node.name for node in nodes(tree) if isinstance(node, ast.ClassDef) and any(map(_is_clock, ast.walk(node)))
-    }
+    clocks = {node.name for node in nodes(tree) if isinstance(node, ast.ClassDef) and any(map(_is_clock, nodes(node)))}
     teaching = _teaching(tree)
     functions = (node for node in nodes(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))
     for function in (tree, *functions):
@@ -45,10 +43,10 @@ def looks(tree: ast.AST | None) -> int:
     loops = (node for node in nodes(tree) if isinstance(node, (ast.For, ast.While)))
     taught = [node for node in functions if node.name in teaching]
     bodies = [node.body for node in loops if _learns(node, teaching)]
-    inner = [each for body in bodies for statement in body for each in ast.walk(statement)]
+    inner = [each for body in bodies for statement in body for each in nodes(statement)]
     looped, called = {id(each) for each in inner}, {_called(each) for each in inner}
     bodies += [
-        node.body for node in taught if node.name in called or not any(id(each) in looped for each in ast.walk(node))
+        node.body for node in taught if node.name in called or not any(id(each) in looped for each in nodes(node))
     ]
     asked = {id(each) for body in bodies for each in _always(body, teaching, asking) if _asks(each, asking)}
     managers = {id(item.context_expr) for node in nodes(tree) if isinstance(node, ast.With) for item in node.items}
@@ -102,14 +100,14 @@ def milestones(tree: ast.AST | None) -> Iterator[tuple[ast.expr, int]]:
     counted = {
         name
         for each in looked
-        if any(map(_is_clock, ast.walk(each)))
-        for part in ast.walk(each)
+        if any(map(_is_clock, nodes(each)))
+        for part in nodes(each)
         for name in (getattr(part, "attr", ""), getattr(part, "id", ""))
         if name and isinstance(getattr(part, "ctx", None), (ast.Store, ast.Load))
     }
     for node in nodes(tree):
         line = next((each.lineno for each in node.body if _sets(each, counted)), 0) if isinstance(node, ast.If) else 0
-        for test in ast.walk(node.test) if isinstance(node, ast.If) and line else ():
+        for test in nodes(node.test) if isinstance(node, ast.If) and line else ():
             if isinstance(test, ast.Compare) and isinstance(test.ops[0], (ast.Eq, ast.GtE, ast.Gt)):
                 yield from ((side, line) for side in (test.left, test.comparators[0]))
 
@@ -128,12 +126,12 @@ def short_helpers(tree: ast.AST | None) -> list[range]:
 
 def _helpers(functions: list[ast.FunctionDef | ast.AsyncFunctionDef]) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
     """Short functions that learn nothing and look at the clock, themselves or by another one."""
-    sizes = {id(node): sum(isinstance(each, ast.stmt) for each in ast.walk(node)) for node in functions}
+    sizes = {id(node): sum(isinstance(each, ast.stmt) for each in nodes(node)) for node in functions}
     short = [node for node in functions if sizes[id(node)] <= _SHORT and not _learns(node, ())]
     asking: set[str] = set(_CLOCKS)
     found = short
     for _ in range(2):
-        found = [node for node in short if any(_asks(each, asking) for each in ast.walk(node))]
+        found = [node for node in short if any(_asks(each, asking) for each in nodes(node))]
         asking |= {node.name for node in found}
     return found
 
@@ -143,16 +141,16 @@ def _always(body: list[ast.stmt], teaching: Collection[str], asking: Collection[
     the clock, `if running: clock.stop()`, and sets numbers, `clock.spent = 0.0`."""
     for statement in body:
         if isinstance(statement, ast.If) and not _learns(statement, teaching):
-            asks = [any(_asks(part, asking) for part in ast.walk(each)) for each in statement.body]
+            asks = [any(_asks(part, asking) for part in nodes(each)) for each in statement.body]
             sets = [isinstance(each, ast.Assign) and isinstance(each.value, ast.Constant) for each in statement.body]
             alone = any(asks) and all(one or other for one, other in zip(asks, sets, strict=True))
-            yield from ast.walk(statement if alone else statement.test)
+            yield from nodes(statement if alone else statement.test)
         elif isinstance(statement, (ast.If, ast.With, ast.Try)):
             heads = statement.items if isinstance(statement, ast.With) else []
-            yield from (each for head in heads for each in ast.walk(head))
+            yield from (each for head in heads for each in nodes(head))
             yield from _always([*statement.body, *getattr(statement, "orelse", [])], teaching, asking)
         elif not isinstance(statement, (ast.For, ast.While, *_FUNCTIONS)):
-            yield from ast.walk(statement)
+            yield from nodes(statement)
 
 
 def _asks(node: ast.AST, asking: Collection[str]) -> bool:
@@ -168,7 +166,7 @@ def _called(node: ast.AST) -> str:
 def _set_back(loop: ast.For | ast.While, begun: set[str], clocks: set[str], teaching: set[str]) -> Iterator[int]:
     """Lines of a loop that set back what was begun before it, where nothing before them in their block reads that, or
     what it is counted into."""
-    counted = {name for node in ast.walk(loop) for name in _counted(node, begun)}
+    counted = {name for node in nodes(loop) for name in _counted(node, begun)}
     for block in _blocks(loop):
         for number, statement in enumerate(block):
             before = block[:number]
@@ -183,7 +181,7 @@ def _set_back(loop: ast.For | ast.While, begun: set[str], clocks: set[str], teac
                 and isinstance(statement.op, ast.Add)
                 and _names(statement.target) & begun
             ):
-                since = {name for part in ast.walk(statement.value) for name in _difference(part)}
+                since = {name for part in nodes(statement.value) for name in _difference(part)}
                 above = [each for each in loop.body if each.lineno < statement.lineno]
                 from_there = [n for n, each in enumerate(above) if _started(each, clocks) & since]
                 if from_there and any(_learns(each, teaching) for each in above[from_there[-1] :]):
@@ -231,7 +229,7 @@ def _learns(node: ast.AST, teaching: Collection[str]) -> bool:
         own = isinstance(each.value, ast.Name) and each.value.id == "self" and each.attr in teaching
         return own or each.attr == "backward"
 
-    return any(takes(each) for each in ast.walk(node))
+    return any(takes(each) for each in nodes(node))
 
 
 def _is_clock(node: ast.AST) -> bool:
@@ -270,12 +268,12 @@ def _counted(node: ast.AST, begun: set[str]) -> set[str]:
     if not isinstance(node, (ast.BinOp, ast.AugAssign)) or not isinstance(node.op, ast.Add):
         return set()
     sides = (node.target, node.value) if isinstance(node, ast.AugAssign) else (node.left, node.right)
-    timed = [side for side in sides if any(_difference(part) & begun for part in ast.walk(side))]
+    timed = [side for side in sides if any(_difference(part) & begun for part in nodes(side))]
     return {name for side in sides if timed and side not in timed for name in _names(side)}
 
 
 def _names(node: ast.AST) -> set[str]:
-    return {each.id for each in ast.walk(node) if isinstance(each, ast.Name)}
+    return {each.id for each in nodes(node) if isinstance(each, ast.Name)}
 
 
 __all__ = ["held", "looks", "milestones", "restarted", "short_helpers"]

@@ -111,7 +111,7 @@ def _doubtful(case: Case) -> bool:
 def _decides(test: ast.If, summed: set[int]) -> bool:
     """Whether what counts may hang on a condition: its arms sum, leave, or bind a name. `if frozen: p.requires_grad =
     False` does none of it."""
-    arms = [each for arm in (*test.body, *test.orelse) for each in ast.walk(arm)]
+    arms = [each for arm in (*test.body, *test.orelse) for each in nodes(arm)]
     leaves = (ast.Continue, ast.Break, ast.Return, ast.Raise, ast.Yield, ast.YieldFrom)
     return any(
         isinstance(each, leaves)
@@ -172,7 +172,7 @@ def _every_so_many(case: Case, way: tuple[int, ...]) -> int:
     steps = (
         part.lineno
         for node in around
-        for part in ast.walk(node)
+        for part in nodes(node)
         if isinstance(part, ast.Slice) and part.step is not None and not isinstance(part.step, ast.UnaryOp)
     )
     return min(steps, default=0)
@@ -209,7 +209,7 @@ def _reaching(case: Case, lines: tuple[int, ...]) -> int:
         each.lineno
         for function in around
         if function is not None
-        for each in ast.walk(function)
+        for each in nodes(function)
         if isinstance(each, ast.Call) and len(each.args) > 1 and ast.unparse(each.func).endswith("range")
     )
     return next(ranges, 0)
@@ -224,7 +224,7 @@ def mixes(case: Case, which: Reported) -> bool:
         getattr(each.func, "attr", getattr(each.func, "id", ""))
         for function in around
         if function is not None
-        for each in ast.walk(function)
+        for each in nodes(function)
         if isinstance(each, ast.Call)
     }
     return bool(names & _MIXING)

@@ -18,6 +18,7 @@ from fairway.audit.reading.parsing import levels, parsed
 from fairway.audit.reading.script import Gap, How, Layer, Script
 from fairway.audit.reading.statements import Left, Returned, Statements
 from fairway.audit.reading.texts import decoded
+from fairway.audit.reading.tree import nodes
 from fairway.audit.reading.unpacking import DECODERS
 from fairway.audit.reading.values import UNKNOWN, Code, Held, Name, Scope, Space, Where
 
@@ -78,31 +79,31 @@ class Reader:
         return {"__name__": "__main__" if len(self.open) == 1 else "imported"}
 
     def _walk(self, tree: ast.Module, scope: Scope) -> None:
-        nodes = [node for level in levels(tree) for node in level]
-        words = {_word(node) for node in nodes}
-        if words & (_TELLING | _STARTING) or len(self.open) > 1 or len(nodes) < 400:
+        reached = [node for level in levels(tree) for node in level]
+        words = {_word(node) for node in reached}
+        if words & (_TELLING | _STARTING) or len(self.open) > 1 or len(reached) < 400:
             whole = False
             if not words & _TELLING:
                 self.constants.limit = min(self.constants.limit, self.constants.steps + bounds.STEPS_TO_START)
             with suppress(Spent, Returned, Left, RecursionError):
                 self.statements.block(tree.body, scope)
                 whole = True
-            self._unmet(nodes, scope, whole)
-        for node in nodes:  # wherever an import stands, what it names is code of this submission
+            self._unmet(reached, scope, whole)
+        for node in reached:  # wherever an import stands, what it names is code of this submission
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 self._import(node, Scope())
 
-    def _unmet(self, nodes: list[ast.AST], scope: Scope, whole: bool) -> None:
+    def _unmet(self, reached: list[ast.AST], scope: Scope, whole: bool) -> None:
         """Calls that the walk did not come to: in functions that nothing called with constants. What is not met then
         either, is dead code, unless the walk was cut short by its bound (`whole`)."""
-        for function in [node for node in nodes if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]:
-            calls = [node for node in ast.walk(function) if isinstance(node, ast.Call) and _tells(node)]
+        for function in [node for node in reached if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]:
+            calls = [node for node in nodes(function) if isinstance(node, ast.Call) and _tells(node)]
             if any((self.open[-1], node.lineno, node.col_offset) not in self.seen for node in calls):
                 self.constants.limit = self.constants.steps + 50_000
-                inner = Scope({each.arg: UNKNOWN for each in ast.walk(function) if isinstance(each, ast.arg)}, scope)
+                inner = Scope({each.arg: UNKNOWN for each in nodes(function) if isinstance(each, ast.arg)}, scope)
                 with suppress(Spent, Returned, Left, RecursionError):
                     self.statements.block(function.body, inner)
-        for node in [] if whole else [node for node in nodes if isinstance(node, ast.Call) and _tells(node)]:
+        for node in [] if whole else [node for node in reached if isinstance(node, ast.Call) and _tells(node)]:
             if not self._again(node):
                 self._gap(node, f"`{_shown(node)}` stands behind more work than is followed")
 

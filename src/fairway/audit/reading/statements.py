@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fairway.audit.reading.constants import Constants, bind
+from fairway.audit.reading.tree import nodes
 from fairway.audit.reading.values import UNKNOWN, Closure, Scope, Space
 
 _DEPTH = 12  # calls within calls
@@ -66,7 +67,7 @@ class Statements:
     def _yields(self, node: ast.Lambda | ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
         """Whether a function is a generator."""
         if node not in self.generators:
-            inside = ast.walk(node) if not isinstance(node, ast.Lambda) else ()
+            inside = nodes(node) if not isinstance(node, ast.Lambda) else ()
             self.generators[node] = any(isinstance(each, (ast.Yield, ast.YieldFrom)) for each in inside)
         return self.generators[node]
 

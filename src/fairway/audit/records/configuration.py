@@ -24,7 +24,7 @@ def is_setting(name: str, trees: Iterable[ast.Module]) -> bool:
         given += _given(tree, name)
     if any(map(_from_outside, given)):
         return True
-    if not all(isinstance(part, _LITERAL) for value in given for part in ast.walk(value)):
+    if not all(isinstance(part, _LITERAL) for value in given for part in nodes(value)):
         return False
     return len(given) == 1 or any(not _empty(value) for value in given)
 
@@ -66,7 +66,7 @@ def _from_outside(value: ast.expr) -> bool:
     return any(
         isinstance(part, (ast.Call, ast.Subscript))
         and ast.unparse(part.func if isinstance(part, ast.Call) else part.value).endswith(_READS)
-        for part in ast.walk(value)
+        for part in nodes(value)
     )
 
 

@@ -28,10 +28,10 @@ def splits(tree: ast.Module) -> list[Split]:
     found = []
     for loop in nodes(tree):
         counters = _counters(loop) if isinstance(loop, (ast.For, ast.While)) else set()
-        for node in ast.walk(loop) if counters else ():
+        for node in nodes(loop) if counters else ():
             if not isinstance(node, ast.If):
                 continue
-            for compared in (each for each in ast.walk(node.test) if isinstance(each, ast.Compare)):
+            for compared in (each for each in nodes(node.test) if isinstance(each, ast.Compare)):
                 sides = [compared.left, *compared.comparators]
                 if len(sides) != 2 or not any(isinstance(side, ast.Name) and side.id in counters for side in sides):
                     continue
@@ -55,7 +55,7 @@ def _counters(loop: ast.For | ast.While) -> set[str]:
     """Names that a loop counts with: enumerate, or n += 1."""
     found = {
         each.target.id
-        for each in ast.walk(loop)
+        for each in nodes(loop)
         if isinstance(each, ast.AugAssign)
         and isinstance(each.op, ast.Add)
         and isinstance(each.target, ast.Name)
@@ -69,8 +69,8 @@ def _counters(loop: ast.For | ast.While) -> set[str]:
 
 def _turns(node: ast.If) -> bool:
     """Whether a branch names training text in what it assigns."""
-    assigned = [each.value for part in node.body for each in ast.walk(part) if isinstance(each, ast.Assign)]
-    texts = [each.value for value in assigned for each in ast.walk(value) if isinstance(each, ast.Constant)]
+    assigned = [each.value for part in node.body for each in nodes(part) if isinstance(each, ast.Assign)]
+    texts = [each.value for value in assigned for each in nodes(value) if isinstance(each, ast.Constant)]
     return any(isinstance(text, str) and "train" in text.lower() for text in texts)
 
 
@@ -94,7 +94,7 @@ def _number(node: ast.expr, given: dict[str, list[ast.expr]]) -> ast.Constant | 
 
 def _numbers(value: ast.expr) -> Iterator[ast.Constant]:
     """Whole numbers in a value, also as the text of a default: int(os.environ.get("HELD", "10000"))."""
-    for each in ast.walk(value):
+    for each in nodes(value):
         if isinstance(each, ast.Constant):
             text = each.value
             if isinstance(text, str) and text.replace("_", "").isdecimal() and len(text) < 9:

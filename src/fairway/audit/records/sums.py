@@ -195,9 +195,9 @@ def _compresses(name: str) -> bool:
 
 def _is_own_text(node: ast.expr, sources: "_Sources") -> bool:
     """The script's text, read here or under a name that is given nothing else."""
-    names = [part for part in ast.walk(node) if isinstance(part, ast.Name)]
+    names = [part for part in nodes(node) if isinstance(part, ast.Name)]
     given = [[each for each in sources.of(part) if ast.dump(each) != ast.dump(part)] for part in names]  # write(code)
-    texts = [part for one in (node, *(each[0] for each in given if len(each) == 1)) for part in ast.walk(one)]
+    texts = [part for one in (node, *(each[0] for each in given if len(each) == 1)) for part in nodes(one)]
     plain = {"Path", "open", "read", "read_bytes", "read_text", "encode", "getsource", "abspath", "resolve", "str"}
     called = {_called(part.func) for part in texts if isinstance(part, ast.Call)}
     return all(len(each) < 2 for each in given) and any(map(_is_code, texts)) and called <= plain
@@ -247,7 +247,7 @@ class _Sources:
                 elif _called(node.func) in fields:
                     self._pass(fields[_called(node.func)], node)
         for name, function in functions.items():
-            returned = [each.value for each in ast.walk(function) if isinstance(each, ast.Return) and each.value]
+            returned = [each.value for each in nodes(function) if isinstance(each, ast.Return) and each.value]
             self.given.setdefault(f"{name}()", []).extend(returned)
             if any(_called(each) in ("property", "cached_property") for each in function.decorator_list):
                 self.given.setdefault(name, []).extend(returned)

@@ -5,6 +5,7 @@ import re
 
 from fairway.audit.case import Case
 from fairway.audit.preparing import as_prepared
+from fairway.audit.reading.tree import nodes
 from fairway.audit.terms.data import tokenised, words
 from fairway.audit.terms.expressions import name
 from fairway.audit.terms.octets import decodes_one, encoded_text, is_decoder, parts_of, values
@@ -157,7 +158,7 @@ def _texts(term: Term) -> list[object]:
         return [below.constant() for below in walk(term)]
     function = term.value
     found: list[object] = []
-    for node in ast.walk(function.node):
+    for node in nodes(function.node):
         if isinstance(node, ast.Constant):
             found.append(node.value)
         elif isinstance(node, ast.Name):

@@ -72,12 +72,13 @@ def _beyond(case: Case) -> Finding | None:
             f"The weights learn at {step.place} while the clock of the training is held: these steps are in no 600 s."
         )
         return Finding(ID, "violates", evidence, CLAUSE, loop)
-    steps = steps_after(case, loop.line) if own else 0
+    steps, ended = steps_after(case, loop.line) if own else (0, 0.0)
+    limit = max(limit, ended)
     if steps * FASTEST <= LIMIT - limit:
         return None
     evidence = (
-        f"At least {steps} further steps of the training follow the loop that the clock ends at {limit:g} s, and ask "
-        f"no clock: the {LIMIT - limit:g} s that are left do not hold them, at {1000 * FASTEST:.0f} ms a step."
+        f"At least {steps} further steps of the training follow the loop that the clock ends at {limit:.0f} s, and ask "
+        f"no clock: the {LIMIT - limit:.0f} s that are left do not hold them, at {1000 * FASTEST:.0f} ms a step."
     )
     return Finding(ID, "violates", evidence, CLAUSE, loop)
 

@@ -126,7 +126,7 @@ def _only_whole_windows(case: Case) -> bool:
     for script in case.script.all():
         for node in nodes(script.tree):
             for name, inside in _strided(node):
-                if any(_holds(part, name) for each in inside for part in ast.walk(each)):
+                if any(_holds(part, name) for each in inside for part in nodes(each)):
                     return True
     return False
 
@@ -151,9 +151,9 @@ def _holds(test: ast.AST, name: str) -> bool:
         return False
     return any(
         isinstance(side, ast.BinOp)
-        and any(isinstance(part, ast.Name) and part.id == name for part in ast.walk(side))
+        and any(isinstance(part, ast.Name) and part.id == name for part in nodes(side))
         and not (isinstance(side.op, ast.Sub) and isinstance(side.right, ast.Name) and side.right.id == name)
-        and not any(isinstance(part, ast.Call) for part in ast.walk(side))
+        and not any(isinstance(part, ast.Call) for part in nodes(side))
         for side in (test.left, *test.comparators)
     )
 

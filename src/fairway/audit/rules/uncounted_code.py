@@ -79,7 +79,7 @@ def _counts_itself(case: Case, outside: dict[str, int]) -> bool:
             if _weighs(node):
                 named |= _files_named(node)
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "len":
-                inside = (each.id for each in ast.walk(node) if isinstance(each, ast.Name))
+                inside = (each.id for each in nodes(node) if isinstance(each, ast.Name))
                 named |= {name for variable in inside for name in read.get(variable, ())}
     return all(any(_names(name, path) or name == "*.py" for name in named) for path in outside)
 
@@ -101,7 +101,7 @@ def _files_named(node: ast.AST) -> set[str]:
 
 def _own_files(node: ast.AST) -> Iterator[str]:
     """Modules whose `__file__` stands in an expression."""
-    for each in ast.walk(node):
+    for each in nodes(node):
         if isinstance(each, ast.Attribute) and each.attr == "__file__" and isinstance(each.value, ast.Name):
             yield each.value.id
 
@@ -118,7 +118,7 @@ def _weighs(node: ast.AST) -> bool:
 
 def _words(node: ast.AST) -> set[str]:
     """The attributes that an expression asks for."""
-    return {each.attr for each in ast.walk(node) if isinstance(each, ast.Attribute)}
+    return {each.attr for each in nodes(node) if isinstance(each, ast.Attribute)}
 
 
 def _used(script: Script, outside: dict[str, int]) -> tuple[Place, Step]:

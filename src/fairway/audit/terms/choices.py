@@ -2,20 +2,37 @@
 
 from collections.abc import Iterator
 
-from fairway.audit.terms.term import Term, alternatives, peel
+from fairway.audit.terms.term import Term, alternatives, peel, same
 
 _PRODUCTS = frozenset(("mul", "multiply", "dot", "matmul", "einsum", "lerp", "mm", "bmm", "average"))
 
 
+_MASKS = frozenset("isin in1d eq ne lt le gt ge logical_and logical_or logical_not nonzero".split())  # noqa: SIM905
+
+
 def forked(term: Term) -> tuple[Term, Term, Term] | None:
-    """(condition, if true, if false) of a choice: if, where, select, masked_fill."""
+    """(condition, if true, if false) of a choice: if, where, select, values[mask] = others[mask]."""
     if term.op == "choice" and len(term.parts) == 3:
         return term.parts[0], term.parts[1], term.parts[2]
     if term.op == "call" and term.called in ("where", "select", "cond") and len(term.parts) >= 3:
         if term.receiver is not None:  # x.where(condition, other)
             return term.parts[1], term.parts[0], term.parts[2]
         return term.parts[0], term.parts[1], term.parts[2]
+    if term.op == "store" and len(term.parts) == 3 and term.value is None and is_mask(term.parts[1]):
+        given = peel(term.parts[2])
+        picked = given.op == "item" and same(given.parts[1], term.parts[1], 6)
+        return term.parts[1], given.parts[0] if picked else given, term.parts[0]
     return None
+
+
+def is_mask(index: Term) -> bool:
+    """A selection by truth values: it picks positions, and looks nothing up."""
+    below = peel(index)
+    if below.op == "compare":
+        return True
+    if below.op == "op" and below.value in ("&", "|", "~", "not", "and", "or"):
+        return any(is_mask(part) for part in below.parts)
+    return below.op == "call" and below.called in _MASKS
 
 
 def carried(term: Term, at: Term | None = None) -> bool:

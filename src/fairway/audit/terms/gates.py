@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from functools import cached_property
 
-from fairway.audit.terms.choices import carried, chooses, forked, is_nothing, is_product, options
+from fairway.audit.terms.choices import carried, chooses, forked, is_mask, is_nothing, is_product, options
 from fairway.audit.terms.octets import looked_up
-from fairway.audit.terms.streams import is_mask, reads, token_terms
+from fairway.audit.terms.streams import reads, token_terms
 from fairway.audit.terms.targets import Contribution, only_reshapes
 from fairway.audit.terms.term import Below, Term, peel, same
 from fairway.audit.terms.totals import unlearned

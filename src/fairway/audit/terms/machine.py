@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fairway.audit.reading.script import Layer
+from fairway.audit.reading.tree import nodes
 from fairway.audit.settings import UNKNOWN, Settings, truth
 from fairway.audit.terms import assigning, calls, elements, expressions, objects, paths, patterns
 from fairway.audit.terms.term import Term
@@ -249,7 +250,7 @@ class Machine:
         plain = [base.parts[0] if base.op == "item" else base for base in bases]  # dict[str, int]: dict
         outside = tuple(str(base.value) for base in plain if base.op == "name")
         made = Class(node.name, inside.vars, own, outside, fields)
-        for statement in ast.walk(ast.Module(node.body, [])):
+        for statement in nodes(ast.Module(node.body, [])):
             _, function = self.defined.get(id(statement), (None, None))
             if function is not None and function.frame is inside:
                 function.owner, function.frame = made, frame

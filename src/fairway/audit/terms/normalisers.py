@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from fairway.audit.terms.choices import is_mask
 from fairway.audit.terms.gates import Gates
 from fairway.audit.terms.rows import normalised
-from fairway.audit.terms.streams import is_mask
 from fairway.audit.terms.term import Term, any_below, peel, same
 
 _GUARD = 1e-6  # of a count: what is less keeps a logarithm from nought

@@ -3,6 +3,7 @@ up in."""
 
 from collections.abc import Iterator
 
+from fairway.audit.terms.choices import is_mask
 from fairway.audit.terms.octets import PIECES, looked_up
 from fairway.audit.terms.term import Term, any_below, layers, peel
 
@@ -148,16 +149,6 @@ def _is_text_coding(term: Term) -> bool:
         return False
     given = [part for part, key in zip(term.parts, term.keys, strict=True) if key != "self"]
     return not given or isinstance(given[0].constant(), str)
-
-
-def is_mask(index: Term) -> bool:
-    """A selection by truth values: it picks positions, and looks nothing up."""
-    below = peel(index)
-    if below.op == "compare":
-        return True
-    if below.op == "op" and below.value in ("&", "|", "~", "not", "and", "or"):
-        return any(is_mask(part) for part in below.parts)
-    return below.op == "call" and below.called in ("isin", "in1d", "eq", "ne", "logical_and", "logical_or", "nonzero")
 
 
 def carried(term: Term) -> tuple[Term, ...]:

@@ -12,9 +12,10 @@ cross entropy, the index of a gather), or compared with a hint. `Target.kinds` s
 from collections.abc import Iterator
 from functools import cached_property
 
+from fairway.audit.terms.choices import is_mask
 from fairway.audit.terms.octets import looked_up
 from fairway.audit.terms.positions import Place, place_of_tokens, runs
-from fairway.audit.terms.streams import Streams, compared, is_mask, reads, reads_of_memory, token_terms
+from fairway.audit.terms.streams import Streams, compared, reads, reads_of_memory, token_terms
 from fairway.audit.terms.term import Below, Term, any_below, peel, same
 from fairway.audit.terms.totals import GATHERS, LOSSES, is_learned, summed
 

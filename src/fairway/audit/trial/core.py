@@ -46,8 +46,8 @@ class Core:
         self.limits = Limits(forced)
         self.trial = Trial(vocabulary=self.vocabulary, limits=self.limits)
         self.plans = self.trial.plans
-        self.looped: set[int] = set()
-        self.handed_on: set[int] = set()
+        self.looped: frozenset[int] = frozenset()
+        self.handed_on: frozenset[int] = frozenset()
         self.modules: dict[str, Value] = {}
         self.depth = 0
         self.stack: list[int] = []  # lines of the calls around it

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+from fairway.audit.reading.tree import is_generator
 from fairway.audit.trial.host import Compute
 from fairway.audit.trial.statements import Run, Statements
 from fairway.audit.trial.values import Class, Frame, Func, Lib, Value
@@ -37,7 +38,7 @@ class Definitions(Statements):
             for arg, value in zip(args.kwonlyargs, args.kw_defaults, strict=True)
             if value is not None
         ]
-        yields = isinstance(body, list) and has_yield(body)
+        yields = is_generator(node)
         once: list[Callable[[Frame], Value]] = []  # the body is compiled when it is first called
         host = self.host
 
@@ -113,14 +114,3 @@ def _detach(inner: Frame, outer: Frame) -> None:
         func = getattr(each, "func", each)
         if isinstance(func, Func) and func.frame is inner:
             func.frame = outer
-
-
-def has_yield(body: list[ast.stmt]) -> bool:
-    waiting: list[ast.AST] = list(body)
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, (ast.Yield, ast.YieldFrom)):
-            return True
-        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)):
-            waiting.extend(ast.iter_child_nodes(node))
-    return False

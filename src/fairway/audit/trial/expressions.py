@@ -50,13 +50,16 @@ class Expressions(Displays):
 
     def _taken(self, compute: Compute, name: str) -> Compute:
         """A name, which may stand for a number that is taken for another."""
-        forced = self.host.limits.named(name)
+        forced, used = self.host.limits.named(name), self.host.limits.taken
         if not forced:
             return compute
 
         def taken(frame: Frame) -> Value:
             found = compute(frame)
-            return forced.get(found, found) if type(found) is int else found
+            if type(found) is not int or found not in forced:
+                return found
+            used.add((found, forced[found]))
+            return forced[found]
 
         return taken
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable, Generator, Iterator
 
-from fairway.audit.trial.definitions import Definitions, has_yield
+from fairway.audit.reading.tree import has_yield
+from fairway.audit.trial.definitions import Definitions
 from fairway.audit.trial.statements import BREAK, CONTINUE, Left
 from fairway.audit.trial.values import UNKNOWN, Frame, Raised, Undecided, Value
 

@@ -17,9 +17,9 @@ class Host(Protocol):
     """What expressions ask of the machine."""
 
     limits: Limits
-    looped: set[int]  # the ids of nodes that stand in loops
+    looped: frozenset[int]  # the ids of nodes that stand in loops
     plans: Plans
-    handed_on: set[int]  # the ids of nodes whose values a list or a caller is given
+    handed_on: frozenset[int]  # the ids of nodes whose values a list or a caller is given
 
     def step(self, line: int = 0) -> None: ...
     def doubt(self, line: int) -> None: ...

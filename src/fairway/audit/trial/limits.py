@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 
 from fairway.audit.reading.tree import nodes
 
@@ -60,11 +61,9 @@ class Forced:
     word: str = ""
 
     def of(self, name: str) -> bool:
-        """Whether a number of this name is meant; "" is the name of one that is written out."""
+        """Whether a number of this name is meant, where no word says so; "" is the name of one that is written out."""
         if self.site is not None:
             return self.site[2] == name
-        if self.word:
-            return self.word in name.lower() if len(self.word) > 1 else self.word == name
         return self.limit > _PLAIN or (bool(name) and not any(word in name.lower() for word in _FIXED))
 
 
@@ -74,6 +73,7 @@ class Limits:
 
     forced: tuple[Forced, ...] = ()
     seen: dict[Site, Seen] = field(default_factory=dict)
+    taken: set[tuple[int, int]] = field(default_factory=set)  # numbers with a name that were taken for others
     _meant: dict[str, dict[int, int]] = field(default_factory=dict)  # by name: a script says the same ones often
 
     def held_against(self, site: Site | None, value: object, limit: object) -> None:
@@ -88,9 +88,22 @@ class Limits:
     def named(self, name: str) -> dict[int, int]:
         """What numbers of this name, or ones that are written out, are taken for."""
         if name not in self._meant:
-            meant = sorted((each for each in self.forced if each.of(name)), key=lambda each: bool(each.word))
-            self._meant[name] = {each.limit: each.value for each in meant}
+            meant = {each.limit: each.value for each in self.forced if not each.word and each.of(name)}
+            small = name.lower()
+            for word, numbers in self._by_word.items():
+                if word in small if len(word) > 1 else word == name:
+                    meant |= numbers
+            self._meant[name] = meant
         return self._meant[name]
+
+    @cached_property
+    def _by_word(self) -> dict[str, dict[int, int]]:
+        """A script has some forty numbers with as many words, and nine hundred names."""
+        found: dict[str, dict[int, int]] = {}
+        for each in self.forced:
+            if each.word:
+                found.setdefault(each.word, {})[each.limit] = each.value
+        return found
 
     def fresh(self, number: int) -> bool:
         """Whether the trial may be begun anew with this number taken for another."""
@@ -151,15 +164,16 @@ def site_of(node: ast.expr) -> Site | None:
 _LOOPS = (ast.For, ast.AsyncFor, ast.While, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
-def looped(tree: ast.AST) -> set[int]:
+@lru_cache(maxsize=8)
+def looped(tree: ast.AST) -> frozenset[int]:
     """The ids of the nodes that stand in loops: what is cut there is cut again in the next turn."""
     found: set[int] = set()
     for node in nodes(tree):
         if isinstance(node, _LOOPS):
             begun = node.iter if isinstance(node, (ast.For, ast.AsyncFor)) else None
-            outside = {id(each) for each in ast.walk(begun)} if begun is not None else set()
-            found.update(id(each) for each in ast.walk(node) if id(each) not in outside)
-    return found
+            outside = {id(each) for each in nodes(begun)} if begun is not None else set()
+            found.update(id(each) for each in nodes(node) if id(each) not in outside)
+    return frozenset(found)
 
 
 __all__ = ["CHUNK", "Coarse", "Forced", "Limits", "Seen", "Site", "alone", "finer", "looped", "site_of"]

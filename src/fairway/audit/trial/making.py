@@ -112,7 +112,9 @@ def full(shape: Value, fill: Value, dtype: Value = None, **_: Value) -> Value:
 
 def _new(sizes: tuple[int, ...], fill: float, dtype: Value) -> Array:
     kind = dtype_of(dtype) or np.dtype(np.float64)
-    body = np.full(sizes, fill).astype(kind) if fill else np.zeros(sizes, kind)  # of noughts the system has pages
+    body = (
+        np.full(sizes, np.asarray(fill).astype(kind)) if fill else np.zeros(sizes, kind)
+    )  # of noughts the system has pages
     array = Array(body)
     if array.num is not None and array.num.dtype.kind in "iu" and array.num.ndim and array.num.size < 5_000_000:
         array.pos = np.full(array.shape, -1, np.int32)  # ids may be written to it, and to views of it

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections import deque
+from functools import lru_cache
 
 import numpy as np
 
@@ -17,7 +18,8 @@ _KEPT = 64  # windows
 _MOST = 0.75  # of the windows: documents begin anew
 
 
-def handed_on(tree: ast.AST) -> set[int]:
+@lru_cache(maxsize=8)
+def handed_on(tree: ast.AST) -> frozenset[int]:
     """The ids of expressions that are added to a list, yielded, returned, or make the elements of one."""
     found: set[int] = set()
     for node in nodes(tree):
@@ -27,7 +29,7 @@ def handed_on(tree: ast.AST) -> set[int]:
             found.add(id(node.value))
         elif isinstance(node, (ast.ListComp, ast.GeneratorExp)):
             found.add(id(node.elt))
-    return found
+    return frozenset(found)
 
 
 class Plans:

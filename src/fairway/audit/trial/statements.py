@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Protocol
 
+from fairway.audit.reading.tree import nodes
 from fairway.audit.trial.displays import hashable
 from fairway.audit.trial.expressions import Expressions
 from fairway.audit.trial.host import Compute, Host
@@ -421,7 +422,7 @@ class Statements(Expressions):
 
 def _forget(node: ast.stmt, frame: Frame) -> None:
     """The names that a statement would have bound are not known."""
-    for each in ast.walk(node):
+    for each in nodes(node):
         if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store) and each.id not in frame.vars:
             frame.bind(each.id, UNKNOWN)
 

@@ -62,8 +62,11 @@ def weighed(case: Case, which: Reported) -> Weight | None:
     if not ways:
         return None
     few = tables(case)  # where contexts meet, long ones may have nothing to say
+    met: set[tuple[int, int]] = set()
     for small in [few, ()] if few else [()]:
-        found = _weighed(case, ways, small)
+        if few and not small and met.isdisjoint((each.limit, each.value) for each in few):
+            return None  # there are no such tables: the same once more
+        found = _weighed(case, ways, small, met=met)
         if found is not None and found.total < _LESS:  # what is short here may be too much in another context
             turned = (_weighed(case, ways, small, each) for each in stream.TURNS)
             return next((each for each in turned if each is not None and each.too_much), found)
@@ -82,14 +85,18 @@ def ways_of(case: Case, which: Reported) -> set[Way]:
     return set(list(run.paid)[-1:]) if run is not None and run.trial.complete else set()
 
 
-def _weighed(case: Case, ways: set[Way], small: tuple[Forced, ...], turned: int = 0) -> Weight | None:
-    """turned: the context that the text ends in."""
+def _weighed(
+    case: Case, ways: set[Way], small: tuple[Forced, ...], turned: int = 0, met: set[tuple[int, int]] | None = None
+) -> Weight | None:
+    """turned: the context that the text ends in; met: is given the numbers that were taken for others."""
     said: list[dict[Way, float]] = []
     rows: list[NDArray[np.float64] | None] = []
     line = models = 0
     tried = stream.alternatives(turned)
     for last, _ in tried:
         run = over_text(case, stream.text(last, turned), small)
+        if met is not None:
+            met |= run.limits.taken
         if len(tried) * run.trial.steps > _STEPS:
             return None
         here = {way: price for way, price in run.said.items() if way in ways and not run.unsure(way)}

@@ -91,7 +91,7 @@ class Weigher(Machine):
                 node.lineno: node for node in nodes(self.script.tree) if isinstance(node, (ast.If, ast.While))
             }
         test = self.tests.get(line)
-        parts = [part for arm in (test.body, test.orelse) for each in arm for part in ast.walk(each)] if test else []
+        parts = [part for arm in (test.body, test.orelse) for each in arm for part in nodes(each)] if test else []
         return any(
             isinstance(part, (ast.Continue, ast.Break, ast.Return))
             or (isinstance(part, (ast.Name, ast.Subscript)) and isinstance(part.ctx, ast.Store))

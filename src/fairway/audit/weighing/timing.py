@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -200,7 +200,7 @@ class Timer(Machine):
 
 def _may_end_early(loop: ast.For) -> bool:
     """Whether something in a loop leaves it, or the function that it stands in."""
-    return any(isinstance(each, (ast.Break, ast.Return)) for part in loop.body for each in ast.walk(part))
+    return any(isinstance(each, (ast.Break, ast.Return)) for part in loop.body for each in nodes(part))
 
 
 def _look(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
@@ -216,7 +216,7 @@ def _look_ns(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], l
 def timed(case: Case) -> Overrun | None:
     """The training loop that goes on for longer than the limit; None where it does not, or where none is ended by the
     clock: a loop that is takes half as many turns of twice the time."""
-    if looks(case.body.tree) < _LOOKS:
+    if looks(case.body.tree) < _LOOKS and not _goes_on(case):
         return None
     found, turns = _timed(case, ())
     sooner = dict(_sooner(case, turns // _SHARE)) if found is None and turns else {}
@@ -247,15 +247,25 @@ def _timed(case: Case, forced: tuple[Forced, ...]) -> tuple[Overrun | None, int]
 def _longer(case: Case, loop: Loop, ended: int) -> Overrun | None:
     """Turns that a loop takes on top of those that the clock ends, however slow they are: more than what is left can
     hold."""
-    more, limit = loop.turns - ended, ended * (loop.now - loop.begun) / loop.turns
+    step = (loop.now - loop.begun) / loop.turns
+    more, limit = loop.turns - ended, _forgiven(ended * step, step)
     if ended < _FEW or limit > LIMIT or more * FASTEST <= LIMIT - limit:
         return None
-    return Overrun(limit, loop.line, _moved_on(case, loop.line) or loop.line, more)
+    return Overrun(limit, loop.line, _moved_on(_inside(case, loop.line)) or loop.line, more)
 
 
-def _moved_on(case: Case, line: int) -> int:
-    """The line in a loop that sets what the loop is held against to a sum: `stop_after = step + more`."""
-    inside = _inside(case, line)
+def _goes_on(case: Case) -> bool:
+    """Whether a loop that takes a gradient may set itself an end that lies a number of steps ahead."""
+    loops = (each for each in nodes(case.body.tree) if isinstance(each, (ast.For, ast.While)))
+    return any(_moved_on(nodes(each)) for each in loops if any(map(_learns, nodes(each))))
+
+
+def _learns(node: ast.AST) -> bool:
+    return isinstance(node, ast.Attribute) and node.attr == "backward"
+
+
+def _moved_on(inside: Sequence[ast.AST]) -> int:
+    """The line in a loop that sets what the loop is held against to a sum: `stop_after = step + more`; 0 for none."""
     held = _held(inside)
     return next(
         (
@@ -264,6 +274,7 @@ def _moved_on(case: Case, line: int) -> int:
             if isinstance(each, ast.Assign)
             and isinstance(each.value, ast.BinOp)
             and isinstance(each.value.op, ast.Add)
+            and site_of(each.value.right) is not None
             and any(isinstance(target, ast.Name) and target.id in held for target in each.targets)
         ),
         0,
@@ -277,9 +288,9 @@ def _every(case: Case, line: int) -> int:
     held = _held(inside)
     found: set[int] = set()
     for test in (
-        each for each in inside if isinstance(each, ast.If) and any(_ends(part, held) for part in ast.walk(each))
+        each for each in inside if isinstance(each, ast.If) and any(_ends(part, held) for part in nodes(each))
     ):
-        for part in ast.walk(test.test):
+        for part in nodes(test.test):
             if isinstance(part, ast.BinOp) and isinstance(part.op, ast.Mod):
                 site = site_of(part.right)
                 if isinstance(part.right, ast.Constant) and type(part.right.value) is int:
@@ -298,27 +309,33 @@ def _ends(node: ast.AST, held: set[str]) -> bool:
 def _inside(case: Case, line: int) -> list[ast.AST]:
     """All that stands in the loop at a line."""
     loops = (each for each in nodes(case.body.tree) if isinstance(each, (ast.For, ast.While)) and each.lineno == line)
-    return [part for loop in loops for part in ast.walk(loop)]
+    return [part for loop in loops for part in nodes(loop)]
 
 
-def _held(inside: list[ast.AST]) -> set[str]:
+def _held(inside: Sequence[ast.AST]) -> set[str]:
     """The names in comparisons."""
     return {
         part.id
         for each in inside
         if isinstance(each, ast.Compare)
-        for part in ast.walk(each)
+        for part in nodes(each)
         if isinstance(part, ast.Name)
     }
 
 
-def steps_after(case: Case, line: int) -> int:
-    """The turns of a training loop at this line that begins when the one that the clock ends is over; 0 where the trial
-    comes to none."""
+def steps_after(case: Case, line: int) -> tuple[int, float]:
+    """The turns of a training loop at this line that begins when the one that the clock ends is over, and the seconds
+    after which the clock ends that at the least; noughts where the trial comes to none."""
     machine, loop = _trained(case)
     if loop is None:
-        return 0
-    return max((each.turns for each in machine.loops if each.line == line and each.begun >= loop.now), default=0)
+        return 0, 0.0
+    ended = _forgiven(loop.now - loop.begun, (loop.now - loop.begun) / loop.turns)
+    return max((each.turns for each in machine.loops if each.line == line and each.begun >= loop.now), default=0), ended
+
+
+def _forgiven(seconds: float, step: float) -> float:
+    """What a loop took that the clock ends, where the step that crosses the line, long as it is here, is forgiven."""
+    return seconds if not LIMIT <= seconds <= LIMIT + step else LIMIT - step
 
 
 def _sooner(case: Case, soon: int) -> Iterator[tuple[Forced, int]]:
