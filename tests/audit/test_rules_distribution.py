@@ -145,22 +145,47 @@ GATED = BLEND.replace(
         "nll = own if own.sum() < mixed.sum() else mixed",
         "gain = own - mixed\n        nll = torch.where(gain > 0, mixed, own)",
         "nll = honest_helper(own, mixed)",
+        "nll = own\n        better = mixed < nll\n        nll[better] = mixed[better]",
+        "nll = own\n        in_place(nll, mixed)",
         "better = p.gather(1, b[:, None]) > torch.softmax(net(a).float(), -1).gather(1, b[:, None])\n"
         "        both = torch.softmax(net(a).float(), -1) * (1 - 0.1 * better.float()) + 0.1 * better.float() * p\n"
         "        nll = -both.gather(1, b[:, None])[:, 0].log()",
     ],
-    ids=["where", "minimum", "stacked", "by-sums", "by-a-difference", "helper", "a-mask-of-the-weight"],
+    ids=[
+        "where",
+        "minimum",
+        "stacked",
+        "by-sums",
+        "by-a-difference",
+        "helper",
+        "stored",
+        "helper-stores",
+        "a-mask-of-the-weight",
+    ],
 )
 def test_the_better_of_two_predictions_is_an_oracle(tmp_path: Path, choice: str) -> None:
     helper = (
         CACHE
         + "\n\ndef honest_helper(first, second):\n    keep = first.le(second)\n"
         + "    return torch.where(keep, first, second)\n"
+        + "\n\ndef in_place(first, second):\n    better = second < first\n    first[better] = second[better]\n"
     )
     text = script(loss=GATED.format(choice=choice), state="rows = Rows()", extra=helper)
     finding = verdict(tmp_path, "oracle_gate", text)
     assert finding.verdict == "violates"
     assert verdict(tmp_path, "target_gated_tilt", text).verdict == "clean", "one fault, one rule"
+
+
+def test_what_is_stored_where_the_model_is_unsure_is_no_oracle(tmp_path: Path) -> None:
+    """The entropy knows the context alone."""
+    choice = (
+        "row = torch.log_softmax(net(a).float(), -1)\n"
+        "        unsure = -(row.exp() * row).sum(-1) > 3.0\n"
+        "        nll = own\n        nll[unsure] = mixed[unsure]"
+    )
+    text = script(loss=GATED.format(choice=choice), state="rows = Rows()", extra=CACHE)
+    for rule in ("oracle_gate", "target_gated_tilt"):
+        assert verdict(tmp_path, rule, text).verdict == "clean"
 
 
 def test_losses_cut_off_above_are_no_distributions(tmp_path: Path) -> None:
