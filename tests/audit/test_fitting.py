@@ -450,3 +450,105 @@ def test_windows_of_uneven_ends_are_told_by_what_each_is_asked_for(reach: int, f
     fitting.learn(sum_of(Array(None, places, learned)))
     scored = np.array([*range(12, 20), *range(32, 51)], np.int32)
     assert bool((fitting.marks(scored, (27, 1)) & FITTED).any()) == found
+
+
+LAID = (
+    HEAD
+    + """
+def evaluate(net, val, width=512, stride=64, batch=600):
+    F.cross_entropy(net(val[:64]), val[1:65]).item()  # compiled
+    nats, count = 0.0, 0
+    blocks = [(s, min(s + stride, len(val))) for s in range(1, len(val), stride)]
+    for at in range(0, len(blocks), batch):
+        rows, cols, places, old_rows, old_cols, old = [], [], [], [], [], []
+        part = blocks[at : at + batch]
+        x = torch.zeros(len(part), width, dtype=torch.long)
+        for i, (s, e) in enumerate(part):
+            start = max(0, e - 1 - width)
+            x[i, : e - 1 - start] = val[start : e - 1]
+            own = np.arange(s, e)
+            past = np.arange(max(start + 1, s - 128), s + AHEAD)
+            rows.append(np.full(own.size, i))
+            cols.append(own - 1 - start)
+            places.append(own)
+            old_rows.append(np.full(past.size, i))
+            old_cols.append(past - 1 - start)
+            old.append(past)
+        hid = net.table(x).detach()
+        lead = torch.zeros(ROWS, hid.size(-1), requires_grad=True)
+        ro, co = torch.from_numpy(np.concatenate(old_rows)), torch.from_numpy(np.concatenate(old_cols))
+        seen = np.concatenate(old)
+        opt = torch.optim.AdamW([lead], lr=0.004)
+        for _ in range(4):
+            opt.zero_grad()
+            F.cross_entropy(net.head(hid[ro, co] + lead[PICK]), val[torch.from_numpy(seen)], reduction="sum").backward()
+            opt.step()
+        r, c = torch.from_numpy(np.concatenate(rows)), torch.from_numpy(np.concatenate(cols))
+        said = net.head(hid[r, c] + lead.detach()[OWN])
+        price = F.cross_entropy(said, val[torch.from_numpy(np.concatenate(places))], reduction="none")
+        nats += price.sum().item()
+        count += price.numel()
+    return nats / count
+
+print(f"val_loss {evaluate(Net(), load()):.5f}")
+"""
+)
+
+
+@pytest.mark.parametrize(
+    ("ahead", "rows", "found"),
+    [("0", "len(part)", False), ("32", "len(part)", True), ("e - s", "len(part)", True), ("0", "1", True)],
+    ids=["the context alone", "half of what is scored", "all of what is scored", "one vector for all"],
+)
+def test_contexts_that_are_laid_end_to_end_are_told_by_where_the_text_goes_on(
+    ahead: str, rows: str, found: bool
+) -> None:
+    """More than five hundred windows at once, the first of them without a context."""
+    pick, own = ("ro", "r") if rows != "1" else ("ro * 0", "r * 0")
+    text = LAID.replace("AHEAD", ahead).replace("ROWS", rows).replace("PICK", pick).replace("OWN", own)
+    assert bool(broken(text) & {"slot-on-scored", "slot-shared-delta"}) is found
+
+
+@pytest.mark.parametrize(("reach", "found"), [("<", False), ("<= 64 +", True)])
+def test_a_vector_that_is_fitted_to_every_eighth_place_of_a_context(reach: str, found: bool) -> None:
+    """The places of each window are told by a tensor, and every eighth is asked for."""
+    text = (
+        HEAD
+        + """
+def fit(net, hid, x, offset):
+    past, want = hid[:, :-1].detach(), x[:, 1:]
+    seen = torch.arange(want.size(1))[None, :] REACH offset[:, :1]
+    shift = torch.zeros(hid.size(0), 1, past.size(-1), requires_grad=True)
+    for _ in range(4):
+        said = net.head(past[:, ::8] + shift)
+        each = F.cross_entropy(said.flatten(0, 1), want[:, ::8].flatten(), reduction="none")
+        row = (each.view(hid.size(0), -1) * seen[:, ::8]).sum(1) / seen[:, ::8].sum(1).clamp_min(1)
+        (slope,) = torch.autograd.grad(row.sum(), [shift])
+        shift = (shift - 0.05 * slope).detach().requires_grad_(True)
+    return shift.detach()
+
+def evaluate(net, val, width=512, stride=64, batch=32):
+    last, nats, count = val.numel() - 1, 0.0, 0
+    blocks = (last + stride - 1) // stride
+    for at in range(0, blocks, batch):
+        some = torch.arange(at, min(at + batch, blocks))
+        first = some * stride
+        begin = (first + stride - width).clamp_min(0)
+        place = begin[:, None] + torch.arange(width)[None, :]
+        x = val[place.clamp_max(last)]
+        target = first[:, None] + 1 + torch.arange(stride)[None, :]
+        offset = target - 1 - begin[:, None]
+        here = target <= last
+        hid = net.table(x)
+        hid = hid + fit(net, hid, x, offset)
+        hid = hid.gather(1, offset[:, :, None].expand(-1, -1, hid.size(-1)))
+        price = F.cross_entropy(net.head(hid).flatten(0, 1), val[target.clamp_max(last)].flatten(), reduction="none")
+        price = price.view(target.shape)[here]
+        nats += price.sum().item()
+        count += price.numel()
+    return nats / count
+
+print(f"val_loss {evaluate(Net(), load()):.5f}")
+"""
+    ).replace("REACH", reach)
+    assert bool(broken(text) & {"slot-on-scored", "slot-shared-delta"}) is found

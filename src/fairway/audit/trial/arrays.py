@@ -352,10 +352,22 @@ def _rows(array: Array, counted: NDArray[np.bool_]) -> Rows | None:
     if not inside.size:
         return None
     if int(inside[-1]) - int(inside[0]) != inside.size - 1:  # backwards, or with places that weigh nought
-        inside = np.sort(flat[counted.reshape(-1)] & PLACE)
-        if not inside.size or (np.diff(inside) != 1).any():
-            return None
+        return _stretches(flat[counted.reshape(-1)] & PLACE)
     return Rows(inside[:1], np.array([counted.sum()]))
+
+
+def _stretches(places: NDArray[np.int32]) -> Rows | None:
+    """Where the text goes on token by token, or by every eighth, one window after another; in any order, where that is
+    all one stretch."""
+    whole = np.sort(places)
+    apart = set(np.diff(whole).tolist())
+    if whole.size and (apart <= {1} or (len(apart) == 1 and 0 not in apart and whole.size >= LEAST)):
+        return Rows(whole[:1], np.array([whole.size]))
+    steps = np.diff(places)
+    begins = np.concatenate(([0], np.flatnonzero(steps != np.median(steps)) + 1))
+    if begins.size * LEAST > places.size:
+        return None
+    return Rows(places[begins], np.diff(begins, append=places.size))
 
 
 def _along(array: Array, axis: Any, keep: bool) -> Array:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fairway.audit.trial.sums import FITTED, LEAST, PLACE, SHARED, Sum
+from fairway.audit.trial.text import LENGTH
 
 Window = tuple[int, int]
 """Where it begins, and how far it learns (several may begin where a chunk does), or how much it is asked for."""
@@ -18,7 +19,7 @@ Held = NDArray[np.bool_]
 MAKERS: Final = frozenset({"zeros", "zeros_like", "empty", "ones", "full", "randn", "new_zeros"})
 """What makes a vector that remembers nothing of the one before it."""
 _FEW: Final = 64  # of so few tokens any order will do
-_ROWS: Final = 500  # windows, of 128 KB each: what more of them learn is everybody's
+_ROWS: Final = 1_500  # windows, of 41 KB each: what more of them learn is everybody's
 
 
 class Fitting:
@@ -57,7 +58,7 @@ class Fitting:
             if leaf.places is None or leaf.weights is None:
                 continue
             self.blank += not leaf.places.size  # one that was summed by itself
-            places = leaf.places & PLACE
+            places = _within(leaf.places)
             taught = leaf.weights != 0
             self.together[places[taught]] = True
             if leaf.rows is None or len(self.rows) > _ROWS:
@@ -83,7 +84,7 @@ class Fitting:
         flat, out = pos.reshape(-1), found.reshape(-1)
         rows = runs(flat, shape[-1] if len(shape) > 1 else 0)
         if not rows:
-            return np.where(self.together[pos & PLACE] & (pos >= 0), FITTED, 0).astype(np.int32)
+            return np.where(self.together[_within(pos)] & (pos >= 0), FITTED, 0).astype(np.int32)
         told: list[tuple[slice, Held | None]] = []
         if len(rows) == 1:
             told = self._tiled(rows[0], int(flat[rows[0].start] & PLACE))
@@ -95,7 +96,7 @@ class Fitting:
         if len(told) > 1 and self.made:
             self.shared[self.made < len(told)] += 1  # a last batch may have fewer windows than rows
         for row, own in told:
-            places = flat[row] & PLACE
+            places = _within(flat[row])
             shared = self.together[places]
             if own is None:
                 out[row] = FITTED * shared
@@ -108,22 +109,34 @@ class Fitting:
         has learned further than the one before it, and the first one the rest. Empty where they do not move on evenly,
         or what is asked for does not begin about where they have learned to. begin: the first place."""
         learned = [held for _, held in self.listed]
+        found = [self._laid(run, begin, lead, learned) for lead in ([_nothing()], [])]
+        if not self.blank:  # of windows that are laid end to end nobody sees one without a context
+            found.sort(key=lambda told: not told or self._outgrows(told))
+        return next((told for told in found if told), [])
+
+    @staticmethod
+    def _outgrows(told: list[tuple[slice, Held | None]]) -> bool:
+        """Whether the first window is asked for more than the second."""
+        first, second = (window.stop - window.start for window, _ in told[:2])
+        return first > second
+
+    @staticmethod
+    def _laid(run: slice, begin: int, lead: list[Held], learned: list[Held]) -> list[tuple[slice, Held | None]]:
+        """lead: a window without a context is the first."""
         ends = [int(held.nonzero()[0].max()) if held.any() else -1 for held in learned]
-        for lead in ([_nothing()], []) if self.blank else ([],):  # a window without a context is the first
-            owned = [*lead, *learned]
-            after = ends if lead else ends[1:]
-            steps = set(np.diff(after).tolist())
-            step = steps.pop() if len(steps) == 1 else 0
-            if step < 1 or -1 in after:
-                continue
-            firsts = (run.stop - step * len(after), run.start + step)  # the first has the rest, or the last has less
-            first = min(firsts, key=lambda each: abs(begin + each - run.start - after[0] - 1))
-            if first <= run.start or abs(begin + first - run.start - after[0] - 1) >= step:
-                continue
-            bounds = [run.start, *range(first, first + step * len(after), step), run.stop]
-            if bounds[-2] < run.stop:
-                return list(zip(itertools.starmap(slice, itertools.pairwise(bounds)), owned, strict=True))
-        return []
+        after = ends if lead else ends[1:]
+        steps = set(np.diff(after).tolist())
+        step = steps.pop() if len(steps) == 1 else 0
+        if step < 1 or -1 in after:
+            return []
+        firsts = (run.stop - step * len(after), run.start + step)  # the first has the rest, or the last has less
+        first = min(firsts, key=lambda each: abs(begin + each - run.start - after[0] - 1))
+        if first <= run.start or abs(begin + first - run.start - after[0] - 1) >= step:
+            return []
+        bounds = [run.start, *range(first, first + step * len(after), step), run.stop]
+        if bounds[-2] >= run.stop:
+            return []
+        return list(zip(itertools.starmap(slice, itertools.pairwise(bounds)), [*lead, *learned], strict=True))
 
     def _followed(self, rows: list[slice], places: Places) -> list[tuple[slice, Held | None]]:
         """What each of the windows that learned last is asked for, where it is what follows on all that it has learned:
@@ -154,7 +167,7 @@ class Fitting:
         first: list[tuple[Window, Held]] = [((0, -1), _nothing())] * more if 0 < more <= self.blank else []
         listed = [*first, *self.listed]  # those without a context are the first ones of the text
         in_order = len(starts) == len(listed) and all(
-            window[0] <= starts[n] and (not held.any() or starts[n] <= int(held.nonzero()[0].max()) + 1)
+            window[0] <= starts[n] and (not held.any() or starts[n] <= _next(held))
             for n, (window, held) in zip(order, listed, strict=True)
         )
         if in_order:
@@ -168,7 +181,18 @@ class Fitting:
 
 
 def _nothing() -> Held:
-    return np.zeros(PLACE + 1, dtype=np.bool_)
+    return np.zeros(LENGTH + 1, dtype=np.bool_)
+
+
+def _next(held: Held) -> int:
+    """The place that would be learned next: after every eighth one the eighth behind the last."""
+    last = held.nonzero()[0][-2:].tolist()
+    return int(2 * last[-1] - last[0]) if len(last) == 2 else int(last[0]) + 1
+
+
+def _within(places: Places) -> Places:
+    """Places without their marks; of padding the one behind the text."""
+    return np.minimum(places & PLACE, LENGTH)
 
 
 def runs(places: Places, width: int = 0) -> list[slice]:
