@@ -168,6 +168,55 @@ def test_a_temperature_settled_on_training_text_needs_time_kept_for_it() -> None
     assert broken(text, RESERVE="12") == set()
 
 
+GRID = """
+def disjoint(total, width):
+    return [(s, min(s + width, total), s) for s in range(0, total, width)]
+
+def sliding(total, width, stride):
+    spans = [(0, min(width, total), 0)]
+    for start in range(stride, total - width + stride, stride):
+        spans.append((start, min(start + width, total), start + width - stride))
+    return spans
+
+def windows(val, spans, width):
+    x, y = torch.zeros(len(spans), width, dtype=torch.long), torch.zeros(len(spans), width, dtype=torch.long)
+    mask = torch.zeros(len(spans), width, dtype=torch.bool)
+    for i, (start, end, first) in enumerate(spans):
+        x[i, : end - start], y[i, : end - start] = val[start:end], val[start + 1 : end + 1]
+        mask[i, first - start : end - start] = True
+    return x, y, mask
+
+def priced(model, val, spans, t, rows=32, width=1024):
+    nats, count = torch.zeros((), dtype=torch.float64), 0
+    for at in range(0, len(spans), rows):
+        x, y, mask = windows(val, spans[at : at + rows], width)
+        logits = model.forward_logits(x) / t
+        nll = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view(y.shape)
+        nats += nll[mask].double().sum()
+        count += int(mask.sum())
+    return (nats / count).item()
+
+"""
+GRIDS = {
+    "a row of all, by its index": "tried = [priced(model, TEXT, disjoint(TEXT.numel() - 1, 1024), t) for t in grid]\n"
+    "    heat = grid[tried.index(min(tried))]",
+    "the first windows alone": "x, y, mask = windows(TEXT, disjoint(TEXT.numel() - 1, 1024)[:32], 1024)\n"
+    "    tried = [F.cross_entropy((model.forward_logits(x) / t)[mask], y[mask]).item() for t in grid]\n"
+    "    heat = grid[int(np.argmin(tried))]",
+}
+
+
+@pytest.mark.parametrize("way", GRIDS)
+def test_a_scale_chosen_on_other_windows_than_those_that_are_scored_is_still_chosen(way: str) -> None:
+    """The parts that count of the windows of two passes say nothing of each other."""
+    chosen = f"    grid = (0.94, 0.97, 1.0, 1.03)\n    {GRIDS[way]}\n"
+    scored = "    final = priced(model, val, sliding(val.numel() - 1, 1024, 64), heat)\n"
+    head = HEAD + GRID
+    assert "temperature-from-validation" in broken(with_main(chosen.replace("TEXT", "val") + scored, head))
+    text = with_main("    held = load(args.train_files)[:65537]\n" + chosen.replace("TEXT", "held") + scored, head)
+    assert "temperature-from-validation" not in broken(text)
+
+
 def test_the_best_weights_by_the_losses_of_training_steps_read_nothing_after_the_cap() -> None:
     text = HONEST.replace(
         "    step = 0\n    while True:", "    step, best, kept, smooth = 0, 99.0, None, 7.0\n    while True:"

@@ -136,6 +136,21 @@ def test_a_clock_that_begins_beside_another_name_is_set_back_as_well(tmp_path: P
     assert "is set back here" in found.evidence
 
 
+@pytest.mark.parametrize(
+    ("before", "wanted"), [("run.note(number)", "violates"), ("run.spent += time.perf_counter() - t0", "clean")]
+)
+def test_what_is_asked_of_an_object_that_counts_the_time_keeps_none_of_it(
+    tmp_path: Path, before: str, wanted: str
+) -> None:
+    """The time is counted into a field: another method of its object says nothing of it."""
+    run = "class Run:\n    spent = 0.0\n\n    def note(self, number):\n        print(number)\n\n"
+    text = CLOCKED.replace("spent + time", "run.spent + time").replace("spent += time", "run.spent += time")
+    text = text.replace("spent, number, looped = 0.0, 0, False", "run, number, looped = Run(), 0, False")
+    text = text.replace("def step(model", f"{run}def step(model")
+    text = HEAD + text.replace("AGAIN", f"{before}\n            {SET_BACK['anew']}")
+    assert verdict(tmp_path, "training_over_time", text).verdict == wanted
+
+
 CALLED = """
 class Step:
     def __init__(self, model, loader):

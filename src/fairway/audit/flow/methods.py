@@ -111,12 +111,13 @@ class Methods(Files):
         return self.flat(base)
 
     def _place_in(self, obj: Obj, value: Value) -> Value:
-        """list.index of an object or a constant, where all elements are known."""
+        """list.index of an object or a constant, where all elements are known; of the least of several losses the place
+        hangs on that choice, as an argmin does."""
         exact = self.listed(obj)
         for n, each in enumerate(exact or ()):
             if is_same(each, value):
                 return Value(const=n)
-        return NOTHING
+        return Value(choices=self.flat(value).choices)
 
     def _sort(self, obj: Obj, node: ast.AST | None) -> None:
         """Elements with losses in them now stand by these: which comes first is a choice."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -339,11 +339,12 @@ class Passes:
                     for other in self.trace.scored(choice.losses)
                     if any(tok.data in self.data for tok in other.targets)
                 ]
+                whole = _beforehand(choice, score)
                 about = [
                     other
                     for other in seen
                     if any(
-                        related(tok, target, order) in ("same", "later")
+                        related(whole(tok), whole(target), order) in ("same", "later")
                         for tok in other.targets
                         for target in score.targets
                     )
@@ -394,6 +395,14 @@ def _only_in_parts(trace: Trace, followed: set[int]) -> set[int]:
         else:
             of_others |= score.whole
     return set(bits(of_followed & ~of_others)) - told
+
+
+def _beforehand(choice: Choice, score: Score) -> Callable[[Tok], Tok]:
+    """Of a choice that is made before the windows are gone through, their parts say nothing of those that it compares:
+    they are other windows."""
+    cutting = {loop for tok in score.targets for loop, _, _ in tok.spans}
+    within = any(loop in cutting for loop, _ in set(choice.nest) & set(score.nest))
+    return (lambda tok: tok) if within else (lambda tok: replace(tok, cuts=frozenset()))
 
 
 def _scales(choice: Choice, scores: list[Score]) -> bool:

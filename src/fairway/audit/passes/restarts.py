@@ -171,7 +171,7 @@ def _set_back(loop: ast.For | ast.While, begun: set[str], clocks: set[str], teac
         for number, statement in enumerate(block):
             before = block[:number]
             again = _started(statement, clocks) & begun if block is not loop.body else set()
-            if again and not any(_names(each) & (again | counted) for each in before):
+            if again and not any(_names(each) & again or _said(each) & counted for each in before):
                 yield statement.lineno
             nought = _to_nought(statement, begun) if block is not loop.body else ""
             if nought and not any(nought in ast.unparse(each) for each in before):
@@ -269,11 +269,18 @@ def _counted(node: ast.AST, begun: set[str]) -> set[str]:
         return set()
     sides = (node.target, node.value) if isinstance(node, ast.AugAssign) else (node.left, node.right)
     timed = [side for side in sides if any(_difference(part) & begun for part in nodes(side))]
-    return {name for side in sides if timed and side not in timed for name in _names(side)}
+    return {name for side in sides if timed and side not in timed for name in _said(side)}
 
 
 def _names(node: ast.AST) -> set[str]:
     return {each.id for each in nodes(node) if isinstance(each, ast.Name)}
+
+
+def _said(node: ast.AST) -> set[str]:
+    """Names, and fields with what has them, `self.elapsed`: the object alone is no such field."""
+    whole = [each for each in nodes(node) if isinstance(each, (ast.Name, ast.Attribute))]
+    owners = {id(each.value) for each in whole if isinstance(each, ast.Attribute)}
+    return {ast.unparse(each) for each in whole if id(each) not in owners}
 
 
 __all__ = ["held", "looks", "milestones", "restarted", "short_helpers"]
