@@ -5,14 +5,12 @@ The sums are checked against their closed forms: one for whatever is normalised,
 import ast
 import itertools
 import math
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from fairway.audit import audit
 from fairway.audit.case import Case
 from fairway.audit.passes.charged import passes_of
 from fairway.audit.rules import false_normalisation, target_gated_tilt, training_before_scoring, two_pass_cache
@@ -526,14 +524,6 @@ def test_a_text_that_a_trial_did_not_come_to_the_end_of_is_not_asked_for_the_oth
     monkeypatch.setattr("fairway.audit.weighing.foreseeing.over_text", lambda *given: (asked.append(given), run)[1])
     assert foresees(one, passes_of(one)[0]) is None
     assert len(asked) == len({few for _, _, few, _ in asked}), "once with tables of each size"
-
-
-def test_only_what_seems_to_know_too_much_is_asked_whether_it_foresees(monkeypatch: Any, tmp_path: Path) -> None:
-    asked: list[Any] = []
-    monkeypatch.setattr("fairway.audit.weighing.foresees", lambda *given: asked.append(given))
-    (tmp_path / "train_gpt.py").write_text(case(WHOLE["a mixture"]).script.text)
-    audit(tmp_path)
-    assert not asked
 
 
 def test_classes_of_one_hot_rows_are_bounded_as_all_arrays_are() -> None:

@@ -3,7 +3,7 @@
 import ast
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fairway.audit.flow.events import Trace
 from fairway.audit.reading.script import Script
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 
 
-class on_demand(cached_property[bool | None]):
+class on_demand(cached_property[Any]):
     """What only some findings ask for, and what takes seconds: not prepared for every case."""
 
 
@@ -97,6 +97,14 @@ class Case:
         from fairway.audit.weighing import foresees
 
         return foresees(self, passes_of(self)[0])
+
+    @on_demand
+    def itself(self) -> "Weight | None":
+        """What the probabilities of a token behind one that was never met add up to, where that is too much."""
+        from fairway.audit.passes.charged import passes_of
+        from fairway.audit.weighing import of_itself
+
+        return of_itself(self, passes_of(self)[0])
 
     @cached_property
     def reading(self) -> "Reading":

@@ -99,6 +99,21 @@ def _filled(trace: Trace, update: Update, score: Score) -> Place | None:
     return update.stack[depth - 1] if 0 < depth <= len(update.stack) < 12 else None
 
 
+def table_filled(case: Case) -> int:
+    """The line in a loop in which a table learns validation tokens, or calls what does; 0 where there is no table, or
+    where several are filled in different lines."""
+    kinds = passes_of(case)[0].data
+    taught = [each for each in case.trace.updates if each.how == "table" and {tok.data for tok in each.learned} & kinds]
+    looped = [part for each in nodes(case.body.tree) if isinstance(each, (ast.For, ast.While)) for part in each.body]
+    spans = [range(part.lineno, (part.end_lineno or part.lineno) + 1) for part in looped]
+    lines = {
+        next((at.line for at in reversed(each.stack) if any(at.line in span for span in spans)), each.place.line)
+        for each in taught
+        if each.place.file == case.body.path
+    }
+    return lines.pop() if len(lines) == 1 else 0
+
+
 def _calibrated(case: Case, update: Update, score: Score) -> Place:
     """Where the model was run on what it was calibrated on; where that was read for it alone, the line that asks for
     it."""

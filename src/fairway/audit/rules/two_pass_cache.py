@@ -3,8 +3,9 @@
 from fairway.audit.case import Case
 from fairway.audit.passes.charged import passes_of
 from fairway.audit.passes.findings import verdict_on
+from fairway.audit.passes.places import table_filled
 from fairway.audit.verdict import Finding
-from fairway.audit.weighing import as_foreseen, excess
+from fairway.audit.weighing import PIECES, as_foreseen, excess
 
 ID = "two-pass-cache"
 CHARGE = "a table filled in a first pass over the validation tokens scores them in a second"
@@ -18,12 +19,22 @@ def check(case: Case) -> Finding:
 
 
 def _foreseen(case: Case) -> Finding | None:
-    """Where the walk sees no table that knew too much: prices hang on what follows, and add up to more than one."""
-    weight = excess(case)
-    if weight is None or not case.foresees:
+    """Where the walk sees no table that knew too much: prices hang on what follows, or on the token itself where no
+    other has come before it."""
+    if case.weight is None:  # nothing but a model says them
+        return None
+    line = table_filled(case) or case.weight.line
+    if case.foresees:
+        more = f", and all tokens that may stand at one place come to {case.weight.total:.4f}"
+        evidence = (
+            "Where a text goes on otherwise from its middle, prices before it change"
+            f"{more if case.weight.too_much else ''}: what is looked up held the tokens already."
+        )
+        return Finding(ID, "violates", evidence, CLAUSE, case.place(line))
+    if excess(case) is not None or case.itself is None:
         return None
     evidence = (
-        "Where a text goes on otherwise from its middle, prices before it change, and what the script says of all "
-        f"tokens that may stand at one place adds up to {weight.total:.4f}: what it looks up held the token already."
+        f"Behind a token that was never met, all of the {PIECES} that may follow come to {case.itself.total:.4f}: what "
+        "is looked up for each held it already."
     )
-    return Finding(ID, "violates", evidence, CLAUSE, case.place(weight.line))
+    return Finding(ID, "violates", evidence, CLAUSE, case.place(line))

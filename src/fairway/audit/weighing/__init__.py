@@ -16,7 +16,7 @@ says of them must add up to one at most: exp(-loss) summed over the tokens, RULE
 More than one is a fault in any case. Less is none: what is left may lie on tokens that were not tried.
 """
 
-from fairway.audit.weighing.alternatives import Weight, is_whole, weighed
+from fairway.audit.weighing.alternatives import Weight, is_whole, of_itself, weighed
 from fairway.audit.weighing.excess import excess
 from fairway.audit.weighing.foreseeing import as_foreseen, foresees
 from fairway.audit.weighing.stream import PIECES
@@ -31,6 +31,7 @@ __all__ = [
     "excess",
     "foresees",
     "is_whole",
+    "of_itself",
     "steps_after",
     "timed",
     "weighed",

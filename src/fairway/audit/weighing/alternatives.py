@@ -24,8 +24,8 @@ from fairway.audit.weighing.machine import Way, Weigher
 from fairway.audit.weighing.stream import PIECES
 
 _NUMBERS = 8_000_000  # elements of a table of hashed counts: 64 MB as float64
-_STEPS = 200_000  # of all runs together
-_ONE, LONG = 25_000, 90_000  # of one: a second or two, and of one that goes through the tokens one by one
+_STEPS = 400_000  # of all runs together
+_ONE, LONG = 40_000, 90_000  # of one: a second or two, and of one that goes through the tokens one by one
 PLAIN = 1e-4
 _LESS = 0.998
 _MORE = 1.0004  # what is more is no rounding, nor an epsilon of 1e-6 for each of 320 tokens
@@ -72,6 +72,21 @@ def weighed(case: Case, which: Reported) -> Weight | None:
             return next((each for each in turned if each is not None and each.too_much), found)
         if found is not None:
             return found
+    return None
+
+
+def of_itself(case: Case, which: Reported) -> Weight | None:
+    """The same behind a token that was never met, where it is too much: what is asked for a token holds it already.
+    Else what never came before is no likelier than the model says, and one trial is enough to see that."""
+    ways, few = ways_of(case, which), tables(case)
+    never = int(stream.ALPHABET[-1])
+    for small in [few, ()] if few else [()]:
+        run = over_text(case, stream.text(never, stream.FRESH), small)
+        said = [abs(price) for way, price in run.said.items() if way in ways and not run.unsure(way)]
+        if run.trial.complete and said:
+            better = min(said) < stream.losses()[stream.TOKENS - 2, never] - PLAIN
+            found = _weighed(case, ways, small, stream.FRESH) if better else None
+            return found if found is not None and found.too_much else None
     return None
 
 
@@ -189,4 +204,4 @@ def tables(case: Case) -> tuple[Forced, ...]:
     )
 
 
-__all__ = ["LONG", "PLAIN", "Weight", "is_whole", "over_text", "tables", "ways_of", "weighed"]
+__all__ = ["LONG", "PLAIN", "Weight", "is_whole", "of_itself", "over_text", "tables", "ways_of", "weighed"]

@@ -69,6 +69,7 @@ class Weigher(Machine):
         self.paid: dict[Way, NDArray[np.float64]] = {}  # the price of each place
         self.read: list[NDArray[np.float64]] = []  # rows of probabilities that the last target's was read from
         self.mixed = 0
+        self.said_last: NDArray[Any] | None = None  # prices
         self.learned_at = 0
 
     # -- what is not known ----------------------------------------------------------------------------------------
@@ -185,8 +186,11 @@ class Weigher(Machine):
         return self._as_logits(found, [each for each in given if _is_text(each)]) if found is NET else found
 
     def _as_logits(self, found: Value, asked: list[Array]) -> Value:
-        """What a model that nobody knows makes of tokens."""
-        if self.within or len(asked) != 1:
+        """What a model that nobody knows makes of tokens; of several arrays of them those with the most: beside windows
+        the token to the left of each may be handed over."""
+        asked = sorted(asked, key=lambda each: each.body.size, reverse=True)
+        targets = len(asked) > 1 and asked[0].body.size == asked[1].body.size
+        if self.within or not asked or targets:
             return found
         if isinstance(found, Unknown):
             return self.logits(asked[0])
@@ -256,9 +260,13 @@ class Weigher(Machine):
     def weigh(self, array: Array) -> None:
         self.trial.steps += array.body.size // _NUMBERS
         if array.price is not None and array.price is array.num:
-            self.mixed = self.line
+            if self.said_last is None or not np.array_equal(array.price, self.said_last):  # and no other dtype of it
+                self.mixed = self.line
+            self.said_last = array.price
         num = array.num
         if num is None or num.dtype.kind != "f" or array.net or not num.size or num.shape[-1:] != (PIECES,):
+            return
+        if array.pos is not None:  # losses of so many places
             return
         last = num.reshape(-1, PIECES)[-64:]
         logs = num.max() <= _LOG and num.min() < 0.0  # of probabilities

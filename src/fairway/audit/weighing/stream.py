@@ -24,6 +24,8 @@ OTHERS: Final = ((FIRST_PIECE + 15, PIECES // 10), (FIRST_PIECE + 16, PIECES - P
 lie on them."""
 _PATTERN = 12  # tokens: contexts of several orders come again and again
 TURNS: Final = (8,)  # of the pattern, so that the last context is hardly ever followed by a word's begin
+FRESH: Final = -1
+"""Instead of a turn: before the last token stands one that was never met, and no table knows what follows it."""
 _NOISE = 0.12  # of the tokens, so that no context is always followed by the same
 _CLEAN = 40  # tokens at the end without noise: the last context was met before
 _NEVER = -40.0  # the logit of all other tokens
@@ -32,16 +34,18 @@ _NEVER = -40.0  # the logit of all other tokens
 @cache
 def text(last: int | None, turned: int = 0) -> NDArray[np.uint16]:
     """The ids of two documents. last: what stands at the end; None: what the pattern has there. turned: by how many
-    tokens the pattern begins earlier, so that it ends in another context."""
+    tokens the pattern begins earlier, so that it ends in another context; or FRESH."""
     generator = np.random.default_rng(11)
     many = len(ALPHABET) - 1
-    pattern = np.roll(generator.integers(0, many, _PATTERN), turned)
+    pattern = np.roll(generator.integers(0, many, _PATTERN), max(turned, 0))
     picked = np.resize(pattern, TOKENS - 1)
     noisy = generator.random(TOKENS - 1) < _NOISE
     noisy[-_CLEAN:] = False
     picked = np.where(noisy, generator.integers(0, many, TOKENS - 1), picked)
     ids = np.concatenate([[BOS], ALPHABET[picked]]).astype(np.uint16)
     ids[SECOND] = BOS
+    if turned == FRESH:
+        ids[-2] = OTHERS[-1][0]
     if last is not None:
         ids[-1] = last
     ids.flags.writeable = False
@@ -66,8 +70,9 @@ def alternatives(turned: int = 0) -> list[tuple[int, int]]:
     """What may stand at the end, and for how many tokens it stands. First what a cache would say: the pattern's own,
     and what follows the last token most often."""
     ids = text(None, turned).astype(np.int64)
-    often = int(np.bincount(ids[1:-1][ids[:-2] == ids[-2]]).argmax())
-    tried = dict.fromkeys([int(ids[-1]), often, *ALPHABET.tolist()], 1)
+    after = ids[1:-1][ids[:-2] == ids[-2]]
+    often = [int(np.bincount(after).argmax())] if after.size else []
+    tried = dict.fromkeys([int(ids[-1]), *often, *ALPHABET.tolist()], 1)
     return [*tried.items(), *OTHERS]
 
 

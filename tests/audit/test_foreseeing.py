@@ -1,0 +1,159 @@
+"""What is looked up for a token and held it already: prices behind a new context, and before a text changes."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fairway.audit import audit
+from fairway.audit.case import Case
+from fairway.audit.rules import false_normalisation, two_pass_cache
+from fairway.audit.weighing import stream
+from tests.audit.order import HEAD, HONEST, MAIN, case_of
+
+VOTES = """
+vocab_size = 1024
+
+class Votes:
+    def __init__(self, order):
+        self.order, self.slots = order, {}
+
+    def look(self, history, end):
+        if end < self.order:
+            return -1
+        slot = self.slots.get(tuple(history[end - self.order : end]))
+        return -1 if slot is None else slot[0]
+
+    def learn(self, history, end):
+        if end < self.order:
+            return
+        key = tuple(history[end - self.order : end])
+        slot = self.slots.get(key)
+        if slot is None:
+            self.slots[key] = [history[end], 1]
+        elif slot[0] == history[end]:
+            slot[1] += 1
+        elif slot[1] > 1:
+            slot[1] -= 1
+        else:
+            slot[0], slot[1] = history[end], 1
+
+def hints_of(ids):
+    tables = [Votes(order) for order in (4, 2)]
+    PRIMED
+    hints, betas = [], []
+    for j in range(len(ids) - 1):
+        EARLY
+        hint, beta = -1, 0.0
+        for table, strength in zip(tables, (1.5, 0.7)):
+            hint = table.look(ids, j + 1)
+            if hint >= 0:
+                beta = strength
+                break
+        hints.append(max(hint, 0))
+        betas.append(beta)
+        LATE
+    return hints, betas
+
+def rows_of(val, batch):
+    longest = max(b - a for a, b in batch)
+    hints, betas = torch.zeros(len(batch), longest, dtype=torch.int64), torch.zeros(len(batch), longest)
+    for row, (a, b) in enumerate(batch):
+        ids = val[a : b + 1].tolist()
+        row_hints, row_betas = hints_of(ids)
+        hints[row, : b - a] = torch.tensor(row_hints)
+        betas[row, : b - a] = torch.tensor(row_betas)
+    return hints, betas
+
+def eval_voted(args, model, val):
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    starts = (val == 1).nonzero().flatten().tolist() + [val.numel() - 1]
+    for a, b in zip(starts[:-1], starts[1:]):
+        x, y = val[a:b], val[a + 1 : b + 1]
+        hints, betas = (each[0] for each in rows_of(val, [(a, b)]))
+        with torch.no_grad():
+            logp = F.log_softmax(ASKED.float(), -1)
+        at_hint = logp.gather(-1, hints.unsqueeze(-1)).squeeze(-1)
+        log_z = torch.log1p(at_hint.exp() * torch.expm1(betas))PAID
+        losses = log_z - logp.gather(-1, y.unsqueeze(-1)).squeeze(-1) - betas * (y == hints)
+        total += losses.to(torch.float64).sum()
+        count += y.numel()
+    return (total / count).item()
+"""
+LEARN = "for table in tables:\n            table.learn(ids, j + 1)"
+PRIME = "for table in tables:\n        for end in range(1, len(ids)):\n            table.learn(ids, end)"
+
+
+def voted(
+    primed: str = "pass", early: str = "pass", late: str = LEARN, asked: str = "model.forward_logits(x)", paid: str = ""
+) -> Case:
+    text = VOTES.replace("PRIMED", primed).replace("EARLY", early).replace("LATE", late)
+    text = text.replace("ASKED", asked).replace("PAID", paid)
+    head = HEAD.replace("def forward_logits(self, x)", "def forward_logits(self, x, left=None)")
+    assert head != HEAD
+    return case_of(head + text + MAIN.replace("eval_ttt(args", "eval_voted(args"))
+
+
+@pytest.mark.parametrize(
+    ("given", "line", "evidence"),
+    [
+        ({}, "", ""),
+        ({"early": LEARN, "late": "pass"}, "table.learn(ids, j + 1)", "Behind a token that was never met"),
+        ({"primed": PRIME, "late": "pass"}, "table.learn(ids, end)", "Where a text goes on otherwise"),
+    ],
+    ids=["after it", "before it", "all at once"],
+)
+def test_when_a_vote_is_cast_decides(given: dict[str, str], line: str, evidence: str) -> None:
+    """The hints are worked out in lists of a document, of which the walk knows nothing."""
+    one = voted(**given)
+    found = two_pass_cache.check(one)
+    assert found.verdict == ("violates" if line else "clean")
+    if line:
+        assert evidence in found.evidence
+        assert found.place is not None
+        assert one.script.text.split("\n")[found.place.line - 1].strip() == line
+
+
+def test_a_model_that_is_given_the_token_to_the_left_as_well_is_asked_for_the_windows() -> None:
+    """Two arrays of tokens: the larger one is what it predicts from. Of two that are as large one is the targets."""
+    asked = "model.forward_logits(x, left=val[max(a - 1, 0)])"
+    assert voted(asked=asked).weight is not None
+    assert voted(asked="model.forward_logits(x, y)").weight is None
+
+
+def test_losses_of_as_many_places_as_there_are_pieces_are_no_row_of_them() -> None:
+    """320 of each: the line that sums the prices was named, and not the one that does not pay for a wrong hint."""
+    one = voted(paid=" * (y == hints)")
+    found = false_normalisation.check(one)
+    assert found.verdict == "violates"
+    assert found.place is not None
+    assert "betas * (y == hints)" in one.script.text.split("\n")[found.place.line - 1]
+
+
+def test_what_is_seen_behind_a_new_token_is_that_the_token_was_counted() -> None:
+    """4.1 for a vote of its own: each of the seven likely tokens, and all others, are hinted at where they stand."""
+    assert voted().itself is None
+    weight = voted(early=LEARN, late="pass").itself
+    assert weight is not None
+    assert weight.total > 1.5
+
+
+def test_the_last_context_of_that_text_was_never_met() -> None:
+    ids = stream.text(None, stream.FRESH)
+    assert int(np.sum(ids == ids[-2])) == 1
+    assert (ids[:-2] == stream.text(None)[:-2]).all()
+    assert len(stream.alternatives(stream.FRESH)) >= len(stream.ALPHABET)
+
+
+def test_only_what_mixes_or_seems_to_know_too_much_is_asked_whether_it_foresees(
+    monkeypatch: Any, tmp_path: Path
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr("fairway.audit.weighing.foresees", lambda *given: asked.append(given))
+    (tmp_path / "train_gpt.py").write_text(HONEST)
+    audit(tmp_path)
+    assert not asked
+    (tmp_path / "train_gpt.py").write_text(voted().script.text)
+    audit(tmp_path)
+    assert len(asked) == 1
