@@ -8,7 +8,7 @@ import pytest
 
 from fairway.audit import audit
 from fairway.audit.case import Case
-from fairway.audit.rules import false_normalisation, two_pass_cache
+from fairway.audit.rules import false_normalisation, target_gated_tilt, two_pass_cache
 from fairway.audit.weighing import stream
 from tests.audit.order import HEAD, HONEST, MAIN, case_of
 
@@ -144,6 +144,61 @@ def test_the_last_context_of_that_text_was_never_met() -> None:
     assert int(np.sum(ids == ids[-2])) == 1
     assert (ids[:-2] == stream.text(None)[:-2]).all()
     assert len(stream.alternatives(stream.FRESH)) >= len(stream.ALPHABET)
+
+
+MIXED = """
+vocab_size = 1024
+
+def eval_mixed(args, model, val):
+    counts = torch.zeros(vocab_size, vocab_size)
+    once = torch.ones(vocab_size)
+    total, count, seen = torch.zeros((), dtype=torch.float64), 0, 0
+    for start in range(0, val.numel() - 1, args.chunk):
+        end = min(start + args.chunk, val.numel() - 1)
+        x, y = val[start:end], val[start + 1 : end + 1]
+        with torch.no_grad():
+            p = torch.softmax(model.forward_logits(x[None])[0].float(), -1)
+        q = (counts[x] + 0.01) / (counts[x] + 0.01).sum(-1, keepdim=True)
+        known = once[WHOSE].unsqueeze(-1)
+        share = 0.3 * SHARE * known / (known + 1.0)
+        mixed = KEPT * p + share * q
+        total -= mixed.gather(-1, y.unsqueeze(-1)).squeeze(-1).log().double().sum()
+        count += y.numel()
+        counts.index_put_((x, y), torch.ones(len(y)), accumulate=True)
+        once.index_add_(0, y, torch.ones(len(y)))
+        seen += end - start
+    return (total / count).item()
+"""
+
+
+def mixed(whose: str = "x", share: str = "1.0", kept: str = "(1 - share)") -> Case:
+    text = MIXED.replace("WHOSE", whose).replace("SHARE", share).replace("KEPT", kept)
+    return case_of(HEAD + text + MAIN.replace("eval_ttt(args", "eval_mixed(args"))
+
+
+@pytest.mark.parametrize(("whose", "wanted"), [("x", "clean"), ("val[start + 1 : end + 1]", "violates")])
+def test_a_row_that_is_another_for_another_token_is_gated_by_it(whose: str, wanted: str) -> None:
+    """Each row sums to one, whatever the sum over the tokens is, and no table had learned of any."""
+    one = mixed(whose, "(seen / (seen + 200_000.0))")
+    assert target_gated_tilt.check(one).verdict == wanted
+    assert false_normalisation.check(one).verdict == "clean", "one fault, one rule"
+
+
+def test_where_rows_part_is_named() -> None:
+    weight = mixed("y").weight
+    assert weight is not None
+    assert weight.differs
+    assert mixed("y").script.text.split("\n")[weight.line - 1].strip() == "mixed = (1 - share) * p + share * q"
+
+
+@pytest.mark.parametrize("share", ["1.0", "(seen / (seen + 200_000.0))", "(seen / (400_000 + seen))"])
+@pytest.mark.parametrize(("kept", "wanted"), [("(1 - share)", "clean"), ("1.0", "violates")])
+def test_a_share_that_grows_with_a_long_text_is_grown_in_the_short_one(share: str, kept: str, wanted: str) -> None:
+    """Of 320 tokens it would be a thousandth, and what it adds no more than rounding."""
+    one = mixed(share=share, kept=kept)
+    assert one.weight is not None
+    assert one.weight.total > 1.01 if wanted == "violates" else abs(one.weight.total - 1.0) < 1e-6
+    assert false_normalisation.check(one).verdict == wanted
 
 
 def test_only_what_mixes_or_seems_to_know_too_much_is_asked_whether_it_foresees(

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from fairway.audit.case import Case
 from fairway.audit.passes.charged import passes_of
@@ -17,7 +18,7 @@ from fairway.audit.rules import false_normalisation, target_gated_tilt, training
 from fairway.audit.trial.arrays import Array, TooLarge
 from fairway.audit.weighing import PIECES, Weight, foresees, is_whole, stream, weighed
 from fairway.audit.weighing.alternatives import _sizes
-from fairway.audit.weighing.rows import one_hot
+from fairway.audit.weighing.rows import ROWS, one_hot
 from tests.audit.order import HEAD, MAIN, case_of
 
 EVAL = """
@@ -837,3 +838,20 @@ nll = F.cross_entropy(tilted, y, reduction='none')"""
 def test_one_softmax_that_does_not_come_to_one_has_other_logits_for_another_target(gate: str, wanted: str) -> None:
     """The sums of one softmax are one for any logits."""
     assert target_gated_tilt.check(case(SETTLED.replace("GATE", gate))).verdict == wanted
+
+
+@pytest.mark.parametrize("how", ["sum", "prod", "amax", "amin"])
+@pytest.mark.parametrize("include_self", [True, False])
+def test_what_is_reduced_into_places_is_what_torch_makes_of_it(how: str, include_self: bool) -> None:
+    held, more = np.asarray([5.0, 1.0, 7.0, 2.0]), np.asarray([3.0, 6.0, 4.0, 0.5, 2.0])
+    index = np.asarray([0, 2, 0, 3, 2])
+    wanted = torch.from_numpy(held.copy()).scatter_reduce(
+        0, torch.from_numpy(index), torch.from_numpy(more), how, include_self=include_self
+    )
+    given = (0, Array(index), Array(more))
+    found = ROWS["scatter_reduce"](Array(held.copy()), *given, reduce=how, include_self=include_self)
+    assert found.num.tolist() == wanted.tolist()
+    in_place = Array(held.copy())
+    ROWS["scatter_reduce_"](in_place, *given, how, include_self)
+    assert in_place.num is not None
+    assert in_place.num.tolist() == wanted.tolist()

@@ -7,6 +7,7 @@ from fairway.audit.terms.mixtures import gold_ratios, spread_over_bytes
 from fairway.audit.terms.verdicts import clean, unsaid
 from fairway.audit.verdict import Finding
 from fairway.audit.weighing.alternatives import Weight, is_whole
+from fairway.audit.weighing.foreseeing import knew
 
 ID = "target-gated-tilt"
 CHARGE = "a tilt, a mixing weight or a gate reads the target"
@@ -41,6 +42,13 @@ def check(case: Case) -> Finding:
             return Finding(ID, "violates", evidence, CLAUSE, reading.place(origin), way)
     if not reading.reported:
         return unsaid(ID, CLAUSE)
+    weight = _of_another_row(case)
+    if weight is not None:
+        evidence = (
+            "Worked out with a made-up model over a short text: the row over the vocabulary that a token is read from "
+            "sums to one, and is another for another token in the same context."
+        )
+        return Finding(ID, "violates", evidence, CLAUSE, case.place(weight.line))
     weight = _of_one_softmax(case)
     if weight is not None:
         evidence = (
@@ -50,6 +58,12 @@ def check(case: Case) -> Finding:
         )
         return Finding(ID, "violates", evidence, CLAUSE, case.place(weight.line))
     return clean(ID, CLAUSE, "weights, hints and switches of the scored losses read the context alone")
+
+
+def _of_another_row(case: Case) -> Weight | None:
+    """What is said of a token where its row hangs on it, and nothing had learned of it before it was scored."""
+    weight = case.weight
+    return weight if weight is not None and weight.differs and not knew(case) else None
 
 
 def _of_one_softmax(case: Case) -> Weight | None:

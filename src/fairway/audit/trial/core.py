@@ -185,6 +185,10 @@ class Core:
         self.clock += 1e-4
         return self.clock
 
+    def ramp(self, part: Value, whole: Value) -> Value:
+        """part / (part + most): the whole that it is a part of."""
+        return whole
+
     def learn(self, value: Value) -> None:
         """backward(): something learns from the targets of these losses."""
         found = self.single(value)

@@ -87,11 +87,14 @@ class Expressions(Displays):
         left, right, name = self.compiled(node.left), self.compiled(node.right), name_of(node.op)
         weigh, shown, line = self.host.weigh, self.host.shown, node.lineno
         cut = self.host.cut if name == "FloorDiv" else None
+        ramp = self.host.ramp if name == "Div" and _is_ramp(node) else None
 
         def worked(frame: Frame) -> Value:
             one, other = left(frame), right(frame)
             if cut is not None:
                 cut(one, other)
+            if ramp is not None:
+                other = ramp(one, other)
             if name == "Mod" and isinstance(one, str):
                 for each in other if isinstance(other, tuple) else (other,):
                     shown(each, line)
@@ -247,6 +250,14 @@ class Expressions(Displays):
 
     def _starred(self, node: ast.Starred) -> Compute:
         return self.compiled(node.value)
+
+
+def _is_ramp(node: ast.BinOp) -> bool:
+    """seen / (seen + 200_000): a share that grows with what was seen."""
+    whole = node.right
+    if not isinstance(whole, ast.BinOp) or not isinstance(whole.op, ast.Add):
+        return False
+    return ast.dump(node.left) in (ast.dump(whole.left), ast.dump(whole.right))
 
 
 def _end_of(index: ast.expr) -> ast.expr | None:

@@ -28,6 +28,7 @@ _STEPS = 400_000  # of all runs together
 _ONE, LONG = 40_000, 90_000  # of one: a second or two, and of one that goes through the tokens one by one
 PLAIN = 1e-4
 _LESS = 0.998
+_ALIKE = 1e-9  # of one row, worked out once for each token: a mixture may give its counts a share of 1e-5
 _MORE = 1.0004  # what is more is no rounding, nor an epsilon of 1e-6 for each of 320 tokens
 
 _READING = frozenset(("gather", "take_along_dim", "take_along_axis", "neg", "negative"))
@@ -45,10 +46,12 @@ _BITS = range(10, 30)
 
 @dataclass(frozen=True)
 class Weight:
-    """total: what the probabilities add up to; line: where a row, or the price, is made that is to blame."""
+    """total: what the probabilities add up to; line: where a row, or the price, is made that is to blame; differs:
+    whether each token is read from a row over all of them, and that row is another for another token."""
 
     total: float
     line: int
+    differs: bool = False
 
     @property
     def too_much(self) -> bool:
@@ -80,7 +83,7 @@ def of_itself(case: Case, which: Reported) -> Weight | None:
     Else what never came before is no likelier than the model says, and one trial is enough to see that."""
     ways, few = ways_of(case, which), tables(case)
     never = int(stream.ALPHABET[-1])
-    for small in [few, ()] if few else [()]:
+    for small in [(), few] if few else [()]:  # where contexts meet, it was met all the same
         run = over_text(case, stream.text(never, stream.FRESH), small)
         said = [abs(price) for way, price in run.said.items() if way in ways and not run.unsure(way)]
         if run.trial.complete and said:
@@ -106,6 +109,7 @@ def _weighed(
     """turned: the context that the text ends in; met: is given the numbers that were taken for others."""
     said: list[dict[Way, float]] = []
     rows: list[NDArray[np.float64] | None] = []
+    runs: list[Weigher] = []
     line = models = 0
     tried = stream.alternatives(turned)
     for last, _ in tried:
@@ -118,6 +122,7 @@ def _weighed(
         if not run.trial.complete or not here:
             return None
         said.append(here)
+        runs = [*runs, run][:2]
         rows.append(run.row_of(next(reversed(here.values())), last))
         line = line or _to_blame(run)
         plain = stream.losses()[stream.TOKENS - 2, last]
@@ -127,16 +132,24 @@ def _weighed(
                 return None
     shared = set.intersection(*(set(each) for each in said))
     total = max((_total([each[way] for each in said], [many for _, many in tried]) for way in shared), default=0.0)
-    one = _one_row(rows)
-    return Weight(total if one is None else one, line) if total > 0.0 else None
-
-
-def _one_row(rows: list[NDArray[np.float64] | None]) -> float | None:
-    """What the row adds up to, where all tokens are priced by one and the same. Of a table of hashed pairs each token
-    has a bucket of its own, and a few do not stand for all."""
     known = [row for row in rows if row is not None]
-    same = len(known) == len(rows) and all(np.allclose(row, known[0], atol=1e-6) for row in known)
-    return float(known[0].sum()) if same else None
+    if total <= 0.0 or len(known) < len(rows):
+        return Weight(total, line) if total > 0.0 else None
+    if all(np.allclose(row, known[0], rtol=0.0, atol=_ALIKE) for row in known):
+        # Of a table of hashed pairs each token has a bucket of its own, and a few do not stand for all: the row does.
+        return Weight(float(known[0].sum()), line)
+    gated = all(abs(float(row.sum()) - 1.0) < PLAIN for row in known)
+    return Weight(total, _parting(*runs[:2]) or line if gated else line, differs=gated)
+
+
+def _parting(one: Weigher, other: Weigher) -> int:
+    """The first line that made another row for another token; 0 where they went other ways."""
+    for (line, row), (line_b, row_b) in zip(one.trail, other.trail, strict=False):
+        if line != line_b:
+            return 0
+        if not np.array_equal(row, row_b, equal_nan=True):
+            return line
+    return 0
 
 
 def _total(prices: list[float], many: list[int]) -> float:

@@ -6,6 +6,7 @@ from fairway.audit.passes.charged import passes_of
 from fairway.audit.passes.trials import mixes
 from fairway.audit.terms.mixtures import gold_ratios, spread_over_bytes
 from fairway.audit.weighing.alternatives import Weight, is_whole
+from fairway.audit.weighing.foreseeing import knew
 
 
 def excess(case: Case) -> Weight | None:
@@ -21,9 +22,10 @@ def excess(case: Case) -> Weight | None:
     whole = all(is_whole(each.of.term) for each in gates) and not mixes(case, which)
     if whole or any(next(found, None) is not None for found in said):
         return None
-    if any(isinstance(each.cause, Update) and each.cause.how == "table" for each in faults):
+    if any(isinstance(each.cause, Update) and each.cause.how == "table" for each in faults) and knew(case):
         return None
-    return case.weight if case.weight is not None and case.weight.too_much else None
+    weight = case.weight  # of a gate by the target another rule says it
+    return weight if weight is not None and weight.too_much and not weight.differs else None
 
 
 __all__ = ["excess"]

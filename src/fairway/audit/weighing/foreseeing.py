@@ -42,15 +42,17 @@ def _foresees(case: Case, ways: set[Way], few: tuple[Forced, ...]) -> bool | Non
     return False if spoke else None
 
 
+def knew(case: Case) -> bool:
+    """Whether what is looked up for a token may have held it, or what follows it, as far as it can be weighed."""
+    return case.foresees is not False or case.itself is not None
+
+
 def as_foreseen(case: Case, found: Finding) -> Finding:
-    """A charge that an array knew too much, dropped where no price hangs on what follows, nor, as far as it can be
-    weighed, on its own token."""
-    if found.verdict != "violates" or case.foresees is not False:
-        return found
-    if case.weight is not None and case.weight.too_much:
+    """A charge that an array knew too much, dropped where no price hangs on what follows, nor on its own token."""
+    if found.verdict != "violates" or knew(case):
         return found
     evidence = "Where a text goes on otherwise from its middle, no price before it changes: no table foresaw it."
     return Finding(found.id, "clean", evidence, found.clause)
 
 
-__all__ = ["as_foreseen", "foresees"]
+__all__ = ["as_foreseen", "foresees", "knew"]

@@ -25,6 +25,8 @@ from fairway.audit.weighing.rows import ROWS, gather, log_softmax, priced
 from fairway.audit.weighing.stream import PIECES
 
 _MOST = 20_000_000  # numbers that a model makes at once
+_RAMP, _LONG = 5_000, 1_000_000  # tokens: of a share that grows slowly, and of a text in which it is grown
+_TRAIL = 2_000
 _ROWS = 64  # kept: an evaluation reads the last target once, or once for each of its predictions
 _SAME = 1e-5  # of a loss: rounding to float32
 _NUMBERS = 5_000  # of an array: a step
@@ -68,6 +70,7 @@ class Weigher(Machine):
         self.rows: list[int] = []
         self.paid: dict[Way, NDArray[np.float64]] = {}  # the price of each place
         self.read: list[NDArray[np.float64]] = []  # rows of probabilities that the last target's was read from
+        self.trail: list[tuple[int, NDArray[Any]]] = []  # lines that made rows over the vocabulary, and the last rows
         self.mixed = 0
         self.said_last: NDArray[Any] | None = None  # prices
         self.learned_at = 0
@@ -198,6 +201,13 @@ class Weigher(Machine):
             return (self.logits(asked[0]), *found[1:])
         return found
 
+    def ramp(self, part: Value, whole: Value) -> Value:
+        """A share that grows to its half within some 100,000 tokens is as large in the short text as in the midst of a
+        long one: what a mixture does to prices is seen, and not a share of a thousandth."""
+        numbers = isinstance(part, (int, float)) and isinstance(whole, (int, float))
+        most = whole - part if numbers else 0.0
+        return part + most * stream.TOKENS / _LONG if numbers and most > _RAMP else whole
+
     # -- prices ---------------------------------------------------------------------------------------------------
 
     def of_array(self, name: str, args: tuple[Value, ...], kwargs: dict[str, Value]) -> Value:
@@ -269,9 +279,12 @@ class Weigher(Machine):
         if array.pos is not None:  # losses of so many places
             return
         last = num.reshape(-1, PIECES)[-64:]
+        if len(self.trail) < _TRAIL:
+            self.trail.append((self.line, last[-1].copy()))
         logs = num.max() <= _LOG and num.min() < 0.0  # of probabilities
         sums = (np.exp(last) if logs else last).sum(axis=-1)
         whole = np.abs(sums - np.round(sums)) <= 1e-6
+        whole |= logs & (sums > PIECES / 2)  # p log p, of which an entropy is made
         if (logs or num.min() >= 0.0) and bool(((sums > 1.001) & ~whole).any()):
             self.rows.append(self.line)
 

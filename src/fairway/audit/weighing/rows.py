@@ -101,11 +101,21 @@ def scatter_(array: Value, dim: Value, index: Value, src: Value = None, **kwargs
     held, at = body_of(array), numbers_of(index)
     more = kwargs.get("value", src)
     add = kwargs.get("reduce") == "add"
-    return _spread(held, scalar(dim), at, more, add)
+    return _spread(held, scalar(dim), at, more, np.add if add else None)
 
 
 def scatter_add_(array: Value, dim: Value, index: Value, src: Value = None, **_: Value) -> Value:
-    return _spread(body_of(array), scalar(dim), numbers_of(index), src, add=True)
+    return _spread(body_of(array), scalar(dim), numbers_of(index), src, np.add)
+
+
+def scatter_reduce_(
+    array: Value, dim: Value, index: Value, src: Value = None, reduce: Value = "sum", include_self: Value = True
+) -> Value:
+    """x.scatter_reduce_(dim, index, src, "amax"): in place, with what stood there or without it."""
+    held, at, how = body_of(array), numbers_of(index), _REDUCED[str(reduce)]
+    if include_self is False:  # the largest of them is one of them
+        _spread(held, scalar(dim), at, _NOTHING.get(str(reduce), src), None)
+    return _spread(held, scalar(dim), at, src, how)
 
 
 def scatter(array: Value, *args: Value, **kwargs: Value) -> Value:
@@ -116,13 +126,21 @@ def scatter_add(array: Value, *args: Value, **kwargs: Value) -> Value:
     return scatter_add_(body_of(array).all(np.array), *args, **kwargs)
 
 
-def _spread(held: Array, dim: int, at: Numbers, more: Value, add: bool) -> Array:
+def scatter_reduce(array: Value, *args: Value, **kwargs: Value) -> Value:
+    return scatter_reduce_(body_of(array).all(np.array), *args, **kwargs)
+
+
+_NOTHING: dict[str, Value] = {"sum": 0, "prod": 1}
+_REDUCED: dict[str, np.ufunc] = {"sum": np.add, "prod": np.multiply, "amax": np.maximum, "amin": np.minimum}
+
+
+def _spread(held: Array, dim: int, at: Numbers, more: Value, how: np.ufunc | None) -> Array:
     assert held.num is not None
     values = np.broadcast_to(numbers_of(more), at.shape)
     places: list[Numbers] = list(np.indices(at.shape))
     places[dim % held.num.ndim] = at
-    if add:
-        np.add.at(held.num, tuple(places), values)
+    if how is not None:
+        how.at(held.num, tuple(places), values)
     else:
         held.num[tuple(places)] = values
     return held
@@ -169,6 +187,8 @@ ROWS: dict[str, Callable[..., Value]] = {
     "scatter": scatter,
     "scatter_add_": scatter_add_,
     "scatter_add": scatter_add,
+    "scatter_reduce_": scatter_reduce_,
+    "scatter_reduce": scatter_reduce,
 }
 
 
