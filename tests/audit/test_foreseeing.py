@@ -212,3 +212,12 @@ def test_only_what_mixes_or_seems_to_know_too_much_is_asked_whether_it_foresees(
     (tmp_path / "train_gpt.py").write_text(voted().script.text)
     audit(tmp_path)
     assert len(asked) == 1
+
+
+def test_the_mean_of_nothing_is_no_number_and_nobody_is_warned() -> None:
+    """A training text that the short one has no part of: torch gives nan, and numpy would write to the terminal."""
+    one = mixed()
+    text = one.script.text.replace(
+        "    total, count, seen", "    print(torch.zeros(4)[:0].mean())\n    total, count, seen"
+    )
+    assert abs(case_of(text).weight.total - 1.0) < 1e-6

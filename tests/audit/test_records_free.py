@@ -310,6 +310,16 @@ def test_claims_are_held_against_files_and_parts(
             'print(f"{len(zlib.compress(code.encode()))} packed"); assert total <= LIMIT',
             "clean",
         ),
+        (
+            "assert total <= LIMIT",
+            'less = len(zlib.compress(code.encode())); print(f"({less + len(blob)} if packed)"); assert total <= LIMIT',
+            "clean",
+        ),
+        (
+            "assert total <= LIMIT",
+            'less = len(zlib.compress(code.encode())); print(f"total {less + len(blob)}"); assert total <= LIMIT',
+            "violates",
+        ),
     ],
     ids=[
         "a dict's entry",
@@ -320,6 +330,8 @@ def test_claims_are_held_against_files_and_parts(
         "a wrapper of it",
         "another file",
         "only shown",
+        "only shown by its name",
+        "shown as the total",
     ],
 )
 def test_what_the_sum_is_made_of(old: str, new: str, verdict: str, tmp_path: Path) -> None:

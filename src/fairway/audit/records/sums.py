@@ -64,7 +64,7 @@ def _written_at(side: ast.expr, sources: "_Sources") -> int:
 
 
 def _printed(script: Script, node: ast.JoinedStr, sources: "_Sources") -> list[Sum]:
-    says = "".join(str(part.value) for part in node.values if isinstance(part, ast.Constant)).lower()
+    says = _says(node)
     values = [part.value for part in node.values if isinstance(part, ast.FormattedValue)]
     if "total" not in says or "size" not in says or "submission" not in says or not values:
         return []
@@ -176,7 +176,7 @@ def squeezed(script: Script) -> ast.expr | None:
             for inner in call.args
             if isinstance(inner, ast.Call)
         }
-        shown = {id(node.value) for node in nodes(each.tree) if isinstance(node, ast.FormattedValue)}
+        shown = _shown(each.tree)
         for node in nodes(each.tree):
             if not (isinstance(node, ast.Call) and _called(node.func) == "len" and node.args) or id(node) in shown:
                 continue
@@ -186,6 +186,23 @@ def squeezed(script: Script) -> ast.expr | None:
                 if _compresses(_called(packed.func)) or ast.dump(packed.func) in written:
                     return node
     return None
+
+
+def _shown(tree: ast.Module) -> set[int]:
+    """The ids of what stands in a message alone, itself or by a name, where that message gives no total."""
+    messages = [node for node in nodes(tree) if isinstance(node, ast.JoinedStr) and "total" not in _says(node)]
+    inside = {id(part) for message in messages for part in nodes(message)}
+    shown = {id(part.value) for message in messages for part in message.values if isinstance(part, ast.FormattedValue)}
+    used: dict[str, list[bool]] = {}
+    for node in nodes(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+            used.setdefault(node.id, []).append(id(node) in inside)
+    named = (node for node in nodes(tree) if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name))
+    return shown | {id(node.value) for node in named if all(used.get(ast.unparse(node.targets[0]), [False]))}
+
+
+def _says(message: ast.JoinedStr) -> str:
+    return "".join(str(part.value) for part in message.values if isinstance(part, ast.Constant)).lower()
 
 
 def _compresses(name: str) -> bool:

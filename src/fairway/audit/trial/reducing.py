@@ -38,6 +38,8 @@ def reduction(name: str) -> Act:
         if name in ("max", "min") and isinstance(along, int) and not isinstance(along, bool):
             return Array(getattr(held.num, name)(axis=along, keepdims=keep))
         turn = {"nansum": "sum", "nanmean": "mean", "amax": "max", "amin": "min"}.get(name, name)
+        if turn == "mean" and not held.num.size:  # numpy warns of it, torch does not
+            return Array(np.full(np.sum(held.num, axis=along, keepdims=keep).shape, np.nan))
         return Array(np.asarray(getattr(np, turn)(held.num, axis=along, keepdims=keep)))
 
     return act
