@@ -647,3 +647,11 @@ def test_what_is_not_named_after_one_split_is_of_the_other() -> None:
     assert doubted(whole(UNNAMED.replace("TEST", '"_val_" not in os.path.basename(p)'))) == set()
     found = broken(whole(UNNAMED.replace("TEST", '"_train_" not in os.path.basename(p)')))
     assert found & {"training-before-scoring", "validation-in-training"}
+
+
+@pytest.mark.parametrize("named", ["val", "train"])
+def test_what_is_in_no_list_of_one_split_is_of_the_other(named: str) -> None:
+    held = f'HELD = set(glob.glob("data/shards_{named}_*.bin"))\ndef others(): return [p for p in sorted('
+    text = UNNAMED.replace("def others(): return [p for p in sorted(", held).replace("TEST", "p not in HELD")
+    found = broken(whole(text)) & {"training-before-scoring", "validation-in-training"}
+    assert bool(found) is (named == "train")

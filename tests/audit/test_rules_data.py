@@ -97,6 +97,22 @@ def test_validation_tokens_in_what_is_written_are_a_paid_prefix(tmp_path: Path, 
     assert verdict(tmp_path, "paid_prefix", script(state=state)).verdict == "violates"
 
 
+def test_a_table_of_how_much_each_file_holds_says_nothing_of_which_is_read(tmp_path: Path) -> None:
+    """The counts of all shards are kept under their paths; those of both splits are looked up."""
+    reads = (
+        "LENGTHS = {}\n\ndef part(path):\n"
+        '    if path not in LENGTHS:\n        LENGTHS[path] = int(np.fromfile(path, "<i4", count=3)[2])\n'
+        '    return np.fromfile(path, "<u2", count=LENGTHS[path], offset=1024)\n'
+    )
+    state = (
+        'part("data/fineweb_train_000000.bin")\n    head = part("data/fineweb_val_000000.bin")[:100_000]\n'
+        '    torch.save({"w": net.state_dict(), "t": torch.from_numpy(head)}, "model.pt")'
+    )
+    assert verdict(tmp_path, "paid_prefix", script(state=state, extra=reads)).verdict == "violates"
+    other = state.replace('head = part("data/fineweb_val', 'head = part("data/fineweb_train')
+    assert verdict(tmp_path, "paid_prefix", script(state=other, extra=reads)).verdict == "clean"
+
+
 @pytest.mark.parametrize(
     "state",
     [

@@ -7,7 +7,7 @@ from typing import Any
 
 from fairway.audit.flow.calls import Calls
 from fairway.audit.flow.indices import Elements
-from fairway.audit.flow.names import side_of
+from fairway.audit.flow.names import Side, side_of
 from fairway.audit.flow.values import (
     MISSING,
     REPEATS,
@@ -110,6 +110,8 @@ class Comprehensions(Calls):
                 names = [part.id for part in nodes(each.comparators[0]) if isinstance(part, ast.Name)]
                 left = self.evaluate(each.left).const
                 side = side_of(left) if isinstance(left, str) else ""
+                if isinstance(each.left, ast.Name):  # path not in set(glob(...))
+                    names, side = [each.left.id], self._side_of_all(self.evaluate(each.comparators[0]))
                 name = next((part for part in names if part in self.frame.obj.slots), None)
                 text = {"val": "train", "train": "val"}.get(side)  # of two splits it leaves the other
             if name is not None and isinstance(text, str) and name in self.frame.obj.slots:
@@ -118,6 +120,12 @@ class Comprehensions(Calls):
                     before.setdefault(name, old)
                     self.assign(ast.Name(name, ast.Store()), self._also_named(old, text, test))
         return before
+
+    def _side_of_all(self, held: Value) -> Side:
+        """The split that all paths of a list are of; "" where they are of both, or where nobody knows."""
+        words = self.piece_of_path(self.elements(held, None).any, "").words if held.refs else ()
+        sides: set[Side] = {side for word in words if (side := side_of(word))}
+        return sides.pop() if len(sides) == 1 else ""
 
     def _also_named(self, old: Value, text: str, node: ast.expr) -> Value:
         """A name, or a path, of which a test has told more."""

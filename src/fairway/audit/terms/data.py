@@ -74,7 +74,8 @@ def is_validation(term: Term, streams: Streams) -> bool:
 def _of_validation(source: Term, streams: Streams) -> bool:
     """Whether a read names the validation split; of bytes that the script packed itself, whether they were such ids."""
     if source.called not in ("frombuffer", "unpack"):
-        return names_validation(*source.parts)
+        said = [part for part in source.parts if names_validation(part) or names_training(part)]
+        return names_validation(*said[:1])  # the file; how much of it is read may be looked up beside other files
     packed = [t for t in walk(*source.parts[:2], into=lambda t: t.called != "tobytes") if t.called == "tobytes"]
     if not packed:
         return names_validation(*source.parts)
