@@ -655,3 +655,11 @@ def test_what_is_in_no_list_of_one_split_is_of_the_other(named: str) -> None:
     text = UNNAMED.replace("def others(): return [p for p in sorted(", held).replace("TEST", "p not in HELD")
     found = broken(whole(text)) & {"training-before-scoring", "validation-in-training"}
     assert bool(found) is (named == "train")
+
+
+def test_what_is_in_no_list_of_sidecars_is_of_the_split_it_was_of() -> None:
+    """`[f for f in glob("..._val_*.bin") if f not in set(glob("..._val_bytes_*.bin"))]`"""
+    held = 'HELD = set(glob.glob("data/shards_val_bytes_*.bin"))\ndef others(): return [p for p in sorted('
+    text = UNNAMED.replace("def others(): return [p for p in sorted(", held).replace("TEST", "p not in HELD")
+    found = broken(whole(text.replace("data/shards_*_*.bin", "data/shards_val_*.bin")))
+    assert found & {"training-before-scoring", "validation-in-training"}

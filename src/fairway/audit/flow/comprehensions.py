@@ -111,7 +111,8 @@ class Comprehensions(Calls):
                 left = self.evaluate(each.left).const
                 side = side_of(left) if isinstance(left, str) else ""
                 if isinstance(each.left, ast.Name):  # path not in set(glob(...))
-                    names, side = [each.left.id], self._side_of_all(self.evaluate(each.comparators[0]))
+                    own = self._side_of(self.name(each.left.id))  # of one split already: these are its other files
+                    names, side = [each.left.id], "" if own else self._side_of_all(self.evaluate(each.comparators[0]))
                 name = next((part for part in names if part in self.frame.obj.slots), None)
                 text = {"val": "train", "train": "val"}.get(side)  # of two splits it leaves the other
             if name is not None and isinstance(text, str) and name in self.frame.obj.slots:
@@ -123,8 +124,10 @@ class Comprehensions(Calls):
 
     def _side_of_all(self, held: Value) -> Side:
         """The split that all paths of a list are of; "" where they are of both, or where nobody knows."""
-        words = self.piece_of_path(self.elements(held, None).any, "").words if held.refs else ()
-        sides: set[Side] = {side for word in words if (side := side_of(word))}
+        return self._side_of(self.elements(held, None).any) if held.refs else ""
+
+    def _side_of(self, path: Value) -> Side:
+        sides: set[Side] = {side for word in self.piece_of_path(path, "").words if (side := side_of(word))}
         return sides.pop() if len(sides) == 1 else ""
 
     def _also_named(self, old: Value, text: str, node: ast.expr) -> Value:
