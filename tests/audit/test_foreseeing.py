@@ -184,6 +184,36 @@ def test_a_row_that_is_another_for_another_token_is_gated_by_it(whose: str, want
     assert false_normalisation.check(one).verdict == "clean", "one fault, one rule"
 
 
+SORTED = """
+vocab_size = 1024
+
+def eval_sorted(args, model, val):
+    starts = (val == 1).nonzero().flatten().tolist() + [val.numel() - 1]
+    spans = sorted(zip(starts[:-1], starts[1:]), key=lambda span: span[1] - span[0])
+    counts = torch.zeros(vocab_size, vocab_size)
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for a, b in spans:
+        x, y = val[a:b], val[a + 1 : b + 1]
+        EARLY
+        with torch.no_grad():
+            p = torch.softmax(model.forward_logits(x[None])[0].float(), -1)
+        mixed = (counts[x] + 4.0 * p) / (counts[x].sum(-1, keepdim=True) + 4.0)
+        total -= mixed.gather(-1, y.unsqueeze(-1)).squeeze(-1).log().double().sum()
+        count += y.numel()
+        LATE
+    return (total / count).item()
+"""
+COUNT = "counts.index_put_((x, y), torch.ones(len(y)), accumulate=True)"
+
+
+@pytest.mark.parametrize(("early", "late", "wanted"), [("pass", COUNT, False), (COUNT, "pass", True)])
+def test_a_document_that_was_scored_before_may_be_known_wherever_it_stands(early: str, late: str, wanted: bool) -> None:
+    """The second document of the short text is the shorter one, and comes first: prices of the first one hang on it."""
+    text = SORTED.replace("EARLY", early).replace("LATE", late)
+    one = case_of(HEAD + text + MAIN.replace("eval_ttt(args", "eval_sorted(args"))
+    assert one.foresees is wanted
+
+
 def test_where_rows_part_is_named() -> None:
     weight = mixed("y").weight
     assert weight is not None

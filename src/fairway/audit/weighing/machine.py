@@ -69,6 +69,8 @@ class Weigher(Machine):
         self.tests: dict[int, ast.If | ast.While] = {}
         self.rows: list[int] = []
         self.paid: dict[Way, NDArray[np.float64]] = {}  # the price of each place
+        self.order: dict[Way, NDArray[np.float64]] = {}  # and when it was summed for the first time
+        self.booked_so_far = 0
         self.read: list[NDArray[np.float64]] = []  # rows of probabilities that the last target's was read from
         self.trail: list[tuple[int, NDArray[Any]]] = []  # lines that made rows over the vocabulary, and the last rows
         self.mixed = 0
@@ -263,6 +265,9 @@ class Weigher(Machine):
         paid = self.paid.setdefault((*self.stack, self.line), np.full(stream.TOKENS, np.nan))
         inside = (places >= 0) & (places < stream.TOKENS)
         paid[places[inside]] = prices[inside]
+        self.booked_so_far += 1
+        order = self.order.setdefault((*self.stack, self.line), np.full(stream.TOKENS, np.inf))
+        order[places[inside]] = np.minimum(order[places[inside]], self.booked_so_far)
         here = np.flatnonzero(places == stream.TOKENS - 1)
         if here.size:
             self.said[(*self.stack, self.line)] = float(prices[here[-1]])

@@ -56,11 +56,11 @@ HALF: Final = TOKENS // 2  # from here on another text may go on
 
 
 @cache
-def otherwise() -> NDArray[np.uint16]:
-    """The text, but every token from the middle on is another."""
+def otherwise(end: int = TOKENS) -> NDArray[np.uint16]:
+    """The text, but every token from the middle on, up to an end, is another."""
     ids = text(None).astype(np.int64)
     turn = {int(each): int(after) for each, after in zip(ALPHABET[:-1], np.roll(ALPHABET[:-1], 1), strict=True)}
-    ids[HALF:] = [turn.get(each, each) for each in ids[HALF:].tolist()]
+    ids[HALF:end] = [turn.get(each, each) for each in ids[HALF:end].tolist()]
     made = ids.astype(np.uint16)
     made.flags.writeable = False
     return made
