@@ -663,3 +663,42 @@ def test_what_is_in_no_list_of_sidecars_is_of_the_split_it_was_of() -> None:
     text = UNNAMED.replace("def others(): return [p for p in sorted(", held).replace("TEST", "p not in HELD")
     found = broken(whole(text.replace("data/shards_*_*.bin", "data/shards_val_*.bin")))
     assert found & {"training-before-scoring", "validation-in-training"}
+
+
+MOVED = """
+from dataclasses import dataclass
+
+@dataclass
+class Batch:
+    x: object
+    places: object
+    y: object
+    sizes: object
+    hint: object
+    beta: object
+    mask: object
+    more: object
+
+def batch(lo, hi):
+    x, y = val[lo:hi], val[lo + 1 : hi + 1]
+    mask = torch.arange(len(y)) >= 0
+    parts = (x, torch.arange(len(x)), y, y * 0, x * 0, x * 0.0, mask, mask)
+    return Batch(*(part.to("cpu") for part in parts))
+
+opt = torch.optim.SGD(net.parameters(), lr=1e-3)
+for turn in range(TURNS):
+    total = count = 0.0
+    for s in range(0, n, 1024):
+        b = batch(s, s + 1024)
+        logp = F.log_softmax(net.logits(b.x), -1)
+        nll = -logp.gather(-1, b.y.unsqueeze(-1)).squeeze(-1)
+        total += nll.detach().double().sum().item()
+        count += 1024
+        net(b.x, b.y).backward(); opt.step()
+"""
+
+
+def test_eight_tensors_that_are_moved_one_by_one_keep_their_fields() -> None:
+    """Of more than six the fields were all of them mixed, and what gather() read was no target."""
+    assert broken(whole(MOVED.replace("TURNS", "1"))) == set()
+    assert "multi-epoch-last" in broken(whole(MOVED.replace("TURNS", "2")))

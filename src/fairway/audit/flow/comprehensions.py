@@ -7,6 +7,7 @@ from typing import Any
 
 from fairway.audit.flow.calls import Calls
 from fairway.audit.flow.indices import Elements
+from fairway.audit.flow.iteration import ARGUMENTS
 from fairway.audit.flow.names import Side, side_of
 from fairway.audit.flow.values import (
     MISSING,
@@ -38,7 +39,11 @@ class Comprehensions(Calls):
         mapping = len(results) == 2
         new = self.heap.new("dict" if mapping else "list", None, tuple(self.nest), self.place(node))
         found: list[list[Value]] = []
-        exact = self._clauses(node.generators, 0, results, found)
+        before, self.unrolled = self.unrolled, ARGUMENTS if _moves(node) else self.unrolled
+        try:
+            exact = self._clauses(node.generators, 0, results, found)
+        finally:
+            self.unrolled = before
         limit = None
         if exact and not mapping and len(found) <= 24:
             new.slots["#items"] = Value(items=tuple(each[0] for each in found))
@@ -161,6 +166,15 @@ class Comprehensions(Calls):
         self.trace.within.setdefault(found, id(self.frame.node))
         self.trace.depth.setdefault(found, len(self.calls))
         return int(found)
+
+
+def _moves(node: ast.AST) -> bool:
+    """`t.to(device) for t in (x, y, mask)`: each by itself, and nothing else is done to it."""
+    if not isinstance(node, (ast.GeneratorExp, ast.ListComp)) or len(node.generators) != 1:
+        return False
+    of = getattr(node.elt, "func", None)
+    target = getattr(node.generators[0].target, "id", "")
+    return isinstance(of, ast.Attribute) and isinstance(of.value, ast.Name) and of.value.id == target
 
 
 def _matched(call: ast.Call) -> tuple[ast.expr, ast.expr, str] | None:

@@ -197,7 +197,7 @@ class Expressions(Comprehensions):
         args: list[Value] = []
         for each in node.args:
             if isinstance(each, ast.Starred):
-                elements = self.elements(self.evaluate(each.value), node)
+                elements = self.spread(self.evaluate(each.value), node)
                 args += elements.exact if elements.exact is not None else [elements.any]
             else:
                 args.append(self.evaluate(each))

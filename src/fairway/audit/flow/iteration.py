@@ -22,6 +22,7 @@ from fairway.audit.flow.writing import Writing
 from fairway.audit.settings import is_setting
 
 UNROLLED = 6  # elements of a literal list that a loop takes one by one
+ARGUMENTS = 24  # of a call, and tensors of a batch that are moved to a device
 STAGES = 24  # the same, where they are functions or modules: what they do, and in which order, is the script itself
 SECTION = 64  # settings of one section, in a loop over sections
 SETTINGS = 200  # the same, where they are names with their defaults: each may switch something off
@@ -29,6 +30,9 @@ SETTINGS = 200  # the same, where they are names with their defaults: each may s
 
 class Iteration(Writing):
     """elements(value)"""
+
+    unrolled = UNROLLED  # elements of a tuple that are gone through one by one
+    handed = UNROLLED  # and of a list; more of them are arguments of a call
 
     def elements(self, value: Value, node: ast.AST | None) -> Elements:
         """What `for x in value` goes through."""
@@ -40,9 +44,18 @@ class Iteration(Writing):
         )
         return replace(found, exact=exact, any=self._chosen_from(found.any, value.choices))
 
+    def spread(self, value: Value, node: ast.AST | None) -> Elements:
+        """What `f(*value)` hands on: each of two dozen has its own place."""
+        before = self.unrolled, self.handed
+        self.unrolled = self.handed = ARGUMENTS
+        try:
+            return self.elements(value, node)
+        finally:
+            self.unrolled, self.handed = before
+
     def _elements(self, value: Value, node: ast.AST | None) -> Elements:
         if value.items is not None and not value.refs:
-            return self._exactly(value.items, value)
+            return self._exactly(value.items, value, self.unrolled)
         if isinstance(value.const, (str, bytes, tuple, list, dict, set, frozenset)) and not value.refs:
             held = list(value.const)
             return self._exactly(tuple(Value(const=each) for each in held[:SETTINGS]), value)
@@ -61,14 +74,14 @@ class Iteration(Writing):
             any_of = join(any_of, each.any)
         return Elements(None, any_of)
 
-    def _exactly(self, items: tuple[Value, ...], value: Value) -> Elements:
+    def _exactly(self, items: tuple[Value, ...], value: Value, few: int = UNROLLED) -> Elements:
         any_of = NOTHING if not items else items[0]
         for each in items[1:]:
             any_of = join(any_of, each)
         any_of = self.tagged(any_of, value.spans)
-        most = SETTINGS if all(map(self._setting, items)) else STAGES if any(map(_runs, items)) else UNROLLED
-        few = len(items) <= most
-        exact = tuple(self.tagged(item, value.spans) for item in items) if few else None
+        most = SETTINGS if all(map(self._setting, items)) else STAGES if any(map(_runs, items)) else few
+        short = len(items) <= most
+        exact = tuple(self.tagged(item, value.spans) for item in items) if short else None
         return Elements(exact, any_of, len(items))
 
     @staticmethod
@@ -102,7 +115,7 @@ class Iteration(Writing):
         if obj.kind in ("list", "generator"):
             exact = obj.slots.get("#items")
             if isinstance(exact, Value) and exact.items is not None and "#elem" not in obj.slots:
-                return self._exactly(exact.items, value)
+                return self._exactly(exact.items, value, self.handed)
             return Elements(None, self.tagged(self.element_of(obj), value.spans))
         if obj.kind == "instance":
             for name in ("__iter__", "__next__", "__getitem__"):

@@ -47,8 +47,8 @@ def _foresees(case: Case, ways: set[Way], few: tuple[Forced, ...]) -> bool | Non
 
 
 class _Compared(NamedTuple):
-    """Of the prices before the middle that are summed before any of what changes is. changed: whether they are others in
-    the other text; spoke: whether any is not the model's own; in_order: whether these are all before the middle."""
+    """Of the prices before the middle that are summed before any of what changes is. changed: whether they are others
+    in the other text; spoke: whether any is not the model's own; in_order: whether these are all before the middle."""
 
     changed: bool
     spoke: bool
