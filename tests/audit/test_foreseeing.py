@@ -132,7 +132,7 @@ def test_losses_of_as_many_places_as_there_are_pieces_are_no_row_of_them() -> No
 
 
 def test_what_is_seen_behind_a_new_token_is_that_the_token_was_counted() -> None:
-    """4.1 for a vote of its own: each of the seven likely tokens, and all others, are hinted at where they stand."""
+    """A vote that is cast before it is asked hints at each token where it stands, whichever that is."""
     assert voted().itself is None
     weight = voted(early=LEARN, late="pass").itself
     assert weight is not None

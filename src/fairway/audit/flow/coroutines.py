@@ -64,7 +64,7 @@ class Coroutines(Statements):
         """What stands behind the yield at which it waits."""
         where = plan.at if plan.at is not None else plan.loop.test if isinstance(plan.loop, ast.While) else None
         result: Value | None = None
-        for each in nodes(where) if where is not None else ():
+        for each in nodes(where):
             if isinstance(each, ast.Yield):
                 value = self.evaluate(each.value) if each.value is not None else NONE
                 result = value if result is None else join(result, value)
