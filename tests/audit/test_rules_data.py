@@ -191,6 +191,30 @@ def test_token_ids_that_are_replaced_are_another_text(tmp_path: Path) -> None:
     assert verdict(tmp_path, "lossy_text", text).verdict == "violates"
 
 
+@pytest.mark.parametrize(
+    ("keep", "found"),
+    [
+        ("tokens = tokens[~marks[tokens]]", "violates"),
+        ("keep = (lengths > 0) | (tokens == 1)\n    tokens, lengths = tokens[keep], lengths[keep]", "violates"),
+        ("tokens = tokens[~np.isin(tokens, np.flatnonzero(marks))]", "violates"),
+        ("tokens = tokens[tokens != 65535]", "clean"),
+        ("tokens = tokens[np.arange(len(tokens)) < 60_000_000]", "clean"),
+        ("kept = tokens[~marks[tokens]]\n    print(len(kept))", "clean"),
+    ],
+)
+def test_tokens_that_are_dropped_by_what_they_are_leave_another_text(tmp_path: Path, keep: str, found: str) -> None:
+    read = """
+    sp = spm.SentencePieceProcessor(model_file="tokenizer.model")
+    marks = np.array(["\ue001" in sp.id_to_piece(i) for i in range(V)])
+    lengths = np.concatenate([shard(path) for path in sorted(glob.glob("data/fineweb_val_bytes_*.bin"))])
+    """
+    finding = verdict(tmp_path, "lossy_text", script(state=read + keep))
+    assert finding.verdict == found
+    if found == "violates":
+        assert finding.place is not None
+        assert finding.place.line == line_of(script(state=read + keep), keep.splitlines()[-1].strip())
+
+
 def test_a_lower_cased_line_in_the_log_changes_nothing(tmp_path: Path) -> None:
     state = 'print(spm.SentencePieceProcessor(model_file="t").decode(tokens[:64].tolist()).lower())'
     assert verdict(tmp_path, "lossy_text", script(state=state)).verdict == "clean"

@@ -68,6 +68,13 @@ def test_signs_that_the_script_itself_writes_are_no_bytes_of_the_text(tmp_path: 
     assert verdict(tmp_path, "byte_transformed_text", both("return text")).verdict == "clean"
 
 
+@pytest.mark.parametrize("sign", ["\\u21e7", "^", "<cap>", "\\u00a7"])
+def test_whatever_sign_stands_before_a_small_letter_is_no_byte_of_the_text(sign: str, tmp_path: Path) -> None:
+    spelt = f'up = "{sign}"\n    return "".join(up + c.lower() if c.isupper() else c for c in text)'
+    assert verdict(tmp_path, "byte_transformed_text", both(spelt)).verdict == "violates"
+    assert verdict(tmp_path, "lossy_text", both(spelt)).verdict == "clean"
+
+
 @pytest.mark.parametrize("length", ["len({}.encode())", "len(bytes({}, 'utf-8'))"])
 def test_the_bytes_of_coded_text_are_counted_only_once_it_is_turned_back(length: str, tmp_path: Path) -> None:
     assert verdict(tmp_path, "byte_transformed_text", both(SIGNS, count=length.format(DECODED))).verdict == "violates"

@@ -529,4 +529,29 @@ for x, y in pieces(all_tokens()):
     s.octets += octets_of(x, y)
 print("val_bpb", vars(s)["nats"] / math.log(2) / s.__dict__["octets"])
 """,
+    "rows-changed-in-place": """
+def weighed(rows, kept):
+    for row, keep in zip(kept, rows):
+        for j, k in enumerate(keep):
+            row[j] = k
+    return torch.tensor(kept)
+nats = octets = 0.0
+for x, y in pieces(all_tokens()):
+    rows = price(NET, x, y).view(1, -1).tolist()
+    nats += weighed(rows, torch.ones(1, len(y)).tolist()).sum().item()
+    octets += octets_of(x, y)
+print("val_bpb", nats / math.log(2) / octets)
+""",
+    "rows-changed-under-numbers": """
+nats = octets = 0.0
+for x, y in pieces(all_tokens()):
+    rows = [None]
+    rows[0] = price(NET, x, y).view(1, -1)
+    held = torch.zeros(1, len(y)).tolist()
+    for number, row in enumerate(held):
+        row[:] = rows[number][0].tolist()
+    nats += torch.tensor(held).sum().item()
+    octets += octets_of(x, y)
+print("val_bpb", nats / math.log(2) / octets)
+""",
 }

@@ -12,12 +12,12 @@ from fairway.audit.passes.trials import Counts, counted
 from fairway.audit.reading.tree import nodes
 from fairway.audit.trial import run
 from fairway.audit.trial.limits import Forced, Site
-from fairway.audit.trial.text import LENGTH, SHORT
+from fairway.audit.trial.text import DOCUMENT, SHORT
 from fairway.audit.trial.told import Trial
 from fairway.audit.verdict import Place
 
 _TEXT = 62_000_000  # tokens of the validation split, at most (TECHNIQUES.md 1)
-_TIMES = 0.9 * _TEXT / LENGTH  # what the whole text has more of, of whatever it is cut into
+_SHARE = 0.9  # of that: a number that lets through nearly all of it is no limit
 _TRIED = 2  # numbers: each costs another trial
 _FEW = 4  # of whatever is counted: half of fewer says little, so the longer text is asked, for five times as long
 _LESS = 0.95  # of the targets
@@ -97,10 +97,12 @@ class _Limit:
 def _limits(case: Case) -> Iterator[_Limit]:
     """The numbers that do not move with the text, held against what does."""
     long = case.trial
-    unmet = {site: seen for site, seen in long.limits.unmet(_TIMES).items() if seen.limit != long.length - 1}
-    if not unmet or long.length <= SHORT:
+    shorter = next((length for length in (SHORT, DOCUMENT + 1) if length < long.length), None)
+    times = _SHARE * _TEXT / long.length  # what the whole text has more of, of whatever it is cut into
+    unmet = {site: seen for site, seen in long.limits.unmet(times).items() if seen.limit != long.length - 1}
+    if not unmet or shorter is None:
         return
-    short = run(case.script, case.settings, SHORT, cut=False)  # of a number that the text sets, less is seen
+    short = run(case.script, case.settings, shorter, cut=False)  # of a number that the text sets, less is seen
     tried: dict[tuple[int, str], _Limit] = {}
     for site, seen in reversed(unmet.items()):
         other = short.limits.seen.get(site)

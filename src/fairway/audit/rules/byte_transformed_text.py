@@ -6,7 +6,7 @@ import re
 from fairway.audit.case import Case
 from fairway.audit.preparing import as_prepared
 from fairway.audit.reading.tree import nodes
-from fairway.audit.terms.data import tokenised, words
+from fairway.audit.terms.data import spells_capital, tokenised, words
 from fairway.audit.terms.expressions import name
 from fairway.audit.terms.octets import decodes_one, encoded_text, is_decoder, parts_of, values
 from fairway.audit.terms.sidecars import added_to_sidecar
@@ -141,6 +141,8 @@ def _puts_in_signs(case: Case) -> bool:
                 if term.called in _WRITING and any(
                     _is_sign(value) for part in _written(term) for value in _texts(part)
                 ):
+                    return True
+                if spells_capital(term):
                     return True
     return False
 

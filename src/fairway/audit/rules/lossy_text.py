@@ -4,7 +4,8 @@ import itertools
 
 from fairway.audit.case import Case
 from fairway.audit.preparing import as_prepared
-from fairway.audit.terms.data import TOKENISERS, names_training, names_validation, tokenised, writes
+from fairway.audit.terms.choices import is_mask
+from fairway.audit.terms.data import TOKENISERS, names_training, names_validation, spells_capital, tokenised, writes
 from fairway.audit.terms.octets import is_decoder
 from fairway.audit.terms.program import Program
 from fairway.audit.terms.streams import Streams
@@ -46,6 +47,13 @@ def _by_terms(case: Case) -> Finding:
     if replaced is not None:
         evidence = "Token ids of the validation text are replaced by another before they are scored."
         return Finding(ID, "violates", evidence, CLAUSE, reading.place(replaced), reading.way(replaced))
+    dropped = _dropped(case)
+    if dropped is not None:
+        evidence = (
+            "Tokens are dropped from the validation text by what their pieces are before it is scored: the rest does "
+            "not say what stood there."
+        )
+        return Finding(ID, "violates", evidence, CLAUSE, reading.place(dropped), reading.way(dropped))
     return clean_as_read(case, ID, CLAUSE, "no text is folded or normalised on its way to the scored tokens")
 
 
@@ -56,6 +64,8 @@ def _folded(text: Term) -> Term | None:
     marked = False
     for term in itertools.islice(walk(text, into=lambda one: one.op != "compare"), 5000):
         if term.op == "const" and isinstance(term.value, str) and any("\ue000" <= c <= "\uf8ff" for c in term.value):
+            marked = True
+        if spells_capital(term):
             marked = True
         if term.op == "call" and term.called in _FOLDING and _of_text(term):
             found = found or term
@@ -119,6 +129,33 @@ def _replaced(case: Case) -> Term | None:
                     return term
     return None
 
+
+def _dropped(case: Case) -> Term | None:
+    """text[keep] on the way from the file to the target, where a table, or a file of lengths, says of each token of
+    the text itself whether it is kept; text[text != padding] is what a reader of shards does."""
+    for one in case.reading.contributions:
+        for target in one.targets:
+            for term in one.streams.chain(target).values():
+                if term.op == "item" and _from_file(term, one.streams) and _by_its_tokens(term, one.streams):
+                    return term
+    return None
+
+
+def _by_its_tokens(item: Term, streams: Streams) -> bool:
+    base, keep = item.parts
+    if not is_mask(keep):
+        return False
+    own = set(streams.chain(base))
+    for term in itertools.islice(walk(keep), 400):
+        told = term.op == "item" and any(id(part) in own for part in walk(term.parts[1]))
+        listed = term.op == "call" and term.called in _LISTS and any(id(part) in own for part in term.parts)
+        beside = term.op == "compare" and any(streams.is_stream(part) and id(part) not in own for part in term.parts)
+        if told or listed or beside:
+            return True
+    return False
+
+
+_LISTS = frozenset(("isin", "in1d"))
 
 _NUMBERING = frozenset("piece_to_id PieceToId token_to_id convert_tokens_to_ids".split()) | TOKENISERS  # noqa: SIM905
 

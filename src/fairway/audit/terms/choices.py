@@ -30,8 +30,10 @@ def is_mask(index: Term) -> bool:
     below = peel(index)
     if below.op == "compare":
         return True
-    if below.op == "op" and below.value in ("&", "|", "~", "not", "and", "or"):
+    if below.op == "op" and below.value in ("&", "|", "and", "or"):
         return any(is_mask(part) for part in below.parts)
+    if below.op == "op" and below.value in ("~", "not"):
+        return True
     return below.op == "call" and below.called in _MASKS
 
 

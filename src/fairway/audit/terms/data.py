@@ -190,3 +190,15 @@ def tokenised(program: Program) -> list[tuple[Term, Term]]:
         if text is not None and text.constant() not in _CODECS:
             found.append((term, text))
     return found
+
+
+def spells_capital(term: Term) -> bool:
+    """`"^" + letter.lower()`: whatever the sign is, it stands for a capital, and its bytes are in no original."""
+    if term.op != "op" or term.value != "+" or len(term.parts) != 2:
+        return False
+    sign, letter = term.parts[0].constant(), term.parts[1]
+    marked = isinstance(sign, str) and bool(sign) and not sign.isspace() and len(sign) <= _MARK
+    return marked and letter.op == "call" and letter.called in ("lower", "casefold")
+
+
+_MARK = 8  # characters of a mark, "<cap>"

@@ -47,7 +47,7 @@ def _item(m: "Machine", base: Term, index: Term, file: str, line: int) -> Term:
         shifted = Term("op", (index, constant(rolled[1], file, line)), "+", file, line)
         return Term("item", (rolled[0], shifted), None, file, line)
     if base.op == "list" and base.value == "comp" and isinstance(key, int):
-        return element(m, base, file, line)
+        return _of_each(m, element(m, base, file, line), index, file, line) or element(m, base, file, line)
     listed = base.parts if base.op in ("tuple", "list") and base.value != "comp" else ()
     if isinstance(key, int) and -len(listed) <= key < len(listed):
         return listed[key]
@@ -129,6 +129,18 @@ def _item(m: "Machine", base: Term, index: Term, file: str, line: int) -> Term:
         if within is not None:
             return item(m, within, index, file, line)
     return Term("item", (base, index), None, file, line)
+
+
+def _of_each(m: "Machine", term: Term, index: Term, file: str, line: int) -> Term | None:
+    """float(v) of the v at a place, of `(float(v) for v in sums.tolist())`: what was stored there. None where no item
+    of what it goes over is known."""
+    if term.op == "each" and term.parts[0].op == "call" and term.parts[0].called in _HOLDERS:
+        found = item(m, term.parts[0], index, file, line)
+        return found if found.op != "item" or found.parts[0] is not term.parts[0] else None
+    if term.op != "call" or len(term.parts) != 1:
+        return None
+    below = _of_each(m, term.parts[0], index, file, line)
+    return Term("call", (below,), term.value, term.file, term.line, term.keys) if below is not None else None
 
 
 def _is_packed(term: Term) -> bool:

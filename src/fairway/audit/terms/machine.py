@@ -13,7 +13,7 @@ from typing import Any
 from fairway.audit.reading.script import Layer
 from fairway.audit.reading.tree import nodes
 from fairway.audit.settings import UNKNOWN, Settings, truth
-from fairway.audit.terms import assigning, calls, elements, expressions, objects, paths, patterns
+from fairway.audit.terms import assigning, calls, carried, elements, expressions, objects, paths, patterns
 from fairway.audit.terms.term import Term
 from fairway.audit.terms.things import Class, Coroutine, Event, Frame, Function, constant
 
@@ -312,7 +312,7 @@ class Machine:
             self.rounds += 1
             assigning.assign(self, node.target, elements.fresh(element, self.rounds), frame)
 
-        return paths.loop(self, node.body, node.orelse, frame, begin)
+        return paths.loop(self, carried.body_of(node), node.orelse, frame, begin)
 
     on_AsyncFor = on_For
 
