@@ -115,6 +115,25 @@ def test_when_a_vote_is_cast_decides(given: dict[str, str], line: str, evidence:
         assert one.script.text.split("\n")[found.place.line - 1].strip() == line
 
 
+@pytest.mark.parametrize(
+    ("gate", "line"),
+    [
+        ("if hint >= 0 and hint != ids[j]:\n            betas[-1] = 0.0", ""),
+        ("if hint != ids[j + 1]:\n            betas[-1] = 0.0", "if hint != ids[j + 1]:"),
+        ("betas[-1] *= 2.0 if hint == ids[j + 1] else 0.5", "betas[-1] *= 2.0 if hint == ids[j + 1] else 0.5"),
+    ],
+    ids=["by the token before", "none where it is wrong", "more where it is right"],
+)
+def test_a_bonus_that_is_another_for_another_token_is_gated_by_it(gate: str, line: str) -> None:
+    one = voted(late=gate + "\n        " + LEARN)
+    found = target_gated_tilt.check(one)
+    assert found.verdict == ("violates" if line else "clean")
+    assert false_normalisation.check(one).verdict == "clean", "one fault, one rule"
+    if line:
+        assert found.place is not None
+        assert one.script.text.split("\n")[found.place.line - 1].strip() == line
+
+
 def test_a_model_that_is_given_the_token_to_the_left_as_well_is_asked_for_the_windows() -> None:
     """Two arrays of tokens: the larger one is what it predicts from. Of two that are as large one is the targets."""
     asked = "model.forward_logits(x, left=val[max(a - 1, 0)])"

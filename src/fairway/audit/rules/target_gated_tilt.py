@@ -6,6 +6,7 @@ from fairway.audit.passes.past import places_of_the_past
 from fairway.audit.terms.mixtures import gold_ratios, spread_over_bytes
 from fairway.audit.terms.verdicts import clean, unsaid
 from fairway.audit.verdict import Finding
+from fairway.audit.weighing import PIECES
 from fairway.audit.weighing.alternatives import Weight, is_whole
 from fairway.audit.weighing.foreseeing import knew
 
@@ -49,6 +50,13 @@ def check(case: Case) -> Finding:
             "sums to one, and is another for another token in the same context."
         )
         return Finding(ID, "violates", evidence, CLAUSE, case.place(weight.line))
+    weight = _of_another_bonus(case)
+    if weight is not None:
+        evidence = (
+            "Worked out with a made-up model over a short text: how strongly the hint is raised at one place is "
+            f"another for another token that stands there; all {PIECES} of them come to {weight.total:.4f}."
+        )
+        return Finding(ID, "violates", evidence, CLAUSE, case.place(weight.gate))
     weight = _of_one_softmax(case)
     if weight is not None:
         evidence = (
@@ -64,6 +72,12 @@ def _of_another_row(case: Case) -> Weight | None:
     """What is said of a token where its row hangs on it, and nothing had learned of it before it was scored."""
     weight = case.weight
     return weight if weight is not None and weight.differs and not knew(case) else None
+
+
+def _of_another_bonus(case: Case) -> Weight | None:
+    """What all tokens come to where the bonus of a hint hangs on the token, and nothing had learned of it before."""
+    weight = case.weight
+    return weight if weight is not None and weight.gate and not case.foresees else None
 
 
 def _of_one_softmax(case: Case) -> Weight | None:

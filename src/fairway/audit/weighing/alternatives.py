@@ -22,6 +22,7 @@ from fairway.audit.trial.vocabulary import size_in
 from fairway.audit.weighing import stream
 from fairway.audit.weighing.machine import Way, Weigher
 from fairway.audit.weighing.stream import PIECES
+from fairway.audit.weighing.strengths import Strengths, set_by_target
 
 _NUMBERS = 8_000_000  # elements of a table of hashed counts: 64 MB as float64
 _STEPS = 400_000  # of all runs together
@@ -47,11 +48,13 @@ _BITS = range(10, 30)
 @dataclass(frozen=True)
 class Weight:
     """total: what the probabilities add up to; line: where a row, or the price, is made that is to blame; differs:
-    whether each token is read from a row over all of them, and that row is another for another token."""
+    whether each token is read from a row over all of them, and that row is another for another token; gate: where
+    that is more than one and the bonus of a hint is another for another token, the line that sets it."""
 
     total: float
     line: int
     differs: bool = False
+    gate: int = 0
 
     @property
     def too_much(self) -> bool:
@@ -110,6 +113,7 @@ def _weighed(
     said: list[dict[Way, float]] = []
     rows: list[NDArray[np.float64] | None] = []
     runs: list[Weigher] = []
+    bonuses: list[Strengths] = []
     line = models = 0
     tried = stream.alternatives(turned)
     for last, _ in tried:
@@ -123,6 +127,7 @@ def _weighed(
             return None
         said.append(here)
         runs = [*runs, run][:2]
+        bonuses.append(run.strengths)
         rows.append(run.row_of(next(reversed(here.values())), last))
         line = line or _to_blame(run)
         plain = stream.losses()[stream.TOKENS - 2, last]
@@ -134,7 +139,7 @@ def _weighed(
     total = max((_total([each[way] for each in said], [many for _, many in tried]) for way in shared), default=0.0)
     known = [row for row in rows if row is not None]
     if total <= 0.0 or len(known) < len(rows):
-        return Weight(total, line) if total > 0.0 else None
+        return Weight(total, line, gate=set_by_target(bonuses) if total > _MORE else 0) if total > 0.0 else None
     if all(np.allclose(row, known[0], rtol=0.0, atol=_ALIKE) for row in known):
         # Of a table of hashed pairs each token has a bucket of its own, and a few do not stand for all: the row does.
         return Weight(float(known[0].sum()), line)

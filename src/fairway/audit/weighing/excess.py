@@ -25,7 +25,7 @@ def excess(case: Case) -> Weight | None:
     if any(isinstance(each.cause, Update) and each.cause.how == "table" for each in faults) and knew(case):
         return None
     weight = case.weight  # of a gate by the target another rule says it
-    return weight if weight is not None and weight.too_much and not weight.differs else None
+    return weight if weight is not None and weight.too_much and not (weight.differs or weight.gate) else None
 
 
 __all__ = ["excess"]

@@ -23,6 +23,7 @@ from fairway.audit.trial.values import NET, Func, Raised, Spent, Unknown, Value
 from fairway.audit.weighing import stream
 from fairway.audit.weighing.rows import ROWS, gather, log_softmax, priced
 from fairway.audit.weighing.stream import PIECES
+from fairway.audit.weighing.strengths import RAISING, Strengths
 
 _MOST = 20_000_000  # numbers that a model makes at once
 _RAMP, _LONG = 5_000, 1_000_000  # tokens: of a share that grows slowly, and of a text in which it is grown
@@ -76,6 +77,7 @@ class Weigher(Machine):
         self.mixed = 0
         self.said_last: NDArray[Any] | None = None  # prices
         self.learned_at = 0
+        self.strengths = Strengths()
 
     # -- what is not known ----------------------------------------------------------------------------------------
 
@@ -216,6 +218,8 @@ class Weigher(Machine):
         held = args[0] if args and isinstance(args[0], Array) else None
         if held is not None and held.price is not None and name in _SUMMING:
             self.book(held)
+        if held is not None and name.rstrip("_") in RAISING:
+            self.strengths.raise_(name, held, self.line)
         found = self._of_rows(name, args, kwargs) if held is not None and name in ROWS else None
         if found is None:
             found = super().of_array(name, args, kwargs)
@@ -330,6 +334,8 @@ class Weigher(Machine):
     def assign_item(self, value: Value, index: Value, new: Value) -> None:
         if isinstance(value, Array) and (isinstance(new, Unknown) or isinstance(index, Unknown)):
             self.doubtful()
+        if isinstance(value, (Array, list)) and isinstance(new, (bool, int, float)):
+            self.strengths.store(new, self.line)
         super().assign_item(value, index, new)
 
     def grown(self, name: str, old: Value, more: Value) -> Value:
