@@ -200,6 +200,7 @@ def test_token_ids_that_are_replaced_are_another_text(tmp_path: Path) -> None:
         ("tokens = tokens[tokens != 65535]", "clean"),
         ("tokens = tokens[np.arange(len(tokens)) < 60_000_000]", "clean"),
         ("kept = tokens[~marks[tokens]]\n    print(len(kept))", "clean"),
+        ("at = np.arange(0, len(tokens), 64)\n    tokens = tokens[np.arange(len(tokens)) >= at[0]]", "clean"),
     ],
 )
 def test_tokens_that_are_dropped_by_what_they_are_leave_another_text(tmp_path: Path, keep: str, found: str) -> None:

@@ -147,12 +147,20 @@ def _by_its_tokens(item: Term, streams: Streams) -> bool:
         return False
     own = set(streams.chain(base))
     for term in itertools.islice(walk(keep), 400):
-        told = term.op == "item" and any(id(part) in own for part in walk(term.parts[1]))
+        told = term.op == "item" and any(part in own for part in streams.chain(term.parts[1]))
         listed = term.op == "call" and term.called in _LISTS and any(id(part) in own for part in term.parts)
-        beside = term.op == "compare" and any(streams.is_stream(part) and id(part) not in own for part in term.parts)
+        beside = term.op == "compare" and _of_a_number(term, own, streams)
         if told or listed or beside:
             return True
     return False
+
+
+def _of_a_number(term: Term, own: set[int], streams: Streams) -> bool:
+    """lengths > 0, of another file's numbers; not a place that is held against another."""
+    one, other = term.parts[:2]
+    if one.constant() is not None:
+        one, other = other, one
+    return isinstance(other.constant(), (int, float)) and id(one) not in own and streams.is_stream(one)
 
 
 _LISTS = frozenset(("isin", "in1d"))
