@@ -203,6 +203,12 @@ def test_a_row_that_is_another_for_another_token_is_gated_by_it(whose: str, want
     assert false_normalisation.check(one).verdict == "clean", "one fault, one rule"
 
 
+def test_a_row_that_hangs_on_its_token_is_charged_where_nobody_can_say_what_is_foreseen(monkeypatch: Any) -> None:
+    monkeypatch.setattr(Case, "foresees", None)
+    assert target_gated_tilt.check(mixed("y")).verdict == "violates"
+    assert target_gated_tilt.check(mixed()).verdict == "clean"
+
+
 SORTED = """
 vocab_size = 1024
 

@@ -8,7 +8,7 @@ from fairway.audit.terms.verdicts import clean, unsaid
 from fairway.audit.verdict import Finding
 from fairway.audit.weighing import PIECES
 from fairway.audit.weighing.alternatives import Weight, is_whole
-from fairway.audit.weighing.foreseeing import knew
+from fairway.audit.weighing.foreseeing import learned_before
 
 ID = "target-gated-tilt"
 CHARGE = "a tilt, a mixing weight or a gate reads the target"
@@ -69,15 +69,15 @@ def check(case: Case) -> Finding:
 
 
 def _of_another_row(case: Case) -> Weight | None:
-    """What is said of a token where its row hangs on it, and nothing had learned of it before it was scored."""
+    """What is said of a token where its row hangs on it, and nothing is seen to have learned of it before."""
     weight = case.weight
-    return weight if weight is not None and weight.differs and not knew(case) else None
+    return weight if weight is not None and weight.differs and not learned_before(case) else None
 
 
 def _of_another_bonus(case: Case) -> Weight | None:
     """What all tokens come to where the bonus of a hint hangs on the token, and nothing had learned of it before."""
     weight = case.weight
-    return weight if weight is not None and weight.gate and not case.foresees else None
+    return weight if weight is not None and weight.gate and not learned_before(case) else None
 
 
 def _of_one_softmax(case: Case) -> Weight | None:

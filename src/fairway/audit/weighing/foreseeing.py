@@ -75,6 +75,11 @@ def knew(case: Case) -> bool:
     return case.foresees is not False or case.itself is not None
 
 
+def learned_before(case: Case) -> bool:
+    """Whether it is seen that what is looked up for a token held it, or what follows it; not where nothing can be."""
+    return bool(case.foresees) or case.itself is not None
+
+
 def as_foreseen(case: Case, found: Finding) -> Finding:
     """A charge that an array knew too much, dropped where no price hangs on what follows, nor on its own token."""
     if found.verdict != "violates" or knew(case):
@@ -83,4 +88,4 @@ def as_foreseen(case: Case, found: Finding) -> Finding:
     return Finding(found.id, "clean", evidence, found.clause)
 
 
-__all__ = ["as_foreseen", "foresees", "knew"]
+__all__ = ["as_foreseen", "foresees", "knew", "learned_before"]
