@@ -65,6 +65,10 @@ WHOLE = {
     "q = probs.gather(1, hint.unsqueeze(1)).squeeze(1)\np = probs.gather(1, y.unsqueeze(1)).squeeze(1)\n"
     "nll = -(p.log() + b * (hint == y) - torch.log1p(q * (torch.exp(b) - 1)))",
     "logarithms that are summed": f"mixed = (rows + probs) / (seen + 1.0)\n{PICKED}\nnll = -nll",
+    "nll_loss of a mixture": "mixed = (rows + 4.0 * probs) / (seen + 4.0)\n"
+    "nll = F.nll_loss(mixed.log(), y, reduction='none')",
+    "nll_loss, the pieces in front": "mixed = ((rows + 4.0 * probs) / (seen + 4.0)).log().T[None]\n"
+    "nll = F.nll_loss(mixed, y[None], reduction='none')[0]",
     "a bias before the softmax": "nll = F.cross_entropy(logits + rows, y, reduction='none')",
 }
 
@@ -113,6 +117,10 @@ def faults() -> dict[str, tuple[str, float]]:
         ),
         "a row on top": (f"mixed = probs + 0.1 * rows / seen.clamp_min(1.0)\n{PICKED}", 1.1),
         "half a prior": (f"mixed = (rows + 4.0 * probs) / (seen + 2.0)\n{PICKED}", (seen + 4) / (seen + 2)),
+        "half a prior, by nll_loss": (
+            "mixed = (rows + 4.0 * probs) / (seen + 2.0)\nnll = F.nll_loss(mixed.log(), y, reduction='none')",
+            (seen + 4) / (seen + 2),
+        ),
         "an unpaid bonus": (
             "hint = rows.argmax(-1)\nnll = F.cross_entropy(logits, y, reduction='none')\n"
             "nll = nll - 0.5 * (hint == y) * (seen[:, 0] > 0)",
@@ -139,6 +147,7 @@ def faults() -> dict[str, tuple[str, float]]:
         "pseudo-counts",
         "a row on top",
         "half a prior",
+        "half a prior, by nll_loss",
         "an unpaid bonus",
         "a hashed tilt, paid for to first order",
         "the larger of two",
@@ -171,6 +180,8 @@ def test_what_is_not_known_is_not_weighed() -> None:
     [
         ("F.cross_entropy(logits, y, reduction='none')", True),
         ("-torch.log_softmax(logits, -1).gather(1, y.unsqueeze(1)).squeeze(1)", True),
+        ("F.nll_loss(torch.log_softmax(logits, -1), y, reduction='none')", True),
+        ("F.nll_loss((probs + rows).log(), y, reduction='none')", False),
         ("-(torch.log_softmax(logits, -1) + rows).gather(1, y.unsqueeze(1)).squeeze(1)", False),
         ("F.cross_entropy(logits, y, reduction='none') - 0.1 * (rows.argmax(-1) == y)", False),
     ],

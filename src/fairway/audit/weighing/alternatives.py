@@ -32,7 +32,7 @@ _LESS = 0.998
 _ALIKE = 1e-9  # of one row, worked out once for each token: a mixture may give its counts a share of 1e-5
 _MORE = 1.0004  # what is more is no rounding, nor an epsilon of 1e-6 for each of 320 tokens
 
-_READING = frozenset(("gather", "take_along_dim", "take_along_axis", "neg", "negative"))
+_READING = frozenset(("gather", "take_along_dim", "take_along_axis", "neg", "negative", "nll_loss"))
 _WINDOWS = ("seq", "window", "context", "ctx", "span", "stride", "L", "T")
 _TABLES = ("bucket", "hash", "table", "rows", "slots", "memory")
 _CHUNKS = ("chunk", "segment", "region")
@@ -181,7 +181,7 @@ def is_whole(loss: Term) -> bool:
         if below.op == "op" and len(below.parts) > 1 and below.parts[1].op != "const":
             return False
         below = peel(below.operand("input", "a") or below.parts[0] if below.op == "call" else below.parts[0])
-    return below.called in ("cross_entropy", "nll_loss", "log_softmax", "CrossEntropyLoss")
+    return below.called in ("cross_entropy", "log_softmax", "CrossEntropyLoss")
 
 
 def over_text(case: Case, ids: NDArray[np.uint16], small: tuple[Forced, ...], steps: int = _ONE) -> Weigher:

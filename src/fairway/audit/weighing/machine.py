@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -351,25 +352,44 @@ def _is_text(value: Value) -> bool:
 
 
 def _cross_entropy(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
-    """F.cross_entropy, F.nll_loss of logits that are known, or of a model that nobody knows."""
+    """F.cross_entropy of logits that are known, or of a model that nobody knows."""
+    return _loss(machine, args, kwargs, read=_paid)
+
+
+def _nll_loss(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
+    """F.nll_loss: what is handed to it are logarithms of probabilities, and no softmax makes them sum to one."""
+    logits = isinstance(args[0], Array) and args[0].net  # what a model that nobody knows makes: rows of logits here
+    return _loss(machine, args, kwargs, read=_paid if logits else _picked)
+
+
+def _loss(
+    machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], read: Callable[[NDArray[Any], Array], Array]
+) -> Value:
     assert isinstance(machine, Weigher)
     rows, target = args[0], kwargs.get("target", kwargs.get("targets", args[1] if len(args) > 1 else None))
     if not isinstance(target, Array) or target.num is None:
         return NET
-    losses = _paid(rows, target) if isinstance(rows, Array) and _is_text(target) else machine.losses(target)
+    known = isinstance(rows, Array) and _is_text(target)
+    losses = read(_rows_for(rows, target), target) if known else machine.losses(target)
     if isinstance(rows, Array):
         machine.made += 1
     reduction = kwargs.get("reduction", "mean")
     return losses if reduction == "none" else machine.of_array(str(reduction), (losses,), {})
 
 
-def _paid(rows: Array, target: Array) -> Array:
+def _rows_for(rows: Array, target: Array) -> NDArray[Any]:
+    """The pieces last, [batch, pieces, places] as torch has them or [places, pieces]."""
     assert rows.num is not None
+    moved = rows.num.ndim == 3 and target.body.ndim == 2 and rows.num.shape[-1] != PIECES
+    return np.moveaxis(rows.num, 1, -1) if moved else rows.num
+
+
+def _paid(rows: NDArray[Any], target: Array) -> Array:
+    return _picked(log_softmax(Array(rows)).num, target)
+
+
+def _picked(logs: Any, target: Array) -> Array:
     assert target.num is not None
-    whole = rows.num
-    if whole.ndim == 3 and target.body.ndim == 2 and whole.shape[-1] != PIECES:
-        whole = np.moveaxis(whole, 1, -1)
-    logs: Any = log_softmax(Array(whole)).num
     picked = np.take_along_axis(logs, target.num.astype(np.int64)[..., None], -1)[..., 0]
     return priced(Array(-picked), target.pos)
 
@@ -388,6 +408,7 @@ def _itself(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], li
 
 _FUNCTIONS = {
     **dict.fromkeys(["torch.nn.functional.cross_entropy"], _cross_entropy),
+    **dict.fromkeys(["torch.nn.functional.nll_loss"], _nll_loss),
     **dict.fromkeys(["*.gather", "*.take_along_dim", "*.take_along_axis"], _gather),
     **dict.fromkeys(["torch.compile", "torch.jit.script", "torch.compiler.disable"], _itself),
 }
