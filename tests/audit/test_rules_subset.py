@@ -3,7 +3,8 @@
 
 import pytest
 
-from tests.audit.order import HEAD, MAIN, broken, doubted, findings, line_of
+from fairway.audit.trial.text import SHORT as SHORT_TEXT
+from tests.audit.order import HEAD, MAIN, broken, case_of, doubted, findings, line_of
 
 EVAL = "    final = eval_ttt(args, model, val)\n"
 DOCS = """
@@ -259,6 +260,50 @@ def test_the_first_window_of_a_plan_is_no_limit() -> None:
     head = HEAD.replace("    stride = int", '    window = int(os.environ.get("WINDOW", 2048))\n    stride = int')
     body = MAIN.replace(EVAL, "    final = sliding(args, model, val)\n")
     assert broken(head + PLANNED + body) == set()
+
+
+def test_every_fourth_window_of_a_plan_is_named_where_it_is_picked() -> None:
+    """The list is cut into batches below: the first line that lets only a part through is meant."""
+    head = HEAD.replace("    stride = int", '    window = int(os.environ.get("WINDOW", 2048))\n    stride = int')
+    share = "windows = windows[len(windows) * rank // world : len(windows) * (rank + 1) // world]"
+    text = (
+        head + PLANNED.replace(share, share + "[::4]") + MAIN.replace(EVAL, "    final = sliding(args, model, val)\n")
+    )
+    found = findings(text)["subset-as-full"]
+    assert found.verdict == "violates"
+    assert found.place is not None
+    assert found.place.line == line_of(text, share)
+
+
+HASHED = """
+def by_document(args, model, val):
+    starts = (val == 1).nonzero().flatten().tolist()
+    spans = list(zip(starts, [*starts[1:], val.numel() - 1]))[: args.most]
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for begin, end in spans:
+        seen, last = {}, 0
+        for token in val[begin:end].tolist():
+            key = (last * 31 + token) % 65536
+            if key in seen:
+                seen[key] += 1
+            else:
+                seen[key] = 1
+            last = token
+            if len(seen) > 4000:
+                seen = {}
+        x, y = val[begin:end], val[begin + 1 : end + 1]
+        total += F.cross_entropy(model.forward_logits(x[None])[0], y, reduction="sum").double()
+        count += end - begin
+    return (total / count).item()
+"""
+
+
+@pytest.mark.parametrize(("most", "found"), [(12_000, True), (50_000, False)])
+def test_a_limit_is_seen_where_a_loop_over_tokens_makes_the_text_of_the_trial_short(most: int, found: bool) -> None:
+    head = HEAD.replace("    stride = int", f'    most = int(os.environ.get("MOST", {most}))\n    stride = int')
+    text = head + HASHED + MAIN.replace(EVAL, "    final = by_document(args, model, val)\n")
+    assert case_of(text).trial.length == SHORT_TEXT
+    assert broken(text) == ({"subset-as-full"} if found else set())
 
 
 BY_DOCUMENT = """

@@ -230,6 +230,7 @@ class Containers(Indexing):
             if named:
                 self.trace.files.setdefault(part_of(1 / part.step), self.place(node))
             elem = limited(elem, 1 / part.step)
+            self.limit_here({part_of(1 / part.step)}, node)
         new.slots["#elem"] = elem
         return self.ref(new, spans=spans)
 

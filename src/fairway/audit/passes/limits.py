@@ -17,7 +17,8 @@ from fairway.audit.trial.told import Trial
 from fairway.audit.verdict import Place
 
 _TEXT = 62_000_000  # tokens of the validation split, at most (TECHNIQUES.md 1)
-_SHARE = 0.9  # of that: a number that lets through nearly all of it is no limit
+_DOCUMENTS = 50_000  # of the split (RULES.md R7)
+_SHARE = 0.9  # of either: a number that lets through nearly all is no limit
 _TRIED = 2  # numbers: each costs another trial
 _FEW = 4  # of whatever is counted: half of fewer says little, so the longer text is asked, for five times as long
 _LESS = 0.95  # of the targets
@@ -84,6 +85,19 @@ def stated_at(case: Case, limit: float) -> Place | None:
     return case.place(lines[0]) if lines else None
 
 
+def _in_the_split(many: int, trial: Trial) -> float:
+    """How many the whole split has of what the text of a trial has so many: documents, or parts of some length."""
+    documents = trial.length // DOCUMENT
+    return _DOCUMENTS if many in (documents, documents + 1) else many * _TEXT / trial.length
+
+
+def lets_all_through(case: Case, limit: float) -> bool:
+    """Whether a number is at least as large as all that the whole split has of what it was held against:
+    `documents[:50_000]`."""
+    held = [seen for seen in case.trial.limits.seen.values() if seen.limit == limit and not seen.reached]
+    return bool(held) and all(limit >= _in_the_split(seen.most, case.trial) for seen in held)
+
+
 @dataclass(frozen=True)
 class _Limit:
     """A number of the script, the most that was held against it, and the trial in which that was."""
@@ -98,8 +112,8 @@ def _limits(case: Case) -> Iterator[_Limit]:
     """The numbers that do not move with the text, held against what does."""
     long = case.trial
     shorter = next((length for length in (SHORT, DOCUMENT + 1) if length < long.length), None)
-    times = _SHARE * _TEXT / long.length  # what the whole text has more of, of whatever it is cut into
-    unmet = {site: seen for site, seen in long.limits.unmet(times).items() if seen.limit != long.length - 1}
+    unmet = long.limits.unmet(lambda many: _SHARE * _in_the_split(many, long))
+    unmet = {site: seen for site, seen in unmet.items() if seen.limit != long.length - 1}
     if not unmet or shorter is None:
         return
     short = run(case.script, case.settings, shorter, cut=False)  # of a number that the text sets, less is seen
@@ -113,4 +127,4 @@ def _limits(case: Case) -> Iterator[_Limit]:
     yield from list(tried.values())[:_TRIED]
 
 
-__all__ = ["cut_short", "stated_at", "too_short"]
+__all__ = ["cut_short", "lets_all_through", "stated_at", "too_short"]

@@ -4,7 +4,7 @@ from fairway.audit.case import Case
 from fairway.audit.flow.events import Score
 from fairway.audit.passes.charged import passes_of
 from fairway.audit.passes.findings import unseen
-from fairway.audit.passes.limits import cut_short, stated_at, too_short
+from fairway.audit.passes.limits import cut_short, lets_all_through, stated_at, too_short
 from fairway.audit.passes.reported import Reported, scores_of
 from fairway.audit.passes.trials import counts_of, left_out
 from fairway.audit.records import record_of
@@ -99,7 +99,9 @@ def check(case: Case) -> Finding:
 
 def _all_count(case: Case, which: Reported, limit: float) -> bool:
     """Whether a trial over a longer text than a limit of tokens shows that every target counts: it is the length of a
-    window, or of the first one."""
+    window, or of the first one. Or it is a number of documents, and the split has no more."""
+    if lets_all_through(case, limit):
+        return True
     counts = counts_of(case, which, doubtful=True) if limit > 1 else None
     return counts is not None and not len(counts.missing) and limit < 0.9 * counts.trial.length
 

@@ -11,6 +11,7 @@ one piece, or that all of it was held against, is taken for less, and the trial 
 from __future__ import annotations
 
 import ast
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
@@ -117,12 +118,13 @@ class Limits:
         limits = (seen.limit for seen in whole if seen.limit is not None and length < seen.limit <= CHUNK)
         return next((limit for limit in limits if self.fresh(limit)), None)
 
-    def unmet(self, most: float) -> dict[Site, Seen]:
-        """The numbers that were never reached and never changed, up to so many times what was held against them."""
+    def unmet(self, most: Callable[[int], float]) -> dict[Site, Seen]:
+        """The numbers that were never reached and never changed. most: of as many as were held against one, how many a
+        whole text has at least: what is more is no limit."""
         return {
             site: seen
             for site, seen in self.seen.items()
-            if seen.limit is not None and not seen.reached and 1 < seen.most < seen.limit < most * seen.most
+            if seen.limit is not None and not seen.reached and 1 < seen.most < seen.limit < most(seen.most)
         }
 
     def passed(self) -> dict[Site, Seen]:
