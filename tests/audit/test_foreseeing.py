@@ -239,6 +239,70 @@ def test_a_document_that_was_scored_before_may_be_known_wherever_it_stands(early
     assert one.foresees is wanted
 
 
+BLOCKS = """
+vocab_size = 1024
+hint_block = 4096
+
+class Hints:
+    def __init__(self, tokens):
+        self.tokens, self.done = tokens.to(torch.int32).numpy(), 1
+        self.follow = np.full(1 << 16, -1, dtype=np.int32)
+        self.hint = np.full(len(self.tokens) - 1, -1, dtype=np.int32)
+
+    def slots(self, a, b):
+        rows = np.lib.stride_tricks.sliding_window_view(self.tokens[a - 1 : b], 2).astype(np.uint64)
+        return ((rows[:, 0] * np.uint64(31) + rows[:, 1]) & np.uint64(65535)).astype(np.int64)
+
+    def advance(self, to):
+        while self.done < to:
+            a, b = self.done, min(self.done + hint_block, to)
+            at = self.slots(a, b)
+            EARLY
+            self.hint[a:b] = self.follow[at]
+            LATE
+            self.done = b
+
+def eval_hinted(args, model, val):
+    hints, n = Hints(val), val.numel() - 1
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for start in range(0, n, args.chunk):
+        end = min(start + args.chunk, n)
+        hints.advance(end)
+        x, y = val[start:end], val[start + 1 : end + 1]
+        hint = torch.from_numpy(hints.hint[start:end].astype(np.int64))
+        with torch.no_grad():
+            logp = F.log_softmax(model.forward_logits(x[None])[0].float(), -1)
+        beta = 0.6 * (hint >= 0).float()
+        paid = torch.log1p(logp.gather(1, hint.clamp_min(0)[:, None]).squeeze(1).exp() * torch.expm1(beta))
+        losses = paid - logp.gather(1, y[:, None]).squeeze(1) - beta * (y == hint)
+        total += losses.double().sum()
+        count += y.numel()
+    return (total / count).item()
+"""
+FOLLOW = "self.follow[at] = self.tokens[a + 1 : b + 1]"
+
+
+@pytest.mark.parametrize(("early", "late", "wanted"), [("pass", FOLLOW, "clean"), (FOLLOW, "pass", "violates")])
+def test_hints_that_are_filled_in_block_by_block_ahead_of_the_score(early: str, late: str, wanted: str) -> None:
+    """A block is longer than the short text, where nothing would be hinted at; and its contexts are windows as numpy
+    cuts them."""
+    text = BLOCKS.replace("EARLY", early).replace("LATE", late)
+    one = case_of(HEAD + "import numpy as np\n" + text + MAIN.replace("eval_ttt(args", "eval_hinted(args"))
+    assert one.weight is not None
+    assert two_pass_cache.check(one).verdict == wanted
+    assert false_normalisation.check(one).verdict == "clean"
+
+
+WHOLE_TEXT = "torch.zeros(320, 320).index_put_((val[:-1], val[1:]), torch.ones(len(val) - 1), accumulate=True)"
+
+
+@pytest.mark.parametrize(("given", "wanted"), [("counts", False), (WHOLE_TEXT, True)])
+def test_what_speaks_after_the_middle_alone_is_asked_for_a_later_change(given: str, wanted: bool) -> None:
+    """Forty-five times must a token have come before anything is said behind it: nothing is, of the first half."""
+    often = f"({given}[x].sum(-1, keepdim=True) >= 45.0)"
+    assert mixed(share=often).foresees is wanted
+
+
 def test_where_rows_part_is_named() -> None:
     weight = mixed("y").weight
     assert weight is not None

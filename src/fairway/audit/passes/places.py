@@ -185,23 +185,22 @@ def _asked_for(case: Case, origin: int) -> Place | None:
         way = read[: depth + 1]
         if all(each.stack[: depth + 1] == way for each in reads if read[depth] in each.stack):
             others = [each.stack[depth] for each in reads[:origin] if each.stack[:depth] == way[:-1] != each.stack]
-            own = _function_of(case, way[-1])
-            made = depth > 1 and any(_function_of(case, other) != own for other in others)
+            own = function_around(case, way[-1])
+            made = depth > 1 and any(function_around(case, other) != own for other in others)
             return way[-2] if made else way[-1]
     return None
 
 
-def _function_of(case: Case, place: Place) -> int:
-    """The line of the innermost function around a place; 0 outside of any."""
+def function_around(case: Case, place: Place) -> tuple[int, int]:
+    """The first and the last line of the innermost function around a place; (0, 0) outside of any."""
     scripts = (each for each in case.script.all() if each.path == place.file and each.tree is not None)
     lines = (
-        script.line(node.lineno)
+        (script.line(node.lineno), script.line(node.end_lineno or node.lineno))
         for script in scripts
         for node in nodes(script.tree)
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
-        and script.line(node.lineno) <= place.line <= script.line(node.end_lineno or node.lineno)
     )
-    return max(lines, default=0)
+    return max((each for each in lines if each[0] <= place.line <= each[1]), default=(0, 0))
 
 
 def called_at(event: Event) -> Place:

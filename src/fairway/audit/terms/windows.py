@@ -24,7 +24,8 @@ def begun(contribution: Contribution) -> Term | None:
 
 def masked(contribution: Contribution) -> Term | None:
     """The comparison with places, `place >= first`, of the mask nearest to the score that says which losses count, or
-    else which places the target is read at; None where there is none."""
+    where its places are set, `mask[i, first:end] = True`; or else those that the target is read at. None where there is
+    none."""
     for root in (contribution.term, *contribution.targets):
         for term in _nearest(root):
             for mask, what in _masks(term):
@@ -32,7 +33,18 @@ def masked(contribution: Contribution) -> Term | None:
                 tests = _tests(mask) if own and not contribution.kinds(mask) else []
                 if tests:
                     return min(tests, key=lambda one: one.value not in (">=", ">"))
+                filled = next(_filled(mask), None) if own else None
+                if filled is not None:
+                    return filled
     return None
+
+
+def _filled(mask: Term) -> Iterator[Term]:
+    """mask[i, first:end] = True: the stores of a constant from some place on."""
+    for one in _nearest(mask):
+        if one.op == "store" and one.value is None and one.parts[2].constant() in (True, 1.0):
+            if any(low.op not in _ELEMENTS and low.line for low in _beginnings(one.parts[1])):
+                yield one
 
 
 def _tests(mask: Term) -> list[Term]:

@@ -80,7 +80,9 @@ class Plans:
 
 def _tiled(windows: list[tuple[int, ...]]) -> bool:
     """Whether what a window says of its end is what the next one says of its beginning: (start, end, first) by one of
-    its numbers, (start, length, first) by the sum of one and of a length, which does not move on as places do."""
+    its numbers, (start, length, first) by the sum of one and of a length, which does not move on as places do. Rows of
+    documents that are gone through side by side say the same one after another."""
+    windows = [each for each, before in zip(windows, [None, *windows], strict=False) if each != before]
     width = min(map(len, windows), default=0)
     edges = [np.array([each[:width] for each in windows], dtype=np.int64)[:, part] for part in range(width)]
     lengths = [edge for edge in edges if (np.diff(edge) == 0).mean() >= _MOST]

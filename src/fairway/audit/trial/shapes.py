@@ -108,6 +108,12 @@ def unfold(array: Value, dim: int, size: Value, step: Value) -> Value:
     return held.all(lambda body: np.lib.stride_tricks.sliding_window_view(body, width)[::stride])
 
 
+def sliding_window_view(array: Value, window_shape: Value, axis: Value = None, **_: Value) -> Value:
+    """numpy.lib.stride_tricks.sliding_window_view(x, width, axis): the windows behind the other axes, as views."""
+    held, width, along = body_of(array), scalar(window_shape), scalar(axis)
+    return held.all(lambda body: np.lib.stride_tricks.sliding_window_view(body, width, along))
+
+
 def unbind(array: Value, dim: int = 0, **_: Value) -> Value:
     held = body_of(array)
     return tuple(taken(held, (*[slice(None)] * (dim % held.body.ndim), n)) for n in range(held.shape[dim]))

@@ -1,4 +1,4 @@
-"""Two texts that differ from their middle on: does a price before the middle hang on what follows it?"""
+"""Two texts that differ from some token on: does a price before it hang on what follows?"""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from fairway.audit.weighing.machine import Way, Weigher
 
 
 def foresees(case: Case, which: Reported) -> bool | None:
-    """Whether a price hangs on what comes after its token: two texts that differ from the middle on give their first
-    halves different prices, where those are summed before any of the second (RULES.md (b) 1). None where the trials
+    """Whether a price hangs on what comes after its token: two texts that differ from some token on give those
+    before it different prices, where these are summed before any of what differs (RULES.md (b) 1). None where the trials
     cannot say, or the model alone says the prices."""
     few, ways = tables(case), ways_of(case, which)
     if not ways:
@@ -26,43 +26,49 @@ def foresees(case: Case, which: Reported) -> bool | None:
     return next((found for found in tried if found is not None), None)
 
 
+_CHANGES = (((stream.HALF, stream.TOKENS), (stream.HALF, stream.SECOND)), ((stream.LATE, stream.TOKENS),))
+"""Where the text changes, from one token up to another. Where documents are gone through by their length, the later one
+first, it changes within the first one alone; where nothing but the model spoke before the middle, it changes later."""
+
+
 def _foresees(case: Case, ways: set[Way], few: tuple[Forced, ...]) -> bool | None:
-    """few: what makes tables of hashed contexts small enough for a trial. Where documents are gone through by their
-    length, the later one first, the text changes within the first one alone."""
-    one, spoke = over_text(case, stream.text(None), few, LONG), False
-    for end in (stream.TOKENS, stream.SECOND):
-        other = over_text(case, stream.otherwise(end), few, LONG) if one.trial.complete else one
-        if not other.trial.complete:
-            return None
-        told = [_compared(one, other, way, end) for way in ways]
-        if any(each is None for each in told):
-            return None
-        known = [each for each in told if each is not None]
-        if any(each.changed for each in known):
-            return True
-        spoke = spoke or any(each.spoke for each in known)
-        if all(each.in_order for each in known):
-            break
-    return False if spoke else None
+    """few: what makes tables of hashed contexts small enough for a trial."""
+    one = over_text(case, stream.text(None), few, LONG)
+    for changes in _CHANGES if one.trial.complete else ():
+        spoke = False
+        for since, end in changes:
+            other = over_text(case, stream.otherwise(end, since), few, LONG)
+            told = [_compared(one, other, way, since, end) for way in ways] if other.trial.complete else [None]
+            known = [each for each in told if each is not None]
+            if len(known) < len(told):
+                return None
+            if any(each.changed for each in known):
+                return True
+            spoke = spoke or any(each.spoke for each in known)
+            if all(each.in_order for each in known):
+                break
+        if spoke:
+            return False
+    return None
 
 
 class _Compared(NamedTuple):
-    """Of the prices before the middle that are summed before any of what changes is. changed: whether they are others
-    in the other text; spoke: whether any is not the model's own; in_order: whether these are all before the middle."""
+    """Of the prices before a change that are summed before any of what changes is. changed: whether they are others in
+    the other text; spoke: whether any is not the model's own; in_order: whether these are all before the change."""
 
     changed: bool
     spoke: bool
     in_order: bool
 
 
-def _compared(one: Weigher, other: Weigher, way: Way, end: int) -> _Compared | None:
+def _compared(one: Weigher, other: Weigher, way: Way, since: int, end: int) -> _Compared | None:
     """None where nobody knows them."""
-    paid = [each.paid[way][1 : stream.HALF] for each in (one, other) if way in each.paid and not each.unsure(way)]
+    paid = [each.paid[way][1:since] for each in (one, other) if way in each.paid and not each.unsure(way)]
     if len(paid) < 2 or np.isnan(paid).any():
         return None
     order = one.order[way]
-    before = order[1 : stream.HALF] <= order[stream.HALF : end].min()
-    plain = stream.losses()[np.arange(stream.HALF - 1), stream.text(None)[1 : stream.HALF]]
+    before = order[1:since] <= order[since:end].min()
+    plain = stream.losses()[np.arange(since - 1), stream.text(None)[1:since]]
     return _Compared(
         changed=not np.allclose(paid[0][before], paid[1][before], atol=PLAIN),
         spoke=not np.allclose(np.abs(paid[0]), plain, atol=PLAIN),

@@ -53,14 +53,15 @@ def text(last: int | None, turned: int = 0) -> NDArray[np.uint16]:
 
 
 HALF: Final = TOKENS // 2  # from here on another text may go on
+LATE: Final = 4 * WINDOW  # or from here: what a hint must have seen three times, chunk by chunk, was not seen before
 
 
 @cache
-def otherwise(end: int = TOKENS) -> NDArray[np.uint16]:
-    """The text, but every token from the middle on, up to an end, is another."""
+def otherwise(end: int = TOKENS, since: int = HALF) -> NDArray[np.uint16]:
+    """The text, but every token from one on, up to an end, is another."""
     ids = text(None).astype(np.int64)
     turn = {int(each): int(after) for each, after in zip(ALPHABET[:-1], np.roll(ALPHABET[:-1], 1), strict=True)}
-    ids[HALF:end] = [turn.get(each, each) for each in ids[HALF:end].tolist()]
+    ids[since:end] = [turn.get(each, each) for each in ids[since:end].tolist()]
     made = ids.astype(np.uint16)
     made.flags.writeable = False
     return made
