@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from fairway.audit.rules import training_over_time
+from fairway.audit.trial.planning import Plans
 from fairway.audit.verdict import Finding
 from tests.audit.order import HEAD, MAIN, broken, case_of, findings, line_of
 from tests.audit.small import TABLE, script, verdict
@@ -398,10 +399,16 @@ BY_CUT = """for row, (a, b, c) in enumerate(windows[n : n + 8]):
             losses.append(nll[row, cut])"""
 
 
+BY_FILLING = """own = torch.zeros(len(x), 2048, dtype=torch.bool)
+        for row, (a, b, c) in enumerate(windows[n : n + 8]):
+            own[row, max(0, b - a BEFORE) : c - a] = True
+        losses.append(nll[own])"""
+
+
 @pytest.mark.parametrize(
     ("counted", "wanted"),
-    [(BY_MASK, "own = "), (BY_SLICE, "since = "), (BY_CUT, "cut = ")],
-    ids=["mask", "slice", "made-apart"],
+    [(BY_MASK, "own = "), (BY_SLICE, "since = "), (BY_CUT, "cut = "), (BY_FILLING, "own[row, ")],
+    ids=["mask", "slice", "made-apart", "filled"],
 )
 def test_where_windows_are_planned_side_by_side_what_is_counted_of_them_is_named(
     tmp_path: Path, counted: str, wanted: str
@@ -415,6 +422,50 @@ def test_where_windows_are_planned_side_by_side_what_is_counted_of_them_is_named
     assert found("", "")[0] == "clean"
     assert found("", "- 64") == ("violates", line_of(text, wanted))
     assert found("- 64", "") == ("violates", line_of(text, "plan.append("))
+
+
+PLAIN_AND_OVERLAPPING = """
+def plain(net, val):
+    spans = [(s, min(s + 2048, len(val) - 1)) for s in range(0, len(val) - 1, 2048)]
+    total = 0.0
+    for a, b in spans:
+        total += F.cross_entropy(net(val[a:b][None])[0], val[a + 1 : b + 1], reduction="sum").item()
+    return total / (len(val) - 1)
+
+def evaluate(net, val):
+    total, count = 0.0, 0
+    for n in range(0, len(val) - 1, 256):
+        low, high = max(0, n BACK), min(n + 256, len(val) - 1)
+        own = F.cross_entropy(net(val[low:high][None])[0], val[low + 1 : high + 1], reduction="none")
+        total += own.sum().item()
+        count += high - low
+    return total / count
+
+print(f"step 0 val_loss {plain(Net(), load()):.5f}")
+print(f"final val_loss {evaluate(Net(), load()):.5f}")
+"""
+
+
+def test_windows_that_another_evaluation_plans_are_no_place_of_overlapping_ones(tmp_path: Path) -> None:
+    text = SMALL + DEALT[: DEALT.index("def evaluate")] + PLAIN_AND_OVERLAPPING
+    assert verdict(tmp_path, "twice_counted_tokens", text.replace("BACK", "")).verdict == "clean"
+    said = verdict(tmp_path, "twice_counted_tokens", text.replace("BACK", "- 64"))
+    assert said.verdict == "violates"
+    assert said.place is not None
+    assert said.place.line == line_of(text, "own = F.cross_entropy")
+
+
+def test_documents_that_are_gone_through_side_by_side_plan_the_same_window_again() -> None:
+    plans = Plans()
+    for chunk in range(20):
+        for _ in range(3):
+            plans.met(7, (max(0, chunk * 256 - 1792), 4096 + chunk * 256, 4352 + chunk * 256))
+    assert plans.line == 7
+    assert plans.overlapping == 0
+    for chunk in range(20):
+        for _ in range(3):
+            plans.met(9, (0, 4096 + chunk * 256, 4416 + chunk * 256))
+    assert plans.overlapping == 9
 
 
 LAPS = """

@@ -42,9 +42,9 @@ def masked(contribution: Contribution) -> Term | None:
 def _filled(mask: Term) -> Iterator[Term]:
     """mask[i, first:end] = True: the stores of a constant from some place on."""
     for one in _nearest(mask):
-        if one.op == "store" and one.value is None and one.parts[2].constant() in (True, 1.0):
-            if any(low.op not in _ELEMENTS and low.line for low in _beginnings(one.parts[1])):
-                yield one
+        constant = one.op == "store" and one.value is None and one.parts[2].constant() in (True, 1.0)
+        if constant and any(low.op not in _ELEMENTS and low.line for low in _beginnings(one.parts[1])):
+            yield one
 
 
 def _tests(mask: Term) -> list[Term]:

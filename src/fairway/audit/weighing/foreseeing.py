@@ -17,8 +17,8 @@ from fairway.audit.weighing.machine import Way, Weigher
 
 def foresees(case: Case, which: Reported) -> bool | None:
     """Whether a price hangs on what comes after its token: two texts that differ from some token on give those
-    before it different prices, where these are summed before any of what differs (RULES.md (b) 1). None where the trials
-    cannot say, or the model alone says the prices."""
+    before it different prices, where these are summed before any of what differs (RULES.md (b) 1). None where the
+    trials cannot say, or the model alone says the prices."""
     few, ways = tables(case), ways_of(case, which)
     if not ways:
         return None
