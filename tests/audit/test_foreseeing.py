@@ -8,7 +8,7 @@ import pytest
 
 from fairway.audit import audit
 from fairway.audit.case import Case
-from fairway.audit.rules import false_normalisation, target_gated_tilt, two_pass_cache
+from fairway.audit.rules import false_normalisation, target_gated_tilt, training_before_scoring, two_pass_cache
 from fairway.audit.weighing import stream
 from tests.audit.order import HEAD, HONEST, MAIN, case_of
 
@@ -291,6 +291,56 @@ def test_hints_that_are_filled_in_block_by_block_ahead_of_the_score(early: str, 
     assert one.weight is not None
     assert two_pass_cache.check(one).verdict == wanted
     assert false_normalisation.check(one).verdict == "clean"
+
+
+ADAPT = """
+def adapt(model, opt, val, start, stop, length=1024):
+    rows = (stop - start) // length
+    if rows == 0:
+        return
+    cut = val[start : start + rows * length + 1]
+    x, y = cut[:-1].view(rows, length), cut[1:].view(rows, length)
+    for at in range(0, rows, 8):
+        mine = list(range(at, min(at + 8, rows)))
+        opt.zero_grad()
+        model(x[mine], y[mine]).backward()
+        opt.step()
+"""
+
+
+@pytest.mark.parametrize(
+    ("stop", "hinted", "second", "wanted"),
+    [
+        ("end", True, False, "clean"),
+        ("min(end + 8 * 1024, n)", True, False, "violates"),
+        ("end", False, True, "clean"),
+        ("min(end + 8 * 1024, n)", False, True, "violates"),
+    ],
+)
+def test_steps_that_reach_into_the_next_chunk_are_told_beside_tables_and_by_parts(
+    stop: str, hinted: bool, second: bool, wanted: str
+) -> None:
+    """Arrays of hints that foresee nothing, and a part of the model that learns in the same steps, hide no reach."""
+    text = BLOCKS.replace("EARLY", "pass").replace("LATE", FOLLOW)
+    step = f"        if end < n:\n            adapt(model, opt, val, start, {stop})\n    return"
+    made = "model.extra = Extra()\n    parts = [list(model.parameters()), list(model.extra.parameters())]\n"
+    made += "    opt = torch.optim.SGD([dict(params=each, lr=1e-3) for each in parts])"
+    text = text.replace("    return (total", step + " (total").replace("    hints, n =", f"    {made}\n    hints, n =")
+    extra = "class Extra(nn.Module):\n    def __init__(self):\n        super().__init__()\n        self.table = nn.Embedding(64, 64)\n"
+    head = HEAD.replace("h = self.emb(x)", "h = self.emb(x) + (self.extra.table(x % 64) if self.extra else 0.0)")
+    head = head.replace("self.temperature = 1.0", "self.extra = None")
+    text = extra + ADAPT + text
+    if not hinted:
+        text = text.replace("hints.advance(end)", "pass").replace(
+            "hint = torch.from_numpy(hints.hint[start:end].astype(np.int64))", "hint = torch.full_like(x, -1)"
+        )
+    text = (head if second else HEAD) + "import numpy as np\n" + text + MAIN
+    one = case_of(
+        text.replace(
+            'eval_ttt(args, model, val)\n    print(f"final', 'eval_hinted(args, model, val)\n    print(f"final'
+        )
+    )
+    assert training_before_scoring.check(one).verdict == wanted
 
 
 WHOLE_TEXT = "torch.zeros(320, 320).index_put_((val[:-1], val[1:]), torch.ones(len(val) - 1), accumulate=True)"

@@ -75,6 +75,23 @@ def test_whatever_sign_stands_before_a_small_letter_is_no_byte_of_the_text(sign:
     assert verdict(tmp_path, "lossy_text", both(spelt)).verdict == "clean"
 
 
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ('size[i] = len(sp.id_to_piece(i).encode("utf-8"))', "violates"),
+        ("size[i] = 0", "clean"),
+        ("edge[i] = True", "clean"),
+    ],
+)
+def test_a_table_that_knows_the_marks_may_count_them_all_the_same(body: str, expected: str, tmp_path: Path) -> None:
+    at = "        if sp.is_byte(i):\n"
+    assert at in TABLE
+    known = f"        if sp.id_to_piece(i) in MARKS:\n            {body}\n            continue\n"
+    text = script(table='MARKS = ("\\ue001", "\\ue002")\n' + TABLE.replace(at, known + at))
+    readme = "# Case marks\n\nCapitals are written as a mark and a small letter.\n"
+    assert verdict(tmp_path, "byte_transformed_text", text, README__md=readme).verdict == expected
+
+
 @pytest.mark.parametrize("length", ["len({}.encode())", "len(bytes({}, 'utf-8'))"])
 def test_the_bytes_of_coded_text_are_counted_only_once_it_is_turned_back(length: str, tmp_path: Path) -> None:
     assert verdict(tmp_path, "byte_transformed_text", both(SIGNS, count=length.format(DECODED))).verdict == "violates"

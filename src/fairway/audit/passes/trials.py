@@ -17,6 +17,7 @@ from fairway.audit.passes.reported import Reported, scores_of
 from fairway.audit.reading.tree import nodes
 from fairway.audit.trial.text import UNIT
 from fairway.audit.trial.told import Lesson, Told, Trial
+from fairway.audit.verdict import Place
 
 _ENDS = 2 * UNIT  # tokens at the end of the text: what windows make of them is a rule of its own
 _WHOLE = 0.02  # times: how near to a whole number what is counted again must come
@@ -273,13 +274,16 @@ def epochs(case: Case, which: Reported, counts: Counts) -> tuple[str, int] | Non
 
 
 def _learns(case: Case, which: Reported) -> bool:
-    """Whether what scores has learned from the text, and is one state that is carried on, states that are made anew
-    with optimisers of their own, or both: the walk follows copies, vectors fitted to windows, and what is thrown away,
-    which the trial does not tell apart."""
+    """Whether what scores has learned from the text, and is one state that is carried on, or parts of one that learn in
+    the same steps; states that are made anew with optimisers of their own; or both: the walk follows copies, vectors
+    fitted to windows, and what is thrown away, which the trial does not tell apart."""
     steps = _steps(case, which)
-    carried_on = {update.state for update in steps if not update.fresh}
+    carried_on: dict[Obj | None, set[tuple[Place, ...]]] = {}
+    for update in steps:
+        if not update.fresh:
+            carried_on.setdefault(update.state, set()).add(update.stack)
     modules = all(update.state is not None and update.state.kind == "instance" for update in steps)
-    return bool(steps) and modules and len(carried_on) <= 1
+    return bool(steps) and modules and len(set(map(frozenset, carried_on.values()))) <= 1
 
 
 def _steps(case: Case, which: Reported) -> list[Update]:

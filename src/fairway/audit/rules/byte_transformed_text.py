@@ -8,7 +8,7 @@ from fairway.audit.preparing import as_prepared
 from fairway.audit.reading.tree import nodes
 from fairway.audit.terms.data import spells_capital, tokenised, words
 from fairway.audit.terms.expressions import name
-from fairway.audit.terms.octets import decodes_one, encoded_text, is_decoder, parts_of, values
+from fairway.audit.terms.octets import decodes_one, encoded_text, is_decoder, negated, parts_of, values
 from fairway.audit.terms.sidecars import added_to_sidecar
 from fairway.audit.terms.streams import Streams
 from fairway.audit.terms.tables import tables_of
@@ -123,7 +123,16 @@ def _marks_of_sidecar(factor: Term) -> Term | None:
 
 def _frees_marks(table: Term) -> bool:
     """A table that knows the marks and gives them no bytes."""
-    return any_below(table, lambda t: _is_sign(t.constant()))
+    return any_below(table, lambda t: _is_sign(t.constant())) and not any_below(table, _counts_marks)
+
+
+def _counts_marks(term: Term) -> bool:
+    """Whether what is stored for a mark is a length as of any piece, `if piece in MARKS: size[i] = len(piece)`."""
+    fork = term.parts if term.op == "choice" and len(term.parts) == 3 else ()
+    if not fork or fork[0].op != "compare" or not any_below(fork[0], lambda t: _is_sign(t.constant())):
+        return False
+    stored = fork[2 if negated(fork[0]) else 1]
+    return stored.op == "store" and encoded_text(peel(stored.parts[2])) is not None
 
 
 def _is_sign(value: object) -> bool:

@@ -6,6 +6,7 @@ from fairway.audit.case import Case
 from fairway.audit.exemptions import Made, departures
 from fairway.audit.flow.events import Update
 from fairway.audit.passes.charged import passes_of
+from fairway.audit.passes.faults import Fault
 from fairway.audit.passes.findings import verdict_on
 from fairway.audit.passes.phases import phase_of
 from fairway.audit.passes.places import own_call
@@ -33,14 +34,17 @@ def check(case: Case) -> Finding:
 
 def _of_tables(case: Case) -> bool:
     """Whether all that scores too late is what was written into arrays, and no gradient's."""
-    causes = [fault.cause for fault in passes_of(case)[1] if fault.kind == ID]
-    return all(isinstance(each, Update) and each.how in ("written", "table") for each in causes)
+    return all(_is_table(fault) for fault in passes_of(case)[1] if fault.kind == ID)
+
+
+def _is_table(fault: Fault) -> bool:
+    return isinstance(fault.cause, Update) and fault.cause.how in ("written", "table")
 
 
 def _by_trial(case: Case, found: Finding) -> Finding:
-    """What the trial shows where the walk found no fault of any kind in the score."""
+    """What the trial shows where the walk found no fault of any kind in the score, but arrays that foresaw nothing."""
     which, own, _ = passes_of(case)
-    counts = counts_of(case, which) if found.verdict == "clean" and not own else None
+    counts = counts_of(case, which) if found.verdict == "clean" and all(map(_is_table, own)) else None
     shown = lesson_before(case, which, counts) if counts is not None else None
     if shown is None:
         return found
