@@ -326,7 +326,8 @@ def test_steps_that_reach_into_the_next_chunk_are_told_beside_tables_and_by_part
     made = "model.extra = Extra()\n    parts = [list(model.parameters()), list(model.extra.parameters())]\n"
     made += "    opt = torch.optim.SGD([dict(params=each, lr=1e-3) for each in parts])"
     text = text.replace("    return (total", step + " (total").replace("    hints, n =", f"    {made}\n    hints, n =")
-    extra = "class Extra(nn.Module):\n    def __init__(self):\n        super().__init__()\n        self.table = nn.Embedding(64, 64)\n"
+    extra = "class Extra(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+    extra += "        self.table = nn.Embedding(64, 64)\n"
     head = HEAD.replace("h = self.emb(x)", "h = self.emb(x) + (self.extra.table(x % 64) if self.extra else 0.0)")
     head = head.replace("self.temperature = 1.0", "self.extra = None")
     text = extra + ADAPT + text
