@@ -2,8 +2,10 @@
 sums that are folded by a function of a library."""
 
 import pytest
+import torch
 
-from tests.audit.order import HEAD, broken, doubted
+from fairway.audit.flow.known import MODULE_NAMES
+from tests.audit.order import HEAD, HONEST, broken, doubted
 
 PURE = (
     HEAD
@@ -89,3 +91,26 @@ def test_a_sum_that_a_function_folds_is_followed(fold: str) -> None:
     learn = LEARN["the shift"]
     assert doubted(script(DICT, SCORE, learn, fold)) == set()
     assert broken(script(DICT, learn, SCORE, fold)) == {"slot-on-scored"}
+
+
+POLISH = """
+    MADE
+    step = torch.optim.SGD(model.parameters(), lr=1e-3)
+    asked = getattr(model, "compiled_loss", model)
+    for s in range(0, val.numel() - 1025, 1024):
+        step.zero_grad()
+        asked(val[s : s + 1024][None], val[s + 1 : s + 1025][None]).backward()
+        step.step()
+    final = eval_ttt("""
+
+
+@pytest.mark.parametrize("made", ["pass", "model.compiled_loss = torch.compile(model.forward)"])
+def test_what_a_module_lacks_is_asked_for_with_what_to_take_instead(made: str) -> None:
+    text = HONEST.replace("\n    final = eval_ttt(", POLISH.replace("MADE", made))
+    assert "training-before-scoring" in broken(text)
+    assert "training-before-scoring" not in broken(text.replace("        step.step()\n", ""))
+
+
+def test_what_torch_gives_each_module_is_nothing_that_it_lacks() -> None:
+    public = {name for name in dir(torch.nn.Module()) if not name.startswith("_")}
+    assert public - MODULE_NAMES <= {"call_super_init", "dump_patches", "T_destination"}

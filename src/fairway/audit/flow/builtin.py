@@ -7,6 +7,7 @@ from typing import Any
 
 from fairway.audit.flow.core import Frame
 from fairway.audit.flow.heap import Obj
+from fairway.audit.flow.known import MODULE_NAMES
 from fairway.audit.flow.opening import Opening
 from fairway.audit.flow.values import (
     MISSING,
@@ -323,6 +324,8 @@ class Builtins(Opening):
         if len(args) < 2:
             return None
         if isinstance(args[1].const, str):
+            if len(args) > 2 and self._lacks(args[0], args[1].const):
+                return args[2]
             found = self.get(args[0], args[1].const, node)
             fallback = len(args) > 2 and found is NOTHING
             return args[2] if fallback else found
@@ -333,6 +336,18 @@ class Builtins(Opening):
         if any("#module" not in obj.slots for obj in args[0].refs):
             self.unknown(node, "getattr with a name that is computed")
         return found
+
+    def _lacks(self, value: Value, name: str) -> bool:
+        """Whether a module of the script's own has nothing of this name: neither set on it, nor of its classes, nor
+        torch's."""
+        if len(value.refs) != 1 or name in MODULE_NAMES:
+            return False
+        (obj,) = value.refs
+        if obj.kind != "instance" or "#module" not in obj.slots or name in obj.slots or self._has(value, name):
+            return False
+        outside = [each.data for each in self.line_of(obj.data)[1:] if each.kind == "foreign"]
+        plain = all(str(each).rsplit(".", 1)[-1] == "Module" for each in outside)
+        return plain and not any(self.find(obj.data, each) for each in (name, "__getattr__"))
 
     def _do_setattr(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:
         if len(args) == 3 and isinstance(args[1].const, str):

@@ -71,3 +71,16 @@ KEYED = frozenset(("index_add_", "scatter_add_", "index_put_", "index_fill_", "p
 CLOCKS = frozenset(("time", "perf_counter", "monotonic", "process_time", "perf_counter_ns", "time_ns", "elapsed_time"))
 PAIRS = frozenset(("min", "max", "minimum", "maximum"))
 MAKES_ROW = frozenset(("unsqueeze", "expand_dims"))
+MODULE_NAMES = frozenset(
+    ("add_module", "apply", "bfloat16", "bias", "buffers", "children", "compile", "cpu", "cuda", "data", "device",
+     "double", "dtype", "eval", "extra_repr", "flat", "float", "forward", "get_buffer", "get_extra_state",
+     "get_parameter", "get_submodule", "grad", "H", "half", "ipu", "load_state_dict", "mH", "mT", "module",
+     "modules", "mtia", "named_buffers", "named_children", "named_modules", "named_parameters", "parameters", "real",
+     "register_backward_hook", "register_buffer", "register_forward_hook", "register_forward_pre_hook",
+     "register_full_backward_hook", "register_full_backward_pre_hook", "register_load_state_dict_post_hook",
+     "register_load_state_dict_pre_hook", "register_module", "register_parameter", "register_state_dict_post_hook",
+     "register_state_dict_pre_hook", "requires_grad", "requires_grad_", "set_extra_state", "set_submodule",
+     "share_memory", "state_dict", "T", "to", "to_empty", "train", "training", "type", "values", "weight", "xpu",
+     "zero_grad", "_buffers", "_forward_module", "_modules", "_orig_mod", "_parameters")
+)  # fmt: skip
+"""What torch.nn.Module has (torch 2.13), and what wrappers and tensors of one are asked for: none of it is set."""
