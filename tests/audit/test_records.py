@@ -127,6 +127,18 @@ def test_the_sum_in_the_script_itself(old: str, new: str, says: str, tmp_path: P
     assert finding.place.line in (5, 12, 13)  # the limit, or what is held against it
 
 
+def test_a_name_is_what_its_own_function_gives_it(tmp_path: Path) -> None:
+    """Another function's total counts the code, and another one's is no size."""
+    text = (
+        "import os\ndef saved():\n    total = os.path.getsize('m.bin')MORE\n    assert total <= 16_000_000\n"
+        "def told():\n    total = len(open(__file__).read())\n    print(total)\nsaved()\ntold()\n"
+    )
+    (tmp_path / "train.py").write_text(text.replace("MORE", ""))
+    assert "no code is added" in found(size_sum, tmp_path / "train.py").evidence
+    (tmp_path / "train.py").write_text(text.replace("MORE", " + os.path.getsize(__file__)"))
+    assert found(size_sum, tmp_path / "train.py").verdict == "clean"
+
+
 @pytest.mark.parametrize(
     "honest",
     [

@@ -398,6 +398,25 @@ def test_what_is_not_known_of_a_file_of_weights_is_no_doubt_of_prices() -> None:
     assert found.total == pytest.approx(wanted, rel=2e-4)
 
 
+@pytest.mark.parametrize("taken", ["state.pop('softness')", "state['softness']"])
+def test_what_else_lies_beside_weights_out_of_a_file_is_not_known(taken: str) -> None:
+    """A temperature that was stored with them: no error of the script's, and no doubt of what is summed."""
+    mix, wanted = faults()["half a prior"]
+    read = f"""
+def score_all(args, model, val):
+    found = torch.load("model.pt")
+    state = {{name: found[name] for name in ("emb.weight", "head.weight")}}
+    softness = float({taken}.item())
+    model.load_state_dict(state)
+    return eval_mixed(args, model, val)
+"""
+    text = EVAL.replace("MIX", mix.replace("\n", "\n        ")) + read
+    one = case_of(HEAD + "vocab_size = 1024\n" + text + MAIN.replace("eval_ttt(args", "score_all(args"))
+    found = weighed(one, passes_of(one)[0])
+    assert found is not None
+    assert found.total == pytest.approx(wanted, rel=2e-4)
+
+
 def test_a_table_that_holds_the_token_already_is_not_weighed_by_the_rule() -> None:
     """Tokens that are counted before they are scored add up to more: that is the fault of the order."""
     mix = f"mixed = (rows + 4.0 * probs) / (seen + 4.0)\n{PICKED}"

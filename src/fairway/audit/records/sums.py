@@ -229,13 +229,20 @@ def _alone(node: ast.expr, sources: "_Sources") -> bool:
 
 
 class _Sources:
-    """name -> the expressions that a script ever gives it, by assignment, by argument or as a function's value; [key]:
-    what dicts hold under it."""
+    """name -> the expressions that a script ever gives it, by assignment, by argument or as a function's value, or that
+    the function gives it in which it stands; [key]: what dicts hold under it."""
 
     def __init__(self, tree: ast.Module) -> None:
         self.given: dict[str, list[ast.expr]] = {}
+        self.own: dict[tuple[int, str], list[ast.expr]] = {}  # of a function's own names, which are no arguments of it
         functions = {
             node.name: node for node in nodes(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        }
+        self.around = {  # the innermost function: it comes last
+            id(each): function
+            for function in nodes(tree)
+            if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
+            for each in nodes(function)
         }
         fields = {
             node.name: [_called(each.target) for each in node.body if isinstance(each, ast.AnnAssign)]
@@ -272,7 +279,9 @@ class _Sources:
     def of(self, node: ast.expr) -> list[ast.expr]:
         """What a name, an attribute or a call of a helper stands for."""
         if isinstance(node, ast.Name):
-            return self.given.get(node.id, [])[:20]
+            function = self.around.get(id(node))
+            own = self.own.get((id(function), node.id)) if function is not None else None
+            return (own or self.given.get(node.id, []))[:20]
         if isinstance(node, ast.Attribute):
             return self.given.get(node.attr, [])[:20]
         if (
@@ -308,6 +317,11 @@ class _Sources:
         name = target.id if isinstance(target, ast.Name) else getattr(target, "attr", None)
         if name:
             self.given.setdefault(name, []).append(value)
+        function = self.around.get(id(target)) if isinstance(target, ast.Name) else None
+        if function is not None and name not in {
+            each.arg for each in nodes(function.args) if isinstance(each, ast.arg)
+        }:
+            self.own.setdefault((id(function), str(name)), []).append(value)
 
     def _pass(self, names: list[str], call: ast.Call) -> None:
         names = names[1:] if names[:1] == ["self"] else names

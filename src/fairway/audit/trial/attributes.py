@@ -36,6 +36,7 @@ from fairway.audit.trial.values import (
     Value,
     Wrapped,
     mixed,
+    opaque,
 )
 
 if TYPE_CHECKING:
@@ -287,7 +288,7 @@ class Attributes(Arrays):
             key = key_of(index)
             if isinstance(key, (Unknown, Array)) or _open(key):
                 return mixed(key)
-            if isinstance(value, dict) and UNKNOWN in value and key not in value:
+            if isinstance(value, dict) and key not in value and (UNKNOWN in value or opaque(value)):
                 return UNKNOWN  # it may be among the keys that nobody knows
             try:
                 found: Value = value

@@ -31,6 +31,7 @@ from fairway.audit.trial.values import (
     Value,
     Wrapped,
     mixed,
+    opaque,
 )
 
 if TYPE_CHECKING:
@@ -78,6 +79,8 @@ class Calls(Attributes):
         except (ArithmeticError, TypeError, ValueError, LookupError, AttributeError, StopIteration) as error:
             if any(_unknown_in(arg) for arg in (*args, *kwargs.values())):
                 return mixed(*args)
+            if isinstance(error, KeyError) and opaque(getattr(func, "__self__", None)):
+                return UNKNOWN
             raise Raised(type(error).__name__, str(error)) from None
 
     def call_object(self, me: Obj, args: tuple[Value, ...], kwargs: dict[str, Value]) -> Value:

@@ -38,6 +38,13 @@ class States(Unknown):
 
 UNKNOWN: Final = Unknown(False)
 NET: Final = Unknown(True)
+
+
+def opaque(value: Value) -> bool:
+    """Whether nothing is known of all that lies in a dict: weights out of a file, and whatever else was in it."""
+    return isinstance(value, dict) and bool(value) and all(isinstance(each, Unknown) for each in value.values())
+
+
 BLANK: Final = Unknown(False)
 """A tensor of noughts, ones or noise, of a shape that nobody knows: what vectors begin as."""
 
