@@ -54,6 +54,11 @@ def weight(mix: str) -> Weight | None:
     return weighed(one, passes_of(one)[0])
 
 
+EXPERTS = (
+    "both = torch.stack([torch.log_softmax(logits, -1), ((rows + probs) / (seen + 1.0)).log()])\n"
+    "held = both.gather(2, y[None, :, None].expand(2, -1, 1)).squeeze(2)\n"
+    "nll = -torch.logsumexp(held + torch.tensor([0.8, {more}]).log()[:, None], dim=0)"
+)
 WHOLE = {
     "a mixture": "share = 0.3 * seen / (seen + 2.0)\n"
     f"mixed = (1 - share) * probs + share * rows / seen.clamp_min(1.0)\n{PICKED}",
@@ -65,6 +70,10 @@ WHOLE = {
     "q = probs.gather(1, hint.unsqueeze(1)).squeeze(1)\np = probs.gather(1, y.unsqueeze(1)).squeeze(1)\n"
     "nll = -(p.log() + b * (hint == y) - torch.log1p(q * (torch.exp(b) - 1)))",
     "logarithms that are summed": f"mixed = (rows + probs) / (seen + 1.0)\n{PICKED}\nnll = -nll",
+    "experts side by side": EXPERTS.format(more="0.2"),
+    "experts in the last axis": "both = torch.stack([probs, (rows + probs) / (seen + 1.0)], 1)\n"
+    "held = both.gather(2, y[:, None, None].expand(-1, 2, 1)).squeeze(2)\n"
+    "nll = -(held * torch.tensor([0.8, 0.2])).sum(-1).log()",
     "nll_loss of a mixture": "mixed = (rows + 4.0 * probs) / (seen + 4.0)\n"
     "nll = F.nll_loss(mixed.log(), y, reduction='none')",
     "nll_loss, the pieces in front": "mixed = ((rows + 4.0 * probs) / (seen + 4.0)).log().T[None]\n"
@@ -117,6 +126,7 @@ def faults() -> dict[str, tuple[str, float]]:
         ),
         "a row on top": (f"mixed = probs + 0.1 * rows / seen.clamp_min(1.0)\n{PICKED}", 1.1),
         "half a prior": (f"mixed = (rows + 4.0 * probs) / (seen + 2.0)\n{PICKED}", (seen + 4) / (seen + 2)),
+        "experts whose weights are more than one": (EXPERTS.format(more="0.5"), 1.3),
         "half a prior, by nll_loss": (
             "mixed = (rows + 4.0 * probs) / (seen + 2.0)\nnll = F.nll_loss(mixed.log(), y, reduction='none')",
             (seen + 4) / (seen + 2),
@@ -148,6 +158,7 @@ def faults() -> dict[str, tuple[str, float]]:
         "a row on top",
         "half a prior",
         "half a prior, by nll_loss",
+        "experts whose weights are more than one",
         "an unpaid bonus",
         "a hashed tilt, paid for to first order",
         "the larger of two",

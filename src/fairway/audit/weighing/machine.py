@@ -40,6 +40,7 @@ _CALLS = 2  # the main program's, and its line: they name an evaluation
 _JOINING = frozenset(("cat", "concatenate", "stack"))
 _LOG = 0.2  # of a probability that is no more than 1.2
 _DRAWN = ("uniform_", "normal_", "orthogonal_")  # weights that are new: none of a price
+_EXPERTS = 16  # that are mixed
 _SHAPING = frozenset(("tanh", "sigmoid", "relu", "square", "abs", "sqrt"))  # of what is no distribution yet
 
 
@@ -217,13 +218,17 @@ class Weigher(Machine):
 
     def of_array(self, name: str, args: tuple[Value, ...], kwargs: dict[str, Value]) -> Value:
         held = args[0] if args and isinstance(args[0], Array) else None
-        if held is not None and held.price is not None and name in _SUMMING:
-            self.book(held)
         if held is not None and name.rstrip("_") in RAISING:
             self.strengths.raise_(name, held, self.line)
         found = self._of_rows(name, args, kwargs) if held is not None and name in ROWS else None
         if found is None:
             found = super().of_array(name, args, kwargs)
+        if held is not None and held.price is not None:
+            places = _folded(held, found)
+            if places is not None:
+                return priced(found, places)
+            if name in _SUMMING:
+                self.book(held)
         if isinstance(found, Unknown):
             nets = [each for each in args if isinstance(each, Array) and each.net]
             if len(nets) == 1 and name not in METHODS and name not in ROWS:
@@ -343,6 +348,18 @@ class Weigher(Machine):
         if isinstance(old, Array) and old.body.ndim and not old.net and isinstance(more, Unknown):
             self.doubtful()
         return super().grown(name, old, more)
+
+
+def _folded(held: Array, found: Value) -> NDArray[Any] | None:
+    """The places of what several prices of each were made one price of: of experts, side by side in the first axis or
+    in the last one."""
+    if held.pos is None or held.body.ndim < 2 or not isinstance(found, Array) or found.num is None:
+        return None
+    for axis in (0, -1):
+        places = np.moveaxis(held.pos, axis, 0)
+        if found.num.dtype.kind == "f" and places.shape[1:] == found.shape and (places == places[:1]).all():
+            return places[0] if 1 < len(places) <= _EXPERTS else None
+    return None
 
 
 def _is_text(value: Value) -> bool:
