@@ -71,9 +71,6 @@ WHOLE = {
     "nll = -(p.log() + b * (hint == y) - torch.log1p(q * (torch.exp(b) - 1)))",
     "logarithms that are summed": f"mixed = (rows + probs) / (seen + 1.0)\n{PICKED}\nnll = -nll",
     "experts side by side": EXPERTS.format(more="0.2"),
-    "experts in the last axis": "both = torch.stack([probs, (rows + probs) / (seen + 1.0)], 1)\n"
-    "held = both.gather(2, y[:, None, None].expand(-1, 2, 1)).squeeze(2)\n"
-    "nll = -(held * torch.tensor([0.8, 0.2])).sum(-1).log()",
     "nll_loss of a mixture": "mixed = (rows + 4.0 * probs) / (seen + 4.0)\n"
     "nll = F.nll_loss(mixed.log(), y, reduction='none')",
     "nll_loss, the pieces in front": "mixed = ((rows + 4.0 * probs) / (seen + 4.0)).log().T[None]\n"
