@@ -102,6 +102,43 @@ def test_calibration_on_validation_is_named_where_its_text_is_asked_for() -> Non
     assert line(findings(text)["calibration-on-validation"]) == line_of(text, "    tokens = load(args.val_files)")
 
 
+PREPARED = """
+class Lazy:
+    def __init__(self, pattern):
+        self.files, self.at = sorted(glob.glob(pattern)), 0
+        self.sizes = [int(np.fromfile(path, dtype="<i4", count=256)[2]) for path in self.files]
+
+    def next(self, n):
+        kept = np.memmap(self.files[0], dtype="<u2", mode="r", offset=1024)
+        part = torch.from_numpy(kept[self.at : self.at + n + 1].astype(np.int64))
+        self.at += n
+        return part[:-1].view(-1, 1024), part[1:].view(-1, 1024)
+
+def gathered(args, model, loader):
+    total = torch.zeros(64)
+    with torch.no_grad():
+        for _ in range(4):
+            x, _ = loader.next(65536)
+            total += model.hidden(x).square().mean((0, 1))
+    return total
+
+def prepared(args, model):
+    calib = Lazy(args.val_files)
+    return gathered(args, model, calib)
+"""
+
+
+def test_a_loader_that_reads_on_in_another_call_is_named_where_it_is_made() -> None:
+    """Its first file is looked at where it is made, and the batches come out of it elsewhere."""
+    body = "    round_off(model, prepared(args, model))\n    final = eval_val(args, model, val)\n"
+    head = HEAD + CALIBRATED[: CALIBRATED.index("def collect")] + PREPARED
+    text = head + MAIN.replace(BODY, body)
+    found = findings(text)["calibration-on-validation"]
+    assert found.verdict == "violates"
+    assert line(found) == line_of(text, "calib = Lazy(args.val_files)")
+    assert "calibration-on-validation" not in broken(text.replace("Lazy(args.val_files)", "Lazy(args.train_files)"))
+
+
 FITTED = """
 def fit(args, model, val):
     scale = torch.ones((), requires_grad=True)

@@ -306,6 +306,24 @@ def test_a_limit_is_seen_where_a_loop_over_tokens_makes_the_text_of_the_trial_sh
     assert broken(text) == ({"subset-as-full"} if found else set())
 
 
+LISTED = """    chunks = [(ci * args.chunk, min((ci + 1) * args.chunk, val.numel() - 1)) for ci in range(n)]
+    n = min(len(chunks), args.most or len(chunks))
+    for ci in range(n):"""
+
+
+@pytest.mark.parametrize(("most", "found"), [(400, True), (0, False)])
+def test_a_limit_that_stands_before_what_there_is_otherwise(most: int, found: bool) -> None:
+    head = HEAD.replace("    stride = int", f'    most = int(os.environ.get("MOST", {most}))\n    stride = int')
+    head = head.replace("    for ci in range(n):", LISTED)
+    text = (
+        head.replace(
+            "start, end = ci * args.chunk, min((ci + 1) * args.chunk, val.numel() - 1)", "start, end = chunks[ci]"
+        )
+        + MAIN
+    )
+    assert broken(text) == ({"subset-as-full"} if found else set())
+
+
 BY_DOCUMENT = """
 def by_document(args, model, val):
     starts = (val == 1).nonzero().flatten().tolist()

@@ -187,8 +187,34 @@ def _asked_for(case: Case, origin: int) -> Place | None:
             others = [each.stack[depth] for each in reads[:origin] if each.stack[:depth] == way[:-1] != each.stack]
             own = function_around(case, way[-1])
             made = depth > 1 and any(function_around(case, other) != own for other in others)
-            return way[-2] if made else way[-1]
+            return _made_before(case, origin) or (way[-2] if made else way[-1])
     return None
+
+
+def _made_before(case: Case, origin: int) -> Place | None:
+    """Where the loader was made that is gone through in the call of another line of the same function: it looked at its
+    files when it was. None where its maker read nothing."""
+    read, earlier = case.trace.reads[origin].stack, case.trace.reads[:origin]
+    for other in reversed([each.stack for each in earlier]):
+        depth = next((n for n, (a, b) in enumerate(zip(read, other, strict=False)) if a != b), 0)
+        if depth and function_around(case, read[depth]) == function_around(case, other[depth]):
+            inside = [{_class_around(case, place) for place in way[depth + 1 :]} - {0} for way in (read, other)]
+            if inside[0] & inside[1]:
+                return other[depth]
+    return None
+
+
+def _class_around(case: Case, place: Place) -> int:
+    """The first line of the class around a place; 0 outside of any."""
+    lines = (
+        script.line(node.lineno)
+        for script in case.script.all()
+        if script.path == place.file
+        for node in nodes(script.tree)
+        if isinstance(node, ast.ClassDef)
+        and script.line(node.lineno) <= place.line <= script.line(node.end_lineno or node.lineno)
+    )
+    return max(lines, default=0)
 
 
 def function_around(case: Case, place: Place) -> tuple[int, int]:

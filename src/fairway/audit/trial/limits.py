@@ -153,7 +153,10 @@ def alone(tree: ast.Module | None, number: int) -> bool:
 
 
 def site_of(node: ast.expr) -> Site | None:
-    """Of a number that has a name, or is written out; None of what is computed, which may move with the text."""
+    """Of a number that has a name, or is written out, `most or len(chunks)` among them; None of what is computed, which
+    may move with the text."""
+    if isinstance(node, ast.BoolOp) and isinstance(node.op, ast.Or):
+        return site_of(node.values[0])
     if isinstance(node, ast.Name):
         return node.lineno, node.col_offset, node.id
     if isinstance(node, ast.Attribute):
