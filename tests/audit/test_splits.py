@@ -46,6 +46,9 @@ if __name__ == "__main__":
         ("if count % 10_000 == 0: print(count)", []),
         ('if len(tokens) == 10_000: split = "train"', []),
         ("if count < 10_000: continue", []),
+        ('kept = val if count < options["held"] else train', [10_000]),
+        ('kept = train if count >= options["held"] else None', [10_000]),
+        ('kept = near if count < options["held"] else far', []),
     ],
 )
 def test_a_counter_that_turns_to_training_text_tells_the_split(turn: str, counts: list[int]) -> None:
@@ -68,3 +71,9 @@ def test_fewer_held_out_documents_than_are_scored(held: str, readme: str, verdic
     (tmp_path / "README.md").write_text(readme)
     finding = overlap_default.check(Case(opened(tmp_path)))
     assert finding.verdict == verdict, finding.evidence
+
+
+def test_the_default_of_an_option_is_the_number_of_its_name() -> None:
+    text = SHARDS.replace("OPTIONS = ", 'parser.add_argument("--val-docs", type=int, default=12_000)\nOPTIONS = ')
+    text = text.replace("TURN", "kept = val if count < options.val_docs else train")
+    assert [(split.count, split.name) for split in splits(ast.parse(text))] == [(12_000, "val_docs")]

@@ -20,8 +20,9 @@ class Split:
 
 
 def splits(tree: ast.Module) -> list[Split]:
-    """Of every condition on a counter of documents that turns to training text: `if n == held: split = "train"`, or
-    that passes over the first ones where only training text is written: `if n < held: continue`."""
+    """Of every condition on a counter of documents that turns to training text: `if n == held: split = "train"`,
+    `val if n < held else train`; or that passes over the first ones where only training text is written: `if n < held:
+    continue`."""
     given = _given(tree)
     if not _tokenises(tree):
         return []
@@ -29,7 +30,7 @@ def splits(tree: ast.Module) -> list[Split]:
     for loop in nodes(tree):
         counters = _counters(loop) if isinstance(loop, (ast.For, ast.While)) else set()
         for node in nodes(loop) if counters else ():
-            if not isinstance(node, ast.If):
+            if not isinstance(node, (ast.If, ast.IfExp)):
                 continue
             for compared in (each for each in nodes(node.test) if isinstance(each, ast.Compare)):
                 sides = [compared.left, *compared.comparators]
@@ -38,7 +39,9 @@ def splits(tree: ast.Module) -> list[Split]:
                 other = sides[1] if isinstance(sides[0], ast.Name) and sides[0].id in counters else sides[0]
                 name = _called(other)
                 number = _number(other, given)
-                if number is not None and (_turns(node) or (_passes(node) and re.search("val|held", name.lower()))):
+                turns = _parts(node) if isinstance(node, ast.IfExp) else _turns(node)
+                passes = isinstance(node, ast.If) and _passes(node) and re.search("val|held", name.lower())
+                if number is not None and (turns or passes):
                     found.append(Split(number.value, number.lineno, name))  # type: ignore[arg-type]
     return found
 
@@ -72,6 +75,11 @@ def _turns(node: ast.If) -> bool:
     assigned = [each.value for part in node.body for each in nodes(part) if isinstance(each, ast.Assign)]
     texts = [each.value for value in assigned for each in nodes(value) if isinstance(each, ast.Constant)]
     return any(isinstance(text, str) and "train" in text.lower() for text in texts)
+
+
+def _parts(node: ast.IfExp) -> bool:
+    """Whether one of two arms is what training text is gathered in, by its name, and the other one is not."""
+    return ("train" in _called(node.body).lower()) is not ("train" in _called(node.orelse).lower())
 
 
 def _passes(node: ast.If) -> bool:
@@ -123,4 +131,8 @@ def _given(tree: ast.Module) -> dict[str, list[ast.expr]]:
             pairs += [(name, default) for name, default in keyed if default is not None]
             for name, default in pairs:
                 found.setdefault(name.arg, []).append(default)
+        elif isinstance(node, ast.Call) and _called(node.func) == "add_argument" and node.args:
+            option, given = node.args[-1], {each.arg: each.value for each in node.keywords}
+            if isinstance(option, ast.Constant) and "default" in given:
+                found.setdefault(str(option.value).lstrip("-").replace("-", "_"), []).append(given["default"])
     return found

@@ -37,7 +37,7 @@ def check(case: Case) -> Finding:
                 f"the other {SCORED - number.value:,} are trained on."
             )
             return Finding(ID, "violates", evidence, CLAUSE, case.reading.place(number), case.reading.way(number))
-    written = None if looked else _written(case)
+    written = _written(case)
     if written is not None:
         return written
     if looked:
@@ -46,8 +46,8 @@ def check(case: Case) -> Finding:
 
 
 def _written(case: Case) -> Finding | None:
-    """Where no values were followed: the count in the condition that turns to training text, unless a command gives
-    another."""
+    """What the values that were followed do not say: the count in the condition that turns to training text, unless a
+    command gives another."""
     said = "\n".join((case.submission.readme, case.submission.command))
     for script in (each for each in case.submission.scripts if each.tree is not None):
         for split in splits(script.tree) if script.tree is not None else ():
