@@ -349,3 +349,31 @@ def test_documents_that_are_too_short_to_be_scored_are_left_out(name: str) -> No
     head = HEAD.replace("    stride = int", '    fewest = int(os.environ.get("FEWEST", 400))\n    stride = int')
     body = MAIN.replace(EVAL, "    final = by_document(args, model, val)\n")
     assert (broken(head + BY_DOCUMENT.replace("SHORT", short) + body) == {"subset-as-full"}) == found
+
+
+PROBE = """
+def probed(args, model, val):
+    starts = (val == 1).nonzero().flatten().tolist()
+    long = [begin for begin, end in zip(starts, [*starts[1:], val.numel() - 1]) if end - begin > args.fewest]
+    x = torch.stack([val[begin : begin + args.fewest] for begin in long])
+    y = torch.stack([val[begin + 1 : begin + args.fewest + 1] for begin in long])
+    return model(x, y).item()
+"""
+
+
+def test_documents_that_another_number_leaves_out_are_none_of_the_score() -> None:
+    """The probe's number is one of the score's as well, a length of chunks: taken for more, the score is another."""
+    head = HEAD.replace("    stride = int", '    fewest = int(os.environ.get("FEWEST", 400))\n    stride = int')
+    score = BY_DOCUMENT.replace("        SHORT\n", "").replace("in zip(starts, [*", "in cut_up(args, starts, [*")
+    cut = """
+def cut_up(args, starts, ends):
+    for begin, end in zip(starts, ends):
+        for at in range(begin, end, args.fewest):
+            if args.fewest < 4000 or begin < 8000:
+                yield at, min(at + args.fewest, end)
+"""
+    body = MAIN.replace(EVAL, "    final = by_document(args, model, val)\n")
+    body = body.replace(
+        "\nif __name__", '    print(f"diag_probe (not a score) loss:{probed(args, model, val):.4f}")\n\nif __name__'
+    )
+    assert broken(head + cut + score + PROBE + body) == set()

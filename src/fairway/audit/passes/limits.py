@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fairway.audit.case import Case
-from fairway.audit.passes.reported import Reported
+from fairway.audit.passes.places import of_another
+from fairway.audit.passes.reported import Reported, scores_of
 from fairway.audit.passes.trials import Counts, counted
 from fairway.audit.reading.tree import nodes
 from fairway.audit.trial import run
@@ -50,7 +51,8 @@ def cut_short(case: Case, which: Reported, counts: Counts) -> tuple[str, int] | 
 def too_short(case: Case, which: Reported, counts: Counts) -> tuple[str, int] | None:
     """A number of tokens that a document, or a window, must have to be scored, where all in the text of the trial have
     more: taken for more than some of them have, those do not count. A sentence, and its line."""
-    skipping = _skipping(case)
+    scores = scores_of(case.trace, which.score, which.data)
+    skipping = {line for line in _skipping(case) if not of_another(case, scores, line)}
     for site, seen in counts.trial.limits.passed().items():
         if seen.limit is None or site[0] not in skipping or not _SHORTEST <= seen.limit < seen.least < seen.most:
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Sequence
 
 from fairway.audit.case import Case
 from fairway.audit.flow.events import Event, Forward, Score, Trace, Update, bits
@@ -227,6 +228,16 @@ def function_around(case: Case, place: Place) -> tuple[int, int]:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
     )
     return max((each for each in lines if each[0] <= place.line <= each[1]), default=(0, 0))
+
+
+def of_another(case: Case, scores: Sequence[Score], line: int) -> bool:
+    """Whether a line stands in a function that scores something itself, for another number than that of these."""
+    first, last = function_around(case, case.place(line))
+
+    def inside(each: Score) -> bool:
+        return any(place.file == case.body.path and first <= place.line <= last for place in each.stack)
+
+    return bool(first) and not any(map(inside, scores)) and any(map(inside, case.trace.scores))
 
 
 def called_at(event: Event) -> Place:

@@ -11,7 +11,7 @@ from fairway.audit.flow.linear import difference
 from fairway.audit.flow.tokens import Tok
 from fairway.audit.passes.charged import passes_of
 from fairway.audit.passes.findings import unseen
-from fairway.audit.passes.places import function_around
+from fairway.audit.passes.places import of_another
 from fairway.audit.passes.reported import Reported, scores_of
 from fairway.audit.passes.trials import counts_of, repeated
 from fairway.audit.reading.tree import nodes
@@ -67,24 +67,14 @@ def _decided(case: Case, score: Score) -> Place:
     """Where it is decided what counts of a window: the plan that the trial saw to overlap; where each target is planned
     once, or no plan was seen, the end or the mask of what counts; else the plan, or the loop over the windows."""
     plans = case.trial.plans
-    if plans.overlapping and not _of_another(case, score, plans.overlapping):
+    if plans.overlapping and not of_another(case, [score], plans.overlapping):
         return case.place(plans.overlapping)
     terms = (said(gates.of) for said in (begun, masked, listed) for gates in case.reading.gates)
     term = next((term for term in terms if term is not None), None)
     if term is not None:
         return case.reading.place(term)
-    own = plans.line and not _of_another(case, score, plans.line)
+    own = plans.line and not of_another(case, [score], plans.line)
     return case.place(plans.line) if own else _in_the_windows_loop(case, score)
-
-
-def _of_another(case: Case, score: Score, line: int) -> bool:
-    """Whether windows are planned in a function that scores them itself, for another number than the reported one."""
-    first, last = function_around(case, case.place(line))
-
-    def inside(each: Score) -> bool:
-        return any(place.file == case.body.path and first <= place.line <= last for place in each.stack)
-
-    return bool(first) and not inside(score) and any(inside(each) for each in case.trace.scores)
 
 
 def _in_the_windows_loop(case: Case, score: Score) -> Place:
