@@ -9,7 +9,9 @@ import pytest
 from fairway.audit import audit
 from fairway.audit.case import Case
 from fairway.audit.rules import false_normalisation, target_gated_tilt, training_before_scoring, two_pass_cache
+from fairway.audit.trial.arrays import Array
 from fairway.audit.weighing import stream
+from fairway.audit.weighing.strengths import Strengths
 from tests.audit.order import HEAD, HONEST, MAIN, case_of
 
 VOTES = """
@@ -201,6 +203,16 @@ def test_a_row_that_is_another_for_another_token_is_gated_by_it(whose: str, want
     one = mixed(whose, "(seen / (seen + 200_000.0))")
     assert target_gated_tilt.check(one).verdict == wanted
     assert false_normalisation.check(one).verdict == "clean", "one fault, one rule"
+
+
+def test_of_bonuses_no_more_is_kept_than_there_is_room_for() -> None:
+    kept = Strengths(room=100)
+    for size in (60, 60, 30, stream.PIECES):
+        kept.raise_("expm1", Array(np.ones(size)), 7)
+    assert [num.size for _, num in kept.raised] == [60, 30]
+    whole = Strengths()
+    whole.raise_("log1p", Array(np.ones((4, stream.PIECES))), 7)
+    assert not whole.raised, "rows over the vocabulary are no bonus of a hint"
 
 
 def test_a_row_that_hangs_on_its_token_is_charged_where_nobody_can_say_what_is_foreseen(monkeypatch: Any) -> None:

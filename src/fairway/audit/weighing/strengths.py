@@ -10,27 +10,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fairway.audit.trial.arrays import Array
+from fairway.audit.weighing.stream import PIECES
 
 RAISING = frozenset(
     ("expm1", "log1p", "exp")
 )  # log(1 + p (e^b - 1)) is what a bonus b on a hint of probability p costs
-_MOST = 4_000  # of either kind
+_MOST = 4_000  # numbers that are stored
+_ROOM = 200_000  # numbers of bonuses, in all: 1.6 MB for each of nine runs
 
 
 @dataclass
 class Strengths:
     """Of one run. raised: the lines of bonuses, or of their prices, and the numbers; stored: the lines that wrote a
-    number into one place of an array or a list, and the number."""
+    number into one place of an array or a list, and the number; room: numbers that may still be kept."""
 
     raised: list[tuple[int, NDArray[Any]]] = field(default_factory=list)
     stored: list[tuple[int, float]] = field(default_factory=list)
+    room: int = _ROOM
 
     def raise_(self, name: str, of: Array, line: int) -> None:
         """exp(of), expm1(of), log1p(of): what is no price of a token, and no logarithm of a probability."""
         num = of.num
         if num is None or num.dtype.kind != "f" or of.price is not None or of.net or not num.size:
             return
-        if (name != "exp" or num.min() >= 0.0) and len(self.raised) < _MOST:
+        row = num.shape[-1:] == (PIECES,)  # of the vocabulary: no bonus of one hint
+        if not row and (name != "exp" or num.min() >= 0.0) and num.size <= self.room:
+            self.room -= num.size
             self.raised.append((line, num.copy()))
 
     def store(self, new: float, line: int) -> None:
