@@ -343,11 +343,11 @@ class Builtins(Opening):
         if len(value.refs) != 1 or name in MODULE_NAMES:
             return False
         (obj,) = value.refs
-        if obj.kind != "instance" or "#module" not in obj.slots or name in obj.slots or self._has(value, name):
+        if obj.kind != "instance" or "#module" not in obj.slots or self._has(value, name):
             return False
         outside = [each.data for each in self.line_of(obj.data)[1:] if each.kind == "foreign"]
         plain = all(str(each).rsplit(".", 1)[-1] == "Module" for each in outside)
-        return plain and not any(self.find(obj.data, each) for each in (name, "__getattr__"))
+        return plain and self.find(obj.data, "__getattr__") is None
 
     def _do_setattr(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:
         if len(args) == 3 and isinstance(args[1].const, str):
