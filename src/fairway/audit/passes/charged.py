@@ -57,12 +57,20 @@ def _as_tried(case: Case, which: Reported, fault: Fault) -> Fault | None:
 def _vector_as_tried(case: Case, which: Reported, fault: Fault, cause: Update) -> Fault | None:
     """Where a trial tells contexts from what is scored by numbers, masks that the walk cannot follow are none."""
     shared = fault.kind == "slot-shared-delta"
+    if not (shared or _beside_others(case, cause)) and order_of(case, which, fault.score, cause) == "first":
+        return None  # adapters in slots: each chunk is scored before the step on it
     shown = fitted(case, which, cause, shared)
     if shown != "apart":
         return replace(fault, doubt="") if shown == "met" else fault
     if not shared and one_row(cause) and fitted(case, which, cause, shared=True) == "met":
         return replace(fault, kind="slot-shared-delta", doubt="")
     return None
+
+
+def _beside_others(case: Case, cause: Update) -> bool:
+    """Whether the same calls take steps of something else, which leave the same mark in a trial."""
+    steps = (each for each in case.trace.updates if each.stack[:-1] == cause.stack[:-1])
+    return any(each.state is not cause.state for each in steps)
 
 
 def chosen_by_losses(case: Case) -> bool:

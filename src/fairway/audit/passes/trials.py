@@ -312,7 +312,7 @@ def order_of(case: Case, which: Reported, score: Score, step: Update) -> Literal
         return ""
     trial, told = counts.trial, counts.said[-1].sum
     asked, calls = (tuple(place.line for place in each.stack[:-1]) for each in (score, step))
-    mark = trial.taught_in.get(calls)
+    mark = trial.taught_in.get(calls) or _handed_on(case, trial, step)
     # What a helper reads at a hint is made where the losses are: the trial knows no hint of a kernel.
     met = bool({asked, asked[:-1]} & set(trial.asked_in)) or tuple(p.line for p in score.stack) in told.ways()
     if mark is None or not met:
@@ -321,6 +321,14 @@ def order_of(case: Case, which: Reported, score: Score, step: Update) -> Literal
         return "first"
     early = any(lesson.early for lesson in trial.lessons if lesson.stack[:-1] == calls)
     return "late" if early and asked[: len(calls)] != calls else ""
+
+
+def _handed_on(case: Case, trial: Trial, step: Update) -> int | None:
+    """The mark of the lesson whose gradient is handed to an optimiser of the script's own, which takes this step: the
+    only one by the calls around the lesson."""
+    around = step.stack[:-2]
+    others = any(each.stack[:-1] == around for each in case.trace.updates)
+    return None if others else trial.taught_in.get(tuple(place.line for place in around))
 
 
 def learned_first(case: Case, which: Reported, step: Update) -> tuple[str, int] | None:

@@ -359,10 +359,10 @@ def _rows(array: Array, counted: NDArray[np.bool_]) -> Rows | None:
 def _stretches(places: NDArray[np.int32]) -> Rows | None:
     """Where the text goes on token by token, or by every eighth, one window after another; in any order, where that is
     all one stretch."""
-    whole = np.sort(places)
-    apart = set(np.diff(whole).tolist())
-    if whole.size and (apart <= {1} or (len(apart) == 1 and 0 not in apart and whole.size >= LEAST)):
-        return Rows(whole[:1], np.array([whole.size]))
+    apart = np.diff(np.sort(places))
+    least, most = (int(apart.min()), int(apart.max())) if apart.size else (1, 1)
+    if places.size and least == most and (least == 1 or (least and places.size >= LEAST)):
+        return Rows(np.array([places.min()], places.dtype), np.array([places.size]))
     steps = np.diff(places)
     begins = np.concatenate(([0], np.flatnonzero(steps != np.median(steps)) + 1))
     if begins.size * LEAST > places.size:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from fairway.audit.reading.script import Layer, Script
 from fairway.audit.settings import Settings
-from fairway.audit.trial.arrays import Array, scalar, sum_of
+from fairway.audit.trial.arrays import Array, holds_sums, scalar, sum_of
 from fairway.audit.trial.fitting import Fitting
 from fairway.audit.trial.limits import WHOLE, Coarse, Forced, Limits, alone
 from fairway.audit.trial.sums import LATE, PLACE, TAUGHT, Sum
@@ -216,7 +216,12 @@ class Core:
             self.taught[fresh] = len(self.lessons) - 1
 
     def booked(self, value: Value) -> Value:
-        """A sum of losses is made."""
+        """A sum of losses is made, or one for each row of them, `nll.sum(1)`, if need be beside what was there."""
+        if isinstance(value, Array) and holds_sums(value) and value.num is not None:
+            for each in value.num.flat:
+                for part in (each, *(one for one, _ in each.parts)) if isinstance(each, Sum) else ():
+                    if not part.way:
+                        self.booked(part)
         if isinstance(value, Sum) and value.places is not None:
             self.trial.steps += value.places.size // ELEMENTS
             self.trial.summed.add(self.line)

@@ -28,6 +28,7 @@ from fairway.audit.trial.values import UNKNOWN, Class, Frame, Func, Lib, Obj, Ra
 _STACK = 20_000  # Python frames; a call of the script takes about twenty
 _NATIVE = re.compile(r"\bnumba\b")
 _CHUNKS = "chunk|segment|span|region"  # names of what the text is cut into
+_LONG = "it is too long for a trial"
 _MODULE = Class("module", [], {})
 
 
@@ -69,7 +70,7 @@ class Machine(Calls):
             self.module(self.entry, "__main__")
             self.trial.complete = True
         except Spent:
-            self.trial.why = "it is too long for a trial"
+            self.trial.why = _LONG
         except Raised as error:
             self.trial.complete = error.kind == "SystemExit"
             self.trial.why = f"line {self.line} raises {error.kind} ({error.value})"
@@ -127,8 +128,9 @@ def run(
     if not (trial.complete or (trial.slow and shorter(trial.slow))) and _NATIVE.search(script.text):
         begin = partial(Machine, script, settings, native=False)
         trial = over(begin, length, trial.limits.forced).trial
-    if less := shorter(trial.slow) if trial.slow else 0:
-        begin, length = partial(begin, slow=trial.slow), min(less, length)
+    less = shorter(trial.slow) if trial.slow else text.SHORT if trial.why == _LONG else 0
+    if less and less < length:
+        begin, length = partial(begin, slow=trial.slow), less
         trial = over(begin, length, trial.limits.forced).trial
     while cut and (number := _too_large(trial, script, settings, length)):
         trial = over(begin, length, (*trial.limits.forced, finer(number, length))).trial
