@@ -522,11 +522,12 @@ net.load_state_dict(torch.load("model.pt"))
 print(f"val_loss {evaluate(net, load()):.5f}")
 """
 _BOOKED = "self.board.add(owner, nll, mask)"
-_AFTER = (("with torch.no_grad():\n            SCORED\n        ", ""), ("self.adam.step(live)\n", f"""self.adam.step(live)
+_LATER = f"""self.adam.step(live)
         logp = F.log_softmax(self.net(self.val[at]) + self.lora, dim=-1)
         nll = F.nll_loss(logp.reshape(-1, 1024), self.val[at + 1].reshape(-1), reduction="none").reshape(at.shape)
         {_BOOKED}
-"""))  # fmt: skip
+"""
+_AFTER = (("with torch.no_grad():\n            SCORED\n        ", ""), ("self.adam.step(live)\n", _LATER))
 _AGAIN = (
     ("self.lora[torch.tensor(fresh, dtype=torch.int64)] = 0.0", "pass"),
     ("PASSES", "runner.board = Board(len(starts))\n    runner.run()"),
