@@ -160,6 +160,10 @@ class Torches(Builtins):
 
     _do_all_gather = _do_all_gather_into_tensor = _do_all_gather_object
 
+    def _do_gather_object(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        """dist.gather_object(mine, parts): the list comes second here."""
+        return self._do_all_gather_object(name, args[1::-1], kwargs, node)
+
     def _do_all_reduce(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
         in_place = "functional" not in name and ".nn" not in name and ("dist" in name or not args)
         return NONE if in_place or not self.flat(args[0]).losses else args[0]

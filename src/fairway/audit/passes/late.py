@@ -136,6 +136,15 @@ def beyond(trace: Trace, reported: Reported) -> tuple[Update, float] | None:
     return None if after is None or not 0.0 < limit < LIMIT else (after, limit)
 
 
+def longest(trace: Trace, reported: Reported) -> Clock | None:
+    """The clock with the largest limit that ends a loop in which the score's weights learned; None where no limit of
+    such a clock is known."""
+    loops = {loop for update in _trained(trace, reported) for loop, _ in update.nest}
+    clocks = (each for each in trace.events if isinstance(each, Clock) and each.limit is not None)
+    ends = (each for each in clocks if any(loop in loops for loop, _ in each.nest))
+    return max(ends, key=lambda each: each.limit or 0.0, default=None)
+
+
 def _trained(trace: Trace, reported: Reported) -> list[Update]:
     """The steps on training text that what scores still knows."""
     knows = 0

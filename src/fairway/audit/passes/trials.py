@@ -213,7 +213,14 @@ def _reaching(case: Case, lines: tuple[int, ...]) -> int:
         for each in nodes(function)
         if isinstance(each, ast.Call) and len(each.args) > 1 and ast.unparse(each.func).endswith("range")
     )
-    return next(ranges, 0)
+    further = (each.lineno for each in nodes(case.body.tree) if isinstance(each, ast.Call) and _further(each, lines))
+    return next(ranges, 0) or next(further, 0)
+
+
+def _further(call: ast.Call, lines: tuple[int, ...]) -> bool:
+    """Whether a call in one of these lines says itself how far: `adapt(begin, min(end + more, total))`."""
+    inner = (part for each in call.args for part in nodes(each))
+    return call.lineno in lines[:-1] and any(isinstance(p, ast.BinOp) and isinstance(p.op, ast.Add) for p in inner)
 
 
 def mixes(case: Case, which: Reported) -> bool:

@@ -41,6 +41,7 @@ from fairway.audit.trial.losses import (
     applied,
     compiled,
     cross_entropy,
+    embedded,
     first_of,
     gather_losses,
     gather_objects,
@@ -242,6 +243,7 @@ _WORLD: dict[str, Act] = {
     "mlx.nn.losses.cross_entropy": mlx_cross_entropy,
     "torch.autograd.grad": learned_from,
     "torch.autograd.Function.apply": applied,
+    "torch.nn.functional.embedding": lambda machine, args, kwargs, line: embedded(machine, *args, **kwargs),
     "torch.func.functional_call": lambda machine, args, kwargs, line: NET,
     **dict.fromkeys(
         [

@@ -51,6 +51,15 @@ def applied(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], li
     return machine.losses(targets[0]) if nets and targets else mixed(*args)
 
 
+def embedded(machine: Core, ids: Value, weight: Value = UNKNOWN, *_: Value, **__: Value) -> Value:
+    """F.embedding(ids, weight): of weights that nobody knows, what a model makes of tokens."""
+    if isinstance(ids, Array) and isinstance(weight, Array):
+        return machine.item(weight, ids)
+    if isinstance(ids, Array) and ids.pos is not None:
+        return states_of([ids])
+    return mixed(ids, weight)
+
+
 def gather_objects(parts: Value, mine: Value, *_: Value, **__: Value) -> None:
     """dist.all_gather_object(parts, mine), of a world of one."""
     if isinstance(parts, list) and parts:

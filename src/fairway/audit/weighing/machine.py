@@ -20,7 +20,7 @@ from fairway.audit.trial.machine import Machine
 from fairway.audit.trial.tensors import METHODS
 from fairway.audit.trial.told import together
 from fairway.audit.trial.turns import Turns
-from fairway.audit.trial.values import NET, Func, Raised, Spent, Unknown, Value
+from fairway.audit.trial.values import NET, Func, Raised, Spent, Unknown, Value, opaque
 from fairway.audit.weighing import stream
 from fairway.audit.weighing.rows import ROWS, gather, log_softmax, priced
 from fairway.audit.weighing.stream import PIECES
@@ -183,9 +183,16 @@ class Weigher(Machine):
         return self._as_logits(found, asked)
 
     def call(self, func: Value, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
+        given = (*args, *kwargs.values())
+        if isinstance(func, Func) and not self.within and _of_weights(given):
+            self.within += 1
+            try:
+                found = super().call(func, args, kwargs, line)
+            finally:
+                self.within -= 1
+            return self._as_logits(found, [each for each in given if _is_text(each)])
         found = super().call(func, args, kwargs, line)
         if isinstance(func, Unknown) and isinstance(found, Unknown):
-            given = (*args, *kwargs.values())
             made = [each for each in given if isinstance(each, Array) and each.net]
             return made[0] if len(made) == 1 else self._asked(found, given)
         return found
@@ -360,6 +367,13 @@ def _folded(held: Array, found: Value) -> NDArray[Any] | None:
         if found.num.dtype.kind == "f" and places.shape[1:] == found.shape and (places == places[:1]).all():
             return places[0] if 1 < len(places) <= _EXPERTS else None
     return None
+
+
+def _of_weights(given: tuple[Value, ...]) -> bool:
+    """Whether a function is handed weights in a dict, of which nothing is known, and rows of tokens: forward(w, ids) is
+    a model without a class."""
+    texts = [each for each in given if _is_text(each)]
+    return len(texts) == 1 and texts[0].body.ndim > 1 and any(map(opaque, given))
 
 
 def _is_text(value: Value) -> bool:
