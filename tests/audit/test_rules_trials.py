@@ -539,8 +539,7 @@ _AGAIN = (
 def test_slots_that_are_refilled_from_a_queue(
     tmp_path: Path, sizes: str, altered: tuple[tuple[str, str], ...], accused: bool
 ) -> None:
-    """The walk takes the next document of a slot for another pass; a trial sums each row once, before the step on it.
-    64 slots are too many for the usual text, which 48 tokens at a time go through, and a shorter one is asked."""
+    """The walk takes the next document of a slot for another pass; a trial sums each row once, before the step on it."""
     text = "from collections import deque" + HEAD + SLOTS
     for old, new in altered:
         assert old in text
