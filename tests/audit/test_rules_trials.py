@@ -539,7 +539,7 @@ _AGAIN = (
 def test_slots_that_are_refilled_from_a_queue(
     tmp_path: Path, sizes: str, altered: tuple[tuple[str, str], ...], accused: bool
 ) -> None:
-    """The walk takes the next document of a slot for another pass; a trial sums each row once, before the step on it."""
+    """The walk takes the next document of a slot for a second pass; a trial sums each row once and before its step."""
     text = "from collections import deque" + HEAD + SLOTS
     for old, new in altered:
         assert old in text
