@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.audit.order import HEAD, HONEST, MAIN, broken, doubted, findings
+from tests.audit.order import HEAD, HONEST, MAIN, broken, doubted, findings, line_of
 
 LESSON = "for s in range(start, end, args.seq_len):"
 ENDS = "start, end = ci * args.chunk, min((ci + 1) * args.chunk, val.numel() - 1)"
@@ -217,3 +217,43 @@ def test_chunks_and_windows_that_are_named_tuples_are_told_apart(before: str, af
     table = TABLE.replace("BEFORE", before).replace("AFTER", after)
     text = HEAD + table + MAIN.replace("eval_ttt(args", "eval_table(args")
     assert doubted(text) == wanted
+
+
+CALLED = """
+def learn(args, model, opt, val, begin, end):
+    model.train()
+    for _epoch in range(args.epochs):
+        at = begin
+        while at < end:
+            x, y = val[at : min(at + args.seq_len, end)], val[at + 1 : min(at + args.seq_len, end) + 1]
+            opt.zero_grad()
+            model(x[None], y[None]).backward()
+            opt.step()
+            at += args.seq_len
+
+def eval_called(args, model, val):
+    opt = torch.optim.SGD(model.parameters(), lr=1e-3)
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    n = (val.numel() - 1 + args.chunk - 1) // args.chunk
+    for ci in range(n):
+        start, end = ci * args.chunk, min((ci + 1) * args.chunk, val.numel() - 1)
+        model.eval()
+        with torch.inference_mode():
+            logits = model.forward_logits(val[start:end][None])
+            nll = F.cross_entropy(logits.view(-1, 1024), val[start + 1 : end + 1], reduction="none")
+            total += nll.double().sum()
+            count += end - start
+        if ci < n - 1:
+            learn(args, model, opt, val, start, REACH)
+    return (total / count).item()
+"""
+
+
+@pytest.mark.parametrize(("reach", "wanted"), [("end", False), ("min(end + args.seq_len, val.numel() - 1)", True)])
+def test_the_call_that_says_how_far_a_lesson_reaches_is_named(reach: str, wanted: bool) -> None:
+    text = HEAD + CALLED.replace("REACH", reach) + MAIN.replace("eval_ttt(args", "eval_called(args")
+    found = findings(text)["training-before-scoring"]
+    assert (found.verdict == "violates") == wanted
+    if wanted:
+        assert found.place is not None
+        assert found.place.line == line_of(text, "learn(args, model, opt, val, start")

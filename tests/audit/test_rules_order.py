@@ -222,6 +222,15 @@ def test_a_calibration_is_followed_through_a_copy_of_the_bytes_that_were_read() 
     assert broken(text.replace("Loader(args.val_files)", "Loader(args.train_files)")) == set()
 
 
+@pytest.mark.parametrize("how", ["all_gather_object(parts, held)", "gather_object(held, parts)"])
+def test_a_calibration_is_followed_through_what_ranks_gather(how: str) -> None:
+    saved = "    torch.save(packed, 'model.pt')\n"
+    gathered = f"    parts = [None]\n    held = packed\n    torch.distributed.{how}\n    packed = parts[0]\n"
+    text = calibrated("Loader(args.val_files)").replace(saved, gathered + saved)
+    assert gathered in text
+    assert "calibration-on-validation" in broken(text)
+
+
 def test_calibration_on_training_data_within_the_reserve_is_clean() -> None:
     assert doubted(calibrated("Loader(args.train_files)")) == set()
 

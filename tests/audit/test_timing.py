@@ -388,3 +388,31 @@ def test_a_clock_that_is_asked_in_some_turns_alone_ends_the_loop_that_much_later
     text = text.replace("if elapsed >= args.cap - args.reserve:", asked)
     text = text.replace("class Hyperparameters:", "class Hyperparameters:\n    check_every = 30", 1)
     assert (timed(case_of(text)) is not None) is off
+
+
+SHARED = """
+class Budget:
+    def __init__(self, seconds):
+        self.seconds, self.since = seconds, time.perf_counter()
+    def used(self):
+        return time.perf_counter() - self.since
+    def over(self):
+        said = torch.tensor(int(self.used() >= self.seconds))
+        torch.distributed.all_reduce(said, op=torch.distributed.ReduceOp.MAX)
+        return bool(said.item())
+"""
+
+
+@pytest.mark.parametrize(("cap", "wanted"), [("588.0", "clean"), ("830.0", "violates"), ("830_000.0", "violates")])
+def test_a_clock_whose_answer_all_ranks_share_is_read(cap: str, wanted: str) -> None:
+    """The object says whether it is over: no term of the script's compares a time with 830 s, or so many ms."""
+    text = trained(
+        "elapsed >= args.cap - args.reserve", "budget.over()", before=SHARED, told=f"    budget = Budget({cap})\n"
+    )
+    text = text.replace(
+        "return time.perf_counter() - self.since",
+        f"return {1e3 if '_' in cap else 1.0} * (time.perf_counter() - self.since)",
+    )
+    found = training_over_time.check(case_of(text))
+    assert found.verdict == wanted, found
+    assert ("830 s" in found.evidence) == (wanted == "violates")

@@ -893,3 +893,76 @@ def test_what_is_reduced_into_places_is_what_torch_makes_of_it(how: str, include
     ROWS["scatter_reduce_"](in_place, *given, how, include_self)
     assert in_place.num is not None
     assert in_place.num.tolist() == wanted.tolist()
+
+
+# ---- a model without a class
+
+CLASSLESS = """
+vocab_size = 1024
+
+def logits_of(w, ids):
+    h = F.embedding(ids, w["table"])
+    for block in range(4):
+        h = h + F.relu(F.linear(h, w[f"block{block}"]))
+    return F.linear(F.rms_norm(h, (64,)), w["table"])
+
+def weights():
+    w = {f"block{block}": torch.randn(64, 64) / 8 for block in range(4)}
+    w["table"] = torch.randn(vocab_size, 64) / 8
+    return w
+"""
+
+
+LOADED = {
+    "whole": "w = torch.load('model.pt')",
+    "name by name": "w = {name: value.float() for name, value in torch.load('model.pt').items()}",
+    "into a dict": "held = torch.load('model.pt')\n    w = {name: held[name].cuda() for name in weights()}",
+}
+
+
+@pytest.mark.parametrize("read", LOADED.values(), ids=LOADED.keys())
+@pytest.mark.parametrize(("alpha", "total"), [("0.2", 1.0), ("0.0", 1.2)])
+def test_functions_of_weights_and_of_rows_of_tokens_are_a_model(read: str, alpha: str, total: float) -> None:
+    """A row of counts, on top of (1 - alpha) of the model: one with what is taken off it, 1.2 without."""
+    mix = f"mixed = (1 - {alpha}) * probs + 0.2 * (rows + 1 / vocab_size) / (seen + 1.0)\n{PICKED}"
+    text = EVAL.replace("model.forward_logits(x[None])", "logits_of(model, x[None])")
+    text = CLASSLESS + text.replace("MIX", mix.replace("\n", "\n        "))
+    main = f"""
+def main():
+    args = Hyperparameters()
+    torch.save(weights(), "model.pt")
+    {read}
+    final = eval_mixed(args, w, load(args.val_files))
+    print(f"final val_loss:{{final:.8f}}")
+
+main()
+"""
+    one = case_of(HEAD + text + main)
+    found = weighed(one, passes_of(one)[0])
+    assert found is not None
+    assert found.total == pytest.approx(total, abs=2e-5)
+
+
+def test_a_function_of_weights_that_makes_prices_is_no_model() -> None:
+    """The rows that it mixes are what its second call and all further ones are weighed by."""
+    priced = """
+def prices_of(w, counts, totals, window):
+    x, y = window[0, :-1], window[0, 1:]
+    probs = torch.softmax(logits_of(w, x[None])[0], dim=-1)
+    rows, seen = counts[x], totals[x].unsqueeze(-1)
+    mixed = probs + 0.2 * (rows + 1 / vocab_size) / (seen + 1.0)
+    return -mixed.gather(1, y.unsqueeze(1)).squeeze(1).log()
+"""
+    called = "nll = prices_of(model, counts, totals, val[start : end + 1][None])"
+    text = EVAL.replace("logits = model.forward_logits(x[None])[0].float()", "pass")
+    text = text.replace("probs = torch.softmax(logits, dim=-1)", "pass").replace("MIX", called)
+    main = """
+args = Hyperparameters()
+held = torch.load("model.pt")
+final = eval_mixed(args, {name: held[name] for name in weights()}, load(args.val_files))
+print(f"final val_loss:{final:.8f}")
+"""
+    one = case_of(HEAD + CLASSLESS + priced + text + main)
+    found = weighed(one, passes_of(one)[0])
+    assert found is not None
+    assert found.total == pytest.approx(1.2, abs=2e-5)

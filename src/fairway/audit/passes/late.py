@@ -42,11 +42,7 @@ def late_calibration(trace: Trace, reported: Reported, kinds: Container[str] = (
         late += [choice for choice in trace.chosen(chosen) if _by_training(trace, choice, last)]
     if not late:
         return None
-    loops = {loop for update in trained for loop, _ in update.nest}
-    clocks = [
-        event for event in trace.events if isinstance(event, Clock) and any(loop in loops for loop, _ in event.nest)
-    ]
-    known = [clock for clock in clocks if clock.limit is not None]
+    known = [clock for clock in _ending(trace, trained) if clock.limit is not None]
     full = [clock for clock in known if full_cap(clock.limit or 0.0)]
     stops = max(known, key=lambda clock: clock.limit or 0.0) if known else None
     if full:
@@ -71,9 +67,7 @@ def unclocked(trace: Trace, reported: Reported) -> Update | None:
     """A step of the training that the score's weights still know, before the clock that ends the training was read for
     the first time: a warm-up whose weights are kept."""
     trained = _trained(trace, reported)
-    loops = {loop for update in trained for loop, _ in update.nest}
-    ends = (each for each in trace.events if isinstance(each, Clock) and any(loop in loops for loop, _ in each.nest))
-    end = next(ends, None)
+    end = next(iter(_ending(trace, trained)), None)
     if end is None:
         return None
     around = {loop for loop, _ in end.nest}
@@ -94,12 +88,10 @@ def overrun(trace: Trace, reported: Reported) -> Update | None:
     a loop of its own, and, where some of the time was kept back, after the clock was read for the last time before a
     file is written or a text scored."""
     trained = _trained(trace, reported)
-    loops = {loop for update in trained for loop, _ in update.nest}
-    clocks = [each for each in trace.events if isinstance(each, Clock)]
-    ends = [each for each in clocks if each.limit is not None and any(loop in loops for loop, _ in each.nest)]
+    ends = [each for each in _ending(trace, trained) if each.limit is not None]
     if not ends:
         return None
-    timed = {loop for each in clocks for loop, _ in each.nest}
+    timed = _timed(trace)
     end = ends[-1].number
     late = (each for each in trained if each.number > end and not timed & {loop for loop, _ in each.nest})
     after = next(late, None)
@@ -122,27 +114,40 @@ def beyond(trace: Trace, reported: Reported) -> tuple[Update, float] | None:
     """A step of the training, on the same weights, after the loop that a clock ends at less than 600 s, in a loop of
     its own that asks none: with it the limit in seconds."""
     trained = _trained(trace, reported)
-    loops = {loop for update in trained for loop, _ in update.nest}
-    clocks = [each for each in trace.events if isinstance(each, Clock)]
-    ends = [each for each in clocks if each.limit and any(loop in loops for loop, _ in each.nest)]
+    ends = [each for each in _ending(trace, trained) if each.limit]
     if not ends:
         return None
-    limit = max(each.limit or 0.0 for each in ends)
-    limit = limit / 1000.0 if limit > _MILLI else limit
-    timed = {loop for each in clocks for loop, _ in each.nest}
+    limit = max(_seconds(each) for each in ends)
+    timed = _timed(trace)
     before = {update.state for update in trained if timed & {loop for loop, _ in update.nest}}
     late = (each for each in trained if each.number > ends[-1].number and each.nest and each.state in before)
     after = next((each for each in late if not timed & {loop for loop, _ in each.nest}), None)
     return None if after is None or not 0.0 < limit < LIMIT else (after, limit)
 
 
-def longest(trace: Trace, reported: Reported) -> Clock | None:
-    """The clock with the largest limit that ends a loop in which the score's weights learned; None where no limit of
-    such a clock is known."""
-    loops = {loop for update in _trained(trace, reported) for loop, _ in update.nest}
-    clocks = (each for each in trace.events if isinstance(each, Clock) and each.limit is not None)
-    ends = (each for each in clocks if any(loop in loops for loop, _ in each.nest))
-    return max(ends, key=lambda each: each.limit or 0.0, default=None)
+def longest(trace: Trace, reported: Reported) -> tuple[Clock, float] | None:
+    """Of the clocks that end a loop in which the score's weights learned, the one with the largest limit, and that
+    limit in seconds; None where no limit is known."""
+    ends = [each for each in _ending(trace, _trained(trace, reported)) if each.limit]
+    last = max(ends, key=_seconds, default=None)
+    return None if last is None else (last, _seconds(last))
+
+
+def _ending(trace: Trace, trained: list[Update]) -> list[Clock]:
+    """The clocks that are asked in a loop of these steps, in order."""
+    loops = {loop for update in trained for loop, _ in update.nest}
+    return [e for e in trace.events if isinstance(e, Clock) and any(loop in loops for loop, _ in e.nest)]
+
+
+def _timed(trace: Trace) -> set[int]:
+    """The loops that ask a clock."""
+    return {loop for event in trace.events if isinstance(event, Clock) for loop, _ in event.nest}
+
+
+def _seconds(clock: Clock) -> float:
+    """A clock's limit in seconds, which may be told in milliseconds; 0 where none is known."""
+    limit = clock.limit or 0.0
+    return limit / 1000.0 if limit > _MILLI else limit
 
 
 def _trained(trace: Trace, reported: Reported) -> list[Update]:
@@ -184,5 +189,4 @@ def _read_after(trace: Trace, update: Update, written: int) -> bool:
 
 def _clocked(trace: Trace, update: Update) -> bool:
     """Whether a loop that an update stands in asks the clock."""
-    loops = {loop for loop, _ in update.nest}
-    return any(isinstance(event, Clock) and any(loop in loops for loop, _ in event.nest) for event in trace.events)
+    return bool(_timed(trace) & {loop for loop, _ in update.nest})

@@ -4,7 +4,7 @@ import re
 
 from fairway.audit.case import Case
 from fairway.audit.passes.charged import passes_of
-from fairway.audit.passes.late import LIMIT, beyond, longest, over_long, overrun, unclocked
+from fairway.audit.passes.late import LIMIT, beyond, longest, overrun, unclocked
 from fairway.audit.passes.reserves import commanded
 from fairway.audit.passes.restarts import held, restarted
 from fairway.audit.records import Amount, Log, record_of
@@ -17,6 +17,7 @@ CHARGE = "Training takes longer than 600 s."
 CLAUSE = "R2: training <= 600 s"
 WITHOUT_SCRIPT = True
 
+_NONE = 3 * 24 * 3600.0  # seconds: no limit at all, the steps end it
 _CALIBRATION = re.compile(r"calibrat|hessian", re.IGNORECASE)
 _TIME = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|sec|seconds)\b")
 _OWN_TEXT = re.compile(r"self[-_ ]?gen|autoregressive|\bAR\b|synthetic|random", re.IGNORECASE)
@@ -113,7 +114,7 @@ def _by_the_script(case: Case) -> Finding | None:
     if not found:
         return _by_the_trace(case)
     seconds, limit = max(found, key=lambda each: each[0])
-    if seconds > 3 * 24 * 3600:  # no limit at all: the steps end it
+    if seconds > _NONE:
         return None
     said = said_at(limit, seconds)
     place = commanded(case.settings, str(said.constant())) or case.reading.place(said)
@@ -124,12 +125,10 @@ def _by_the_script(case: Case) -> Finding | None:
 def _by_the_trace(case: Case) -> Finding | None:
     """The same of a clock that is asked out of sight of the terms: by a method of an object, whose answer all ranks
     share."""
-    clock = longest(case.trace, passes_of(case)[0])
-    if clock is None or clock.limit is None or not over_long(clock.limit):
+    found = longest(case.trace, passes_of(case)[0])
+    if found is None or not LIMIT * 1.01 < found[1] < _NONE:
         return None
-    seconds = clock.limit / 1000.0 if clock.limit > 6_000.0 else clock.limit
-    if seconds > 2 * LIMIT:  # no limit of ten minutes: of hours, or a number of another kind
-        return None
+    clock, seconds = found
     given = commanded(case.settings, f"{seconds:g}")  # else the clock's own line: a reserve may be taken off
     evidence = f"training goes on until the script's own clock says {seconds:,.0f} s; the limit is 600 s"
     return Finding(ID, "violates", evidence, CLAUSE, given or clock.place)

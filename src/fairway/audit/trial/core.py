@@ -56,6 +56,7 @@ class Core:
         self.spelt = 0  # how many pieces were asked for
         self.slow = slow  # steps of a turn of loops that are known to go through the tokens one by one
         self.touched = 0  # uses of the text so far
+        self.embedded = 0  # times that weights of which nothing is known were asked for tokens
         self.made = 0  # losses of the text so far
         self.apart = 0  # losses of other tokens, and what a model makes of them, so far
         self.cut_at: dict[tuple[int, ...], int] = {}  # by the calls around it: the last line that cuts the whole text

@@ -55,6 +55,7 @@ def embedded(machine: Core, ids: Value, weight: Value = UNKNOWN, *_: Value, **__
     """F.embedding(ids, weight): of weights that nobody knows, what a model makes of tokens."""
     if isinstance(ids, Array) and isinstance(weight, Array):
         return machine.item(weight, ids)
+    machine.embedded += 1
     if isinstance(ids, Array) and ids.pos is not None:
         return states_of([ids])
     return mixed(ids, weight)

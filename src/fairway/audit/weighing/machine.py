@@ -20,7 +20,7 @@ from fairway.audit.trial.machine import Machine
 from fairway.audit.trial.tensors import METHODS
 from fairway.audit.trial.told import together
 from fairway.audit.trial.turns import Turns
-from fairway.audit.trial.values import NET, Func, Raised, Spent, Unknown, Value, opaque
+from fairway.audit.trial.values import NET, UNKNOWN, Func, Lib, Obj, Raised, Spent, Unknown, Value, opaque
 from fairway.audit.weighing import stream
 from fairway.audit.weighing.rows import ROWS, gather, log_softmax, priced
 from fairway.audit.weighing.stream import PIECES
@@ -65,6 +65,8 @@ class Weigher(Machine):
         self.vocabulary = min(self.vocabulary, PIECES)
         self.functions.update(_FUNCTIONS)
         self.within = 0
+        self.picks = 0  # times that what nobody knows was read at tokens
+        self.pricing: set[Func] = set()  # functions of weights and rows of tokens that are no model
         self.said: dict[Way, float] = {}
         self.doubted: list[tuple[Way, int]] = []
         self.asked: dict[Way, int] = {}
@@ -184,17 +186,28 @@ class Weigher(Machine):
 
     def call(self, func: Value, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
         given = (*args, *kwargs.values())
-        if isinstance(func, Func) and not self.within and _of_weights(given):
-            self.within += 1
-            try:
-                found = super().call(func, args, kwargs, line)
-            finally:
-                self.within -= 1
-            return self._as_logits(found, [each for each in given if _is_text(each)])
+        if isinstance(func, Func) and not self.within and func not in self.pricing and _of_weights(given):
+            return self._of_function(func, args, kwargs, line)
         found = super().call(func, args, kwargs, line)
         if isinstance(func, Unknown) and isinstance(found, Unknown):
             made = [each for each in given if isinstance(each, Array) and each.net]
             return made[0] if len(made) == 1 else self._asked(found, given)
+        return found
+
+    def _of_function(self, func: Func, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
+        """What a function makes of weights and of rows of tokens: logits, if nobody knows it; of weights of which
+        nothing at all is known, if it embeds the tokens. What makes prices of them is no model, from its second call
+        on."""
+        given, embedded, prices = (*args, *kwargs.values()), self.embedded, self.made + self.picks
+        self.within += 1
+        try:
+            found = super().call(func, args, kwargs, line)
+        finally:
+            self.within -= 1
+        if self.made + self.picks > prices:
+            self.pricing.add(func)
+        elif any(map(opaque, given)) or self.embedded > embedded:
+            return self._as_logits(found, [each for each in given if _is_text(each)])
         return found
 
     def _asked(self, found: Unknown, given: tuple[Value, ...]) -> Value:
@@ -341,6 +354,7 @@ class Weigher(Machine):
         """What nobody knows, at tokens: a logarithm, a probability or a logit."""
         asked = any(_is_text(part) for part in (index if isinstance(index, tuple) else (index,)))
         if value.net and asked:
+            self.picks += 1
             self.doubtful()
         return value
 
@@ -370,10 +384,14 @@ def _folded(held: Array, found: Value) -> NDArray[Any] | None:
 
 
 def _of_weights(given: tuple[Value, ...]) -> bool:
-    """Whether a function is handed weights in a dict, of which nothing is known, and rows of tokens: forward(w, ids) is
-    a model without a class."""
+    """Whether a function is handed weights of which nothing is known, in a dict or whole, and rows of tokens, and no
+    model that might be asked for them: forward(w, ids) is a model without a class."""
     texts = [each for each in given if _is_text(each)]
-    return len(texts) == 1 and texts[0].body.ndim > 1 and any(map(opaque, given))
+    rows = len(texts) == 1 and texts[0].body.ndim > 1
+    if rows and any(map(opaque, given)):
+        return True
+    whole = any(each is UNKNOWN for each in given)
+    return rows and whole and not any(each is NET or isinstance(each, (Obj, Func, Lib)) for each in given)
 
 
 def _is_text(value: Value) -> bool:
