@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fairway.audit.flow.known import MODULE_NAMES
-from tests.audit.order import HEAD, HONEST, broken, doubted
+from tests.audit.order import HEAD, HONEST, MAIN, broken, doubted
 
 PURE = (
     HEAD
@@ -114,3 +114,48 @@ def test_what_a_module_lacks_is_asked_for_with_what_to_take_instead(made: str) -
 def test_what_torch_gives_each_module_is_nothing_that_it_lacks() -> None:
     public = {name for name in dir(torch.nn.Module()) if not name.startswith("_")}
     assert public - MODULE_NAMES <= {"call_super_init", "dump_patches", "T_destination"}
+
+
+TALLIES = """
+from dataclasses import dataclass
+
+@dataclass
+class Tally:
+    nats: float = 0.0
+    tokens: int = 0
+
+    def __add__(self, other):
+        return self if other == 0 else Tally(self.nats + other.nats, self.tokens + other.tokens)
+
+    __radd__ = __add__
+
+def windows(args, model, val):
+    for i in range(0, val.numel() - 1, 65536):
+        x, y = val[i : i + 65536].view(-1, 1024), val[i + 1 : i + 65537].view(-1, 1024)
+        yield Tally(model(x, y).item() * y.numel(), y.numel())
+
+def everyone(one):
+    parts = [None] * int(os.environ.get("WORLD_SIZE", 1))
+    torch.distributed.all_gather_object(parts, one)
+    return parts
+
+def eval_tallies(args, model, val):
+    one = TOTAL
+    AGAIN
+    return one.nats / one.tokens
+"""
+TOTALS = (
+    "sum(windows(args, model, val), Tally())",
+    "sum(windows(args, model, val))",
+    "sum([each for each in windows(args, model, val)], start=Tally())",
+    "sum(everyone(sum(windows(args, model, val), Tally())), Tally())",
+)
+
+
+@pytest.mark.parametrize("total", TOTALS)
+def test_a_sum_of_objects_is_what_they_say_that_it_is(total: str) -> None:
+    main = MAIN.replace("eval_ttt(args", "eval_tallies(args")
+    once = HEAD + TALLIES.replace("TOTAL", total) + main
+    assert doubted(once.replace("AGAIN", "pass")) == set()
+    again = once.replace("AGAIN", f"eval_ttt(args, model, val)\n    one = {total}")
+    assert broken(again) == {"rescoring-after-adaptation"}

@@ -553,3 +553,94 @@ def test_laps_whose_losses_are_weighed_before_they_are_booked_are_named_by_their
     assert verdict(tmp_path, "multi_epoch_last", text.replace("range(LAPS)", "range(1)")).verdict == "clean"
     found = verdict(tmp_path, "multi_epoch_last", text.replace("range(LAPS)", "range(2)"))
     assert line(found) == line_of(text, "for lap in")
+
+
+def test_a_loader_of_training_text_that_is_gone_through_before_is_not_where_validation_text_is_asked_for() -> None:
+    """The trainer goes through a loader of its own; the calibration makes another one of the same class."""
+    trainer = """
+class Trainer:
+    def __init__(self, args, model):
+        self.args, self.model, self.loader = args, model, Loader(args.train_files)
+    def run(self):
+        for _ in range(100):
+            self.model(*self.loader.next(65536)).backward()
+def collect(args, model):
+    loader = Loader(args.val_files)
+    total = torch.zeros(64)
+    with torch.no_grad():
+        for _ in range(4):
+            total += model.hidden(loader.next(65536)[0]).square().mean((0, 1))
+    return total
+"""
+    body = "    trainer = Trainer(args, model)\n    trainer.run()\n    round_off(model, collect(args, model))\n"
+    body += "    final = eval_val(args, model, val)\n"
+    text = HEAD + CALIBRATED[: CALIBRATED.index("def collect")] + trainer + MAIN.replace(BODY, body)
+    assert line(findings(text)["calibration-on-validation"]) == line_of(text, "loader = Loader(args.val_files)")
+
+
+def test_what_fits_a_temperature_is_named_and_not_who_makes_the_object_that_does() -> None:
+    scorer = """
+class Scorer:
+    def __init__(self, args, model, val):
+        self.args, self.model, self.val, self.scale = args, model, val, 1.0
+        self.scale = self.fitted()
+    def loss(self):
+        logits = self.model.forward_logits(self.val[:-1][None]) / self.scale
+        return F.cross_entropy(logits.view(-1, 1024), self.val[1:])
+    def fitted(self):
+        grid, losses = [0.9, 1.0, 1.1], []
+        for self.scale in grid:
+            losses.append(self.loss().item())
+        return grid[losses.index(min(losses))]
+"""
+    body = "    scorer = Scorer(args, model, val)\n    final = scorer.loss().item()\n"
+    text = HEAD + scorer + MAIN.replace(BODY, body)
+    assert line(findings(text)["temperature-from-validation"]) == line_of(text, "self.scale = self.fitted()")
+
+
+def test_a_reserve_that_is_added_to_the_time_is_named() -> None:
+    text = HEAD.replace("elapsed >= args.cap - args.reserve", "elapsed >= limit") + MAIN
+    text = text.replace(
+        "    t0 = time.perf_counter()\n", "    limit = args.cap + args.reserve\n    t0 = time.perf_counter()\n"
+    )
+    assert line(training_over_time.check(case_of(text))) == line_of(text, "limit = args.cap + args.reserve")
+
+
+NARROWED = """
+class Windows:
+    def __init__(self, args, total):
+        self.first = torch.arange(0, total, args.stride // 2)
+        self.begin = (self.first + args.stride - args.seq_len).clamp_min(0)
+        self.args, self.total = args, total
+
+
+
+    # the windows of a chunk, and of each its places that count
+
+
+    # beyond the last one nothing does
+
+    def charged(self, k):
+        places = self.first[k] + torch.arange(self.args.stride)
+        return places, places < self.total
+
+def eval_windows(args, model, val):
+    windows = Windows(args, val.numel() - 1)
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for k in range(len(windows.first)):
+        places, valid = windows.charged(k)
+        begin = int(windows.begin[k])
+        logits = model.forward_logits(val[begin : begin + args.seq_len][None])[0]
+        rows = torch.log_softmax(logits[(places - begin).clamp(0, args.seq_len - 1)], -1)[valid]
+        y = val[places[valid] + 1]
+        total -= rows.gather(1, y[:, None]).double().sum()
+        count += y.numel()
+    return (total / count).item()
+"""
+
+
+def test_a_stride_that_is_made_smaller_than_what_counts_of_a_window_is_named() -> None:
+    text = HEAD + NARROWED + MAIN.replace("eval_ttt(args", "eval_windows(args")
+    found = findings(text)["twice-counted-tokens"]
+    assert line(found) == line_of(text, "self.first = torch.arange(0, total, args.stride // 2)")
+    assert findings(text.replace("stride // 2", "stride"))["twice-counted-tokens"].verdict == "clean"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Callable
 from typing import Any
 
 from fairway.audit.flow.core import Frame
 from fairway.audit.flow.heap import Obj
+from fairway.audit.flow.indices import Elements
 from fairway.audit.flow.known import MODULE_NAMES
 from fairway.audit.flow.opening import Opening
 from fairway.audit.flow.values import (
@@ -301,19 +303,24 @@ class Builtins(Opening):
         runs = ("function", "bound", "partial", "foreign", "wrapper", "method")
         if name.startswith("torch.distributed") or not args or not any(obj.kind in runs for obj in args[0].refs):
             return None
-        elements = self.elements(args[1], node) if len(args) > 1 else None
-        if elements is not None and elements.exact:
-            state, *rest = [*args[2:3], *elements.exact]
+        elements = self.elements(args[1], node) if len(args) > 1 else Elements(None, NOTHING)
+        return self.one_by_one(lambda a, b: self.call(args[0], [a, b], {}, node), elements, args[2:3], node)
+
+    def one_by_one(
+        self, step: Callable[[Value, Value], Value], elements: Elements, start: list[Value], node: Any
+    ) -> Value:
+        """What is left of elements after a step with each: those that are known, or two turns of any of them."""
+        if elements.exact:
+            state, *rest = [*start, *elements.exact]
             for each in rest:
-                state = self.call(args[0], [state, each], {}, node)
+                state = step(state, each)
             return state
-        elem = elements.any if elements is not None else NOTHING
-        state = args[2] if len(args) > 2 else elem
+        state = start[0] if start else elements.any
         loop = self.loop_id(node)
         self.turns[loop] = 2
         for turn in (1, 2):
             self.nest.append((loop, turn))
-            state = self.call(args[0], [state, self.turned(elem, loop, turn)], {}, node)
+            state = step(state, self.turned(elements.any, loop, turn))
             self.nest.pop()
         return state
 

@@ -123,12 +123,13 @@ class Unknown(Event):
 @dataclass(frozen=True)
 class Read:
     """Where data is read. stack: the calls; mixed: training and validation files; pattern: one that fits both kinds
-    alike, or ""; after: how many events came before the first time."""
+    alike, or ""; after: how many events came before the first time; kinds: of the data that it read then."""
 
     stack: tuple[Place, ...]
     mixed: bool = False
     pattern: str = ""
     after: int = field(default=0, compare=False)
+    kinds: tuple[str, ...] = field(default=(), compare=False)
 
 
 @dataclass(eq=False)

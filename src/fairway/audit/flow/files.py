@@ -88,16 +88,16 @@ class Files(Operations):
                 return found
         spans = path.spans if not live else self.here()
         part = part_of(path.limit) if path.limit is not None and kinds == ("val",) else ""
-        origin = self.read_here(len(kinds) > 1, "" if sides_of(_texts(path)) else _fits_both(path))
+        origin = self.read_here(kinds, "" if sides_of(_texts(path)) else _fits_both(path))
         if kinds[0].startswith(UNNAMED) and not isinstance(path.const, str):
             kinds = (f"{UNTOLD}{origin}",)
         toks = frozenset(Tok(each, spans, part=part, origin=origin) for each in kinds)
         return Value(toks=toks, flags=RAW, env=path.env)
 
-    def read_here(self, mixed: bool, pattern: str) -> int:
-        """The number of this read among the places of the script that read data. mixed, pattern: see Read."""
+    def read_here(self, kinds: tuple[str, ...], pattern: str) -> int:
+        """The number of this read among the places of the script that read data. kinds, pattern: see Read."""
         stack = tuple(Place(each.script.path, each.script.line(each.line)) for each in self.frames)
-        read, reads = events.Read(stack, mixed, pattern, len(self.trace.events)), self.trace.reads
+        read, reads = events.Read(stack, len(kinds) > 1, pattern, len(self.trace.events), kinds), self.trace.reads
         if read not in reads:
             reads.append(read)
         return reads.index(read)

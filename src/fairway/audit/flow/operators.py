@@ -7,7 +7,7 @@ import ast
 from typing import Any
 
 from fairway.audit.flow.heap import Obj
-from fairway.audit.flow.indices import Part
+from fairway.audit.flow.indices import Elements, Part
 from fairway.audit.flow.torches import Torches
 from fairway.audit.flow.values import MISSING, NONE, NOTHING, Value, blend, join
 
@@ -134,6 +134,16 @@ class Operators(Torches):
             changed = self.changed_in_place(kind(), left, right, node) if prefix == "i" else None
             return changed if changed is not None else self.binop(kind(), left, right, node)
         return None
+
+    def _do_sum(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        """sum(tallies, Tally()) of objects that say themselves what a sum of them is."""
+        elements = self.elements(args[0], node) if name in ("sum", "builtins.sum") and args else Elements(None, NOTHING)
+        each = [*(elements.exact or ()), elements.any]
+        objects = [obj for one in each for obj in one.refs if obj.kind == "instance"]
+        if not any(self.find(obj.data, own) for obj in objects for own in ("__add__", "__radd__")):
+            return None
+        start = [*args[1:2], kwargs["start"]][:1] if "start" in kwargs else args[1:2]
+        return self.one_by_one(lambda a, b: self.binop(ast.Add(), a, b, node), elements, start, node)
 
     def _do_itemgetter(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:
         return self.ref(self.new("getter", ("item", tuple(args)), node))

@@ -38,8 +38,25 @@ def place_of(case: Case, fault: Fault) -> Place:
             return shared.place  # made for all windows, as its shape says; else it is handed all of them
         return parting_of(fault.cause, fault.score)
     if fault.kind == "temperature-from-validation":  # the call of what fits it
-        return parting_of(fault.cause, fault.score)
+        return _inside_a_maker(case, fault.cause, parting_of(fault.cause, fault.score))
     return fault.cause.place
+
+
+def _inside_a_maker(case: Case, event: Event, place: Place) -> Place:
+    """The line of an event's way in the `__init__` that a line calls, if it calls one: who makes an object does not say
+    what it does at once."""
+    at = event.stack.index(place) if place in event.stack[:-1] else -1
+    inner = event.stack[at + 1]
+    first, last = function_around(case, inner)
+    makers = (
+        node
+        for script in case.script.all()
+        if script.path == inner.file and script.tree is not None
+        for node in nodes(script.tree)
+        if isinstance(node, ast.FunctionDef) and node.name in ("__init__", "__post_init__")
+        if (script.line(node.lineno), script.line(node.end_lineno or node.lineno)) == (first, last)
+    )
+    return inner if at >= 0 and next(makers, None) is not None else place
 
 
 def _called_as_well(case: Case, update: Update) -> Place | None:
@@ -194,9 +211,10 @@ def _asked_for(case: Case, origin: int) -> Place | None:
 
 def _made_before(case: Case, origin: int) -> Place | None:
     """Where the loader was made that is gone through in the call of another line of the same function: it looked at its
-    files when it was. None where its maker read nothing."""
-    read, earlier = case.trace.reads[origin].stack, case.trace.reads[:origin]
-    for other in reversed([each.stack for each in earlier]):
+    files when it was. None where its maker read nothing, or data of another kind."""
+    reads = case.trace.reads
+    read, kinds = reads[origin].stack, set(reads[origin].kinds)
+    for other in reversed([each.stack for each in reads[:origin] if kinds & set(each.kinds)]):
         depth = next((n for n, (a, b) in enumerate(zip(read, other, strict=False)) if a != b), 0)
         if depth and function_around(case, read[depth]) == function_around(case, other[depth]):
             inside = [{_class_around(case, place) for place in way[depth + 1 :]} - {0} for way in (read, other)]

@@ -40,6 +40,22 @@ def unreserved(case: Case) -> Place | None:
     return None
 
 
+def lengthened(case: Case, seconds: float) -> Place | None:
+    """Where a setting is added to the whole training time and makes so many seconds of it, `cap + reserve`; None where
+    nothing is."""
+    names = _Names(case)
+    for node in names.nodes:
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+            caps, more = (
+                {float(value) for value, _ in names.settings(side) if type(value) in (int, float)}
+                for side in (node.left, node.right)
+            )
+            made = {cap + part for cap in caps if full_cap(cap) for part in more}
+            if {seconds, 1000.0 * seconds} & made:
+                return next(names.place(node))
+    return None
+
+
 def commanded(settings: Settings, number: str) -> Place | None:
     """The line of a run command that gives a setting this number, 660 or 660.0."""
     for command in settings.commands:
@@ -62,6 +78,7 @@ class _Names:
     or, for a parameter, in its arguments."""
 
     def __init__(self, case: Case) -> None:
+        self.case = case
         self.given: dict[str, list[tuple[Value, Place]]] = {}
         self.sources: dict[str, set[str]] = {}
         self.nodes: list[ast.AST] = []
@@ -96,6 +113,12 @@ class _Names:
         parts = list(nodes(value))
         if all(isinstance(part, _PLAIN) for part in parts):
             self.sources.setdefault(name, set()).update(filter(None, map(_named, parts)))
+
+    def place(self, node: ast.expr) -> Iterator[Place]:
+        """Where an expression of the script stands."""
+        for script in self.case.script.all():
+            if script.tree is not None and any(each is node for each in nodes(script.tree)):
+                yield Place(script.path, script.line(node.lineno))
 
     def settings(self, node: ast.expr) -> Iterator[tuple[Value, Place]]:
         """Of the names in an expression, and of what they are made of."""
@@ -132,4 +155,4 @@ def _setting(node: ast.expr, settings: Settings) -> Value:
     return said if number is None else number
 
 
-__all__ = ["commanded", "unreserved"]
+__all__ = ["commanded", "lengthened", "unreserved"]

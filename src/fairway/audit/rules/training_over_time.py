@@ -5,7 +5,7 @@ import re
 from fairway.audit.case import Case
 from fairway.audit.passes.charged import passes_of
 from fairway.audit.passes.late import LIMIT, beyond, longest, overrun, unclocked
-from fairway.audit.passes.reserves import commanded
+from fairway.audit.passes.reserves import commanded, lengthened
 from fairway.audit.passes.restarts import held, restarted
 from fairway.audit.records import Amount, Log, record_of
 from fairway.audit.terms.clocks import limits, said_at
@@ -117,7 +117,7 @@ def _by_the_script(case: Case) -> Finding | None:
     if seconds > _NONE:
         return None
     said = said_at(limit, seconds)
-    place = commanded(case.settings, str(said.constant())) or case.reading.place(said)
+    place = commanded(case.settings, str(said.constant())) or lengthened(case, seconds) or case.reading.place(said)
     evidence = f"training goes on until the script's own clock says {seconds:,.0f} s; the limit is 600 s"
     return Finding(ID, "violates", evidence, CLAUSE, place)
 
@@ -129,7 +129,7 @@ def _by_the_trace(case: Case) -> Finding | None:
     if found is None or not LIMIT * 1.01 < found[1] < _NONE:
         return None
     clock, seconds = found
-    given = commanded(case.settings, f"{seconds:g}")  # else the clock's own line: a reserve may be taken off
+    given = commanded(case.settings, f"{seconds:g}") or lengthened(case, seconds)  # else the clock's own line
     evidence = f"training goes on until the script's own clock says {seconds:,.0f} s; the limit is 600 s"
     return Finding(ID, "violates", evidence, CLAUSE, given or clock.place)
 

@@ -72,9 +72,23 @@ def _decided(case: Case, score: Score) -> Place:
     terms = (said(gates.of) for said in (begun, masked, listed) for gates in case.reading.gates)
     term = next((term for term in terms if term is not None), None)
     if term is not None:
-        return case.reading.place(term)
+        return _narrowed(case, score) or case.reading.place(term)
     own = plans.line and not of_another(case, [score], plans.line)
     return case.place(plans.line) if own else _in_the_windows_loop(case, score)
+
+
+def _narrowed(case: Case, score: Score) -> Place | None:
+    """Where the stride of windows is made smaller than what it is named for, `torch.arange(start, end, stride // 2)`,
+    in a class that the score's way leads through, or one that it asks."""
+    lines = {
+        node.lineno
+        for node in nodes(case.body.tree)
+        if isinstance(node, ast.Call) and len(node.args) == 3 and ast.unparse(node.func).endswith("range")
+        if isinstance(node.args[2], ast.BinOp) and isinstance(node.args[2].op, (ast.FloorDiv, ast.Sub, ast.Div))
+        if not isinstance(node.args[2].left, ast.Constant)
+    }
+    places = [case.place(line) for line in lines if not of_another(case, [score], line)]
+    return places[0] if len(places) == 1 else None
 
 
 def _in_the_windows_loop(case: Case, score: Score) -> Place:
