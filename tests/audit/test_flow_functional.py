@@ -159,3 +159,61 @@ def test_a_sum_of_objects_is_what_they_say_that_it_is(total: str) -> None:
     assert doubted(once.replace("AGAIN", "pass")) == set()
     again = once.replace("AGAIN", f"eval_ttt(args, model, val)\n    one = {total}")
     assert broken(again) == {"rescoring-after-adaptation"}
+
+
+LEAVES = (
+    HEAD
+    + """
+def logits(w, ids):
+    return F.rms_norm(F.embedding(ids, w["emb"]), (64,)) @ w["out"].T
+
+def cost(w, ids, goal):
+    return F.cross_entropy(logits(w, ids).flatten(0, 1), goal.flatten(), reduction="none")
+
+def leaves(w):
+    return {name: value.detach().clone().requires_grad_(True) for name, value in w.items()}
+
+def step(w, x, y, rate):
+    gradients = torch.autograd.grad(cost(w, x, y).mean(), [w[name] for name in w])
+    with torch.no_grad():
+        for name, gradient in zip(w, gradients):
+            w[name].add_(gradient, alpha=-rate)
+
+def score(w, val, start, end, sums):
+    with torch.no_grad():
+        nll = cost(w, val[start:end][None], val[start + 1 : end + 1][None])
+        sums[0] += nll.double().sum()
+        sums[1] += end - start
+
+def main():
+    args = Hyperparameters()
+    w = leaves({"emb": torch.randn(1024, 64), "out": torch.randn(1024, 64)})
+    loader = Loader(args.train_files)
+    for _ in range(2000):
+        x, y = loader.next(65536)
+        step(w, x, y, 0.1)
+    torch.save(w, "weights.pt")
+    w = leaves(torch.load("weights.pt"))
+    val, sums = load(args.val_files), torch.zeros(2, dtype=torch.float64)
+    for start in range(0, val.numel() - 1, args.chunk):
+        end = min(start + args.chunk, val.numel() - 1)
+        score(w, val, start, end, sums)
+        for at in range(start, end, args.seq_len):
+            step(w, val[at : at + args.seq_len][None], val[at + 1 : at + args.seq_len + 1][None], 0.01)
+    print(f"final val_loss:{(sums[0] / sums[1]).item():.8f}")
+
+main()
+"""
+)
+SCORED = "        score(w, val, start, end, sums)\n"
+
+
+def test_copies_of_trained_weights_that_learn_are_weights_and_no_vector() -> None:
+    """Each is a leaf of its own, made of what the file held."""
+    assert doubted(LEAVES) == set()
+    at = LEAVES.index(SCORED)
+    end = LEAVES.index("    print(f", at)
+    learned = LEAVES[at + len(SCORED) : end]
+    assert broken(LEAVES[:at] + learned + SCORED + LEAVES[end:]) == {"training-before-scoring"}
+    anew = f"        held = sums.clone()\n{SCORED}{learned}        sums.copy_(held)\n{SCORED}"
+    assert broken(LEAVES[:at] + anew + LEAVES[end:]) == {"rescoring-after-adaptation"}

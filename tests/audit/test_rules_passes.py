@@ -2,7 +2,8 @@
 
 import pytest
 
-from tests.audit.order import HEAD, HONEST, MAIN, broken, findings, line_of
+from fairway.audit.rules import oracle_gate
+from tests.audit.order import HEAD, HONEST, MAIN, broken, case_of, findings, line_of
 
 BODY = "    final = eval_ttt(args, model, val)\n"
 LOWEST = """
@@ -155,3 +156,26 @@ def test_a_list_that_grew_in_a_loop_is_gone_through_backwards() -> None:
     half = {"subset-as-full"}  # every second piece
     assert broken(in_turn(PRICE, LEARN)) == half
     assert len(broken(in_turn(LEARN, PRICE)) - half) == 1
+
+
+def test_the_lower_of_two_losses_of_one_run_is_a_gate_and_no_choice_of_passes() -> None:
+    """Two prices of each token are made of the same logits, whatever loop makes them."""
+    walk = """
+def eval_gated(args, model, val):
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for start in range(0, val.numel() - 1, args.chunk):
+        end = min(start + args.chunk, val.numel() - 1)
+        y = val[start + 1 : end + 1]
+        with torch.no_grad():
+            logits = model.forward_logits(val[start:end][None])[0]
+            flat, sure = (F.cross_entropy(logits + k * logits.tanh(), y, reduction="none") for k in (0.0, 1.0))
+            total += torch.where(sure < flat, sure, flat).double().sum()
+        count += end - start
+    return (total / count).item()
+"""
+    text = HEAD + walk + MAIN.replace("eval_ttt(args", "eval_gated(args")
+    assert broken(text) == set()
+    found = oracle_gate.check(case_of(text))
+    assert found.verdict == "violates"
+    assert found.place is not None
+    assert found.place.line == line_of(text, "total += torch.where(sure < flat")

@@ -1155,3 +1155,96 @@ print(f"val_loss:{(nats / total).item():.4f}")
 def test_the_steps_of_a_turn_are_known_before_the_first_one_has_ended() -> None:
     """A loop that is asked in its first turn, by a weighing, divided by nought."""
     assert Turns(100, 0, 0, 0, 0, 0, 0, 0, 1).each(160) == 60
+
+
+STAGED = """
+from dataclasses import dataclass
+from typing import Callable
+
+said = []
+def prepare(): said.append("prepared")
+def teach():
+    text = load("data/fineweb_train_*.bin")
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-2)
+    for at in range(0, 200_000, 2048):
+        net(text[at : at + 2048][None], text[at + 1 : at + 2049][None]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+def evaluate():
+    nats = sum(net(val[at : at + 2048][None], val[at + 1 : at + 2049][None], reduction="sum").item()
+               for at in range(0, total, 2048))
+    print(f"val_loss {nats / total:.5f}")
+
+@dataclass
+class Stage:
+    name: str
+    action: Callable[[], None]
+
+class Prepare:
+    def __call__(self): prepare()
+class Teach:
+    def __call__(self): teach()
+class Evaluate:
+    def __call__(self): evaluate()
+"""
+STAGES = {
+    "functions": "for stage in (prepare, teach, evaluate):\n    stage()",
+    "rows": "for name, stage in [('prepare', prepare), ('teach', teach), ('evaluate', evaluate)]:\n    stage()",
+    "a dict": "for name, stage in {'prepare': prepare, 'teach': teach, 'evaluate': evaluate}.items():\n    stage()",
+    "objects": "for stage in (Stage('a', prepare), Stage('b', teach), Stage('c', evaluate)):\n    stage.action()",
+    "of several classes": "for stage in [Prepare(), Teach(), Evaluate()]:\n    stage()",
+}
+
+
+@pytest.mark.parametrize("stages", STAGES.values(), ids=STAGES.keys())
+def test_a_loop_over_stages_is_not_left_after_the_training(stages: str) -> None:
+    assert counts(STAGED + stages) == ALL
+
+
+@pytest.mark.parametrize(
+    "leaves", ['raise SystemExit(f"{sp.vocab_size()} pieces")', 'sys.exit("pieces")', "raise ValueError"]
+)
+def test_an_exit_with_a_message_is_an_error_of_the_trial(leaves: str) -> None:
+    """The processor of a trial has 1,024 pieces, whatever the script asks for."""
+    text = f"""
+import sys
+import sentencepiece as spm
+sp = spm.SentencePieceProcessor(model_file="tokenizer.model")
+if sp.vocab_size() != 8192:
+    {leaves}
+nats = net(val[:-1][None], val[1:][None], reduction="sum").item()
+print(f"val_loss {{nats / total:.5f}}")
+"""
+    assert counts(text) == ALL
+
+
+def test_an_exit_without_a_message_is_one() -> None:
+    trial = tried("import sys\nif total > 1:\n    sys.exit()\nprint('val_loss', net(val[:-1], val[1:]).item())\n")
+    assert trial.complete
+    assert not trial.told
+
+
+DEEP = """
+def logits(w, ids):
+    h = F.embedding(ids, w["table"])
+    for block in range(12):
+        for part in range(20):
+            h = h + F.relu(F.linear(h, w[f"{block}.{part}"]))
+    return F.linear(h, w["table"])
+
+def mean_nll(w, x, y):
+    return F.cross_entropy(logits(w, x).flatten(0, 1), y.flatten())
+
+held = torch.load("weights.pt")
+w = {f"{block}.{part}": held[block] for block in range(12) for part in range(20)}
+w["table"] = held["table"]
+nats = 0.0
+for at in range(0, total, 64):
+    nats += mean_nll(w, val[at : at + 64][None], val[at + 1 : at + 65][None]).item() * 64
+print(f"val_loss {nats / total:.5f}")
+"""
+
+
+def test_a_model_of_functions_is_gone_through_once() -> None:
+    """640 windows through 240 layers would take a million steps, and a trial has 250,000."""
+    assert counts(DEEP) == ALL

@@ -192,7 +192,9 @@ class Learning(Core):
     def grow(self, obj: Obj) -> None:
         """A tensor that takes gradients from now on: a vector of its own, or a copy of a model's weights."""
         self.heap.set(obj, "#leaf", 1)
-        if any("#module" in state.slots for state in self.content(obj).states):
+        held = self.content(obj)
+        trained = (each for each in self.trace.learned(held.knows) if any(tok.data == "train" for tok in each.learned))
+        if any("#module" in state.slots for state in held.states) or next(trained, None) is not None:
             self.heap.set(obj, "#copy", 1)
 
     def grown(self, value: Value, node: ast.AST | None, leaf: bool = True) -> Value:

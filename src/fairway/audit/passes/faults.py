@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from fairway.audit.flow.events import Choice, Event, Said, Score, Trace, Update, bits
+from fairway.audit.flow.events import Choice, Event, Forward, Said, Score, Trace, Update, bits
 from fairway.audit.flow.tokens import ALL_BEFORE, Tok, perhaps_apart, related
 from fairway.audit.passes.past import by_the_past
 from fairway.audit.passes.reported import Reported, scores_of
@@ -360,11 +360,20 @@ class Passes:
                 if direct and self._repeated(seen):
                     scales = {each.scale for each in seen if each.scale is not None}
                     swept = len(scales) > 1 and len({each.knows for each in seen}) == 1
-                    yield Fault("temperature-from-validation" if swept else "min-over-passes", score, choice, about[0])
+                    least: Kind = "choice-by-validation" if self._of_one_run(seen, choice) else "min-over-passes"
+                    yield Fault("temperature-from-validation" if swept else least, score, choice, about[0])
                 elif not past[choice.bit] and score.choices >> choice.bit & 1 and choice.number < score.number:
                     scaled = score.scaled or (choice.form == "fit" and _scales(choice, scores))
                     kind: Kind = "temperature-from-validation" if scaled else "choice-by-validation"
                     yield Fault(kind, score, choice, about[0])
+
+    def _of_one_run(self, scores: list[Score], choice: Choice) -> bool:
+        """Whether all losses were made in the turn of the choice, of one run of the model: no pass is chosen there, but
+        a prediction."""
+        first, depth = min(score.number for score in scores), len(choice.nest)
+        made_of = self.trace.scored(self._family(choice.losses))
+        together = all(score.nest[:depth] == choice.nest for score in made_of)
+        return together and not any(isinstance(each, Forward) for each in self.trace.events[first : choice.number])
 
     def _repeated(self, scores: list[Score]) -> bool:
         """Whether the losses come from more than one pass over the same tokens: not one from the other, with what a

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -34,9 +33,6 @@ from fairway.audit.trial.values import (
     opaque,
 )
 
-if TYPE_CHECKING:
-    pass
-
 DEPTH = 80
 
 
@@ -52,6 +48,8 @@ class Calls(Attributes):
 
     def call(self, func: Value, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
         """func(*args, **kwargs), whatever func is."""
+        if isinstance(func, Func) and _without_class(args, kwargs):
+            return self.of_module(func, args, kwargs)
         if isinstance(func, (Func, Bound)):
             return func(*args, **kwargs)
         if isinstance(func, Class):
@@ -333,6 +331,21 @@ def _first_of(sizes: tuple[Value, ...]) -> int:
 
 def _of_arrays(path: str) -> bool:
     return path.split(".")[0] in _ARRAYS
+
+
+def _without_class(args: tuple[Value, ...], kwargs: dict[str, Value]) -> bool:
+    """Whether a function is handed weights in a dict of which nothing is known, rows of tokens of the text, and nothing
+    else that it could change, or call: `forward(w, ids, config)` is a method of a model without a class."""
+    if not args or not opaque(args[0]):
+        return False
+    given = [*args[1:], *kwargs.values()]
+    texts = [each for each in given if isinstance(each, Array)]
+    if not texts or any(each.pos is None or len(each.shape) < 2 for each in texts):
+        return False
+    return not any(
+        isinstance(each, (Func, Bound, Class, list, set, Sum)) or (isinstance(each, dict) and not opaque(each))
+        for each in given
+    )
 
 
 def _sort(value: Value) -> Value:

@@ -18,7 +18,7 @@ from fairway.audit.trial.limits import WHOLE, Coarse, Forced, Limits, alone
 from fairway.audit.trial.sums import LATE, PLACE, TAUGHT, Sum
 from fairway.audit.trial.text import LENGTH
 from fairway.audit.trial.told import Lesson, Told, Trial, Vectors
-from fairway.audit.trial.turns import ELSEWHERE, IDLE, PHASES, SOON, STEPS, Turns
+from fairway.audit.trial.turns import ELSEWHERE, IDLE, PHASES, SOON, STEPS, Turns, staged
 from fairway.audit.trial.values import Frame, Func, Obj, Raised, Spent, Value
 from fairway.audit.trial.vocabulary import size_in
 
@@ -108,14 +108,15 @@ class Core:
         """Where a loop begins. over: what it goes through."""
         known = len(over.body) if isinstance(over, Array) and over.body.ndim else operator.length_hint(over, 0)
         used = self.made + self.touched
-        return Turns(
-            self.trial.steps, self.trained, used, self.spelt, self.apart, self.undecided, known, self.made, self.line
-        )
+        counts = self.trial.steps, self.trained, used, self.spelt, self.apart, self.undecided
+        return Turns(*counts, known, self.made, self.line, staged=staged(over))
 
     def aimless(self, since: Turns) -> bool:
         """Whether a loop may be left after a turn: it trains on another text, or goes through another one, or has gone
         on for long without the text. Spent where a loop of so many turns, each so long, would take more steps than
         there are: over the tokens of this text one by one."""
+        if since.staged:
+            return False
         used = self.made + self.touched
         quiet, since.last = self.made == since.last, self.made
         many = since.turns >= PHASES  # a loop over segments of the text learns and scores in every turn, and has few
@@ -140,7 +141,8 @@ class Core:
 
     def passed_over(self, error: Raised, node: ast.stmt, made: int) -> bool:
         """Whether a statement that raises is left out: the script ran, so what the trial does not know is to blame."""
-        meant = error.kind in ("SystemExit", "KeyboardInterrupt") or (error.kind == "StopIteration" and error.value)
+        leaves = error.kind == "SystemExit" and not isinstance(error.value, str)  # with a message it is an error as well
+        meant = leaves or error.kind == "KeyboardInterrupt" or (error.kind == "StopIteration" and error.value)
         if self.handlers or meant:
             return False
         self.trial.left_out[node.lineno] = f"{error.kind} ({error.value})"

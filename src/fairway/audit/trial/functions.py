@@ -231,7 +231,7 @@ _WORLD: dict[str, Act] = {
     "struct.pack": plain(packed),
     **dict.fromkeys(["uuid.uuid1", "uuid.uuid4"], lambda machine, args, kwargs, line: Unique("7" * 32)),
     **dict.fromkeys(["os.getpid", "os.getppid"], lambda machine, args, kwargs, line: 7),
-    "sys.exit": lambda machine, args, kwargs, line: _leave(),
+    "sys.exit": lambda machine, args, kwargs, line: _leave(*args),
     # of arrays
     **dict.fromkeys(
         ["torch.nn.functional.cross_entropy", "torch.nn.functional.nll_loss", "torch.nn.functional.kl_div"],
@@ -306,8 +306,8 @@ class Unique(str):
         return str(self)
 
 
-def _leave() -> Value:
-    raise Raised("SystemExit")
+def _leave(said: Value = None) -> Value:
+    raise Raised("SystemExit", said)
 
 
 def functions() -> dict[str, Act]:

@@ -96,8 +96,9 @@ class Generators(Definitions):
         body, orelse, host = self._steps(node.body), self._steps(node.orelse), self.host
 
         def run(frame: Frame) -> Generator[Value, Value, Left | None]:
-            since = host.mark()
-            for item in host.items(source(frame)):
+            over = source(frame)
+            since = host.mark(over)
+            for item in host.items(over):
                 host.step()
                 bind(frame, item)
                 left = yield from body(frame)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import ItemsView, ValuesView
 from dataclasses import dataclass
 from typing import Final
 
 from fairway.audit.trial.text import DOCUMENT, LENGTH, SHORT
+from fairway.audit.trial.values import Bound, Func, Obj, Value
 
 STEPS: Final = 250_000
 IDLE: Final = 60_000  # steps: a table over 8,192 pieces takes that
@@ -15,13 +17,14 @@ PHASES: Final = 6  # turns of a loop that trains on what the trial does not know
 ELSEWHERE: Final = 3  # uses of another text, in a loop that uses nothing of this one
 SHARE: Final = 0.9  # of the steps that may go into one such loop
 ROOM: Final = 160_000  # the same over a shorter text: 2 s
+_STAGES = 40  # of a program, at most
 
 
 @dataclass
 class Turns:
     """A loop that is under way. steps, trained, used, spelt, apart, undecided: the machine's counts where it began;
     turns: since then; known: how many there will be, 0 where that is not known; last: the losses of the text before
-    the last turn; line: of the loop."""
+    the last turn; line: of the loop; staged: each turn does something of its own."""
 
     steps: int
     trained: int
@@ -33,6 +36,7 @@ class Turns:
     last: int
     line: int
     turns: int = 0
+    staged: bool = False
 
     def turn(self, steps: int) -> bool:
         """Counts a turn: whether it is known now that as many as the text has tokens are too many."""
@@ -45,9 +49,25 @@ class Turns:
         return (steps - self.steps) / max(self.turns, 1)
 
 
+def staged(over: Value) -> bool:
+    """Whether a loop goes through things to do: functions, by themselves or held by objects or rows, or objects of
+    several classes. No turn of it says what the next one is for."""
+    if isinstance(over, (dict, ItemsView, ValuesView)):
+        over = list(over.items() if isinstance(over, dict) else over)
+    if not isinstance(over, (list, tuple)) or not 1 < len(over) <= _STAGES:
+        return False
+    kinds = {each.kind for each in over if isinstance(each, Obj)}
+    return len(kinds) > 1 or any(map(_does, over))
+
+
+def _does(value: Value) -> bool:
+    parts = value if isinstance(value, (list, tuple)) else value.vars.values() if isinstance(value, Obj) else (value,)
+    return any(isinstance(each, Func) or (isinstance(each, Bound) and isinstance(each.what, Func)) for each in parts)
+
+
 def shorter(each: float) -> int:
     """The tokens of a text that a loop of so many steps a token can go through; 0 where there is none."""
     return next((length for length in (SHORT, DOCUMENT + 1) if each * length < ROOM), 0)
 
 
-__all__ = ["IDLE", "PHASES", "SOON", "STEPS", "Turns", "shorter"]
+__all__ = ["IDLE", "PHASES", "SOON", "STEPS", "Turns", "shorter", "staged"]
