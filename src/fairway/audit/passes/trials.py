@@ -15,7 +15,7 @@ from fairway.audit.flow.events import Score, Trace, Update
 from fairway.audit.flow.heap import Obj
 from fairway.audit.passes.reported import Reported, scores_of
 from fairway.audit.reading.tree import nodes
-from fairway.audit.trial.text import UNIT
+from fairway.audit.trial.text import BOS, UNIT, tokens
 from fairway.audit.trial.told import Lesson, Told, Trial
 from fairway.audit.verdict import Place
 
@@ -289,8 +289,13 @@ def _learns(case: Case, which: Reported) -> bool:
     for update in steps:
         if not update.fresh:
             carried_on.setdefault(update.state, set()).add(update.stack)
-    modules = all(update.state is not None and update.state.kind == "instance" for update in steps)
-    return bool(steps) and modules and len(set(map(frozenset, carried_on.values()))) <= 1
+    models = all(update.state is not None and _of_a_model(update.state) for update in steps)
+    return bool(steps) and models and len(set(map(frozenset, carried_on.values()))) <= 1
+
+
+def _of_a_model(state: Obj) -> bool:
+    """Whether a state is a model, or of the weights of one that has no class."""
+    return state.kind == "instance" or "#copy" in state.slots
 
 
 def _steps(case: Case, which: Reported) -> list[Update]:
@@ -360,9 +365,10 @@ def learned_first(case: Case, which: Reported, step: Update) -> tuple[str, int] 
 
 
 def counted_once(case: Case, which: Reported) -> Counts | None:
-    """The counts, where every target was summed once by the calls that sum it, and none is left out."""
+    """The counts, where every target was summed once by the calls that sum it, and none is left out but tokens that
+    open a document."""
     counts = counts_of(case, which)
-    if counts is None or len(counts.missing) or len(counts.more):
+    if counts is None or len(counts.more) or (tokens(counts.trial.vocabulary)[counts.missing] != BOS).any():
         return None
     times = [counts.trial.booked.get(way) for way in counts.said[-1].sum.ways()]
     return counts if times and all(each is not None and each.max() == 1 for each in times) else None

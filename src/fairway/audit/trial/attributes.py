@@ -248,6 +248,8 @@ class Attributes(Arrays):
     def item(self, value: Value, index: Value) -> Value:
         if isinstance(index, Id) and isinstance(value, (Unknown, Array)):
             index = array_of(index)
+        if isinstance(value, Lib) and value.path in ("numpy.s_", "numpy.index_exp"):
+            return index
         if isinstance(value, Unknown):
             return self.picked(value, index)
         if isinstance(value, Array):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 import numpy as np
 
@@ -108,7 +108,7 @@ class Calls(Attributes):
         bound(func, frame, args, kwargs)
         if func.yields:
             steps = func.run(frame)
-            return Managed(steps) if func.managed else steps
+            return Managed(steps) if func.managed else self.resumed(steps)
         self.depth += 1
         self.stack.append(self.line)
         try:
@@ -116,6 +116,26 @@ class Calls(Attributes):
         finally:
             self.depth -= 1
             self.line = self.stack.pop()
+
+    def resumed(self, steps: Iterator[Value]) -> Generator[Value, Value, Value]:
+        """A generator whose body runs below the line that first asked it for something."""
+        line, sent = 0, None
+        assert isinstance(steps, Generator)
+        try:
+            while True:
+                before = self.line
+                line = line or before
+                self.stack.append(line)
+                try:
+                    value = steps.send(sent)
+                except StopIteration as end:
+                    return end.value
+                finally:
+                    self.stack.pop()
+                    self.line = before
+                sent = yield value
+        finally:
+            steps.close()
 
     def of_module(self, func: Func, args: tuple[Value, ...], kwargs: dict[str, Value]) -> Value:
         """A method of a model: what it makes of tokens has one form, found at the first call."""

@@ -141,7 +141,7 @@ class Core:
 
     def passed_over(self, error: Raised, node: ast.stmt, made: int) -> bool:
         """Whether a statement that raises is left out: the script ran, so what the trial does not know is to blame."""
-        leaves = error.kind == "SystemExit" and not isinstance(error.value, str)  # with a message it is an error as well
+        leaves = error.kind == "SystemExit" and not isinstance(error.value, str)  # with a message it is an error too
         meant = leaves or error.kind == "KeyboardInterrupt" or (error.kind == "StopIteration" and error.value)
         if self.handlers or meant:
             return False
