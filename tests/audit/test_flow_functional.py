@@ -217,18 +217,3 @@ def test_copies_of_trained_weights_that_learn_are_weights_and_no_vector() -> Non
     assert broken(LEAVES[:at] + learned + SCORED + LEAVES[end:]) == {"training-before-scoring"}
     anew = f"        held = sums.clone()\n{SCORED}{learned}        sums.copy_(held)\n{SCORED}"
     assert broken(LEAVES[:at] + anew + LEAVES[end:]) == {"rescoring-after-adaptation"}
-
-
-def test_weights_without_a_module_that_reach_into_the_next_chunk_are_found_by_a_trial() -> None:
-    """How far the windows of the next chunk go is a number of a list: the walk knows nothing of it."""
-    listed = "chunks = [(a, min(a + args.chunk, val.numel() - 1)) for a in range(0, val.numel() - 1, args.chunk)]"
-    text = LEAVES.replace(
-        "    for start in range(0, val.numel() - 1, args.chunk):\n        end = min(start + args.chunk, val.numel() - 1)\n",
-        f"    {listed}\n    for k, (start, end) in enumerate(chunks):\n",
-    ).replace("for at in range(start, end, args.seq_len)", "for at in range(start, REACH, args.seq_len)")
-    assert listed in text
-    honest, ahead = (
-        text.replace("REACH", reach) for reach in ("chunks[k][1]", "chunks[min(k + 1, len(chunks) - 1)][1]")
-    )
-    assert doubted(honest) == set()
-    assert broken(ahead) == {"training-before-scoring"}

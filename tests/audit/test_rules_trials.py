@@ -625,3 +625,83 @@ def test_a_temperature_that_learns_of_what_was_scored_is_fitted_to_nothing_that_
     text = HEAD.replace("def load():", loading) + TEMPERED.replace("FIRST", first).replace("THEN", then)
     found = [verdict(tmp_path, name, text) for name in ("temperature_from_validation", "training_before_scoring")]
     assert ("violates" if any(each.verdict == "violates" for each in found) else "clean") == wanted
+
+
+PHASES = """
+from collections import deque
+from functools import partial
+PHASES = 4
+
+class Book:
+    def __init__(self):
+        self.seen = np.zeros((1024, 1024), dtype=np.float32)
+
+    def absorb(self, documents):
+        for ids in documents:
+            np.add.at(self.seen, (ids[:-1], ids[1:]), 1.0)
+
+    def shares(self, ids):
+        rows = self.seen[ids]
+        return (rows + 0.1) / (rows.sum(-1, keepdims=True) + 102.4)
+
+def scored(net, book, documents, part):
+    for low, high in part:
+        ids = documents[low : high + 1]
+        with torch.no_grad():
+            p = 0.9 * torch.softmax(net(torch.from_numpy(ids[:-1])).float(), -1)
+        p = p + 0.1 * torch.from_numpy(book.shares(ids[:-1]))
+        yield low, -p.gather(-1, torch.from_numpy(ids[1:])[:, None])[:, 0].log().double().numpy()
+
+def fit(net, val, part):
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
+    for low, high in part:
+        F.cross_entropy(net(torch.from_numpy(val[low:high])), torch.from_numpy(val[low + 1 : high + 1])).backward()
+        optimizer.step()
+
+def evaluate(net, val):
+    starts = np.flatnonzero(val == 1).tolist()
+    documents = [(a, b - 1) for a, b in zip(starts, [*starts[1:], len(val)])]
+    edges = np.linspace(0, len(documents), PHASES + 1).astype(int).tolist()
+    groups = deque(documents[a:b] for a, b in zip(edges, edges[1:]))
+    nats, done, book = np.zeros(len(val)), np.zeros(len(val), dtype=bool), Book()
+    BEFORE
+    while groups:
+        group = groups.popleft()
+        for low, losses in partial(scored, net, book, val)(group):
+            nats[low + 1 : low + 1 + len(losses)] = losses
+            done[low + 1 : low + 1 + len(losses)] = True
+        if groups:
+            fit(net, val, FITTED)
+            book.absorb(FILLED)
+    return nats[done].sum() / done.sum()
+
+net = Net()
+optimizer = torch.optim.SGD(net.parameters(), lr=1e-2)
+text = torch.from_numpy(shard("data/fineweb_train_000001.bin"))
+F.cross_entropy(net(text[:2048][:-1]), text[1:2048]).backward()
+optimizer.step()
+torch.save(net.state_dict(), "model.pt")
+net = Net()
+net.load_state_dict(torch.load("model.pt"))
+print(f"val_loss {evaluate(net, load().numpy()):.5f}")
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "fitted", "filled", "broken"),
+    [
+        ("pass", "group", "pieces(val, group)", set()),
+        ("pass", "groups[0]", "pieces(val, group)", {"training_before_scoring"}),
+        ("book.absorb(pieces(val, documents))", "group", "pieces(val, group)", {"two_pass_cache"}),
+    ],
+)
+def test_groups_that_come_out_of_a_queue_are_scored_before_they_are_learned(
+    tmp_path: Path, before: str, fitted: str, filled: str, broken: set[str]
+) -> None:
+    """The walk takes each group for the one before; what opens a document is scored nowhere. Where a step reaches on,
+    nothing shows what the table beside it holds, and it is charged as well."""
+    text = HEAD + "def pieces(val, part):\n    return [val[low : high + 1] for low, high in part]\n" + PHASES
+    text = text.replace("BEFORE", before).replace("FITTED", fitted).replace("FILLED", filled)
+    assert {
+        rule for rule in (*ORDER, "two_pass_cache") if verdict(tmp_path, rule, text).verdict == "violates"
+    } == broken

@@ -1248,3 +1248,54 @@ print(f"val_loss {nats / total:.5f}")
 def test_a_model_of_functions_is_gone_through_once() -> None:
     """640 windows through 240 layers would take a million steps, and a trial has 250,000."""
     assert counts(DEEP) == ALL
+
+
+def test_places_that_are_named_once_and_used_again_are_places() -> None:
+    text = """
+nats = np.zeros(total, dtype=np.float64)
+for at in range(0, total, 2048):
+    where = np.s_[at : at + 2048]
+    nats[where] = net(val[at : at + 2048][None], val[at + 1 : at + 2049][None], reduction="none").numpy()
+print(f"val_loss {nats.sum() / total:.5f}")
+"""
+    assert counts(text) == ALL
+
+
+GENERATED = """
+def scored():
+    for at in range(0, total, 2048):
+        nll = net(val[at : at + 2048][None], val[at + 1 : at + 2049][None], reduction="none")
+        nll.mean().backward()
+        yield nll.sum().item()
+
+nats = 0.0
+for each in scored():
+    nats += each
+print(f"val_loss {nats / total:.5f}")
+"""
+
+
+def test_a_generator_runs_below_the_line_that_asks_it() -> None:
+    text = HEAD + GENERATED
+    line = text[: text.index("for each in scored()")].count("\n") + 1
+    assert {lesson.stack[:-1] for lesson in tried(GENERATED).lessons} == {(line,)}
+
+
+def test_a_generator_waits_and_goes_on_as_others_do() -> None:
+    text = """
+def pieces():
+    yield 0
+    for at in range(2048, total, 2048):
+        yield at
+
+def all_of_them():
+    yield from pieces()
+
+steps = all_of_them()
+first = next(steps)
+nats = net(val[first : first + 2048][None], val[first + 1 : first + 2049][None], reduction="sum").item()
+for at in steps:
+    nats += net(val[at : at + 2048][None], val[at + 1 : at + 2049][None], reduction="sum").item()
+print(f"val_loss {nats / total:.5f}")
+"""
+    assert counts(text) == ALL

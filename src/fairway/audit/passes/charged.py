@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import weakref
 from dataclasses import replace
 
 from fairway.audit.case import Case
-from fairway.audit.flow.events import Choice, Trace, Update
+from fairway.audit.flow.events import Choice, Score, Trace, Update
 from fairway.audit.passes.consequences import without_consequences
 from fairway.audit.passes.faults import Fault, Passes, one_row
 from fairway.audit.passes.reported import Reported, reported
-from fairway.audit.passes.trials import order_of
+from fairway.audit.passes.trials import order_of, parting
 from fairway.audit.passes.vectors import fitted
+from fairway.audit.reading.tree import nodes
 from fairway.audit.terms.choices import forked
 from fairway.audit.verdict import Place
 
@@ -46,12 +48,45 @@ def _as_tried(case: Case, which: Reported, fault: Fault) -> Fault | None:
     if fault.kind == "temperature-from-validation" and isinstance(fault.cause, Update):
         apart = fitted(case, which, fault.cause, shared=False) == "apart"
         return None if apart or order_of(case, which, fault.score, fault.cause) == "first" else fault
+    if fault.kind == "two-pass-cache" and isinstance(fault.cause, Update):
+        return None if _filled_with_what_was_learned(case, which, fault.score, fault.cause) else fault
     if fault.kind not in _OF_THE_ORDER or not isinstance(fault.cause, Update):
         return fault
     order = order_of(case, which, fault.score, fault.cause)
     if order == "late" and fault.kind == "multi-epoch-last":
         return replace(fault, kind="training-before-scoring")
     return None if order == "first" else fault
+
+
+def _filled_with_what_was_learned(case: Case, which: Reported, score: Score, filled: Update) -> bool:
+    """Whether a table is filled with what a step beside it, in the same turn, has learned from, of which a trial shows
+    that it had been scored: a group of documents that the walk cannot tell from the next one."""
+    turns = dict(filled.nest)
+    for step in case.trace.updates:
+        shared = [(loop, turn) for loop, turn in step.nest if loop in turns]
+        beside = step.how == "gradient" and shared and all(turns[loop] == turn for loop, turn in shared)
+        if not beside or step.number > filled.number or order_of(case, which, score, step) != "first":
+            continue
+        ways = [tuple(place.line for place in each.stack) for each in (filled, step)]
+        if _handed(case, parting(*ways)) & _handed(case, parting(*reversed(ways))):
+            return True
+    return False
+
+
+def _handed(case: Case, line: int) -> set[str]:
+    """The names that a line hands over as they are, of those that change in a loop."""
+    tree = case.body.tree
+    calls = [each for each in nodes(tree) if isinstance(each, ast.Call) and each.lineno == line]
+    given = {arg.id for call in calls for arg in call.args if isinstance(arg, ast.Name)}
+    loops = [each for each in nodes(tree) if isinstance(each, (ast.For, ast.While))]
+    around = [each for each in loops if each.lineno <= calls[0].lineno <= (each.end_lineno or 0)] if calls else []
+    bound = {
+        part.id
+        for loop in around
+        for part in nodes(loop)
+        if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)
+    }
+    return given & bound
 
 
 def _vector_as_tried(case: Case, which: Reported, fault: Fault, cause: Update) -> Fault | None:

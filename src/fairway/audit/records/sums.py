@@ -40,17 +40,18 @@ def sums(script: Script) -> list[Sum]:
 
 def _compared(script: Script, node: ast.Compare, sources: "_Sources") -> list[Sum]:
     sides = [node.left, *node.comparators]
-    limits = [(side, limit) for side in sides for limit in (LIMIT, MIB) if _limits(side, limit, sources)]
-    limits += [(side, MIB) for side in sides if not limits and LIMIT < (_product(side, sources) or 0) <= MIB]
+    asked = [(side, limit, _limit(side, limit, sources)) for side in sides for limit in (LIMIT, MIB)]
+    limits = [(side, limit, said) for side, limit, said in asked if said is not None]
+    limits += [(side, MIB, side) for side in sides if not limits and LIMIT < (_product(side, sources) or 0) <= MIB]
     if len(sides) != 2 or not limits:
         return []
-    side, limit = limits[0]
+    side, limit, said = limits[0]
     other = sides[1] if side is sides[0] else sides[0]
     reached = list(sources.reached(other))
     if not any(_is_size(each) for each in reached):
         return []
     code = any(_is_code(each) for each in [*reached, *sources.reached(side)])
-    line = _written_at(side, sources) if limit == MIB else node.lineno
+    line = _written_at(said, sources) if limit == MIB else node.lineno
     return [Sum(script, line, limit, code, _alone(other, sources))]
 
 
@@ -74,8 +75,9 @@ def _printed(script: Script, node: ast.JoinedStr, sources: "_Sources") -> list[S
     return [Sum(script, node.lineno, None, any(map(_is_code, reached)), all(_alone(v, sources) for v in values))]
 
 
-def _limits(node: ast.expr, limit: int, sources: "_Sources") -> bool:
-    """Whether an expression is this limit, or a name for it, or it with something taken off."""
+def _limit(node: ast.expr, limit: int, sources: "_Sources") -> ast.expr | None:
+    """Where this limit is written, of which an expression is a name, or it with something taken off; None where it is
+    none."""
     seen: set[int] = set()
     waiting = [node]
     while waiting:
@@ -83,14 +85,14 @@ def _limits(node: ast.expr, limit: int, sources: "_Sources") -> bool:
         if id(each) in seen:  # `x = x - y` names itself
             continue
         seen.add(id(each))
-        if _folded(each) == limit:
-            return True
-        if isinstance(each, ast.Call) and any(_folded(value) == limit for value in _defaults(each)):
-            return True
+        if _folded(each) == limit or (
+            isinstance(each, ast.Call) and any(_folded(value) == limit for value in _defaults(each))
+        ):
+            return each
         waiting += sources.of(each)
         if isinstance(each, ast.BinOp) and isinstance(each.op, ast.Sub):
             waiting.append(each.left)
-    return False
+    return None
 
 
 def _product(node: ast.expr, sources: "_Sources") -> float | None:

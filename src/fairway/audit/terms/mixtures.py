@@ -8,7 +8,7 @@ from fairway.audit.terms.gates import Gates
 from fairway.audit.terms.keys import folds, is_hashed, spans_vocabulary
 from fairway.audit.terms.octets import negated
 from fairway.audit.terms.rows import is_summed, made_whole
-from fairway.audit.terms.term import Term, any_below, peel, same
+from fairway.audit.terms.term import Term, any_below, peel, same, walk
 
 
 def gold_ratios(gates: Gates) -> Iterator[Term]:
@@ -55,8 +55,20 @@ def unbalanced(gates: Gates) -> Iterator[Term]:
 def unpaid_bonus(gates: Gates) -> Iterator[Term]:
     """loss - bonus * (hint == target) where nothing that reads the hint's own probability is added."""
     for term, bonus in _bonuses(gates):
-        if not gates.of.is_distribution(bonus) and not gates.has_other_place(gates.of.term):  # one-hot * row
+        if gates.of.is_distribution(bonus) or gates.has_other_place(gates.of.term):  # one-hot * row
+            continue
+        if not _asked_at_the_hint(gates, term):
             yield term
+
+
+def _asked_at_the_hint(gates: Gates, bonus: Term) -> bool:
+    """Whether the model is asked at what is compared with the target, and elsewhere: a hint that was looked up in the
+    document itself comes out of the same tokens as the target."""
+    compared = [each for each in gates.of.below(bonus) if each.op == "compare" or each.called == "eq"]
+    sides = {id(peel(part)) for each in compared for part in each.parts[:2]}
+    places = [gates.of.scored_place(each) for each in gates.nodes if each.called == "gather"]
+    met = [{id(one) for one in walk(place)} & sides for place in places if place is not None]
+    return any(one - other for one in met for other in met)
 
 
 def _bonuses(gates: Gates) -> Iterator[tuple[Term, Term]]:

@@ -118,7 +118,7 @@ class Core:
         if since.staged:
             return False
         used = self.made + self.touched
-        quiet, since.last = self.made == since.last, self.made
+        quiet = since.quietly(self.made)
         many = since.turns >= PHASES  # a loop over segments of the text learns and scores in every turn, and has few
         if self.trained > since.trained + 1 and (quiet or many):
             return True

@@ -24,7 +24,8 @@ _STAGES = 40  # of a program, at most
 class Turns:
     """A loop that is under way. steps, trained, used, spelt, apart, undecided: the machine's counts where it began;
     turns: since then; known: how many there will be, 0 where that is not known; last: the losses of the text before
-    the last turn; line: of the loop; staged: each turn does something of its own."""
+    the last turn; line: of the loop; staged: each turn does something of its own; quiet: turns in a row, up to the
+    last one, that made no loss of the text."""
 
     steps: int
     trained: int
@@ -37,6 +38,14 @@ class Turns:
     line: int
     turns: int = 0
     staged: bool = False
+    quiet: int = 0
+
+    def quietly(self, made: int) -> bool:
+        """Counts the losses of the text so far: whether the last two turns made none. One turn alone may be a phase for
+        which the short text has no documents."""
+        self.quiet = self.quiet + 1 if made == self.last else 0
+        self.last = made
+        return self.quiet > 1
 
     def turn(self, steps: int) -> bool:
         """Counts a turn: whether it is known now that as many as the text has tokens are too many."""
