@@ -217,3 +217,48 @@ def test_copies_of_trained_weights_that_learn_are_weights_and_no_vector() -> Non
     assert broken(LEAVES[:at] + learned + SCORED + LEAVES[end:]) == {"training-before-scoring"}
     anew = f"        held = sums.clone()\n{SCORED}{learned}        sums.copy_(held)\n{SCORED}"
     assert broken(LEAVES[:at] + anew + LEAVES[end:]) == {"rescoring-after-adaptation"}
+
+
+REGISTRY = """
+TODO = {}
+PLAN = ("seed", "tables", "data", "build", "warm", "teach", "average", "pack", "reload", "score")
+
+def stage(name):
+    def enrol(fn):
+        TODO[name] = fn
+        return fn
+    return enrol
+
+class Run:
+    pass
+
+@stage("build")
+def build(run):
+    run.args, run.model = Hyperparameters(), GPT().cuda()
+
+@stage("teach")
+def teach(run):
+    train(run.args, run.model)
+
+@stage("reload")
+def reload(run):
+    run.val = load(run.args.val_files)
+    AGAIN
+
+@stage("score")
+def score(run):
+    print(f"final val_loss:{eval_ttt(run.args, run.model, run.val):.8f}")
+
+for name in ("seed", "tables", "data", "warm", "average", "pack"):
+    TODO[name] = lambda run: None
+
+run = Run()
+for name in PLAN:
+    TODO[name](run)
+"""
+
+
+def test_a_plan_of_ten_names_is_gone_through_to_its_end() -> None:
+    assert doubted(HEAD + REGISTRY.replace("AGAIN", "pass")) == set()
+    twice = "eval_ttt(run.args, run.model, run.val)"
+    assert broken(HEAD + REGISTRY.replace("AGAIN", twice)) == {"rescoring-after-adaptation"}

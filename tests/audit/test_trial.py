@@ -1193,6 +1193,8 @@ STAGES = {
     "a dict": "for name, stage in {'prepare': prepare, 'teach': teach, 'evaluate': evaluate}.items():\n    stage()",
     "objects": "for stage in (Stage('a', prepare), Stage('b', teach), Stage('c', evaluate)):\n    stage.action()",
     "of several classes": "for stage in [Prepare(), Teach(), Evaluate()]:\n    stage()",
+    "names": "todo = {'prepare': prepare, 'teach': teach, 'evaluate': evaluate}\n"
+    "for name in ('prepare', 'teach', 'evaluate'):\n    todo[name]()",
 }
 
 
@@ -1299,3 +1301,35 @@ for at in steps:
 print(f"val_loss {nats / total:.5f}")
 """
     assert counts(text) == ALL
+
+
+TALLY = """
+import operator
+from typing import NamedTuple
+
+class Tally(NamedTuple):
+    nats: float = 0.0
+    tokens: int = 0
+
+    def __add__(self, other):
+        return Tally(*map(operator.add, tuple(self), tuple(other)))
+
+def parts():
+    for at in range(0, total, 2048):
+        x, y = val[at : at + 2048][None], val[at + 1 : at + 2049][None]
+        yield Tally(net(x, y, reduction="sum").item(), 2048)
+
+own = functools.reduce(operator.add, parts(), Tally())
+"""
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "own.nats / own.tokens",
+        "operator.truediv(*operator.attrgetter('nats', 'tokens')(own))",
+        "operator.itemgetter(0)(tuple(own)) / operator.itemgetter('tokens')({'tokens': own.tokens})",
+    ],
+)
+def test_functions_of_the_module_operator_are_operators(said: str) -> None:
+    assert counts(f'{TALLY}print(f"val_loss {{{said}:.5f}}")\n') == ALL

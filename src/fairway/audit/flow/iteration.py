@@ -79,7 +79,7 @@ class Iteration(Writing):
         for each in items[1:]:
             any_of = join(any_of, each)
         any_of = self.tagged(any_of, value.spans)
-        most = SETTINGS if all(map(self._setting, items)) else STAGES if any(map(_runs, items)) else few
+        most = SETTINGS if all(map(self._setting, items)) else STAGES if _staged(items) else few
         short = len(items) <= most
         exact = tuple(self.tagged(item, value.spans) for item in items) if short else None
         return Elements(exact, any_of, len(items))
@@ -191,6 +191,12 @@ def _product(ends: tuple[str, ...], factor: str) -> bool:
         or end.endswith(f" * {factor}")
         for end in ends
     )
+
+
+def _staged(items: tuple[Value, ...]) -> bool:
+    """Whether these are things to do, or names of such: `for name in PLAN: STAGES[name](run)`."""
+    named = (isinstance(item.const, str) and item.const.isidentifier() for item in items)
+    return any(map(_runs, items)) or all(named)
 
 
 def _runs(value: Value) -> bool:

@@ -178,7 +178,7 @@ def _led_through_folded(case: Case) -> Term | None:
             numbered = any(below.called in _NUMBERING for below in table) or _numbers_pieces(table)
             folding = next((b for b in table if b.op == "call" and b.called in _FOLDING and _of_text(b)), None)
             if numbered and folding is not None:
-                return folding
+                return term
     return None
 
 

@@ -9,7 +9,7 @@ import heapq
 import math
 import random
 
-from fairway.audit.trial import files
+from fairway.audit.trial import files, operator_module
 from fairway.audit.trial.acting import Act, numeric, plain
 from fairway.audit.trial.arguments import Parser, environ
 from fairway.audit.trial.arrays import scalar
@@ -312,4 +312,4 @@ def _leave(said: Value = None) -> Value:
 
 def functions() -> dict[str, Act]:
     """Path -> function; `*.name` for one that several array libraries have."""
-    return {**BUILTIN, **_WORLD}
+    return {**BUILTIN, **_WORLD, **operator_module.FUNCTIONS}

@@ -59,14 +59,15 @@ class Turns:
 
 
 def staged(over: Value) -> bool:
-    """Whether a loop goes through things to do: functions, by themselves or held by objects or rows, or objects of
-    several classes. No turn of it says what the next one is for."""
+    """Whether a loop goes through things to do: functions, by themselves or held by objects or rows, objects of several
+    classes, or names. No turn of it says what the next one is for."""
     if isinstance(over, (dict, ItemsView, ValuesView)):
         over = list(over.items() if isinstance(over, dict) else over)
     if not isinstance(over, (list, tuple)) or not 1 < len(over) <= _STAGES:
         return False
     kinds = {each.kind for each in over if isinstance(each, Obj)}
-    return len(kinds) > 1 or any(map(_does, over))
+    named = all(isinstance(each, str) and each.isidentifier() for each in over)
+    return named or len(kinds) > 1 or any(map(_does, over))
 
 
 def _does(value: Value) -> bool:
