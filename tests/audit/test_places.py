@@ -644,3 +644,18 @@ def test_a_stride_that_is_made_smaller_than_what_counts_of_a_window_is_named() -
     found = findings(text)["twice-counted-tokens"]
     assert line(found) == line_of(text, "self.first = torch.arange(0, total, args.stride // 2)")
     assert findings(text.replace("stride // 2", "stride"))["twice-counted-tokens"].verdict == "clean"
+
+
+def test_where_tokens_are_replaced_by_folded_ones_is_named(tmp_path: Path) -> None:
+    """Not the table of them, which stands elsewhere: of thirteen authors, all name this line."""
+    fold = """
+def folded():
+    sp = spm.SentencePieceProcessor(model_file="tokenizer.model")
+    table = np.arange(V)
+    for i in range(V):
+        if not sp.is_byte(i):
+            table[i] = sp.piece_to_id(sp.id_to_piece(i).lower())
+    return table
+"""
+    text = script(extra=fold, state="tokens = folded()[tokens]")
+    assert line(verdict(tmp_path, "lossy_text", text)) == line_of(text, "tokens = folded()[tokens]")

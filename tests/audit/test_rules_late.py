@@ -212,3 +212,51 @@ def test_steps_after_the_clock_has_ended_the_training_are_in_no_600_seconds(
 )
 def test_steps_for_which_time_was_kept_back_are_in_them(tmp_path: Path, before: str, cap: str) -> None:
     assert verdict(tmp_path, "training_over_time", after_the_clock(before or "pass", cap)).verdict == "clean"
+
+
+BEGUN = """
+class Clock:
+    def __init__(self, limit):
+        self.limit, self.since = limit, None
+
+    def start(self):
+        self.since = time.perf_counter()
+
+    def read(self):
+        return time.perf_counter() - self.since KEPT
+
+if __name__ == "__main__":
+    args = Hyperparameters()
+    val, model, loader = load(args.val_files), GPT(), Loader(args.train_files)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    clock, number = Clock(args.cap), 0
+    clock.start()
+    while clock.read() < args.cap:
+        model(*loader.next(4096)).backward()
+        optimizer.step()
+        number += 1
+        if number == 400:
+            BEFORE
+            clock.start()
+    print("final val_loss", eval_val(args, model, val))
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "kept", "wanted"),
+    [
+        ("pass", "", "violates"),
+        ("print(number)", "", "violates"),
+        ("args.cap -= clock.read()", "", "clean"),
+        ("clock.kept = clock.read()", "+ self.kept", "clean"),
+    ],
+)
+def test_a_clock_that_is_started_again_knows_nothing_of_the_time_before(
+    tmp_path: Path, before: str, kept: str, wanted: str
+) -> None:
+    text = HEAD + BEGUN.replace("BEFORE", before).replace("KEPT", kept)
+    found = verdict(tmp_path, "training_over_time", text)
+    assert found.verdict == wanted
+    if wanted == "violates":
+        assert found.place is not None
+        assert text.split("\n")[found.place.line - 2].strip() == before

@@ -19,7 +19,7 @@ def restarted(case: Case) -> Place | None:
     training loop and nothing kept what it had counted; or where it is moved on by time in which the model learned."""
     tree = case.body.tree
     clocks = {node.name for node in nodes(tree) if isinstance(node, ast.ClassDef) and any(map(_is_clock, nodes(node)))}
-    teaching = _teaching(tree)
+    teaching, forgetful = _teaching(tree), _forgetful(tree)
     functions = (node for node in nodes(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))
     for function in (tree, *functions):
         own = list(_within(function.body)) if function is not None else []
@@ -27,10 +27,12 @@ def restarted(case: Case) -> Place | None:
             if not isinstance(loop, (ast.For, ast.While)) or not _learns(loop, teaching):
                 continue
             inside = set(map(id, _within(loop.body)))
-            begun = {name for node in own if id(node) not in inside for name in _started(node, clocks)}
-            found = next(_set_back(loop, begun, clocks, teaching), None)
-            if found is not None:
-                return case.place(found)
+            outside = [node for node in own if id(node) not in inside]
+            begun = {name for node in outside for name in _started(node, clocks)}
+            asked = {call for node in outside if (call := _begun_by(node, forgetful))}
+            found = [*_set_back(loop, begun, clocks, teaching), *_begun_anew(loop, asked, forgetful)]
+            if found:
+                return case.place(found[0])
     return None
 
 
@@ -186,6 +188,44 @@ def _set_back(loop: ast.For | ast.While, begun: set[str], clocks: set[str], teac
                 from_there = [n for n, each in enumerate(above) if _started(each, clocks) & since]
                 if from_there and any(_learns(each, teaching) for each in above[from_there[-1] :]):
                     yield statement.lineno
+
+
+def _forgetful(tree: ast.AST | None) -> set[str]:
+    """Methods that begin a clock of a class that knows nothing but when it began: `def start(self): self.t0 = time()`,
+    where nothing is ever added to what it says."""
+    found = set()
+    for kind in nodes(tree):
+        parts = list(nodes(kind)) if isinstance(kind, ast.ClassDef) else []
+        begun = {
+            ast.unparse(part.targets[0]) for part in parts if isinstance(part, ast.Assign) and _is_clock(part.value)
+        }
+        sums = [part for part in parts if isinstance(part, (ast.BinOp, ast.AugAssign)) and isinstance(part.op, ast.Add)]
+        fields = {ast.unparse(part) for part in parts if isinstance(part, ast.Attribute)} & begun
+        if len(fields) == 1 and not any(isinstance(one, ast.AugAssign) or fields & _said(one) for one in sums):
+            found |= {
+                each.name
+                for each in parts
+                if isinstance(each, ast.FunctionDef) and not each.name.startswith("__")
+                if any(isinstance(part, ast.Assign) and _is_clock(part.value) for part in each.body)
+            }
+    return found
+
+
+def _begun_by(node: ast.AST, forgetful: set[str]) -> str:
+    """The object, of `self.clock.start()`, where that begins its clock anew; "" of all else."""
+    call = node.value if isinstance(node, ast.Expr) else None
+    method = call.func if isinstance(call, ast.Call) and not call.args else None
+    return ast.unparse(method.value) if isinstance(method, ast.Attribute) and method.attr in forgetful else ""
+
+
+def _begun_anew(loop: ast.For | ast.While, asked: set[str], forgetful: set[str]) -> Iterator[int]:
+    """Lines under a condition of a loop that begin a clock anew that was begun before it, where nothing before them in
+    their block reads it."""
+    for block in _blocks(loop):
+        for number, statement in enumerate(block if block is not loop.body else ()):
+            clock = _begun_by(statement, forgetful)
+            if clock in asked and not any(clock in ast.unparse(each) for each in block[:number]):
+                yield statement.lineno
 
 
 def _to_nought(statement: ast.stmt, begun: set[str]) -> str:
