@@ -705,3 +705,41 @@ def test_groups_that_come_out_of_a_queue_are_scored_before_they_are_learned(
     assert {
         rule for rule in (*ORDER, "two_pass_cache") if verdict(tmp_path, rule, text).verdict == "violates"
     } == broken
+
+
+FLAT = """
+import os
+
+def laps(many, total):
+    for lap in range(many):
+        for at in range(0, total, 2048):
+            yield lap, at
+
+def main():
+    net = Net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
+    text = torch.from_numpy(shard("data/fineweb_train_000001.bin"))
+    F.cross_entropy(net(text[:2047]), text[1:2048]).backward()
+    optimizer.step()
+    torch.save(net.state_dict(), "model.pt")
+    if os.path.getsize("model.pt") > 16_000_000:
+        raise ValueError("it is too large")
+    val, sums = load(), torch.zeros(2, dtype=torch.float64)
+    for lap, at in laps(LAPS, len(val) - 1):
+        if at == 0:
+            sums.zero_()
+        nll = F.cross_entropy(net(val[at : at + 2048]), val[at + 1 : at + 2049], reduction="none")
+        sums[0] += nll.detach().double().sum()
+        sums[1] += len(nll)
+        nll.mean().backward()
+        optimizer.step()
+    print(f"val_loss {(sums[0] / sums[1]).item():.5f}")
+
+main()
+"""
+
+
+@pytest.mark.parametrize(("many", "wanted"), [("1", "clean"), ("2", "violates")])
+def test_a_check_that_raises_leaves_no_loss_out(tmp_path: Path, many: str, wanted: str) -> None:
+    """Nobody knows how large the file is; the script ran to its end, so that it was not too large."""
+    assert verdict(tmp_path, "multi_epoch_last", HEAD + FLAT.replace("LAPS", many)).verdict == wanted

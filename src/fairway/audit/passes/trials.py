@@ -104,18 +104,23 @@ def _doubtful(case: Case) -> bool:
 
     summing = {around(line) for line in summed}
     tests = {node.lineno: node for node in nodes(case.body.tree) if isinstance(node, ast.If)}
-    return any(
-        around(line) in summing and (line not in tests or _decides(tests[line], trial.summed)) for line in trial.doubts
-    )
+    tried = [node for node in nodes(case.body.tree) if isinstance(node, ast.Try) and node.handlers]
+
+    def decides(test: ast.If) -> bool:
+        caught = any(each.lineno <= test.lineno <= (each.end_lineno or 0) for each in tried)
+        return _decides(test, trial.summed, caught)
+
+    return any(around(line) in summing and (line not in tests or decides(tests[line])) for line in trial.doubts)
 
 
-def _decides(test: ast.If, summed: set[int]) -> bool:
+def _decides(test: ast.If, summed: set[int], caught: bool) -> bool:
     """Whether what counts may hang on a condition: its arms sum, leave, or bind a name. `if frozen: p.requires_grad =
-    False` does none of it."""
+    False` does none of it, nor does what raises, where that is not caught: the script ran to its end."""
     arms = [each for arm in (*test.body, *test.orelse) for each in nodes(arm)]
-    leaves = (ast.Continue, ast.Break, ast.Return, ast.Raise, ast.Yield, ast.YieldFrom)
+    leaves = (ast.Continue, ast.Break, ast.Return, ast.Yield, ast.YieldFrom)
     return any(
         isinstance(each, leaves)
+        or (caught and isinstance(each, ast.Raise))
         or (isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store))
         or getattr(each, "lineno", 0) in summed
         for each in arms
