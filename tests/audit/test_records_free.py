@@ -21,6 +21,7 @@ from fairway.audit.rules import (
 from fairway.audit.submission import opened
 from fairway.audit.verdict import Finding, Place
 from tests.audit.folders import SCRIPT
+from tests.audit.small import line_of, verdict
 from tests.audit.test_records import CLOCKED
 
 CODE = len(SCRIPT.encode())
@@ -368,3 +369,62 @@ def test_where_no_log_times_the_evaluation_the_scripts_clock_does(
     (tmp_path / "train_gpt.py").write_text(CLOCKED + EXAMINED.replace("WATCH", watch))
     (tmp_path / "README.md").write_text(f"Run: `{setting}torchrun --nproc_per_node=8 train_gpt.py`\n")
     assert found(eval_over_time, tmp_path).verdict == verdict
+
+
+SAVED = """
+import io, os, zlib
+from pathlib import Path
+import torch
+
+def save(state):
+    rest = {k: state.pop(k) for k in list(state) if k.endswith("scale")}
+    SECOND
+    blob = zlib.compress(pickled(state))
+    Path("model.bin").write_bytes(blob)
+    total = len(blob) + len(open(__file__, "rb").read()) MORE
+    if total > 16_000_000:
+        raise RuntimeError(total)
+
+def revive():
+    state = unpickled(zlib.decompress(Path("model.bin").read_bytes()))
+    state.update(READ)
+    return state
+"""
+SECOND_FILES = {
+    "bytes": ('Path("rest.bin").write_bytes(pickled(rest))', 'unpickled(Path("rest.bin").read_bytes())'),
+    "torch": ('torch.save(rest, "rest.bin")', 'torch.load("rest.bin")'),
+    "opened": ('open("rest.bin", "wb").write(pickled(rest))', 'unpickled(open("rest.bin", "rb").read())'),
+}
+
+
+@pytest.mark.parametrize("way", SECOND_FILES)
+@pytest.mark.parametrize(
+    ("more", "wanted"),
+    [("", "violates"), ('+ os.path.getsize("rest.bin")', "clean"), ('+ Path("rest.bin").stat().st_size', "clean")],
+)
+def test_a_second_file_that_is_read_back_is_counted(tmp_path: Path, way: str, more: str, wanted: str) -> None:
+    second, read = SECOND_FILES[way]
+    text = SAVED.replace("SECOND", second).replace("READ", read).replace(" MORE", f" {more}")
+    found = verdict(tmp_path, "size_sum", text)
+    assert found.verdict == wanted
+    if wanted == "violates":
+        assert found.place is not None
+        assert found.place.line == line_of(text, second)
+
+
+def test_a_file_that_nobody_reads_back_is_no_part_of_the_artifact(tmp_path: Path) -> None:
+    text = SAVED.replace("SECOND", 'torch.save(rest, "rest.bin")').replace("READ", "{}").replace(" MORE", "")
+    assert verdict(tmp_path, "size_sum", text).verdict == "clean"
+
+
+def test_a_checkpoint_that_the_training_reads_back_is_none(tmp_path: Path) -> None:
+    text = """
+import os, torch
+torch.save(model.state_dict(), "best.pt")
+model.load_state_dict(torch.load("best.pt"))
+torch.save(packed(model), "model.pt")
+total = os.path.getsize("model.pt") + os.path.getsize(__file__)
+assert total < 16_000_000
+model = unpacked(torch.load("model.pt"))
+"""
+    assert verdict(tmp_path, "size_sum", text).verdict == "clean"

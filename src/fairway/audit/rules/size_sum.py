@@ -3,6 +3,7 @@
 from fairway.audit.case import Case
 from fairway.audit.exemptions import departure
 from fairway.audit.records import Record, record_of
+from fairway.audit.records.second_files import second_file
 from fairway.audit.records.sums import LIMIT, MIB, Sum, squeezed, sums
 from fairway.audit.verdict import Finding, Place, Verdict
 
@@ -156,6 +157,10 @@ def _written(case: Case, record: Record) -> list[Finding]:
             found.append(_at(each, evidence))
     if made and not any(each.code or not each.alone for each in made):
         found.append(_at(made[0], "the size that is judged is the artifact's alone: no code is added to it"))
+    beside = second_file(case.body)
+    if beside is not None:
+        evidence = f"the file {beside[1]} is read back beside the artifact, and no size counts it"
+        found.append(Finding(ID, "violates", evidence, CLAUSE, case.place(beside[0].lineno)))
     bare = squeezed(case.script) if made and not any("!" in script.path for script in case.script.all()) else None
     if bare is not None:
         evidence = "the code is weighed compressed, and what is handed in is the plain file"
