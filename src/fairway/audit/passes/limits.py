@@ -36,7 +36,7 @@ def cut_short(case: Case, which: Reported, counts: Counts) -> tuple[str, int] | 
         length, many = tried.text.length, float((whole.times > 0).sum())
         forced = Forced(tried.site, tried.limit, tried.most // 2)
         taken = (forced, *tried.text.limits.forced)
-        less = counted(run(case.script, case.settings, length, taken, cut=False), which)
+        less = counted(run(case.script, case.settings, length, taken, cut=False, native=case.trial.native), which)
         left = float((less.times > 0).sum()) if less is not None else many
         if left < _LESS * many:
             evidence = (
@@ -58,7 +58,8 @@ def too_short(case: Case, which: Reported, counts: Counts) -> tuple[str, int] | 
             continue
         forced = Forced(site, seen.limit, (seen.least + seen.most) // 2)
         taken = (forced, *counts.trial.limits.forced)
-        less = counted(run(case.script, case.settings, counts.trial.length, taken, cut=False), which)
+        again = run(case.script, case.settings, counts.trial.length, taken, cut=False, native=case.trial.native)
+        less = counted(again, which)
         many = float((counts.times > 0).sum())
         if less is not None and float((less.times > 0).sum()) < _LESS * many:
             evidence = (
@@ -118,7 +119,9 @@ def _limits(case: Case) -> Iterator[_Limit]:
     unmet = {site: seen for site, seen in unmet.items() if seen.limit != long.length - 1}
     if not unmet or shorter is None:
         return
-    short = run(case.script, case.settings, shorter, cut=False)  # of a number that the text sets, less is seen
+    short = run(
+        case.script, case.settings, shorter, cut=False, native=case.trial.native
+    )  # of a number that the text sets, less is seen
     tried: dict[tuple[int, str], _Limit] = {}
     for site, seen in reversed(unmet.items()):
         other = short.limits.seen.get(site)

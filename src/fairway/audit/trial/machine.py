@@ -63,6 +63,7 @@ class Machine(Calls):
         super().__init__(script, settings, forced, slow)
         self.compiler = Compiler(self)
         self.functions = functions() if native else {**functions(), **_UNTRIED}
+        self.trial.native = native
 
     def run(self) -> Trial:
         self.trial.length = text.length.get()
@@ -116,16 +117,22 @@ Kind = TypeVar("Kind", bound=Machine)
 
 
 def run(
-    script: Script, settings: Settings, length: int = text.LENGTH, forced: tuple[Forced, ...] = (), cut: bool = True
+    script: Script,
+    settings: Settings,
+    length: int = text.LENGTH,
+    forced: tuple[Forced, ...] = (),
+    cut: bool = True,
+    native: bool = True,
 ) -> Trial:
     """The trial of a script. It never raises on what a script holds. length: tokens of the text; forced: numbers of
-    the script that are taken for others; cut: whether chunks that are larger than the text are taken for smaller ones.
+    the script that are taken for others; cut: whether chunks that are larger than the text are taken for smaller ones;
+    native: whether kernels are tried that an earlier trial of the script may have found too much.
     Where a loop goes through the tokens one by one and takes too many steps for that, the text is a shorter one, and
     where even that is too much for a kernel that numba compiles, nothing is known of what such kernels give; a
     number that cuts it into one piece is taken for a smaller one."""
-    begin = partial(Machine, script, settings)
+    begin = partial(Machine, script, settings, native=native)
     trial = over(begin, length, forced).trial
-    if not (trial.complete or (trial.slow and shorter(trial.slow))) and _NATIVE.search(script.text):
+    if native and not (trial.complete or (trial.slow and shorter(trial.slow))) and _NATIVE.search(script.text):
         begin = partial(Machine, script, settings, native=False)
         trial = over(begin, length, trial.limits.forced).trial
     less = shorter(trial.slow) if trial.slow else text.SHORT if trial.why == _LONG else 0

@@ -69,7 +69,7 @@ class Trial:
     asked_in: the calls around losses; untold: the calls around lessons from what the trial does not know; blurred:
     those around losses that are weighed by it; limits: numbers that others were held against; plans: lines that put
     windows together; fitted: whether vectors of their own are fitted to windows, and vectors: those; table: the line
-    that writes the length of a piece into a table
+    that writes the length of a piece into a table; native: whether kernels that numba compiles were worked out
     """
 
     vocabulary: int = 1_024
@@ -83,6 +83,7 @@ class Trial:
     lessons: list[Lesson] = field(default_factory=list)
     early: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(LENGTH, dtype=bool))
     fitted: bool = False
+    native: bool = True
     vectors: Vectors = field(default_factory=Vectors)
     table: int = 0
     taught_in: dict[tuple[int, ...], int] = field(default_factory=dict)
