@@ -722,8 +722,7 @@ def main():
     F.cross_entropy(net(text[:2047]), text[1:2048]).backward()
     optimizer.step()
     torch.save(net.state_dict(), "model.pt")
-    if os.path.getsize("model.pt") > 16_000_000:
-        raise ValueError("it is too large")
+    UNKNOWN
     val, sums = load(), torch.zeros(2, dtype=torch.float64)
     for lap, at in laps(LAPS, len(val) - 1):
         if at == 0:
@@ -739,7 +738,26 @@ main()
 """
 
 
+UNKNOWN = {
+    "a check that raises": """if os.path.getsize("model.pt") > 16_000_000:
+        raise ValueError("it is too large")""",
+    "weights that are picked": """chosen = []
+    for name, p in net.named_parameters():
+        frozen = name.endswith("bias")
+        for block in range(4):
+            if name.startswith(f"blocks.{block}."):
+                frozen = True
+        if not frozen:
+            chosen.append(p)
+    optimizer = torch.optim.SGD(chosen, lr=1e-3)""",
+}
+
+
+@pytest.mark.parametrize("unknown", UNKNOWN.values(), ids=UNKNOWN.keys())
 @pytest.mark.parametrize(("many", "wanted"), [("1", "clean"), ("2", "violates")])
-def test_a_check_that_raises_leaves_no_loss_out(tmp_path: Path, many: str, wanted: str) -> None:
-    """Nobody knows how large the file is; the script ran to its end, so that it was not too large."""
-    assert verdict(tmp_path, "multi_epoch_last", HEAD + FLAT.replace("LAPS", many)).verdict == wanted
+def test_what_nobody_knows_of_a_file_or_of_weights_leaves_no_loss_out(
+    tmp_path: Path, unknown: str, many: str, wanted: str
+) -> None:
+    """How large the file is, and which names the weights have; the script ran to its end."""
+    text = HEAD + FLAT.replace("LAPS", many).replace("UNKNOWN", unknown)
+    assert verdict(tmp_path, "multi_epoch_last", text).verdict == wanted

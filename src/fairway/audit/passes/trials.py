@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import weakref
 from dataclasses import dataclass
 from typing import Literal
@@ -110,7 +111,18 @@ def _doubtful(case: Case) -> bool:
         caught = any(each.lineno <= test.lineno <= (each.end_lineno or 0) for each in tried)
         return _decides(test, trial.summed, caught)
 
-    return any(around(line) in summing and (line not in tests or decides(tests[line])) for line in trial.doubts)
+    picked = _over_weights(case.body.tree)
+    asked = (line for line in trial.doubts if not any(line in each for each in picked))
+    return any(around(line) in summing and (line not in tests or decides(tests[line])) for line in asked)
+
+
+_WEIGHTS = re.compile(r"\.(named_)?(parameters|modules|buffers|children)\(|\.state_dict\(")
+
+
+def _over_weights(tree: ast.AST | None) -> list[range]:
+    """The lines of loops over the weights of a model: what they pick learns, or is stored, and sums no losses."""
+    loops = (each for each in nodes(tree) if isinstance(each, ast.For) and _WEIGHTS.search(ast.unparse(each.iter)))
+    return [range(each.lineno, (each.end_lineno or each.lineno) + 1) for each in loops]
 
 
 def _decides(test: ast.If, summed: set[int], caught: bool) -> bool:
