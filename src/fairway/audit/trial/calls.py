@@ -143,11 +143,12 @@ class Calls(Attributes):
         tokens = [n for n, each in enumerate(given) if isinstance(each, Array) and each.pos is not None]
         if not tokens:
             return self._of_no_text(func, args, kwargs)
-        key = (id(func), id(args[0]), *[_sort(each) for each in given], *kwargs)
+        key = (func, id(args[0]), *[_sort(each) for each in given], *kwargs)
         form = self.forms.get(key)
         if form is None:
             result = self.call_function(func, args, kwargs)
             self.forms[key] = _form(result, given, tokens)
+            self.models.append(args[0])  # else another one might come to have its id
             return states_of([given[n] for n in tokens]) if result in (UNKNOWN, NET) else result
         if form[0] == "net":
             return states_of([given[n] for n in tokens])

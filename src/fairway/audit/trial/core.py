@@ -77,6 +77,7 @@ class Core:
         self.made_at = 0  # the line that made it
         self.functions: dict[str, Callable[..., Value]] = {}
         self.forms: dict[Value, tuple[str, int]] = {}
+        self.models: list[Value] = []  # that were asked, whose ids are in `forms`
 
     def step(self, line: int = 0) -> None:
         self.line = line or self.line
