@@ -78,8 +78,8 @@ def _decided(case: Case, score: Score) -> Place:
 
 
 def _narrowed(case: Case, score: Score) -> Place | None:
-    """Where the stride of windows is made smaller than what it is named for, `torch.arange(start, end, stride // 2)`,
-    in a class that the score's way leads through, or one that it asks."""
+    """The one line that makes a stride smaller than what it is named for, `torch.arange(start, end, stride // 2)`, and
+    that is none of another evaluation's."""
     lines = {
         node.lineno
         for node in nodes(case.body.tree)
