@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from fairway.audit.case import Case
 from fairway.audit.passes.late import full_cap
-from fairway.audit.reading.tree import nodes
+from fairway.audit.reading.tree import last_name, nodes
 from fairway.audit.settings import UNKNOWN, Settings, Value, fold
 from fairway.audit.verdict import Place
 
@@ -44,15 +44,16 @@ def lengthened(case: Case, seconds: float) -> Place | None:
     """Where a setting is added to the whole training time and makes so many seconds of it, `cap + reserve`; None where
     nothing is."""
     names = _Names(case)
-    for node in names.nodes:
-        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-            caps, more = (
-                {float(value) for value, _ in names.settings(side) if type(value) in (int, float)}
-                for side in (node.left, node.right)
-            )
-            made = {cap + part for cap in caps if full_cap(cap) for part in more}
-            if {seconds, 1000.0 * seconds} & made:
-                return next(names.place(node))
+    for script in case.script.all():
+        for node in nodes(script.tree):
+            if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+                caps, more = (
+                    {float(value) for value, _ in names.settings(side) if type(value) in (int, float)}
+                    for side in (node.left, node.right)
+                )
+                made = {cap + part for cap in caps if full_cap(cap) for part in more}
+                if {seconds, 1000.0 * seconds} & made:
+                    return Place(script.path, script.line(node.lineno))
     return None
 
 
@@ -78,7 +79,6 @@ class _Names:
     or, for a parameter, in its arguments."""
 
     def __init__(self, case: Case) -> None:
-        self.case = case
         self.given: dict[str, list[tuple[Value, Place]]] = {}
         self.sources: dict[str, set[str]] = {}
         self.nodes: list[ast.AST] = []
@@ -106,23 +106,17 @@ class _Names:
                 parameters.setdefault(node.name, [arg.arg for arg in node.args.args])
         for node in self.nodes:
             if isinstance(node, ast.Call):
-                for name, arg in zip(parameters.get(_named(node.func), ()), node.args, strict=False):
+                for name, arg in zip(parameters.get(last_name(node.func), ()), node.args, strict=False):
                     self._add(name, arg)
 
     def _add(self, name: str, value: ast.expr) -> None:
         parts = list(nodes(value))
         if all(isinstance(part, _PLAIN) for part in parts):
-            self.sources.setdefault(name, set()).update(filter(None, map(_named, parts)))
-
-    def place(self, node: ast.expr) -> Iterator[Place]:
-        """Where an expression of the script stands."""
-        for script in self.case.script.all():
-            if script.tree is not None and any(each is node for each in nodes(script.tree)):
-                yield Place(script.path, script.line(node.lineno))
+            self.sources.setdefault(name, set()).update(filter(None, map(last_name, parts)))
 
     def settings(self, node: ast.expr) -> Iterator[tuple[Value, Place]]:
         """Of the names in an expression, and of what they are made of."""
-        names = {name for part in nodes(node) if (name := _named(part))}
+        names = {name for part in nodes(node) if (name := last_name(part))}
         for _ in range(_STEPS):
             names |= {more for name in names for more in self.sources.get(name, ())}
         return (each for name in sorted(names) for each in self.given.get(name, ()))
@@ -135,13 +129,9 @@ def _own_parameters(node: ast.ClassDef) -> list[str]:
 
 def _assigned(node: ast.AST) -> Iterator[tuple[str, ast.expr]]:
     if isinstance(node, ast.Assign) and len(node.targets) == 1:
-        yield _named(node.targets[0]), node.value
+        yield last_name(node.targets[0]), node.value
     elif isinstance(node, ast.AnnAssign) and node.value is not None:
-        yield _named(node.target), node.value
-
-
-def _named(node: ast.AST) -> str:
-    return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
+        yield last_name(node.target), node.value
 
 
 def _setting(node: ast.expr, settings: Settings) -> Value:

@@ -6,7 +6,7 @@ import ast
 from collections.abc import Collection, Iterator
 
 from fairway.audit.case import Case
-from fairway.audit.reading.tree import nodes
+from fairway.audit.reading.tree import last_name, nodes
 from fairway.audit.verdict import Place
 
 _CLOCKS = frozenset(("time", "perf_counter", "monotonic", "perf_counter_ns", "monotonic_ns", "time_ns", "elapsed_time"))
@@ -161,8 +161,7 @@ def _asks(node: ast.AST, asking: Collection[str]) -> bool:
 
 
 def _called(node: ast.AST) -> str:
-    name = node.func if isinstance(node, ast.Call) else None
-    return str(getattr(name, "attr", getattr(name, "id", "")))
+    return last_name(node.func) if isinstance(node, ast.Call) else ""
 
 
 def _set_back(loop: ast.For | ast.While, begun: set[str], clocks: set[str], teaching: set[str]) -> Iterator[int]:

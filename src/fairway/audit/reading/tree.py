@@ -30,6 +30,11 @@ def own(statements: Iterable[ast.AST]) -> Iterator[ast.AST]:
             waiting.extend(ast.iter_child_nodes(node))
 
 
+def last_name(node: ast.AST | None) -> str:
+    """The last part of a name, `c` of `a.b.c`; "" of what has none."""
+    return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
+
+
 def has_yield(statements: Iterable[ast.AST]) -> bool:
     """Whether a function of these statements is a generator."""
     return any(isinstance(node, (ast.Yield, ast.YieldFrom)) for node in own(statements))
@@ -44,4 +49,4 @@ def is_generator(code: Any) -> bool:
     return bool(found)
 
 
-__all__ = ["has_yield", "is_generator", "nodes", "own"]
+__all__ = ["has_yield", "is_generator", "last_name", "nodes", "own"]

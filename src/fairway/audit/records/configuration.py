@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 from fairway.audit.commands import Command
-from fairway.audit.reading.tree import nodes
+from fairway.audit.reading.tree import last_name, nodes
 
 _READS = ("environ.get", "getenv", "environ", "environ.setdefault")
 _LITERAL = (ast.Constant, ast.UnaryOp, ast.BinOp, ast.operator, ast.unaryop, ast.Tuple, ast.List, ast.Load)
@@ -19,7 +19,7 @@ def is_setting(name: str, trees: Iterable[ast.Module]) -> bool:
         for node in nodes(tree):
             if _asked(node, name):
                 return True
-            if isinstance(node, ast.AugAssign) and _named(node.target) == name:
+            if isinstance(node, ast.AugAssign) and last_name(node.target) == name:
                 return False
         given += _given(tree, name)
     if any(map(_from_outside, given)):
@@ -40,12 +40,12 @@ def _asked(node: ast.AST, name: str) -> bool:
 def _given(tree: ast.Module, name: str) -> Iterator[ast.expr]:
     """The values that a name, an attribute, a parameter or a key of this name is given anywhere."""
     for node in nodes(tree):
-        single = isinstance(node, (ast.AnnAssign, ast.NamedExpr)) and _named(node.target) == name
-        if single or (isinstance(node, ast.Assign) and any(_named(target) == name for target in node.targets)):
+        single = isinstance(node, (ast.AnnAssign, ast.NamedExpr)) and last_name(node.target) == name
+        if single or (isinstance(node, ast.Assign) and any(last_name(target) == name for target in node.targets)):
             yield from [node.value] if node.value is not None else []  # type: ignore[attr-defined]
         elif isinstance(node, ast.Assign):
             for target in node.targets:
-                if isinstance(target, ast.Tuple) and any(_named(part) == name for part in target.elts):
+                if isinstance(target, ast.Tuple) and any(last_name(part) == name for part in target.elts):
                     yield _part_of(node.value, target, name)
         elif isinstance(node, ast.Dict):
             keys = zip(node.keys, node.values, strict=True)
@@ -53,13 +53,9 @@ def _given(tree: ast.Module, name: str) -> Iterator[ast.expr]:
 
 
 def _part_of(value: ast.expr, target: ast.Tuple, name: str) -> ast.expr:
-    place = next(n for n, part in enumerate(target.elts) if _named(part) == name)
+    place = next(n for n, part in enumerate(target.elts) if last_name(part) == name)
     same = isinstance(value, ast.Tuple) and len(value.elts) == len(target.elts)
     return value.elts[place] if same else value  # type: ignore[attr-defined]
-
-
-def _named(target: ast.AST) -> str:
-    return target.id if isinstance(target, ast.Name) else target.attr if isinstance(target, ast.Attribute) else ""
 
 
 def _from_outside(value: ast.expr) -> bool:

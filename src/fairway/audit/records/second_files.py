@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from fairway.audit.reading import Script
-from fairway.audit.reading.tree import nodes
+from fairway.audit.reading.tree import last_name, nodes
 
 _SAVES = frozenset(("save", "save_file", "savez", "savez_compressed", "dump", "write_bytes"))
 _LOADS = frozenset(("load", "load_file", "read_bytes", "fromfile"))
@@ -60,7 +60,7 @@ def _files(tree: ast.Module, names: frozenset[str], constants: dict[str, str]) -
     }
     for node in nodes(tree):
         if isinstance(node, ast.Call) and (
-            _called(node) in names or _opens(node) == ("wb" if names is _SAVES else "rb")
+            last_name(node.func) in names or _opens(node) == ("wb" if names is _SAVES else "rb")
         ):
             path = _path(node, names is _SAVES, constants)
             if path:
@@ -69,10 +69,10 @@ def _files(tree: ast.Module, names: frozenset[str], constants: dict[str, str]) -
 
 def _path(call: ast.Call, saves: bool, constants: dict[str, str]) -> str:
     """What a call saves to or loads from; "" where that is no path of its own: a buffer in memory."""
-    if isinstance(call.func, ast.Attribute) and _called(call) in ("write_bytes", "read_bytes", "open"):
+    if isinstance(call.func, ast.Attribute) and last_name(call.func) in ("write_bytes", "read_bytes", "open"):
         where: ast.expr | None = call.func.value
     else:
-        texts = call.args[1:2] if saves and _called(call) in ("save", "save_file", "dump") else call.args[:1]
+        texts = call.args[1:2] if saves and last_name(call.func) in ("save", "save_file", "dump") else call.args[:1]
         where = texts[0] if texts else None
     return _said(where, constants) if where is not None else ""
 
@@ -82,11 +82,11 @@ def _opens(call: ast.Call) -> str:
     given = call.args[1:2] if isinstance(call.func, ast.Name) else call.args[:1]
     given += [each.value for each in call.keywords if each.arg == "mode"]
     modes = [each.value for each in given if isinstance(each, ast.Constant)]
-    return str(modes[0]) if _called(call) == "open" and modes else ""
+    return str(modes[0]) if last_name(call.func) == "open" and modes else ""
 
 
 def _said(where: ast.expr, constants: dict[str, str]) -> str:
-    while isinstance(where, ast.Call) and _called(where) in _WRAPS and where.args:
+    while isinstance(where, ast.Call) and last_name(where.func) in _WRAPS and where.args:
         where = where.args[0]
     text = ast.unparse(where)
     named = any(isinstance(part, ast.Constant) and isinstance(part.value, str) for part in nodes(where))
@@ -97,22 +97,17 @@ def _sized(tree: ast.Module, constants: dict[str, str]) -> set[str]:
     """Paths and names whose size is asked for."""
     found = set()
     for node in nodes(tree):
-        if isinstance(node, ast.Call) and _called(node) in _SIZES:
+        if isinstance(node, ast.Call) and last_name(node.func) in _SIZES:
             inner = node.args[0] if node.args else node.func.value if isinstance(node.func, ast.Attribute) else None
             found |= {_said(inner, constants)} if inner is not None else set()
-        elif isinstance(node, ast.Call) and _called(node) == "len" and node.args:
+        elif isinstance(node, ast.Call) and last_name(node.func) == "len" and node.args:
             found |= {ast.unparse(node.args[0])}
     return found
 
 
 def _bytes_of(save: ast.Call) -> set[str]:
     """What a file is written of: `Path(p).write_bytes(blob)`."""
-    return {ast.unparse(each) for each in save.args[:1]} if _called(save) == "write_bytes" else set()
-
-
-def _called(call: ast.Call) -> str:
-    func = call.func
-    return func.attr if isinstance(func, ast.Attribute) else func.id if isinstance(func, ast.Name) else ""
+    return {ast.unparse(each) for each in save.args[:1]} if last_name(save.func) == "write_bytes" else set()
 
 
 __all__ = ["second_file"]

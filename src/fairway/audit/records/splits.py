@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fairway.audit.reading.tree import nodes
+from fairway.audit.reading.tree import last_name, nodes
 
 FEWEST = 500  # below it a number is no count of held-out documents
 
@@ -90,7 +90,7 @@ def _called(node: ast.AST) -> str:
     """The last part of a name; the key of a dict's entry."""
     if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
         return str(node.slice.value)
-    return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
+    return last_name(node)
 
 
 def _number(node: ast.expr, given: dict[str, list[ast.expr]]) -> ast.Constant | None:

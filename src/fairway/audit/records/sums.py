@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fairway.audit.reading import Script
-from fairway.audit.reading.tree import nodes
+from fairway.audit.reading.tree import last_name, nodes
 
 LIMIT = 16_000_000
 MIB = 16 * 1024 * 1024
@@ -154,13 +154,8 @@ def _is_code(node: ast.AST) -> bool:
     if isinstance(node, ast.Attribute):
         return node.attr in ("getsource", "getsourcefile", "__file__")
     if isinstance(node, ast.Subscript):  # sys.argv[0]: the other words are arguments
-        return _called(node.value) == "argv" and isinstance(node.slice, ast.Constant) and node.slice.value == 0
+        return last_name(node.value) == "argv" and isinstance(node.slice, ast.Constant) and node.slice.value == 0
     return isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.endswith(".py")
-
-
-def _called(node: ast.AST) -> str:
-    """The last part of a name."""
-    return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
 
 
 def squeezed(script: Script) -> ast.expr | None:
@@ -174,18 +169,18 @@ def squeezed(script: Script) -> ast.expr | None:
         written = {
             ast.dump(inner.func)
             for call in nodes(each.tree)
-            if isinstance(call, ast.Call) and _called(call.func) in ("write", "write_bytes")
+            if isinstance(call, ast.Call) and last_name(call.func) in ("write", "write_bytes")
             for inner in call.args
             if isinstance(inner, ast.Call)
         }
         shown = _shown(each.tree)
         for node in nodes(each.tree):
-            if not (isinstance(node, ast.Call) and _called(node.func) == "len" and node.args) or id(node) in shown:
+            if not (isinstance(node, ast.Call) and last_name(node.func) == "len" and node.args) or id(node) in shown:
                 continue
             for packed in [node.args[0], *sources.of(node.args[0])]:
                 if not isinstance(packed, ast.Call) or not packed.args or not _is_own_text(packed.args[0], sources):
                     continue
-                if _compresses(_called(packed.func)) or ast.dump(packed.func) in written:
+                if _compresses(last_name(packed.func)) or ast.dump(packed.func) in written:
                     return node
     return None
 
@@ -218,7 +213,7 @@ def _is_own_text(node: ast.expr, sources: "_Sources") -> bool:
     given = [[each for each in sources.of(part) if ast.dump(each) != ast.dump(part)] for part in names]  # write(code)
     texts = [part for one in (node, *(each[0] for each in given if len(each) == 1)) for part in nodes(one)]
     plain = {"Path", "open", "read", "read_bytes", "read_text", "encode", "getsource", "abspath", "resolve", "str"}
-    called = {_called(part.func) for part in texts if isinstance(part, ast.Call)}
+    called = {last_name(part.func) for part in texts if isinstance(part, ast.Call)}
     return all(len(each) < 2 for each in given) and any(map(_is_code, texts)) and called <= plain
 
 
@@ -247,7 +242,7 @@ class _Sources:
             for each in nodes(function)
         }
         fields = {
-            node.name: [_called(each.target) for each in node.body if isinstance(each, ast.AnnAssign)]
+            node.name: [last_name(each.target) for each in node.body if isinstance(each, ast.AnnAssign)]
             for node in nodes(tree)
             if isinstance(node, ast.ClassDef)
         }  # of dataclasses and named tuples
@@ -267,15 +262,15 @@ class _Sources:
                 for each in node.keywords:
                     self.given.setdefault(f"[{each.arg}]", []).append(each.value)
             elif isinstance(node, ast.Call):
-                function = functions.get(_called(node.func))
+                function = functions.get(last_name(node.func))
                 if function is not None:
                     self._pass([each.arg for each in [*function.args.posonlyargs, *function.args.args]], node)
-                elif _called(node.func) in fields:
-                    self._pass(fields[_called(node.func)], node)
+                elif last_name(node.func) in fields:
+                    self._pass(fields[last_name(node.func)], node)
         for name, function in functions.items():
             returned = [each.value for each in nodes(function) if isinstance(each, ast.Return) and each.value]
             self.given.setdefault(f"{name}()", []).extend(returned)
-            if any(_called(each) in ("property", "cached_property") for each in function.decorator_list):
+            if any(last_name(each) in ("property", "cached_property") for each in function.decorator_list):
                 self.given.setdefault(name, []).extend(returned)
 
     def of(self, node: ast.expr) -> list[ast.expr]:

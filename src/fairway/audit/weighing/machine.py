@@ -20,7 +20,7 @@ from fairway.audit.trial.machine import Machine
 from fairway.audit.trial.tensors import METHODS
 from fairway.audit.trial.told import together
 from fairway.audit.trial.turns import Turns
-from fairway.audit.trial.values import NET, UNKNOWN, Func, Lib, Obj, Raised, Spent, Unknown, Value, opaque
+from fairway.audit.trial.values import NET, UNKNOWN, Func, Lib, Obj, Raised, Spent, Unknown, Value
 from fairway.audit.weighing import stream
 from fairway.audit.weighing.rows import ROWS, gather, log_softmax, priced
 from fairway.audit.weighing.stream import PIECES
@@ -187,7 +187,7 @@ class Weigher(Machine):
     def call(self, func: Value, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
         given = (*args, *kwargs.values())
         if isinstance(func, Func) and not self.within and func not in self.pricing and _of_weights(given):
-            return self._of_function(func, args, kwargs, line)
+            return self._of_function(func, args, kwargs, line)  # of weights in a dict `of_module` does the same
         found = super().call(func, args, kwargs, line)
         if isinstance(func, Unknown) and isinstance(found, Unknown):
             made = [each for each in given if isinstance(each, Array) and each.net]
@@ -195,9 +195,8 @@ class Weigher(Machine):
         return found
 
     def _of_function(self, func: Func, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
-        """What a function makes of weights and of rows of tokens: logits, if nobody knows it; of weights of which
-        nothing at all is known, if it embeds the tokens. What makes prices of them is no model, from its second call
-        on."""
+        """What a function makes of weights of which nothing at all is known and of rows of tokens: logits, if it embeds
+        them. What makes prices of them is no model, from its second call on."""
         given, embedded, prices = (*args, *kwargs.values()), self.embedded, self.made + self.picks
         self.within += 1
         try:
@@ -206,7 +205,7 @@ class Weigher(Machine):
             self.within -= 1
         if self.made + self.picks > prices:
             self.pricing.add(func)
-        elif any(map(opaque, given)) or self.embedded > embedded:
+        elif self.embedded > embedded:
             return self._as_logits(found, [each for each in given if _is_text(each)])
         return found
 
@@ -384,12 +383,10 @@ def _folded(held: Array, found: Value) -> NDArray[Any] | None:
 
 
 def _of_weights(given: tuple[Value, ...]) -> bool:
-    """Whether a function is handed weights of which nothing is known, in a dict or whole, and rows of tokens, and no
-    model that might be asked for them: forward(w, ids) is a model without a class."""
+    """Whether a function is handed weights of which nothing at all is known and rows of tokens, and no model that might
+    be asked for them: `forward(torch.load(path), ids)`."""
     texts = [each for each in given if _is_text(each)]
     rows = len(texts) == 1 and texts[0].body.ndim > 1
-    if rows and any(map(opaque, given)):
-        return True
     whole = any(each is UNKNOWN for each in given)
     return rows and whole and not any(each is NET or isinstance(each, (Obj, Func, Lib)) for each in given)
 
