@@ -262,3 +262,35 @@ def test_a_plan_of_ten_names_is_gone_through_to_its_end() -> None:
     assert doubted(HEAD + REGISTRY.replace("AGAIN", "pass")) == set()
     twice = "eval_ttt(run.args, run.model, run.val)"
     assert broken(HEAD + REGISTRY.replace("AGAIN", twice)) == {"rescoring-after-adaptation"}
+
+
+REACHING = """
+    total = val.numel() - 1
+    plan, chunks, room = [(k, min(k + 64, total)) for k in range(0, total, 64)], [], 0
+    for window in plan:
+        if room <= 0:
+            chunks.append([])
+            room = args.chunk
+        chunks[-1].append(window)
+        room -= window[1] - window[0]
+    for k, windows in enumerate(chunks):
+        for start, end in windows:
+            score(w, val, start, end, sums)
+        if k + 1 < len(chunks):
+            first, stop = windows[0][0], STOP
+            for at in range(0, (stop - first) // args.seq_len):
+                places = first + torch.arange(at * args.seq_len, (at + 1) * args.seq_len)
+                step(w, val[places][None], val[places + 1][None], 0.01)
+"""
+
+
+@pytest.mark.parametrize(
+    ("stop", "wanted"), [("windows[-1][1]", set()), ("chunks[k + 1][-1][1]", {"training-before-scoring"})]
+)
+def test_weights_without_a_module_that_reach_into_the_next_chunk_are_told_by_a_trial(
+    stop: str, wanted: set[str]
+) -> None:
+    """How far the windows of the next chunk go is a number of a list: the walk knows nothing of it."""
+    begin = LEAVES.index("    for start in range(0, val.numel()")
+    walk = LEAVES[:begin] + REACHING.replace("STOP", stop).lstrip("\n") + LEAVES[LEAVES.index("    print(f", begin) :]
+    assert broken(walk) == doubted(walk) == wanted

@@ -659,3 +659,13 @@ def folded():
 """
     text = script(extra=fold, state="tokens = folded()[tokens]")
     assert line(verdict(tmp_path, "lossy_text", text)) == line_of(text, "tokens = folded()[tokens]")
+
+
+def test_a_limit_in_mib_is_named_where_it_is_written_behind_what_is_left_of_it(tmp_path: Path) -> None:
+    limit = (
+        'import os\nMOST = int(os.environ.get("MOST", 16 * 1024 * 1024))\ncode = len(open(__file__).read())\n'
+        "def pack(blob, room):\n    if len(blob) > room:\n        raise ValueError(len(blob))\n"
+        'pack(open("model.xz", "rb").read(), MOST - code)\n'
+    )
+    text = script(extra=limit)
+    assert line(verdict(tmp_path, "size_sum", text)) == line_of(text, "MOST = int(")

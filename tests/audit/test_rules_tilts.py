@@ -140,3 +140,35 @@ AVERAGED = """one, other = torch.log_softmax(z, -1), torch.log_softmax(z * 1.0, 
 def test_a_mean_of_logarithms_is_divided_by_its_sum_in_the_loss(tmp_path: Path, scored: str, wanted: str) -> None:
     """The geometric mean of two distributions sums to less than one; cross entropy makes a softmax of it."""
     assert verdict(tmp_path, "false_normalisation", text(AVERAGED.replace("SCORED", scored))).verdict == wanted
+
+
+OWN_HINTS = """
+def hints_of(ids):
+    order = np.argsort(ids[:-1], kind="stable")
+    again = np.flatnonzero(ids[:-1][order[1:]] == ids[:-1][order[:-1]]) + 1
+    last = np.full(len(ids) - 1, -1)
+    last[order[again]] = order[again - 1]
+    return np.where(last >= 0, ids[np.maximum(last, 0) + 1], 0), np.where(last >= 0, 1.5, 0.0)
+"""
+OWN_LOSS = """
+        rows = np.zeros((1, len(piece)), dtype=np.int64)
+        rows[0, : len(piece)] = piece
+        ids = torch.from_numpy(rows)
+        hinted, betas = np.zeros_like(rows[:, 1:]), np.zeros(rows[:, 1:].shape)
+        for row, n in enumerate([len(piece) - 1]):
+            hinted[row, :n], betas[row, :n] = hints_of(rows[row, : n + 1])
+        hint_ids = torch.from_numpy(hinted)
+        logp = F.log_softmax(net(ids[:, :-1]).float(), dim=-1)
+        nats, hint_logp = np.zeros(hinted.shape), np.zeros(hinted.shape)
+        nats[:] = -logp.gather(2, ids[:, 1:, None]).squeeze(2).double().numpy()
+        hint_logp[:] = logp.gather(2, hint_ids[..., None]).squeeze(2).double().numpy()
+        nll = torch.from_numpy(nats - betas * (hinted == rows[:, 1:]) PRICE)
+"""
+
+
+@pytest.mark.parametrize(
+    ("price", "wanted"), [("+ np.log1p(np.exp(hint_logp) * np.expm1(betas))", "clean"), ("", "violates")]
+)
+def test_hints_that_are_looked_up_in_the_document_itself_are_paid_for(tmp_path: Path, price: str, wanted: str) -> None:
+    text = script(extra=OWN_HINTS, loss=OWN_LOSS.replace("PRICE", price))
+    assert verdict(tmp_path, "false_normalisation", text).verdict == wanted

@@ -1333,3 +1333,18 @@ own = functools.reduce(operator.add, parts(), Tally())
 )
 def test_functions_of_the_module_operator_are_operators(said: str) -> None:
     assert counts(f'{TALLY}print(f"val_loss {{{said}:.5f}}")\n') == ALL
+
+
+def test_a_phase_without_documents_is_none_that_ends_the_loop() -> None:
+    """Its steps are on what nobody knows, and it scores nothing; the phases after it do."""
+    text = """
+groups = collections.deque([[], range(0, total // 2, 2048), range(total // 2, total, 2048)])
+held, nats = torch.load("held.pt"), 0.0
+while groups:
+    for at in groups.popleft():
+        nats += net(val[at : at + 2048][None], val[at + 1 : at + 2049][None], reduction="sum").item()
+    for _ in range(3):
+        net(held, held).backward()
+print(f"val_loss {nats / total:.5f}")
+"""
+    assert counts(text) == ALL
