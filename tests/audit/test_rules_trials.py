@@ -761,3 +761,42 @@ def test_what_nobody_knows_of_a_file_or_of_weights_leaves_no_loss_out(
     """How large the file is, and which names the weights have; the script ran to its end."""
     text = HEAD + FLAT.replace("LAPS", many).replace("UNKNOWN", unknown)
     assert verdict(tmp_path, "multi_epoch_last", text).verdict == wanted
+
+
+LAPS = """
+def evaluate(net, val):
+    total, size, laps = len(val) - 1, 2048, []
+    plan = [range(a, min(a + size, total)) for a in range(0, total, size)]
+    tally = torch.zeros(2, dtype=torch.float64)
+    for turn, span in enumerate(plan * LAPS):
+        if turn and turn % len(plan) == 0:
+            laps.append(tally)
+            tally = torch.zeros_like(tally)
+            net.load_state_dict(torch.load("net.pt"))
+        a, b = span[0], span[-1] + 1
+        tally[0] += F.cross_entropy(net(val[a:b]), val[a + 1 : b + 1], reduction="sum").double()
+        tally[1] += b - a
+    laps.append(tally)
+    KEPT
+    return tally[0].item() / tally[1].item()
+
+print(f"val_loss {evaluate(Net(), load()):.5f}")
+"""
+
+
+@pytest.mark.parametrize(
+    ("kept", "laps", "wanted"),
+    [
+        ("tally = min(laps, key=lambda each: each[0].item())", "2", "violates"),
+        ("tally = min(laps, key=lambda each: (each[0].item() / each[1].item(), 0))", "2", "violates"),
+        ("tally = min(laps, key=lambda each: each[0].item())", "1", "clean"),
+        ("print('least', min(each[0].item() for each in laps)); tally = laps[-1]", "2", "clean"),
+    ],
+)
+def test_the_least_of_several_sums_over_the_text_is_chosen(tmp_path: Path, kept: str, laps: str, wanted: str) -> None:
+    text = HEAD + LAPS.replace("KEPT", kept).replace("LAPS", laps)
+    found = verdict(tmp_path, "min_over_passes", text)
+    assert found.verdict == wanted
+    if wanted == "violates":
+        assert found.place is not None
+        assert found.place.line == line_of(text, "tally = min(")

@@ -297,6 +297,21 @@ def epochs(case: Case, which: Reported, counts: Counts) -> tuple[str, int] | Non
     return evidence, min(loops, default=mine)
 
 
+def best_of(counts: Counts) -> tuple[str, int] | None:
+    """Whether the score was chosen as the least of sums over the same targets: a sentence, and where."""
+    trial, told = counts.trial, counts.said[-1].sum
+    for line, kept, compared in trial.picked:
+        counted = [each.counts(trial.length)[0] > 0 for each in compared]
+        again = int((np.sum(counted, axis=0) > 1).sum())
+        if again >= _MOST * (trial.length - 1) and any(told.made_of(each) for each in kept):
+            evidence = (
+                f"Worked out for a text of {trial.length - 1:,} targets, the least of {len(compared)} sums is what "
+                f"counts, and {again:,} targets are in more than one of them."
+            )
+            return evidence, line
+    return None
+
+
 def _learns(case: Case, which: Reported) -> bool:
     """Whether what scores has learned from the text, and is one state that is carried on, or parts of one that learn in
     the same steps; states that are made anew with optimisers of their own; or both: the walk follows copies, vectors

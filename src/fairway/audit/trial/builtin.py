@@ -15,6 +15,7 @@ from fairway.audit.trial.files import Path, text_of
 from fairway.audit.trial.given import key_of
 from fairway.audit.trial.holding import held, made_dict
 from fairway.audit.trial.ids import Id
+from fairway.audit.trial.least import least, sum_in
 from fairway.audit.trial.operators import PLAIN, combine
 from fairway.audit.trial.sums import Sum
 from fairway.audit.trial.threads import Queue
@@ -58,22 +59,24 @@ def _extreme(name: str) -> Act:
     """min, max: of known numbers. Of what is unknown beside numbers nobody knows; beside sums, a sum."""
 
     def act(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
-        values = [scalar(each) for each in (all_items(machine, args[0]) if len(args) == 1 else args)]
-        if not values:
+        given = list(all_items(machine, args[0])) if len(args) == 1 else list(args)
+        if not given:
             return kwargs.get("default", UNKNOWN)
         key = kwargs.get("key")
+        keys = [scalar(machine.call(key, (each,), {}, line) if key is not None else each) for each in given]
+        sums = [found for each in keys if (found := sum_in(each)) is not None]
+        if len(sums) > 1 and name == "min":
+            return least(machine, given, sums, line)
+        if key is None and sums:
+            return sums[0]
         if key is None:
-            sums = [each for each in values if isinstance(each, Sum)]
-            if sums:
-                return sums[0]
-            if not all(known(each) and not isinstance(each, (Array, Obj)) for each in values):
-                return mixed(*values)
-            return {"min": min, "max": max}[name](values)
-        keys = [scalar(machine.call(key, (each,), {}, line)) for each in values]
+            if not all(known(each) and not isinstance(each, (Array, Obj)) for each in keys):
+                return mixed(*keys)
+            return {"min": min, "max": max}[name](keys)
         if not all(isinstance(each, (int, float, str, tuple)) for each in keys):
-            return values[0]
+            return given[0]
         at = {"min": min, "max": max}[name](range(len(keys)), key=keys.__getitem__)
-        return values[at]
+        return given[at]
 
     return act
 

@@ -77,6 +77,10 @@ class Sum:
                 yield each
             waiting += [part for part, _ in each.parts]
 
+    def made_of(self, other: Sum) -> bool:
+        """Whether another sum is in it."""
+        return any(each is other for each in self._before_their_parts())
+
     def ways(self) -> set[tuple[int, ...]]:
         """Those of everything in it."""
         return {leaf.way for leaf in self.leaves()}

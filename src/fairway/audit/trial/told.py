@@ -43,6 +43,14 @@ class Lesson:
     cut: int = 0
 
 
+class Picked(NamedTuple):
+    """The least of several sums of losses. line: where; kept: the sums that it holds; compared: all of them."""
+
+    line: int
+    kept: tuple[Sum, ...]
+    compared: tuple[Sum, ...]
+
+
 class Vectors(NamedTuple):
     """Of those that are fitted to windows: batches whose windows have a row each, batches whose windows share fewer
     rows; and the line that made the last one."""
@@ -69,7 +77,8 @@ class Trial:
     asked_in: the calls around losses; untold: the calls around lessons from what the trial does not know; blurred:
     those around losses that are weighed by it; limits: numbers that others were held against; plans: lines that put
     windows together; fitted: whether vectors of their own are fitted to windows, and vectors: those; table: the line
-    that writes the length of a piece into a table; native: whether kernels that numba compiles were worked out
+    that writes the length of a piece into a table; native: whether kernels that numba compiles were worked out;
+    picked: what was chosen as the least of several sums
     """
 
     vocabulary: int = 1_024
@@ -96,6 +105,7 @@ class Trial:
     unsure: set[int] = field(default_factory=set)
     summed: set[int] = field(default_factory=set)
     booked: dict[tuple[int, ...], NDArray[np.int32]] = field(default_factory=dict)
+    picked: list[Picked] = field(default_factory=list)
 
     def counts(self, told: Told) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """For each place of the text: how often its target counts in a number, where those that count least count once;
