@@ -65,7 +65,8 @@ def _filled_with_what_was_learned(case: Case, which: Reported, score: Score, fil
     for step in case.trace.updates:
         shared = [(loop, turn) for loop, turn in step.nest if loop in turns]
         beside = step.how == "gradient" and shared and all(turns[loop] == turn for loop, turn in shared)
-        if not beside or step.number > filled.number or order_of(case, which, score, step) != "first":
+        ahead = step.number < filled.number or _scored_ahead(case.trace, score, filled)
+        if not beside or not ahead or order_of(case, which, score, step) != "first":
             continue
         ways = [tuple(place.line for place in each.stack) for each in (filled, step)]
         if _handed(case, parting(*ways)) & _handed(case, parting(*reversed(ways))):
@@ -73,11 +74,18 @@ def _filled_with_what_was_learned(case: Case, which: Reported, score: Score, fil
     return False
 
 
+def _scored_ahead(trace: Trace, score: Score, filled: Update) -> bool:
+    """Whether the losses are made before a table is filled in the same turn."""
+    turns = dict(filled.nest)
+    made = (each for each in trace.scores if each.stack == score.stack and each.number < filled.number)
+    return any(turns == {loop: turn for loop, turn in each.nest if loop in turns} for each in made)
+
+
 def _handed(case: Case, line: int) -> set[str]:
-    """The names that a line hands over as they are, of those that change in a loop."""
+    """The names that a line hands over as they are, or parts of what they name, of those that change in a loop."""
     tree = case.body.tree
     calls = [each for each in nodes(tree) if isinstance(each, ast.Call) and each.lineno == line]
-    given = {arg.id for call in calls for arg in call.args if isinstance(arg, ast.Name)}
+    given = {name for call in calls for arg in call.args if (name := _root(arg))}
     loops = [each for each in nodes(tree) if isinstance(each, (ast.For, ast.While))]
     around = [each for each in loops if each.lineno <= calls[0].lineno <= (each.end_lineno or 0)] if calls else []
     bound = {
@@ -87,6 +95,13 @@ def _handed(case: Case, line: int) -> set[str]:
         if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)
     }
     return given & bound
+
+
+def _root(node: ast.expr) -> str:
+    """`view` of view, view.target and view.mask.float()."""
+    while isinstance(node, (ast.Attribute, ast.Call)):
+        node = node.value if isinstance(node, ast.Attribute) else node.func
+    return node.id if isinstance(node, ast.Name) else ""
 
 
 def _vector_as_tried(case: Case, which: Reported, fault: Fault, cause: Update) -> Fault | None:

@@ -34,11 +34,8 @@ def cut_short(case: Case, which: Reported, counts: Counts) -> tuple[str, int] | 
         if whole is None:
             continue
         length, many = tried.text.length, float((whole.times > 0).sum())
-        forced = Forced(tried.site, tried.limit, tried.most // 2)
-        taken = (forced, *tried.text.limits.forced)
-        less = counted(run(case.script, case.settings, length, taken, cut=False, native=case.trial.native), which)
-        left = float((less.times > 0).sum()) if less is not None else many
-        if left < _LESS * many:
+        left = _left(case, which, Forced(tried.site, tried.limit, tried.most // 2), tried.text)
+        if left is not None and left < _LESS * many:
             evidence = (
                 f"Only {tried.limit:,} are let through. Worked out for a text of {length - 1:,} targets, which has "
                 f"{tried.most:,} of them, half as many leave {1 - left / many:.0%} of the targets out; the validation "
@@ -57,18 +54,25 @@ def too_short(case: Case, which: Reported, counts: Counts) -> tuple[str, int] | 
         if seen.limit is None or site[0] not in skipping or not _SHORTEST <= seen.limit < seen.least < seen.most:
             continue
         forced = Forced(site, seen.limit, (seen.least + seen.most) // 2)
-        taken = (forced, *counts.trial.limits.forced)
-        again = run(case.script, case.settings, counts.trial.length, taken, cut=False, native=case.trial.native)
-        less = counted(again, which)
+        left = _left(case, which, forced, counts.trial)
         many = float((counts.times > 0).sum())
-        if less is not None and float((less.times > 0).sum()) < _LESS * many:
+        if left is not None and left < _LESS * many:
             evidence = (
                 f"What has less than {seen.limit:,} tokens is left out of the score: of the text of a trial, where all "
-                f"have {seen.least:,} and more, {1 - float((less.times > 0).sum()) / many:.0%} when it is "
+                f"have {seen.least:,} and more, {1 - left / many:.0%} when it is "
                 f"{forced.value:,}."
             )
             return evidence, site[0]
     return None
+
+
+def _left(case: Case, which: Reported, forced: Forced, text: Trial) -> float | None:
+    """Of how many targets the score is, where a number is taken for another in a trial like this one; None where that
+    comes to no end, or only over a shorter text: a stride of 64 is one of 5 then, and takes twelve times as long."""
+    taken = (forced, *text.limits.forced)
+    again = run(case.script, case.settings, text.length, taken, cut=False, native=case.trial.native)
+    less = counted(again, which) if again.length == text.length else None
+    return None if less is None else float((less.times > 0).sum())
 
 
 def _skipping(case: Case) -> set[int]:

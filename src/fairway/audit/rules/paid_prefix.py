@@ -3,7 +3,7 @@
 from fairway.audit.case import Case
 from fairway.audit.terms.data import counted, cut_from, is_validation, sources, stored, writes
 from fairway.audit.terms.streams import Streams
-from fairway.audit.terms.term import Term
+from fairway.audit.terms.term import Term, walk
 from fairway.audit.terms.verdicts import clean_as_read
 from fairway.audit.verdict import Finding
 
@@ -36,4 +36,9 @@ def check(case: Case) -> Finding:
 
 def _counted_up(writing: Term, term: Term, streams: Streams) -> bool:
     """Whether what is written was read through the same handle: a counter of what ranks have claimed, no text."""
-    return all(source.receiver is not None and source.receiver is writing.receiver for source in sources(term, streams))
+    handle = writing.receiver
+
+    def same_handle(source: Term) -> bool:  # struct.unpack("<i", handle.read(4)) reads it a call further down
+        return any(each.op == "call" and each.receiver is handle for each in walk(source))
+
+    return handle is not None and all(map(same_handle, sources(term, streams)))

@@ -34,10 +34,11 @@ class Array:
     gives its losses the shape of logits that nobody knows. Where a trial works with a made-up model (audit/weighing),
     net: numbers that a model made, before they are a distribution; price: what is said of the target of each place, as
     a number, before it is multiplied by a constant. whole: of a part, the array and the place that it was taken from:
-    numbers that become sums are no view any more.
+    numbers that become sums are no view any more. rows: of what a mask picked out of a table, how many each of its rows
+    gave, and of what that was an index for.
     """
 
-    __slots__ = ("coef", "net", "num", "pos", "price", "was", "whole")
+    __slots__ = ("coef", "net", "num", "pos", "price", "rows", "was", "whole")
 
     def __init__(self, num: Numbers | None, pos: Numbers | None = None, coef: Numbers | None = None) -> None:
         self.num = num
@@ -47,6 +48,7 @@ class Array:
         self.whole: tuple[Array, Any] | None = None
         self.net = False
         self.price: Numbers | None = None
+        self.rows: Numbers | None = None
 
     @property
     def body(self) -> Numbers:
@@ -70,7 +72,14 @@ class Array:
         made.net = self.net
         if self.price is not None:
             made.price = turn(self.price)
-        return made
+        return made.as_picked(self)
+
+    def as_picked(self, *others: Array) -> Array:
+        """With the rows of what it was made of, where it has its shape."""
+        for other in others:
+            if other.rows is not None and other.shape == self.shape:
+                self.rows = other.rows
+        return self
 
     def __len__(self) -> int:
         return len(self.body)
@@ -219,7 +228,7 @@ def binary(name: str, left: Value, right: Value) -> Value:
         return one if one.net else two
     limited(float(np.prod(np.broadcast_shapes(one.shape, two.shape))))
     with np.errstate(all="ignore"):
-        made = Array(np.asarray(OPERATORS[name](one.num, two.num)))
+        made = Array(np.asarray(OPERATORS[name](one.num, two.num))).as_picked(one, two)
     if name not in COMPARISONS:
         made.net = one.net or two.net
         _price(made, name, one, two)
@@ -275,7 +284,7 @@ def _of_losses(name: str, one: Array, two: Array) -> Value:
     elif name == "Div" and loss is one:
         with np.errstate(all="ignore"):
             coef = np.where(plain.num == 0, 0.0, coef / plain.num)
-    made = Array(None, pos, coef)
+    made = Array(None, pos, coef).as_picked(loss)
     made.was = loss.was if shape == loss.shape else ()
     return made
 
@@ -348,6 +357,11 @@ def _rows(array: Array, counted: NDArray[np.bool_]) -> Rows | None:
     if width >= LEAST and not array.pos.size % width:
         return Rows(array.pos.reshape(-1, width)[:, 0] & PLACE, counted.reshape(-1, width).sum(axis=1))
     flat = array.pos.reshape(-1)
+    if array.rows is not None and int(array.rows.sum()) == flat.size:
+        ends = np.cumsum(array.rows)
+        starts = [flat[low] & PLACE if low < high else PLACE for low, high in zip(ends - array.rows, ends, strict=True)]
+        of_row = np.repeat(np.arange(array.rows.size), array.rows)[counted.reshape(-1)]
+        return Rows(np.array(starts, np.int32), np.bincount(of_row, minlength=array.rows.size))
     inside = flat[flat >= 0] & PLACE
     if not inside.size:
         return None

@@ -268,6 +268,8 @@ class Attributes(Arrays):
                 return UNKNOWN
             except IndexError as error:
                 raise Raised("IndexError", str(error)) from None
+            if isinstance(part, Array) and isinstance(place, np.ndarray):
+                part.rows = place.sum(axis=1) if place.dtype == bool and place.ndim == 2 else _rows_of(index, part)
             if isinstance(part, Array) and part.body.base is None:  # a copy: places that an array names
                 self.weigh(part)
             elif isinstance(part, Array) and value.pos is None and value.body.size <= _SUMS:
@@ -408,6 +410,11 @@ class Attributes(Arrays):
                     return bool(self.truth(method(value)))
             return True
         return bool(value)
+
+
+def _rows_of(index: Value, part: Array) -> np.ndarray | None:
+    """Of an index that a mask had picked out of a table, the rows it came from, where each place gave one element."""
+    return index.rows if isinstance(index, Array) and index.shape == part.shape else None
 
 
 def _open(key: Value) -> bool:

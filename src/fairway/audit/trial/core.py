@@ -273,11 +273,11 @@ class Core:
         pos = target.pos if target.pos is not None else np.full(target.shape, -1, np.int32)
         places = self.marked(pos)
         if self.trial.fitted:
-            places = places + self.fitting.marks(pos, pos.shape if pos.ndim > 1 else target.was)
+            places = places + self.fitting.marks(pos, pos.shape if pos.ndim > 1 else target.was, target.rows)
             self.trial.vectors = Vectors(self.fitting.shared[0], self.fitting.shared[1], self.made_at)
         losses = Array(None, np.array(places), np.ones(target.shape))  # of no dimension, numpy makes it a number
         losses.was = target.was
-        return losses
+        return losses.as_picked(target)
 
     # -- what the parts ask of each other -------------------------------------------------------------------------
 

@@ -76,13 +76,14 @@ class Fitting:
                 held[learned] = True
         self.listed = sorted(step.items(), key=lambda each: each[0])
 
-    def marks(self, pos: Places, shape: tuple[int, ...]) -> Places:
-        """Of losses that are being made: their marks. shape: of the windows, where they were made flat."""
+    def marks(self, pos: Places, shape: tuple[int, ...], picked: NDArray[np.int64] | None = None) -> Places:
+        """Of losses that are being made: their marks. shape: of the windows, where they were made flat; picked: of
+        those that a mask picked, how many of each window."""
         found = np.zeros(pos.shape, dtype=np.int32)
         if self.empty:
             return found
         flat, out = pos.reshape(-1), found.reshape(-1)
-        rows = runs(flat, shape[-1] if len(shape) > 1 else 0)
+        rows = runs(flat, shape[-1] if len(shape) > 1 else 0, picked)
         if not rows:
             return np.where(self.together[_within(pos)] & (pos >= 0), FITTED, 0).astype(np.int32)
         told: list[tuple[slice, Held | None]] = []
@@ -162,6 +163,9 @@ class Fitting:
         learned last, and other parts of them are scored, or they are told by where they begin, where all that they have
         learned is among what they are asked for. None for those that nobody can tell."""
         starts = [start for start, _ in asked]
+        after = {_next(held): held for _, held in self.listed if held.any()}
+        if after and after.keys() <= set(starts) and len(starts) - len(after) <= self.blank:
+            return [after.get(start, _nothing()) for start in starts]  # of several documents, each with a first window
         order = sorted(range(len(starts)), key=starts.__getitem__)
         more = len(starts) - len(self.listed)
         first: list[tuple[Window, Held]] = [((0, -1), _nothing())] * more if 0 < more <= self.blank else []
@@ -195,9 +199,10 @@ def _within(places: Places) -> Places:
     return np.minimum(places & PLACE, LENGTH)
 
 
-def runs(places: Places, width: int = 0) -> list[slice]:
+def runs(places: Places, width: int = 0, picked: NDArray[np.int64] | None = None) -> list[slice]:
     """Where the places of a text go on one by one: its windows, one after the other. width: tokens of a window where
-    that is known, since one may begin where another ends. None where they stand in another order."""
+    that is known, since one may begin where another ends; picked: of each, where a mask picked them. None where they
+    stand in another order."""
     bare = np.where(places >= 0, places & PLACE, -2)
     padding = (bare[1:] < 0) & (bare[:-1] < 0)
     ends = np.flatnonzero((np.diff(bare) != 1) & ~padding) + 1
@@ -205,5 +210,7 @@ def runs(places: Places, width: int = 0) -> list[slice]:
         return []
     if width >= LEAST and not places.size % width:
         ends = np.union1d(ends, np.arange(width, places.size, width))
+    if picked is not None and int(picked.sum()) == places.size:
+        ends = np.setdiff1d(np.union1d(ends, np.cumsum(picked)), [0, places.size])
     bounds = [0, *ends.tolist(), places.size]
     return [slice(low, high) for low, high in itertools.pairwise(bounds) if high > low and bare[low] >= 0]

@@ -48,7 +48,7 @@ from fairway.audit.trial.losses import (
     learned_from,
     mlx_cross_entropy,
 )
-from fairway.audit.trial.making import Dtype, arange, full, full_like, like, made, tensor, wrapping
+from fairway.audit.trial.making import Device, Dtype, arange, full, full_like, like, made, tensor, wrapping
 from fairway.audit.trial.reading import (
     frombuffer,
     fromfile,
@@ -284,6 +284,7 @@ _WORLD: dict[str, Act] = {
     "*.ones_like": plain(like(1)),
     "*.full_like": plain(full_like),
     "*.dtype": plain(Dtype),
+    "torch.device": plain(Device),
     "*.arange": plain(arange),
     **dict.fromkeys(["*.tensor", "*.as_tensor", "*.from_numpy", "*.array", "*.asarray"], plain(tensor)),
     **{

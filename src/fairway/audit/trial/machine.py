@@ -19,7 +19,7 @@ from fairway.audit.trial.core import Core
 from fairway.audit.trial.functions import functions
 from fairway.audit.trial.generators import Generators
 from fairway.audit.trial.limits import CHUNK, Coarse, Forced, alone, finer, looped
-from fairway.audit.trial.named import numbers
+from fairway.audit.trial.named import numbers, taken
 from fairway.audit.trial.planning import handed_on
 from fairway.audit.trial.told import Trial
 from fairway.audit.trial.turns import shorter
@@ -113,6 +113,9 @@ class Machine(Calls):
         return self.module(layer.script, name) if layer is not None else Lib(name)
 
 
+_ROWS = 16  # windows or documents side by side: the shorter text has no more
+_BATCHES = range(_ROWS + 1, 513)  # of them; more are tokens
+
 Kind = TypeVar("Kind", bound=Machine)
 
 
@@ -128,6 +131,7 @@ def run(
     the script that are taken for others; cut: whether chunks that are larger than the text are taken for smaller ones;
     native: whether kernels are tried that an earlier trial of the script may have found too much.
     Where a loop goes through the tokens one by one and takes too many steps for that, the text is a shorter one, and
+    as it is where the script does much with each batch, whose rows are fewer then;
     where even that is too much for a kernel that numba compiles, nothing is known of what such kernels give; a
     number that cuts it into one piece is taken for a smaller one."""
     begin = partial(Machine, script, settings, native=native)
@@ -138,7 +142,8 @@ def run(
     less = shorter(trial.slow) if trial.slow else text.SHORT if trial.why == _LONG else 0
     if less and less < length:
         begin, length = partial(begin, slow=trial.slow), less
-        trial = over(begin, length, trial.limits.forced).trial
+        fewer = () if trial.slow else taken(script, settings, ("batch",), _BATCHES, _ROWS)
+        trial = over(begin, length, (*trial.limits.forced, *fewer)).trial
     while cut and (number := _too_large(trial, script, settings, length)):
         trial = over(begin, length, (*trial.limits.forced, finer(number, length))).trial
     return trial

@@ -41,7 +41,7 @@ def cast(array: Value, *args: Value, **kwargs: Value) -> Value:
     for each in (*args, kwargs.get("dtype")):
         dtype = dtype_of(each)
         if dtype is not None and dtype != array.num.dtype:
-            made = Array(array.num.astype(dtype), array.pos)
+            made = Array(array.num.astype(dtype), array.pos).as_picked(array)
             made.net, made.price = array.net, array.price
             return made
     return array
@@ -75,6 +75,14 @@ class Dtype:
 
     def newbyteorder(self, *_: Value) -> Dtype:
         return self
+
+
+class Device:
+    """torch.device("cuda", 3) or ("cuda:3"): scripts ask its type before they compile."""
+
+    def __init__(self, name: Value = UNKNOWN, index: Value = UNKNOWN, **_: Value) -> None:
+        self.type: Value = name.partition(":")[0] if isinstance(name, str) else UNKNOWN
+        self.index: Value = index
 
 
 def typed(name: str) -> Act:

@@ -7,7 +7,7 @@ import numpy as np
 from fairway.audit.trial.arrays import Array, holds_sums, put, sum_of
 from fairway.audit.trial.given import body_of, index_of, numbers_of
 from fairway.audit.trial.sums import Sum
-from fairway.audit.trial.values import Unknown, Value
+from fairway.audit.trial.values import UNKNOWN, Unknown, Value
 
 
 def index_add_(array: Value, dim: Value, index: Value, source: Value = None, **_: Value) -> Value:
@@ -26,6 +26,23 @@ def index_add_(array: Value, dim: Value, index: Value, source: Value = None, **_
 def scatter_add_(array: Value, dim: Value, index: Value, src: Value = None, **_: Value) -> Value:
     """x.scatter_add_(0, index, src), in one dimension; of more, numbers as they stood."""
     return index_add_(array, dim, index, src) if isinstance(array, Array) and array.body.ndim == 1 else array
+
+
+def scatter_reduce(
+    array: Value, dim: Value, index: Value, src: Value, reduce: Value, include_self: Value = True, **_: Value
+) -> Value:
+    """x.scatter_reduce(dim, index, src, reduce="amin"), of numbers: a copy."""
+    held, at, more = numbers_of(array).copy(), numbers_of(index), numbers_of(src)
+    how = _REDUCED.get(reduce) if isinstance(reduce, str) and include_self is True else None
+    if how is None:
+        return UNKNOWN
+    places = list(np.indices(at.shape))
+    places[dim % held.ndim] = at
+    how.at(held, tuple(places), more[tuple(map(slice, at.shape))])
+    return Array(held)
+
+
+_REDUCED: dict[str, np.ufunc] = {"amin": np.minimum, "amax": np.maximum, "sum": np.add}
 
 
 def index_put_(array: Value, index: Value, values: Value, accumulate: Value = False, **_: Value) -> Value:
@@ -59,4 +76,4 @@ def _added(array: Array, index: np.ndarray, more: Array) -> None:
     array.num = held
 
 
-__all__ = ["bucketize", "index_add_", "index_put_", "scatter_add_"]
+__all__ = ["bucketize", "index_add_", "index_put_", "scatter_add_", "scatter_reduce"]

@@ -29,7 +29,7 @@ from fairway.audit.trial.reducing import (
     where,
     zero_,
 )
-from fairway.audit.trial.scattering import bucketize, index_add_, index_put_, scatter_add_
+from fairway.audit.trial.scattering import bucketize, index_add_, index_put_, scatter_add_, scatter_reduce
 from fairway.audit.trial.shapes import (
     cat,
     chunk,
@@ -302,6 +302,8 @@ METHODS: dict[str, Callable[..., Value]] = {
     "index_add_": index_add_,
     "index_put_": index_put_,
     "scatter_add_": scatter_add_,
+    "scatter_reduce": scatter_reduce,
+    "scatter_reduce_": lambda array, *args, **kwargs: copy_(array, scatter_reduce(array, *args, **kwargs)),
     "bucketize": bucketize,
     "tolist": tolist,
     "tobytes": tobytes,
