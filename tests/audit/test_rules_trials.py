@@ -337,7 +337,27 @@ def test_passes_whose_sum_is_begun_anew_are_epochs(tmp_path: Path, passes: str, 
     assert counts is not None
     shown = epochs(case, which, counts)
     assert (shown is not None) is wanted
-    assert shown is None or shown[1] == line_of(text, passes.split("\n")[0])
+    assert shown is None or shown[2] == line_of(text, passes.split("\n")[0])
+
+
+TWICE = """
+        if tick % 2 == 0:
+            nats, count = tally.nats.clone(), tally.count
+        else:
+            tally.nats, tally.count = nats, count
+        tally.add(nll)
+"""
+
+
+def test_chunks_that_are_summed_again_at_once_are_scored_twice_and_no_epochs(tmp_path: Path) -> None:
+    passes = "for tick in range(2 * len(chunks)):\n        c = tick // 2\n        low, high = chunks[c]"
+    text = HEAD + LEARNING.replace("PASSES", passes).replace("if c == 0:", "if tick == 0:")
+    text = text.replace("        tally.add(nll)\n", TWICE)
+    found = verdict(tmp_path, "rescoring_after_adaptation", text)
+    assert found.verdict == "violates"
+    assert found.place is not None
+    assert found.place.line == line_of(text, passes.split("\n")[0])
+    assert verdict(tmp_path, "multi_epoch_last", text).verdict == "clean"
 
 
 TAUGHT = """

@@ -8,6 +8,7 @@ from fairway.audit.passes.charged import is_gate, passes_of
 from fairway.audit.passes.faults import Fault
 from fairway.audit.passes.places import place_of
 from fairway.audit.passes.reported import Reported, is_diagnosis
+from fairway.audit.passes.trials import counts_of, epochs
 from fairway.audit.passes.vectors import fitted_to_scored
 from fairway.audit.verdict import Finding, Place, Step, Verdict
 
@@ -50,6 +51,17 @@ def vectors_on(case: Case, rule: str, clause: str, clean: str) -> Finding:
     if shown is None or shown[0] != rule:
         return found
     return Finding(rule, "violates", shown[1], clause, case.place(shown[2] or which.score[0].place.line))
+
+
+def passes_on(case: Case, rule: str, clause: str, clean: str) -> Finding:
+    """The same of second passes; where the walk finds no fault at all, as a trial counts them."""
+    found = verdict_on(case, rule, clause, clean)
+    which, own, _ = passes_of(case)
+    counts = counts_of(case, which) if found.verdict == "clean" and not own else None
+    shown = epochs(case, which, counts) if counts is not None else None
+    if shown is None or shown[0] != rule:
+        return found
+    return Finding(rule, "violates", shown[1], clause, case.place(shown[2]))
 
 
 def _before(which: Reported, faults: list[Fault]) -> bool:

@@ -25,6 +25,7 @@ _WHOLE = 0.02  # times: how near to a whole number what is counted again must co
 _TWICE = 1.4  # times: what is less is a weight, as that of a window that is shorter than others
 _TAUGHT = 0.5  # of what is scored again: the last chunk is often not learned from
 _MOST = 0.5  # of the targets: an epoch of them
+_NEARLY = 0.95  # of those that are summed
 _LEFT = 0.05  # of the targets
 FEW = 32  # targets: fewer that count otherwise are edges of documents
 
@@ -268,9 +269,9 @@ def _around(case: Case, line: int) -> ast.FunctionDef | ast.AsyncFunctionDef | N
     return max(found, key=lambda node: node.lineno, default=None)
 
 
-def epochs(case: Case, which: Reported, counts: Counts) -> tuple[str, int] | None:
+def epochs(case: Case, which: Reported, counts: Counts) -> tuple[str, str, int] | None:
     """Whether most targets of the score were summed by the same calls before, and learned from since, while each counts
-    once: a sentence, and the loop over the passes."""
+    once: the rule, by whether all were summed before any was again, a sentence, and the loop over the passes."""
     trial = counts.trial
     booked = {way: trial.booked[way] for way in sorted(counts.said[-1].sum.ways()) if way in trial.booked}
     again = int(np.any([times > 1 for times in booked.values()], axis=0).sum()) if booked else 0
@@ -294,7 +295,8 @@ def epochs(case: Case, which: Reported, counts: Counts) -> tuple[str, int] | Non
         if isinstance(node, (ast.For, ast.While))
         and all(node.lineno <= at <= (node.end_lineno or 0) for at in (mine, theirs))
     )
-    return evidence, min(loops, default=mine)
+    whole = trial.again[way] >= _NEARLY * np.count_nonzero(booked[way])  # a chunk alone may be most of the text
+    return "multi-epoch-last" if whole else "rescoring-after-adaptation", evidence, min(loops, default=mine)
 
 
 def best_of(counts: Counts) -> tuple[str, int] | None:

@@ -1,7 +1,7 @@
 """Tokens are scored a second time, after the model adapted to them."""
 
 from fairway.audit.case import Case
-from fairway.audit.passes.findings import verdict_on
+from fairway.audit.passes.findings import passes_on
 from fairway.audit.verdict import Finding
 
 ID = "rescoring-after-adaptation"
@@ -11,4 +11,4 @@ CLAUSE = 'RULES.md (b) conditions 3 and 4; (c) "TTT then re-score"'
 
 def check(case: Case) -> Finding:
     clean = "Every validation loss in the score was booked before anything learned from its token."
-    return verdict_on(case, ID, CLAUSE, clean)
+    return passes_on(case, ID, CLAUSE, clean)

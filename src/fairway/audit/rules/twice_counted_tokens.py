@@ -13,7 +13,7 @@ from fairway.audit.passes.charged import passes_of
 from fairway.audit.passes.findings import unseen
 from fairway.audit.passes.places import of_another
 from fairway.audit.passes.reported import Reported, scores_of
-from fairway.audit.passes.trials import counts_of, repeated
+from fairway.audit.passes.trials import FEW, counts_of, repeated
 from fairway.audit.reading.tree import nodes
 from fairway.audit.terms.windows import begun, listed, masked
 from fairway.audit.verdict import Finding, Place
@@ -34,7 +34,7 @@ def check(case: Case) -> Finding:
         booked |= said.value.losses
     tails, how = None, ""
     counts = counts_of(case, which)
-    once = counts is not None and not len(counts.more) and not len(counts.missing)  # whatever the symbols say
+    once = counts is not None and not len(counts.more) and len(counts.missing) < FEW  # whatever the symbols say
     for bit in bits(booked):
         score = case.trace.scores[bit]
         whole = [tok for tok in score.targets if tok.data in which.data]

@@ -158,7 +158,11 @@ def _is_power(term: Term) -> bool:
 def of_others(gates: Gates) -> Iterator[Term]:
     """logsumexp(a) - b[target], of two different rows of logits, or of some places of one: topk(b).values."""
     for term in gates.nodes:
-        if term.op != "op" or term.value != "-" or id(term) in gates.inside:
+        if term.op != "op" or term.value != "-" or len(term.parts) != 2:
+            continue
+        if id(term) in gates.inside:
+            if _partly_summed(term):
+                yield term
             continue
         for total, at in (term.parts, term.parts[::-1]):
             summed = _bare(total)
@@ -170,6 +174,12 @@ def of_others(gates: Gates) -> Iterator[Term]:
                 continue
             if _some_of(one, other) or not _related(peel(one), other):
                 yield term
+
+
+def _partly_summed(term: Term) -> bool:
+    """row - logsumexp(topk(row).values): of logits that are read at the target afterwards."""
+    row, summed = peel(term.parts[0]), _bare(term.parts[1])
+    return summed.called == "logsumexp" and _some_of(summed.operand("input", "a"), row) and _makes_logits(row)
 
 
 def _related(one: Term, other: Term) -> bool:

@@ -13,7 +13,7 @@ operation is one of this folder's, and steps, sizes and depths are bounded.
 A trial that meets something it cannot work out says so and accuses nobody.
 """
 
-from fairway.audit.trial.machine import run
+from fairway.audit.trial.machine import in_pairs, run
 from fairway.audit.trial.told import Trial
 
-__all__ = ["Trial", "run"]
+__all__ = ["Trial", "in_pairs", "run"]

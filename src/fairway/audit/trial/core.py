@@ -236,7 +236,10 @@ class Core:
             self.scored[places] += 1  # numpy adds once where an index stands twice
             if value.weights is not None and (value.way in self.trial.booked or len(self.trial.booked) < WAYS):
                 times = self.trial.booked.setdefault(value.way, np.zeros(LENGTH, dtype=np.int32))
-                times[places[value.weights != 0]] += 1
+                counted = places[value.weights != 0]
+                if value.way not in self.trial.again and times[counted].any():
+                    self.trial.again[value.way] = int(np.count_nonzero(times))
+                times[counted] += 1
         return value
 
     def marked(self, pos: NDArray[np.int32]) -> NDArray[np.int32]:

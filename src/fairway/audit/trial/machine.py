@@ -114,6 +114,7 @@ class Machine(Calls):
 
 
 _ROWS = 16  # windows or documents side by side: the shorter text has no more
+_PAIR = 2
 _BATCHES = range(_ROWS + 1, 513)  # of them; more are tokens
 
 Kind = TypeVar("Kind", bound=Machine)
@@ -147,6 +148,16 @@ def run(
     while cut and (number := _too_large(trial, script, settings, length)):
         trial = over(begin, length, (*trial.limits.forced, finer(number, length))).trial
     return trial
+
+
+def in_pairs(trial: Trial, script: Script, settings: Settings) -> Trial:
+    """The same trial with batches of two, where it came to its end and nothing learned: of a chunk that is a part of
+    the short text no batch of thirty-two windows can be made. The first one where that shows no more."""
+    fewer = tuple(taken(script, settings, ("batch",), range(_PAIR + 1, _BATCHES.stop), _PAIR))
+    if not fewer or not trial.complete or trial.lessons:
+        return trial
+    again = over(partial(Machine, script, settings, native=trial.native), trial.length, (*trial.limits.forced, *fewer))
+    return again.trial if again.trial.complete and again.trial.lessons else trial
 
 
 def _too_large(trial: Trial, script: Script, settings: Settings, length: int) -> int | None:

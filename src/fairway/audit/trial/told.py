@@ -72,7 +72,8 @@ class Trial:
     length: tokens of the text; doubts: lines of conditions that hang on what nobody knows; steps: how many were taken;
     slow: where a loop over tokens one by one was too long for the text, the steps of its turns; left_out: lines of
     statements that raise, and what; unsure: those among them that had scored before they did; summed: lines that sum
-    losses; booked: by the calls and the line that sum them, how often each target was; early: places that were learned
+    losses; booked: by the calls and the line that sum them, how often each target was, and again: how many of them were
+    when the first was summed again; early: places that were learned
     from before they were scored; taught_in: the calls around lessons, and the mark that each leaves at its targets;
     asked_in: the calls around losses; untold: the calls around lessons from what the trial does not know; blurred:
     those around losses that are weighed by it; limits: numbers that others were held against; plans: lines that put
@@ -105,6 +106,7 @@ class Trial:
     unsure: set[int] = field(default_factory=set)
     summed: set[int] = field(default_factory=set)
     booked: dict[tuple[int, ...], NDArray[np.int32]] = field(default_factory=dict)
+    again: dict[tuple[int, ...], int] = field(default_factory=dict)
     picked: list[Picked] = field(default_factory=list)
 
     def counts(self, told: Told) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
