@@ -222,7 +222,7 @@ def lesson_before(case: Case, which: Reported, counts: Counts) -> tuple[str, int
 
 def _reaching(case: Case, lines: tuple[int, ...]) -> int:
     """The line in the functions of these calls, but the one that calls the first, that says from where to where:
-    `range(begin, end, step)`."""
+    `range(begin, end, step)`; or how far, `stop = min(begin + 2 * chunk, total)`, or a call that does."""
     around = [_around(case, line) for line in lines[1:]]
     ranges = (
         each.lineno
@@ -232,7 +232,20 @@ def _reaching(case: Case, lines: tuple[int, ...]) -> int:
         if isinstance(each, ast.Call) and len(each.args) > 1 and ast.unparse(each.func).endswith("range")
     )
     further = (each.lineno for each in nodes(case.body.tree) if isinstance(each, ast.Call) and _further(each, lines))
-    return next(ranges, 0) or next(further, 0)
+    bounds = (
+        each.lineno
+        for function in around
+        if function is not None
+        for each in nodes(function)
+        if isinstance(each, ast.Assign) and _is_bound(each.value)
+    )
+    return next(ranges, 0) or next(further, 0) or min(bounds, default=0)
+
+
+def _is_bound(value: ast.expr) -> bool:
+    """min(begin + 2 * chunk, total)"""
+    called = isinstance(value, ast.Call) and getattr(value.func, "id", "") == "min"
+    return called and any(isinstance(p, ast.BinOp) and isinstance(p.op, ast.Add) for p in nodes(value))
 
 
 def _further(call: ast.Call, lines: tuple[int, ...]) -> bool:

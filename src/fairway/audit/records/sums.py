@@ -302,9 +302,11 @@ class _Sources:
                 continue
             seen.add(id(each))
             yield each
-            waiting += list(ast.iter_child_nodes(each))
-            if isinstance(each, ast.expr):
-                waiting += self.of(each)
+            stands_for = self.of(each) if isinstance(each, ast.expr) else []
+            own = isinstance(each, ast.Call) and isinstance(each.func, ast.Name) and stands_for
+            if not own:  # of what a function of the script gives, its arguments are parts by their names in it
+                waiting += list(ast.iter_child_nodes(each))
+            waiting += stands_for
 
     def _give(self, target: ast.AST, value: ast.expr) -> None:
         if isinstance(target, (ast.Tuple, ast.List)):

@@ -169,7 +169,9 @@ _NUMBERING = frozenset("piece_to_id PieceToId token_to_id convert_tokens_to_ids"
 
 
 def _led_through_folded(case: Case) -> Term | None:
-    """table[tokens] where the table gives each token the number of its folded text."""
+    """table[tokens] where the table gives each token the number of its folded text: of all that are made with such a
+    table, a row of counts by folded tokens among them, the one with the least below it."""
+    found: list[tuple[int, Term]] = []
     for one in case.reading.contributions:
         for term in one.below(one.term):
             if term.op != "item" or not one.streams.is_stream(term.parts[1]):
@@ -178,8 +180,8 @@ def _led_through_folded(case: Case) -> Term | None:
             numbered = any(below.called in _NUMBERING for below in table) or _numbers_pieces(table)
             folding = next((b for b in table if b.op == "call" and b.called in _FOLDING and _of_text(b)), None)
             if numbered and folding is not None:
-                return term
-    return None
+                found.append((len(table), term))
+    return min(found, key=lambda each: each[0])[1] if found else None
 
 
 def _numbers_pieces(table: list[Term]) -> bool:

@@ -15,7 +15,7 @@ from fairway.audit.passes.places import of_another
 from fairway.audit.passes.reported import Reported, scores_of
 from fairway.audit.passes.trials import FEW, counts_of, repeated
 from fairway.audit.reading.tree import nodes
-from fairway.audit.terms.windows import begun, listed, masked
+from fairway.audit.terms.windows import begun, cut, listed, masked
 from fairway.audit.verdict import Finding, Place
 
 ID = "twice-counted-tokens"
@@ -35,9 +35,11 @@ def check(case: Case) -> Finding:
     tails, how = None, ""
     counts = counts_of(case, which)
     once = counts is not None and not len(counts.more) and len(counts.missing) < FEW  # whatever the symbols say
-    for bit in bits(booked):
+    read = [[tok for tok in case.trace.scores[bit].targets if tok.data in which.data] for bit in bits(booked)]
+    following = any(tok.shift for whole in read for tok in whole)  # what follows its context is no hint
+    for bit, all_of_it in zip(bits(booked), read, strict=True):
         score = case.trace.scores[bit]
-        whole = [tok for tok in score.targets if tok.data in which.data]
+        whole = [tok for tok in all_of_it if tok.shift or not following]
         if not whole:
             continue
         again = _again(whole) if not once else ""
@@ -69,7 +71,7 @@ def _decided(case: Case, score: Score) -> Place:
     plans = case.trial.plans
     if plans.overlapping and not of_another(case, [score], plans.overlapping):
         return case.place(plans.overlapping)
-    terms = (said(gates.of) for said in (begun, masked, listed) for gates in case.reading.gates)
+    terms = (said(gates.of) for said in (begun, masked, listed, cut) for gates in case.reading.gates)
     term = next((term for term in terms if term is not None), None)
     if term is not None:
         return _narrowed(case, score) or case.reading.place(term)

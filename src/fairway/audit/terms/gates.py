@@ -296,6 +296,8 @@ class Gates:
                 waiting.extend(term.parts[1:] if term.op == "choice" else term.parts)
             elif term.op == "item":
                 waiting.append(term.parts[0])
+            elif term.op == "store":  # counts[found] = table[key]
+                waiting.extend((term.parts[0], term.parts[2]))
             elif term.op == "call" and term.called in _LIMITS:
                 waiting.extend(term.parts)
         return found

@@ -77,13 +77,16 @@ def spans_vocabulary(key: Term, streams: Streams) -> bool:
             continue
         seen.add(id(term))
         if term.op == "call" and term.called in ("arange", "range", "linspace"):
-            length = term.parts[-1].constant() if len(term.parts) == 1 else None
-            if not isinstance(length, int) or length > _FEW:
+            bounds = [part.constant() for part in term.parts[:2]]
+            if not all(isinstance(each, int) for each in bounds) or bounds[-1] - sum(bounds[:-1]) > _FEW:
                 return True
             continue
-        if term.called in _SHAPES:
+        if term.called in _SHAPES or (term.op == "item" and streams.from_tokens(term.parts[1])):  # salts[target]
             continue
-        waiting.extend(term.parts[:1] if term.op == "item" else term.parts)
+        if term.op == "store":  # where it is put says nothing of what it holds
+            waiting.extend((term.parts[0], term.parts[2]))
+        elif term.op != "compare":
+            waiting.extend(term.parts[:1] if term.op == "item" else term.parts)
     return False
 
 

@@ -22,6 +22,18 @@ def begun(contribution: Contribution) -> Term | None:
     return None
 
 
+def cut(contribution: Contribution) -> Term | None:
+    """How the beginning of the targets is worked out where rows of several windows lie beside each other,
+    `y[i, first:end]`; None where it is none, or taken from a list."""
+    for target in contribution.targets:
+        for term in walk(target):
+            if term.op == "item" and term.parts[1].op == "tuple" and term.parts[1].parts[0].op != "slice":
+                for low in _beginnings(term.parts[1]):
+                    if low.op not in _ELEMENTS and low.line:
+                        return low
+    return None
+
+
 def masked(contribution: Contribution) -> Term | None:
     """The comparison with places, `place >= first`, of the mask nearest to the score that says which losses count, or
     where its places are set, `mask[i, first:end] = True`; or else those that the target is read at. None where there is
@@ -115,4 +127,4 @@ def _appended(root: Term) -> Iterator[Term]:
                 yield added
 
 
-__all__ = ["begun", "listed", "masked"]
+__all__ = ["begun", "cut", "listed", "masked"]
