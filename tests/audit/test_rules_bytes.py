@@ -4,6 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from fairway.audit.case import Case
+from fairway.audit.rules import byte_double_space
+from fairway.audit.submission import opened
 from tests.audit.small import COUNT, HEAD, LOSS, TABLE, line_of, script, verdict
 
 RULES = ("byte_double_space", "byte_missing_mark", "byte_fallback_three", "byte_constant", "byte_transformed_text")
@@ -55,6 +58,20 @@ def test_marks_within_a_piece_are_no_leading_space(tmp_path: Path, text: str, wa
     table = TABLE.replace('len(piece.encode("utf-8"))', f'len({text}.encode("utf-8"))')
     assert table != TABLE
     assert verdict(tmp_path, "byte_double_space", script(table=table)).verdict == wanted
+
+
+def test_a_space_in_several_rows_of_sums_is_one_for_each_token(tmp_path: Path) -> None:
+    """Asked of the terms alone: a trial, where it comes to an end, would clear it by its bytes."""
+    adding = "\n        add(sums[len(x) % 2], nll.sum(), " + COUNT + ")\n"
+    helper = "def add(row, *more):\n    row += torch.stack([torch.as_tensor(each) for each in more])\n"
+    text = script(
+        loss=LOSS + adding,
+        state="sums = torch.zeros(2, 2)",
+        bpb="sums.sum(0).tolist()[0] / math.log(2) / sums.sum(0).tolist()[1]",
+        extra=helper,
+    )
+    (tmp_path / "train_gpt.py").write_text(text, encoding="utf-8")
+    assert byte_double_space._by_terms(Case(opened(tmp_path))).verdict == "clean"
 
 
 # ---- the space twice

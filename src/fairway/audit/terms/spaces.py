@@ -61,6 +61,10 @@ class SpaceCount:
         return self.done[key][1]
 
     def _one(self, term: Term, table: int) -> Spaces:
+        if (
+            term.op == "op" and peel(term.parts[0]).op == "item"
+        ):  # flags[token] & ~starts[before]: of a token, not of a table
+            table = 0
         return Spaces({(term.file, term.line, term.op, str(term.value), table): term}, {})
 
     def _most(self, terms: Iterable[Term], marked: bool, table: int, depth: int) -> Spaces:
@@ -91,7 +95,7 @@ class SpaceCount:
         if column is not None:
             # Counts of tokens, of which a mask picks some, and sums of them by row are no table.
             summed = peel(column).op == "op" or _is_ledger(column)
-            return self.of(column, marked, table if summed else id(column), depth)
+            return self.of(column, marked, table if summed else _made_at(column), depth)
         if term.op == "compare":
             return self._one(term, table) if self.has_mark(term) else NONE
         return self._call(term, marked, table, depth) if term.op == "call" else NONE
@@ -163,6 +167,12 @@ class SpaceCount:
         if word in _SUMS:
             return self._most(term.parts, marked, table, depth)
         return NONE
+
+
+def _made_at(table: Term) -> int:
+    """Tells tables apart by where they are made: the same one may come to a score in several ways."""
+    below = peel(table)
+    return hash((below.file, below.line, below.op, str(below.value)))
 
 
 def _is_ledger(table: Term) -> bool:
