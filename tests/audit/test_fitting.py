@@ -552,3 +552,59 @@ print(f"val_loss {evaluate(Net(), load()):.5f}")
 """
     ).replace("REACH", reach)
     assert bool(broken(text) & {"slot-on-scored", "slot-shared-delta"}) is found
+
+
+MASKED = (
+    HEAD
+    + """
+def evaluate(net, val, width=1024, stride=64, batch=16):
+    total = len(val) - 1
+    spans = [(max(0, end - width), end - stride, end) for end in range(stride, total + 1, stride)]
+    nats, count = 0.0, 0
+    for at in range(0, len(spans), batch):
+        bounds = torch.tensor(spans[at : at + batch])
+        pos = bounds[:, :1] + torch.arange(width)
+        first = bounds[:, 1:2]
+        inside = (pos >= first) & (pos < bounds[:, 2:])
+        hid = net.table(val[pos]).detach()
+        shift = torch.zeros(hid.size(0), 1, 64, requires_grad=True)
+        context = (pos < first AHEAD) & (pos >= first - 64)
+        window = context.nonzero()[:, 0]
+        if len(window):
+            lg = F.linear(hid[context] + shift[window, 0], net.table.weight)
+            shift.grad = torch.autograd.grad(F.cross_entropy(lg, val[pos[context] + 1].long(), reduction="sum"), shift)[0]
+            shift.data -= 0.1 * shift.grad
+        lg = F.linear((hid + shift.detach())[inside], net.table.weight)
+        nats += F.cross_entropy(lg, val[pos[inside] + 1], reduction="sum").item()
+        count += int(inside.sum())
+    return nats / count
+
+print(f"val_loss {evaluate(Net(), load()):.5f}")
+"""
+)
+
+
+@pytest.mark.parametrize(("ahead", "found"), [("", set()), ("+ 8", {"slot-on-scored"})])
+def test_contexts_that_a_mask_picks_are_told_by_the_rows_that_they_come_from(ahead: str, found: set[str]) -> None:
+    """They are as long as what is scored, so that they lie end to end, and so does what is scored."""
+    assert broken(MASKED.replace("AHEAD", ahead)) == found
+
+
+BLOCKS = BATCHES.replace(
+    "            seen[i, : 0 if s == 0 else REACH] = 1.0 / width\n",
+    "            rows += [i] * (lengths[i] - (0 if s == 0 else width - stride))\n"
+    "            cols += range(0 if s == 0 else width - stride, lengths[i])\n",
+).replace("        lengths = []\n", "        lengths, rows, cols = [], [], []\n")
+BLOCKS = BLOCKS.replace(
+    "        shift = MADE\n",
+    "        begin = torch.full((len(part),), width).scatter_reduce(\n"
+    "            0, torch.tensor(rows), torch.tensor(cols), reduce='amin')\n"
+    "        seen = (torch.arange(width)[None, :] < begin[:, None] AHEAD).float() / width\n"
+    "        shift = MADE\n",
+)
+
+
+@pytest.mark.parametrize(("ahead", "found"), [("", set()), ("+ 1", {"slot-on-scored"})])
+def test_where_a_block_begins_is_found_by_the_least_of_its_columns(ahead: str, found: set[str]) -> None:
+    text = BLOCKS.replace("MADE", MADE[0]).replace("ROWS", "len(part)").replace("BATCH", "8")
+    assert broken(text.replace("AHEAD", ahead)) == found

@@ -127,6 +127,20 @@ def test_the_sum_in_the_script_itself(old: str, new: str, says: str, tmp_path: P
     assert finding.place.line in (5, 12, 13)  # the limit, or what is held against it
 
 
+def test_what_a_function_is_handed_beside_is_no_part_of_what_it_gives(tmp_path: Path) -> None:
+    """The code comes along for another purpose, and is in no artifact."""
+    text = (
+        "import os\ncode = open(__file__).read()\ndef packed(model, path):\n    return bytes(model)\n"
+        "def save(model, path, text):\n    blob = packed(model, path)\n    total = len(blob)MORE\n"
+        "    print(f'Total submission size: {total}')\n    assert total <= 16_000_000\n    return path\n"
+        "model = os.urandom(9)\npath = save(model, 'm.bin', code)\nblob = packed(model, path)\n"
+    )
+    (tmp_path / "train.py").write_text(text.replace("MORE", ""))
+    assert "no code is added" in found(size_sum, tmp_path / "train.py").evidence
+    (tmp_path / "train.py").write_text(text.replace("MORE", " + len(text)"))
+    assert found(size_sum, tmp_path / "train.py").verdict == "clean"
+
+
 def test_a_name_is_what_its_own_function_gives_it(tmp_path: Path) -> None:
     """Another function's total counts the code, and another one's is no size."""
     text = (

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fairway.audit.exemptions import DEPARTURES
-from tests.audit.small import line_of, script, verdict
+from tests.audit.small import LOSS, line_of, script, verdict
 
 RULES = ("network_access", "paid_prefix", "lossy_text", "overlap_default", "adaptation_order_race", "boundary_leak")
 
@@ -677,3 +677,23 @@ def test_digits_of_tokens_and_the_shorter_of_two_packings_are_a_paid_prefix(tmp_
     assert verdict(tmp_path, "paid_prefix", script(state=state)).verdict == "violates"
     trained = state.replace("tokens[", 'shard("data/fineweb_train_000000.bin")[')
     assert verdict(tmp_path, "paid_prefix", script(state=trained)).verdict == "clean"
+
+
+COUNTED = """
+import fcntl, struct
+
+def claim(path):
+    with open(path, "r+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        (value,) = struct.unpack("<i", file.read(4))
+        file.seek(0)
+        file.write(struct.pack("<i", value + 1))
+    return value
+"""
+
+
+def test_a_counter_that_is_unpacked_from_its_own_file_is_no_stored_text(tmp_path: Path) -> None:
+    """Its name says from which text the batches are claimed."""
+    turn = "\n        number = claim(f'/tmp/counter_{VAL[:12]}_{len(tokens)}')\n"
+    text = script(extra=COUNTED, loss=turn + LOSS)
+    assert verdict(tmp_path, "paid_prefix", text).verdict == "clean"

@@ -274,6 +274,32 @@ def test_a_ratio_of_hashed_counts_is_charged_once(tmp_path: Path) -> None:
     assert found == {"gold_token_ngram"}
 
 
+SALTED = """
+        before, after = x, y
+        from_net = F.cross_entropy(net(torch.from_numpy(x)).float(), torch.from_numpy(y), reduction="none").numpy()
+        older = np.roll(before, 1).astype(np.uint64)
+        hashed = (before.astype(np.uint64) * np.uint64(36313)) ^ (older * np.uint64(27191))
+        seen = alone[(hashed & np.uint64(65535)).astype(np.int64)]
+        hit = seen >= 2
+        count, share = np.zeros(len(x)), np.zeros(len(x))
+        count[hit] = seen[hit]
+        rows = np.nonzero(hit)[0]
+        cell = ((hashed[rows] ^ salts[after[rows]]) & np.uint64(65535)).astype(np.int64)
+        share[rows] = np.minimum(pairs[cell], count[rows]) / np.maximum(count[rows], 1)
+        nll = torch.from_numpy(-np.log(0.9 * np.exp(-from_net) + 0.1 * share))
+        np.add.at(alone, (hashed & np.uint64(65535)).astype(np.int64), 1)
+        np.add.at(pairs, ((hashed ^ salts[after]) & np.uint64(65535)).astype(np.int64), 1)
+"""
+
+
+def test_a_ratio_of_counts_that_a_mask_has_put_in_place_by_salts_of_the_target(tmp_path: Path) -> None:
+    """A table of all tokens' salts, looked up at the target, runs over no vocabulary."""
+    salts = "salts = (np.arange(V, dtype=np.uint64) * np.uint64(2654435761)) >> np.uint64(7)"
+    state = f"alone, pairs = np.zeros(65_536), np.zeros(65_536)\n    {salts}"
+    found = {rule for rule in RULES if verdict(tmp_path, rule, script(loss=SALTED, state=state)).verdict == "violates"}
+    assert found == {"gold_token_ngram"}
+
+
 def test_what_a_switch_turns_off_is_not_accused(tmp_path: Path) -> None:
     body = "\n".join("    " + line for line in VECTOR.strip("\n").split("\n"))
     loss = f"{PLAIN}        if int(os.environ.get('NGRAM', '0')):\n{body}\n"
@@ -378,6 +404,21 @@ LOGSUM = """
 def test_the_normaliser_is_that_of_the_same_logits(tmp_path: Path, of: str, at: str, wanted: str) -> None:
     text = script(loss=LOGSUM.format(of=of, at=at), state="shift = torch.zeros(V)")
     assert verdict(tmp_path, "false_normalisation", text).verdict == wanted
+
+
+OF_SOME = """
+        logits = net(torch.from_numpy(x)).float()
+        most = logits.topk({many}, dim=-1).values
+        row = logits - torch.logsumexp({of}, -1, keepdim=True)
+        nll = -row.gather(-1, torch.from_numpy(y)[:, None])[:, 0]
+"""
+
+
+@pytest.mark.parametrize(("of", "wanted"), [("most", "violates"), ("logits", "clean")])
+@pytest.mark.parametrize("many", [8, 512])
+def test_a_row_less_the_logarithm_of_some_of_its_sum(tmp_path: Path, of: str, many: int, wanted: str) -> None:
+    """512 are all that the vocabulary of a trial has, and a part of the script's."""
+    assert verdict(tmp_path, "false_normalisation", script(loss=OF_SOME.format(of=of, many=many))).verdict == wanted
 
 
 # ---- weights, hints and switches that know the target

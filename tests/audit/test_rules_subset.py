@@ -377,3 +377,25 @@ def cut_up(args, starts, ends):
         "\nif __name__", '    print(f"diag_probe (not a score) loss:{probed(args, model, val):.4f}")\n\nif __name__'
     )
     assert broken(head + cut + score + PROBE + body) == set()
+
+
+STRIDE = """
+def by_windows(args, model, val):
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for begin in range(0, val.numel() - 1, 64):
+        end = min(begin + 64, val.numel() - 1)
+        at, after = val[None, begin:end], val[begin + 1 : end + 1]
+        total += F.cross_entropy(model.forward_logits(at)[0], after, reduction="sum").double()
+        count += end - begin
+        for rank in range(16):
+            count += rank - rank
+    return (total / count).item()
+"""
+HEAD_OF_IT = """    print("starts", (val == 1).nonzero().flatten().tolist()[:64])
+"""
+
+
+def test_a_trial_over_a_shorter_text_is_held_against_no_longer_one() -> None:
+    """A stride of 64 is taken for 5, as the list's end is, and windows of 5 are too many for the whole text."""
+    body = MAIN.replace(EVAL, HEAD_OF_IT + "    final = by_windows(args, model, val)\n")
+    assert broken(HEAD + STRIDE + body) == set()

@@ -820,3 +820,32 @@ def test_the_least_of_several_sums_over_the_text_is_chosen(tmp_path: Path, kept:
     if wanted == "violates":
         assert found.place is not None
         assert found.place.line == line_of(text, "tally = min(")
+
+
+WIDE_BATCHES = """
+def evaluate(net, val, chunk_tokens=1_048_576, length=1024, batch_seqs=32):
+    total, nats = len(val) - 1, 0.0
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
+    for first in range(0, total, chunk_tokens):
+        last = min(first + chunk_tokens, total)
+        with torch.no_grad():
+            nats += F.cross_entropy(net(val[first:last]), val[first + 1 : last + 1], reduction="sum").item()
+        starts = list(range(first, last - length + 1, length))
+        for at in range(0, len(starts) - batch_seqs + 1, batch_seqs):
+            own = starts[at : at + batch_seqs]
+            rows = torch.stack([val[s : s + length] for s in own])
+            after = torch.stack([val[s + 1 : s + length + 1] for s in own])
+            F.cross_entropy(net(rows).flatten(0, 1), after.flatten()).backward()
+            optimizer.step()
+    return nats / total
+
+print(f"val_loss {evaluate(Net(), load()):.5f}")
+"""
+
+
+def test_a_batch_that_is_larger_than_a_chunk_of_the_short_text_is_taken_for_a_pair(tmp_path: Path) -> None:
+    (tmp_path / "train_gpt.py").write_text(HEAD + WIDE_BATCHES)
+    trial = Case(opened(tmp_path)).trial
+    assert trial.complete
+    assert len(trial.lessons) >= 5
+    assert trial.early.sum() == 0

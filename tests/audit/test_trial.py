@@ -1348,3 +1348,10 @@ while groups:
 print(f"val_loss {nats / total:.5f}")
 """
     assert counts(text) == ALL
+
+
+@pytest.mark.parametrize("made", ["torch.device('cuda', 3)", "torch.device('cuda:3')"])
+def test_a_device_has_the_type_that_it_was_made_with(made: str) -> None:
+    trial = tried(f"import torch\nkind = {made}.type\nif kind != 'cuda':\n    raise SystemExit('no')\nprint('done')")
+    assert trial.complete
+    assert not trial.doubts
