@@ -572,7 +572,8 @@ def evaluate(net, val, width=1024, stride=64, batch=16):
         window = context.nonzero()[:, 0]
         if len(window):
             lg = F.linear(hid[context] + shift[window, 0], net.table.weight)
-            shift.grad = torch.autograd.grad(F.cross_entropy(lg, val[pos[context] + 1].long(), reduction="sum"), shift)[0]
+            after = val[pos[context] + 1].long()
+            shift.grad = torch.autograd.grad(F.cross_entropy(lg, after, reduction="sum"), shift)[0]
             shift.data -= 0.1 * shift.grad
         lg = F.linear((hid + shift.detach())[inside], net.table.weight)
         nats += F.cross_entropy(lg, val[pos[inside] + 1], reduction="sum").item()
