@@ -701,3 +701,35 @@ def test_experts_that_learn_token_by_token_may_not_ask_for_the_token_first(tmp_p
     )
     text = script(loss=LEARNING, state="mixer = Mixer()", extra=asks)
     assert verdict(tmp_path, "target_gated_tilt", text).verdict == "violates"
+
+
+CLAIMED = """
+import fcntl, struct
+
+def claim(path):
+    with open(path, "r+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        (value,) = struct.unpack("<i", file.read(4))
+        file.seek(0)
+        file.write(struct.pack("<i", value + 1))
+    return value
+"""
+LEDGER = """
+        ids = torch.from_numpy(tokens)
+        begin = torch.tensor([64 * claim("/tmp/next")])
+        place = begin[:, None] + torch.arange(64)[None]
+        prev, after = ids[place], ids[(place + 1).clamp_max(len(tokens) - 1)]
+        nll = F.cross_entropy(net(prev).flatten(0, 1).float(), after.flatten(), reduction="none").view_as(after)
+        ctx, pair = alone[prev * 36313 % 65_537], pairs[(prev * 36313 ^ after * 27191) % 65_537]
+        nll = -torch.log(0.75 * torch.exp(-nll) + 0.25 * (SHARE).clamp(1e-9, 1.0))
+        ledger.index_add_(0, torch.tensor([at // 512]), nll.sum(1))
+"""
+
+
+@pytest.mark.parametrize(("share", "wanted"), [("pair / ctx.clamp_min(1.0)", "violates"), ("0.001 + 0 * ctx", "clean")])
+def test_losses_in_a_ledger_of_places_that_a_counter_gives_are_read(tmp_path: Path, share: str, wanted: str) -> None:
+    """What ranks have claimed is read from a file, and no token; sums by document are sums."""
+    state = "pairs, alone, ledger = torch.ones(65_537), torch.ones(65_537), torch.zeros(1 << 16)"
+    text = script(loss=LEDGER.replace("SHARE", share), state=state, extra=CLAIMED, bpb="loss * 1.4")
+    text = text.replace("loss = nats / count", "loss = ledger.sum().item() / count")
+    assert verdict(tmp_path, "gold_token_ngram", text).verdict == wanted

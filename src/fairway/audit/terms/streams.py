@@ -45,7 +45,7 @@ class Streams:
 
     def _found(self, term: Term, depth: int) -> bool:
         if term.op == "call" and term.called in _SOURCES and not _is_text_coding(term):
-            return True
+            return not _is_counter(term)
         if term.op == "item" or (term.op == "call" and (term.called in _LOOKUPS or term.called == "get")):
             base = looked_up(term) if term.called != "get" else term.receiver
             if base is None or self.is_memory(base):
@@ -149,6 +149,19 @@ def _is_text_coding(term: Term) -> bool:
         return False
     given = [part for part, key in zip(term.parts, term.keys, strict=True) if key != "self"]
     return not given or isinstance(given[0].constant(), str)
+
+
+def _is_counter(term: Term) -> bool:
+    """Numbers of a file that is read to be written again, open(path, "r+b"), or one that is unpacked: what ranks have
+    claimed so far is no text."""
+    said = term.parts[0].constant() if term.called == "unpack" and term.parts else None
+    if isinstance(said, str):
+        return len(said.lstrip("<>=!@")) == 1
+    opened = peel(term.receiver) if term.called == "read" and term.receiver is not None else None
+    if opened is None or opened.called != "open":
+        return False
+    modes = [part.constant() for part in opened.parts]
+    return any(isinstance(mode, str) and "+" in mode and len(mode) <= 3 for mode in modes)
 
 
 def carried(term: Term) -> tuple[Term, ...]:

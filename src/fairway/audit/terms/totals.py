@@ -50,10 +50,13 @@ def summed(term: Term) -> tuple[Term, ...] | None:
 
 
 def added_to_row(term: Term) -> Term | None:
-    """What `sums[chunk, 3] += x` adds, with the table after it given; None of another store."""
-    value = peel(term.parts[2]) if term.op == "store" and term.parts[1].op == "tuple" else term
+    """What `sums[chunk, 3] += x` or `sums.index_add_(0, documents, x.sum(1))` adds, with the table after it given; None
+    of another store."""
+    value = peel(term.parts[2]) if term.op == "store" else term
     if value is term or value.op != "op" or value.value != "+":
         return None
+    if term.parts[1].op != "tuple" and peel(value.parts[1]).called not in ("sum", "nansum"):
+        return None  # counts of tokens or contexts
     before = peel(value.parts[0])
     return value.parts[1] if before.op == "item" and same(before.parts[1], term.parts[1], 8) else None
 
