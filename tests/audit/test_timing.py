@@ -416,3 +416,54 @@ def test_a_clock_whose_answer_all_ranks_share_is_read(cap: str, wanted: str) -> 
     found = training_over_time.check(case_of(text))
     assert found.verdict == wanted, found
     assert ("830 s" in found.evidence) == (wanted == "violates")
+
+
+AHEAD = """        elapsed = time.perf_counter() - t0
+        if stop_after is not None and step >= stop_after:
+            break
+        if stop_after is None and elapsed >= args.cap - args.reserve:
+            stop_after = step + args.settle
+        x, y = loader.next(65536)
+        step_on(model, opt, x, y)
+"""
+STEP_ON = """
+def step_on(model, opt, x, y):
+    loss = model(x, y)
+    opt.zero_grad()
+    loss.backward()
+    opt.step()
+
+"""
+
+
+@pytest.mark.parametrize(("settle", "found"), [(1500, True), (110, False)])
+def test_an_end_that_lies_more_steps_ahead_than_a_trial_has_turns(settle: int, found: bool) -> None:
+    """12 s are kept back; at 50 ms a step they hold 240."""
+    text = HONEST.replace(LOOP, AHEAD).replace("def train(args, model):", f"{STEP_ON}def train(args, model):")
+    text = text.replace("    t0 = time.perf_counter()\n", "    t0 = time.perf_counter()\n    stop_after = None\n")
+    text = text.replace("    cap = ", f'    settle = int(os.environ.get("SETTLE", {settle}))\n    cap = ')
+    assert "settle = int" in text
+    long = timed(case_of(text))
+    assert (long is not None) is found
+    if long is not None:
+        assert long.more == settle
+        assert text.split("\n")[long.line - 1].strip() == "stop_after = step + args.settle"
+
+
+DRAWN = """
+def drawn(args, rows=64):
+    paths = sorted(glob.glob(args.train))
+    which = int(np.random.default_rng(7).choice(len(paths)))
+    data = np.memmap(paths[which], dtype="<u2", mode="r", offset=1024)
+    block = torch.from_numpy(np.asarray(data[: rows * 1024 + 1], dtype=np.int64))
+    return block[:-1].view(rows, 1024), block[1:].view(rows, 1024)
+
+"""
+
+
+def test_a_batch_out_of_a_file_that_nobody_knows_takes_as_long_to_read() -> None:
+    old, new, marked = PAUSED["a start that is moved on"]
+    text = trained(old, new.replace("loader.next(65536)", "drawn(args)"), DRAWN)
+    long = timed(case_of(text))
+    assert long is not None
+    assert marked in text.split("\n")[long.line - 1]

@@ -36,6 +36,12 @@ def restarted(case: Case) -> Place | None:
     return None
 
 
+def learning_loops(tree: ast.AST | None) -> list[ast.For | ast.While]:
+    """The loops that take gradients, themselves or by a function of the script."""
+    teaching = _teaching(tree)
+    return [node for node in nodes(tree) if isinstance(node, (ast.For, ast.While)) and _learns(node, teaching)]
+
+
 def looks(tree: ast.AST | None) -> int:
     """How often the clock is looked at, by itself or by a short helper, where the model learns: in the loops and
     functions that take gradients, and not under a condition that takes none."""

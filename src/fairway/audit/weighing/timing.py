@@ -17,7 +17,7 @@ from functools import partial
 
 from fairway.audit.case import Case
 from fairway.audit.passes.late import LIMIT
-from fairway.audit.passes.restarts import looks, milestones, short_helpers
+from fairway.audit.passes.restarts import learning_loops, looks, milestones, short_helpers
 from fairway.audit.reading.script import Script
 from fairway.audit.reading.tree import nodes
 from fairway.audit.settings import Settings
@@ -40,6 +40,7 @@ _BATCH = 65_536  # tokens: reading larger ones row by row takes the steps
 _ALIKE = 3  # turns of a loop of which all are alike: the rest of them takes as long for each
 _FEW = 12  # turns that say too little
 _LATEST = 20_000  # steps
+_FAR = 100  # steps: fewer are gone through
 _SHARE = 4  # of the turns, until something is done to the clock
 _LESS = 0.7  # of the turns, where the clock ends them and goes twice as fast
 _MOST = 0.9  # of what is lost
@@ -104,6 +105,8 @@ class Timer(Machine):
             self.functions[f"time.{name}"] = _look
         for name in ("time_ns", "perf_counter_ns", "monotonic_ns"):
             self.functions[f"time.{name}"] = _look_ns
+        for name in ("numpy.memmap", "numpy.fromfile"):
+            self.functions[name] = _read(self.functions[name])
         self.now = 0.0
         self.total = 0  # lessons
         self.done: set[tuple[int, int]] = set()  # lines that read and average, since the last lesson
@@ -203,6 +206,18 @@ def _may_end_early(loop: ast.For) -> bool:
     return any(isinstance(each, (ast.Break, ast.Return)) for part in loop.body for each in nodes(part))
 
 
+def _read(open_file: Callable[..., Value]) -> Callable[..., Value]:
+    """A file of which nobody knows which one it is: a batch is read from it all the same."""
+
+    def act(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
+        found = open_file(machine, args, kwargs, line)
+        if isinstance(found, Unknown) and isinstance(machine, Timer):
+            machine.once(READ)
+        return found
+
+    return act
+
+
 def _look(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
     assert isinstance(machine, Timer)
     return machine.look()
@@ -219,6 +234,7 @@ def timed(case: Case) -> Overrun | None:
     if looks(case.body.tree) < _LOOKS and not _goes_on(case):
         return None
     found, turns = _timed(case, ())
+    found = found or _far_ahead(case)
     sooner = dict(_sooner(case, turns // _SHARE)) if found is None and turns else {}
     if sooner:
         found, _ = _timed(case, tuple(sooner))
@@ -251,34 +267,49 @@ def _longer(case: Case, loop: Loop, ended: int) -> Overrun | None:
     more, limit = loop.turns - ended, _forgiven(ended * step, step)
     if ended < _FEW or limit > LIMIT or more * FASTEST <= LIMIT - limit:
         return None
-    return Overrun(limit, loop.line, _moved_on(_inside(case, loop.line)) or loop.line, more)
+    line = next((each.lineno for each in _moved_on(_inside(case, loop.line))), loop.line)
+    return Overrun(limit, loop.line, line, more)
 
 
 def _goes_on(case: Case) -> bool:
     """Whether a loop that takes a gradient may set itself an end that lies a number of steps ahead."""
-    loops = (each for each in nodes(case.body.tree) if isinstance(each, (ast.For, ast.While)))
-    return any(_moved_on(nodes(each)) for each in loops if any(map(_learns, nodes(each))))
+    return any(True for _ in _ends_ahead(case))
 
 
-def _learns(node: ast.AST) -> bool:
-    return isinstance(node, ast.Attribute) and node.attr == "backward"
+def _ends_ahead(case: Case) -> Iterator[ast.Assign]:
+    """Where loops that take a gradient set themselves an end that lies a number of steps ahead."""
+    for each in learning_loops(case.body.tree):
+        yield from _moved_on(nodes(each))
 
 
-def _moved_on(inside: Sequence[ast.AST]) -> int:
-    """The line in a loop that sets what the loop is held against to a sum: `stop_after = step + more`; 0 for none."""
+def _far_ahead(case: Case) -> Overrun | None:
+    """An end that lies more steps ahead than a trial has turns: taken for a few, that shows when the clock ends it."""
+    for end in _ends_ahead(case):
+        assert isinstance(end.value, ast.BinOp)
+        site = site_of(end.value.right)
+        name = site[2] if site is not None else ""
+        many = numbers(f"^{re.escape(name)}$", case.script, case.settings.environment) if name else set()
+        for more in sorted(each for each in many if _FAR < each < _LATEST):
+            loop = _trained(case, (Forced(None, more, _FEW, name.lower()),))[1]
+            step = (loop.now - loop.begun) / loop.turns if loop is not None else 0.0
+            limit = _forgiven((loop.turns - _FEW) * step, step) if loop is not None else LIMIT
+            if loop is not None and limit < LIMIT < limit + more * FASTEST:
+                return Overrun(limit, loop.line, end.lineno, more)
+    return None
+
+
+def _moved_on(inside: Sequence[ast.AST]) -> list[ast.Assign]:
+    """Where a loop sets what it is held against to a sum: `stop_after = step + more`."""
     held = _held(inside)
-    return next(
-        (
-            each.lineno
-            for each in inside
-            if isinstance(each, ast.Assign)
-            and isinstance(each.value, ast.BinOp)
-            and isinstance(each.value.op, ast.Add)
-            and site_of(each.value.right) is not None
-            and any(isinstance(target, ast.Name) and target.id in held for target in each.targets)
-        ),
-        0,
-    )
+    return [
+        each
+        for each in inside
+        if isinstance(each, ast.Assign)
+        and isinstance(each.value, ast.BinOp)
+        and isinstance(each.value.op, ast.Add)
+        and site_of(each.value.right) is not None
+        and any(isinstance(target, ast.Name) and target.id in held for target in each.targets)
+    ]
 
 
 def _every(case: Case, line: int) -> int:
