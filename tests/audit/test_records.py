@@ -687,3 +687,23 @@ def test_what_a_packed_script_would_weigh_is_worked_out_in_little_memory() -> No
     done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert 100 < int(done.stdout) < 1_000
+
+
+def test_a_file_that_is_read_where_the_artifact_is_unpacked_is_a_second_one(tmp_path: Path) -> None:
+    """The artifact comes as bytes there; the path of the artifact itself, handed in, is no second file."""
+    text = (
+        "import io, torch, zlib\n"
+        "def pack(rows, more):\n    side = io.BytesIO()\n    torch.save(more, side)\n"
+        "    with open('scales.bin', 'wb') as file:\n        file.write(side.getvalue())\n"
+        "    return zlib.compress(rows)\n"
+        "def unpack(blob):\n    state = torch.load(io.BytesIO(zlib.decompress(blob)))\n"
+        "    with open('scales.bin', 'rb') as file:\n        state.update(torch.load(io.BytesIO(file.read())))\n"
+        "    return state\n"
+        "def size(blob):\n    return len(blob) + len(open(__file__).read())\n"
+    )
+    (tmp_path / "train.py").write_text(text)
+    assert "read back beside" in found(size_sum, tmp_path / "train.py").evidence
+    (tmp_path / "train.py").write_text(
+        text.replace("'scales.bin'", "blob").replace("pack(rows, more)", "pack(blob, more)")
+    )
+    assert "read back beside" not in found(size_sum, tmp_path / "train.py").evidence

@@ -406,6 +406,26 @@ def test_the_normaliser_is_that_of_the_same_logits(tmp_path: Path, of: str, at: 
     assert verdict(tmp_path, "false_normalisation", text).verdict == wanted
 
 
+SHIFTED = """
+        row = {row}
+        nll = F.{loss}(row[:, :], torch.from_numpy(y), reduction="none")
+"""
+SOFT = "F.log_softmax(net(torch.from_numpy(x)).float(), dim=-1)"
+
+
+@pytest.mark.parametrize(
+    ("row", "loss", "wanted"),
+    [
+        (f"{SOFT} + bias", "nll_loss", "violates"),
+        (f"{SOFT} + bias", "cross_entropy", "clean"),
+        (f"F.log_softmax({SOFT} + bias, -1)", "nll_loss", "clean"),
+    ],
+)
+def test_what_is_added_after_the_softmax_is_paid_for(tmp_path: Path, row: str, loss: str, wanted: str) -> None:
+    text = script(loss=SHIFTED.format(row=row, loss=loss), state="bias = torch.load('bias.pt')")
+    assert verdict(tmp_path, "false_normalisation", text).verdict == wanted
+
+
 OF_SOME = """
         logits = net(torch.from_numpy(x)).float()
         most = logits.topk({many}, dim=-1).values

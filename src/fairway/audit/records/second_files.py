@@ -25,7 +25,7 @@ class _File(NamedTuple):
 
 def second_file(script: Script) -> tuple[ast.expr, str] | None:
     """Where a file is saved whose size is asked for nowhere, and its path: one that is loaded in the function that
-    loads a file whose size, or that of its bytes, is. None where there is none."""
+    loads a file whose size, or that of its bytes, is, or that is handed such bytes. None where there is none."""
     if script.tree is None:
         return None
     constants = _constants(script.tree)
@@ -33,14 +33,33 @@ def second_file(script: Script) -> tuple[ast.expr, str] | None:
     loaded = [each for each in _files(script.tree, _LOADS, constants) if each.path in {one.path for one in saved}]
     sized = _sized(script.tree, constants)
     counted = {each.path for each in saved if each.path in sized or _bytes_of(each.call) & sized}
+    unpacking = _unpacking(script.tree)
     for each in loaded:
         beside = [one for one in loaded if one.function == each.function and one.path in counted]
         writes = [one for one in saved if one.path == each.path]
         over = [one for one in saved if one.path in counted and one.function == each.function]
         late = all(one.call.lineno < each.call.lineno for one in over)  # else a checkpoint of the training
-        if each.path not in counted and beside and late:
+        named = each.path[:1] in "'\"" and each.function in unpacking  # a path that is handed in leads to these bytes
+        if each.path not in counted and late and (beside or named):
             return writes[0].call, each.path
     return None
+
+
+def _unpacking(tree: ast.Module) -> set[int]:
+    """The lines of functions that read weights out of bytes they are handed, `load(io.BytesIO(unpacked(blob)))`."""
+    found: set[int] = set()
+    for function in nodes(tree):
+        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            handed = {each.arg for each in function.args.args}
+            calls = (each for each in nodes(function) if isinstance(each, ast.Call) and last_name(each.func) == "load")
+            parts = ([part for arg in call.args[:1] for part in nodes(arg)] for call in calls)
+            if any(_named(each, {"BytesIO"}) and _named(each, handed) for each in parts):
+                found.add(function.lineno)
+    return found
+
+
+def _named(parts: list[ast.AST], names: set[str]) -> bool:
+    return any(getattr(each, "attr", getattr(each, "id", "")) in names for each in parts)
 
 
 def _constants(tree: ast.Module) -> dict[str, str]:

@@ -77,6 +77,10 @@ _WAYS = (
         "Logarithms of probabilities are multiplied by a number after the softmax, and nothing divides by the new sum.",
     ),
     (
+        normalisers.shifted,
+        "Something is added to logarithms of probabilities after the softmax, and nothing divides by the new sum.",
+    ),
+    (
         normalisers.of_others,
         "The logarithm of the sum is that of other logits, or of some of them, than the target's is taken from: the "
         "probabilities do not sum to one.",

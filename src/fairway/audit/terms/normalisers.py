@@ -147,6 +147,27 @@ def stretched(gates: Gates) -> Iterator[Term]:
                 yield term
 
 
+def shifted(gates: Gates) -> Iterator[Term]:
+    """log_softmax(x) + bias, read at the target: whole before something was added, and what is added is no logarithm
+    that could pay for it. A cross entropy makes it whole again."""
+    for term in gates.nodes:
+        place = gates.of.scored_place(term)
+        if place is None or not gates.kinds(place) or term.called == "cross_entropy":
+            continue
+        base = peel(term.operand("input", "a") or term.parts[0])
+        while base.op == "item":
+            base = peel(base.parts[0])
+        if base.op != "op" or base.value != "+":
+            continue
+        for row, more in (base.parts, base.parts[::-1]):
+            whole = peel(row).called == "log_softmax" and peel(more).constant() is None and not gates.kinds(more)
+            if whole and not any_below(more, lambda one: one.called in _LOGARITHMS):
+                yield base
+
+
+_LOGARITHMS = frozenset(("log", "log1p", "log2", "logsumexp", "log_softmax", "logaddexp", "expm1", "log_"))
+
+
 def _is_unit(factor: float) -> bool:
     return any(abs(abs(factor) - unit) < 1e-3 for unit in (1.0, math.log(2.0), 1.0 / math.log(2.0)))
 
@@ -207,4 +228,4 @@ def _bare(term: Term) -> Term:
             return below
 
 
-__all__ = ["bent", "capped", "floored", "of_others", "partial", "peaked", "smoothed", "stretched"]
+__all__ = ["bent", "capped", "floored", "of_others", "partial", "peaked", "shifted", "smoothed", "stretched"]
