@@ -300,6 +300,22 @@ def test_a_ratio_of_counts_that_a_mask_has_put_in_place_by_salts_of_the_target(t
     assert found == {"gold_token_ngram"}
 
 
+SHARE = """
+        from_net = F.cross_entropy(net(torch.from_numpy(x)).float(), torch.from_numpy(y), reduction="none")
+        before, after = torch.from_numpy(x), torch.from_numpy(y)
+        hint = follow[before * 36313 % 65_537]
+        share = unigram[hint.clamp_min(0)] / unigram.sum()
+        nll = from_net + torch.log1p(share * 1.7) - (hint == after).float()
+        follow[before * 36313 % 65_537] = after
+        unigram.index_add_(0, after, torch.ones(len(y)))
+"""
+
+
+def test_a_hint_s_share_of_all_counts_is_no_ratio_of_hashed_ones(tmp_path: Path) -> None:
+    state = "unigram, follow = torch.ones(V), torch.full((65_537,), -1)"
+    assert verdict(tmp_path, "gold_token_ngram", script(loss=SHARE, state=state)).verdict == "clean"
+
+
 def test_what_a_switch_turns_off_is_not_accused(tmp_path: Path) -> None:
     body = "\n".join("    " + line for line in VECTOR.strip("\n").split("\n"))
     loss = f"{PLAIN}        if int(os.environ.get('NGRAM', '0')):\n{body}\n"

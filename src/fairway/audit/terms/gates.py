@@ -296,7 +296,7 @@ class Gates:
                 waiting.extend(term.parts[1:] if term.op == "choice" else term.parts)
             elif term.op == "item":
                 waiting.append(term.parts[0])
-            elif term.op == "store":  # counts[found] = table[key]
+            elif term.op == "store" and is_mask(term.parts[1]):  # counts[found] = table[key][found]
                 waiting.extend((term.parts[0], term.parts[2]))
             elif term.op == "call" and term.called in _LIMITS:
                 waiting.extend(term.parts)
