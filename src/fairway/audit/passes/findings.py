@@ -8,7 +8,7 @@ from fairway.audit.passes.charged import is_gate, passes_of
 from fairway.audit.passes.faults import Fault
 from fairway.audit.passes.places import place_of
 from fairway.audit.passes.reported import Reported, is_diagnosis
-from fairway.audit.passes.trials import counts_of, epochs
+from fairway.audit.passes.trials import best_of, counts_of, epochs
 from fairway.audit.passes.vectors import fitted_to_scored
 from fairway.audit.verdict import Finding, Place, Step, Verdict
 
@@ -54,14 +54,13 @@ def vectors_on(case: Case, rule: str, clause: str, clean: str) -> Finding:
 
 
 def passes_on(case: Case, rule: str, clause: str, clean: str) -> Finding:
-    """The same of second passes; where the walk finds no fault at all, as a trial counts them."""
+    """The same of several passes; where the walk finds no fault at all, as a trial counts them."""
     found = verdict_on(case, rule, clause, clean)
     which, own, _ = passes_of(case)
     counts = counts_of(case, which) if found.verdict == "clean" and not own else None
-    shown = epochs(case, which, counts) if counts is not None else None
-    if shown is None or shown[0] != rule:
-        return found
-    return Finding(rule, "violates", shown[1], clause, case.place(shown[2]))
+    told = (epochs(case, which, counts), best_of(counts)) if counts is not None else ()
+    shown = next((each for each in told if each is not None and each[0] == rule), None)
+    return found if shown is None else Finding(rule, "violates", shown[1], clause, case.place(shown[2]))
 
 
 def _before(which: Reported, faults: list[Fault]) -> bool:

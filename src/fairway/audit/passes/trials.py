@@ -312,8 +312,8 @@ def epochs(case: Case, which: Reported, counts: Counts) -> tuple[str, str, int] 
     return "multi-epoch-last" if whole else "rescoring-after-adaptation", evidence, min(loops, default=mine)
 
 
-def best_of(counts: Counts) -> tuple[str, int] | None:
-    """Whether the score was chosen as the least of sums over the same targets: a sentence, and where."""
+def best_of(counts: Counts) -> tuple[str, str, int] | None:
+    """Whether the score was chosen as the least of sums over the same targets: the rule, a sentence, and where."""
     trial, told = counts.trial, counts.said[-1].sum
     for line, kept, compared in trial.picked:
         counted = [each.counts(trial.length)[0] > 0 for each in compared]
@@ -323,7 +323,7 @@ def best_of(counts: Counts) -> tuple[str, int] | None:
                 f"Worked out for a text of {trial.length - 1:,} targets, the least of {len(compared)} sums is what "
                 f"counts, and {again:,} targets are in more than one of them."
             )
-            return evidence, line
+            return "min-over-passes", evidence, line
     return None
 
 

@@ -163,9 +163,6 @@ class Fitting:
         learned last, and other parts of them are scored, or they are told by where they begin, where all that they have
         learned is among what they are asked for. None for those that nobody can tell."""
         starts = [start for start, _ in asked]
-        after = {_next(held): held for _, held in self.listed if held.any()}
-        if after and after.keys() <= set(starts) and len(starts) - len(after) <= self.blank:
-            return [after.get(start, _nothing()) for start in starts]  # of several documents, each with a first window
         order = sorted(range(len(starts)), key=starts.__getitem__)
         more = len(starts) - len(self.listed)
         first: list[tuple[Window, Held]] = [((0, -1), _nothing())] * more if 0 < more <= self.blank else []

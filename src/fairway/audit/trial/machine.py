@@ -131,10 +131,10 @@ def run(
     """The trial of a script. It never raises on what a script holds. length: tokens of the text; forced: numbers of
     the script that are taken for others; cut: whether chunks that are larger than the text are taken for smaller ones;
     native: whether kernels are tried that an earlier trial of the script may have found too much.
-    Where a loop goes through the tokens one by one and takes too many steps for that, the text is a shorter one, and
-    as it is where the script does much with each batch, whose rows are fewer then;
-    where even that is too much for a kernel that numba compiles, nothing is known of what such kernels give; a
-    number that cuts it into one piece is taken for a smaller one."""
+    Where a loop goes through the tokens one by one and takes too many steps for that, the text is a shorter one; so it
+    is where the script does much with each batch, and batches have fewer rows then. Where even that is too much for a
+    kernel that numba compiles, nothing is known of what such kernels give; a number that cuts the text into one piece
+    is taken for a smaller one."""
     begin = partial(Machine, script, settings, native=native)
     trial = over(begin, length, forced).trial
     if native and not (trial.complete or (trial.slow and shorter(trial.slow))) and _NATIVE.search(script.text):
