@@ -371,6 +371,50 @@ def test_where_no_log_times_the_evaluation_the_scripts_clock_does(
     assert found(eval_over_time, tmp_path).verdict == verdict
 
 
+@pytest.mark.parametrize(("limit", "verdict"), [(1500.0, "violates"), (640.0, "clean"), (7200.0, "clean")])
+def test_a_deadline_is_a_clock_as_well(limit: float, verdict: str, tmp_path: Path) -> None:
+    """The clock against its start and numbers: 45 s are kept back."""
+    text = EXAMINED.replace("WATCH", f"begun = time.perf_counter()\nuntil = begun + {limit} - 45.0")
+    text = text.replace("    for at", "    steps = 8 if time.perf_counter() < until else 0\n    for at")
+    text = text.replace('assert time.perf_counter() - begun < float(os.environ.get("EXAM", "590")), "too slow"\n', "")
+    (tmp_path / "train_gpt.py").write_text(CLOCKED + text)
+    finding = found(eval_over_time, tmp_path)
+    assert finding.verdict == verdict
+    if verdict == "violates":
+        assert finding.place is not None
+        assert f"begun + {limit}" in (CLOCKED + text).split("\n")[finding.place.line - 1]
+
+
+TOLD = [
+    ("Training and export take 597 s. Evaluation takes 803 s with six phases.", True),
+    ("On 8xH100: training 599 s, plain sliding windows 104 s, SLOT (96 steps, stride 32) 1,331 s.", True),
+    ("- **Test-time training**: 21 minutes", True),
+    ("Score-first TTT (eight epochs, 32K chunks) took 710.5 seconds on 8xH100", True),
+    ("| stage | time |\n|---|---|\n| training | 599 s |\n| whole evaluation | 1,187 s |", True),
+    ("| seed | bpb | train | eval |\n|---|---|---|---|\n| 1337 | 1.0693 | 596.2 s | 841.7 s |", True),
+    ("Evaluation takes 430 s.", False),
+    ("Evaluation must end after 900 s, which is a limit of the machine. Evaluation limit 900 s.", False),
+    ("Training took 640 s, evaluation 410 s.", False),
+    ("Earlier the evaluation took 803 s, so the stride is 64 now.", False),
+    ("On one H100 the evaluation takes 2,870 s.", False),
+    ("With stride 16 the evaluation would take 1,640 s.", False),
+    ("| run | train | eval |\n|---|---|---|\n| baseline | 599 s | 803 s |", False),
+    ("| stage | limit of eval |\n|---|---|\n| all | 900 s |", False),
+    ("Evaluation scores 1,331 windows and 803 documents.", False),
+]
+
+
+@pytest.mark.parametrize(("readme", "over"), TOLD)
+def test_where_neither_log_nor_clock_does_the_readme_does(readme: str, over: bool, tmp_path: Path) -> None:
+    """What an author says of his own evaluation; of a limit, another machine or what was tried before is none."""
+    (tmp_path / "train_gpt.py").write_text(CLOCKED)
+    (tmp_path / "README.md").write_text(f"# A record\n\n{readme}\n")
+    finding = found(eval_over_time, tmp_path)
+    assert finding.verdict == ("violates" if over else "clean"), finding.evidence
+    if over:
+        assert finding.place == Place("README.md", 2 + len(readme.split("\n")))
+
+
 SAVED = """
 import io, os, zlib
 from pathlib import Path

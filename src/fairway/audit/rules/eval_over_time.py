@@ -1,10 +1,11 @@
-"""Evaluation that takes more than 600 s, as the logs measure it, with work that was done outside the timer."""
+"""Evaluation that takes more than 600 s, as the logs measure it, with work that was done outside the timer, as the
+script's own clock allows it or as the README says."""
 
 import re
 
 from fairway.audit.case import Case
 from fairway.audit.exemptions import departure
-from fairway.audit.records import Amount, Log, Score, record_of
+from fairway.audit.records import Amount, Log, Score, evaluation_times, record_of
 from fairway.audit.terms.clocks import evaluation_limits, said_at
 from fairway.audit.verdict import Finding, Place, Step
 
@@ -32,7 +33,7 @@ def check(case: Case) -> Finding:
     timed = [(spent, log) for log in logs if (spent := _spent(log)) is not None]
     if not timed:
         why = "open: the logs print no time of evaluation" if logs else "open: no log was handed in"
-        return _by_the_script(case) or Finding(ID, "clean", why, CLAUSE)
+        return _by_the_script(case) or _by_the_readme(case) or Finding(ID, "clean", why, CLAUSE)
     slowest = max(timed, key=lambda each: each[0][0])
     over = [each for each in timed if each[0][0] > LIMIT]
     (seconds, place, way), log = over[0] if over else slowest
@@ -67,6 +68,21 @@ def _by_the_script(case: Case) -> Finding | None:
     place = case.reading.place(said_at(limit, seconds))
     evidence = f"evaluation may go on until the script's own clock says {seconds:,.0f} s; the limit is 600 s"
     return Finding(ID, "violates", evidence, CLAUSE, place)
+
+
+def _by_the_readme(case: Case) -> Finding | None:
+    """No log and no clock says anything: the longest evaluation that the author gives, forgiven what rounding makes."""
+    if record_of(case.submission).claims.unlimited:
+        return None
+    told = [each for each in evaluation_times(case.submission.readme) if each.value > LIMIT * 1.01]
+    if not told:
+        return None
+    longest = max(told, key=lambda each: each.value)
+    evidence = (
+        f"The README says that evaluation takes {longest.value:,.0f} s (`{longest.says[:90]}`); the limit is 600 s"
+    )
+    name = next((each for each in case.submission.sizes if each.lower().startswith("readme")), "README.md")
+    return Finding(ID, "violates", evidence, CLAUSE, Place(name, longest.line))
 
 
 def _spent(log: Log) -> tuple[float, Place, tuple[Step, ...]] | None:

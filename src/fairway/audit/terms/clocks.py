@@ -51,10 +51,9 @@ def limits(program: Program) -> Iterator[tuple[float, Term]]:
     last = {(event.term.file, event.term.line): event for event in program.machine.clocks}
     streams = Streams()
     for event in (each for each in last.values() if each.loops):
-        for side, other in (event.term.parts[:2], event.term.parts[1::-1]):
-            found, number = elapsed(side), _number(other)
-            if found is not None and found[1] and number is not None and _trains(program, event, streams):
-                yield number.value / found[0], number
+        for seconds, whole, _, limit in _held(event.term):
+            if whole and _trains(program, event, streams):
+                yield seconds, limit
 
 
 def evaluation_limits(program: Program) -> Iterator[tuple[float, Term]]:
@@ -66,11 +65,36 @@ def evaluation_limits(program: Program) -> Iterator[tuple[float, Term]]:
     trained = max((each.order for each in learnt if any(_within(each, clock) for clock in ended)), default=-1)
     last = {(event.term.file, event.term.line): event for event in program.machine.clocks}
     for event in last.values() if trained >= 0 else ():
-        for side, other in (event.term.parts[:2], event.term.parts[1::-1]):
-            found, number = elapsed(side), _number(other)
-            started = min((readings.get(id(one), 0) for one in walk(side) if one.called in _CLOCKS), default=0)
-            if found is not None and found[1] and number is not None and started > trained:
-                yield number.value / found[0], number
+        for seconds, whole, since, limit in _held(event.term):
+            started = min((readings.get(id(one), 0) for one in walk(since) if one.called in _CLOCKS), default=0)
+            if whole and started > trained:
+                yield seconds, limit
+
+
+def _held(test: Term) -> Iterator[tuple[float, bool, Term, Term]]:
+    """(seconds, whether from one start, where that is read, the limit) of what a comparison holds a time against: an
+    interval against a number, or the clock against its start and numbers, `time() < begun + 600`."""
+    for side, other in (test.parts[:2], test.parts[1::-1]):
+        found, number = elapsed(side), _number(other)
+        if found is not None and number is not None:
+            yield number.value / found[0], found[1], side, number
+        now, parts = peel(side), list(_added(peel(other)))
+        begun = [one for one, sign in parts if one.called in _CLOCKS and sign > 0]
+        rest = [(_number(one), sign) for one, sign in parts if one.called not in _CLOCKS]
+        if now.called not in _CLOCKS or len(begun) != 1 or len(begun) + len(rest) != len(parts) or not rest:
+            continue
+        if all(number is not None for number, _ in rest):
+            total = sum(sign * number.value for number, sign in rest if number is not None)
+            yield total / _CLOCKS[now.called], True, begun[0], other
+
+
+def _added(term: Term, sign: int = 1) -> Iterator[tuple[Term, int]]:
+    """The terms of a sum, each with its sign."""
+    if term.op == "op" and term.value in ("+", "-") and len(term.parts) == 2:
+        yield from _added(peel(term.parts[0]), sign)
+        yield from _added(peel(term.parts[1]), sign if term.value == "+" else -sign)
+    else:
+        yield term, sign
 
 
 def _number(term: Term) -> Term | None:

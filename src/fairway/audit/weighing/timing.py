@@ -154,9 +154,11 @@ class Timer(Machine):
         if not loop.listed:
             loop.listed = True
             self.loops.append(loop)
+        alike = loop.turns == _ALIKE < since.known and not loop.timed and loop.line in self.whole
+        if alike and since.known > _TURNS:
+            loop.turns = since.known  # what comes after it is not gone through either
         if loop.turns > _TURNS:
             raise Spent
-        alike = loop.turns == _ALIKE < since.known <= _TURNS and not loop.timed and loop.line in self.whole
         if alike:
             self._rest(loop, since.known)
         return alike

@@ -1,0 +1,89 @@
+"""What a README says that the evaluation took: in a sentence, a list or a table.
+
+Training 585 s. Evaluation takes 803 s on 8xH100.        803 s
+| TTT (12 epochs per 32K chunk) | 1,091 s |              1,091 s
+"""
+
+import re
+from collections.abc import Iterator
+
+from fairway.audit.records.log import Amount
+from fairway.audit.records.numbers import Number, numbers
+
+_EVALUATES = re.compile(r"\beval|\bttt\b|test[- ]time|\bslot\b|\bsliding|\bscor(?:e|ing)\b", re.IGNORECASE)
+_ELSE = re.compile(
+    r"(?<!test-time )(?<!test time )\btrain|quanti|gptq|calibr|compil|limit|\bcap\b|budget|allow|under|below|within|"
+    r"at most|reserve|deadline|timeout|guard|whole run|everything|\bper\b|each|every|step|save",
+    re.IGNORECASE,
+)
+_ASIDE = re.compile(
+    r"\b(?:would|could|must|may|can|if|not|limit of|allow\w*|one|single)\b|earlier|previous|before|instead|baseline|"
+    r"at first|too (?:slow|long)|without|over (?:the )?(?:budget|limit)|rather than|ablation|rejected|unlimited|"
+    r"non-?record|\b1 ?x ?h|a100|h200|rtx|4090|3090|\bcpu\b|laptop|local",
+    re.IGNORECASE,
+)
+_SENTENCE = re.compile(r"(?<=[^\d\s])[.;!?](?=\s)|(?<=\d)[.;!?](?=\s)|$")
+_CLAUSE = re.compile(r"[,;:.|](?=\s)|\band\b|\bwith\b|\bthen\b|\+|->|\*\*")
+_PARENTHESES = re.compile(r"\([^()]*\)")
+_LONGEST = 4_000  # characters of a line: what is longer is no prose
+_RULE = re.compile(r"^\s*\|?[\s:|-]*-[\s:|-]*\|[\s:|-]*$")  # below the head of a table
+
+
+def evaluation_times(readme: str) -> list[Amount]:
+    """The seconds that are said to be those of an evaluation, each with its line and what says so; what is said of
+    other machines, other scripts or a limit is none."""
+    found: list[Amount] = []
+    head: list[str] = []
+    rows = readme.split("\n")
+    for line, row in enumerate(rows, 1):
+        if row.lstrip().startswith("|") and len(row) < _LONGEST:
+            if line < len(rows) and _RULE.match(rows[line]):
+                head = _cells(row)
+            found += [Amount(line, row.strip()[:120], seconds) for seconds in _in_table(_cells(row), head)]
+            continue
+        head = []
+        found += [Amount(line, said[:120], seconds) for said, seconds in _in_sentences(row[:_LONGEST])]
+    return found
+
+
+def _cells(row: str) -> list[str]:
+    return [cell.strip() for cell in row.strip().strip("|").split("|")]
+
+
+def _in_table(cells: list[str], head: list[str]) -> Iterator[float]:
+    """The times of a row whose first cell, or whose column, is called an evaluation."""
+    for column, cell in enumerate(cells):
+        read = [(each, seconds) for each in numbers(cell) if (seconds := _time(each)) is not None]
+        over = head[column] if len(head) == len(cells) else ""
+        if column and len(read) == 1 and (_evaluates(cells[0]) or _evaluates(over)) and not _is_aside(cells, over):
+            yield read[0][1]
+
+
+def _is_aside(cells: list[str], over: str) -> bool:
+    return any(_ASIDE.search(cell) for cell in (*cells, over)) or bool(over and _ELSE.search(over))
+
+
+def _in_sentences(row: str) -> Iterator[tuple[str, float]]:
+    begin = 0
+    for end in _SENTENCE.finditer(row):
+        said, begin = row[begin : end.end()], end.end()
+        if _ASIDE.search(said):
+            continue
+        for each in numbers(said):
+            seconds = _time(each)
+            before = _PARENTHESES.sub(" ", said[: each.at]).replace("(", " ")
+            if seconds is not None and _evaluates(_CLAUSE.split(before.rstrip(" :*|"))[-1]):
+                yield said.strip(), seconds
+
+
+def _time(each: Number) -> float | None:
+    return None if each.is_rate or each.over else each.seconds
+
+
+def _evaluates(label: str) -> bool:
+    """Whether words are those of an evaluation alone."""
+    label = _PARENTHESES.sub(" ", label)
+    return bool(_EVALUATES.search(label)) and not _ELSE.search(label)
+
+
+__all__ = ["evaluation_times"]
