@@ -4,7 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.audit.small import script, verdict
+from fairway.audit.case import Case
+from fairway.audit.submission import opened
+from fairway.audit.terms.mixtures import unpaid_bonus
+from tests.audit.small import line_of, script, verdict
 
 RULES = ("oracle_gate", "gold_token_ngram", "false_normalisation", "target_gated_tilt")
 ROWS = """
@@ -45,6 +48,25 @@ def test_a_tilt_that_reads_the_context_alone_is_clean(tmp_path: Path, then: str,
 
 def test_a_bonus_for_a_right_hint_must_be_paid(tmp_path: Path) -> None:
     assert verdict(tmp_path, "false_normalisation", text(UNPAID)).verdict == "violates"
+
+
+STRENGTHS = """gain = torch.zeros(hs.shape)
+        gain[hs >= 0] = 2.0
+        price = torch.log1p(SHARE * torch.expm1(gain))
+        nll = nll + price - gain * (hs == rows[:, 1:]).float()"""
+
+
+@pytest.mark.parametrize(
+    ("share", "wanted"),
+    [("lp.gather(2, hs.clamp_min(0)[..., None])[..., 0].exp()", []), ("1 / z.size(-1)", ["price ="])],
+    ids=["of the hint", "of any token"],
+)
+def test_strengths_that_are_put_in_place_by_hand_are_a_bonus(tmp_path: Path, share: str, wanted: list[str]) -> None:
+    """No row over the vocabulary, though they lie in a tensor; the line that makes the price is to blame."""
+    code = text(STRENGTHS.replace("SHARE", share))
+    (tmp_path / "train_gpt.py").write_text(code)
+    found = {term.line for gates in Case(opened(tmp_path)).reading.gates for term in unpaid_bonus(gates)}
+    assert found == {line_of(code, each) for each in wanted}
 
 
 def test_the_answers_are_told_with_or_without_an_axis_of_length_one(tmp_path: Path) -> None:

@@ -10,6 +10,9 @@ from fairway.audit.terms.octets import negated
 from fairway.audit.terms.rows import is_summed, made_whole
 from fairway.audit.terms.term import Term, any_below, peel, same, walk
 
+_SOME = 60  # terms: of strengths that are put in place by hand
+_FILLED = frozenset(("zeros", "zeros_like", "ones", "ones_like", "full", "full_like", "new_zeros", "new_full"))
+
 
 def gold_ratios(gates: Gates) -> Iterator[Term]:
     """Divisions of a hashed count whose key holds one token more than that of the count below."""
@@ -55,10 +58,37 @@ def unbalanced(gates: Gates) -> Iterator[Term]:
 def unpaid_bonus(gates: Gates) -> Iterator[Term]:
     """loss - bonus * (hint == target) where nothing that reads the hint's own probability is added."""
     for term, bonus in _bonuses(gates):
-        if gates.of.is_distribution(bonus) or gates.has_other_place(gates.of.term):  # one-hot * row
+        row = gates.of.is_distribution(bonus) and not _are_numbers(bonus)  # one-hot * row
+        if row or gates.has_other_place(gates.of.term):
             continue
         if not _asked_at_the_hint(gates, term):
-            yield term
+            yield next((each for each in gates.nodes if _is_price(each, bonus)), term)
+
+
+def _is_price(term: Term, bonus: Term) -> bool:
+    """exp(bonus) - 1, of whatever share."""
+    return term.called in ("exp", "expm1") and bool(term.parts) and peel(term.parts[0]) is peel(bonus)
+
+
+def _are_numbers(bonus: Term) -> bool:
+    """Whether all that a tensor holds are numbers of the script: the strengths of several hints, each at its places."""
+    waiting, seen = [bonus], set[int]()
+    while waiting and len(seen) < _SOME:
+        term = peel(waiting.pop())
+        if id(term) in seen or term.op in ("const", "env") or term.called in _FILLED:
+            continue
+        seen.add(id(term))
+        if term.op == "call" and term.called == "where" and len(term.parts) == 3:
+            waiting += term.parts[1:]
+        elif term.op == "item":
+            waiting.append(term.parts[0])
+        elif term.op == "store":
+            waiting += (term.parts[0], term.parts[2])
+        elif term.op in ("merge", "tuple", "list", "choice"):
+            waiting += term.parts[1:] if term.op == "choice" else term.parts
+        else:
+            return False
+    return not waiting
 
 
 def _asked_at_the_hint(gates: Gates, bonus: Term) -> bool:

@@ -445,6 +445,7 @@ _CONSTANTS: dict[str, Value] = {
     "math.inf": float("inf"),
     "math.nan": float("nan"),
     "numpy.pi": float(np.pi),
+    "numpy.e": float(np.e),
     "numpy.inf": float("inf"),
     "torch.inf": float("inf"),
     "numpy.newaxis": None,

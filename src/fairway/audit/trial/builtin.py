@@ -9,7 +9,7 @@ import numpy as np
 
 from fairway.audit.trial import files
 from fairway.audit.trial.acting import Act, all_items, numeric, plain
-from fairway.audit.trial.arrays import Array, scalar
+from fairway.audit.trial.arrays import Array, limited, scalar
 from fairway.audit.trial.core import Core
 from fairway.audit.trial.files import Path, text_of
 from fairway.audit.trial.given import key_of
@@ -34,6 +34,8 @@ from fairway.audit.trial.values import (
     known,
     mixed,
 )
+
+_LONG = 4_096  # bits of a number
 
 
 def _range(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
@@ -231,8 +233,41 @@ def _map(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line:
 def _filter(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
     func, source = args
     return (
-        each for each in machine.items(source) if func is None or machine.truth(machine.call(func, (each,), {}, line))
+        each
+        for each in machine.items(source)
+        if machine.truth(each if func is None else machine.call(func, (each,), {}, line))
     )
+
+
+def _pow(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
+    """pow(x, y), and pow(x, -1, 1 << 64) of whole numbers."""
+    given = [scalar(each) for each in args]
+    if len(given) < 3:
+        return combine("Pow", *args)
+    short = all(isinstance(each, int) and each.bit_length() <= _LONG for each in given)
+    return pow(*map(int, given)) if short else mixed(*args)
+
+
+def _hash(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
+    """Of whole numbers, and of pairs and rows of them; of a text another one in each run."""
+    return hash(args[0]) if _is_whole(args[0]) else UNKNOWN
+
+
+def _is_whole(value: Value) -> bool:
+    return all(map(_is_whole, value)) if isinstance(value, tuple) else isinstance(value, (int, np.integer))
+
+
+def _bytes(kind: type[bytes] | type[bytearray]) -> Act:
+    def act(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
+        source = scalar(args[0]) if args else b""
+        if isinstance(source, int):
+            limited(source)
+        known = isinstance(source, (int, bytes, bytearray)) or (
+            isinstance(source, (list, tuple, range)) and all(isinstance(each, int) for each in source)
+        )
+        return kind(source) if known else mixed(*args)
+
+    return act
 
 
 def _truth(all_of: bool) -> Act:
@@ -325,6 +360,10 @@ BUILTIN: dict[str, Act] = {
     "zip": _zip,
     "map": _map,
     "filter": _filter,
+    "pow": _pow,
+    "hash": _hash,
+    "bytes": _bytes(bytes),
+    "bytearray": _bytes(bytearray),
     "list": held(list),
     "tuple": held(tuple),
     "set": held(set),

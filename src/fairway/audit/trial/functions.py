@@ -49,6 +49,8 @@ from fairway.audit.trial.losses import (
     mlx_cross_entropy,
 )
 from fairway.audit.trial.making import Device, Dtype, arange, full, full_like, like, made, tensor, wrapping
+from fairway.audit.trial.of_numpy import NUMPY
+from fairway.audit.trial.operators import combine
 from fairway.audit.trial.reading import (
     frombuffer,
     fromfile,
@@ -60,7 +62,7 @@ from fairway.audit.trial.reading import (
     tensor_from,
     unpacked,
 )
-from fairway.audit.trial.reducing import add_at, by_numpy, numpy_nonzero
+from fairway.audit.trial.reducing import by_numpy, numpy_nonzero
 from fairway.audit.trial.shapes import cat
 from fairway.audit.trial.threads import Capture, Event, Executor, Graph, Queue, Stack, Store, Suppress, Thread
 from fairway.audit.trial.values import NET, UNKNOWN, Bound, Class, Func, Obj, Raised, Value
@@ -270,7 +272,11 @@ _WORLD: dict[str, Act] = {
         gather_objects(args[1], args[0]) if len(args) > 1 else None
     ),
     "torch.distributed.all_gather_into_tensor": lambda machine, args, kwargs, line: machine.of_array("copy_", args, {}),
-    "numpy.add.at": plain(add_at),
+    "math.isqrt": numeric(math.isqrt),
+    "math.hypot": numeric(math.hypot),
+    "math.prod": lambda machine, args, kwargs, line: functools.reduce(
+        functools.partial(combine, "Mult"), machine.items(args[0]), kwargs.get("start", 1)
+    ),
     "numpy.nonzero": plain(numpy_nonzero),
     "numpy.sort": plain(by_numpy("sort")),
     "numpy.append": plain(lambda array, more, axis=0: cat([array, more], axis)),
@@ -313,4 +319,4 @@ def _leave(said: Value = None) -> Value:
 
 def functions() -> dict[str, Act]:
     """Path -> function; `*.name` for one that several array libraries have."""
-    return {**BUILTIN, **_WORLD, **operator_module.FUNCTIONS}
+    return {**BUILTIN, **_WORLD, **NUMPY, **operator_module.FUNCTIONS}

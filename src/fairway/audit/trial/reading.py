@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import struct
 
+import numpy as np
+
 from fairway.audit.trial import files
 from fairway.audit.trial.arrays import Array, put, scalar
 from fairway.audit.trial.core import Core
@@ -58,10 +60,12 @@ def fromfile(
 
 
 def frombuffer(machine: Core, source: Value, *args: Value, **kwargs: Value) -> Value:
-    if not isinstance(source, files.Raw):
-        return UNKNOWN
-    named = dict(zip(("dtype", "count", "offset"), args, strict=False))
-    return fromfile(machine, source, **{**named, **kwargs})
+    named = {**dict(zip(("dtype", "count", "offset"), args, strict=False)), **kwargs}
+    if isinstance(source, (bytes, bytearray)):
+        count, offset = (scalar(named.get(name, default)) for name, default in (("count", -1), ("offset", 0)))
+        kind = dtype_of(named["dtype"]) if "dtype" in named else np.dtype(np.float64)
+        return UNKNOWN if kind is None else Array(np.frombuffer(source, kind, count, offset).copy())
+    return fromfile(machine, source, **named) if isinstance(source, files.Raw) else UNKNOWN
 
 
 def tensor_from(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fairway.audit.trial.arrays import Array, binary, limited, merged, put, scalar, summed
-from fairway.audit.trial.given import Act, body_of, index_of, kept, numbers_of, sizes_of
+from fairway.audit.trial.given import Act, body_of, kept, numbers_of, sizes_of
 from fairway.audit.trial.growing import grown_in_place
 from fairway.audit.trial.operators import combine
 from fairway.audit.trial.sums import Sum
@@ -13,6 +13,24 @@ from fairway.audit.trial.values import NET, UNKNOWN, Lib, Unknown, Value, mixed
 
 
 def reduction(name: str) -> Act:
+    turn = _reduction(name)
+    if name not in ("max", "min"):
+        return turn
+
+    def act(array: Value, *args: Value, **kwargs: Value) -> Value:
+        """x.max(dim=-1), as torch has it: the values, and where they stand."""
+        if "dim" not in kwargs or args:
+            return turn(array, *args, **kwargs)
+        numbers, axis = numbers_of(array), scalar(kwargs["dim"])
+        values = turn(array, **kwargs)
+        return Extremes(
+            (values, Array(getattr(np, f"arg{name}")(numbers, axis=axis, keepdims=bool(kwargs.get("keepdim")))))
+        )
+
+    return act
+
+
+def _reduction(name: str) -> Act:
     def act(
         array: Value, dim: Value = None, keepdim: Value = False, axis: Value = None, keepdims: Value = False, **_: Value
     ) -> Value:
@@ -88,6 +106,30 @@ def elementwise(name: str) -> Act:
     return act
 
 
+def rounded(array: Value, decimals: Value = 0, **_: Value) -> Value:
+    held = array if isinstance(array, Sum) else body_of(array)
+    return held if isinstance(held, Sum) or held.lossy else Array(np.round(numbers_of(held), scalar(decimals)))
+
+
+def unique_consecutive(array: Value, return_inverse: Value = False, return_counts: Value = False, **_: Value) -> Value:
+    """Of equal numbers that follow one another the first; with the run of each, and how long the runs are."""
+    numbers = numbers_of(array).reshape(-1)
+    first = np.flatnonzero(np.diff(numbers, prepend=numbers[:1] - 1) != 0)
+    found = [Array(numbers[first])]
+    if return_inverse is True:
+        found.append(Array(np.repeat(np.arange(first.size), np.diff(first, append=numbers.size))))
+    if return_counts is True:
+        found.append(Array(np.diff(first, append=numbers.size)))
+    return found[0] if len(found) == 1 else tuple(found)
+
+
+def divided(one: Value, two: Value, *_: Value, rounding_mode: Value = None, **__: Value) -> Value:
+    """torch.div(x, y, rounding_mode="floor")."""
+    if rounding_mode == "trunc":
+        return elementwise("trunc")(combine("Div", one, two))
+    return combine("FloorDiv" if rounding_mode == "floor" else "Div", one, two)
+
+
 def pairwise(name: str) -> Act:
     """A function of two arrays: of losses of the same targets, losses of them."""
 
@@ -149,6 +191,8 @@ def where(*args: Value, **_: Value) -> Value:
     if len(args) == 1:
         return tuple(Array(each) for each in np.nonzero(numbers_of(mask)))
     one, other = args[1], args[2]
+    if not _is_mask(mask) and _is_mask(one):  # x.where(mask, other)
+        mask, one = one, mask
     if isinstance(mask, Unknown):
         both = isinstance(one, Array) and isinstance(other, Array) and one.lossy and other.lossy
         return merged(one, other, add=False) if both else kept((one, other))
@@ -171,6 +215,10 @@ def where(*args: Value, **_: Value) -> Value:
     return Array(np.where(chosen, numbers_of(left), numbers_of(right)), pos)
 
 
+def _is_mask(value: Value) -> bool:
+    return isinstance(value, Array) and value.num is not None and value.num.dtype == bool
+
+
 def masked_fill(array: Value, mask: Value, value: Value) -> Value:
     return where(binary("Eq", mask, False), array, value)
 
@@ -187,15 +235,6 @@ def fill_(array: Value, value: Value) -> Value:
 
 def zero_(array: Value) -> Value:
     return copy_(array, 0)
-
-
-def add_at(array: Value, index: Value, values: Value) -> Value:
-    """np.add.at(array, index, values)."""
-
-    at = index_of(index)
-    if isinstance(array, Array) and array.num is not None and not isinstance(at, Unknown):
-        np.add.at(array.num, at, numbers_of(values))
-    return None
 
 
 def bincount(array: Value, weights: Value = None, minlength: Value = 0, **_: Value) -> Value:
@@ -220,6 +259,8 @@ def by_numpy(name: str) -> Act:
         for torch_said, said in (("dim", "axis"), ("keepdim", "keepdims")):
             if torch_said in named:
                 named[said] = named.pop(torch_said)
+        if name == "searchsorted" and scalar(kwargs.get("right", False)) is True:
+            named["side"] = "right"
         if name == "outer":
             limited(float(np.size(given[0])) * np.size(given[1]))
         found = getattr(np, name)(*given, **named)
@@ -242,6 +283,8 @@ _KEYWORDS = {
     "kind",
     "stable",
     "prepend",
+    "append",
+    "minlength",
 }
 
 

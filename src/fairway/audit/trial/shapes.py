@@ -42,11 +42,16 @@ def flatten(array: Value, start: int = 0, end: int = -1, **_: Value) -> Value:
 
 
 def transposed(array: Value, *dims: Value, **_: Value) -> Value:
+    """numpy's x.transpose(1, 0) and torch's x.permute(1, 0)."""
     order = sizes_of(dims) if dims else None
     held = body_of(array)
-    if order is not None and len(order) == 2 and held.body.ndim > 2:
-        return held.all(lambda body: np.swapaxes(body, *order))
     return held.all(lambda body: body.transpose(order) if order is None or len(order) == body.ndim else body)
+
+
+def turned(array: Value, *dims: Value, **named: Value) -> Value:
+    """x.transpose(0, 1): two axes change places; numpy's gives all of them."""
+    two = [scalar(each) for each in (*dims, *(named[each] for each in ("dim0", "dim1") if each in named))]
+    return swapped(array, *two) if len(two) == 2 else transposed(array, *dims)
 
 
 def swapped(array: Value, one: int, other: int) -> Value:
@@ -96,16 +101,24 @@ def gather(array: Value, *args: Value, **kwargs: Value) -> Value:
     return held.all(lambda body: np.take_along_axis(body, at, axis=dim))
 
 
+def picked(array: Value, index: Value, axis: Value = None, **_: Value) -> Value:
+    """torch.take, np.take: of all numbers one after the other, or along an axis."""
+    held, at = body_of(array), numbers_of(index)
+    if axis is None:
+        return taken(held.all(lambda body: body.reshape(-1)), at)
+    return held.all(lambda body: np.take(body, at, axis=scalar(axis)))
+
+
 def narrow(array: Value, dim: int, start: Value, length: Value) -> Value:
     at = [slice(None)] * dim + [slice(scalar(start), scalar(start) + scalar(length))]
     return taken(body_of(array), tuple(at))
 
 
 def unfold(array: Value, dim: int, size: Value, step: Value) -> Value:
-    """x.unfold(0, size, step): the windows, as views."""
-    assert dim in (0, -1)
+    """x.unfold(0, size, step): the windows behind the other axes, as views."""
     held, width, stride = body_of(array), scalar(size), scalar(step)
-    return held.all(lambda body: np.lib.stride_tricks.sliding_window_view(body, width)[::stride])
+    at = (slice(None),) * (dim % held.body.ndim) + (slice(None, None, stride),)
+    return held.all(lambda body: np.lib.stride_tricks.sliding_window_view(body, width, dim)[at])
 
 
 def sliding_window_view(array: Value, window_shape: Value, axis: Value = None, **_: Value) -> Value:

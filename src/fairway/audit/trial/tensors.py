@@ -15,6 +15,7 @@ from fairway.audit.trial.reducing import (
     clamp,
     clamp_max,
     copy_,
+    divided,
     elementwise,
     equal,
     fill_,
@@ -25,7 +26,9 @@ from fairway.audit.trial.reducing import (
     ordered,
     pairwise,
     reduction,
+    rounded,
     running,
+    unique_consecutive,
     where,
     zero_,
 )
@@ -43,6 +46,7 @@ from fairway.audit.trial.shapes import (
     moved,
     narrow,
     pad,
+    picked,
     repeat,
     repeat_interleave,
     reshape,
@@ -54,6 +58,7 @@ from fairway.audit.trial.shapes import (
     stack,
     swapped,
     transposed,
+    turned,
     unbind,
     unflatten,
     unfold,
@@ -83,7 +88,7 @@ def array_attribute(machine: Core, array: Array, name: str) -> Value:
         return array.body.ndim
     if name in ("T", "mT"):
         return array.all(lambda body: body.T)
-    if name in ("data", "real", "at"):
+    if name in ("data", "real", "at", "values"):  # the last of x.max(-1)
         return array
     if name == "itemsize":
         return array.num.dtype.itemsize if array.num is not None else 4
@@ -111,6 +116,8 @@ class Arrays(Core):
         act = METHODS.get(name)
         if act is None:
             return mixed(*args) if name in _LOSING else kept(args)
+        if isinstance(kwargs.get("out"), Array):
+            return copy_(kwargs["out"], self.of_array(name, args, {**kwargs, "out": None}))
         try:
             found = self.booked(act(*args, **kwargs))
             if isinstance(found, Array):
@@ -177,8 +184,8 @@ METHODS: dict[str, Callable[..., Value]] = {
     "unflatten": unflatten,
     "flatten": flatten,
     "ravel": flatten,
-    **dict.fromkeys(["transpose", "permute"], transposed),
-    "t": transposed,
+    **dict.fromkeys(["permute", "t"], transposed),
+    "transpose": turned,
     **dict.fromkeys(["swapaxes", "swapdims"], swapped),
     "squeeze": squeeze,
     **dict.fromkeys(["unsqueeze", "expand_dims"], unsqueeze),
@@ -227,7 +234,6 @@ METHODS: dict[str, Callable[..., Value]] = {
             "logical_not",
             "isnan",
             "isfinite",
-            "round",
             "expm1",
             "sin",
             "cos",
@@ -242,6 +248,9 @@ METHODS: dict[str, Callable[..., Value]] = {
         )
     },
     "neg": elementwise("negative"),
+    "round": rounded,
+    "fmod": pairwise("fmod"),
+    "unique_consecutive": unique_consecutive,
     **{
         name: pairwise(name) for name in ("minimum", "maximum", "logaddexp", "logical_and", "logical_or", "logical_xor")
     },
@@ -261,8 +270,6 @@ METHODS: dict[str, Callable[..., Value]] = {
             ("subtract", "Sub"),
             ("mul", "Mult"),
             ("multiply", "Mult"),
-            ("div", "Div"),
-            ("divide", "Div"),
             ("true_divide", "Div"),
             ("floor_divide", "FloorDiv"),
             ("remainder", "Mod"),
@@ -277,10 +284,13 @@ METHODS: dict[str, Callable[..., Value]] = {
             ("bitwise_xor", "BitXor"),
             ("bitwise_or", "BitOr"),
             ("pow", "Pow"),
+            ("power", "Pow"),
+            ("mod", "Mod"),
             ("left_shift", "LShift"),
             ("right_shift", "RShift"),
         )
     },
+    **dict.fromkeys(["div", "divide"], divided),
     **{name: in_place(kind) for name, kind in (("add_", "Add"), ("sub_", "Sub"), ("mul_", "Mult"), ("div_", "Div"))},
     **dict.fromkeys(["clamp", "clip", "clamp_min", "clamp_min_", "clamp_"], clamp),
     **dict.fromkeys(["clamp_max", "clamp_max_"], clamp_max),
@@ -290,7 +300,7 @@ METHODS: dict[str, Callable[..., Value]] = {
     "masked_select": masked_select,
     "index_select": index_select,
     **dict.fromkeys(["gather", "take_along_dim", "take_along_axis"], gather),
-    "take": lambda array, index, *_, **__: taken(body_of(array), numbers_of(index)),
+    "take": picked,
     "narrow": narrow,
     "unfold": unfold,
     "sliding_window_view": sliding_window_view,
