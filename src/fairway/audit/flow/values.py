@@ -245,7 +245,8 @@ def _flags(one: Value, other: Value) -> int:
         parts = [value for value in (one, other) if value.toks]
         if not all(value.flags & RAW for value in parts) or any(value.states for value in (one, other)):
             flags &= ~RAW
-    return flags if one.flags & other.flags & MASK else flags & ~MASK
+    masks = all(value.flags & MASK for value in (one, other) if value.toks or value.states)
+    return flags if masks else flags & ~MASK
 
 
 def hashable(const: object) -> bool:

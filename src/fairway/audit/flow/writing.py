@@ -180,7 +180,8 @@ class Writing(Containers):
         value = self.repeats(self.earlier_dropped(value), obj.born)
         exact = obj.slots.get("#items")
         if isinstance(exact, Value) and exact.items is not None:
-            if len(self.nest) == len(obj.born) and len(exact.items) < 24:
+            here, there = ([loop for loop, _ in nest] for nest in (self.nest, obj.born))
+            if here == there and len(exact.items) < 24:
                 end = len(exact.items) if at is None else at
                 self.heap.set(obj, "#items", Value(items=(*exact.items[:end], value, *exact.items[end:])))
                 return
