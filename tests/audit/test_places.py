@@ -167,6 +167,39 @@ def test_a_temperature_is_named_where_its_fit_is_called() -> None:
     assert line(findings(text)["temperature-from-validation"]) == line_of(text, "scale = fit(")
 
 
+PICKED = """
+def sharpen(args, model, val):
+    losses = {}
+    for heat in (0.96, 1.0, 1.04):
+        model.heat = heat
+        losses[heat] = scaled(args, model, val, model.heat)
+    PICK
+
+def scaled(args, model, val, scale):
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for s in range(0, val.numel() - 1024, 1024):
+            logits = model.forward_logits(val[s : s + 1024][None])[0] * scale
+            total += F.cross_entropy(logits, val[s + 1 : s + 1025], reduction="sum").item()
+            count += 1024
+    return total / count
+"""
+
+
+@pytest.mark.parametrize(
+    ("pick", "call", "wanted"),
+    [
+        ("model.heat = min(losses, key=losses.get)", "sharpen(args, model, val)", "model.heat = min("),
+        ("return min(losses, key=losses.get)", "model.heat = sharpen(args, model, val)", "model.heat = sharpen("),
+    ],
+)
+def test_a_temperature_is_named_where_it_is_set(pick: str, call: str, wanted: str) -> None:
+    """By who picks it, or by who asks for what was picked."""
+    body = f"    {call}\n    final = scaled(args, model, val, model.heat)\n"
+    text = HEAD + PICKED.replace("PICK", pick) + MAIN.replace(BODY, body)
+    assert line(findings(text)["temperature-from-validation"]) == line_of(text, wanted)
+
+
 CLOCK = """
 import os, time, torch
 

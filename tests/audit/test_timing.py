@@ -152,6 +152,32 @@ def test_steps_after_the_loop_have_to_fit_in_what_the_clock_keeps_back(steps: in
         assert text.split("\n")[found.place.line - 1].strip() == f"for _ in range({steps}):"
 
 
+COOL = """    until = time.perf_counter() + SECONDS
+    while agreed(time.perf_counter() >= until):
+        x, y = loader.next(65536)
+        loss = model(x, y)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+    for k, v in model.state_dict().items():
+        ema[k].copy_(v.detach().float())
+"""
+
+
+@pytest.mark.parametrize(("seconds", "wanted"), [(60, "violates"), (10, "clean")])
+def test_a_second_loop_with_a_clock_of_its_own_has_to_fit_in_it_as_well(seconds: int, wanted: str) -> None:
+    """12 s are kept back."""
+    after = COOL.replace("SECONDS", f"{seconds}.0")
+    text = HONEST.replace("    model.load_state_dict(ema)\n", after + "    model.load_state_dict(ema)\n")
+    text = text.replace("def train(", "def agreed(over):\n    return not bool(over)\n\n\ndef train(", 1)
+    assert after in text
+    assert "def agreed" in text
+    found = training_over_time.check(case_of(text))
+    assert found.verdict == wanted
+    if wanted == "violates":
+        assert "followed by another one" in found.evidence
+
+
 HOLDING = """
 class Clock:
     def __init__(self):

@@ -11,7 +11,7 @@ from fairway.audit.flow.events import Choice, Score, Trace, Update
 from fairway.audit.passes.consequences import without_consequences
 from fairway.audit.passes.faults import Fault, Passes, one_row
 from fairway.audit.passes.reported import Reported, reported
-from fairway.audit.passes.trials import order_of, parting
+from fairway.audit.passes.trials import order_of, parting, repeats
 from fairway.audit.passes.vectors import fitted
 from fairway.audit.reading.tree import nodes
 from fairway.audit.terms.choices import forked
@@ -55,6 +55,8 @@ def _as_tried(case: Case, which: Reported, fault: Fault) -> Fault | None:
     order = order_of(case, which, fault.score, fault.cause)
     if order == "late" and fault.kind == "multi-epoch-last":
         return replace(fault, kind="training-before-scoring")
+    if fault.kind == "training-before-scoring" and repeats(case, which, fault.cause):
+        return replace(fault, kind="multi-epoch-last")
     return None if order == "first" else fault
 
 

@@ -111,17 +111,18 @@ def overrun(trace: Trace, reported: Reported) -> Update | None:
 
 
 def beyond(trace: Trace, reported: Reported) -> tuple[Update, float] | None:
-    """A step of the training, on the same weights, after the loop that a clock ends at less than 600 s, in a loop of
-    its own that asks none: with it the limit in seconds."""
+    """A step of the training, on the same weights, after the first loop that a clock ends at less than 600 s, in a loop
+    of its own: with it the limit in seconds."""
     trained = _trained(trace, reported)
     ends = [each for each in _ending(trace, trained) if each.limit]
     if not ends:
         return None
+    own = {loop for loop, _ in ends[0].nest}
+    ends = [each for each in ends if own & {loop for loop, _ in each.nest}]
     limit = max(_seconds(each) for each in ends)
-    timed = _timed(trace)
-    before = {update.state for update in trained if timed & {loop for loop, _ in update.nest}}
+    before = {update.state for update in trained if own & {loop for loop, _ in update.nest}}
     late = (each for each in trained if each.number > ends[-1].number and each.nest and each.state in before)
-    after = next((each for each in late if not timed & {loop for loop, _ in each.nest}), None)
+    after = next((each for each in late if not own & {loop for loop, _ in each.nest}), None)
     return None if after is None or not 0.0 < limit < LIMIT else (after, limit)
 
 

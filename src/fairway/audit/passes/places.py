@@ -6,7 +6,7 @@ import ast
 from collections.abc import Sequence
 
 from fairway.audit.case import Case
-from fairway.audit.flow.events import Event, Forward, Score, Trace, Update, bits
+from fairway.audit.flow.events import Choice, Event, Forward, Score, Trace, Update, bits
 from fairway.audit.passes.charged import passes_of
 from fairway.audit.passes.faults import Fault
 from fairway.audit.passes.patterns import pattern_at
@@ -37,9 +37,21 @@ def place_of(case: Case, fault: Fault) -> Place:
         if shared is not None and "#broadcast" in shared.slots and isinstance(shared.place, Place):
             return shared.place  # made for all windows, as its shape says; else it is handed all of them
         return parting_of(fault.cause, fault.score)
-    if fault.kind == "temperature-from-validation":  # the call of what fits it
-        return _inside_a_maker(case, fault.cause, parting_of(fault.cause, fault.score))
+    if fault.kind == "temperature-from-validation":  # where it is set: the call of what fits it, or what picks it
+        cause = fault.cause
+        picked = isinstance(cause, Choice) and cause.form != "if" and not _given_back(case, cause.place)
+        return cause.place if picked else _inside_a_maker(case, cause, parting_of(cause, fault.score))
     return fault.cause.place
+
+
+def _given_back(case: Case, place: Place) -> bool:
+    """Whether a line gives something back to who called: `return min(losses, key=losses.get)`."""
+    return any(
+        isinstance(node, ast.Return) and script.line(node.lineno) == place.line
+        for script in case.script.all()
+        if script.path == place.file and script.tree is not None
+        for node in nodes(script.tree)
+    )
 
 
 def _inside_a_maker(case: Case, event: Event, place: Place) -> Place:

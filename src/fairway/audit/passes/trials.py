@@ -312,6 +312,18 @@ def epochs(case: Case, which: Reported, counts: Counts) -> tuple[str, str, int] 
     return "multi-epoch-last" if whole else "rescoring-after-adaptation", evidence, min(loops, default=mine)
 
 
+def repeats(case: Case, which: Reported, step: Update) -> bool:
+    """Whether a trial shows that all that a step learned from had been scored by then, and that all is scored once
+    more: an epoch, where the walk cannot tell one turn of a loop over passes and chunks from the next."""
+    counts = counts_of(case, which)
+    calls = tuple(place.line for place in step.stack[:-1])
+    lessons = [each for each in counts.trial.lessons if each.stack[:-1] == calls] if counts is not None else []
+    if counts is None or not lessons or any(each.early for each in lessons):
+        return False
+    found = epochs(case, which, counts)
+    return found is not None and found[0] == "multi-epoch-last"
+
+
 def best_of(counts: Counts) -> tuple[str, str, int] | None:
     """Whether the score was chosen as the least of sums over the same targets: the rule, a sentence, and where."""
     trial, told = counts.trial, counts.said[-1].sum

@@ -29,10 +29,12 @@ def second_file(script: Script) -> tuple[ast.expr, str] | None:
     if script.tree is None:
         return None
     constants = _constants(script.tree)
-    saved = list(_files(script.tree, _SAVES, constants))
-    loaded = [each for each in _files(script.tree, _LOADS, constants) if each.path in {one.path for one in saved}]
+    saved = [*_files(script.tree, _SAVES, constants), *_by_helpers(script.tree, _SAVES, constants)]
+    read = [*_files(script.tree, _LOADS, constants), *_by_helpers(script.tree, _LOADS, constants)]
+    loaded = [each for each in read if each.path in {one.path for one in saved}]
     sized = _sized(script.tree, constants)
-    counted = {each.path for each in saved if each.path in sized or _bytes_of(each.call) & sized}
+    asked = _asked(script.tree)  # size = write(path, weights)
+    counted = {each.path for each in saved if {each.path, *_bytes_of(each.call)} & sized or id(each.call) in asked}
     unpacking = _unpacking(script.tree)
     for each in loaded:
         beside = [one for one in loaded if one.function == each.function and one.path in counted]
@@ -70,13 +72,8 @@ def _constants(tree: ast.Module) -> dict[str, str]:
     }
 
 
-def _files(tree: ast.Module, names: frozenset[str], constants: dict[str, str]) -> Iterator[_File]:
-    around = {
-        id(part): function.lineno  # the innermost: it comes last
-        for function in nodes(tree)
-        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
-        for part in nodes(function)
-    }
+def _files(tree: ast.AST, names: frozenset[str], constants: dict[str, str]) -> Iterator[_File]:
+    around = _around(tree)
     for node in nodes(tree):
         if isinstance(node, ast.Call) and (
             last_name(node.func) in names or _opens(node) == ("wb" if names is _SAVES else "rb")
@@ -84,6 +81,44 @@ def _files(tree: ast.Module, names: frozenset[str], constants: dict[str, str]) -
             path = _path(node, names is _SAVES, constants)
             if path:
                 yield _File(path, node, around.get(id(node), 0))
+
+
+def _by_helpers(tree: ast.Module, names: frozenset[str], constants: dict[str, str]) -> Iterator[_File]:
+    """The same of calls of the script's own functions that save to, or load from, a path that they are handed."""
+    helpers: dict[str, tuple[int, str]] = {}
+    for function in nodes(tree):
+        if isinstance(function, ast.FunctionDef):
+            handed = [each.arg for each in function.args.args]
+            path = next((each.path for each in _files(function, names, constants) if each.path in handed), "")
+            if path:
+                helpers[function.name] = handed.index(path), path
+    around = _around(tree)
+    for node in nodes(tree) if helpers else ():
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in helpers:
+            at, name = helpers[node.func.id]
+            named = next((each.value for each in node.keywords if each.arg == name), None)
+            given = node.args[at] if at < len(node.args) else named
+            path = _said(given, constants) if given is not None else ""
+            if path:
+                yield _File(path, node, around.get(id(node), 0))
+
+
+def _asked(tree: ast.Module) -> set[int]:
+    """The calls whose value is kept or asked for."""
+    dropped = {id(each.value) for each in nodes(tree) if isinstance(each, ast.Expr)}
+    own = {each.name for each in nodes(tree) if isinstance(each, ast.FunctionDef)}
+    calls = (each for each in nodes(tree) if isinstance(each, ast.Call) and getattr(each.func, "id", "") in own)
+    return {id(each) for each in calls} - dropped
+
+
+def _around(tree: ast.AST) -> dict[int, int]:
+    """Of each node the line of the innermost function that it stands in."""
+    return {
+        id(part): function.lineno  # the innermost: it comes last
+        for function in nodes(tree)
+        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
+        for part in nodes(function)
+    }
 
 
 def _path(call: ast.Call, saves: bool, constants: dict[str, str]) -> str:

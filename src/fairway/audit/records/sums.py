@@ -21,6 +21,7 @@ class Sum:
     limit: int | None
     code: bool
     alone: bool  # nothing is added to the size of one thing
+    larger: int = 0  # the line in which the larger of code and artifact stands for their sum
 
 
 def sums(script: Script) -> list[Sum]:
@@ -52,7 +53,18 @@ def _compared(script: Script, node: ast.Compare, sources: "_Sources") -> list[Su
         return []
     code = any(_is_code(each) for each in [*reached, *sources.reached(side)])
     line = _written_at(said, sources) if limit == MIB else node.lineno
-    return [Sum(script, line, limit, code, _alone(other, sources))]
+    return [Sum(script, line, limit, code, _alone(other, sources), _larger(reached, sources))]
+
+
+def _larger(reached: list[ast.AST], sources: "_Sources") -> int:
+    """max(code, artifact): one leads to the code, another to a size without it."""
+    for call in reached:
+        if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "max" and len(call.args) > 1:
+            sides = [list(sources.reached(each)) for each in call.args]
+            coded = [any(map(_is_code, side)) for side in sides]
+            if any(coded) and any(any(map(_is_size, side)) for side, own in zip(sides, coded, strict=True) if not own):
+                return call.lineno
+    return 0
 
 
 def _written_at(side: ast.expr, sources: "_Sources") -> int:

@@ -1,5 +1,7 @@
 """A size that leaves the code out, is held against MiB, or disagrees with the files."""
 
+from dataclasses import replace
+
 from fairway.audit.case import Case
 from fairway.audit.exemptions import departure
 from fairway.audit.records import Record, record_of
@@ -157,6 +159,10 @@ def _written(case: Case, record: Record) -> list[Finding]:
             found.append(_at(each, evidence))
     if made and not any(each.code or not each.alone for each in made):
         found.append(_at(made[0], "the size that is judged is the artifact's alone: no code is added to it"))
+    larger = next((each for each in made if each.larger), None)
+    if larger is not None:
+        evidence = "the larger of code and artifact is judged, not what they come to together"
+        found.append(_at(replace(larger, line=larger.larger), evidence))
     beside = second_file(case.body)
     if beside is not None:
         evidence = f"the file {beside[1]} is read back beside the artifact, and no size counts it"

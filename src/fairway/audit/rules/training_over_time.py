@@ -73,14 +73,22 @@ def _beyond(case: Case) -> Finding | None:
             f"The weights learn at {step.place} while the clock of the training is held: these steps are in no 600 s."
         )
         return Finding(ID, "violates", evidence, CLAUSE, loop)
-    steps, ended = steps_after(case, loop.line) if own else (0, 0.0)
-    limit = max(limit, ended)
-    if steps * FASTEST <= LIMIT - limit:
+    after = steps_after(case, loop.line) if own else None
+    if after is None:
+        return None
+    limit = max(limit, after.ended)
+    if after.seconds <= LIMIT - limit:
         return None
     evidence = (
-        f"At least {steps} further steps of the training follow the loop that the clock ends at {limit:.0f} s, and ask "
-        f"no clock: the {LIMIT - limit:.0f} s that are left do not hold them, at {1000 * FASTEST:.0f} ms a step."
+        f"At least {after.turns} further steps of the training follow the loop that the clock ends at {limit:.0f} s, "
+        f"and ask no clock: the {LIMIT - limit:.0f} s that are left do not hold them, at {1000 * FASTEST:.0f} ms a "
+        "step."
     )
+    if after.seconds > after.turns * FASTEST:
+        evidence = (
+            f"The loop that the clock ends at {limit:.0f} s is followed by another one, which goes on for about "
+            f"{after.seconds:.0f} s: {LIMIT - limit:.0f} s are left."
+        )
     return Finding(ID, "violates", evidence, CLAUSE, loop)
 
 

@@ -139,13 +139,18 @@ class Gates:
 
     def _knows(self, distribution: Term) -> Iterator[Term]:
         """What in a distribution reads the target before the distribution is read at it."""
-        if not self.kinds(distribution) & {"score", "read"}:
+        if not self.kinds(distribution) & {"score", "read", "key"}:
             return
         for term in self.without_learning(distribution):
             place = self.of.scored_place(term)
             read = place is not None and not only_reshapes(place)
-            if self._looks_up_target(term) or (read and self.reads_target(term)):
+            if self._looks_up_target(term) or self._counts_target(term) or (read and self.reads_target(term)):
                 yield term
+
+    def _counts_target(self, term: Term) -> bool:
+        """counts[context, target]: how often the answer came before."""
+        keyed = term.op == "item" and "key" in self.kinds(term) and self.of.streams.is_memory(term.parts[0])
+        return keyed and self.reads_target(term.parts[1])
 
     def reads_target(self, root: Term) -> bool:
         """Whether a value reads the target otherwise than through what a state has learned."""

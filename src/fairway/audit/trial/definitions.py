@@ -57,7 +57,7 @@ class Definitions(Statements):
 
     def _body(self, node: ast.AST, body: Any, yields: bool) -> Callable[[Frame], Value]:
         if isinstance(node, ast.Lambda):
-            return self.compiled(node.body)
+            return self._said_at(node.body)
         if yields:
             return self.generator(body)
         run = self.block(body)
@@ -67,6 +67,16 @@ class Definitions(Statements):
             return left.value if left is not None else None
 
         return plain
+
+    def _said_at(self, value: ast.expr) -> Compute:
+        """What a lambda gives, worked out in its own line and not in that of the call: as the walk has it."""
+        compute, host = self.compiled(value), self.host
+
+        def said(frame: Frame) -> Value:
+            host.step(value.lineno)
+            return compute(frame)
+
+        return said
 
     def generator(self, nodes: list[ast.stmt]) -> Callable[[Frame], Iterator[Value]]:
         raise NotImplementedError

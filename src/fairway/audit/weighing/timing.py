@@ -91,6 +91,16 @@ class Overrun:
     more: int = 0
 
 
+@dataclass(frozen=True)
+class After:
+    """Of a loop that follows the one that the clock ends after `ended` seconds: its turns, and the seconds that they
+    take at the least, or by the clock that it asks itself."""
+
+    turns: int
+    ended: float
+    seconds: float
+
+
 class Timer(Machine):
     """The trial's machine with a clock that goes on."""
 
@@ -356,14 +366,17 @@ def _held(inside: Sequence[ast.AST]) -> set[str]:
     }
 
 
-def steps_after(case: Case, line: int) -> tuple[int, float]:
-    """The turns of a training loop at this line that begins when the one that the clock ends is over, and the seconds
-    after which the clock ends that at the least; noughts where the trial comes to none."""
+def steps_after(case: Case, line: int) -> After:
+    """What the training loop at this line takes that begins when the one that the clock ends is over."""
     machine, loop = _trained(case)
     if loop is None:
-        return 0, 0.0
+        return After(0, 0.0, 0.0)
     ended = _forgiven(loop.now - loop.begun, (loop.now - loop.begun) / loop.turns)
-    return max((each.turns for each in machine.loops if each.line == line and each.begun >= loop.now), default=0), ended
+    later = [each for each in machine.loops if each.line == line and each.begun >= loop.now]
+    turns = max((each.turns for each in later), default=0)
+    timed = [each for each in later if each.timed > 0.9 * each.turns]  # the step that crosses the line is forgiven
+    spent = ((each.now - each.begun) * (1.0 - 1.0 / each.turns) for each in timed)
+    return After(turns, ended, max(turns * FASTEST, *spent, 0.0) if later else 0.0)
 
 
 def _forgiven(seconds: float, step: float) -> float:
@@ -415,4 +428,4 @@ def _lost(case: Case, machine: Timer, loop: Loop) -> int:
     return ends if ends in moved else begins  # t0 += time() - t1
 
 
-__all__ = ["FASTEST", "Overrun", "steps_after", "timed"]
+__all__ = ["FASTEST", "After", "Overrun", "steps_after", "timed"]
