@@ -3,6 +3,7 @@
 
 import pytest
 
+from fairway.audit.flow.values import MASK, Tok, Value, join
 from tests.audit.order import HEAD, HONEST, MAIN, broken, doubted, trace_of
 
 EVAL = "    final = eval_ttt(args, model, val)\n"
@@ -122,3 +123,12 @@ def test_a_part_of_a_table_that_is_filled_is_the_tables(way: str) -> None:
 
     assert broken(script(*PRICED, *FILL[way])) == set()
     assert broken(script(*FILL[way], *PRICED)) & {"two-pass-cache", "training-before-scoring"}
+
+
+def test_a_mask_of_places_beside_one_of_tokens_leaves_it_a_mask() -> None:
+    """`whole = places >= 2`, and then `whole &= tokens != 1` in some turns: what it picks are places, and no entries of
+    a table."""
+    tokens = frozenset((Tok("val"),))
+    mask = Value(toks=tokens, flags=MASK)
+    assert join(mask, Value()).flags & MASK
+    assert not join(mask, Value(toks=tokens)).flags & MASK

@@ -456,6 +456,41 @@ def test_a_second_file_that_is_read_back_is_counted(tmp_path: Path, way: str, mo
         assert found.place.line == line_of(text, second)
 
 
+@pytest.mark.parametrize(
+    ("second", "wanted"), [('put("model.bin.rest", rest)', "violates"), ('more = put("model.bin.rest", rest)', "clean")]
+)
+def test_a_second_file_that_a_helper_writes_is_counted_as_well(tmp_path: Path, second: str, wanted: str) -> None:
+    """Who asks what was written counts it."""
+    helpers = """
+def put(path, state):
+    blob = zlib.compress(pickled(state))
+    Path(path).write_bytes(blob)
+    return len(blob)
+
+def got(path):
+    return unpickled(zlib.decompress(Path(path).read_bytes()))
+"""
+    text = SAVED.replace("SECOND", second).replace("READ", 'got("model.bin.rest")').replace(" MORE", "") + helpers
+    text = text.replace('Path("model.bin").write_bytes(blob)', 'size = put("model.bin", state)')
+    found = verdict(tmp_path, "size_sum", text.replace("total = len(blob)", "total = size"))
+    assert found.verdict == wanted, found.evidence
+
+
+@pytest.mark.parametrize(("total", "wanted"), [("max(model, code)", "violates"), ("max(model, 0) + code", "clean")])
+def test_the_larger_of_code_and_artifact_is_no_sum(tmp_path: Path, total: str, wanted: str) -> None:
+    text = f"""
+import os
+model, code = os.path.getsize("model.bin"), os.path.getsize(__file__)
+total = {total}
+assert total < 16_000_000
+"""
+    found = verdict(tmp_path, "size_sum", text)
+    assert found.verdict == wanted
+    if wanted == "violates":
+        assert found.place is not None
+        assert found.place.line == line_of(text, "total = ")
+
+
 def test_a_file_that_nobody_reads_back_is_no_part_of_the_artifact(tmp_path: Path) -> None:
     text = SAVED.replace("SECOND", 'torch.save(rest, "rest.bin")').replace("READ", "{}").replace(" MORE", "")
     assert verdict(tmp_path, "size_sum", text).verdict == "clean"

@@ -119,6 +119,27 @@ def test_what_lies_between_two_probabilities_is_a_mixture_of_them(
     assert verdict(tmp_path, "target_gated_tilt", found).verdict == wanted
 
 
+PAIRS = """probs = torch.softmax(z, -1)
+        seen = counts[rows[:, :-1]].sum(-1) / 100.0
+        share = SHARE
+        row = (counts[rows[:, :-1]] + 1.0) / (counts[rows[:, :-1]] + 1.0).sum(-1, keepdim=True)
+        mixed = (1.0 - share[..., None]) * probs + share[..., None] * row
+        nll = -torch.log(mixed.gather(2, rows[:, 1:, None])[..., 0])
+        counts.view(-1).index_add_(0, (rows[:, :-1] * 1024 + rows[:, 1:]).flatten(), torch.ones(rows.size(1) - 1))"""
+
+
+@pytest.mark.parametrize(
+    ("share", "wanted"),
+    [("0.3 * seen", "clean"), ("0.3 * (counts[rows[:, :-1], rows[:, 1:]] > 0).float() * seen", "violates")],
+    ids=["of the context", "of the answer"],
+)
+def test_how_often_the_answer_came_before_decides_no_weight(tmp_path: Path, share: str, wanted: str) -> None:
+    found = script(
+        loss=ROWS.format(then=PAIRS.replace("SHARE", share)), state="memory, counts = {}, torch.zeros(1024, 1024)"
+    )
+    assert verdict(tmp_path, "target_gated_tilt", found).verdict == wanted
+
+
 BOOK = """
         rows = torch.from_numpy(piece)[None]
         held = -torch.log_softmax(net(rows[:, :-1]), -1).gather(2, rows[:, 1:, None])[0, :, 0]
