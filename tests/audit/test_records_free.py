@@ -371,6 +371,16 @@ def test_where_no_log_times_the_evaluation_the_scripts_clock_does(
     assert found(eval_over_time, tmp_path).verdict == verdict
 
 
+def test_a_time_that_all_ranks_share_in_a_tensor_is_a_clock(tmp_path: Path) -> None:
+    shared = (
+        "    used = torch.tensor(time.perf_counter() - begun, dtype=torch.float64)\n    steps = used.item() > LIMIT\n"
+    )
+    text = EXAMINED.replace("WATCH", "begun = time.perf_counter()").replace("    for at", shared + "    for at")
+    for limit, wanted in (("1140.0", "violates"), ("560.0", "clean")):
+        (tmp_path / "train_gpt.py").write_text(CLOCKED + text.replace("LIMIT", limit))
+        assert found(eval_over_time, tmp_path).verdict == wanted
+
+
 @pytest.mark.parametrize(("limit", "verdict"), [(1500.0, "violates"), (640.0, "clean"), (7200.0, "clean")])
 def test_a_deadline_is_a_clock_as_well(limit: float, verdict: str, tmp_path: Path) -> None:
     """The clock against its start and numbers: 45 s are kept back."""

@@ -6,7 +6,7 @@ import pytest
 
 from fairway.audit.case import Case
 from fairway.audit.submission import opened
-from fairway.audit.terms.mixtures import unpaid_bonus
+from fairway.audit.terms.mixtures import underpaid_bonus, unpaid_bonus
 from tests.audit.small import line_of, script, verdict
 
 RULES = ("oracle_gate", "gold_token_ngram", "false_normalisation", "target_gated_tilt")
@@ -48,6 +48,17 @@ def test_a_tilt_that_reads_the_context_alone_is_clean(tmp_path: Path, then: str,
 
 def test_a_bonus_for_a_right_hint_must_be_paid(tmp_path: Path) -> None:
     assert verdict(tmp_path, "false_normalisation", text(UNPAID)).verdict == "violates"
+
+
+@pytest.mark.parametrize("less", ["ph.clamp(max=0.35)", "ph.clamp_max(0.5)", "torch.clamp(ph, 0.0, 0.9)", "0.8 * ph"])
+def test_what_a_bonus_takes_is_paid_whole(tmp_path: Path, less: str) -> None:
+    """Where the model is sure of a hint, less is taken off than it gains."""
+    code = text(PAID.replace("ph * math", f"{less} * math"))
+    (tmp_path / "train_gpt.py").write_text(code)
+    assert [term for gates in Case(opened(tmp_path)).reading.gates for term in underpaid_bonus(gates)]
+    whole = text(PAID.replace("ph * math", "ph.clamp(max=1.0) * math"))
+    (tmp_path / "train_gpt.py").write_text(whole)
+    assert not [term for gates in Case(opened(tmp_path)).reading.gates for term in underpaid_bonus(gates)]
 
 
 STRENGTHS = """gain = torch.zeros(hs.shape)

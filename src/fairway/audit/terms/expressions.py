@@ -8,7 +8,7 @@ from fairway.audit.terms import assigning, calls, objects
 from fairway.audit.terms.attributes import attribute, nothing
 from fairway.audit.terms.elements import element, entries, listing, spelt_items
 from fairway.audit.terms.items import item
-from fairway.audit.terms.term import Term
+from fairway.audit.terms.term import Term, peel
 from fairway.audit.terms.things import Frame, Function, FunctionNode, constant
 
 if TYPE_CHECKING:
@@ -205,7 +205,8 @@ def _is_registered(left: Term, right: Term) -> bool | None:
 
 
 def _is_timed(term: Term, depth: int = 8) -> bool:
-    """Whether a difference of times is in a sum or a product."""
+    """Whether a difference of times is in a sum or a product, or in a tensor that all ranks share."""
+    term = peel(term)
     if term.op == "call" and term.called in _CLOCKS:
         return True
     open_ = term.op in ("op", "merge", "choice") or (term.op == "call" and term.called in ("float", "max", "min"))

@@ -93,7 +93,7 @@ class Gates:
             operand = term.operand("a")
             if operand is None or not self._scored(operand):
                 continue
-            low, high = _bounds(term)
+            low, high = bounds_of(term)
             inside = id(term) in self.inside
             if (not inside and high is not None and 0 < high <= _HIGHEST) or (
                 inside and low is not None and _LOWEST <= low < 1.0  # from 1 on it guards a count that is divided by
@@ -333,7 +333,7 @@ _has_answers = Below(lambda term: term.called.startswith("binary_cross_entropy")
 _has_checks = Below(lambda term: term.called in _CHECKS)
 
 
-def _bounds(term: Term) -> tuple[float | None, float | None]:
+def bounds_of(term: Term) -> tuple[float | None, float | None]:
     """(lower, upper) bound by a number."""
     numbers = {key: part.constant() for part, key in zip(term.parts, term.keys, strict=True) if key != "self"}
     first = [value for key, value in numbers.items() if isinstance(value, (int, float)) and not isinstance(value, bool)]

@@ -4,12 +4,14 @@ import math
 from collections.abc import Iterator
 
 from fairway.audit.terms.choices import forked
-from fairway.audit.terms.gates import Gates
+from fairway.audit.terms.gates import Gates, bounds_of
 from fairway.audit.terms.keys import folds, is_hashed, spans_vocabulary
 from fairway.audit.terms.octets import negated
 from fairway.audit.terms.rows import is_summed, made_whole
 from fairway.audit.terms.term import Term, any_below, peel, same, walk
 
+_NEARLY = 0.99  # a probability that is held below that of a rounded softmax loses nothing
+_CUT = frozenset(("clamp", "clip", "clamp_max", "minimum", "min"))
 _SOME = 60  # terms: of strengths that are put in place by hand
 _FILLED = frozenset(("zeros", "zeros_like", "ones", "ones_like", "full", "full_like", "new_zeros", "new_full"))
 
@@ -113,15 +115,28 @@ def _bonuses(gates: Gates) -> Iterator[tuple[Term, Term]]:
 
 
 def underpaid_bonus(gates: Gates) -> Iterator[Term]:
-    """log(1 + p(hint) * bonus) beside a bonus on the logarithm, whose price is log(1 + p(hint) * (exp(bonus) - 1))."""
+    """log(1 + p(hint) * bonus), or less of p(hint), beside a bonus on the logarithm, whose price is
+    log(1 + p(hint) * (exp(bonus) - 1))."""
     bonuses = [bonus for _, bonus in _bonuses(gates)]
     for term in gates.nodes if bonuses else ():
         paid = peel(term.parts[0]) if term.called == "log1p" and term.parts else None
         if paid is None or paid.op != "op" or paid.value != "*" or id(term) in gates.inside:
             continue
-        read = any(any_below(part, lambda t: gates.of.scored_place(t) is not None) for part in paid.parts)
-        if read and any(_alike(part, bonus) for part in paid.parts for bonus in bonuses):
+        asked = [part for part in paid.parts if any_below(part, lambda t: gates.of.scored_place(t) is not None)]
+        if asked and (
+            any(_alike(part, bonus) for part in paid.parts for bonus in bonuses) or any(map(_is_less, asked))
+        ):
             yield term
+
+
+def _is_less(chance: Term) -> bool:
+    """p(hint) that is cut off above, or of which a part is taken: its whole is what the bonus costs."""
+    below = peel(chance)
+    if below.op == "op" and below.value == "*":
+        numbers = [part.constant() for part in map(peel, below.parts)]
+        return any(isinstance(one, (int, float)) and 0.0 < one < 1.0 for one in numbers)
+    high = bounds_of(below)[1] if below.called in _CUT else None
+    return high is not None and 0.0 < high < _NEARLY
 
 
 def _alike(factor: Term, bonus: Term) -> bool:
