@@ -179,3 +179,34 @@ def eval_gated(args, model, val):
     assert found.verdict == "violates"
     assert found.place is not None
     assert found.place.line == line_of(text, "total += torch.where(sure < flat")
+
+
+NAMED = """
+def pick(args, model, val, train):
+    now = {k: v.detach().clone() for k, v in model.state_dict().items()}
+    half = {k: 0.5 * (v.float() + model.spare[k]) for k, v in now.items()}
+    candidates = {"last": now, "half": half}
+    losses = {}
+    for name, state in candidates.items():
+        model.load_state_dict({k: v.to(now[k].dtype) for k, v in state.items()}, strict=True)
+        losses[name] = eval_val(args, model, val)
+    best = min(losses, key=losses.get)
+    model.load_state_dict({k: v.to(now[k].dtype) for k, v in candidates[best].items()}, strict=True)
+"""
+
+
+TURNING = """        if self._turns is None:
+            self._turns = torch.outer(torch.arange(x.size(-1)), self.rates).cos()
+        h = self.emb(x) * self._turns
+"""
+
+
+def test_weights_that_are_picked_as_a_whole_are_no_temperature() -> None:
+    """They hold what the tables of the model are made of as well, which nothing learned."""
+    made = "        self.register_buffer('rates', torch.arange(64) / 64)\n        self._turns = None\n"
+    head = HEAD.replace("        self.head = ", made + "        self.head = ", 1)
+    text = head.replace("        h = self.emb(x)\n", TURNING) + NAMED
+    body = "    model.spare = copy.deepcopy(model.state_dict())\n    pick(args, model, val, None)\n"
+    text += MAIN.replace(BODY, body + BODY)
+    assert TURNING in text
+    assert broken(text) == {"choice-by-validation"}

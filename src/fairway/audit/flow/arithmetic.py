@@ -118,8 +118,9 @@ class Arithmetic(Comparisons):
 
     @staticmethod
     def _scales(logits: Value, other: Value) -> bool:
-        """Whether `other` is a scale of its own: chosen, or learned apart from what made the logits."""
-        chosen = bool(other.choices) and not other.states
+        """Whether `other` is a scale of its own: chosen, or learned apart from what made the logits. Weights that were
+        chosen as a whole hold their scale, too."""
+        chosen = bool(other.choices & ~logits.choices) and not other.states
         return logits.active and not other.toks and (chosen or bool(other.states - logits.states))
 
     def _folded(self, op: ast.operator, left: Value, right: Value) -> Value | None:

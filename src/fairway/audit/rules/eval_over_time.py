@@ -39,8 +39,8 @@ def check(case: Case) -> Finding:
     (seconds, place, way), log = over[0] if over else slowest
     said = " + ".join(step.what for step in way)
     if seconds > LIMIT:
-        own = _by_the_script(case)  # what lets it go on for so long, where the script says so
-        place = own.place or place if own is not None else place
+        clock = _by_the_script(case)  # what lets it go on for so long, where the script says so
+        place = clock.place or place if clock is not None else place
         return Finding(
             ID,
             "violates",
