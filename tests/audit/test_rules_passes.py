@@ -210,3 +210,28 @@ def test_weights_that_are_picked_as_a_whole_are_no_temperature() -> None:
     text += MAIN.replace(BODY, body + BODY)
     assert TURNING in text
     assert broken(text) == {"choice-by-validation"}
+
+
+LOWER = """
+def lower(args, model, val):
+    total, count = 0.0, 0
+    for s in range(0, val.numel() - 8 * args.stride - args.seq_len, 8 * args.stride):
+        x = torch.stack([val[a : a + args.seq_len] for a in range(s, s + 8 * args.stride, args.stride)])
+        y = torch.stack([val[a + 1 : a + args.seq_len + 1] for a in range(s, s + 8 * args.stride, args.stride)])
+        logits = model.forward_logits(x)
+        plain = F.cross_entropy(logits.transpose(1, 2), y, reduction="none")
+        mixed = F.cross_entropy(logits.transpose(1, 2) * 1.1, y, reduction="none")
+        nll = torch.minimum(plain, mixed)
+        for i in range(8):
+            keep = slice(0 if s + i == 0 else args.seq_len - args.stride, args.seq_len)
+            total += nll[i, keep].sum().item()
+            count += y[i, keep].numel()
+    return total / count
+"""
+
+
+def test_the_lower_loss_of_each_token_is_a_gate_also_where_rows_are_summed_one_by_one() -> None:
+    text = HEAD + LOWER + MAIN.replace(BODY, "    final = lower(args, model, val)\n")
+    case = case_of(text)
+    assert oracle_gate.check(case).verdict == "violates"
+    assert broken(text) == set()

@@ -55,6 +55,43 @@ def test_a_counter_that_turns_to_training_text_tells_the_split(turn: str, counts
     assert [split.count for split in splits(ast.parse(SHARDS.replace("TURN", turn)))] == counts
 
 
+FILTERED = """
+import argparse, json
+import numpy as np
+import sentencepiece
+
+ap = argparse.ArgumentParser()
+ap.add_argument("--val-docs", type=int, default=10_000)
+args = ap.parse_args()
+sp = sentencepiece.SentencePieceProcessor(model_file="t.model")
+
+def documents():
+    for n, line in enumerate(open("d.jsonl")):
+        yield n, sp.encode(json.loads(line)["text"])
+
+def write(name, docs):
+    np.asarray([i for ids in docs for i in ids], dtype="<u2").tofile(f"{name}_000000.bin")
+
+write("val", (ids for n, ids in documents() if n < 50_000))
+write(KIND, (ids for n, ids in documents() if TEST))
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "test", "counts"),
+    [
+        ('"train"', "n >= args.val_docs", [10_000]),
+        ('"train"', "n > 20_000", [20_000]),
+        ('"rest"', "n >= args.val_docs", []),
+        ('"train"', "len(ids) >= 10_000", []),
+        ('"train"', "n < 2_000_000", []),
+    ],
+)
+def test_documents_that_are_filtered_by_their_number_tell_it_as_well(kind: str, test: str, counts: list[int]) -> None:
+    text = FILTERED.replace("KIND", kind).replace("TEST", test)
+    assert [split.count for split in splits(ast.parse(text))] == counts
+
+
 @pytest.mark.parametrize(
     ("held", "readme", "verdict"),
     [

@@ -148,7 +148,10 @@ def is_gate(case: Case, fault: Fault) -> bool:
     """Whether a choice is one between predictions token by token, by the token itself: a rule of the distribution's."""
     if fault.kind in _BY_LOSSES and fault.cause.place == gate_by_losses(case):
         return True
-    if fault.kind not in _BY_LOSSES or not isinstance(fault.cause, Choice) or fault.cause.nest != fault.score.nest:
+    if fault.kind not in _BY_LOSSES or not isinstance(fault.cause, Choice):
+        return False
+    loops, around = ([loop for loop, _ in each.nest] for each in (fault.cause, fault.score))
+    if around[: len(loops)] != loops:  # the windows of a batch may be cut in a loop of their own
         return False
     for gates in case.reading.gates:
         for term in (*gates.oracles(), *gates.gated()):

@@ -31,7 +31,8 @@ def _foreseen(case: Case) -> Finding | None:
             f"{more if case.weight.too_much else ''}: what is looked up held the tokens already."
         )
         return Finding(ID, "violates", evidence, CLAUSE, case.place(line))
-    if excess(case) is not None or case.itself is None:
+    gated = any(next(gates.gated(), None) is not None for gates in case.reading.gates)  # another rule's matter
+    if gated or excess(case) is not None or case.itself is None:
         return None
     evidence = (
         f"Behind a token that was never met, all of the {PIECES} that may follow come to {case.itself.total:.4f}: what "
