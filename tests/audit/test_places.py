@@ -1,5 +1,6 @@
 """Where a fault is named: the line that decides it, which is often not the line in which it shows."""
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -536,6 +537,15 @@ def test_documents_that_are_gone_through_side_by_side_plan_the_same_window_again
         for _ in range(3):
             plans.met(9, (0, 4096 + chunk * 256, 4416 + chunk * 256))
     assert plans.overlapping == 9
+
+
+def test_one_window_again_and_again_is_asked_without_a_warning() -> None:
+    plans = Plans()
+    for _ in range(20):
+        plans.met(7, (0, 4096, 4352))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert plans.overlapping == 7
 
 
 LAPS = """

@@ -83,7 +83,9 @@ def _tiled(windows: list[tuple[int, ...]]) -> bool:
     its numbers, (start, length, first) by the sum of one and of a length, which does not move on as places do. Rows of
     documents that are gone through side by side say the same one after another."""
     windows = [each for each, before in zip(windows, [None, *windows], strict=False) if each != before]
-    width = min(map(len, windows), default=0)
+    if len(windows) < 2:
+        return False  # all alike
+    width = min(map(len, windows))
     edges = [np.array([each[:width] for each in windows], dtype=np.int64)[:, part] for part in range(width)]
     lengths = [edge for edge in edges if (np.diff(edge) == 0).mean() >= _MOST]
     edges += [edge + length for edge in edges for length in lengths if edge is not length]
