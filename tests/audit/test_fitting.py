@@ -73,6 +73,15 @@ def test_a_context_that_is_written_down_row_by_row_is_told_from_what_is_scored(t
     assert broken(text) & {"slot-on-scored", "slot-shared-delta"} == found
 
 
+@pytest.mark.parametrize(
+    ("reach", "found"),
+    [("width - 2 * stride", {"twice-counted-tokens"}), ("width", {"twice-counted-tokens", "slot-on-scored"})],
+)
+def test_targets_that_count_twice_are_no_vectors_that_were_fitted_to_them(reach: str, found: set[str]) -> None:
+    text = written(reach=reach).replace("else width - stride\n", "else width - 2 * stride\n")
+    assert broken(text) & {"twice-counted-tokens", "slot-on-scored", "slot-shared-delta"} == found
+
+
 def test_a_model_that_learns_beside_the_vectors_is_not_charged_with_what_they_learned() -> None:
     """Both kinds of steps stand in one function, and a context was scored before."""
     learn = """

@@ -9,7 +9,7 @@ import numpy as np
 from fairway.audit.case import Case
 from fairway.audit.flow.events import Update
 from fairway.audit.passes.reported import Reported
-from fairway.audit.passes.trials import FEW, counted_once, parting
+from fairway.audit.passes.trials import FEW, counted_once, counts_of, parting
 from fairway.audit.trial.sums import FITTED, SHARED
 from fairway.audit.trial.told import together
 
@@ -21,8 +21,9 @@ _MOST = 0.5  # of the targets
 
 def fitted(case: Case, which: Reported, step: Update, shared: bool) -> Literal["apart", "met", ""]:
     """What a trial shows of vectors that are fitted to windows: "apart" where no loss that counts is of a target to
-    which the vector of its own window was fitted (shared: that of any window), "met" where most are. "" if neither."""
-    counts = counted_once(case, which)
+    which the vector of its own window was fitted (shared: that of any window), "met" where most are, and each is summed
+    once. "" if neither."""
+    counts = counts_of(case, which)
     calls = tuple(place.line for place in step.stack[:-1])
     if counts is None or not counts.trial.fitted:
         return ""
@@ -34,7 +35,9 @@ def fitted(case: Case, which: Reported, step: Update, shared: bool) -> Literal["
     mark = SHARED | FITTED if shared else FITTED
     share = told.share(mark)
     met = told.marked(mark) < trial.length - _LAST  # copies that fill up the last batch learn from all of a window
-    return "apart" if not met.any() else "met" if share > _MOST and calls not in trial.blurred else ""
+    if not met.any():
+        return "apart"
+    return "met" if share > _MOST and calls not in trial.blurred and counted_once(case, which) is not None else ""
 
 
 def fitted_to_scored(case: Case, which: Reported) -> tuple[str, str, int] | None:
