@@ -8,7 +8,7 @@ import pytest
 from fairway.audit.rules import training_over_time
 from fairway.audit.trial.planning import Plans
 from fairway.audit.verdict import Finding
-from tests.audit.order import HEAD, MAIN, broken, case_of, findings, line_of
+from tests.audit.order import HEAD, HONEST, MAIN, broken, case_of, findings, line_of
 from tests.audit.small import TABLE, script, verdict
 from tests.audit.test_rules_trials import DEALT
 from tests.audit.test_rules_trials import HEAD as SMALL
@@ -166,6 +166,17 @@ def test_a_temperature_is_named_where_its_fit_is_called() -> None:
     body = "    scale = fit(args, model, val)\n    final = scaled(args, model, val, scale)\n"
     text = HEAD + FITTED + MAIN.replace(BODY, body)
     assert line(findings(text)["temperature-from-validation"]) == line_of(text, "scale = fit(")
+
+
+@pytest.mark.parametrize("reach", ["end + 1 * args.chunk", "start + 2 * args.chunk"])
+def test_a_step_that_reaches_too_far_is_named_where_it_is_told_how_far(reach: str) -> None:
+    """And not where its loop begins, nor where it is taken."""
+    loop = "            for _epoch in range(args.epochs):\n"
+    told = f"            reach = min({reach}, val.numel() - 1)\n"
+    text = HONEST.replace(loop, told + loop).replace(
+        "in range(start, end, args.seq_len)", "in range(start, reach, args.seq_len)"
+    )
+    assert line(findings(text)["training-before-scoring"]) == line_of(text, "reach = min(")
 
 
 PICKED = """

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from fairway.audit.case import Case
 from fairway.audit.flow.events import Score, Trace, Update
 from fairway.audit.flow.heap import Obj
+from fairway.audit.passes.reaching import around, further_end, reaching
 from fairway.audit.passes.reported import Reported, scores_of
 from fairway.audit.reading.tree import nodes
 from fairway.audit.trial.text import BOS, UNIT, tokens
@@ -101,10 +102,10 @@ def _doubtful(case: Case) -> bool:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
     ]
 
-    def around(line: int) -> tuple[int, int] | None:
+    def span_of(line: int) -> tuple[int, int] | None:
         return max((each for each in functions if each[0] <= line <= each[1]), default=None)
 
-    summing = {around(line) for line in summed}
+    summing = {span_of(line) for line in summed}
     tests = {node.lineno: node for node in nodes(case.body.tree) if isinstance(node, ast.If)}
     tried = [node for node in nodes(case.body.tree) if isinstance(node, ast.Try) and node.handlers]
 
@@ -114,7 +115,7 @@ def _doubtful(case: Case) -> bool:
 
     picked = _over_weights(case.body.tree)
     asked = (line for line in trial.doubts if not any(line in each for each in picked))
-    return any(around(line) in summing and (line not in tests or decides(tests[line])) for line in asked)
+    return any(span_of(line) in summing and (line not in tests or decides(tests[line])) for line in asked)
 
 
 _WEIGHTS = re.compile(r"\.(named_)?(parameters|modules|buffers|children)\(|\.state_dict\(")
@@ -212,7 +213,7 @@ def lesson_before(case: Case, which: Reported, counts: Counts) -> tuple[str, int
     few = sum(each.early >= FEW for each in counts.trial.lessons) * 2 < len(counts.trial.lessons)
     line = parting(lesson.stack, asked)  # lessons that come too soon, or reach too far
     if few or lesson.early < lesson.many:
-        line = _reaching(case, lesson.stack[lesson.stack.index(line) :]) or lesson.cut or line
+        line = reaching(case, lesson.stack[lesson.stack.index(line) :]) or lesson.cut or line
     evidence = (
         f"Worked out for a text of {counts.trial.length - 1:,} targets, {len(after):,} of those that the score counts "
         f"were learned from before: the step at line {lesson.stack[-1]} comes before the loss at line {asked[-1]}."
@@ -220,48 +221,24 @@ def lesson_before(case: Case, which: Reported, counts: Counts) -> tuple[str, int
     return evidence, line
 
 
-def _reaching(case: Case, lines: tuple[int, ...]) -> int:
-    """The line in the functions of these calls, but the one that calls the first, that says from where to where:
-    `range(begin, end, step)`; or how far, `stop = min(begin + 2 * chunk, total)`, or a call that does."""
-    around = [_around(case, line) for line in lines[1:]]
-    ranges = (
-        each.lineno
-        for function in around
-        if function is not None
-        for each in nodes(function)
-        if isinstance(each, ast.Call) and len(each.args) > 1 and ast.unparse(each.func).endswith("range")
-    )
-    further = (each.lineno for each in nodes(case.body.tree) if isinstance(each, ast.Call) and _further(each, lines))
-    bounds = (
-        each.lineno
-        for function in around
-        if function is not None
-        for each in nodes(function)
-        if isinstance(each, ast.Assign) and _is_bound(each.value)
-    )
-    return next(ranges, 0) or next(further, 0) or min(bounds, default=0)
-
-
-def _is_bound(value: ast.expr) -> bool:
-    """min(begin + 2 * chunk, total)"""
-    called = isinstance(value, ast.Call) and getattr(value.func, "id", "") == "min"
-    return called and any(isinstance(p, ast.BinOp) and isinstance(p.op, ast.Add) for p in nodes(value))
-
-
-def _further(call: ast.Call, lines: tuple[int, ...]) -> bool:
-    """Whether a call in one of these lines says itself how far: `adapt(begin, min(end + more, total))`."""
-    inner = (part for each in call.args for part in nodes(each))
-    return call.lineno in lines[:-1] and any(isinstance(p, ast.BinOp) and isinstance(p.op, ast.Add) for p in inner)
+def reached_too_far(case: Case, which: Reported) -> int:
+    """Where lessons are told how far they reach, of which a trial shows that they reached into what was to be scored; 0
+    where none do, or where all came too soon."""
+    counts = counts_of(case, which)
+    lessons = counts.trial.lessons if counts is not None and not counts.trial.fitted else []
+    early = next((each.stack for each in lessons if each.early >= FEW), ())
+    partly = any(each.early < each.many for each in lessons if each.stack == early)
+    return further_end(case, early) if partly else 0
 
 
 def mixes(case: Case, which: Reported) -> bool:
     """Whether a function through which the score is summed makes a softmax, or reads one at the targets, by itself."""
     counts = counts_of(case, which, doubtful=True)
     ways = counts.said[-1].sum.ways() if counts is not None else set()
-    around = [_around(case, line) for line in {line for way in ways for line in way[1:]}]
+    inside = [around(case, line) for line in {line for way in ways for line in way[1:]}]
     names = {
         getattr(each.func, "attr", getattr(each.func, "id", ""))
-        for function in around
+        for function in inside
         if function is not None
         for each in nodes(function)
         if isinstance(each, ast.Call)
@@ -270,16 +247,6 @@ def mixes(case: Case, which: Reported) -> bool:
 
 
 _MIXING = frozenset(("softmax", "log_softmax", "logsumexp", "logaddexp", "gather", "take_along_dim"))
-
-
-def _around(case: Case, line: int) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
-    """The innermost function that a line stands in."""
-    found = (
-        node
-        for node in nodes(case.body.tree)
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.lineno <= line <= (node.end_lineno or 0)
-    )
-    return max(found, key=lambda node: node.lineno, default=None)
 
 
 def epochs(case: Case, which: Reported, counts: Counts) -> tuple[str, str, int] | None:

@@ -1,6 +1,7 @@
 """The model is trained on validation tokens before it scores them."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from fairway.audit.case import Case
 from fairway.audit.exemptions import Made, departures
@@ -11,7 +12,7 @@ from fairway.audit.passes.findings import verdict_on
 from fairway.audit.passes.phases import phase_of
 from fairway.audit.passes.places import own_call
 from fairway.audit.passes.rehearsals import thrown_away
-from fairway.audit.passes.trials import counts_of, learned_first, lesson_before
+from fairway.audit.passes.trials import counts_of, learned_first, lesson_before, reached_too_far
 from fairway.audit.verdict import Finding
 from fairway.audit.weighing import as_foreseen
 
@@ -29,6 +30,8 @@ def check(case: Case) -> Finding:
         return Finding(ID, "violates", early[0], CLAUSE, case.place(early[1]))
     made = list(_departures(case)) if found.verdict == "clean" else []
     shown = _by_trial(case, found) if thrown_away(case) is None else found
+    further = reached_too_far(case, passes_of(case)[0]) if found.verdict == "violates" and not _of_tables(case) else 0
+    shown = replace(shown, place=case.place(further)) if further else shown
     return departures(case, CLAUSE, made) if made and shown.verdict == "clean" else shown
 
 

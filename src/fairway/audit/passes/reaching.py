@@ -1,0 +1,76 @@
+"""Where a script says from where to where a step learns."""
+
+from __future__ import annotations
+
+import ast
+
+from fairway.audit.case import Case
+from fairway.audit.reading.tree import nodes
+
+
+def reaching(case: Case, lines: tuple[int, ...]) -> int:
+    """The line in the functions of these calls, but the one that calls the first, that says from where to where:
+    `range(begin, end, step)`; or how far, `stop = min(begin + 2 * chunk, total)`, or a call that does."""
+    inside = [around(case, line) for line in lines[1:]]
+    ranges = (
+        each.lineno
+        for function in inside
+        if function is not None
+        for each in nodes(function)
+        if isinstance(each, ast.Call) and len(each.args) > 1 and ast.unparse(each.func).endswith("range")
+    )
+    further = (each.lineno for each in nodes(case.body.tree) if isinstance(each, ast.Call) and _further(each, lines))
+    bounds = (
+        each.lineno
+        for function in inside
+        if function is not None
+        for each in nodes(function)
+        if isinstance(each, ast.Assign) and _is_bound(each.value)
+    )
+    return further_end(case, lines) or next(ranges, 0) or next(further, 0) or min(bounds, default=0)
+
+
+def further_end(case: Case, lines: tuple[int, ...]) -> int:
+    """The line in the functions of these calls that says how far, by several of something on top of where a chunk
+    begins or ends: `reach = min(end + more * chunk, total)`."""
+    functions = [each for line in lines if (each := around(case, line)) is not None]
+    return max(
+        (
+            each.lineno
+            for function in functions
+            for each in nodes(function)
+            if isinstance(each, ast.Assign) and _is_bound(each.value) and _adds_several(each.value)
+        ),
+        default=0,
+    )
+
+
+def _adds_several(value: ast.expr) -> bool:
+    """begin + 2 * chunk; not (n + 1) * chunk"""
+    sums = (each for each in nodes(value) if isinstance(each, ast.BinOp) and isinstance(each.op, ast.Add))
+    return any(isinstance(each.right, ast.BinOp) and isinstance(each.right.op, ast.Mult) for each in sums)
+
+
+def _is_bound(value: ast.expr) -> bool:
+    """min(begin + 2 * chunk, total)"""
+    called = isinstance(value, ast.Call) and getattr(value.func, "id", "") == "min"
+    return called and any(isinstance(p, ast.BinOp) and isinstance(p.op, ast.Add) for p in nodes(value))
+
+
+def _further(call: ast.Call, lines: tuple[int, ...]) -> bool:
+    """Whether a call in one of these lines says itself how far: `adapt(begin, min(end + more, total))`."""
+    inner = (part for each in call.args for part in nodes(each))
+    return call.lineno in lines[:-1] and any(isinstance(p, ast.BinOp) and isinstance(p.op, ast.Add) for p in inner)
+
+
+def around(case: Case, line: int) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
+    """The innermost function that a line stands in."""
+    found = (
+        node
+        for node in nodes(case.body.tree)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.lineno <= line <= (node.end_lineno or 0)
+    )
+    return max(found, key=lambda node: node.lineno, default=None)
+
+
+__all__ = ["around", "further_end", "reaching"]
