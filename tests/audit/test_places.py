@@ -179,6 +179,29 @@ def test_a_step_that_reaches_too_far_is_named_where_it_is_told_how_far(reach: st
     assert line(findings(text)["training-before-scoring"]) == line_of(text, "reach = min(")
 
 
+WHOLE = """
+def polish(args, model, val):
+    opt = torch.optim.SGD(model.parameters(), lr=1e-4)
+    for s in range(0, val.numel() - args.seq_len, args.seq_len):
+        loss = model(val[s : s + args.seq_len][None], val[s + 1 : s + args.seq_len + 1][None])
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+
+def whole(args, model, val):
+    train(args, model)
+    polish(args, model, val)
+"""
+
+
+def test_who_calls_the_whole_training_does_not_say_what_it_does_besides() -> None:
+    main = MAIN.replace("    train(args, model)\n", "").replace(
+        "    val = load(args.val_files)\n", "    val = load(args.val_files)\n    whole(args, model, val)\n"
+    )
+    text = HEAD + WHOLE + main
+    assert line(findings(text)["training-before-scoring"]) == line_of(text, "    polish(args, model, val)\n")
+
+
 PICKED = """
 def sharpen(args, model, val):
     losses = {}

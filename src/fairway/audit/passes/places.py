@@ -36,12 +36,27 @@ def place_of(case: Case, fault: Fault) -> Place:
         shared = fault.cause.state if fault.kind == "slot-shared-delta" else None
         if shared is not None and "#broadcast" in shared.slots and isinstance(shared.place, Place):
             return shared.place  # made for all windows, as its shape says; else it is handed all of them
-        return parting_of(fault.cause, fault.score)
+        return _apart_from_training(case, fault.cause, parting_of(fault.cause, fault.score))
     if fault.kind == "temperature-from-validation":  # where it is set: the call of what fits it, or what picks it
         cause = fault.cause
         picked = isinstance(cause, Choice) and cause.form != "if" and not _given_back(case, cause.place)
         return cause.place if picked else _inside_a_maker(case, cause, parting_of(cause, fault.score))
     return fault.cause.place
+
+
+def _apart_from_training(case: Case, update: Update, place: Place) -> Place:
+    """The first line of an update's way, from a place on, by which no step on training text goes: who calls the whole
+    training does not say what it does besides."""
+    kinds = passes_of(case)[0].data
+    trained = [each.stack for each in case.trace.updates if each.how == "gradient" and _is_trained(each, kinds)]
+    at = update.stack.index(place) if place in update.stack else len(update.stack) - 1
+    while at < len(update.stack) - 1 and any(way[: at + 1] == update.stack[: at + 1] for way in trained):
+        at += 1
+    return update.stack[at] if place in update.stack else place
+
+
+def _is_trained(update: Update, kinds: frozenset[str]) -> bool:
+    return not any(tok.data in kinds for tok in update.learned)
 
 
 def _given_back(case: Case, place: Place) -> bool:
