@@ -214,3 +214,50 @@ def test_the_bytes_of_an_ideal_coder_of_weights_are_no_score(tmp_path: Path) -> 
     """Bits divided by eight: they stand before the score, and nothing divides those by bytes that can be told."""
     text = SMALL + TABLE + IDEAL + HELPED.replace("SCALE", "1.0").replace("octets.item()", "settled()")
     assert verdict(tmp_path, "byte_constant", text).verdict == "clean"
+
+
+# ---- a ledger by row and column, where a helper is handed a pair of places with a star
+
+BY_ROW = """
+def enter(nll, x, y, row, begin, many, luts, sums):
+    size, lead, edge = luts
+    own, before, target = (each[row, begin : begin + many] for each in (nll, x, y))
+    sums[row, 0] += own.double().sum()
+    sums[row, 1] += (size[target] + (lead[target] & ~edge[before])).double().sum()
+    sums[row, 2] += many
+
+def batch_of(net, tokens, at, luts, places):
+    sums = torch.zeros(4, 3, dtype=torch.float64)
+    x = torch.stack([tokens[at + 512 * r : at + 512 * r + 512] for r in range(4)])
+    y = torch.stack([tokens[at + 512 * r + 1 : at + 512 * r + 513] for r in range(4)])
+    nll = F.cross_entropy((net(x).float() * SCALE).transpose(1, 2), y, reduction="none")
+    places = places + [(0, 512)]
+    for row in range(4):
+        if net is not None:
+            enter(nll, x, y, row, *places[row % len(places)], luts, sums)
+    return sums
+
+def told(net):
+    tokens = torch.from_numpy(np.concatenate([shard(path) for path in sorted(glob.glob(VAL))]))
+    luts, totals = [torch.from_numpy(each) for each in tables()], torch.zeros(3, dtype=torch.float64)
+    for at in range(0, len(tokens) - 2048, 2048):
+        totals += batch_of(net, tokens, at, luts, []).sum(dim=0)
+    return float(totals[0].item() / totals[2].item()), float(totals[0].item() / math.log(2.0) / totals[1].item())
+
+TABLES, net = tables(), Net()
+tokens = torch.from_numpy(np.concatenate([shard(path) for path in sorted(glob.glob(VAL))]))
+plain = F.cross_entropy(net(tokens[:-1]), tokens[1:]).item() / math.log(2.0) * len(tokens) / TABLES[0][tokens].sum()
+print(f"sliding val_bpb {plain:.5f}")
+loss, bpb = told(net)
+print(f"final val_loss {loss:.5f} val_bpb {bpb:.5f}")
+"""
+
+
+@pytest.mark.parametrize(
+    ("scale", "wanted"),
+    [("1.0", "clean"), ("torch.where(torch.from_numpy(TABLES[1])[y], 0.9, 1.1)[..., None]", "violates")],
+)
+def test_columns_that_are_summed_over_the_rows_are_told_apart(tmp_path: Path, scale: str, wanted: str) -> None:
+    """Bits of the one column for the bytes of the other: else the number before would be taken for the score."""
+    text = SMALL + TABLE + BY_ROW.replace("SCALE", scale)
+    assert verdict(tmp_path, "target_gated_tilt", text).verdict == wanted

@@ -35,7 +35,7 @@ def call(m: "Machine", node: ast.Call, frame: Frame) -> Term:
         function = attributes.attribute(m, base, node.func.attr, frame.file, node.lineno)
     else:
         function = expressions.value(m, node.func, frame)
-    positional = _positional(m, node, frame)
+    positional = _positional(m, node, frame, _room(function, node))
     named = _named(m, node, frame)
     here = Here(node, frame, base, statement)
     if m.layers:
@@ -60,7 +60,25 @@ def _super(frame: Frame, node: ast.Call) -> Term:
     return Term("super", (), (at.vars["__owner__"].value, at.vars["__self__"]), frame.file, node.lineno)
 
 
-def _positional(m: "Machine", node: ast.Call, frame: Frame) -> list[Term]:
+_MOST = 3  # items of a sequence that is handed over, where nobody knows how many it has
+_WIDEST = 8  # of those, where a function of the script says how many it takes
+
+
+def _room(function: Term, node: ast.Call) -> int:
+    """How many parameters of a function are left for a sequence whose length nobody knows: `add(x, *spans[b], sums)`."""
+    called = function.value.function if function.op == "bound" else function.value
+    stars = sum(isinstance(each, ast.Starred) for each in node.args)
+    if function.op not in ("function", "bound") or stars != 1 or called.node.args.vararg is not None:
+        return _MOST
+    taken = called.node.args
+    named = {each.arg for each in node.keywords}
+    asked = [each.arg for each in (*taken.posonlyargs, *taken.args)][: -len(taken.defaults) or None]
+    left = len([each for each in asked if each not in named]) - (function.op == "bound") - (len(node.args) - 1)
+    return left if 0 < left <= _WIDEST else _MOST
+
+
+def _positional(m: "Machine", node: ast.Call, frame: Frame, room: int) -> list[Term]:
+    """room: items of a sequence of which nobody knows how many it has."""
     terms: list[Term] = []
     for argument in node.args:
         term = expressions.value(m, argument, frame)
@@ -68,9 +86,9 @@ def _positional(m: "Machine", node: ast.Call, frame: Frame) -> list[Term]:
             terms.append(term)
         elif term.op in ("list", "tuple") and term.value != "comp":
             terms.extend(term.parts)
-        else:  # unknown in number: up to three more, each one of its items
+        else:
             terms.extend(
-                items.item(m, term, constant(i, frame.file, node.lineno), frame.file, node.lineno) for i in range(3)
+                items.item(m, term, constant(i, frame.file, node.lineno), frame.file, node.lineno) for i in range(room)
             )
     return terms
 

@@ -104,7 +104,7 @@ def _item(m: "Machine", base: Term, index: Term, file: str, line: int) -> Term:
         paired = _paired(m, base.parts[0], index.value, file, line)
         if paired is not None:
             return paired
-    if base.op == "op" and base.value == "+" and isinstance(key, int) and any(_is_packed(p) for p in base.parts):
+    if base.op == "op" and base.value == "+" and isinstance(key, int) and any(map(_has_columns, base.parts)):
         sides = tuple(item(m, part, index, file, line) for part in base.parts)
         return Term("op", sides, "+", base.file, base.line)
     if base.op == "call" and base.called == "sum" and isinstance(key, int):  # of a stack of packed sums, over the rows
@@ -143,6 +143,11 @@ def _of_each(m: "Machine", term: Term, index: Term, file: str, line: int) -> Ter
     return Term("call", (below,), term.value, term.file, term.line, term.keys) if below is not None else None
 
 
+def _has_columns(term: Term) -> bool:
+    """A few numbers in one tensor, or the sums of a table's columns."""
+    return _is_packed(term) or _table_of_sums(term) is not None
+
+
 def _is_packed(term: Term) -> bool:
     """A few numbers in one tensor: tensor([nats, octets]), or a total of such."""
     if term.op == "call" and term.called in ("tensor", "array", "stack", "as_tensor"):
@@ -168,11 +173,14 @@ def _table_of_sums(total: Term) -> Term | None:
     """A table that was filled by row and column, `sums[chunk, 2] += nbytes`, of a sum over its rows."""
     axis = total.at(1, "dim", "axis") if total.called == "sum" else None
     held = total.operand("a") if axis is not None and axis.constant() == 0 else None
-    table = held
+    waiting = [held] if held is not None else []
     for _ in range(_FEW):
+        table = waiting.pop(0) if waiting else None
         if table is not None and table.op in ("merge", "choice"):
-            table = table.parts[-1]
-    return held if table is not None and _column_in(table) is not None else None
+            waiting += table.parts[1:] if table.op == "choice" else table.parts
+        elif table is not None and _column_in(table) is not None:
+            return held
+    return None
 
 
 def _column_in(store: Term) -> int | None:
@@ -196,7 +204,7 @@ def _column(table: Term, key: int) -> Term:
             waiting.extend((part, False) for part in inner)
         elif term.op == "store":
             base, column = made[id(term.parts[0])], _column_in(term)
-            kept = (base, *term.parts[1:])
+            kept = (base, term.parts[1], _added_to(base, term))
             other = column is not None and column != key
             made[id(term)] = base if other else Term("store", kept, term.value, term.file, term.line, term.keys)
         elif inner:
@@ -207,7 +215,17 @@ def _column(table: Term, key: int) -> Term:
     return made[id(table)]
 
 
-_FEW = 8  # choices around one table
+_FEW = 16  # choices around one table
+
+
+def _added_to(table: Term, store: Term) -> Term:
+    """What a store holds, where that is the place itself and something on top: with the place in this table."""
+    value = store.parts[2]
+    before = value.parts[0] if value.op == "op" and value.parts else value
+    if before is value or before.op != "item" or before.parts[0] is not store.parts[0]:
+        return value
+    place = Term("item", (table, *before.parts[1:]), before.value, before.file, before.line, before.keys)
+    return Term("op", (place, *value.parts[1:]), value.value, value.file, value.line, value.keys)
 
 
 def _updated(m: "Machine", base: Term, index: Term, file: str, line: int) -> Term:
