@@ -53,7 +53,7 @@ def _as_tried(case: Case, which: Reported, fault: Fault) -> Fault | None:
     if fault.kind not in _OF_THE_ORDER or not isinstance(fault.cause, Update):
         return fault
     order = order_of(case, which, fault.score, fault.cause)
-    if order == "late" and fault.kind == "multi-epoch-last":
+    if order == "late" and fault.kind in ("multi-epoch-last", "rescoring-after-adaptation"):
         return replace(fault, kind="training-before-scoring")
     if fault.kind == "training-before-scoring" and repeats(case, which, fault.cause):
         return replace(fault, kind="multi-epoch-last")
