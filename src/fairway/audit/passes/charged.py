@@ -53,11 +53,21 @@ def _as_tried(case: Case, which: Reported, fault: Fault) -> Fault | None:
     if fault.kind not in _OF_THE_ORDER or not isinstance(fault.cause, Update):
         return fault
     order = order_of(case, which, fault.score, fault.cause)
-    if order == "late" and fault.kind in ("multi-epoch-last", "rescoring-after-adaptation"):
+    if order == "late" and (fault.kind == "multi-epoch-last" or _of_another_pass(fault)):
         return replace(fault, kind="training-before-scoring")
     if fault.kind == "training-before-scoring" and repeats(case, which, fault.cause):
         return replace(fault, kind="multi-epoch-last")
     return None if order == "first" else fault
+
+
+def _of_another_pass(fault: Fault) -> bool:
+    """Whether what was scored before was scored by another evaluation, whose number is none that was settled: the one
+    that is reported comes once, after the step."""
+    if fault.kind != "rescoring-after-adaptation" or fault.before is None:
+        return False
+    ways = list(zip(fault.before.stack, fault.score.stack, strict=False))
+    apart = next((n for n, (one, other) in enumerate(ways) if one != other), len(ways))
+    return fault.before.stack[apart + 1 :] != fault.score.stack[apart + 1 :]
 
 
 def _filled_with_what_was_learned(case: Case, which: Reported, score: Score, filled: Update) -> bool:
