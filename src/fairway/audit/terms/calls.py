@@ -65,7 +65,7 @@ _WIDEST = 8  # of those, where a function of the script says how many it takes
 
 
 def _room(function: Term, node: ast.Call) -> int:
-    """How many parameters of a function are left for a sequence whose length nobody knows: `add(x, *spans[b], sums)`."""
+    """How many parameters of a function are left for a sequence of unknown length: `add(x, *spans[b], sums)`."""
     called = function.value.function if function.op == "bound" else function.value
     stars = sum(isinstance(each, ast.Starred) for each in node.args)
     if function.op not in ("function", "bound") or stars != 1 or called.node.args.vararg is not None:
