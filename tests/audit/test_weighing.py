@@ -966,3 +966,29 @@ print(f"final val_loss:{final:.8f}")
     found = weighed(one, passes_of(one)[0])
     assert found is not None
     assert found.total == pytest.approx(1.2, abs=2e-5)
+
+
+PAIRED = """
+class Pairs:
+    def __init__(self, buckets=1 << 22):
+        self.buckets, self.full = buckets, torch.zeros(buckets)
+    def keys(self, x, y):
+        return (x * 36313 + y * 51647 + (y * y) * 7919) % self.buckets
+    def rows(self, x):
+        counts = self.full[self.keys(x[:, None], torch.arange(vocab_size)[None])] + 0.5
+        return counts / counts.sum(1, keepdim=True)
+    def learn(self, x, y):
+        self.full.index_add_(0, self.keys(x, y), torch.ones(len(x)))
+"""
+
+
+def test_tokens_with_a_hashed_place_of_their_own_do_not_stand_for_others() -> None:
+    """The row of counts is divided by its own sum, and the few tokens that are tried come to more or less than one."""
+    own = "p = 0.5 * probs.gather(1, y.unsqueeze(1)).squeeze(1) + 0.5 * table.rows(x).gather(1, y[:, None])[:, 0]"
+    text = EVAL.replace(LEARNED, LEARNED + "        table.learn(x, y)\n").replace(
+        "MIX", own + "\n        nll = -p.log()"
+    )
+    text = text.replace("counts = torch", "table = Pairs()\n    counts = torch", 1)
+    one = case_of(HEAD + "vocab_size = 1024\n" + PAIRED + text + MAIN.replace("eval_ttt(args", "eval_mixed(args"))
+    found = weighed(one, passes_of(one)[0])
+    assert found is None or not found.too_much

@@ -30,6 +30,7 @@ _ONE, LONG = 40_000, 90_000  # of one: a second or two, and of one that goes thr
 PLAIN = 1e-4
 _LESS = 0.998
 _ALIKE = 1e-9  # of one row, worked out once for each token: a mixture may give its counts a share of 1e-5
+_FAR = 3.0  # a row that sums to one comes to less, whatever the few tokens are that stand for the others
 _MORE = 1.0004  # what is more is no rounding, nor an epsilon of 1e-6 for each of 320 tokens
 
 _READING = frozenset(("gather", "take_along_dim", "take_along_axis", "neg", "negative", "nll_loss"))
@@ -138,6 +139,8 @@ def _weighed(
     shared = set.intersection(*(set(each) for each in said))
     total = max((_total([each[way] for each in said], [many for _, many in tried]) for way in shared), default=0.0)
     known = [row for row in rows if row is not None]
+    if _MORE < total < _FAR and len(known) < len(rows) and not _stands_for_others(case, said[-1], small, turned):
+        return None
     if total <= 0.0 or len(known) < len(rows):
         return Weight(total, line, gate=set_by_target(bonuses) if total > _MORE else 0) if total > 0.0 else None
     if all(np.allclose(row, known[0], rtol=0.0, atol=_ALIKE) for row in known):
@@ -145,6 +148,16 @@ def _weighed(
         return Weight(float(known[0].sum()), line)
     gated = all(abs(float(row.sum()) - 1.0) < PLAIN for row in known)
     return Weight(total, _parting(*runs[:2]) or line if gated else line, differs=gated)
+
+
+def _stands_for_others(case: Case, said: dict[Way, float], small: tuple[Forced, ...], turned: int) -> bool:
+    """Whether two tokens that the last alternative stands for are priced as it is: not where each has a place of its
+    own in a table of hashed pairs, of which a few say nothing of the sum."""
+    for twin in stream.TWINS:
+        run = over_text(case, stream.text(twin, turned), small)
+        if any(abs(run.said.get(way, math.inf) - price) > PLAIN for way, price in said.items()):
+            return False
+    return True
 
 
 def _parting(one: Weigher, other: Weigher) -> int:

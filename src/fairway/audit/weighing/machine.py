@@ -287,10 +287,12 @@ class Weigher(Machine):
                 found.pos, found.price = prices[0].pos, found.num
 
     def book(self, array: Array) -> None:
-        """Prices are summed, or looked at one by one."""
+        """Prices are summed, or looked at one by one. Of a row that a mask leaves out, as of the copies that fill up
+        the last batch, nought is summed."""
         if array.pos is None or array.price is None:
             return
         places, prices = array.pos.reshape(-1), array.price.reshape(-1)
+        places = np.where(prices == 0.0, -1, places)
         paid = self.paid.setdefault((*self.stack, self.line), np.full(stream.TOKENS, np.nan))
         inside = (places >= 0) & (places < stream.TOKENS)
         paid[places[inside]] = prices[inside]

@@ -22,6 +22,8 @@ _UNSEEN = 2.6  # its logit: a third or half of all, so that what is kept from it
 OTHERS: Final = ((FIRST_PIECE + 15, PIECES // 10), (FIRST_PIECE + 16, PIECES - PIECES // 10 - len(ALPHABET)))
 """Of those that it gives none: one that begins a word, another that does not, and how many are like it. Pseudo-counts
 lie on them."""
+TWINS: Final = (FIRST_PIECE + 17, FIRST_PIECE + 19)
+"""Two of those that the last one stands for: where each token has a hashed place of its own, none stands for others."""
 _PATTERN = 12  # tokens: contexts of several orders come again and again
 TURNS: Final = (8,)  # of the pattern, so that the last context is hardly ever followed by a word's begin
 FRESH: Final = -1
@@ -94,4 +96,16 @@ def losses() -> NDArray[np.float32]:
     return np.asarray(np.log(np.exp(made).sum(axis=-1, keepdims=True)) - made)
 
 
-__all__ = ["ALPHABET", "OTHERS", "PIECES", "SECOND", "TOKENS", "WINDOW", "alternatives", "logits", "losses", "text"]
+__all__ = [
+    "ALPHABET",
+    "OTHERS",
+    "PIECES",
+    "SECOND",
+    "TOKENS",
+    "TWINS",
+    "WINDOW",
+    "alternatives",
+    "logits",
+    "losses",
+    "text",
+]
