@@ -161,7 +161,9 @@ def is_gate(case: Case, fault: Fault) -> bool:
     if fault.kind not in _BY_LOSSES or not isinstance(fault.cause, Choice):
         return False
     loops, around = ([loop for loop, _ in each.nest] for each in (fault.cause, fault.score))
-    if around[: len(loops)] != loops:  # the windows of a batch may be cut in a loop of their own
+    made = ([loop for loop, _ in each.nest] for each in case.trace.scored(fault.cause.losses))
+    cut = around[: len(loops)] == loops and loops in made  # into windows, afterwards, in a loop of their own
+    if fault.cause.nest != fault.score.nest and not cut:
         return False
     for gates in case.reading.gates:
         for term in (*gates.oracles(), *gates.gated()):
