@@ -18,6 +18,7 @@ SECOND: Final = 3 * WINDOW  # where the second document begins: what is learned 
 ALPHABET: Final = np.array([FIRST_PIECE + n for n in (41, 42, 44, 47, 53, -190, 57)], dtype=np.int64)
 """What the model gives a probability: pieces of which some begin a word, a byte, and a piece that never comes; the
 model gives more to those that begin none than what comes at the end does, and less where the text is turned."""
+_BYTE = 5  # the place of the byte
 _UNSEEN = 2.6  # its logit: a third or half of all, so that what is kept from it is missed
 OTHERS: Final = ((FIRST_PIECE + 15, PIECES // 10), (FIRST_PIECE + 16, PIECES - PIECES // 10 - len(ALPHABET)))
 """Of those that it gives none: one that begins a word, another that does not, and how many are like it. Pseudo-counts
@@ -69,14 +70,19 @@ def otherwise(end: int = TOKENS, since: int = HALF) -> NDArray[np.uint16]:
     return made
 
 
-def alternatives(turned: int = 0) -> list[tuple[int, int]]:
+TELLING: Final = frozenset((int(ALPHABET[_BYTE]), *(last for last, _ in OTHERS)))
+"""A byte, and pieces of both kinds that the model gives nothing."""
+
+
+def alternatives(turned: int = 0) -> dict[int, int]:
     """What may stand at the end, and for how many tokens it stands. First what a cache would say: the pattern's own,
-    and what follows the last token most often."""
+    and what follows the last token most often; then one of each kind."""
     ids = text(None, turned).astype(np.int64)
     after = ids[1:-1][ids[:-2] == ids[-2]]
     often = [int(np.bincount(after).argmax())] if after.size else []
-    tried = dict.fromkeys([int(ids[-1]), *often, *ALPHABET.tolist()], 1)
-    return [*tried.items(), *OTHERS]
+    many = dict(OTHERS)
+    tried = dict.fromkeys([int(ids[-1]), *often, int(ALPHABET[_BYTE]), *many, *ALPHABET.tolist()], 1)
+    return tried | many
 
 
 @cache
