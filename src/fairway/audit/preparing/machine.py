@@ -21,7 +21,7 @@ from fairway.audit.trial.machine import Compiler, Machine, over
 from fairway.audit.trial.text import LENGTH
 from fairway.audit.trial.values import Func, Lib, Spent, Value
 
-_STEPS = 400_000
+_STEPS = 200_000
 
 
 class Asking(Compiler):
