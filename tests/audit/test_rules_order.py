@@ -421,6 +421,31 @@ def test_a_table_may_learn_from_the_rows_of_a_batch_that_are_booked() -> None:
     }
 
 
+LEDGERS = """
+    table = torch.ones(1024, 1024)
+
+    def book(lo, sums):
+        x, y = val[lo : lo + 8192].view(-1, 1024), val[lo + 1 : lo + 8193].view(-1, 1024)
+        p = 0.9 * torch.softmax(model.forward_logits(x).view(-1, 1024), -1)
+        p = p + 0.1 * (table[x.reshape(-1)] / table[x.reshape(-1)].sum(-1, keepdim=True))
+        sums[0] += -torch.log(p.gather(1, y.reshape(-1, 1))).double().sum()
+        sums[1] += y.numel()
+
+    first, settled = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    for lo in range(0, val.numel() - 1, 8192):
+        book(lo, first)
+        x, y = val[lo : lo + 8192], val[lo + 1 : lo + 8193]
+        table.index_put_((x, y), torch.ones(8192), accumulate=True)
+        book(lo, settled)
+    final = (LEDGER[0] / LEDGER[1]).item()
+"""
+
+
+def test_the_ledger_that_is_filled_after_a_table_has_counted_the_chunk_is_the_fault() -> None:
+    assert doubted(with_main(LEDGERS[1:].replace("LEDGER", "first"))) == set()
+    assert broken(with_main(LEDGERS[1:].replace("LEDGER", "settled"))) == {"rescoring-after-adaptation"}
+
+
 KEPT = """
     kept, total, count = {}, 0.0, 0
     for i in range(0, val.numel() - 1024, 1024):

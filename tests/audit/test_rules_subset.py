@@ -399,3 +399,34 @@ def test_a_trial_over_a_shorter_text_is_held_against_no_longer_one() -> None:
     """A stride of 64 is taken for 5, as the list's end is, and windows of 5 are too many for the whole text."""
     body = MAIN.replace(EVAL, HEAD_OF_IT + "    final = by_windows(args, model, val)\n")
     assert broken(HEAD + STRIDE + body) == set()
+
+
+GROUPS = """
+def grouped(model, val, most):
+    windows = [(s, min(s + 64, val.numel() - 1)) for s in range(0, val.numel() - 1, 64)]
+    block_windows = int(os.environ.get("BLOCK_WINDOWS", 2048))
+    blocks = [windows[i : i + block_windows] for i in range(0, len(windows), block_windows)]
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for block in blocks[:most]:
+            for s, e in block:
+                total += model(val[s:e][None], val[s + 1 : e + 1][None]).item() * (e - s)
+                count += e - s
+    return total / count
+"""
+
+
+@pytest.mark.parametrize(("most", "verdict"), [(60, "violates"), (480, "clean")])
+def test_a_limit_of_blocks_that_are_larger_than_the_text_of_a_trial(most: int, verdict: str) -> None:
+    """2,048 windows of 64 tokens are 131,072: the split has 473 such blocks, the text of a trial a part of one."""
+    text = HEAD + GROUPS + MAIN.replace(EVAL, f"    final = grouped(model, val, {most})\n")
+    assert findings(text)["subset-as-full"].verdict == verdict
+
+
+@pytest.mark.parametrize(("chunk", "most"), [(131_072, 480), (32_768, 1_900), (1 << 20, 60)])
+def test_a_limit_that_lets_all_chunks_of_the_split_through_is_none(chunk: int, most: int) -> None:
+    """Of the 62 million tokens; the last chunk of a short text is a part of one."""
+    text = (HEAD + MAIN).replace('"CHUNK", 32768', f'"CHUNK", {chunk}')
+    text = text.replace("    for ci in range(n):\n", f"    for ci in range(min(n, {most})):\n")
+    assert findings(text)["subset-as-full"].verdict == "clean"
+    assert findings(text.replace(f"min(n, {most})", f"min(n, {most // 20})"))["subset-as-full"].verdict == "violates"

@@ -135,6 +135,17 @@ def _beside_others(case: Case, cause: Update) -> bool:
     return any(each.state is not cause.state for each in steps)
 
 
+def is_of_table(fault: Fault) -> bool:
+    """Whether a fault is of what was written into an array, and no gradient's."""
+    return isinstance(fault.cause, Update) and fault.cause.how in ("written", "table")
+
+
+def all_of_tables(case: Case, rule: str) -> bool:
+    """Whether the score breaks a rule by such faults alone; not where it does not break it."""
+    mine = [fault for fault in passes_of(case)[1] if fault.kind == rule]
+    return bool(mine) and all(map(is_of_table, mine))
+
+
 def chosen_by_losses(case: Case) -> bool:
     """Whether the score hangs on a choice by validation losses: rules of the order say so."""
     return any(fault.kind in _BY_LOSSES and not is_gate(case, fault) for fault in passes_of(case)[1])

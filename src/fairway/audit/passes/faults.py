@@ -110,10 +110,14 @@ class Passes:
     def _classified(self, score: Score, update: Update, learned: list[Tok]) -> Fault:
         state = update.state
         if update.how == "table":
-            return Fault(self._table_kind(score, update, learned), score, update)
-        if update.how == "computed":
-            kind: Kind = "validation-in-training" if self._trained_on(score, learned) else "calibration-on-validation"
+            kind = self._table_kind(score, update, learned)
+            before = self._companion(score, update, learned) if kind == "training-before-scoring" else None
+            if before is not None and before.place == score.place and before.stack != score.stack:
+                return Fault("rescoring-after-adaptation", score, update, before)  # by the same lines, called again
             return Fault(kind, score, update)
+        if update.how == "computed":
+            trained = self._trained_on(score, learned)
+            return Fault("validation-in-training" if trained else "calibration-on-validation", score, update)
         alone = state is not None and state.kind == "tensor" and state.owner is None and state not in self.trained
         if alone and score.scaled:
             return Fault("temperature-from-validation", score, update)

@@ -13,6 +13,7 @@ from fairway.audit.passes.trials import Counts, counted
 from fairway.audit.reading.tree import nodes
 from fairway.audit.trial import run
 from fairway.audit.trial.limits import Forced, Site
+from fairway.audit.trial.named import numbers
 from fairway.audit.trial.text import DOCUMENT, SHORT
 from fairway.audit.trial.told import Trial
 from fairway.audit.verdict import Place
@@ -23,6 +24,8 @@ _SHARE = 0.9  # of either: a number that lets through nearly all is no limit
 _TRIED = 2  # numbers: each costs another trial
 _FEW = 4  # of whatever is counted: half of fewer says little, so the longer text is asked, for five times as long
 _LESS = 0.95  # of the targets
+_GROUPS = ("chunk", "block", "segment", "region", "group")
+_SMALLER = 32  # times: blocks of 2,048 windows of 64 tokens are 131,072
 _SHORTEST = 8  # tokens: what has less has nothing to be scored
 
 
@@ -93,9 +96,16 @@ def stated_at(case: Case, limit: float) -> Place | None:
 
 
 def _in_the_split(many: int, trial: Trial) -> float:
-    """How many the whole split has of what the text of a trial has so many: documents, or parts of some length."""
+    """How many the whole split has at least of what the text of a trial has so many: documents, or parts."""
     documents = trial.length // DOCUMENT
-    return _DOCUMENTS if many in (documents, documents + 1) else many * _TEXT / trial.length
+    return _DOCUMENTS if many in (documents, documents + 1) else _parts_of_the_split(many, trial)
+
+
+def _parts_of_the_split(many: int, trial: Trial) -> float:
+    """The same of parts of some length, of which the last may be a short one, and which may have been made smaller for
+    the trial."""
+    smaller = min((each.value / each.limit for each in trial.limits.forced), default=1.0)
+    return (many - 1) * _TEXT / trial.length * min(smaller, 1.0)
 
 
 def lets_all_through(case: Case, limit: float) -> bool:
@@ -121,19 +131,40 @@ def _limits(case: Case) -> Iterator[_Limit]:
     shorter = next((length for length in (SHORT, DOCUMENT + 1) if length < long.length), None)
     unmet = long.limits.unmet(lambda many: _SHARE * _in_the_split(many, long))
     unmet = {site: seen for site, seen in unmet.items() if seen.limit != long.length - 1}
-    if not unmet or shorter is None:
-        return
-    short = run(
-        case.script, case.settings, shorter, cut=False, native=case.trial.native
-    )  # of a number that the text sets, less is seen
     tried: dict[tuple[int, str], _Limit] = {}
+    # Of a number that the text sets, less is seen in a shorter one.
+    asked = bool(unmet) and shorter is not None
+    short = run(case.script, case.settings, shorter or SHORT, cut=False, native=long.native) if asked else long
     for site, seen in reversed(unmet.items()):
         other = short.limits.seen.get(site)
         if seen.limit is not None and other is not None and other.limit == seen.limit and other.most < seen.most:
             few = other.most < _FEW
             most, text = (seen.most, long) if few else (other.most, short)
             tried[seen.limit, site[2]] = _Limit(site, seen.limit, most, text)
-    yield from list(tried.values())[:_TRIED]
+    found = list(tried.values())[:_TRIED]
+    yield from found
+    if not found:
+        yield from _of_groups(case)
+
+
+def _of_groups(case: Case) -> Iterator[_Limit]:
+    """The same of blocks of windows, of which the text of a trial has one or two: in a trial with smaller ones."""
+    long = case.trial
+    few = {site: seen for site, seen in long.limits.seen.items() if not seen.reached and seen.most <= _FEW}
+    limits = {seen.limit for seen in few.values() if seen.limit is not None and seen.limit > _FEW}
+    sizes = numbers("|".join(_GROUPS), case.script, case.settings.environment) - limits
+    sizes = {size for size in sizes if _SMALLER <= size <= long.length}
+    if not sizes or not limits:
+        return
+    smaller = [Forced(None, size, size // _SMALLER, word) for size in sizes for word in _GROUPS]
+    fine = run(case.script, case.settings, long.length, tuple(smaller), cut=False, native=long.native)
+    for site, seen in few.items():
+        met = fine.limits.seen.get(site)
+        if seen.limit is None or met is None or met.limit != seen.limit or not seen.most < met.most < seen.limit:
+            continue
+        if seen.limit in limits and seen.limit < _SHARE * _parts_of_the_split(met.most, fine):
+            yield _Limit(site, seen.limit, met.most, fine)
+            return
 
 
 __all__ = ["cut_short", "lets_all_through", "stated_at", "too_short"]

@@ -1,8 +1,10 @@
 """Tokens are scored a second time, after the model adapted to them."""
 
 from fairway.audit.case import Case
+from fairway.audit.passes.charged import all_of_tables
 from fairway.audit.passes.findings import passes_on
 from fairway.audit.verdict import Finding
+from fairway.audit.weighing import as_foreseen
 
 ID = "rescoring-after-adaptation"
 CHARGE = "tokens are scored a second time, after the model adapted to them"
@@ -11,4 +13,5 @@ CLAUSE = 'RULES.md (b) conditions 3 and 4; (c) "TTT then re-score"'
 
 def check(case: Case) -> Finding:
     clean = "Every validation loss in the score was booked before anything learned from its token."
-    return passes_on(case, ID, CLAUSE, clean)
+    found = passes_on(case, ID, CLAUSE, clean)
+    return as_foreseen(case, found) if all_of_tables(case, ID) else found

@@ -5,9 +5,7 @@ from dataclasses import replace
 
 from fairway.audit.case import Case
 from fairway.audit.exemptions import Made, departures
-from fairway.audit.flow.events import Update
-from fairway.audit.passes.charged import passes_of
-from fairway.audit.passes.faults import Fault
+from fairway.audit.passes.charged import all_of_tables, is_of_table, passes_of
 from fairway.audit.passes.findings import verdict_on
 from fairway.audit.passes.phases import phase_of
 from fairway.audit.passes.places import own_call
@@ -23,31 +21,24 @@ CLAUSE = 'RULES.md (b) conditions 1 and 3, R5, R6; (c) "Pre-eval TTT", "Pre-quan
 
 def check(case: Case) -> Finding:
     found = verdict_on(case, ID, CLAUSE, "Nothing that scores had been trained on the tokens that it scores.")
-    found = as_foreseen(case, found) if _of_tables(case) else found
+    found = as_foreseen(case, found) if all_of_tables(case, ID) else found
     phase = phase_of(case) if found.verdict == "clean" else None
     early = learned_first(case, passes_of(case)[0], phase) if phase is not None else None
     if early is not None:
         return Finding(ID, "violates", early[0], CLAUSE, case.place(early[1]))
     made = list(_departures(case)) if found.verdict == "clean" else []
     shown = _by_trial(case, found) if thrown_away(case) is None else found
-    further = reached_too_far(case, passes_of(case)[0]) if found.verdict == "violates" and not _of_tables(case) else 0
+    further = (
+        reached_too_far(case, passes_of(case)[0]) if found.verdict == "violates" and not all_of_tables(case, ID) else 0
+    )
     shown = replace(shown, place=case.place(further)) if further else shown
     return departures(case, CLAUSE, made) if made and shown.verdict == "clean" else shown
-
-
-def _of_tables(case: Case) -> bool:
-    """Whether all that scores too late is what was written into arrays, and no gradient's."""
-    return all(_is_table(fault) for fault in passes_of(case)[1] if fault.kind == ID)
-
-
-def _is_table(fault: Fault) -> bool:
-    return isinstance(fault.cause, Update) and fault.cause.how in ("written", "table")
 
 
 def _by_trial(case: Case, found: Finding) -> Finding:
     """What the trial shows where the walk found no fault of any kind in the score, but arrays that foresaw nothing."""
     which, own, _ = passes_of(case)
-    counts = counts_of(case, which) if found.verdict == "clean" and all(map(_is_table, own)) else None
+    counts = counts_of(case, which) if found.verdict == "clean" and all(map(is_of_table, own)) else None
     shown = lesson_before(case, which, counts) if counts is not None else None
     if shown is None:
         return found
