@@ -120,13 +120,15 @@ class Arrays(Core):
             return copy_(kwargs["out"], self.of_array(name, args, {**kwargs, "out": None}))
         try:
             found = self.booked(act(*args, **kwargs))
-            if isinstance(found, Array):
+            if isinstance(found, Array) and name not in _PLACING:
                 self.weigh(found)
             return found
         except (ArithmeticError, TypeError, ValueError, LookupError, AttributeError, AssertionError):
             return mixed(*args)
 
 
+_PLACING = {"index_add_", "index_put_", "scatter_add_", "view"}
+"""What takes the time of what it puts into an array, and not of all of it: tables of hashed counts are large."""
 _LOSING = {"argmax", "argmin", "argsort", "sort", "topk", "eq", "ne", "lt", "le", "gt", "ge", "isfinite", "isnan"}
 
 

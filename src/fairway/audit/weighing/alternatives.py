@@ -24,7 +24,7 @@ from fairway.audit.weighing.machine import Way, Weigher
 from fairway.audit.weighing.stream import PIECES
 from fairway.audit.weighing.strengths import Strengths, set_by_target
 
-_NUMBERS = 8_000_000  # elements of a table of hashed counts: 64 MB as float64
+_NUMBERS = 20_000_000  # elements of a table of hashed counts: 1 << 24 of them; what is never touched takes no memory
 _STEPS = 400_000  # of all runs together
 _ONE, LONG = 40_000, 90_000  # of one: a second or two, and of one that goes through the tokens one by one
 PLAIN = 1e-4
@@ -39,7 +39,11 @@ _TABLES = ("bucket", "hash", "table", "rows", "slots", "memory")
 _CHUNKS = ("chunk", "segment", "region", "block")
 _BATCHES = ("eval_tokens", "eval_batch", "val_batch", "batch_tokens")
 _WINDOWED = ("eval_batch", "val_batch", "batch_windows", "batch_seqs")
-_GROUPED = ("chunk_windows", "windows_per_chunk", "chunk_seqs", "chunk_batches")
+_GROUPED = (
+    *(f"{each}_windows" for each in _CHUNKS),
+    *(f"windows_per_{each}" for each in _CHUNKS),
+    *("chunk_seqs", "chunk_batches"),
+)
 _PAIR = 2  # windows of a batch: a cache that learns after each batch has something to say in the second
 _FEW = 4  # bits of a hash: so few buckets that contexts meet, as millions of them do in those of a script
 _MANY = 1_000  # rows: fewer are none of a hashed table
