@@ -92,6 +92,48 @@ def test_documents_that_are_filtered_by_their_number_tell_it_as_well(kind: str, 
     assert [split.count for split in splits(ast.parse(text))] == counts
 
 
+SKIPPED = """
+import argparse, json
+import numpy as np
+import sentencepiece
+
+def documents(path, skip):
+    with open(path) as lines:
+        for n, line in enumerate(lines):
+            if TEST:
+                yield json.loads(line)["text"]
+
+def main(args):
+    sp = sentencepiece.SentencePieceProcessor(model_file="t.model")
+    held = []
+    for text in documents(args.docs, skip=args.GIVEN):
+        held.extend(sp.encode(text))
+        if len(held) >= 100_000_000:
+            np.asarray(held, dtype="<u2").tofile("fineweb_train_0.bin")
+            held = []
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--docs", default="d.jsonl")
+parser.add_argument("--val-docs", type=int, default=10_000)
+parser.add_argument("--first", type=int, default=10_000)
+main(parser.parse_args())
+"""
+
+
+@pytest.mark.parametrize(
+    ("test", "given", "counts"),
+    [
+        ("n >= skip", "val_docs", [10_000]),
+        ("skip <= n", "val_docs", [10_000]),
+        ("n < skip", "val_docs", []),
+        ("n >= skip", "first", []),
+    ],
+)
+def test_a_generator_that_gives_what_comes_after_held_out_documents(test: str, given: str, counts: list[int]) -> None:
+    tree = ast.parse(SKIPPED.replace("TEST", test).replace("GIVEN", given))
+    assert [split.count for split in splits(tree)] == counts
+
+
 @pytest.mark.parametrize(
     ("held", "readme", "verdict"),
     [

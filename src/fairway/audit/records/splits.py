@@ -22,8 +22,8 @@ class Split:
 def splits(tree: ast.Module) -> list[Split]:
     """Of every condition on a counter of documents that turns to training text: `if n == held: split = "train"`,
     `val if n < held else train`; or that passes over the first ones where only training text is written: `if n < held:
-    continue`."""
-    given = _given(tree)
+    continue`, `if n >= held: yield document`."""
+    given, handed = _given(tree), _handed(tree)
     if not _tokenises(tree):
         return []
     found = []
@@ -37,11 +37,12 @@ def splits(tree: ast.Module) -> list[Split]:
                 if len(sides) != 2 or not any(isinstance(side, ast.Name) and side.id in counters for side in sides):
                     continue
                 other = sides[1] if isinstance(sides[0], ast.Name) and sides[0].id in counters else sides[0]
+                other = handed.get(_called(other), other)  # of a parameter what the only call hands over
                 name = _called(other)
                 number = _number(other, given)
                 turns = _parts(node) if isinstance(node, ast.IfExp) else _turns(node)
-                passes = isinstance(node, ast.If) and _passes(node) and re.search("val|held", name.lower())
-                if number is not None and (turns or passes):
+                passes = isinstance(node, ast.If) and (_passes(node) or _yields(node, compared, counters))
+                if number is not None and (turns or (passes and re.search("val|held", name.lower()))):
                     found.append(Split(number.value, number.lineno, name))  # type: ignore[arg-type]
     return found + list(_filtered(tree, given))
 
@@ -102,11 +103,28 @@ def _passes(node: ast.If) -> bool:
     return len(node.body) == 1 and isinstance(node.body[0], ast.Continue)
 
 
+def _yields(node: ast.If, compared: ast.Compare, counters: set[str]) -> bool:
+    """Whether a generator gives only what comes later than a number."""
+    later = (ast.Gt, ast.GtE) if getattr(compared.left, "id", "") in counters else (ast.Lt, ast.LtE)
+    gives = any(isinstance(each, (ast.Yield, ast.YieldFrom)) for part in node.body for each in nodes(part))
+    return gives and not node.orelse and isinstance(compared.ops[0], later)
+
+
 def _called(node: ast.AST) -> str:
     """The last part of a name; the key of a dict's entry."""
     if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
         return str(node.slice.value)
     return last_name(node)
+
+
+def _handed(tree: ast.Module) -> dict[str, ast.expr]:
+    """What parameters are given by their names, where all calls give them the same."""
+    found: dict[str, list[ast.expr]] = {}
+    for call in (each for each in nodes(tree) if isinstance(each, ast.Call)):
+        for each in call.keywords:
+            if each.arg is not None and isinstance(each.value, (ast.Name, ast.Attribute)):
+                found.setdefault(each.arg, []).append(each.value)
+    return {name: values[0] for name, values in found.items() if len({*map(ast.dump, values)}) == 1}
 
 
 def _number(node: ast.expr, given: dict[str, list[ast.expr]]) -> ast.Constant | None:
