@@ -430,3 +430,15 @@ def test_a_limit_that_lets_all_chunks_of_the_split_through_is_none(chunk: int, m
     text = text.replace("    for ci in range(n):\n", f"    for ci in range(min(n, {most})):\n")
     assert findings(text)["subset-as-full"].verdict == "clean"
     assert findings(text.replace(f"min(n, {most})", f"min(n, {most // 20})"))["subset-as-full"].verdict == "violates"
+
+
+def test_a_loop_that_goes_on_in_steps_of_chunks() -> None:
+    """The text of a trial has one chunk and a quarter, of which the last may be left out."""
+    text = (HEAD + MAIN).replace("    for ci in range(n):\n", "    for ci in range(0, n, 4):\n")
+    found = findings(text)["subset-as-full"]
+    assert found.verdict == "violates"
+    assert found.place is not None
+    assert found.place.line == line_of(text, "for ci in range(0, n, 4)")
+    assert findings(text.replace("range(0, n, 4)", "range(0, n, 1)"))["subset-as-full"].verdict == "clean"
+    whole = text.replace("range(0, n, 4)", "range(n - 1)")  # without the last one, which is short
+    assert findings(whole)["subset-as-full"].verdict == "clean"

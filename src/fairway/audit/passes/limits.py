@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fairway.audit.case import Case
+from fairway.audit.passes.groups import in_smaller_groups
 from fairway.audit.passes.places import of_another
 from fairway.audit.passes.reported import Reported, scores_of
 from fairway.audit.passes.trials import Counts, counted
 from fairway.audit.reading.tree import nodes
 from fairway.audit.trial import run
 from fairway.audit.trial.limits import Forced, Site
-from fairway.audit.trial.named import numbers
 from fairway.audit.trial.text import DOCUMENT, SHORT
 from fairway.audit.trial.told import Trial
 from fairway.audit.verdict import Place
@@ -24,8 +24,6 @@ _SHARE = 0.9  # of either: a number that lets through nearly all is no limit
 _TRIED = 2  # numbers: each costs another trial
 _FEW = 4  # of whatever is counted: half of fewer says little, so the longer text is asked, for five times as long
 _LESS = 0.95  # of the targets
-_GROUPS = ("chunk", "block", "segment", "region", "group")
-_SMALLER = 32  # times: blocks of 2,048 windows of 64 tokens are 131,072
 _SHORTEST = 8  # tokens: what has less has nothing to be scored
 
 
@@ -152,12 +150,9 @@ def _of_groups(case: Case) -> Iterator[_Limit]:
     long = case.trial
     few = {site: seen for site, seen in long.limits.seen.items() if not seen.reached and seen.most <= _FEW}
     limits = {seen.limit for seen in few.values() if seen.limit is not None and seen.limit > _FEW}
-    sizes = numbers("|".join(_GROUPS), case.script, case.settings.environment) - limits
-    sizes = {size for size in sizes if _SMALLER <= size <= long.length}
-    if not sizes or not limits:
+    fine = in_smaller_groups(case, but=limits) if limits else None
+    if fine is None:
         return
-    smaller = [Forced(None, size, size // _SMALLER, word) for size in sizes for word in _GROUPS]
-    fine = run(case.script, case.settings, long.length, tuple(smaller), cut=False, native=long.native)
     for site, seen in few.items():
         met = fine.limits.seen.get(site)
         if seen.limit is None or met is None or met.limit != seen.limit or not seen.most < met.most < seen.limit:

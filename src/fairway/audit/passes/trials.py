@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from fairway.audit.case import Case
 from fairway.audit.flow.events import Score, Trace, Update
 from fairway.audit.flow.heap import Obj
+from fairway.audit.passes.groups import in_smaller_groups
 from fairway.audit.passes.reaching import around, further_end, reaching
 from fairway.audit.passes.reported import Reported, scores_of
-from fairway.audit.reading.tree import nodes
+from fairway.audit.reading.tree import last_name, nodes
 from fairway.audit.trial.text import BOS, UNIT, tokens
 from fairway.audit.trial.told import Lesson, Told, Trial
 from fairway.audit.verdict import Place
@@ -28,6 +29,7 @@ _TAUGHT = 0.5  # of what is scored again: the last chunk is often not learned fr
 _MOST = 0.5  # of the targets: an epoch of them
 _NEARLY = 0.95  # of those that are summed
 _LEFT = 0.05  # of the targets
+_STEPPED = 3  # arguments of range
 FEW = 32  # targets: fewer that count otherwise are edges of documents
 
 _DOUBTFUL: weakref.WeakKeyDictionary[Trace, bool] = weakref.WeakKeyDictionary()
@@ -167,6 +169,34 @@ def left_out(case: Case, which: Reported) -> tuple[str, int] | None:
     counts = counts_of(case, which)
     if counts is None or not len(counts.missing):
         return None
+    return _left_out(case, counts) or _left_out_of_groups(case, which, counts)
+
+
+def _left_out_of_groups(case: Case, which: Reported, counts: Counts) -> tuple[str, int] | None:
+    """The same where much is missing at the end alone: in a trial with smaller chunks."""
+    if len(counts.missing) < _LEFT * counts.trial.length:
+        return None
+    fine = in_smaller_groups(case)
+    again = counted(fine, which) if fine is not None else None
+    found = _left_out(case, again) if again is not None and len(again.missing) >= len(counts.missing) else None
+    if found is None or again is None:
+        return None
+    lines = {line for way in again.said[-1].sum.ways() for line in way}
+    return found[0], _in_steps(case, lines) or found[1]
+
+
+def _in_steps(case: Case, lines: set[int]) -> int:
+    """The line of the outermost loop around one of these lines that goes on in steps, range(0, chunks, 4)."""
+    for node in nodes(case.body.tree):
+        if not isinstance(node, ast.For) or not isinstance(node.iter, ast.Call):
+            continue
+        within = any(node.lineno < line <= (node.end_lineno or 0) for line in lines)
+        if within and last_name(node.iter.func) == "range" and len(node.iter.args) == _STEPPED:
+            return node.lineno
+    return 0
+
+
+def _left_out(case: Case, counts: Counts) -> tuple[str, int] | None:
     trial, last = counts.trial, int(np.flatnonzero(counts.times).max())
     missing = counts.missing[counts.missing < last]
     later = trial.told[counts.said[-1].number + 1 :]
