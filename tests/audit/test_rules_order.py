@@ -421,6 +421,33 @@ def test_a_table_may_learn_from_the_rows_of_a_batch_that_are_booked() -> None:
     }
 
 
+MAPPED = """def find(pattern):
+    return [Path(p) for p in sorted(glob.glob(pattern))]
+
+MAPS = {}
+
+def mapped(path):
+    key = str(path)
+    if key not in MAPS:
+        MAPS[key] = shard(path)
+    return MAPS[key]
+
+def load(pattern):
+    return torch.cat([mapped(p) for p in find(pattern)])
+"""
+
+
+def test_what_a_star_takes_is_a_list_of_files_again() -> None:
+    """The last training shard is held out, and maps are kept by the names of files: no validation text among them."""
+    text = HEAD.replace("import copy,", "from pathlib import Path\nimport copy,")
+    read = "def load(pattern):\n    return torch.cat([shard(p) for p in sorted(glob.glob(pattern))])\n"
+    assert read in text
+    text = text.replace(read, MAPPED).replace("shard(self.files[", "mapped(self.files[")
+    text = text.replace("self.files = sorted(glob.glob(pattern))", "*self.files, self.held = find(pattern)")
+    order = "    train(args, model)\n", "    val = load(args.val_files)\n"
+    assert doubted(text + MAIN.replace("".join(order), "".join(order[::-1]))) == set()
+
+
 LEDGERS = """
     table = torch.ones(1024, 1024)
 

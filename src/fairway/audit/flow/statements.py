@@ -92,8 +92,8 @@ class Statements(Loops):
             for target, item in zip(targets[star + 1 :], exact[len(exact) - after :], strict=False):
                 self.assign(target, item)
             return
-        for target in targets:
-            self.assign(target, self._row_of_its_own(elements.any))
+        for target in targets:  # `*rest` is a list of such elements again
+            self.assign(target, value if isinstance(target, ast.Starred) else self._row_of_its_own(elements.any))
 
     def _row_of_its_own(self, row: Value) -> Value:
         """`a, b = torch.zeros(2, 3)`: what is added to one row is not in the other."""
