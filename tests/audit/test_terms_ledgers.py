@@ -261,3 +261,51 @@ def test_columns_that_are_summed_over_the_rows_are_told_apart(tmp_path: Path, sc
     """Bits of the one column for the bytes of the other: else the number before would be taken for the score."""
     text = SMALL + TABLE + BY_ROW.replace("SCALE", scale)
     assert verdict(tmp_path, "target_gated_tilt", text).verdict == wanted
+
+
+# ---- sums by places that a helper returns, added up over chunks; files that are kept under their names
+
+BY_PLACE = """
+MAPS = {}
+
+def mapped(path):
+    key = str(path)
+    if key not in MAPS:
+        MAPS[key] = shard(path)
+    return MAPS[key]
+
+def score(net, x, y, luts):
+    size, lead, edge = luts
+    sums = torch.zeros(3, dtype=torch.float64)
+    nll = F.cross_entropy(net(x).float() * SCALE, y, reduction="none")
+    sums[0] += nll.double().sum()
+    sums[1] += y.numel()
+    sums[2] += (size[y] + (lead[y] & ~edge[x])).double().sum()
+    return sums
+
+def told(net):
+    tokens = torch.from_numpy(np.concatenate([KEPT(path) for path in sorted(glob.glob(VAL))]))
+    luts = [torch.from_numpy(each) for each in TABLES]
+    totals = torch.zeros(3, dtype=torch.float64)
+    for at in range(0, len(tokens) - 2048, 2048):
+        totals += score(net, tokens[at : at + 2048], tokens[at + 1 : at + 2049], luts)
+    nats, count, octets = (float(each) for each in totals.tolist())
+    return nats / count, nats / math.log(2.0) / octets
+
+TABLES, net = tables(), Net()
+tokens = torch.from_numpy(np.concatenate([shard(path) for path in sorted(glob.glob(VAL))]))
+plain = F.cross_entropy(net(tokens[:-1]), tokens[1:]).item() / math.log(2.0) * len(tokens) / TABLES[0][tokens].sum()
+print(f"sliding val_bpb {plain:.5f}")
+loss, bpb = told(net)
+print(f"final val_loss {loss:.5f} val_bpb {bpb:.5f}")
+"""
+
+
+@pytest.mark.parametrize("kept", ["shard", "mapped"])
+@pytest.mark.parametrize(
+    ("scale", "wanted"),
+    [("1.0", "clean"), ("torch.where(torch.from_numpy(TABLES[1])[y], 0.9, 1.1)[..., None]", "violates")],
+)
+def test_places_of_sums_are_told_apart_through_their_total(tmp_path: Path, scale: str, wanted: str, kept: str) -> None:
+    text = SMALL + TABLE + BY_PLACE.replace("SCALE", scale).replace("KEPT", kept)
+    assert verdict(tmp_path, "target_gated_tilt", text).verdict == wanted

@@ -149,10 +149,13 @@ def _has_columns(term: Term) -> bool:
 
 
 def _is_packed(term: Term) -> bool:
-    """A few numbers in one tensor: tensor([nats, octets]), or a total of such."""
+    """A few numbers in one tensor: tensor([nats, octets]), one that is filled by places, `sums[0] += nats`, or a total
+    of such."""
     if term.op == "call" and term.called in ("tensor", "array", "stack", "as_tensor"):
         held = term.operand("data", "a", "tensors", "object")
         return held is not None and held.op in ("list", "tuple") and held.value != "comp"
+    if term.op == "store" and term.value is None and type(term.parts[1].constant()) is int:
+        return True
     if term.op == "op" and term.value == "+":
         return any(_is_packed(part) for part in term.parts)
     return term.op == "merge" and any(_is_packed(part) for part in term.parts)

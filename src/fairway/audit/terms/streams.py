@@ -17,6 +17,7 @@ _CARRIERS = frozenset(
     remainder minimum maximum abs flip diff islice DataLoader""".split()  # noqa: SIM905
 )
 _LOOKUPS = frozenset(("index_select", "take", "gather"))
+_STORED = 3  # parts: where, under what, what
 _KEYED = frozenset(("dict", "defaultdict", "Counter", "OrderedDict", "set"))
 
 
@@ -49,10 +50,18 @@ class Streams:
         if term.op == "item" or (term.op == "call" and (term.called in _LOOKUPS or term.called == "get")):
             base = looked_up(term) if term.called != "get" else term.receiver
             if base is None or self.is_memory(base):
-                return False
+                return term.op == "item" and self._is_shelf(term.parts[0], depth)
             place = term.parts[1] if term.op == "item" else None
             return self._is(base, depth + 1) and (place is None or not self.is_key(place))
         return any(self._is(part, depth + 1) for part in carried(term))
+
+    def _is_shelf(self, held: Term, depth: int) -> bool:
+        """Whether a dict only holds what was read from files, by their names: `if path not in maps: maps[path] =
+        np.memmap(path)`."""
+        stores = [one for one in layers(held) if one.op == "store" and len(one.parts) == _STORED]
+        return bool(stores) and all(
+            not self.from_tokens(one.parts[1]) and self._is(one.parts[2], depth + 1) for one in stores
+        )
 
     def chain(self, term: Term) -> dict[int, Term]:
         """The terms that token ids were cut from, themselves among them, by id."""
