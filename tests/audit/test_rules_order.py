@@ -448,6 +448,54 @@ def test_what_a_star_takes_is_a_list_of_files_again() -> None:
     assert doubted(text + MAIN.replace("".join(order), "".join(order[::-1]))) == set()
 
 
+TALLY = """
+class Tally:
+    def __init__(self):
+        self.sums = torch.zeros(3, dtype=torch.float64)
+    def add(self, nll, sizes, counted):
+        keep = counted.double()
+        self.sums[0] += (nll.double() * keep).sum()
+        self.sums[1] += keep.sum()
+        self.sums[2] += (sizes.double() * keep).sum()
+
+def plain(args, model, val, a, tally):
+    x, y = val[a : a + 1024][None], val[a + 1 : a + 1025][None]
+    nll = F.cross_entropy(model.forward_logits(x).view(-1, 1024), y.reshape(-1), reduction="none")
+    counted = torch.zeros(1024, dtype=torch.bool)
+    counted[: min(val.numel() - 1 - a, 1024)] = True
+    tally.add(nll, y, counted)
+
+def adapted(args, model, val, a, tally, opt, steps):
+    x, y = val[a : a + 1024][None], val[a + 1 : a + 1025][None]
+    nll = F.cross_entropy(model.forward_logits(x).view(-1, 1024), y.reshape(-1), reduction="none")
+    tally.add(nll, y, torch.arange(a, a + 1024)[None] < steps[:, None])
+    model(x, y).backward()
+    opt.step()
+    opt.zero_grad()
+
+def ev(args, model, val):
+    t0 = time.perf_counter()
+    tally = Tally()
+    opt = torch.optim.SGD(model.parameters(), lr=1e-3)
+    steps = torch.full((1,), 1024)
+    for lo in range(0, val.numel() - 1, 16384):
+        for mid in range(lo, lo + 16384, 4096):
+            if time.perf_counter() - t0 < 500:
+                for a in range(mid, mid + 4096, 1024):
+                    adapted(args, model, val, a, tally, opt, steps)
+            else:
+                for a in range(mid, mid + 4096, 1024):
+                    plain(args, model, val, a, tally)
+    sums = tally.sums.tolist()
+    return sums[0] / sums[1]
+"""
+
+
+def test_what_is_counted_beside_losses_in_one_tensor_of_sums_picks_none_of_them() -> None:
+    """Two ways to count, each with a mask of its own, add to one ledger; the losses are no others for that."""
+    assert doubted(HEAD + TALLY + MAIN.replace("eval_ttt(args, model, val)", "ev(args, model, val)")) == set()
+
+
 LEDGERS = """
     table = torch.ones(1024, 1024)
 

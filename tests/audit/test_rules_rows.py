@@ -417,3 +417,47 @@ AHEAD = """
 )
 def test_the_next_token_of_a_rolled_stream_is_the_target(tmp_path: Path, ahead: str, wanted: str) -> None:
     assert verdict(tmp_path, "target_gated_tilt", script(loss=AHEAD.format(ahead=ahead))).verdict == wanted
+
+
+# ---- what two predictions agree on
+
+CACHE = """
+class Cache:
+    def __init__(self):
+        self.seen = torch.zeros(V, dtype=torch.int64)
+        self.pairs = torch.zeros(1 << 20)
+
+    def places(self, a, b):
+        return (a * 31 + b) * 6364136223846793005 & 0xFFFFF
+
+    def row(self, a):
+        base = self.seen.float() + 1.0
+        counts = self.pairs[self.places(a[:, None], torch.arange(V)[None])]
+        mass = counts.sum(dim=-1, keepdim=True)
+        return (counts + 8.0 * (base / base.sum()).expand(len(a), -1)) / (mass + 8.0), mass[:, 0]
+
+    def absorb(self, a, b):
+        self.seen += torch.bincount(b, minlength=V)
+        self.pairs.index_add_(0, self.places(a, b), torch.ones(len(b)))
+"""
+AGREE = """
+        a, b = torch.from_numpy(x), torch.from_numpy(y)
+        p = torch.softmax(net(a).float(), -1)
+        cached, mass = cache.row(a)
+        agree = TEST
+        w = 0.2 * mass / (mass + 4.0)
+        w = torch.where(agree, torch.maximum(w, 0.5 * torch.minimum(p.amax(dim=-1), cached.amax(dim=-1))), w)[:, None]
+        mixed = (1.0 - w) * p + w * cached
+        nll = -mixed.gather(1, b[:, None]).log()
+        cache.absorb(a, b)
+"""
+
+
+@pytest.mark.parametrize(
+    ("test", "wanted"),
+    [("p.argmax(dim=-1) == cached.argmax(dim=-1)", "clean"), ("torch.from_numpy(lead)[b] > 0", "violates")],
+)
+def test_a_weight_by_what_two_predictions_agree_on_reads_no_target(tmp_path: Path, test: str, wanted: str) -> None:
+    """Counts hold the targets of before: they were learned."""
+    text = script(loss=AGREE.replace("TEST", test), state="cache = Cache()", extra=CACHE)
+    assert verdict(tmp_path, "target_gated_tilt", text).verdict == wanted

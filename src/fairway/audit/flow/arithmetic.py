@@ -190,7 +190,8 @@ class Arithmetic(Comparisons):
         )  # fmt: skip
         if loss.flags & GRAD:  # one row that moves by its gradient stays one row
             result.flags |= other.flags & ONE_ROW
-        if other.cuts and not other.flags & INDEXED and not isinstance(op, ast.Div):  # a mask's count picks nothing
+        if other.cuts and not other.flags & INDEXED and not isinstance(op, (ast.Div, ast.Add, ast.Sub)):
+            # What a mask counts picks nothing, divided by or added beside the losses of one tensor of sums.
             result = self.cut(result, other.cuts, node)
         apart = other.states - loss.states
         if apart and not other.flags & (WEIGHTS | GRAD) and not (over and ended):

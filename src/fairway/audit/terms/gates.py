@@ -189,7 +189,7 @@ class Gates:
         two = term.called == "where" and yes is not no and "read" in kinds and self._scored(yes) and self._scored(no)
         if _has_checks(test) or (same(yes, no) and not two):
             return
-        known = "read" in kinds or ("score" in kinds and not any(self.compared(test)))
+        known = ("read" in kinds and self.reads_target(test)) or ("score" in kinds and not any(self.compared(test)))
         if known and not (is_nothing(yes) or is_nothing(no)):
             yield term
         if kinds == {"match"} and not any(self._is_plain(arm) for arm in (yes, no)):
@@ -247,7 +247,8 @@ class Gates:
         if all("score" in one for one in kinds):
             yield term
             return
-        reading = next((part for part, one in zip(term.parts, kinds, strict=False) if "read" in one), None)
+        both = zip(term.parts, kinds, strict=False)
+        reading = next((part for part, one in both if "read" in one and self.reads_target(part)), None)
         if reading is None:
             return
         other = kinds[1] if reading is term.parts[0] else kinds[0]

@@ -17,7 +17,7 @@ from fairway.audit.terms.octets import looked_up
 from fairway.audit.terms.positions import Place, place_of_tokens, runs
 from fairway.audit.terms.streams import Streams, compared, reads, reads_of_memory, token_terms
 from fairway.audit.terms.term import Below, Term, any_below, peel, same
-from fairway.audit.terms.totals import GATHERS, LOSSES, is_learned, summed
+from fairway.audit.terms.totals import GATHERS, LOSSES, is_learned, summed, unlearned
 
 _DISTRIBUTIONS = frozenset(
     """softmax log_softmax exp exp2 sigmoid linear matmul logsumexp () forward logits einsum tanh log""".split()  # noqa: SIM905
@@ -218,9 +218,15 @@ class Contribution:
 
     def _matched(self, parts: tuple[Term, ...]) -> frozenset[str]:
         kinds = [self.kinds(part) for part in parts]
-        if parts and sum("read" in one for one in kinds) == 1:
+        reading = [part for part, one in zip(parts, kinds, strict=True) if "read" in one]
+        if len(reading) == 1 and self._reads_now(reading[0]):
             return frozenset(("match",)).union(*(one - {"read"} for one in kinds))
         return frozenset().union(*kinds)
+
+    def _reads_now(self, root: Term) -> bool:
+        """Whether the target is read otherwise than through what a table has learned: what two predictions agree on is
+        no match with it."""
+        return any(self.is_target(term) for term in unlearned(root, lambda term: reads(term, self.streams)))
 
     def _key(self, term: Term) -> tuple[Term, ...] | None:
         """The key of a lookup that takes the target together with its context."""
