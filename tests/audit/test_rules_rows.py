@@ -461,3 +461,59 @@ def test_a_weight_by_what_two_predictions_agree_on_reads_no_target(tmp_path: Pat
     """Counts hold the targets of before: they were learned."""
     text = script(loss=AGREE.replace("TEST", test), state="cache = Cache()", extra=CACHE)
     assert verdict(tmp_path, "target_gated_tilt", text).verdict == wanted
+
+
+# ---- a row that counts are added to, place by place
+
+SUFFIXES = """
+from collections import Counter
+
+def stacked(tokens, windows):
+    x = torch.zeros(len(windows), 512, dtype=torch.int64)
+    for i, (start, end) in enumerate(windows):
+        x[i, : end - start] = torch.from_numpy(tokens[start:end])
+    return x
+
+class Suffixes:
+    def __init__(self):
+        self.tables = {n: {} for n in range(1, 4)}
+
+    def blend(self, hist, p):
+        row = p
+        for n in range(1, 4):
+            followers = self.tables[n].get(tuple(hist[-n:])) if len(hist) >= n else None
+            if followers is None:
+                break
+            total = sum(followers.values())
+            row = row * (3.0 / (total + 3.0))
+            for tok, c in followers.items():
+                row[tok] += c / (total + 3.0)
+        return row
+
+    def learn(self, hist, tok):
+        for n in range(1, 4):
+            if len(hist) >= n:
+                self.tables[n].setdefault(tuple(hist[-n:]), Counter())[tok] += 1
+"""
+ADDED = """
+        windows = [(at, at + 512), (at + 512, min(at + 1024, len(tokens) - 1))]
+        logits = net(stacked(tokens, windows))
+        losses = []
+        for i, (start, end) in enumerate(windows):
+            piece = tokens[start : end + 1]
+            probs = torch.softmax(logits[i, : end - start].double() * SCALE, dim=-1).cpu().numpy()
+            for p, tok in zip(probs, piece[1:].tolist(), strict=True):
+                row = suffixes.blend(hist, p)
+                losses.append(-math.log(row[tok]))
+                suffixes.learn(hist, tok)
+                hist.append(tok)
+        nll = torch.tensor(losses)
+"""
+TOLD = "(1.0 + 0.1 * torch.from_numpy(lead)[torch.from_numpy(piece[1:])])[:, None]"
+
+
+@pytest.mark.parametrize(("scale", "wanted"), [("1.0", "clean"), (TOLD, "violates")])
+def test_a_row_that_counts_are_added_to_has_its_context_all_the_same(tmp_path: Path, scale: str, wanted: str) -> None:
+    """It is read at the target and looked up by nothing else: what it began as is the model's, of its context."""
+    text = script(loss=ADDED.replace("SCALE", scale), state="suffixes, hist = Suffixes(), []", extra=SUFFIXES)
+    assert verdict(tmp_path, "target_gated_tilt", text).verdict == wanted

@@ -32,7 +32,10 @@ class Contribution:
         self.streams = streams
         self.found: dict[int, tuple[Term, frozenset[str]]] = {}
         self.wide: dict[int, tuple[Term, bool]] = {}
+        self.bases: list[Term] = []  # of what is read at a target
         self.targets = list(self._targets()) or list(self._ranked())
+        # Of `for p, tok in zip(rows, y.tolist())` all of y: tables that are looked up by it know what is scored.
+        self.targets += [whole for one in self.targets if one.op == "each" and (whole := self._gone_through(one))]
         self.own = self._own()
         self.aligned = self._aligned()
 
@@ -41,7 +44,6 @@ class Contribution:
     def _targets(self) -> Iterator[Term]:
         """Token ids that a distribution is read at, and those that follow the context that is read beside them."""
         at: list[tuple[Term, Term]] = []  # (what is read at a place, the place's token ids)
-        bases: list[Term] = []
         waiting, done = [self.term], set[int]()
         while waiting and len(done) < 20_000:
             term = waiting.pop()
@@ -54,10 +56,10 @@ class Contribution:
                 found = found[-1:]
             if found:  # what the distribution itself was looked up by, further down, is its context
                 at.extend((term, one) for one in found if not _is_past(one))
-                bases.extend(part for part in term.parts if part is not place)
+                self.bases.extend(part for part in term.parts if part is not place)
             else:
                 waiting.extend(reads(term, self.streams))
-        yield from self._outermost(at, bases)
+        yield from self._outermost(at, self.bases)
         seen = [peel(one) for one in token_terms(self.term, self.streams)]
         ends = [_end(one) for one in seen]
         for one in seen:
@@ -65,6 +67,10 @@ class Contribution:
                 for base, end in filter(None, ends):
                     if base is one.parts[0] and same(end, one.parts[1], 6):
                         yield one
+
+    def _gone_through(self, one: Term) -> Term | None:
+        whole = peel(one.parts[0])
+        return whole if whole.op == "item" and self.streams.is_stream(whole) else None
 
     def _outermost(self, at: list[tuple[Term, Term]], bases: list[Term]) -> Iterator[Term]:
         """Those that no other distribution is made from: an entropy that decides something leads into the model beside
@@ -126,7 +132,8 @@ class Contribution:
         for target in self.targets:
             chains.update(self.streams.chain(target))
         context: dict[int, Term] = {}
-        for term in token_terms(self.term, self.streams):
+        # What a row that counts were added to began as is not read at a place of it, and has its context all the same.
+        for term in (one for root in (self.term, *self.bases) for one in token_terms(root, self.streams)):
             if id(term) in chains or any(same(term, target, 10) for target in self.targets):
                 continue
             if not any(id(target) in self.streams.chain(term) for target in self.targets):
