@@ -10,6 +10,7 @@ from fairway.audit.case import Case
 from fairway.audit.flow.events import Choice, Score, Trace, Update
 from fairway.audit.passes.consequences import without_consequences
 from fairway.audit.passes.faults import Fault, Passes, one_row
+from fairway.audit.passes.parted import of_earlier_parts
 from fairway.audit.passes.reported import Reported, reported
 from fairway.audit.passes.trials import order_of, parting, repeats
 from fairway.audit.passes.vectors import fitted
@@ -20,6 +21,7 @@ from fairway.audit.verdict import Place
 _SEEN: weakref.WeakKeyDictionary[Trace, tuple[Reported, list[Fault], list[Fault]]] = weakref.WeakKeyDictionary()
 
 _OF_THE_ORDER = ("multi-epoch-last", "training-before-scoring", "rescoring-after-adaptation")
+_OF_TABLES = ("training-before-scoring", "two-pass-cache")
 _OF_VECTORS = ("slot-on-scored", "slot-shared-delta")
 _BY_LOSSES = ("choice-by-validation", "temperature-from-validation")
 
@@ -48,6 +50,9 @@ def _as_tried(case: Case, which: Reported, fault: Fault) -> Fault | None:
     if fault.kind == "temperature-from-validation" and isinstance(fault.cause, Update):
         apart = fitted(case, which, fault.cause, shared=False) == "apart"
         return None if apart or order_of(case, which, fault.score, fault.cause) == "first" else fault
+    table = isinstance(fault.cause, Update) and fault.cause.how == "table" and fault.kind in _OF_TABLES
+    if table and isinstance(fault.cause, Update) and of_earlier_parts(case, fault.score, fault.cause):
+        return None
     if fault.kind == "two-pass-cache" and isinstance(fault.cause, Update):
         return None if _filled_with_what_was_learned(case, which, fault.score, fault.cause) else fault
     if fault.kind not in _OF_THE_ORDER or not isinstance(fault.cause, Update):

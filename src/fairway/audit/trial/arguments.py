@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
+
 from fairway.audit.settings import UNKNOWN as UNSET
 from fairway.audit.trial.core import Core
 from fairway.audit.trial.values import UNKNOWN, Class, Obj, Value
 
-RANKS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+group: ContextVar[tuple[int, int]] = ContextVar("group", default=(0, 1))
+"""The rank of the process of the trial under way, and how many there are: as a rule it is alone."""
+_RANK, _SIZE = ("RANK", "LOCAL_RANK"), ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
 
 
 def environ(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
     name, default = args[0], args[1] if len(args) > 1 else kwargs.get("default")
-    if name in RANKS:
-        return RANKS[name]
+    if name in (*_RANK, *_SIZE):
+        return str(group.get()[name in _SIZE])
     found = machine.settings.environ(name, default)
     return UNKNOWN if found is UNSET else found
 

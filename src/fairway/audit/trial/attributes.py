@@ -268,6 +268,8 @@ class Attributes(Arrays):
                 return UNKNOWN
             except IndexError as error:
                 raise Raised("IndexError", str(error)) from None
+            if isinstance(part, Array) and part.pos is not None and value.body.size >= self.trial.length - 1:
+                self.trial.reached(tuple(self.stack), part.pos)
             if isinstance(part, Array) and isinstance(place, np.ndarray):
                 part.rows = place.sum(axis=1) if place.dtype == bool and place.ndim == 2 else _rows_of(index, part)
             if isinstance(part, Array) and part.body.base is None:  # a copy: places that an array names

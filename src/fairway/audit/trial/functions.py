@@ -11,7 +11,7 @@ import random
 
 from fairway.audit.trial import files, operator_module
 from fairway.audit.trial.acting import Act, numeric, plain
-from fairway.audit.trial.arguments import Parser, environ
+from fairway.audit.trial.arguments import Parser, environ, group
 from fairway.audit.trial.arrays import scalar
 from fairway.audit.trial.builtin import BUILTIN, printed
 from fairway.audit.trial.calls import Decorator
@@ -264,8 +264,8 @@ _WORLD: dict[str, Act] = {
         for name in ("TCPStore", "FileStore", "HashStore", "distributed_c10d._get_default_store")
     },
     "torch.distributed.PrefixStore": lambda machine, args, kwargs, line: args[1] if len(args) > 1 else Store(),
-    "torch.distributed.get_rank": lambda machine, args, kwargs, line: 0,
-    "torch.distributed.get_world_size": lambda machine, args, kwargs, line: 1,
+    "torch.distributed.get_rank": lambda machine, args, kwargs, line: group.get()[0],
+    "torch.distributed.get_world_size": lambda machine, args, kwargs, line: group.get()[1],
     "torch.distributed.all_gather_object": plain(gather_objects),
     "torch.distributed.all_gather": plain(gather_objects),
     "torch.distributed.gather_object": lambda machine, args, kwargs, line: (

@@ -12,7 +12,7 @@ import numpy as np
 
 from fairway.audit.reading.script import Layer, Script
 from fairway.audit.settings import Settings
-from fairway.audit.trial import files, text
+from fairway.audit.trial import arguments, files, text
 from fairway.audit.trial.acting import Act
 from fairway.audit.trial.calls import Calls, Decorator
 from fairway.audit.trial.core import Core
@@ -127,14 +127,24 @@ def run(
     forced: tuple[Forced, ...] = (),
     cut: bool = True,
     native: bool = True,
+    group: tuple[int, int] = (0, 1),
 ) -> Trial:
     """The trial of a script. It never raises on what a script holds. length: tokens of the text; forced: numbers of
     the script that are taken for others; cut: whether chunks that are larger than the text are taken for smaller ones;
-    native: whether kernels are tried that an earlier trial of the script may have found too much.
+    native: whether kernels are tried that an earlier trial of the script may have found too much; group: the rank of
+    the process, and how many there are.
     Where a loop goes through the tokens one by one and takes too many steps for that, the text is a shorter one; so it
     is where the script does much with each batch, and batches have fewer rows then. Where even that is too much for a
     kernel that numba compiles, nothing is known of what such kernels give; a number that cuts the text into one piece
     is taken for a smaller one."""
+    alone = arguments.group.set(group)
+    try:
+        return _run(script, settings, length, forced, cut, native)
+    finally:
+        arguments.group.reset(alone)
+
+
+def _run(script: Script, settings: Settings, length: int, forced: tuple[Forced, ...], cut: bool, native: bool) -> Trial:
     begin = partial(Machine, script, settings, native=native)
     trial = over(begin, length, forced).trial
     if native and not (trial.complete or (trial.slow and shorter(trial.slow))) and _NATIVE.search(script.text):

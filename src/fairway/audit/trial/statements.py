@@ -14,7 +14,7 @@ from fairway.audit.trial.host import Compute, Host
 from fairway.audit.trial.operators import combine, name_of
 from fairway.audit.trial.threads import Capture, Graph, Suppress
 from fairway.audit.trial.turns import Turns
-from fairway.audit.trial.values import UNKNOWN, Class, Frame, Func, Lib, Raised, Undecided, Unknown, Value
+from fairway.audit.trial.values import UNKNOWN, Class, Frame, Func, Lib, Obj, Raised, Undecided, Unknown, Value
 
 Bind = Callable[[Frame, Value], None]
 
@@ -421,10 +421,14 @@ class Statements(Expressions):
 
 
 def _forget(node: ast.stmt, frame: Frame) -> None:
-    """The names that a statement would have bound are not known."""
+    """The names that a statement would have bound are not known, nor are attributes: `self.heat = held["heat"]`."""
     for each in nodes(node):
         if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store) and each.id not in frame.vars:
             frame.bind(each.id, UNKNOWN)
+        elif isinstance(each, ast.Attribute) and isinstance(each.ctx, ast.Store) and isinstance(each.value, ast.Name):
+            owner = frame.vars.get(each.value.id)
+            if isinstance(owner, Obj):
+                owner.vars.setdefault(each.attr, UNKNOWN)
 
 
 def _as_load(node: ast.expr) -> ast.expr:

@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 
 from fairway.audit.trial.limits import Limits
 from fairway.audit.trial.planning import Plans
-from fairway.audit.trial.sums import Sum
+from fairway.audit.trial.sums import PLACE, Sum
 from fairway.audit.trial.text import LENGTH
 
 _COMMON = 0.01  # of the targets that count: what fewer have is no unit
+_CALLS = 2_000  # ways that are kept
 _SOME = 16  # targets: what so many have is one, where the others have a whole number of it
 
 
@@ -79,7 +80,8 @@ class Trial:
     those around losses that are weighed by it; limits: numbers that others were held against; plans: lines that put
     windows together; fitted: whether vectors of their own are fitted to windows, and vectors: those; table: the line
     that writes the length of a piece into a table; native: whether kernels that numba compiles were worked out;
-    picked: what was chosen as the least of several sums
+    picked: what was chosen as the least of several sums; reach: by the calls around them, the last token of the parts
+    that are taken out of the text
     """
 
     vocabulary: int = 1_024
@@ -108,6 +110,12 @@ class Trial:
     booked: dict[tuple[int, ...], NDArray[np.int32]] = field(default_factory=dict)
     again: dict[tuple[int, ...], int] = field(default_factory=dict)
     picked: list[Picked] = field(default_factory=list)
+    reach: dict[tuple[int, ...], int] = field(default_factory=dict)
+
+    def reached(self, calls: tuple[int, ...], places: NDArray[np.int32]) -> None:
+        """These calls take a part of the text."""
+        if places.size and (calls in self.reach or len(self.reach) < _CALLS):
+            self.reach[calls] = max(self.reach.get(calls, 0), int(places.max()) & PLACE)
 
     def counts(self, told: Told) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """For each place of the text: how often its target counts in a number, where those that count least count once;

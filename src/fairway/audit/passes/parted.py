@@ -1,0 +1,51 @@
+"""A table that every process fills with what lies before its own part of the text: it knows nothing too early."""
+
+from __future__ import annotations
+
+import weakref
+
+import numpy as np
+
+from fairway.audit.case import Case
+from fairway.audit.flow.events import Event, Score, Trace, Update
+from fairway.audit.trial import Trial, run
+from fairway.audit.trial.text import SHORT
+
+_SECOND = (1, 2)  # of two processes
+_SEEN: weakref.WeakKeyDictionary[Trace, dict[tuple[int, ...], bool]] = weakref.WeakKeyDictionary()
+
+
+def of_earlier_parts(case: Case, score: Score, filled: Update) -> bool:
+    """Whether the first process fills nothing there, and the second of two only what lies before all that it scores."""
+    calls, scoring = _calls(filled), _calls(score)
+    seen = _SEEN.setdefault(case.trace, {})
+    if calls not in seen:
+        trial = case.trial
+        first = _scored_from(trial, scoring) is not None
+        seen[calls] = first and _filled_up_to(trial, calls) is None and _before_all(case, calls, scoring)
+    return seen[calls]
+
+
+def _before_all(case: Case, calls: tuple[int, ...], scoring: tuple[int, ...]) -> bool:
+    trial = case.trial
+    second = run(case.script, case.settings, SHORT, trial.limits.forced, False, trial.native, group=_SECOND)
+    last, first = _filled_up_to(second, calls), _scored_from(second, scoring)
+    return last is not None and first is not None and last < first
+
+
+def _filled_up_to(trial: Trial, calls: tuple[int, ...]) -> int | None:
+    """The last token of the parts of the text that are taken in these calls; None where none is."""
+    return max((place for way, place in trial.reach.items() if way[: len(calls)] == calls), default=None)
+
+
+def _scored_from(trial: Trial, calls: tuple[int, ...]) -> int | None:
+    """The first target that is summed in these calls; None where none is."""
+    times = (times for way, times in trial.booked.items() if way[: len(calls)] == calls and times.any())
+    return min((int(np.flatnonzero(each)[0]) for each in times), default=None)
+
+
+def _calls(event: Event) -> tuple[int, ...]:
+    return tuple(place.line for place in event.stack[:-1])
+
+
+__all__ = ["of_earlier_parts"]

@@ -1,0 +1,69 @@
+"""Tables that every process fills with what lies before its own part of the text."""
+# ruff: noqa: E501 (examples are texts of scripts)
+
+import pytest
+
+from tests.audit.order import HEAD, MAIN, broken, doubted
+
+PARTED = """
+class Counts:
+    def __init__(self):
+        self.rows = torch.zeros(1024, 1024)
+        self.first = PRIOR
+    def absorb(self, val, lo, hi):
+        a, b = val[lo:hi], val[lo + 1 : hi + 1]
+        self.rows.index_put_((a, b), torch.ones(len(a)), accumulate=True)
+    def fill(self, val, lo, hi):
+        for at in range(lo, hi, 4096):
+            self.absorb(val, at, min(at + 4096, hi))
+
+class Scorer:
+    def __init__(self, args, model):
+        self.model, self.counts = model, Counts()
+    def score(self, val, lo, hi, sums):
+        x, y = val[lo:hi], val[lo + 1 : hi + 1]
+        p = torch.softmax(self.model.forward_logits(x[None])[0], -1)
+        rows = self.counts.rows[x] + self.counts.first
+        mixed = 0.9 * p + 0.1 * rows / rows.sum(-1, keepdim=True)
+        sums[0] += -mixed.gather(1, y[:, None]).log().double().sum()
+        sums[1] += len(y)
+
+def span_of(total, rank, size):
+    strides = math.ceil(total / 64)
+    return min(strides * rank // size * 64, total), min(strides * (rank + 1) // size * 64, total)
+
+def pieces(first, last):
+    for lo in range(first, last, 1024):
+        yield lo, min(lo + 1024, last)
+
+def ev(args, model, val):
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    total = val.numel() - 1
+    first, last = span_of(total, rank, size)
+    scorer, sums = Scorer(args, model), torch.zeros(2, dtype=torch.float64)
+    scorer.counts.fill(val, FILLED)
+    for lo, hi in pieces(first, last):
+        scorer.score(val, lo, hi, sums)
+        scorer.counts.absorb(val, lo, hi)
+    torch.distributed.all_reduce(sums)
+    return (sums[0] / sums[1]).item()
+"""
+KNOWN, UNKNOWN = "1.0", 'torch.from_numpy(np.load("prior.npy"))'
+
+
+def script(filled: str, prior: str) -> str:
+    text = PARTED.replace("FILLED", filled).replace("PRIOR", prior)
+    return HEAD + text + MAIN.replace("eval_ttt(args, model, val)", "ev(args, model, val)")
+
+
+@pytest.mark.parametrize("prior", [KNOWN, UNKNOWN])
+def test_what_lies_before_a_ranks_own_part_may_be_counted_first(prior: str) -> None:
+    """Other ranks score it; where no price can be weighed, a trial of the second of two processes says so."""
+    assert doubted(script("0, first", prior)) == set()
+
+
+@pytest.mark.parametrize("filled", ["last, total", "0, last", "0, total"])
+@pytest.mark.parametrize("prior", [KNOWN, UNKNOWN])
+def test_what_lies_behind_it_may_not(filled: str, prior: str) -> None:
+    """Nor may the part itself. The first process alone fills nothing behind it: there is nothing."""
+    assert "two-pass-cache" in broken(script(filled, prior))
