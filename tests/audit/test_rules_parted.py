@@ -1,5 +1,5 @@
 """Tables that every process fills with what lies before its own part of the text."""
-# ruff: noqa: E501 (examples are texts of scripts)
+
 
 import pytest
 
