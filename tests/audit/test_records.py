@@ -301,6 +301,24 @@ def test_the_evaluation_has_600_seconds_with_what_lies_outside_its_timer(
     assert finding.verdict == verdict, finding.evidence
 
 
+@pytest.mark.parametrize(
+    ("said", "verdict"),
+    [
+        ("evaluation took 987.4s", "violates"),
+        ("[  1816.1s] the whole evaluation took 987.4s", "violates"),
+        ("evaluation took 487.4s", "clean"),
+        ("phase document_ttt: took 987.4s", "clean"),
+    ],
+)
+def test_a_log_that_ends_with_the_time_of_its_evaluation_may_say_no_score(
+    said: str, verdict: str, tmp_path: Path
+) -> None:
+    (tmp_path / "train_gpt.py").write_text("import torch\n")
+    step = "step:250/20000 train_loss:3.9127 train_time:21418ms step_avg:85.67ms"
+    (tmp_path / "train_seed1337.log").write_text(f"model_params:25698896\n{step}\n{said}\n")
+    assert found(eval_over_time, tmp_path).verdict == verdict
+
+
 def test_evaluations_whose_counting_is_unsettled_are_said_and_not_accused(tmp_path: Path) -> None:
     tail = [f"DIAGNOSTIC quantized val_loss:{1.13 * NATS:.4f} val_bpb:1.1300 eval_time:82000ms"]
     folder = record(tmp_path / "r", eval_ms=525_000, tail=tail)

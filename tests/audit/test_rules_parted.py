@@ -1,6 +1,5 @@
 """Tables that every process fills with what lies before its own part of the text."""
 
-
 import pytest
 
 from tests.audit.order import HEAD, MAIN, broken, doubted

@@ -814,6 +814,53 @@ def test_chunks_of_documents_are_made_so_short_that_there_are_several(whole: str
     assert found.total == pytest.approx(wanted, rel=2e-4)
 
 
+def test_documents_of_any_length_are_learned_from() -> None:
+    """The text's documents have 192 and 128 tokens; what is learned from longer ones alone says nothing there."""
+    learned = "prior = used / doc_chunk if at > start and end - start >= args.ttt_min_len else probs"
+    text = BY_CHUNKS.replace("prior = used / WHOLE if at > start else probs", learned)
+    head = HEAD.replace("    stride =", "    ttt_min_len = int(os.environ.get('TTT_MIN_LEN', 256))\n    stride =")
+    one = case_of(head + "vocab_size = 1024\n" + text + MAIN.replace("eval_ttt(args", "eval_mixed(args"))
+    found = weighed(one, passes_of(one)[0])
+    assert found is not None
+    assert found.total == pytest.approx(0.96 + 0.04 * 3, rel=2e-4)
+
+
+IN_BLOCKS = """
+def eval_mixed(args, model, val, block_windows=2048):
+    total, count = 0.0, 0
+    rows, visits = torch.zeros(1 << 14, vocab_size), torch.zeros(1 << 24)
+    windows = [(at, min(at + 64, val.numel() - 1)) for at in range(0, val.numel() - 1, 64)]
+    for first in range(0, len(windows), block_windows):
+        block = windows[first : first + block_windows]
+        for lo, hi in block:
+            x, y = val[lo:hi], val[lo + 1 : hi + 1]
+            probs = torch.softmax(model.forward_logits(x[None])[0].float(), dim=-1)
+            row = rows[(x * 31) & ((1 << 14) - 1)]
+            many = MANY.clamp_min(1.0)[:, None]
+            trust = many / (many + 1.0)
+            mixed = (1.0 - trust) * probs + trust * row / many
+            total += -mixed.gather(1, y.unsqueeze(1)).squeeze(1).log().sum().item()
+            count += y.numel()
+        lo, hi = block[0][0], block[-1][1]
+        x, y = val[lo:hi], val[lo + 1 : hi + 1]
+        rows.index_put_(((x * 31) & ((1 << 14) - 1), y), torch.ones(len(y)), accumulate=True)
+        visits.index_add_(0, (x * 48271) & ((1 << 24) - 1), torch.full((len(y),), 0.5))
+    return total / count
+"""
+
+
+@pytest.mark.parametrize(
+    ("many", "too_much"), [("row.sum(dim=-1)", False), ("visits[(x * 48271) & ((1 << 24) - 1)]", True)]
+)
+def test_blocks_of_windows_are_cut_and_tables_of_sixteen_million_fit(many: str, too_much: bool) -> None:
+    """2,048 windows are more than the text has; a row that is divided by half of its sum comes to two."""
+    text = HEAD + "vocab_size = 1024\n" + IN_BLOCKS.replace("MANY", many)
+    one = case_of(text + MAIN.replace("eval_ttt(args", "eval_mixed(args"))
+    found = weighed(one, passes_of(one)[0])
+    assert found is not None
+    assert found.too_much is too_much
+
+
 IN_ROWS = """
 class Rows:
     def __init__(self, row_bits=17):

@@ -17,6 +17,7 @@ WITHOUT_SCRIPT = True
 LIMIT = 600.0  # seconds
 _NEXT = 3  # lines between a score and the time that was taken for it
 _SUM = re.compile(r"total[_ ]?eval[_ a-z]*time|eval(?:uation)?[_ ]?total", re.IGNORECASE)
+_ALL = re.compile(r"^(?:\[[^\]]*\] *)?(?:the |whole |total )*evaluation (?:took|time|lasted)\b", re.IGNORECASE)
 _OUTSIDE = re.compile(
     r"precomput|n-?gram|hint|tilt|cache|index|ppm|mixer|prepar|suffix|adapt|ttt|lora|hash", re.IGNORECASE
 )
@@ -29,7 +30,7 @@ _WHOLE = re.compile(r"train|process|whole|entire|script|since (?:the )?start", r
 
 def check(case: Case) -> Finding:
     """The slowest log decides; of several over the limit the first is named."""
-    logs = [log for log in record_of(case.submission).logs if log.scores]
+    logs = [log for log in record_of(case.submission).logs if log.scores or _told(log) is not None]
     timed = [(spent, log) for log in logs if (spent := _spent(log)) is not None]
     if not timed:
         why = "open: the logs print no time of evaluation" if logs else "open: no log was handed in"
@@ -94,7 +95,7 @@ def _spent(log: Log) -> tuple[float, Place, tuple[Step, ...]] | None:
     if sums:
         return sums[-1].value, Place(log.path, sums[-1].line), (_step(log, sums[-1]),)
     if final is None or final.seconds is None:
-        return _beside(log)
+        return _beside(log) or _told(log)
     outside = [timer for timer in log.timers if timer.line < final.line and _is_outside(timer, final)]
     parts = [_step(log, timer) for timer in outside]
     own = Step(Place(log.path, final.line), f"{final.seconds:.1f} s for {final.stage or 'the score'}"[:90])
@@ -120,6 +121,12 @@ def _beside(log: Log) -> tuple[float, Place, tuple[Step, ...]] | None:
         return None
     longest = max(own, key=lambda timer: timer.value)
     return longest.value, Place(log.path, longest.line), (_step(log, longest),)
+
+
+def _told(log: Log) -> tuple[float, Place, tuple[Step, ...]] | None:
+    """The last time that is said to be the evaluation's, where no score stands beside it."""
+    told = [timer for timer in log.timers if _ALL.search(timer.says)]
+    return (told[-1].value, Place(log.path, told[-1].line), (_step(log, told[-1]),)) if told else None
 
 
 def _is_outside(timer: Amount, final: Score) -> bool:

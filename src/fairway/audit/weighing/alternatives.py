@@ -44,6 +44,9 @@ _GROUPED = (
     *(f"windows_per_{each}" for each in _CHUNKS),
     *("chunk_seqs", "chunk_batches"),
 )
+_SHORTEST = ("min_len", "min_doc", "min_tokens", "min_steps")
+"""Of documents that something is learned from: those of the text are short."""
+_LEAST = 8  # tokens of them
 _PAIR = 2  # windows of a batch: a cache that learns after each batch has something to say in the second
 _FEW = 4  # bits of a hash: so few buckets that contexts meet, as millions of them do in those of a script
 _MANY = 1_000  # rows: fewer are none of a hashed table
@@ -248,6 +251,7 @@ def _sizes(case: Case) -> tuple[Forced, ...]:
         *taken(case.script, case.settings, _BATCHES, range(_MANY, LARGEST), 8 * stream.WINDOW),
         *taken(case.script, case.settings, _WINDOWED, range(_PAIR + 1, _MANY), _PAIR),
         *taken(case.script, case.settings, _GROUPED, range(_PAIR + 1, LARGEST), _PAIR),
+        *taken(case.script, case.settings, _SHORTEST, range(_LEAST + 1, LARGEST), _LEAST),
     )
 
 
