@@ -442,3 +442,37 @@ def test_a_loop_that_goes_on_in_steps_of_chunks() -> None:
     assert findings(text.replace("range(0, n, 4)", "range(0, n, 1)"))["subset-as-full"].verdict == "clean"
     whole = text.replace("range(0, n, 4)", "range(n - 1)")  # without the last one, which is short
     assert findings(whole)["subset-as-full"].verdict == "clean"
+
+
+BY_BYTES = """
+def by_bytes(model, val, size):
+    total, count, table = 0.0, 0, torch.full((256, 4), 1.0 / 256)
+    with torch.no_grad():
+        for s in range(0, val.numel() - 1, 1024):
+            x, y = val[s : s + 1024], val[s + 1 : s + 1025]
+            nll = F.cross_entropy(model.forward_logits(x[None])[0], y, reduction="none")
+            n = size[y].clamp_min(1)
+            PRICE
+            total += nll.sum().item()
+            count += y.numel()
+    return total / count
+"""
+SPREAD = {
+    "tensors": (
+        "mixed = 0.8 * (-nll / n).exp()[:, None] + 0.2 * table[y % 256]; "
+        "nll = torch.where(size[y] > 0, (-mixed.log() * (torch.arange(4)[None] < n[:, None])).sum(dim=1), nll)"
+    ),
+    "tokens": "nll = torch.tensor([-math.log(0.8 * math.exp(-each / 3) + 0.1) for each in nll.tolist()])",
+}
+
+
+@pytest.mark.parametrize("how", [*SPREAD])
+def test_losses_that_are_spread_over_bytes_are_marked(how: str) -> None:
+    """Each token has as many prices as bytes: how often a target counts does not show, and nobody is accused by it."""
+    text = BY_BYTES.replace("PRICE", SPREAD[how])
+    made = "    final = by_bytes(model, val, torch.tensor([1 + n % 3 for n in range(1024)]))\n"
+    text = HEAD + text + MAIN.replace(EVAL, made)
+    part = "mixed = 0.8" if how == "tensors" else "math.exp(-each"
+    assert case_of(text).trial.bent == {line_of(text, part)}
+    assert findings(text)["subset-as-full"].verdict == "clean"
+    assert not case_of(HEAD + MAIN).trial.bent

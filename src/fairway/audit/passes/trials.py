@@ -153,8 +153,8 @@ def repeated(counts: Counts) -> str:
     """How many targets count more than once, as a sentence; "" where so few do that it is an edge."""
     more = counts.more
     whole = np.abs(counts.times[more] - np.round(counts.times[more])) < _WHOLE
-    if len(more) < FEW or whole.mean() < 0.95:
-        return ""  # few, or weights of another kind: a mean of the means of documents
+    if len(more) < FEW or whole.mean() < 0.95 or counts.trial.bent:
+        return ""  # few, or weights of another kind: a mean of the means of documents, bytes of a token
     most = counts.times[more].max()
     return (
         f"Worked out for a text of {counts.trial.length - 1:,} targets, {len(more):,} of them count more than once in "
@@ -167,7 +167,7 @@ def left_out(case: Case, which: Reported) -> tuple[str, int] | None:
     sentence, and where every so many are taken, else where they are summed. What is missing behind it is an end that
     makes no whole window or chunk, and so short a text has as much of that as a long one."""
     counts = counts_of(case, which)
-    if counts is None or not len(counts.missing):
+    if counts is None or not len(counts.missing) or counts.trial.bent:
         return None
     return _left_out(case, counts) or _left_out_of_groups(case, which, counts)
 

@@ -243,6 +243,8 @@ class Calls(Attributes):
                 self.leaf()
         if path.startswith("torch.optim."):  # what it is for may have been made anew
             self.restored()
+        if path.startswith("math.") and any(isinstance(each, Sum) and each.alone for each in args):
+            self.bend(line)
         act = self.functions.get(path) or self.functions.get(f"*.{func.name}" if _of_arrays(path) else "")
         if act is None:
             if _of_arrays(path):

@@ -159,6 +159,10 @@ class Core:
         """Losses are weighed by what the trial does not know."""
         self.trial.blurred.add(tuple(self.stack))
 
+    def bend(self, line: int) -> None:
+        """A function of one target's loss is worked out, whose price no sum of losses shows."""
+        self.trial.bent.add(line)
+
     def shown(self, value: Value, line: int) -> None:
         """A value becomes text: a sum of losses among them is told."""
         if isinstance(value, Obj):

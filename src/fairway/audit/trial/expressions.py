@@ -86,6 +86,7 @@ class Expressions(Displays):
     def _binop(self, node: ast.BinOp) -> Compute:
         left, right, name = self.compiled(node.left), self.compiled(node.right), name_of(node.op)
         weigh, shown, line = self.host.weigh, self.host.shown, node.lineno
+        bend = self.host.bend
         cut = self.host.cut if name == "FloorDiv" else None
         ramp = self.host.ramp if name == "Div" and _is_ramp(node) else None
 
@@ -104,6 +105,8 @@ class Expressions(Displays):
             found = combine(name, one, other)
             if isinstance(found, Array):
                 weigh(found)
+                if found.lossy and any(map(_in_columns, (one, other))) and found.shape[-1] > 1:
+                    bend(line)  # one price for each byte of a token
             return found
 
         return worked
@@ -250,6 +253,11 @@ class Expressions(Displays):
 
     def _starred(self, node: ast.Starred) -> Compute:
         return self.compiled(node.value)
+
+
+def _in_columns(value: Value) -> bool:
+    """Losses with a last axis of length one."""
+    return isinstance(value, Array) and value.lossy and value.body.ndim > 1 and value.shape[-1] == 1
 
 
 def _is_ramp(node: ast.BinOp) -> bool:

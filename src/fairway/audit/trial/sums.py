@@ -65,6 +65,12 @@ class Sum:
         self.parts = parts
         self.way: tuple[int, ...] = ()
 
+    @property
+    def alone(self) -> bool:
+        """Whether it is the loss of one target."""
+        leaves = [leaf.places for leaf in self.leaves() if leaf.places is not None]
+        return len(leaves) == 1 and leaves[0].size == 1
+
     def leaves(self) -> Iterator[Sum]:
         """The sums of targets that it is made of, each once."""
         waiting, seen = [self], set[int]()

@@ -80,6 +80,7 @@ class Trial:
     those around losses that are weighed by it; limits: numbers that others were held against; plans: lines that put
     windows together; fitted: whether vectors of their own are fitted to windows, and vectors: those; table: the line
     that writes the length of a piece into a table; native: whether kernels that numba compiles were worked out;
+    bent: lines that work out a function of one target's loss, exp(-loss / bytes), whose price no sum of losses shows;
     picked: what was chosen as the least of several sums; reach: by the calls around them, the last token of the parts
     that are taken out of the text
     """
@@ -109,6 +110,7 @@ class Trial:
     summed: set[int] = field(default_factory=set)
     booked: dict[tuple[int, ...], NDArray[np.int32]] = field(default_factory=dict)
     again: dict[tuple[int, ...], int] = field(default_factory=dict)
+    bent: set[int] = field(default_factory=set)
     picked: list[Picked] = field(default_factory=list)
     reach: dict[tuple[int, ...], int] = field(default_factory=dict)
 
