@@ -309,3 +309,25 @@ print(f"final val_loss {loss:.5f} val_bpb {bpb:.5f}")
 def test_places_of_sums_are_told_apart_through_their_total(tmp_path: Path, scale: str, wanted: str, kept: str) -> None:
     text = SMALL + TABLE + BY_PLACE.replace("SCALE", scale).replace("KEPT", kept)
     assert verdict(tmp_path, "target_gated_tilt", text).verdict == wanted
+
+
+SPELT = """
+class Score:
+    def __init__(self, nats, count, octets):
+        self.nats, self.count, self.octets = nats, count, octets
+
+    def __str__(self):
+        return f"val_loss {self.nats / self.count:.5f} val_bpb {self.nats / math.log(2.0) / self.octets:.5f}"
+"""
+
+
+@pytest.mark.parametrize(
+    ("scale", "wanted"),
+    [("1.0", "clean"), ("torch.where(torch.from_numpy(TABLES[1])[y], 0.9, 1.1)[..., None]", "violates")],
+)
+def test_an_object_in_a_text_is_what_its_own_method_makes_of_it(tmp_path: Path, scale: str, wanted: str) -> None:
+    text = BY_PLACE.replace("SCALE", scale).replace("KEPT", "shard")
+    text = text.replace("return nats / count, nats / math.log(2.0) / octets", "return Score(nats, count, octets)")
+    last = text.index("loss, bpb = told(net)")
+    text = SMALL + TABLE + SPELT + text[:last] + 'print(f"final {told(net)}")\n'
+    assert verdict(tmp_path, "target_gated_tilt", text).verdict == wanted

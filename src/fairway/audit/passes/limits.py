@@ -100,10 +100,12 @@ def _in_the_split(many: int, trial: Trial) -> float:
 
 
 def _parts_of_the_split(many: int, trial: Trial) -> float:
-    """The same of parts of some length, of which the last may be a short one, and which may have been made smaller for
-    the trial."""
-    smaller = min((each.value / each.limit for each in trial.limits.forced), default=1.0)
-    return (many - 1) * _TEXT / trial.length * min(smaller, 1.0)
+    """The same of parts of some length, of which the last may be a short one, unless they were made so small for the
+    trial that all are of one length."""
+    forced = trial.limits.forced
+    smaller = min((each.value / each.limit for each in forced), default=1.0)
+    whole = many if any(each.value * many == trial.length - 1 for each in forced) else many - 1
+    return whole * _TEXT / trial.length * min(smaller, 1.0)
 
 
 def lets_all_through(case: Case, limit: float) -> bool:

@@ -335,13 +335,20 @@ def _slice(m: "Machine", node: Any, frame: Frame) -> Term:
 
 
 def _joined(m: "Machine", node: Any, frame: Frame) -> Term:
-    parts = tuple(value(m, part.value if isinstance(part, ast.FormattedValue) else part, frame) for part in node.values)
+    read = (value(m, part.value if isinstance(part, ast.FormattedValue) else part, frame) for part in node.values)
+    parts = tuple(_spelt(m, part, frame.file, node.lineno) for part in read)
     if all(part.op == "const" for part in parts) and all(
         not isinstance(part, ast.FormattedValue) or (part.format_spec is None and part.conversion == -1)
         for part in node.values
     ):
         return Term("const", parts, "".join(str(part.value) for part in parts)[:100_000], frame.file, node.lineno)
     return Term("text", parts, None, frame.file, node.lineno)
+
+
+def _spelt(m: "Machine", term: Term, file: str, line: int) -> Term:
+    """What an object of the script's own class becomes in a text, by its own method."""
+    found = calls.method(m, term, "__format__", [Term("const", (), "", file, line)], file, line)
+    return found or calls.method(m, term, "__str__", [], file, line) or term
 
 
 def _attribute(m: "Machine", node: Any, frame: Frame) -> Term:
