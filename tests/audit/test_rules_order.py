@@ -448,6 +448,37 @@ def test_what_a_star_takes_is_a_list_of_files_again() -> None:
     assert doubted(text + MAIN.replace("".join(order), "".join(order[::-1]))) == set()
 
 
+MASKED = """
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for low in range(0, val.numel() - 8193, 8192):
+        x, y = torch.zeros((8, 1024), dtype=torch.int64), torch.zeros((8, 1024), dtype=torch.int64)
+        live = torch.zeros((8, 1024), dtype=torch.bool)
+        for row in range(8):
+            piece = val[low + 1024 * row : low + 1024 * row + 1025]
+            x[row], y[row] = piece[:-1], piece[1:]
+            live[row, 0:1024] = True
+        logits = model.forward_logits(x)
+        held = logits[live].float()
+        delta = torch.zeros(8, held.size(-1), requires_grad=True)
+        opt = torch.optim.AdamW([delta], lr=0.05)
+        for _ in range(4):
+            opt.zero_grad()
+            F.cross_entropy(held + delta[live.nonzero()[:, 0]], y[live]).backward()
+            opt.step()
+        logits[live] = WRITTEN
+        nll = F.cross_entropy(logits.reshape(-1, 1024), y.reshape(-1), reduction="none").reshape(y.shape)
+        total += nll[live].double().sum()
+        count += y.numel()
+    final = (total / count).item()
+"""
+
+
+def test_logits_that_are_written_over_know_what_their_vector_was_fitted_to() -> None:
+    fitted = "(held + delta[live.nonzero()[:, 0]]).detach()"
+    assert broken(with_main(MASKED[1:].replace("WRITTEN", fitted))) == {"slot-on-scored"}
+    assert "slot-on-scored" not in broken(with_main(MASKED[1:].replace("WRITTEN", "held")))
+
+
 TALLY = """
 class Tally:
     def __init__(self):

@@ -336,7 +336,7 @@ class Learning(Core):
             return (
                 how == "earlier"
                 or (how == "same" and passed)
-                or any(_not_after(tok, each, order[-1]) for each in asked)
+                or (update.how != "gradient" and any(_not_after(tok, each, order[-1]) for each in asked))
             )
 
         for update in self.trace.learned(value.knows):
