@@ -1,6 +1,7 @@
 """A trial with smaller chunks: of chunks and blocks of windows the short text has one or two, and what is done with
 every fourth of them, or with no more than so many, does not show."""
 
+import re
 from collections.abc import Collection
 
 from fairway.audit.case import Case
@@ -9,6 +10,7 @@ from fairway.audit.trial.limits import Forced
 from fairway.audit.trial.named import numbers
 
 _NAMED = ("chunk", "block", "segment", "region", "group")
+GROUPS = re.compile("|".join(_NAMED), re.IGNORECASE)
 _SMALLER = 32  # times: blocks of 2,048 windows of 64 tokens are 131,072
 
 
@@ -16,7 +18,7 @@ def in_smaller_groups(case: Case, but: Collection[int] = ()) -> Trial | None:
     """The trial of the script with all sizes of groups taken for less; None where it names none. but: numbers that are
     no sizes."""
     long = case.trial
-    sizes = numbers("|".join(_NAMED), case.script, case.settings.environment).difference(but)
+    sizes = numbers(GROUPS.pattern, case.script, case.settings.environment).difference(but)
     smaller = [
         Forced(None, size, size // _SMALLER, word)
         for size in sorted(sizes)
@@ -28,4 +30,4 @@ def in_smaller_groups(case: Case, but: Collection[int] = ()) -> Trial | None:
     return run(case.script, case.settings, long.length, tuple(smaller), cut=False, native=long.native)
 
 
-__all__ = ["in_smaller_groups"]
+__all__ = ["GROUPS", "in_smaller_groups"]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fairway.audit.case import Case
-from fairway.audit.passes.groups import in_smaller_groups
+from fairway.audit.passes.groups import GROUPS, in_smaller_groups
 from fairway.audit.passes.places import of_another
 from fairway.audit.passes.reported import Reported, scores_of
 from fairway.audit.passes.trials import Counts, counted
@@ -24,6 +24,8 @@ _SHARE = 0.9  # of either: a number that lets through nearly all is no limit
 _TRIED = 2  # numbers: each costs another trial
 _FEW = 4  # of whatever is counted: half of fewer says little, so the longer text is asked, for five times as long
 _LESS = 0.95  # of the targets
+_PLAINLY = ("", "most", "limit", "cap")  # names of such a number, besides those of the blocks themselves
+_FEWEST = 16  # blocks: less is written out for many things
 _SHORTEST = 8  # tokens: what has less has nothing to be scored
 
 
@@ -150,8 +152,9 @@ def _limits(case: Case) -> Iterator[_Limit]:
 def _of_groups(case: Case) -> Iterator[_Limit]:
     """The same of blocks of windows, of which the text of a trial has one or two: in a trial with smaller ones."""
     long = case.trial
-    few = {site: seen for site, seen in long.limits.seen.items() if not seen.reached and seen.most <= _FEW}
-    limits = {seen.limit for seen in few.values() if seen.limit is not None and seen.limit > _FEW}
+    asked = (each for each in long.limits.seen.items() if not each[1].reached and 0 < each[1].most <= _FEW)
+    few = {site: seen for site, seen in asked if site[2] in _PLAINLY or GROUPS.search(site[2])}
+    limits = {seen.limit for seen in few.values() if seen.limit is not None and seen.limit >= _FEWEST}
     fine = in_smaller_groups(case, but=limits) if limits else None
     if fine is None:
         return

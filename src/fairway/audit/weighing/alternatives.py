@@ -154,9 +154,11 @@ def _weighed(
     total = max(
         (_total([each[way] for each in said.values()], [tried[each] for each in said]) for way in shared), default=0.0
     )
+    if total <= 0.0:
+        return None
     if len(known) < len(rows):
         others = said[stream.OTHERS[-1][0]]
-        if total <= 0.0 or (_MORE < total < _FAR and not _stands_for_others(case, others, small, turned)):
+        if _MORE < total < _FAR and not _stands_for_others(case, others, small, turned):
             return None
         return Weight(total, line, gate=set_by_target(bonuses) if total > _MORE else 0)
     gated = all(abs(float(row.sum()) - 1.0) < PLAIN for row in known)
