@@ -24,7 +24,7 @@ _SHARE = 0.9  # of either: a number that lets through nearly all is no limit
 _TRIED = 2  # numbers: each costs another trial
 _FEW = 4  # of whatever is counted: half of fewer says little, so the longer text is asked, for five times as long
 _LESS = 0.95  # of the targets
-_PLAINLY = ("", "most", "limit", "cap")  # names of such a number, besides those of the blocks themselves
+_PLAINLY = ("most", "limit", "cap")  # names of such a number, besides those of the blocks themselves
 _FEWEST = 16  # blocks: less is written out for many things
 _SHORTEST = 8  # tokens: what has less has nothing to be scored
 

@@ -68,7 +68,12 @@ def is_validation(term: Term, streams: Streams) -> bool:
     """Token ids of validation files, by the paths that they were read from."""
     if not streams.is_stream(term):
         return False
-    return any(_of_validation(source, streams) for source in sources(term, streams))
+    for source in sources(term, streams):
+        if id(source) not in streams.validation:
+            streams.validation[id(source)] = source, _of_validation(source, streams)
+        if streams.validation[id(source)][1]:
+            return True
+    return False
 
 
 def _of_validation(source: Term, streams: Streams) -> bool:

@@ -29,6 +29,7 @@ class Streams:
         self.chains: dict[int, tuple[Term, dict[int, Term]]] = {}
         self.tokens: dict[int, tuple[Term, bool]] = {}
         self.memories: dict[int, tuple[Term, bool]] = {}
+        self.validation: dict[int, tuple[Term, bool]] = {}  # of reads of files: whether they name that split
 
     def is_stream(self, term: Term) -> bool:
         """Token ids of a file: nothing but cutting, shaping and buffering stands between."""
