@@ -2,7 +2,8 @@
 
 import pytest
 
-from tests.audit.order import HEAD, MAIN, broken, doubted
+from fairway.audit.passes.charged import passes_of
+from tests.audit.order import HEAD, MAIN, broken, case_of, doubted, line_of
 
 PARTED = """
 class Counts:
@@ -66,3 +67,13 @@ def test_what_lies_before_a_ranks_own_part_may_be_counted_first(prior: str) -> N
 def test_what_lies_behind_it_may_not(filled: str, prior: str) -> None:
     """Nor may the part itself. The first process alone fills nothing behind it: there is nothing."""
     assert "two-pass-cache" in broken(script(filled, prior))
+
+
+def test_what_else_is_scored_with_it_is_asked_for_itself() -> None:
+    """The parts before it are scored by other ranks, and not again with a table that holds them."""
+    own = "    torch.distributed.all_reduce(sums)\n"
+    again = "    for lo, hi in pieces(0, first):\n        scorer.score(val, lo, hi, sums)\n"
+    text = script("0, first", UNKNOWN).replace(own, again + own)
+    assert "two-pass-cache" in broken(text)
+    filled = {place.line for fault in passes_of(case_of(text))[1] for place in fault.cause.stack}
+    assert line_of(text, "scorer.counts.fill(") in filled

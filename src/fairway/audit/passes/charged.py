@@ -50,8 +50,8 @@ def _as_tried(case: Case, which: Reported, fault: Fault) -> Fault | None:
     if fault.kind == "temperature-from-validation" and isinstance(fault.cause, Update):
         apart = fitted(case, which, fault.cause, shared=False) == "apart"
         return None if apart or order_of(case, which, fault.score, fault.cause) == "first" else fault
-    table = isinstance(fault.cause, Update) and fault.cause.how == "table" and fault.kind in _OF_TABLES
-    if table and isinstance(fault.cause, Update) and of_earlier_parts(case, fault.score, fault.cause):
+    filled = fault.cause if isinstance(fault.cause, Update) and fault.cause.how == "table" else None
+    if filled is not None and fault.kind in _OF_TABLES and of_earlier_parts(case, fault.score, filled):
         return None
     if fault.kind == "two-pass-cache" and isinstance(fault.cause, Update):
         return None if _filled_with_what_was_learned(case, which, fault.score, fault.cause) else fault

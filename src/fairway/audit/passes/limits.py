@@ -134,9 +134,9 @@ def _limits(case: Case) -> Iterator[_Limit]:
     unmet = long.limits.unmet(lambda many: _SHARE * _in_the_split(many, long))
     unmet = {site: seen for site, seen in unmet.items() if seen.limit != long.length - 1}
     tried: dict[tuple[int, str], _Limit] = {}
-    # Of a number that the text sets, less is seen in a shorter one.
-    asked = bool(unmet) and shorter is not None
-    short = run(case.script, case.settings, shorter or SHORT, cut=False, native=long.native) if asked else long
+    short = long  # of a number that the text sets, less is seen in a shorter one
+    if unmet and shorter is not None:
+        short = run(case.script, case.settings, shorter, cut=False, native=long.native)
     for site, seen in reversed(unmet.items()):
         other = short.limits.seen.get(site)
         if seen.limit is not None and other is not None and other.limit == seen.limit and other.most < seen.most:

@@ -12,18 +12,19 @@ from fairway.audit.trial import Trial, run
 from fairway.audit.trial.text import SHORT
 
 _SECOND = (1, 2)  # of two processes
-_SEEN: weakref.WeakKeyDictionary[Trace, dict[tuple[int, ...], bool]] = weakref.WeakKeyDictionary()
+_SEEN: weakref.WeakKeyDictionary[Trace, dict[tuple[tuple[int, ...], tuple[int, ...]], bool]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def of_earlier_parts(case: Case, score: Score, filled: Update) -> bool:
     """Whether the first process fills nothing there, and the second of two only what lies before all that it scores."""
     calls, scoring = _calls(filled), _calls(score)
     seen = _SEEN.setdefault(case.trace, {})
-    if calls not in seen:
-        trial = case.trial
-        first = _scored_from(trial, scoring) is not None
-        seen[calls] = first and _filled_up_to(trial, calls) is None and _before_all(case, calls, scoring)
-    return seen[calls]
+    if (calls, scoring) not in seen:
+        idle = _scored_from(case.trial, scoring) is not None and _filled_up_to(case.trial, calls) is None
+        seen[calls, scoring] = idle and _before_all(case, calls, scoring)
+    return seen[calls, scoring]
 
 
 def _before_all(case: Case, calls: tuple[int, ...], scoring: tuple[int, ...]) -> bool:
