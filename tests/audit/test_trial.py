@@ -13,6 +13,7 @@ from fairway.audit.reading.script import Script
 from fairway.audit.settings import Settings
 from fairway.audit.trial import Trial, run
 from fairway.audit.trial.arrays import Array, TooLarge
+from fairway.audit.trial.drawing import Draws
 from fairway.audit.trial.reducing import by_numpy, elementwise, reduction
 from fairway.audit.trial.sums import LATE, Sum
 from fairway.audit.trial.tensors import METHODS
@@ -1150,6 +1151,71 @@ for row in ORDER:
 print(f"val_loss:{(nats / total).item():.4f}")
 """
     assert counts(body.replace("ORDER", order)) == ALL
+
+
+@pytest.mark.parametrize(
+    "drawn",
+    [
+        "np.random.default_rng(7).integers(20)",
+        "np.random.Generator(np.random.PCG64(7)).integers(0, 20)",
+        "np.random.RandomState(7).choice(20, p=np.ones(20) / 20)",
+    ],
+)
+def test_a_number_that_is_drawn_is_one_of_those_it_may_be(drawn: str) -> None:
+    """Nothing was known of it, nor of which window was scored."""
+    body = f"""
+at = int({drawn}) * 2048
+nats = net(val[at : at + 2048][None], val[at + 1 : at + 2049][None], reduction="sum").double()
+print(f"val_loss:{{(nats / 2048).item():.4f}}")
+"""
+    assert counts(body) == {0.0: 38_913, 1.0: 2_048}
+
+
+def test_one_of_those_is_drawn_that_have_a_chance() -> None:
+    assert {Draws().choice(3, p=Array(np.array([0.0, 0.25, 0.75]))) for _ in range(20)} <= {1, 2}
+
+
+def test_many_batches_of_another_text_that_are_read_row_by_row_cost_as_much_as_a_few() -> None:
+    """64 batches of 48 windows that calibrate a quantiser took two thirds of a trial's time."""
+    body = """
+text = load("data/fineweb_train_*.bin")
+class Loader:
+    def __init__(self):
+        self.rng = np.random.Generator(np.random.PCG64([1337, 0]))
+        self.starts = [[], [], []]
+        for shard in range(3):
+            self.reset(shard)
+    def reset(self, shard):
+        phase = int(self.rng.integers(2048))
+        order = self.rng.permutation((text.numel() // 3 - 1 - phase) // 2048)
+        self.starts[shard] = (phase + order * 2048).tolist()
+    def batch(self):
+        left = np.array([len(each) for each in self.starts], dtype=np.float64)
+        x = torch.empty((48, 2048), dtype=torch.int64)
+        for row in range(48):
+            total = left.sum()
+            if total <= 0:
+                for shard in range(3):
+                    self.reset(shard)
+                left = np.array([len(each) for each in self.starts], dtype=np.float64)
+                total = left.sum()
+            shard = int(self.rng.choice(3, p=left / total))
+            at = self.starts[shard].pop()
+            left[shard] -= 1
+            x[row] = text[at : at + 2048]
+        return x
+loader = Loader()
+for _ in range(64):
+    net.logits(loader.batch())
+nats = torch.zeros((), dtype=torch.float64)
+for at in range(0, total, 2048):
+    nats += net(val[at : at + 2048][None], val[at + 1 : at + 2049][None], reduction="sum").double()
+print(f"val_loss:{(nats / total).item():.4f}")
+"""
+    trial = tried(body)
+    assert trial.complete
+    assert trial.steps < 10_000
+    assert counts(body) == ALL
 
 
 def test_the_steps_of_a_turn_are_known_before_the_first_one_has_ended() -> None:

@@ -18,7 +18,7 @@ from fairway.audit.trial.limits import WHOLE, Coarse, Forced, Limits, alone
 from fairway.audit.trial.sums import LATE, PLACE, TAUGHT, Sum
 from fairway.audit.trial.text import LENGTH
 from fairway.audit.trial.told import Lesson, Told, Trial, Vectors
-from fairway.audit.trial.turns import ELSEWHERE, IDLE, PHASES, SOON, STEPS, Turns, staged
+from fairway.audit.trial.turns import ELSEWHERE, HEAVY, HEAVY_TURNS, IDLE, PHASES, SOON, STEPS, Turns, staged
 from fairway.audit.trial.values import Frame, Func, Obj, Raised, Spent, Value
 from fairway.audit.trial.vocabulary import size_in
 
@@ -134,7 +134,10 @@ class Core:
             raise Spent
         again = since.line in self.idled
         tokens = SOON <= since.turns <= self.trial.length and since.each(self.trial.steps) < 2 * self.slow
-        most = self.idle_again if again else self.idle_steps
+        heavy = (
+            since.turns >= HEAVY_TURNS and since.each(self.trial.steps) >= HEAVY
+        )  # batches that calibrate, read row by row
+        most = self.idle_again if again or heavy else self.idle_steps
         idle = self.trial.steps > since.steps + most and used == since.used and (again or not tokens)
         if idle:
             self.idled.add(since.line)

@@ -1,4 +1,4 @@
-"""Orders that are drawn by chance: any will do, as long as each thing is in it once."""
+"""Orders and single numbers that are drawn by chance: any will do, as long as each thing is in an order once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from fairway.audit.trial.values import UNKNOWN, Value
 
 
 class Draws:
-    """np.random.default_rng(seed), np.random.RandomState(seed): its orders. Of its numbers nobody knows."""
+    """np.random.default_rng(seed), np.random.RandomState(seed): its orders, and whole numbers one at a time. Of its
+    fractions, and of many numbers at once, nobody knows."""
 
     def __init__(self, *_: Value, **__: Value) -> None:
         self.generator = np.random.default_rng(5)
@@ -28,6 +29,25 @@ class Draws:
         return Array(self.generator.permutation(int(many)))
 
     permuted = permutation
+
+    def integers(self, low: Value, high: Value = None, size: Value = None, *_: Value, **kwargs: Value) -> Value:
+        """One of low .. high - 1, of 0 .. low - 1 where there is no high, as loaders draw where a window begins."""
+        least, end = (0, scalar(low)) if high is None else (scalar(low), scalar(high))
+        if size is not None or kwargs.get("endpoint") or type(least) is not int or type(end) is not int:
+            return UNKNOWN
+        return int(self.generator.integers(least, end))
+
+    randint = integers
+
+    def choice(self, things: Value, size: Value = None, *_: Value, p: Value = None, **__: Value) -> Value:
+        """One of range(things): of those that have a chance."""
+        many = scalar(things)
+        if size is not None or type(many) is not int:
+            return UNKNOWN
+        chances = p.num if isinstance(p, Array) else None
+        if chances is None or chances.shape != (many,) or not np.nansum(chances) > 0:
+            return int(self.generator.integers(many))
+        return int(self.generator.choice(np.flatnonzero(chances > 0)))
 
     def shuffle(self, things: Value, *_: Value, **__: Value) -> None:
         """In place."""

@@ -198,7 +198,7 @@ _WORLD: dict[str, Act] = {
             "trunc",
         )
     },
-    **dict.fromkeys(["numpy.random.default_rng", "numpy.random.RandomState"], plain(Draws)),
+    **dict.fromkeys([f"numpy.random.{each}" for each in ("default_rng", "Generator", "RandomState")], plain(Draws)),
     **dict.fromkeys(
         ["numpy.random.permutation", "torch.randperm"],
         plain(lambda *args, **kwargs: Draws().permutation(*args, **kwargs)),

@@ -11,6 +11,8 @@ from fairway.audit.trial.values import Bound, Func, Obj, Value
 
 STEPS: Final = 250_000
 IDLE: Final = 60_000  # steps: a table over 8,192 pieces takes that
+HEAVY: Final = 200  # steps of a turn that is none over pieces or tokens
+HEAVY_TURNS: Final = 12  # of those, after which a tenth of the steps is enough
 MANY: Final = 4_000  # turns of a loop: over tokens, and not over windows
 SOON: Final = 1_000  # turns after which that is asked of a loop whose number of turns is known
 PHASES: Final = 6  # turns of a loop that trains on what the trial does not know, and scores the text
@@ -80,4 +82,4 @@ def shorter(each: float) -> int:
     return next((length for length in (SHORT, DOCUMENT + 1) if each * length < ROOM), 0)
 
 
-__all__ = ["IDLE", "PHASES", "SOON", "STEPS", "Turns", "shorter", "staged"]
+__all__ = ["HEAVY", "HEAVY_TURNS", "IDLE", "PHASES", "SOON", "STEPS", "Turns", "shorter", "staged"]
