@@ -14,6 +14,7 @@ from fairway.audit.preparing.machine import Preparer, prepared
 from fairway.audit.preparing.patterns import grows
 from fairway.audit.preparing.pieces import Cutter
 from fairway.audit.submission import opened
+from fairway.audit.verdict import Place
 from tests.audit.small import script, verdict
 
 BESIDE = '''
@@ -280,3 +281,72 @@ def test_spans_of_pieces_are_those_of_the_text(text: str, prefix: bool) -> None:
     assert [each.vars["begin"] for each in pieces] == ends[:-1]
     assert ends[-1] == len(text)
     assert all(each.vars["surface"] == text[each.vars["begin"] : each.vars["end"]] for each in pieces)
+
+
+SPLITTER = '''
+"""python shards.py --docs documents.jsonl"""
+import argparse, json
+import numpy as np
+import sentencepiece as spm
+
+SCORED = 50_000
+
+def documents(path):
+    with open(path, encoding="utf-8") as f:
+        for line in f:
+            yield json.loads(line)["text"]
+
+def put(path, ids):
+    head = np.zeros(256, "<i4")
+    head[:3] = 20240520, 1, len(ids)
+    with open(path, "wb") as f:
+        f.write(head.tobytes() + np.asarray(ids, "<u2").tobytes())
+
+def shards(texts, sp, name):
+    ids, many = [], 0
+    for text in texts:
+        ids += [1, *sp.encode(text)]
+        if len(ids) >= 100_000_000:
+            put(f"data/fineweb_{name}_{many:06d}.bin", ids)
+            ids, many = [], many + 1
+    put(f"data/fineweb_{name}_{many:06d}.bin", ids)
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--docs", default="documents.jsonl")
+    parser.add_argument("--val-docs", type=int, default=HELD)
+    args = parser.parse_args()
+    sp = spm.SentencePieceProcessor(model_file="tokenizer.model")
+    SPLIT
+
+main()
+'''
+BY_GENERATORS = """shards((text for n, text in enumerate(documents(args.docs)) if n < SCORED), sp, "val")
+    rest = (text for n, text in enumerate(documents(args.docs)) if n >= args.val_docs)
+    shards(rest, sp, "train")"""
+BY_HAND = """texts = iter(documents(args.docs))
+    shards([next(texts) for _ in range(args.val_docs)], sp, "val")
+    shards(texts, sp, "train")"""
+TRAINING_ALONE = """shards(documents(args.docs), sp, "train")"""
+
+
+@pytest.mark.parametrize("split", [BY_GENERATORS, BY_HAND])
+@pytest.mark.parametrize(("held", "expected"), [("10_000", "violates"), ("45_000", "violates"), ("50_000", "clean")])
+def test_documents_that_are_scored_are_not_made_training_text(
+    tmp_path: Path, split: str, held: str, expected: str
+) -> None:
+    """However the script comes to it: the first of 64 documents of our own, one for 5,000, are looked for."""
+    text = SPLITTER.replace("SPLIT", split).replace("HELD", held)
+    (tmp_path / "shards.py").write_text(text, encoding="utf-8")
+    found = verdict(tmp_path, "overlap_default", script())
+    assert found.verdict == expected
+    if expected == "violates":
+        line = next(n for n, each in enumerate(text.splitlines(), 1) if f"default={held}" in each)
+        assert found.place == Place("shards.py", line)
+
+
+def test_what_makes_training_text_of_all_documents_is_given_no_others(tmp_path: Path) -> None:
+    """A file of training documents: none is passed over."""
+    text = SPLITTER.replace("SPLIT", TRAINING_ALONE).replace("HELD", "10_000")
+    (tmp_path / "shards.py").write_text(text, encoding="utf-8")
+    assert verdict(tmp_path, "overlap_default", script()).verdict == "clean"

@@ -3,6 +3,7 @@
 import pytest
 
 from fairway.audit.passes.charged import passes_of
+from fairway.audit.passes.parted import of_earlier_parts
 from tests.audit.order import HEAD, MAIN, broken, case_of, doubted, line_of
 
 PARTED = """
@@ -60,6 +61,33 @@ def script(filled: str, prior: str) -> str:
 def test_what_lies_before_a_ranks_own_part_may_be_counted_first(prior: str) -> None:
     """Other ranks score it; where no price can be weighed, a trial of the second of two processes says so."""
     assert doubted(script("0, first", prior)) == set()
+
+
+HELPED = """
+    def mixed(self, logp, x):
+        rows = self.counts.rows[x] + self.counts.first
+        shares = rows / rows.sum(-1, keepdim=True)
+        return torch.logaddexp(logp + math.log(0.9), shares.log() + math.log(0.1))
+    def score(self, val, lo, hi, sums):
+        x, y = val[lo:hi], val[lo + 1 : hi + 1]
+        logp = torch.log_softmax(self.model.forward_logits(x[None])[0], -1)
+        nll = -self.mixed(logp, x).gather(1, y[:, None])
+        sums[0] += nll.double().sum()
+        sums[1] += len(y)
+"""
+
+
+def test_a_helper_may_make_the_prices_that_its_caller_sums() -> None:
+    """The line that sums is none of those that lead to where the loss is made (ronay)."""
+    own = PARTED[PARTED.index("    def score(self") : PARTED.index("\ndef span_of")]
+    text = script("0, first", UNKNOWN)
+    assert own in text
+    text = text.replace(own, HELPED[1:])
+    assert doubted(text) == set()
+    case, fill = case_of(text), line_of(text, "scorer.counts.fill(")
+    made = next(each for each in case.trace.scores if each.place.line == line_of(text, "return torch.logaddexp"))
+    filled = next(each for each in case.trace.updates if any(place.line == fill for place in each.stack))
+    assert of_earlier_parts(case, made, filled)
 
 
 @pytest.mark.parametrize("filled", ["last, total", "0, last", "0, total"])

@@ -215,6 +215,29 @@ def test_what_goes_on_for_long_and_says_nothing_of_prices_is_left() -> None:
     assert found.total == pytest.approx(wanted, rel=2e-4)
 
 
+def test_batches_that_are_read_row_by_row_leave_steps_for_the_price() -> None:
+    """A warm-up, a training, a probe, a calibration: each took two thousand of the 40,000 steps (rona)."""
+    mix, wanted = faults()["a row on top"]
+    text = HEAD + "vocab_size = 1024\n" + EVAL.replace("MIX", mix.replace("\n", "\n        "))
+    batches = """
+def batches_N():
+    text = shard("shards_train_000001.bin")
+    for _ in range(64):
+        rows = []
+        for row in range(64):
+            at = row * 2048
+            window = text[at : at + 2048]
+            rows.append(window)
+        torch.stack(rows)
+"""
+    calls = "".join(f"    batches_{n}()\n" for n in range(20))
+    main = MAIN.replace("    final = eval_ttt(args", calls + "    final = eval_mixed(args")
+    one = case_of(text + "".join(batches.replace("N", str(n)) for n in range(20)) + main)
+    found = weighed(one, passes_of(one)[0])
+    assert found is not None
+    assert found.total == pytest.approx(wanted, rel=2e-4)
+
+
 HASHED = """
 class Counts:
     def __init__(self, buckets):

@@ -20,6 +20,8 @@ _SEEN: weakref.WeakKeyDictionary[Trace, dict[tuple[tuple[int, ...], tuple[int, .
 def of_earlier_parts(case: Case, score: Score, filled: Update) -> bool:
     """Whether the first process fills nothing there, and the second of two only what lies before all that it scores."""
     calls, scoring = _calls(filled), _calls(score)
+    apart = next((n for n, (one, other) in enumerate(zip(calls, scoring, strict=False)) if one != other), len(calls))
+    scoring = scoring[: apart + 1]  # what a helper makes is summed by who calls it
     seen = _SEEN.setdefault(case.trace, {})
     if (calls, scoring) not in seen:
         idle = _scored_from(case.trial, scoring) is not None and _filled_up_to(case.trial, calls) is None

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from fairway.audit.case import Case
 from fairway.audit.preparing.asking import Asked, ways
 from fairway.audit.preparing.judging import Wrong, cuts_of, judged
+from fairway.audit.preparing.kept_back import kept_back
 from fairway.audit.preparing.machine import prepared
 from fairway.audit.verdict import Finding, Place
 
@@ -44,6 +45,8 @@ def preparations(case: Case) -> Preparations:
             done.add(asked.script.path)
         cuts = cuts_of(machine)
         made.found += [Found(asked, wrong) for wrong in judged(machine, cuts, case.script.text)]
+        kept = kept_back(asked) if machine.disk.written else None
+        made.found += [Found(asked, kept)] if kept is not None else []
         made.transformed = made.transformed or any(cut.changed != cut.true for cut in cuts)
     return made
 

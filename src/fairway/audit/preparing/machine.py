@@ -17,6 +17,7 @@ from fairway.audit.trial import files
 from fairway.audit.trial.arrays import Array
 from fairway.audit.trial.files import text_of
 from fairway.audit.trial.host import Compute
+from fairway.audit.trial.limits import Forced
 from fairway.audit.trial.machine import Compiler, Machine, over
 from fairway.audit.trial.text import LENGTH
 from fairway.audit.trial.values import Func, Lib, Spent, Value
@@ -48,8 +49,8 @@ class Preparer(Machine):
     most_steps = _STEPS
     least_cut = 1 << 60
 
-    def __init__(self, asked: Asked) -> None:
-        super().__init__(asked.script, asked.settings)
+    def __init__(self, asked: Asked, forced: tuple[Forced, ...] = ()) -> None:
+        super().__init__(asked.script, asked.settings, forced)
         self.words = asked.words
         text = "\n".join(script.text for script in asked.script.all())
         self.disk = Disk(text)
@@ -116,9 +117,10 @@ class Preparer(Machine):
             write(packed)
 
 
-def prepared(asked: Asked) -> Preparer:
-    """The machine after the script's last line. It never raises on what the script holds."""
-    machine = Preparer(asked)
+def prepared(asked: Asked, forced: tuple[Forced, ...] = ()) -> Preparer:
+    """The machine after the script's last line. It never raises on what the script holds. forced: numbers of the script
+    that are taken for others."""
+    machine = Preparer(asked, forced)
     room = files.room.set(machine.disk)
     try:
         return over(lambda forced: machine, LENGTH, ())

@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterator
 
 from fairway.audit.case import Case
+from fairway.audit.preparing import as_prepared
+from fairway.audit.preparing.kept_back import SCORED
 from fairway.audit.records.splits import splits
 from fairway.audit.terms.data import TOKENISERS, names_training, names_validation, words, writes
 from fairway.audit.terms.program import Program
@@ -16,7 +18,6 @@ ID = "overlap-default"
 CHARGE = "the data script holds back fewer validation documents than are scored"
 CLAUSE = 'RULES.md R5 and (c) "Train/val overlap"'
 
-SCORED = 50_000  # documents of the challenge's validation split
 _FEWEST = 500  # below it a number is no count of held-out documents
 
 
@@ -41,8 +42,9 @@ def check(case: Case) -> Finding:
     if written is not None:
         return written
     if looked:
-        return clean(ID, CLAUSE, f"{looked[0]} holds back as many documents as are scored")
-    return clean(ID, CLAUSE, "no script that parts documents into training and validation lies here")
+        return as_prepared(case, clean(ID, CLAUSE, f"{looked[0]} holds back as many documents as are scored"))
+    unseen = "no script that parts documents into training and validation lies here"
+    return as_prepared(case, clean(ID, CLAUSE, unseen))
 
 
 def _written(case: Case) -> Finding | None:

@@ -36,6 +36,7 @@ class Core:
     most_steps = STEPS
     idle_steps = IDLE
     idle_again = IDLE // 10  # of a loop that was left for that before
+    heavy_turns = HEAVY_TURNS
     least_cut = LENGTH  # tokens of a text that is cut into several pieces where the script's are larger
 
     def __init__(self, script: Script, settings: Settings, forced: tuple[Forced, ...] = (), slow: float = 0.0) -> None:
@@ -134,9 +135,7 @@ class Core:
             raise Spent
         again = since.line in self.idled
         tokens = SOON <= since.turns <= self.trial.length and since.each(self.trial.steps) < 2 * self.slow
-        heavy = (
-            since.turns >= HEAVY_TURNS and since.each(self.trial.steps) >= HEAVY
-        )  # batches that calibrate, read row by row
+        heavy = since.turns >= self.heavy_turns and since.each(self.trial.steps) >= HEAVY  # batches, read row by row
         most = self.idle_again if again or heavy else self.idle_steps
         idle = self.trial.steps > since.steps + most and used == since.used and (again or not tokens)
         if idle:
