@@ -63,6 +63,16 @@ def test_what_lies_before_a_ranks_own_part_may_be_counted_first(prior: str) -> N
     assert doubted(script("0, first", prior)) == set()
 
 
+def test_parts_may_go_to_ranks_in_reverse() -> None:
+    """The first of two processes scores the second part, and the second one fills nothing."""
+    text = script("0, first", UNKNOWN).replace(
+        "span_of(total, rank, size)\n    scorer", "span_of(total, size - 1 - rank, size)\n    scorer"
+    )
+    assert "size - 1 - rank" in text
+    assert doubted(text) == set()
+    assert "two-pass-cache" in broken(text.replace("fill(val, 0, first)", "fill(val, 0, last)"))
+
+
 HELPED = """
     def mixed(self, logp, x):
         rows = self.counts.rows[x] + self.counts.first

@@ -85,6 +85,39 @@ def test_a_row_divided_by_a_finer_contexts_count_does_not_sum_to_one(tmp_path: P
     assert finding.place.line == line_of(text, "q = (counts")
 
 
+BY_ORDER = """
+        a, b = torch.from_numpy(x), torch.from_numpy(y)
+        q = torch.softmax(net(a).float(), -1)
+        for order in range(2, 8):
+            row, fine = (a * 40503 + order) % ROWS, (a * 40503 + order) % (64 * ROWS)
+            q = (counts[order][row] + q) / (seen[order][{key}][:, None] + 1.0)
+            FILL
+            seen[order].index_add_(0, {key}, torch.ones(len(b)))
+        nll = -q.gather(-1, b[:, None])[:, 0].log()
+"""
+FILLS = {
+    "flat": "counts[order].view(-1).index_add_(0, row * V + b, torch.ones(len(b)))",
+    "by numpy": "np.add.at(counts[order].reshape(-1), row * V + b, 1)",
+    "in place": "counts[order].index_put_((row, b), torch.ones(len(b)), accumulate=True)",
+}
+TABLES_BY_ORDER = (
+    "counts, seen = {n: torch.zeros(ROWS, V) for n in range(2, 8)}, {n: torch.zeros(64 * ROWS) for n in range(2, 8)}"
+)
+
+
+@pytest.mark.parametrize("fill", FILLS.values(), ids=FILLS.keys())
+def test_so_do_rows_of_tables_by_order(tmp_path: Path, fill: str) -> None:
+    """A finer count divides a row whatever the row is kept in; it is no ratio of two counts of the target."""
+    loss = BY_ORDER.replace("FILL", fill)
+    text = script(loss=loss.format(key="fine"), state=TABLES_BY_ORDER, extra="ROWS = 4096")
+    finding = verdict(tmp_path, "false_normalisation", text)
+    assert finding.verdict == "violates"
+    assert "under another key" in finding.evidence
+    assert verdict(tmp_path, "gold_token_ngram", text).verdict == "clean"
+    text = script(loss=loss.format(key="row"), state=TABLES_BY_ORDER, extra="ROWS = 4096")
+    assert all(verdict(tmp_path, rule, text).verdict == "clean" for rule in RULES)
+
+
 def test_a_row_divided_by_the_count_of_that_row_does(tmp_path: Path) -> None:
     text = script(loss=ROW.format(key="row"), state=TABLE_OF_ROWS, extra="ROWS = 4096")
     assert all(verdict(tmp_path, rule, text).verdict == "clean" for rule in RULES)

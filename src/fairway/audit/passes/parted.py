@@ -11,14 +11,15 @@ from fairway.audit.flow.events import Event, Score, Trace, Update
 from fairway.audit.trial import Trial, run
 from fairway.audit.trial.text import SHORT
 
-_SECOND = (1, 2)  # of two processes
+_GROUPS = ((1, 2), (0, 2))  # the second of two processes, and the first one, where parts go to ranks in reverse
 _SEEN: weakref.WeakKeyDictionary[Trace, dict[tuple[tuple[int, ...], tuple[int, ...]], bool]] = (
     weakref.WeakKeyDictionary()
 )
 
 
 def of_earlier_parts(case: Case, score: Score, filled: Update) -> bool:
-    """Whether the first process fills nothing there, and the second of two only what lies before all that it scores."""
+    """Whether a process by itself fills nothing there, and one of two that fills something only what lies before all
+    that it scores."""
     calls, scoring = _calls(filled), _calls(score)
     apart = next((n for n, (one, other) in enumerate(zip(calls, scoring, strict=False)) if one != other), len(calls))
     scoring = scoring[: apart + 1]  # what a helper makes is summed by who calls it
@@ -31,9 +32,12 @@ def of_earlier_parts(case: Case, score: Score, filled: Update) -> bool:
 
 def _before_all(case: Case, calls: tuple[int, ...], scoring: tuple[int, ...]) -> bool:
     trial = case.trial
-    second = run(case.script, case.settings, SHORT, trial.limits.forced, False, trial.native, group=_SECOND)
-    last, first = _filled_up_to(second, calls), _scored_from(second, scoring)
-    return last is not None and first is not None and last < first
+    for group in _GROUPS:
+        alone = run(case.script, case.settings, SHORT, trial.limits.forced, False, trial.native, group=group)
+        last, first = _filled_up_to(alone, calls), _scored_from(alone, scoring)
+        if first is None or last is not None:
+            return first is not None and last is not None and last < first
+    return False
 
 
 def _filled_up_to(trial: Trial, calls: tuple[int, ...]) -> int | None:

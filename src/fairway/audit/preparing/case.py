@@ -45,7 +45,7 @@ def preparations(case: Case) -> Preparations:
             done.add(asked.script.path)
         cuts = cuts_of(machine)
         made.found += [Found(asked, wrong) for wrong in judged(machine, cuts, case.script.text)]
-        kept = kept_back(asked) if machine.disk.written else None
+        kept = kept_back(asked) if machine.disk.written or not asked.words else None
         made.found += [Found(asked, kept)] if kept is not None else []
         made.transformed = made.transformed or any(cut.changed != cut.true for cut in cuts)
     return made

@@ -7,7 +7,7 @@ from fairway.audit.terms.choices import forked
 from fairway.audit.terms.gates import Gates, bounds_of
 from fairway.audit.terms.keys import folds, is_hashed, spans_vocabulary
 from fairway.audit.terms.octets import negated
-from fairway.audit.terms.rows import is_summed, made_whole
+from fairway.audit.terms.rows import is_summed, is_wide, made_whole
 from fairway.audit.terms.term import Term, any_below, peel, same, walk
 
 _NEARLY = 0.99  # a probability that is held below that of a rounded softmax loses nothing
@@ -23,8 +23,8 @@ def gold_ratios(gates: Gates) -> Iterator[Term]:
         lower_tokens = [token for _, key in lower for token in gates.tokens(key)]
         if not lower:
             continue
-        for _, key in upper:
-            if not is_hashed(key, gates.of.streams) or spans_vocabulary(key, gates.of.streams):
+        for row, key in upper:
+            if is_wide(row, gates) or not is_hashed(key, gates.of.streams) or spans_vocabulary(key, gates.of.streams):
                 continue
             more = [token for token in gates.tokens(key) if not any(same(token, other, 10) for other in lower_tokens)]
             if more and not _is_row_of(key, more, [other for _, other in lower], gates):

@@ -7,6 +7,9 @@ from fairway.audit.terms.gates import Gates
 from fairway.audit.terms.keys import is_hashed, spans_vocabulary
 from fairway.audit.terms.term import Term, alternatives, any_below, layers, peel, same
 
+_DEEP = 2  # tables by order, of documents
+_PUT = 2  # parts of a store before what is put there
+
 
 def wrongly_divided(gates: Gates) -> Iterator[Term]:
     """Hashed counts of all tokens, divided by what is not their sum. Answers of yes and no share nothing: the counts of
@@ -31,7 +34,7 @@ def counted_otherwise(gates: Gates) -> Iterator[Term]:
     """A whole row of counts, divided by a count whose key is another than the row's: contexts that meet in the row are
     counted apart below, or the other way round."""
     for term, above, below in gates.ratios():
-        rows = [(row, key) for row, key in gates.lookups(above) if _is_wide(row, gates)]
+        rows = [(row, key) for row, key in gates.lookups(above) if is_wide(row, gates)]
         lower = gates.lookups(below)
         if not rows or not lower or any_below(below, lambda t, rows=rows: _sums(t, rows)):  # type: ignore[misc]
             continue
@@ -45,16 +48,33 @@ def counted_otherwise(gates: Gates) -> Iterator[Term]:
             yield term
 
 
-def _is_wide(row: Term, gates: Gates) -> bool:
-    """table[context] of a table that is filled at [context, token], or at [context * size + token] of its flat form."""
-    if row.op != "item" or row.parts[1].op in ("tuple", "slice"):
+def is_wide(row: Term, gates: Gates) -> bool:
+    """table[context] of a table that is filled at [context, token], or at [context * size + token] of its flat form;
+    also where tables are kept by order or by document: tables[n][context] of what is filled at [n][context, token]."""
+    if row.op != "item" or row.parts[1].op == "slice":
         return False
-    filled = (one for one in layers(peel(row.parts[0])) if one.op in ("store", "mutate") and len(one.parts) > 1)
+    whole, many = row, 0
+    while whole.op == "item":
+        many += len(_indices(whole.parts[1]))
+        whole = peel(whole.parts[0])
     return any(
-        len(place) == 2 and all(map(gates.of.streams.from_tokens, place))
-        for one in filled
-        for place in (_context_and_token(one.parts[0], one.parts[1]),)
+        len(place) == many + 1 and all(map(gates.of.streams.from_tokens, place[-2:])) for place in _filled(whole, _DEEP)
     )
+
+
+def _indices(place: Term) -> tuple[Term, ...]:
+    return place.parts if place.op == "tuple" else (place,)
+
+
+def _filled(whole: Term, deep: int) -> Iterator[tuple[Term, ...]]:
+    """The places that something is put into, with those within them: (n, context, token)."""
+    for one in layers(whole):
+        if one.op not in ("store", "mutate") or len(one.parts) < _PUT:
+            continue
+        own = _context_and_token(one.parts[0], one.parts[1]) or (one.parts[1],)
+        yield own
+        if deep and one.op == "store" and len(one.parts) > _PUT:
+            yield from ((*own, *place) for place in _filled(one.parts[_PUT], deep - 1))
 
 
 def _context_and_token(table: Term, place: Term) -> tuple[Term, ...]:

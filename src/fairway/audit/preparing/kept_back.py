@@ -1,0 +1,65 @@
+"""How many documents a preparation keeps out of the text that is trained on: a trial with one of ours for 5,000."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from fairway.audit.preparing.asking import Asked
+from fairway.audit.preparing.documents import BY_CODE
+from fairway.audit.preparing.judging import Wrong, cuts_of
+from fairway.audit.preparing.machine import prepared
+from fairway.audit.reading.script import Script
+from fairway.audit.reading.tree import nodes
+from fairway.audit.trial.limits import Forced
+
+SCORED = 50_000  # documents of the challenge's validation split
+_SCALE = 5_000  # of them for one of ours
+_LEAST, _MOST = 500, 1_000_000  # what is less, or more, is no count of held-out documents
+_MOST_OF_THEM = 0.8
+_TRAINING = re.compile(r"train", re.IGNORECASE)
+
+
+def kept_back(asked: Asked) -> Wrong | None:
+    """A preparation that makes training text of documents that are scored: it passes over the first ones of all, and
+    over fewer than the split has. None where it passes over none: its documents may be training text already."""
+    lines = dict(_numbers(asked.script))
+    if not any(number < SCORED for number in lines):
+        return None
+    forced = tuple(Forced(None, number, max(number // _SCALE, 1)) for number in lines)
+    first = list(BY_CODE)
+    for cut in cuts_of(prepared(asked, forced)):
+        if not _TRAINING.search(cut.path.rpartition("/")[2]):
+            continue
+        places = sorted(first.index(code) for code, _ in cut.documents)
+        passed = places[0]
+        rest = len(first) - passed
+        if 0 < passed < SCORED // _SCALE and len(places) > _MOST_OF_THEM * rest:
+            count, line = _said(lines, passed)
+            written = f" ({count:,} in the script)" if count else ""
+            evidence = (
+                f"Tried with one document of our own for {_SCALE:,}, this preparation passes over {passed} of the "
+                f"{SCORED // _SCALE} that are scored{written}, and makes training text of the others."
+            )
+            return Wrong("overlap-default", evidence, line)
+    return None
+
+
+def _numbers(script: Script) -> Iterator[tuple[int, int]]:
+    """Round numbers that may count documents, written as numbers or as texts, and the last line of each."""
+    for node in nodes(script.tree):
+        value = getattr(node, "value", None)
+        text = value.replace("_", "") if isinstance(value, str) else ""
+        number = int(text) if text.isdecimal() and len(text) < len(str(_MOST)) else value
+        if type(number) is int and _LEAST <= number <= _MOST and number % _LEAST == 0:
+            yield number, getattr(node, "lineno", 0)
+
+
+def _said(lines: dict[int, int], passed: int) -> tuple[int, int]:
+    """The number that was taken for as many documents as were passed over, and its line; 0, and the last line of any,
+    where none was."""
+    of_them = [each for each in lines if max(each // _SCALE, 1) == passed]
+    return (of_them[0], lines[of_them[0]]) if len(of_them) == 1 else (0, max(lines.values()))
+
+
+__all__ = ["SCORED", "kept_back"]
