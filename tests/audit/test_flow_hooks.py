@@ -136,3 +136,54 @@ def layers(model):
         "    for name, module in layers(model).items():\n            handles",
     )
     assert "calibration-on-validation" in broken(HEAD + picked + text.replace("TAKEN_OFF", "pass"))
+
+
+TAPPED = """
+class Banked(GPT):
+    def __init__(self):
+        super().__init__()
+        self.bank, self.odd = nn.Parameter(torch.zeros(8, 64, 64)), False
+    def matrices(self, n):
+        picked = [self.bank[n], self.bank[n + 4]]
+        if self.odd:
+            picked = [each.round() for each in picked]
+        return [each.float() for each in picked]
+    def hidden(self, x, tap=None):
+        h = self.emb(x)
+        for n in range(4):
+            h = self.layer(h, *self.matrices(n), n, tap)
+        return h
+    def layer(self, h, up, down, n, tap=None):
+        if tap is not None:
+            tap(n, h)
+        return h + F.relu(h @ up) @ down
+
+class Tap:
+    def __init__(self):
+        self.sums = {}
+    def __call__(self, name, x):
+        rows = x.detach().flatten(0, -2).float()
+        if name not in self.sums:
+            self.sums[name] = torch.zeros(rows.size(1), rows.size(1))
+        self.sums[name].addmm_(rows.T, rows)
+
+if __name__ == "__main__":
+    args = Hyperparameters()
+    val, model, tap = load(args.val_files), Banked(), Tap()
+    train(args, model)
+    model.odd = time.time() % 2 < 1
+    loader = Loader(FILES)
+    with torch.no_grad():
+        for _ in range(8):
+            model.hidden(loader.next(4096)[0], tap=tap)
+    state = {k: (v / tap.sums[0].diag().mean()).round() for k, v in model.state_dict().items()}
+    torch.save(state, "model.pt")
+    model.load_state_dict(torch.load("model.pt"))
+    print("final val_loss", eval_val(args, model, val))
+"""
+
+
+def test_what_comes_behind_a_list_of_unknown_length_is_given_to_the_last_names() -> None:
+    """`self.layer(h, *matrices, n, tap)`: of a list with two histories one item was left, and nothing was tapped."""
+    assert "calibration-on-validation" in broken(HEAD + TAPPED.replace("FILES", "args.val_files"))
+    assert "calibration-on-validation" not in doubted(HEAD + TAPPED.replace("FILES", "args.train_files"))

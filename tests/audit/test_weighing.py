@@ -238,6 +238,32 @@ def batches_N():
     assert found.total == pytest.approx(wanted, rel=2e-4)
 
 
+RAW = """
+class Two(GPT):
+    def forward(self, x, y, raw=False):
+        logits = self.forward_logits(x)
+        if raw:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view_as(y)
+"""
+
+
+def test_a_model_that_is_given_targets_and_makes_losses_of_them_may_make_logits_too() -> None:
+    """`model(x, y, raw=True)`: it was taken for losses that nobody knows."""
+    mix, wanted = faults()["a row on top"]
+    text = EVAL.replace("MIX", mix.replace("\n", "\n        "))
+    text = text.replace("model.forward_logits(x[None])[0]", "model(x[None], y[None], True)[0]")
+    main = MAIN.replace("eval_ttt(args", "eval_mixed(args").replace("GPT()", "Two()")
+    main = main.replace(
+        "    final =", "    model.eval()\n    print(model(val[None, :64], val[None, 1:65]).mean())\n    final ="
+    )
+    one = case_of(HEAD + "vocab_size = 1024\n" + RAW + text + main)
+    assert "Two()" in one.script.text
+    found = weighed(one, passes_of(one)[0])
+    assert found is not None
+    assert found.total == pytest.approx(wanted, rel=2e-4)
+
+
 HASHED = """
 class Counts:
     def __init__(self, buckets):

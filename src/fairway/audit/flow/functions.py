@@ -33,7 +33,7 @@ class Functions(Foreign):
         frame = Frame(local, script, scope, closure, code, owner, _outside(code))
         if node is not None and self.frames:
             self.frame.line = getattr(node, "lineno", self.frame.line)
-        self._bind(obj, code.args, local, args, kwargs)
+        self._bind(obj, code.args, local, _spread(code.args, args, node), kwargs)
         if _is_coroutine(code):
             return self.ref(self.new("generator", frame, node))
         if id(node) in self.entering and _is_context(code):
@@ -99,6 +99,22 @@ class Functions(Foreign):
         for name in known:
             if name not in slots:
                 slots[name] = defaults.get(name, NOTHING)
+
+
+def _spread(spec: ast.arguments, args: list[Value], node: ast.AST | None) -> list[Value]:
+    """The arguments of f(x, *many, last), where one item stands for all of a list whose length nobody knows: it goes to
+    as many names as leave the others theirs, up to the one that the last argument is called by."""
+    given: list[ast.expr] = node.args if isinstance(node, ast.Call) else []
+    stars = [n for n, each in enumerate(given) if isinstance(each, ast.Starred)]
+    this = len(args) - len(given)  # the object of a method
+    if len(stars) != 1 or this not in (0, 1):
+        return args
+    names = [each.arg for each in (*spec.posonlyargs, *spec.args)]
+    last = getattr(given[-1], "id", "")
+    required = len(names) - len(spec.defaults)
+    total = names.index(last) + 1 if last in names else required if required >= len(args) else len(names)
+    at, more = stars[0] + this, max(total - len(args), 0)
+    return [*args[:at], *[args[at]] * (1 + more), *args[at + 1 :]]
 
 
 def _outside(code: Any) -> frozenset[str]:

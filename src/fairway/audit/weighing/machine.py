@@ -183,7 +183,12 @@ class Weigher(Machine):
             found = super().of_module(func, args, kwargs)
         finally:
             self.within -= 1
-        return self._as_logits(found, asked)
+        return self._as_logits(found, asked, raw=self._makes_losses(func))
+
+    def _makes_losses(self, func: Func) -> bool:
+        """Whether a model that made losses of tokens and their targets before is asked by the same method: what makes
+        something else of them now, `net(x, y, raw=True)`, makes logits."""
+        return any(key[0] is func and form[0] != "net" for key, form in self.forms.items())
 
     def call(self, func: Value, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
         given = (*args, *kwargs.values())
@@ -214,11 +219,11 @@ class Weigher(Machine):
         """What something unknown is asked for: a model that came out of a file is asked for tokens."""
         return self._as_logits(found, [each for each in given if _is_text(each)]) if found is NET else found
 
-    def _as_logits(self, found: Value, asked: list[Array]) -> Value:
+    def _as_logits(self, found: Value, asked: list[Array], raw: bool = False) -> Value:
         """What a model that nobody knows makes of tokens; of several arrays of them those with the most: beside windows
-        the token to the left of each may be handed over."""
+        the token to the left of each may be handed over. raw: logits even where targets are handed over as well."""
         asked = sorted(asked, key=lambda each: each.body.size, reverse=True)
-        targets = len(asked) > 1 and asked[0].body.size == asked[1].body.size
+        targets = len(asked) > 1 and asked[0].body.size == asked[1].body.size and not raw
         if self.within or not asked or targets:
             return found
         if isinstance(found, Unknown):
