@@ -4,6 +4,7 @@ import pytest
 
 from fairway.audit.passes.charged import passes_of
 from fairway.audit.passes.parted import of_earlier_parts
+from fairway.audit.rules import two_pass_cache
 from tests.audit.order import HEAD, MAIN, broken, case_of, doubted, line_of
 
 PARTED = """
@@ -115,3 +116,27 @@ def test_what_else_is_scored_with_it_is_asked_for_itself() -> None:
     assert "two-pass-cache" in broken(text)
     filled = {place.line for fault in passes_of(case_of(text))[1] for place in fault.cause.stack}
     assert line_of(text, "scorer.counts.fill(") in filled
+
+
+def filled_at(text: str) -> int:
+    found = two_pass_cache.check(case_of(text))
+    assert found.verdict == "violates"
+    assert found.place is not None
+    return found.place.line
+
+
+def test_who_says_how_much_is_filled_is_named() -> None:
+    """Not the loop of the helper that is told from where to where."""
+    text = script("0, total", UNKNOWN)
+    assert filled_at(text) == line_of(text, "scorer.counts.fill(val, 0, total)")
+    own = "    def score(self"
+    ready = "    def ready(self, first):\n        self.counts.fill(self.val, 0, self.total)\n"
+    text = text.replace(
+        "scorer.counts.fill(val, 0, total)", "scorer.val, scorer.total = val, total\n    scorer.ready(first)"
+    )
+    text = text.replace(own, ready + own)
+    assert filled_at(text) == line_of(text, "self.counts.fill(self.val, 0, self.total)")
+    text = text.replace("range(lo, hi, 4096)", "range(0, LIMIT, 4096)").replace(
+        "class Counts", "LIMIT = 60_000_000\nclass Counts"
+    )
+    assert filled_at(text) == line_of(text, "self.absorb(val, at, min(")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from fairway.audit.case import Case
 from fairway.audit.flow.events import Choice, Event, Forward, Score, Trace, Update, bits
 from fairway.audit.passes.charged import passes_of
+from fairway.audit.passes.extents import extent_of
 from fairway.audit.passes.faults import Fault
 from fairway.audit.passes.patterns import pattern_at
 from fairway.audit.reading.tree import nodes
@@ -19,7 +20,7 @@ def place_of(case: Case, fault: Fault) -> Place:
     if fault.kind == "two-pass-cache" and isinstance(fault.cause, Update):
         filled = _filled(case.trace, fault.cause, fault.score)
         if filled is not None:
-            return filled
+            return extent_of(case, fault.cause, parting_of(fault.cause, fault.score), filled)
     if fault.kind in ("rescoring-after-adaptation", "two-pass-cache") and isinstance(fault.cause, Update):
         place = parting_of(fault.score, fault.before or fault.cause)
         return _repeated(case.trace, fault) if place == fault.score.place else place

@@ -1,0 +1,74 @@
+"""Who says how much of the text is gone through: a helper that is told from where to where does not."""
+
+from __future__ import annotations
+
+import ast
+
+from fairway.audit.case import Case
+from fairway.audit.flow.events import Update
+from fairway.audit.reading.tree import last_name, nodes
+from fairway.audit.verdict import Place
+
+_CALLED = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def extent_of(case: Case, update: Update, outermost: Place, place: Place) -> Place:
+    """The line of an update's way that says how much is learned, from a place outwards, no further than `outermost`:
+    the innermost loop or call that is not told so by its function's parameters, `fill(0, total)` of `def fill(lo, hi):
+    for at in range(lo, hi): ...`; the outermost where all are. The place itself where a line says nothing of it."""
+    way = update.stack
+    if outermost not in way or place not in way or any(each.file != case.body.path for each in way):
+        return place
+    for at in range(way.index(place), way.index(outermost), -1):
+        bounds = _bounds(case, way[at].line, at + 1 < len(way))
+        if not bounds:
+            return place
+        if not bounds & _told(case, way[at].line):
+            return way[at]
+    return outermost if way.index(outermost) <= way.index(place) else place
+
+
+def _bounds(case: Case, line: int, called: bool) -> set[str] | None:
+    """The names that say how much: in what the loop around a line goes through, or in what a call is given; None where
+    nothing does."""
+    loops = [
+        node
+        for node in nodes(case.body.tree)
+        if isinstance(node, ast.For) and node.lineno <= line <= (node.end_lineno or 0)
+        if (around := _around(case, line)) is None or node.lineno > around.lineno
+    ]
+    if loops:
+        return _names([max(loops, key=lambda each: each.lineno).iter])
+    calls = [node for node in nodes(case.body.tree) if isinstance(node, ast.Call) and node.lineno == line]
+    given = [[*each.args, *(word.value for word in each.keywords)] for each in calls if called]
+    return _names(max(given, key=len)) if given and any(given) else None
+
+
+def _names(values: list[ast.expr]) -> set[str]:
+    return {last_name(each) for value in values for each in nodes(value)} - {"", "self", "range"}
+
+
+def _told(case: Case, line: int) -> set[str]:
+    """The parameters of the function around a line, and the names that it gives what is made of them."""
+    function = _around(case, line)
+    if function is None:
+        return set()
+    spec = function.args
+    told = {each.arg for each in (*spec.posonlyargs, *spec.args, *spec.kwonlyargs)} - {"self"}
+    made = (each for each in nodes(function) if isinstance(each, ast.Assign) and each.lineno < line)
+    for each in sorted(made, key=lambda one: one.lineno):
+        if _names([each.value]) & told:
+            told |= {part.id for target in each.targets for part in nodes(target) if isinstance(part, ast.Name)}
+    return told
+
+
+def _around(case: Case, line: int) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
+    functions = (
+        node
+        for node in nodes(case.body.tree)
+        if isinstance(node, _CALLED) and node.lineno <= line <= (node.end_lineno or 0)
+    )
+    return max(functions, key=lambda each: each.lineno, default=None)
+
+
+__all__ = ["extent_of"]
