@@ -168,14 +168,19 @@ def test_a_temperature_is_named_where_its_fit_is_called() -> None:
     assert line(findings(text)["temperature-from-validation"]) == line_of(text, "scale = fit(")
 
 
-@pytest.mark.parametrize("reach", ["end + 1 * args.chunk", "start + 2 * args.chunk"])
-def test_a_step_that_reaches_too_far_is_named_where_it_is_told_how_far(reach: str) -> None:
-    """And not where its loop begins, nor where it is taken."""
+BY_STEPS = """for step in range((reach - start) // args.seq_len):
+                    s = min(start + step * args.seq_len, reach)"""
+
+
+@pytest.mark.parametrize("steps", ["for s in range(start, reach, args.seq_len):", BY_STEPS])
+@pytest.mark.parametrize(
+    "reach", ["end + 1 * args.chunk", "start + 2 * args.chunk", "(ci + 1) * args.chunk + args.seq_len"]
+)
+def test_a_step_that_reaches_too_far_is_named_where_it_is_told_how_far(reach: str, steps: str) -> None:
+    """And not where its loop begins, nor where it is taken, nor where a loop over steps says how far each goes."""
     loop = "            for _epoch in range(args.epochs):\n"
     told = f"            reach = min({reach}, val.numel() - 1)\n"
-    text = HONEST.replace(loop, told + loop).replace(
-        "in range(start, end, args.seq_len)", "in range(start, reach, args.seq_len)"
-    )
+    text = HONEST.replace(loop, told + loop).replace("for s in range(start, end, args.seq_len):", steps)
     assert line(findings(text)["training-before-scoring"]) == line_of(text, "reach = min(")
 
 

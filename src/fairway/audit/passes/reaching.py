@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 
 from fairway.audit.case import Case
-from fairway.audit.reading.tree import nodes
+from fairway.audit.reading.tree import last_name, nodes
 
 
 def reaching(case: Case, lines: tuple[int, ...]) -> int:
@@ -39,16 +39,37 @@ def further_end(case: Case, lines: tuple[int, ...]) -> int:
             each.lineno
             for function in functions
             for each in nodes(function)
-            if isinstance(each, ast.Assign) and _is_bound(each.value) and _adds_several(each.value)
+            if isinstance(each, ast.Assign) and _is_bound(each.value) and _adds_several(each.value, function)
         ),
         default=0,
     )
 
 
-def _adds_several(value: ast.expr) -> bool:
-    """begin + 2 * chunk; not (n + 1) * chunk"""
-    sums = (each for each in nodes(value) if isinstance(each, ast.BinOp) and isinstance(each.op, ast.Add))
-    return any(isinstance(each.right, ast.BinOp) and isinstance(each.right.op, ast.Mult) for each in sums)
+def _adds_several(value: ast.expr, function: ast.AST) -> bool:
+    """begin + 2 * chunk, (n + 1) * chunk + more; not (n + 1) * chunk, n * chunk + chunk, nor begin + step * rows of a
+    loop over steps."""
+    sums = [each for each in nodes(value) if isinstance(each, ast.BinOp) and isinstance(each.op, ast.Add)]
+    turned = {
+        name.id
+        for loop in nodes(function)
+        if isinstance(loop, ast.For)
+        for name in nodes(loop.target)
+        if isinstance(name, ast.Name)
+    }
+    several = [
+        each.right for each in sums if _is_product(each.right) and not turned & set(map(last_name, nodes(each.right)))
+    ]
+    return bool(several) or any(_is_end(each.left) and last_name(each.right) for each in sums)
+
+
+def _is_product(value: ast.expr) -> bool:
+    return isinstance(value, ast.BinOp) and isinstance(value.op, ast.Mult)
+
+
+def _is_end(value: ast.expr) -> bool:
+    """(n + 1) * chunk"""
+    parts = [each for each in nodes(value) if isinstance(each, ast.BinOp) and isinstance(each.op, ast.Add)]
+    return _is_product(value) and any(isinstance(each.right, ast.Constant) for each in parts)
 
 
 def _is_bound(value: ast.expr) -> bool:
