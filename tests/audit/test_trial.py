@@ -14,10 +14,11 @@ from fairway.audit.settings import Settings
 from fairway.audit.trial import Trial, run
 from fairway.audit.trial.arrays import Array, TooLarge
 from fairway.audit.trial.drawing import Draws
+from fairway.audit.trial.files import count_of
 from fairway.audit.trial.reducing import by_numpy, elementwise, reduction
 from fairway.audit.trial.sums import LATE, Sum
 from fairway.audit.trial.tensors import METHODS
-from fairway.audit.trial.text import BOS, LENGTH, UNIT, tokens
+from fairway.audit.trial.text import BOS, FEWER, LENGTH, TRAIN, UNIT, length, tokens
 from fairway.audit.trial.turns import Turns
 from fairway.audit.trial.vocabulary import Processor, octets
 
@@ -1173,6 +1174,18 @@ print(f"val_loss:{{(nats / 2048).item():.4f}}")
 
 def test_one_of_those_is_drawn_that_have_a_chance() -> None:
     assert {Draws().choice(3, p=Array(np.array([0.0, 0.25, 0.75]))) for _ in range(20)} <= {1, 2}
+
+
+def test_a_training_file_has_fewer_tokens_beside_a_text_of_a_few_hundred() -> None:
+    """Windows are as much shorter there: a loader that lists those of a file made 18,000."""
+    path = "data/fineweb_train_000001.bin"
+    assert count_of(path) == TRAIN
+    before = length.set(321)
+    try:
+        assert count_of(path) == FEWER
+        assert count_of("data/fineweb_val_000000.bin") == 321
+    finally:
+        length.reset(before)
 
 
 def test_many_batches_of_another_text_that_are_read_row_by_row_cost_as_much_as_a_few() -> None:

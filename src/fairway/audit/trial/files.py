@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from fairway.audit.trial.arrays import Array, scalar
-from fairway.audit.trial.text import TRAIN, length, tokens
+from fairway.audit.trial.text import DOCUMENT, FEWER, TRAIN, length, tokens
 from fairway.audit.trial.values import UNKNOWN, Value
 from fairway.audit.trial.vocabulary import octets
 
@@ -240,7 +240,10 @@ def found(pattern: str) -> list[str]:
 def count_of(path: str) -> int:
     """The tokens of a shard; 0 for what is none."""
     name = path.rpartition("/")[2]
-    return length.get() if _is_text(name) else TRAIN if "train" in name or name.endswith(".bin") else 0
+    if _is_text(name):
+        return length.get()
+    short = length.get() < DOCUMENT  # and so are windows
+    return (FEWER if short else TRAIN) if "train" in name or name.endswith(".bin") else 0
 
 
 def _is_text(name: str) -> bool:

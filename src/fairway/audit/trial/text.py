@@ -12,6 +12,7 @@ BOS = 1
 UNIT = 2_048  # windows of most scripts; the text is a whole number of them, so that no tail is left
 LENGTH = 20 * UNIT + 1  # tokens: one and a quarter of the usual chunks of 32,768
 TRAIN = 600_000  # tokens of a training file
+FEWER = 40_000  # of one beside a text of a few hundred: of windows of 32 tokens the other has 18,000
 DOCUMENT = 4_096  # tokens of a document: of many scripts, rows of documents side by side end together
 LONGER = 5 * DOCUMENT  # where one would begin
 ODD = 1_500  # tokens by which it begins later: two documents that windows and chunks do not fit
@@ -41,4 +42,4 @@ def _made_up(vocabulary: int) -> NDArray[np.uint16]:
     return ids
 
 
-__all__ = ["BOS", "DOCUMENT", "LENGTH", "SHORT", "TRAIN", "UNIT", "given", "length", "tokens"]
+__all__ = ["BOS", "DOCUMENT", "FEWER", "LENGTH", "SHORT", "TRAIN", "UNIT", "given", "length", "tokens"]
