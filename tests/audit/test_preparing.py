@@ -345,6 +345,14 @@ def test_documents_that_are_scored_are_not_made_training_text(
         assert found.place == Place("shards.py", line)
 
 
+def test_what_reads_training_text_alone_may_hold_back_as_many_as_it_likes(tmp_path: Path) -> None:
+    """For a probe of its own: none of these documents is scored."""
+    text = SPLITTER.replace("SPLIT", BY_HAND).replace("HELD", "10_000").replace("documents.jsonl", "docs_train.jsonl")
+    text = text.replace('"val")', '"probe")')
+    (tmp_path / "shards.py").write_text(text, encoding="utf-8")
+    assert verdict(tmp_path, "overlap_default", script()).verdict == "clean"
+
+
 def test_what_makes_training_text_of_all_documents_is_given_no_others(tmp_path: Path) -> None:
     """A file of training documents: none is passed over."""
     text = SPLITTER.replace("SPLIT", TRAINING_ALONE).replace("HELD", "10_000")

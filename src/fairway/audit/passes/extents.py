@@ -6,10 +6,9 @@ import ast
 
 from fairway.audit.case import Case
 from fairway.audit.flow.events import Update
+from fairway.audit.passes.reaching import around
 from fairway.audit.reading.tree import last_name, nodes
 from fairway.audit.verdict import Place
-
-_CALLED = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def extent_of(case: Case, update: Update, outermost: Place, place: Place) -> Place:
@@ -35,7 +34,7 @@ def _bounds(case: Case, line: int, called: bool) -> set[str] | None:
         node
         for node in nodes(case.body.tree)
         if isinstance(node, ast.For) and node.lineno <= line <= (node.end_lineno or 0)
-        if (around := _around(case, line)) is None or node.lineno > around.lineno
+        if (function := around(case, line)) is None or node.lineno > function.lineno
     ]
     if loops:
         return _names([max(loops, key=lambda each: each.lineno).iter])
@@ -50,7 +49,7 @@ def _names(values: list[ast.expr]) -> set[str]:
 
 def _told(case: Case, line: int) -> set[str]:
     """The parameters of the function around a line, and the names that it gives what is made of them."""
-    function = _around(case, line)
+    function = around(case, line)
     if function is None:
         return set()
     spec = function.args
@@ -60,15 +59,6 @@ def _told(case: Case, line: int) -> set[str]:
         if _names([each.value]) & told:
             told |= {part.id for target in each.targets for part in nodes(target) if isinstance(part, ast.Name)}
     return told
-
-
-def _around(case: Case, line: int) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
-    functions = (
-        node
-        for node in nodes(case.body.tree)
-        if isinstance(node, _CALLED) and node.lineno <= line <= (node.end_lineno or 0)
-    )
-    return max(functions, key=lambda each: each.lineno, default=None)
 
 
 __all__ = ["extent_of"]

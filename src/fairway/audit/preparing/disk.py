@@ -24,12 +24,14 @@ MOST = 4_000_000  # bytes of a file
 
 
 class Disk:
-    """lines: whether documents lie in lines of JSON where a file's name does not say it; end: what parts them else."""
+    """lines: whether documents lie in lines of JSON where a file's name does not say it; end: what parts them else;
+    asked: files of documents that were opened, and data sets that were loaded, by their names and parts."""
 
     def __init__(self, text: str) -> None:
         self.lines = "json.loads" in text
         self.end = next((_ENDS[found[2]] for found in _PARTED.finditer(text) if found[2] in _ENDS), "\n")
         self.written: dict[str, bytes | str] = {}
+        self.asked: set[str] = set()
 
     def exists(self, path: str) -> bool:
         return path in self.written or not _MADE.search(path)
@@ -56,6 +58,7 @@ class Disk:
             return Sink(self, path)
         held = self.written.get(path)
         if held is None:
+            self.asked.add(path)
             text = self.source(path)
             held = text.encode() if "b" in kind else text
         return Source(held)

@@ -147,6 +147,11 @@ def _cutter(machine: Any, args: tuple[Value, ...], kwargs: dict[str, Value], lin
     return machine.cutter
 
 
+def _loaded(machine: Any, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
+    machine.disk.asked |= {each for each in (*args, *kwargs.values()) if isinstance(each, str)}
+    return machine.disk.rows()
+
+
 FUNCTIONS: dict[str, Any] = {
     "len": _len,
     "io.open": BUILTIN["open"],
@@ -171,7 +176,7 @@ FUNCTIONS: dict[str, Any] = {
     "argparse.ArgumentParser": _options,
     **dict.fromkeys(["tqdm.tqdm", "tqdm.auto.tqdm", "rich.progress.track", "tqdm"], _through),
     "sentencepiece.SentencePieceProcessor": _cutter,
-    "datasets.load_dataset": lambda machine, args, kwargs, line: machine.disk.rows(),
+    "datasets.load_dataset": _loaded,
 }
 
 

@@ -22,13 +22,16 @@ _TRAINING = re.compile(r"train", re.IGNORECASE)
 
 def kept_back(asked: Asked) -> Wrong | None:
     """A preparation that makes training text of documents that are scored: it passes over the first ones of all, and
-    over fewer than the split has. None where it passes over none: its documents may be training text already."""
+    over fewer than the split has. None where it passes over none, or where what it reads is called training text: its
+    documents are none of the split's."""
     lines = dict(_numbers(asked.script))
     if not any(number < SCORED for number in lines):
         return None
     forced = tuple(Forced(None, number, max(number // _SCALE, 1)) for number in lines)
     first = list(BY_CODE)
-    for cut in cuts_of(prepared(asked, forced)):
+    machine = prepared(asked, forced)
+    cuts = [] if any(_TRAINING.search(name) for name in machine.disk.asked) else cuts_of(machine)
+    for cut in cuts:
         if not _TRAINING.search(cut.path.rpartition("/")[2]):
             continue
         places = sorted(first.index(code) for code, _ in cut.documents)

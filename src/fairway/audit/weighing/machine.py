@@ -56,7 +56,7 @@ class Weigher(Machine):
 
     idle_steps = 2_000  # calibration goes on for longer, and says nothing of prices
     idle_again = 200
-    heavy_turns = 3
+    heavy_turns = 3  # one batch of another text says as little of prices as ten
     least_cut = 0
 
     def __init__(self, script: Script, settings: Settings, forced: tuple[Forced, ...] = (), most: int = 0) -> None:
