@@ -10,6 +10,8 @@ from fairway.audit.passes.reaching import around
 from fairway.audit.reading.tree import last_name, nodes
 from fairway.audit.verdict import Place
 
+_SIZES = ("len", "numel", "size", "nelement")
+
 
 def extent_of(case: Case, update: Update, outermost: Place, place: Place) -> Place:
     """The line of an update's way that says how much is learned, from a place outwards, no further than `outermost`:
@@ -24,7 +26,7 @@ def extent_of(case: Case, update: Update, outermost: Place, place: Place) -> Pla
             return place
         if not bounds & _told(case, way[at].line):
             return way[at]
-    return outermost if way.index(outermost) <= way.index(place) else place
+    return outermost if way.index(outermost) < way.index(place) else place
 
 
 def _bounds(case: Case, line: int, called: bool) -> set[str] | None:
@@ -44,21 +46,23 @@ def _bounds(case: Case, line: int, called: bool) -> set[str] | None:
 
 
 def _names(values: list[ast.expr]) -> set[str]:
-    return {last_name(each) for value in values for each in nodes(value)} - {"", "self", "range"}
+    """Those that are numbers themselves; not of len(ids) and ids.numel(): who is given an array goes through all."""
+    sized = {
+        id(part)
+        for value in values
+        for each in nodes(value)
+        if isinstance(each, ast.Call) and last_name(each.func) in _SIZES
+        for part in nodes(each)
+    }
+    inside = (each for value in values for each in nodes(value) if id(each) not in sized)
+    return set(map(last_name, inside)) - {"", "self", "range"}
 
 
 def _told(case: Case, line: int) -> set[str]:
-    """The parameters of the function around a line, and the names that it gives what is made of them."""
+    """The parameters of the function around a line."""
     function = around(case, line)
-    if function is None:
-        return set()
-    spec = function.args
-    told = {each.arg for each in (*spec.posonlyargs, *spec.args, *spec.kwonlyargs)} - {"self"}
-    made = (each for each in nodes(function) if isinstance(each, ast.Assign) and each.lineno < line)
-    for each in sorted(made, key=lambda one: one.lineno):
-        if _names([each.value]) & told:
-            told |= {part.id for target in each.targets for part in nodes(target) if isinstance(part, ast.Name)}
-    return told
+    spec = function.args if function is not None else None
+    return {each.arg for each in (*spec.posonlyargs, *spec.args, *spec.kwonlyargs)} - {"self"} if spec else set()
 
 
 __all__ = ["extent_of"]
