@@ -309,6 +309,17 @@ def contents(folder):
     return {path.name: (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).digest()) for path in listed}
 
 
+def at_rest(folder):
+    """Its contents when nobody writes any more: the run of a sweep that was killed may have had a last word to say."""
+    before = contents(folder)
+    while True:
+        time.sleep(0.5)
+        now = contents(folder)
+        if now == before:
+            return now
+        before = now
+
+
 @pytest.mark.slow
 def test_a_sweep_killed_twice_loses_nothing_repeats_nothing_and_gives_the_same_bits(recipes, tmp_path, fairway):
     folder, chance, plain = tmp_path / "sweep", random.Random(), recipes / "plain.toml"
@@ -323,7 +334,7 @@ def test_a_sweep_killed_twice_loses_nothing_repeats_nothing_and_gives_the_same_b
 
     killed_in_training(1)
     killed_in_training(2)
-    done = {one.folder: contents(folder / one.folder) for one in read_plan(folder) if finished(folder, one)}
+    done = {one.folder: at_rest(folder / one.folder) for one in read_plan(folder) if finished(folder, one)}
     third = sweep_process(plain, folder, "--seeds", "1,2", "--jobs", "1")
     said, _ = third.communicate(timeout=600)
     assert third.returncode == 0, said
