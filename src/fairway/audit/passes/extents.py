@@ -29,20 +29,17 @@ def extent_of(case: Case, update: Update, outermost: Place, place: Place) -> Pla
     return outermost if way.index(outermost) < way.index(place) else place
 
 
-def _bounds(case: Case, line: int, called: bool) -> set[str] | None:
-    """The names that say how much: in what the loop around a line goes through, or in what a call is given; None where
-    nothing does."""
+def _bounds(case: Case, line: int, called: bool) -> set[str]:
+    """The names that say how much: in what the loop around a line goes through, or in what a call is given."""
+    within = around(case, line) or case.body.tree
     loops = [
-        node
-        for node in nodes(case.body.tree)
-        if isinstance(node, ast.For) and node.lineno <= line <= (node.end_lineno or 0)
-        if (function := around(case, line)) is None or node.lineno > function.lineno
+        node for node in nodes(within) if isinstance(node, ast.For) and node.lineno <= line <= (node.end_lineno or 0)
     ]
     if loops:
         return _names([max(loops, key=lambda each: each.lineno).iter])
     calls = [node for node in nodes(case.body.tree) if isinstance(node, ast.Call) and node.lineno == line]
     given = [[*each.args, *(word.value for word in each.keywords)] for each in calls if called]
-    return _names(max(given, key=len)) if given and any(given) else None
+    return _names(max(given, key=len, default=[]))
 
 
 def _names(values: list[ast.expr]) -> set[str]:

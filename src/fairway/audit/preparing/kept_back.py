@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 
 from fairway.audit.preparing.asking import Asked
 from fairway.audit.preparing.documents import BY_CODE
 from fairway.audit.preparing.judging import Wrong, cuts_of
 from fairway.audit.preparing.machine import prepared
 from fairway.audit.reading.script import Script
-from fairway.audit.reading.tree import nodes
+from fairway.audit.records.splits import FEWEST, numbers_in
 from fairway.audit.trial.limits import Forced
 
 SCORED = 50_000  # documents of the challenge's validation split
 _SCALE = 5_000  # of them for one of ours
-_LEAST, _MOST = 500, 1_000_000  # what is less, or more, is no count of held-out documents
 _MOST_OF_THEM = 0.8
 _TRAINING = re.compile(r"train", re.IGNORECASE)
 
@@ -24,7 +22,7 @@ def kept_back(asked: Asked) -> Wrong | None:
     """A preparation that makes training text of documents that are scored: it passes over the first ones of all, and
     over fewer than the split has. None where it passes over none, or where what it reads is called training text: its
     documents are none of the split's."""
-    lines = dict(_numbers(asked.script))
+    lines = _numbers(asked.script)
     if not any(number < SCORED for number in lines):
         return None
     forced = tuple(Forced(None, number, max(number // _SCALE, 1)) for number in lines)
@@ -48,14 +46,9 @@ def kept_back(asked: Asked) -> Wrong | None:
     return None
 
 
-def _numbers(script: Script) -> Iterator[tuple[int, int]]:
-    """Round numbers that may count documents, written as numbers or as texts, and the last line of each."""
-    for node in nodes(script.tree):
-        value = getattr(node, "value", None)
-        text = value.replace("_", "") if isinstance(value, str) else ""
-        number = int(text) if text.isdecimal() and len(text) < len(str(_MOST)) else value
-        if type(number) is int and _LEAST <= number <= _MOST and number % _LEAST == 0:
-            yield number, getattr(node, "lineno", 0)
+def _numbers(script: Script) -> dict[int, int]:
+    """Round numbers that may count documents, and the last line of each."""
+    return {each.value: each.lineno for each in numbers_in(script.tree) if each.value % FEWEST == 0}  # type: ignore[operator, misc]
 
 
 def _said(lines: dict[int, int], passed: int) -> tuple[int, int]:

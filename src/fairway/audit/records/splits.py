@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fairway.audit.reading.tree import last_name, nodes
 
 FEWEST = 500  # below it a number is no count of held-out documents
+MOST = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -130,18 +131,18 @@ def _handed(tree: ast.Module) -> dict[str, ast.expr]:
 def _number(node: ast.expr, given: dict[str, list[ast.expr]]) -> ast.Constant | None:
     """The one whole number that an expression is: written there, or under its name."""
     values = [node] if isinstance(node, ast.Constant) else given.get(_called(node), [])
-    found = [number for value in values for number in _numbers(value)]
+    found = [number for value in values for number in numbers_in(value)]
     return found[0] if len(values) == 1 and len(found) == 1 else None
 
 
-def _numbers(value: ast.expr) -> Iterator[ast.Constant]:
-    """Whole numbers in a value, also as the text of a default: int(os.environ.get("HELD", "10000"))."""
+def numbers_in(value: ast.AST | None) -> Iterator[ast.Constant]:
+    """Whole numbers in a tree that may count documents, also as texts: int(os.environ.get("HELD", "10000"))."""
     for each in nodes(value):
         if isinstance(each, ast.Constant):
             text = each.value
             if isinstance(text, str) and text.replace("_", "").isdecimal() and len(text) < 9:
                 each = ast.copy_location(ast.Constant(int(text)), each)
-            if type(each.value) is int and FEWEST <= each.value <= 1_000_000:
+            if type(each.value) is int and FEWEST <= each.value <= MOST:
                 yield each
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from fairway.audit.case import Case
 from fairway.audit.preparing import as_prepared
 from fairway.audit.preparing.kept_back import SCORED
-from fairway.audit.records.splits import splits
+from fairway.audit.records.splits import FEWEST, MOST, splits
 from fairway.audit.terms.data import TOKENISERS, names_training, names_validation, words, writes
 from fairway.audit.terms.program import Program
 from fairway.audit.terms.streams import Streams
@@ -17,8 +17,6 @@ from fairway.audit.verdict import Finding, Place
 ID = "overlap-default"
 CHARGE = "the data script holds back fewer validation documents than are scored"
 CLAUSE = 'RULES.md R5 and (c) "Train/val overlap"'
-
-_FEWEST = 500  # below it a number is no count of held-out documents
 
 
 def check(case: Case) -> Finding:
@@ -158,7 +156,7 @@ def _numbers(root: Term, program: Program) -> Iterator[Term]:
 
 def _is_number(term: Term) -> bool:
     value = term.constant()
-    return isinstance(value, int) and not isinstance(value, bool) and _FEWEST <= value <= 1_000_000
+    return isinstance(value, int) and not isinstance(value, bool) and FEWEST <= value <= MOST
 
 
 def _is_counter(term: Term) -> bool:
