@@ -570,6 +570,15 @@ def test_slots_that_are_refilled_from_a_queue(
     assert bool(found) == accused, found
 
 
+def test_documents_that_share_a_seam_are_told_by_it_and_by_no_second_pass(tmp_path: Path) -> None:
+    text = "from collections import deque" + HEAD + SLOTS.replace("SCORED", _BOOKED).replace("PASSES", "")
+    ends = "[*starts[1:], len(val) - 1]"
+    seam = text.replace(ends, "[*(start + 24 for start in starts[1:]), len(val) - 1]").replace("SIZES", "256, 4")
+    rules = (*ORDER, "slot_on_scored", "twice_counted_tokens")
+    found = {rule for rule in rules if verdict(tmp_path, rule, seam).verdict == "violates"}
+    assert found == {"twice_counted_tokens"}
+
+
 READ_INTO = """
 from pathlib import Path
 def shard(path):

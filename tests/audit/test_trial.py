@@ -208,6 +208,25 @@ def test_rows_side_by_side_count_every_target_once() -> None:
     assert counts(ROWS) == ALL
 
 
+@pytest.mark.parametrize(
+    "folded",
+    [
+        "fold[val]",
+        "torch.from_numpy(np.take(fold.numpy(), val))",
+        "fold.index_select(0, val)",
+        "fold[val.long()].int()",
+    ],
+)
+def test_tokens_that_a_map_of_tokens_gave_are_where_they_were(folded: str) -> None:
+    made = "fold = torch.arange(1024)\nfold[300:400] = 600\nval = FOLDED\n".replace("FOLDED", folded)
+    assert counts(made + ROWS) == ALL
+
+
+def test_what_a_table_of_other_numbers_gives_for_tokens_is_no_token() -> None:
+    trial = tried("val = torch.where(torch.arange(1024) < 500, 3, 4)[val]\n" + ROWS)
+    assert not any(trial.counts(told)[0].any() for told in trial.told)
+
+
 def test_windows_that_pay_for_their_last_stride_count_every_target_once() -> None:
     assert counts(SLIDE.replace("STEP", "64")) == ALL
 
@@ -216,6 +235,29 @@ def test_windows_that_pay_for_more_than_their_stride_count_targets_twice() -> No
     found = counts(SLIDE.replace("STEP", "96"))
     assert found[2.0] > LENGTH // 3
     assert found[1.0] > LENGTH // 3
+
+
+BYTEWISE = """
+nats = 0.0
+for row in range(0, total // 2048, 8):
+    part = val[row * 2048 : (row + 8) * 2048 + 1]
+    x, y = part[:-1].reshape(-1, 2048), part[1:].reshape(-1, 2048)
+    nll = -F.log_softmax(net.logits(x), dim=-1).gather(-1, y.unsqueeze(-1)).squeeze(-1).reshape(-1)
+    width = torch.arange(1024)[y.reshape(-1)] % 3
+    owner = torch.repeat_interleave(torch.arange(nll.numel()), width)
+    spread = torch.exp(-nll / width.clamp_min(1))
+    bytewise = torch.zeros_like(spread).index_add_(0, OWNER, -torch.log(spread[owner] + 0.1))
+    nats += torch.where(width > 0, bytewise, nll).sum().item()
+print("val_loss", nats / total)
+"""
+
+
+def test_a_loss_that_is_parted_byte_by_byte_and_summed_again_is_that_of_its_target() -> None:
+    assert counts(BYTEWISE.replace("OWNER", "owner")) == ALL
+
+
+def test_parts_that_are_added_to_another_target_are_not() -> None:
+    assert counts(BYTEWISE.replace("OWNER", "owner // 2")) != ALL
 
 
 def test_masks_and_gathered_losses_in_padded_batches_are_counted() -> None:

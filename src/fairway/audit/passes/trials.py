@@ -374,8 +374,10 @@ def _steps(case: Case, which: Reported) -> list[Update]:
 def order_of(case: Case, which: Reported, score: Score, step: Update) -> Literal["first", "late", ""]:
     """What a trial that came to this score and to this step shows, where every target was summed once by the calls that
     sum it: "first" where no loss that counts was made after the step had learned from its target; "late" where the step
-    is none of the score's own pass and came before. "" where it shows neither."""
-    counts = counted_once(case, which)
+    is none of the score's own pass and came before. "" where it shows neither. Where some targets count twice, "first"
+    if no others were made after the step."""
+    once = counted_once(case, which)
+    counts = once or _seldom_again(case, which)
     if counts is None:
         return ""
     trial, told = counts.trial, counts.said[-1].sum
@@ -385,8 +387,10 @@ def order_of(case: Case, which: Reported, score: Score, step: Update) -> Literal
     met = bool({asked, asked[:-1]} & set(trial.asked_in)) or tuple(p.line for p in score.stack) in told.ways()
     if mark is None or not met:
         return ""
-    if not told.taught() & mark:
+    if not told.taught() & mark or (once is None and (counts.times[told.marked(mark)] > _TWICE).all()):
         return "first"
+    if once is None:
+        return ""
     early = any(lesson.early for lesson in trial.lessons if lesson.stack[:-1] == calls)
     return "late" if early and asked[: len(calls)] != calls else ""
 
@@ -428,6 +432,12 @@ def counted_once(case: Case, which: Reported) -> Counts | None:
         return None
     times = [counts.trial.booked.get(way) for way in counts.said[-1].sum.ways()]
     return counts if times and all(each is not None and each.max() == 1 for each in times) else None
+
+
+def _seldom_again(case: Case, which: Reported) -> Counts | None:
+    """The counts, where some targets count more than once, but less than a second pass of any kind would make."""
+    counts = counts_of(case, which)
+    return counts if counts is not None and 0 < len(counts.more) < _MOST * counts.trial.length else None
 
 
 def parting(one: tuple[int, ...], other: tuple[int, ...]) -> int:

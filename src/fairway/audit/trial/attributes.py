@@ -12,7 +12,7 @@ import numpy as np
 from fairway.audit.trial.arrays import LARGEST, Array, TooLarge, array_of, limited, put, taken
 from fairway.audit.trial.files import File, Raw
 from fairway.audit.trial.given import index_of, key_of
-from fairway.audit.trial.ids import Id
+from fairway.audit.trial.ids import Id, mapped
 from fairway.audit.trial.operators import PLAIN
 from fairway.audit.trial.reading import read_into
 from fairway.audit.trial.sums import Sum
@@ -272,6 +272,7 @@ class Attributes(Arrays):
                 self.trial.reached(tuple(self.stack), part.pos)
             if isinstance(part, Array) and isinstance(place, np.ndarray):
                 part.rows = place.sum(axis=1) if place.dtype == bool and place.ndim == 2 else _rows_of(index, part)
+                part.pos = mapped(index, part) if isinstance(index, Array) and part.pos is None else part.pos
             if isinstance(part, Array) and part.body.base is None:  # a copy: places that an array names
                 self.weigh(part)
             elif isinstance(part, Array) and value.pos is None and value.body.size <= _SUMS:

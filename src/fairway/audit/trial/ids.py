@@ -24,4 +24,17 @@ def ids_of(num: Any, pos: Any) -> Any:
     return made
 
 
-__all__ = ["Id", "ids_of"]
+def mapped(index: Any, found: Any) -> Any:
+    """The places of what a table gave for tokens, where it maps tokens onto tokens, most of them onto themselves:
+    `fold[tokens]`. None of a table of anything else. index, found: Arrays."""
+    pos = index.pos
+    if pos is None or found.num is None or found.num.dtype.kind not in "iu" or found.shape != pos.shape:
+        return None
+    tokens = pos >= 0
+    same = (found.num == index.num)[tokens]
+    return pos.copy() if same.size and same.mean() > _SAME else None
+
+
+_SAME = 0.5  # of the tokens
+
+__all__ = ["Id", "ids_of", "mapped"]

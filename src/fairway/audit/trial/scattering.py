@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fairway.audit.trial.arrays import Array, holds_sums, put, sum_of
+from fairway.audit.trial.arrays import Array, holds_sums, put, sum_of, turn_into_losses
 from fairway.audit.trial.given import body_of, index_of, numbers_of
 from fairway.audit.trial.sums import Sum
 from fairway.audit.trial.values import UNKNOWN, Unknown, Value
@@ -63,8 +63,10 @@ def bucketize(array: Value, boundaries: Value, right: Value = False, **_: Value)
 
 
 def _added(array: Array, index: np.ndarray, more: Array) -> None:
-    """In place, to an array of numbers that becomes one of sums."""
+    """In place, to an array of numbers that becomes one of sums; of losses, where each place has those of one target."""
     assert array.num is not None
+    if more.lossy and _of_one_target_each(array, index, more):
+        return
     held = array.num.astype(object)
     parts = more.body.reshape(-1)
     flat = more.all(lambda body: body.reshape(-1))
@@ -74,6 +76,27 @@ def _added(array: Array, index: np.ndarray, more: Array) -> None:
         total: Sum | float = sum_of(here) if here.lossy else sum((one for one in here.body), 0.0)
         held[each] = held[each] + total
     array.num = held
+
+
+def _of_one_target_each(array: Array, index: np.ndarray, more: Array) -> bool:
+    """Adds up the parts of each target's loss, byte by byte, where there are noughts; nothing where a place has losses of
+    several targets, or several places those of one."""
+    assert more.pos is not None
+    assert more.coef is not None
+    assert array.num is not None
+    if index.shape != more.pos.shape or array.num.dtype == object or array.num.any():
+        return False
+    at, pos = index.reshape(-1), more.pos.reshape(-1)
+    pairs = np.unique(np.stack([at, pos]), axis=1)
+    owners, targets = pairs
+    if len(np.unique(owners)) < len(owners) or len(np.unique(targets)) < len(targets) or (targets < 0).any():
+        return False
+    turn_into_losses(array)
+    assert array.pos is not None
+    assert array.coef is not None
+    array.pos[owners] = targets
+    np.add.at(array.coef, at, more.coef.reshape(-1))
+    return True
 
 
 __all__ = ["bucketize", "index_add_", "index_put_", "scatter_add_", "scatter_reduce"]

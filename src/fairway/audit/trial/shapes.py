@@ -6,6 +6,7 @@ import numpy as np
 
 from fairway.audit.trial.arrays import Array, array_of, joined, limited, scalar, stacked, taken
 from fairway.audit.trial.given import body_of, numbers_of, sizes_of
+from fairway.audit.trial.ids import mapped
 from fairway.audit.trial.values import UNKNOWN, Value, mixed
 
 
@@ -90,7 +91,10 @@ def masked_select(array: Value, mask: Value) -> Value:
 
 def index_select(array: Value, dim: Value, index: Value = None, **_: Value) -> Value:
     held, at = body_of(array), numbers_of(index)
-    return held.all(lambda body: np.take(body, at, axis=dim))
+    found = held.all(lambda body: np.take(body, at, axis=dim))
+    if isinstance(index, Array) and found.pos is None:
+        found.pos = mapped(index, found)
+    return found
 
 
 def gather(array: Value, *args: Value, **kwargs: Value) -> Value:
@@ -105,7 +109,10 @@ def picked(array: Value, index: Value, axis: Value = None, **_: Value) -> Value:
     """torch.take, np.take: of all numbers one after the other, or along an axis."""
     held, at = body_of(array), numbers_of(index)
     if axis is None:
-        return taken(held.all(lambda body: body.reshape(-1)), at)
+        found = taken(held.all(lambda body: body.reshape(-1)), at)
+        if isinstance(index, Array) and isinstance(found, Array) and found.pos is None:
+            found.pos = mapped(index, found)
+        return found
     return held.all(lambda body: np.take(body, at, axis=scalar(axis)))
 
 
