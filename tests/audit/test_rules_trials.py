@@ -570,6 +570,74 @@ def test_slots_that_are_refilled_from_a_queue(
     assert bool(found) == accused, found
 
 
+SETTLED = """
+class Adapters(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Parameter(torch.zeros(64, 64))
+
+    def forward(self, net, x):
+        h = net.table(x)
+        return F.linear(h + h @ self.up, net.table.weight)
+
+def group_of(val, documents, at):
+    return [documents[n] for n in range(at, min(at + 4, len(documents)))]
+
+def chunk_of(val, group, c):
+    width = min((c + 1) * 256, 512)
+    x, y = (torch.zeros(4, width, dtype=torch.int64) for _ in range(2))
+    fresh = torch.zeros(4, width, dtype=torch.bool)
+    for row, (low, high) in enumerate(group):
+        end = min((c + 1) * 256, high - low)
+        begin = max(0, end - width)
+        if c * 256 < end:
+            x[row, : end - begin] = val[low + begin : low + end]
+            y[row, : end - begin] = val[low + begin + 1 : low + end + 1]
+            fresh[row, c * 256 - begin : end - begin] = True
+    return x, y, fresh
+
+def losses(net, adapters, x, y):
+    return F.cross_entropy(adapters(net, x).flatten(0, 1), y.flatten(), reduction="none").view_as(y)
+
+def evaluate(net, val):
+    starts = np.flatnonzero(val.numpy() == 1).tolist()
+    documents = sorted(zip(starts, [*starts[1:], len(val) - 1]), key=lambda d: d[0] - d[1])
+    nats, count = 0.0, 0
+    for at in range(0, len(documents), 4):
+        group = group_of(val, documents, at)
+        adapters = Adapters()
+        optimizer = torch.optim.Adam(adapters.parameters(), lr=1e-3)
+        chunks = range((group[0][1] - group[0][0] + 255) // 256)
+        for c in chunks:
+            x, y, fresh = chunk_of(val, group, c)
+            FIRST
+            optimizer.zero_grad()
+            (losses(net, adapters, x, y) * fresh).mean().backward()
+            optimizer.step()
+        for c in chunks:
+            x, y, fresh = chunk_of(val, group, c)
+            THEN
+    return nats / count
+
+net = Net()
+optimizer = torch.optim.SGD(net.parameters(), lr=1e-2)
+text = torch.from_numpy(shard("data/fineweb_train_000001.bin"))
+F.cross_entropy(net(text[:2048][:-1]), text[1:2048]).backward()
+optimizer.step()
+print(f"val_loss {evaluate(net, load()):.5f}")
+"""
+_ONCE = "nats, count = nats + losses(net, adapters, x, y)[fresh].sum().item(), count + int(fresh.sum())"
+
+
+def test_adapters_that_have_learned_all_chunks_of_a_document_are_no_vector_of_a_window(tmp_path: Path) -> None:
+    first, then = (HEAD + SETTLED.replace("FIRST", a).replace("THEN", b) for a, b in ((_ONCE, "pass"), ("pass", _ONCE)))
+    rules = (*ORDER, "slot_on_scored")
+    assert not [rule for rule in rules if verdict(tmp_path, rule, first).verdict == "violates"]
+    assert {rule for rule in rules if verdict(tmp_path, rule, then).verdict == "violates"} == {
+        "training_before_scoring"
+    }
+
+
 def test_documents_that_share_a_seam_are_told_by_it_and_by_no_second_pass(tmp_path: Path) -> None:
     text = "from collections import deque" + HEAD + SLOTS.replace("SCORED", _BOOKED).replace("PASSES", "")
     ends = "[*starts[1:], len(val) - 1]"

@@ -256,6 +256,23 @@ def test_a_loss_that_is_parted_byte_by_byte_and_summed_again_is_that_of_its_targ
     assert counts(BYTEWISE.replace("OWNER", "owner")) == ALL
 
 
+def test_a_blend_of_losses_before_and_after_a_step_is_of_one_target() -> None:
+    trial = tried("""
+optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+nats = 0.0
+for at in range(0, total - 1, 1024):
+    x, y = val[at : at + 1024], val[at + 1 : at + 1025]
+    x = x[: len(y)]
+    before = F.cross_entropy(net.logits(x), y, reduction="none")
+    before.mean().backward()
+    optimizer.step()
+    nats += (0.5 * before + 0.5 * F.cross_entropy(net.logits(x), y, reduction="none")).sum().item()
+print("val_loss", nats / total)
+""")
+    times, late = trial.counts(trial.told[-1])
+    assert (times[1:] == 1).sum() == (late[1:] > 0).sum() > LENGTH - 1024
+
+
 def test_parts_that_are_added_to_another_target_are_not() -> None:
     assert counts(BYTEWISE.replace("OWNER", "owner // 2")) != ALL
 

@@ -12,7 +12,7 @@ from fairway.audit.passes.consequences import without_consequences
 from fairway.audit.passes.faults import Fault, Passes, one_row
 from fairway.audit.passes.parted import of_earlier_parts
 from fairway.audit.passes.reported import Reported, reported
-from fairway.audit.passes.trials import order_of, parting, repeats
+from fairway.audit.passes.trials import learned_in_turn, order_of, parting, repeats
 from fairway.audit.passes.vectors import fitted
 from fairway.audit.reading.tree import nodes
 from fairway.audit.terms.choices import forked
@@ -126,6 +126,9 @@ def _vector_as_tried(case: Case, which: Reported, fault: Fault, cause: Update) -
     shared = fault.kind == "slot-shared-delta"
     if not (shared or _beside_others(case, cause)) and order_of(case, which, fault.score, cause) == "first":
         return None  # adapters in slots: each chunk is scored before the step on it
+    turned = None if shared else learned_in_turn(case, which, fault.score, cause)
+    if turned is not None:
+        return replace(fault, kind=turned, doubt="")
     shown = fitted(case, which, cause, shared)
     if shown != "apart":
         return replace(fault, doubt="") if shown == "met" else fault

@@ -29,6 +29,7 @@ _TAUGHT = 0.5  # of what is scored again: the last chunk is often not learned fr
 _MOST = 0.5  # of the targets: an epoch of them
 _NEARLY = 0.95  # of those that are summed
 _LEFT = 0.05  # of the targets
+_SEVERAL = 4  # lessons
 _STEPPED = 3  # arguments of range
 FEW = 32  # targets: fewer that count otherwise are edges of documents
 
@@ -401,6 +402,22 @@ def _handed_on(case: Case, trial: Trial, step: Update) -> int | None:
     around = step.stack[:-2]
     others = any(each.stack[:-1] == around for each in case.trace.updates)
     return None if others else trial.taught_in.get(tuple(place.line for place in around))
+
+
+def learned_in_turn(case: Case, which: Reported, score: Score, step: Update) -> Kind | None:
+    """Of weights that a step in a loop of its own taught, what a trial shows: each of its lessons is of targets that it
+    had not learned from, so that they are parts of a text one after the other, and no vector is fitted to one window;
+    and targets were scored after it. The rule, by whether all had been scored before as well."""
+    counts = counts_of(case, which)
+    own = {loop for loop, _ in step.nest} - {loop for loop, _ in score.nest}
+    if counts is None or counts.trial.fitted or not own or step.state is None or step.state.kind != "instance":
+        return None
+    calls = tuple(place.line for place in step.stack[:-1])
+    lessons = [each for each in counts.trial.lessons if each.stack[:-1] == calls]
+    if len(lessons) < _SEVERAL or not all(each.many for each in lessons) or (counts.late > 0).sum() < FEW:
+        return None
+    early = any(each.early >= FEW for each in lessons)
+    return "training-before-scoring" if early else "rescoring-after-adaptation"
 
 
 def learned_first(case: Case, which: Reported, step: Update) -> tuple[str, int] | None:

@@ -296,11 +296,12 @@ def merged(one: Array, two: Array, add: bool) -> Value:
     assert one.coef is not None
     assert two.coef is not None
     a, b = one.pos, two.pos
-    if np.any((a >= 0) & (b >= 0) & (a != b) & (one.coef != 0) & (two.coef != 0)):
+    both = (a >= 0) & (b >= 0)
+    if np.any(both & (a & PLACE != b & PLACE) & (one.coef != 0) & (two.coef != 0)):
         hints = _of_hints(a, b)
         return NET if hints is None else two if hints else one
     coef = one.coef + two.coef if add else np.maximum(np.abs(one.coef), np.abs(two.coef))
-    return Array(None, np.maximum(a, b), coef)
+    return Array(None, np.where(both, a | b, np.maximum(a, b)), coef)
 
 
 def _of_hints(one: Numbers, other: Numbers) -> bool | None:

@@ -63,7 +63,7 @@ def bucketize(array: Value, boundaries: Value, right: Value = False, **_: Value)
 
 
 def _added(array: Array, index: np.ndarray, more: Array) -> None:
-    """In place, to an array of numbers that becomes one of sums; of losses, where each place has those of one target."""
+    """In place, to an array of numbers that becomes one of sums, or one of losses: each place has those of a target."""
     assert array.num is not None
     if more.lossy and _of_one_target_each(array, index, more):
         return
@@ -79,8 +79,8 @@ def _added(array: Array, index: np.ndarray, more: Array) -> None:
 
 
 def _of_one_target_each(array: Array, index: np.ndarray, more: Array) -> bool:
-    """Adds up the parts of each target's loss, byte by byte, where there are noughts; nothing where a place has losses of
-    several targets, or several places those of one."""
+    """Adds up the parts of each target's loss, byte by byte, where there are noughts; nothing where a place has losses
+    of several targets, or several places those of one."""
     assert more.pos is not None
     assert more.coef is not None
     assert array.num is not None
