@@ -1,6 +1,8 @@
 """The running frame: a rule that fails costs its own verdict; a submission that breaks its bounds costs itself."""
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -122,6 +124,17 @@ def test_a_submission_that_takes_too_long_costs_only_itself(tmp_path: Path) -> N
     assert "takes more than" in slow[0].rules[0].evidence
     quick = audit_all([tmp_path / "b.py"], workers=1)
     assert quick[0].facts["cannot_read"] == {}
+
+
+def test_what_one_submission_left_in_memory_is_none_of_the_next_one() -> None:
+    told = (
+        "from fairway.audit.worker import bound\n"
+        "bound(64_000_000); first = bytearray(48_000_000)\n"
+        "bound(64_000_000); second = bytearray(48_000_000)\n"
+        "try:\n    third = bytearray(48_000_000)\nexcept MemoryError:\n    print('bounded')"
+    )
+    done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "bounded\n", done.stderr
 
 
 def test_a_worker_answers_in_one_line_and_refuses_in_words(tmp_path: Path) -> None:

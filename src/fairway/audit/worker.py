@@ -1,7 +1,7 @@
 """A process that audits one path after another for `many`: a line of JSON in, a line of JSON out.
 
-It may hold at most `MEMORY` bytes more than at its start, where the machine can say so; what it answers stands alone on
-its standard output.
+For each of them it may hold at most `MEMORY` bytes more than before it, where the machine can say so; what it answers
+stands alone on its standard output.
 """
 
 import json
@@ -19,9 +19,9 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # nothing that is printed by the way can be taken for an answer
     rules = rule_modules()
-    bound(MEMORY)
     for line in sys.stdin:
         asked = json.loads(line)
+        bound(MEMORY)
         answer = _answer(audit, rules, asked)
         answer["last"] = peak_bytes() > MEMORY // 2  # memory is not given back: a fresh process is cheaper
         answers.write(json.dumps(answer) + "\n")
@@ -44,13 +44,15 @@ def _answer(audit: Any, rules: Any, asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def bound(more: int) -> None:
-    """Limits this process's memory to what it has now and `more`; does nothing where the system cannot."""
+    """Limits this process's memory to what it has now and `more`, in place of an earlier limit: one submission is not to
+    be cut short by what another has left behind. Does nothing where the system cannot."""
     try:
         import resource
 
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         most = pages * resource.getpagesize() + more
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        resource.setrlimit(resource.RLIMIT_AS, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
     except (ImportError, OSError, ValueError):
         return
 

@@ -18,7 +18,7 @@ from fairway.audit.trial.calls import Calls, Decorator
 from fairway.audit.trial.core import Core
 from fairway.audit.trial.functions import functions
 from fairway.audit.trial.generators import Generators
-from fairway.audit.trial.limits import CHUNK, Coarse, Forced, alone, finer, looped
+from fairway.audit.trial.limits import CHUNK, Coarse, Forced, Limits, alone, finer, looped
 from fairway.audit.trial.named import numbers, taken
 from fairway.audit.trial.planning import handed_on
 from fairway.audit.trial.told import Trial
@@ -146,7 +146,7 @@ def run(
 
 def _run(script: Script, settings: Settings, length: int, forced: tuple[Forced, ...], cut: bool, native: bool) -> Trial:
     begin = partial(Machine, script, settings, native=native)
-    trial = over(begin, length, forced).trial
+    trial = over(begin, length, (*forced, *_named(script, settings, length, forced)) if cut else forced).trial
     if native and not (trial.complete or (trial.slow and shorter(trial.slow))) and _NATIVE.search(script.text):
         begin = partial(Machine, script, settings, native=False)
         trial = over(begin, length, trial.limits.forced).trial
@@ -154,8 +154,9 @@ def _run(script: Script, settings: Settings, length: int, forced: tuple[Forced, 
     if less and less < length:
         begin, length = partial(begin, slow=trial.slow), less
         fewer = () if trial.slow else taken(script, settings, ("batch",), _BATCHES, _ROWS)
-        trial = over(begin, length, (*trial.limits.forced, *fewer)).trial
-    while cut and (number := _too_large(trial, script, settings, length)):
+        chunks = _named(script, settings, length, trial.limits.forced) if cut else []
+        trial = over(begin, length, (*trial.limits.forced, *fewer, *chunks)).trial
+    while cut and (number := _too_large(trial, script, length)):
         trial = over(begin, length, (*trial.limits.forced, finer(number, length))).trial
     return trial
 
@@ -170,10 +171,20 @@ def in_pairs(trial: Trial, script: Script, settings: Settings) -> Trial:
     return again.trial if again.trial.complete and again.trial.lessons else trial
 
 
-def _too_large(trial: Trial, script: Script, settings: Settings, length: int) -> int | None:
-    """Tokens of chunks, of which the short text is a part of one."""
-    named = sorted(each for each in numbers(_CHUNKS, script, settings.environment) if length < each <= CHUNK)
-    found = trial.limits.cutting(length) or next((each for each in named if trial.limits.fresh(each)), None)
+def _named(script: Script, settings: Settings, length: int, forced: tuple[Forced, ...]) -> list[Forced]:
+    """Tokens of chunks, as their names say, of which the short text is a part of one: each is known before the trial,
+    and would begin it anew after it."""
+    numbered = sorted(each for each in numbers(_CHUNKS, script, settings.environment) if length < each <= CHUNK)
+    found: list[Forced] = []
+    for number in numbered:
+        if Limits((*forced, *found)).fresh(number) and alone(script.tree, number):
+            found.append(finer(number, length))
+    return found
+
+
+def _too_large(trial: Trial, script: Script, length: int) -> int | None:
+    """Tokens of chunks that no name tells, of which the short text is a part of one."""
+    found = trial.limits.cutting(length)
     return found if found and alone(script.tree, found) else None
 
 
