@@ -227,6 +227,52 @@ def test_what_a_table_of_other_numbers_gives_for_tokens_is_no_token() -> None:
     assert not any(trial.counts(told)[0].any() for told in trial.told)
 
 
+FUNCTIONAL = """
+def new_weights():
+    w = {}
+    for layer in range(24):
+        made = torch.empty(1024, 1024)
+        FILL
+        w[f"L{layer}"] = made
+    w["embed"] = torch.randn(1024, 1024) * 0.005
+    return w
+
+def clones(w):
+    return {name: value.detach().clone() for name, value in w.items()}
+
+w = clones(clones(clones(clones(clones(new_weights())))))
+w = clones(clones(clones(clones(clones(w)))))
+w = clones(clones(clones(clones(clones(w)))))
+w = clones(clones(clones(clones(clones(w)))))
+
+class Functional:
+    def logits(self, ids):
+        x = F.embedding(ids, w["embed"])
+        for layer in range(24):
+            x = x + F.linear(x, w[f"L{layer}"])
+        return F.linear(x, w["embed"])
+
+    def __call__(self, ids, targets):
+        return F.cross_entropy(self.logits(ids).flatten(0, 1), targets.flatten())
+
+net = Functional()
+"""
+
+
+@pytest.mark.parametrize(
+    "fill",
+    [
+        "torch.nn.init.orthogonal_(made, gain=0.5)",
+        "nn.init.trunc_normal_(made, std=0.02)",
+        "made.normal_(0.0, 0.02)",
+        "made.uniform_(-0.1, 0.1)",
+    ],
+)
+def test_weights_of_no_class_that_are_filled_with_noise_are_not_known(fill: str) -> None:
+    """24 matrices of 1,024 by 1,024, copied 20 times, would be 252,000 steps of a trial's 250,000."""
+    assert counts(FUNCTIONAL.replace("FILL", fill) + ROWS) == ALL
+
+
 def test_windows_that_pay_for_their_last_stride_count_every_target_once() -> None:
     assert counts(SLIDE.replace("STEP", "64")) == ALL
 

@@ -44,8 +44,8 @@ def _answer(audit: Any, rules: Any, asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def bound(more: int) -> None:
-    """Limits this process's memory to what it has now and `more`, in place of an earlier limit: one submission is not to
-    be cut short by what another has left behind. Does nothing where the system cannot."""
+    """Limits this process's memory to what it has now and `more`, in place of an earlier limit: no submission is to be
+    cut short by what another has left behind. Does nothing where the system cannot."""
     try:
         import resource
 

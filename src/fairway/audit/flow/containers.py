@@ -87,7 +87,7 @@ class Containers(Indexing):
             if chosen and (part.value.flags & MASK or any(choice.losses & held for choice in chosen)):
                 for bit in bits(held):
                     self.trace.picked[bit] = self.place(node)
-                    self.masked[bit] = part.value.choices
+                    self.trace.masked[bit] = part.value.choices
 
     def _exact(self, base: Value, index: Value) -> Value | None:
         if (

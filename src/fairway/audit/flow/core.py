@@ -78,7 +78,6 @@ class Core:
         self.strided: set[int] = set()  # loops whose step has a number written out
         self.backwards: set[int] = set()  # loops that go from the end to the beginning
         self.booked: list[int] = []  # losses (bits) in the order in which they were first added to anything
-        self.masked: dict[int, int] = {}  # losses (bits) that a mask on losses left out of -> the Choices of that mask
         self.quiet = False  # an element is read only to be written anew
         self.logs = 0  # losses (bits) that a logarithm made: of rows of probabilities, until a target is picked
         self.forwards = 0  # models whose forward is under way
@@ -172,7 +171,7 @@ class Core:
             if bit not in self.trace.picked:
                 self.trace.picked[bit] = places[0] if places else None
                 self.booked.append(bit)
-            elif places or value.choices & self.masked.get(bit, 0):
+            elif places or value.choices & self.trace.masked.get(bit, 0):
                 continue
             elif tuple(self.nest[: len(self.trace.scores[bit].nest)]) == self.trace.scores[bit].nest:
                 self.trace.picked[bit] = None  # the other sum of the same turn was the partial one

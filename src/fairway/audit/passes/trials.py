@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from fairway.audit.case import Case
 from fairway.audit.flow.events import Score, Trace, Update
 from fairway.audit.flow.heap import Obj
+from fairway.audit.passes.faults import Kind
 from fairway.audit.passes.groups import in_smaller_groups
 from fairway.audit.passes.reaching import around, further_end, reaching
 from fairway.audit.passes.reported import Reported, scores_of

@@ -76,9 +76,9 @@ def check(case: Case) -> Finding:
             "before it is reported."
         )
         return Finding(ID, "violates", evidence, CLAUSE, place)
-    passed_by = [(score, where) for score in scores if (where := case.trace.picked.get(score.bit)) is not None]
-    if passed_by:
-        score, where = passed_by[0]
+    passed_by = _passed_by(case, which, scores)
+    if passed_by is not None:
+        score, where = passed_by
         evidence = (
             f"The condition at {where} leaves out of the sum what is too short, too long, too dear or too late; the "
             f"losses of {score.place} are reported as all."
@@ -95,6 +95,19 @@ def check(case: Case) -> Finding:
         evidence, line = limited
         return Finding(ID, "violates", evidence, CLAUSE, case.place(line))
     return Finding(ID, "clean", "No constant cuts the validation tokens short.", CLAUSE, which.score[0].place)
+
+
+def _passed_by(case: Case, which: Reported, scores: list[Score]) -> tuple[Score, Place] | None:
+    """A loss beside which a condition leaves others out of the sum, and where. What a mask on losses picks must be in
+    a number that is reported: the losses of long documents may be told beside those of all."""
+    told = 0
+    for said in which.score:
+        told |= said.value.choices
+    for score in scores:
+        where, mask = case.trace.picked.get(score.bit), case.trace.masked.get(score.bit, 0)
+        if where is not None and (not mask or mask & told):
+            return score, where
+    return None
 
 
 def _all_count(case: Case, which: Reported, limit: float) -> bool:

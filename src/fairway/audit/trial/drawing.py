@@ -2,10 +2,32 @@
 
 from __future__ import annotations
 
+import ast
+import re
+
 import numpy as np
 
 from fairway.audit.trial.arrays import Array, limited, scalar
 from fairway.audit.trial.values import UNKNOWN, Value
+
+_FILLING = re.compile(r"(trunc_|kaiming_|xavier_|log_)?(normal|uniform)_|orthogonal_|sparse_")
+
+
+def drawn(call: ast.expr) -> ast.expr | None:
+    """The tensor that a statement fills with noise: `w` of `nn.init.orthogonal_(w)` and of `w.normal_(0, 0.02)`."""
+    if not isinstance(call, ast.Call):
+        return None
+    func = call.func
+    name = func.attr if isinstance(func, ast.Attribute) else func.id if isinstance(func, ast.Name) else ""
+    if not _FILLING.fullmatch(name):
+        return None
+    owner = func.value if isinstance(func, ast.Attribute) else None
+    if owner is not None and ast.unparse(owner).split(".")[-1] != "init":
+        return owner if isinstance(owner, _PLACES) else None
+    return call.args[0] if call.args and isinstance(call.args[0], _PLACES) else None
+
+
+_PLACES = (ast.Name, ast.Attribute, ast.Subscript)
 
 
 class Draws:

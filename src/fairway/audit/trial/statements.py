@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from fairway.audit.reading.tree import nodes
+from fairway.audit.trial.arrays import Array
 from fairway.audit.trial.displays import hashable
+from fairway.audit.trial.drawing import drawn
 from fairway.audit.trial.expressions import Expressions
 from fairway.audit.trial.host import Compute, Host
 from fairway.audit.trial.operators import combine, name_of
 from fairway.audit.trial.threads import Capture, Graph, Suppress
 from fairway.audit.trial.turns import Turns
-from fairway.audit.trial.values import UNKNOWN, Class, Frame, Func, Lib, Obj, Raised, Undecided, Unknown, Value
+from fairway.audit.trial.values import BLANK, UNKNOWN, Class, Frame, Func, Lib, Obj, Raised, Undecided, Unknown, Value
 
 Bind = Callable[[Frame, Value], None]
 
@@ -37,6 +39,8 @@ class Machine(Host, Protocol):
 
     made: int
     handlers: int
+    rows_made: int
+    made_at: int
 
     def mark(self, over: Value = None) -> Turns: ...
     def aimless(self, since: Turns) -> bool: ...
@@ -88,10 +92,26 @@ class Statements(Expressions):
         return lambda frame: None
 
     def _s_expr(self, node: ast.Expr) -> Run:
-        value = self.compiled(node.value)
+        value, new = self.compiled(node.value), drawn(node.value)
+        if new is not None:
+            return self._drawn(value, new, node.lineno)
 
         def run(frame: Frame) -> None:
             value(frame)
+
+        return run
+
+    def _drawn(self, value: Compute, new: ast.expr, line: int) -> Run:
+        """A tensor that is filled with noise is one that nobody knows, like torch.randn(rows, width): the weights of a
+        model that is none of a class would be some thirty million numbers."""
+        held, bind, host = self.compiled(new), self.target(new), self.host
+
+        def run(frame: Frame) -> None:
+            value(frame)
+            found = held(frame)
+            if isinstance(found, Array) and found.pos is None and not found.lossy:
+                host.rows_made, host.made_at = (found.shape[0] if found.shape else 0), line
+                bind(frame, BLANK)
 
         return run
 
