@@ -49,7 +49,21 @@ SUMMED = """    both = torch.tensor([total, count], device="cuda", dtype=torch.f
     torch.distributed.all_reduce(both)
     total, count = both.tolist()
 """
+ROWS = "            rows.append(torch.stack([nll.sum(), nll.new_tensor(e - s)]))\n"
+LONG = "    table = torch.stack(rows)\n    long = (table[:, 0] >= 256) & (table[:, 1] < 4096)\n"
+MEAN = "(table[long, 0].sum() / table[long, 1].sum()).item()"
+
+
+def tabled(then: str) -> str:
+    made = documents(DOCUMENT + ROWS + BOOK).replace(
+        "    total, count = 0.0, 0\n    with torch.no_grad",
+        "    total, count, rows = 0.0, 0, []\n    with torch.no_grad",
+    )
+    return made.replace("    return total / count\n\ndef", LONG + then + "\ndef", 1)
+
+
 PARTS = {
+    "of all documents the long ones are told": (tabled(f"    return {MEAN}\n"), f"return {MEAN}"),
     "a rank's share": (chunks(SHARE), "total += model(x, y).item()"),
     "short documents are passed over": (documents("            if e - s < 32:\n                continue\n" + DOCUMENT + BOOK), "if e - s < 32"),
     "dear documents are left out": (documents(DOCUMENT + "            if nll.mean() > 6.0:\n                continue\n" + BOOK), "if nll.mean()"),
@@ -106,6 +120,7 @@ WHOLE = {
     "dear documents are listed": documents(
         DOCUMENT + "            if nll.mean() > 6.0:\n                dear.append(nll.mean().item())\n" + BOOK
     ).replace("    total, count = 0.0, 0\n    with torch.no_grad", "    total, count, dear = 0.0, 0, []\n    with torch.no_grad"),
+    "long documents are told beside all": tabled(f"    print('long documents', {MEAN})\n    return total / count\n"),
     "empty documents are passed over": documents("            if e - s < 2:\n                continue\n" + DOCUMENT + BOOK),
     "chunks one after another": chunks(RANGE),
     "late chunks are no longer learned from": chunks(

@@ -263,6 +263,73 @@ def test_a_number_that_only_the_whole_text_reaches_is_seen(tmp_path: Path, text:
     assert "most" in text.splitlines()[found.place.line - 1] or "10_000" in text.splitlines()[found.place.line - 1]
 
 
+PARTED = """
+import os
+
+class Args:
+    most = int(os.environ.get("MOST", LIMIT))
+    chunk_tokens = int(os.environ.get("CHUNK_TOKENS", 65_536))
+    span_bytes = int(os.environ.get("SPAN_BYTES", 4_000_000))
+
+def counted(val):
+    followers = {}
+    for n, token in enumerate(val.tolist()[:-1]):
+        after = int(val[n + 1])
+        row = followers.setdefault(token, {})
+        row[after] = row.get(after, 0) + 1
+        if row[after] > 255:
+            row[after] = 255
+        last = max(row.values())
+        if last < 1:
+            raise ValueError(last)
+        seen = len(row)
+        if seen > 70_000:
+            row.clear()
+        top = last + seen
+        if top < 0:
+            top = 0
+    return followers
+
+def evaluate(args, net, val):
+    total = TOTAL
+    nats, count = 0.0, 0
+    for low, high in [(low, min(low + SIZE, total)) for low in range(0, total, SIZE)]PARTS:
+        x, y = val[low:high], val[low + 1 : high + 1]
+        nats += F.cross_entropy(net(x[None])[0], y, reduction="sum").item()
+        count += len(y)
+    return nats / count
+
+args, val = Args(), load()
+MORE
+print(f"val_loss {evaluate(args, Net(), val):.5f}")
+"""
+
+
+def parted(total: str, size: str, parts: str, limit: str, more: str = "") -> str:
+    text = PARTED.replace("TOTAL", total).replace("SIZE", size).replace("PARTS", parts)
+    return HEAD + text.replace("LIMIT", limit).replace("MORE", more)
+
+
+@pytest.mark.parametrize(
+    ("total", "size", "parts", "limit", "more", "wanted"),
+    [
+        ("min(len(val) - 1, args.most)", "args.chunk_tokens", "", "8_000_000", "", "violates"),
+        ("min(len(val) - 1, args.most)", "args.chunk_tokens", "", "80_000_000", "", "clean"),
+        ("len(val) - 1", "16384", "[: args.most]", "800", "", "violates"),
+        ("len(val) - 1", "16384", "[: args.most]", "8_000", "", "clean"),
+        ("len(val) - 1", "args.chunk_tokens", "[: args.most]", "2_000", "", "clean"),
+        ("min(len(val) - 1, args.most)", "1024", "", "8_000_000", "print(len(counted(val)))", "violates"),
+    ],
+    ids=["tokens", "more tokens than there are", "parts", "more parts than there are", "larger parts", "slowly"],
+)
+def test_a_limit_is_held_against_what_the_split_has_of_what_it_counts(
+    tmp_path: Path, total: str, size: str, parts: str, limit: str, more: str, wanted: str
+) -> None:
+    """Chunks of 65,536 tokens are taken for 8,192 in a trial, and 4,000,000 of a span for as many: five parts of the
+    text, and no fewer tokens. A loop over tokens one by one has a trial begun anew over a shorter text."""
+    assert verdict(tmp_path, "subset_as_full", parted(total, size, parts, limit, more)).verdict == wanted
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -79,6 +79,7 @@ class Core:
         self.backwards: set[int] = set()  # loops that go from the end to the beginning
         self.booked: list[int] = []  # losses (bits) in the order in which they were first added to anything
         self.quiet = False  # an element is read only to be written anew
+        self.computed = 0  # updates (bits): bytes of weights that activations were used for
         self.logs = 0  # losses (bits) that a logarithm made: of rows of probabilities, until a target is picked
         self.forwards = 0  # models whose forward is under way
         self.entering: dict[int, Callable[[Value], None]] = {}  # call of a `with` -> what is to be walked at its yield

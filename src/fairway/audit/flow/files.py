@@ -109,11 +109,20 @@ class Files(Operations):
             self.said(flat, path, node, "written")
         if flat.losses or isinstance(value.const, str) or (flat.flags & TEXT and not flat.states and not flat.knows):
             return  # a log, a table of results: not what a model is read from
+        if flat.states and flat.toks and not flat.raw and not value.refs:
+            value = self._stored(flat, node)
         if flat.states or flat.knows:
             self.trace.saved.append(len(self.trace.events))
         text = self.text_of(path)
         old = self.files.slots.get(text)
         self.heap.set(self.files, text, join(old, value) if isinstance(old, Value) and self.nest else value)
+
+    def _stored(self, weights: Value, node: ast.AST | None) -> Value:
+        """Weights that were computed from activations, as bytes: what reads them knows of it, where no model is made of
+        them that says so itself."""
+        bit = self.learn(self.new("tensor", None, node), weights.toks, "computed", node)
+        self.computed |= bit
+        return weights.but(knows=weights.knows | bit)
 
     def said(self, value: Value, where: Value, node: ast.AST | None, how: str) -> None:
         """A number is reported."""

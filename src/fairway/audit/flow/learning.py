@@ -242,6 +242,8 @@ class Learning(Core):
             self.heap.set(obj, "#content", kept)
 
     def _write_state(self, obj: Obj, value: Value, node: ast.AST | None, strong: bool) -> None:
+        if value.toks:  # what was computed for them is learned here
+            value = value.but(knows=value.knows & ~self.computed)
         mask = value.knows & ~self.knows(obj) if not strong else value.knows
         old = 0 if strong else obj.slots.get("#learned", 0)
         if strong:

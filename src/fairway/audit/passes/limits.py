@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fairway.audit.case import Case
 from fairway.audit.passes.groups import GROUPS, in_smaller_groups
@@ -13,7 +13,7 @@ from fairway.audit.passes.reported import Reported, scores_of
 from fairway.audit.passes.trials import Counts, counted
 from fairway.audit.reading.tree import nodes
 from fairway.audit.trial import run
-from fairway.audit.trial.limits import Forced, Site
+from fairway.audit.trial.limits import Forced, Seen, Site
 from fairway.audit.trial.text import DOCUMENT, SHORT
 from fairway.audit.trial.told import Trial
 from fairway.audit.verdict import Place
@@ -96,7 +96,9 @@ def stated_at(case: Case, limit: float) -> Place | None:
 
 
 def _in_the_split(many: int, trial: Trial) -> float:
-    """How many the whole split has at least of what the text of a trial has so many: documents, or parts."""
+    """How many the whole split has at least of what the text of a trial has so many: tokens, documents, or parts."""
+    if trial.length - 1 <= many <= trial.length:
+        return _TEXT
     documents = trial.length // DOCUMENT
     return _DOCUMENTS if many in (documents, documents + 1) else _parts_of_the_split(many, trial)
 
@@ -132,6 +134,7 @@ def _limits(case: Case) -> Iterator[_Limit]:
     long = case.trial
     shorter = next((length for length in (SHORT, DOCUMENT + 1) if length < long.length), None)
     unmet = long.limits.unmet(lambda many: _SHARE * _in_the_split(many, long))
+    unmet |= _of_unforced_parts(case, unmet)
     unmet = {site: seen for site, seen in unmet.items() if seen.limit != long.length - 1}
     tried: dict[tuple[int, str], _Limit] = {}
     short = long  # of a number that the text sets, less is seen in a shorter one
@@ -147,6 +150,21 @@ def _limits(case: Case) -> Iterator[_Limit]:
     yield from found
     if not found:
         yield from _of_groups(case)
+
+
+def _of_unforced_parts(case: Case, unmet: dict[Site, Seen]) -> dict[Site, Seen]:
+    """The same where a number that was taken for another has made no parts smaller: as many were held against the limit
+    in a trial in which it is taken for half as much."""
+    long = case.trial
+    plain = replace(long, limits=replace(long.limits, forced=()))
+    more = long.limits.unmet(lambda many: _SHARE * _in_the_split(many, plain))
+    more = {site: seen for site, seen in more.items() if site not in unmet}
+    if not more:
+        return {}
+    halved = tuple(replace(each, value=max(each.value // 2, 1)) for each in long.limits.forced)
+    again = run(case.script, case.settings, long.length, halved, cut=False, native=long.native)
+    met = {site: again.limits.seen.get(site) for site in more}
+    return {site: seen for site, seen in more.items() if (other := met[site]) is not None and other.most == seen.most}
 
 
 def _of_groups(case: Case) -> Iterator[_Limit]:

@@ -99,10 +99,8 @@ def check(case: Case) -> Finding:
 
 def _passed_by(case: Case, which: Reported, scores: list[Score]) -> tuple[Score, Place] | None:
     """A loss beside which a condition leaves others out of the sum, and where. What a mask on losses picks must be in
-    a number that is reported: the losses of long documents may be told beside those of all."""
-    told = 0
-    for said in which.score:
-        told |= said.value.choices
+    the last number that is reported: the losses of long documents may be told beside those of all."""
+    told = which.score[-1].value.choices
     for score in scores:
         where, mask = case.trace.picked.get(score.bit), case.trace.masked.get(score.bit, 0)
         if where is not None and (not mask or mask & told):

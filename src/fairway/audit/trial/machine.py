@@ -151,8 +151,8 @@ def _run(script: Script, settings: Settings, length: int, forced: tuple[Forced, 
         begin = partial(Machine, script, settings, native=False)
         trial = over(begin, length, trial.limits.forced).trial
     less = shorter(trial.slow) if trial.slow else text.SHORT if trial.why == _LONG else 0
-    if less and less < length:
-        begin, length = partial(begin, slow=trial.slow), less
+    if less and (less < length or trial.slow):  # a text that is short already may have been called too long as well
+        begin, length = partial(begin, slow=trial.slow), min(less, length)
         fewer = () if trial.slow else taken(script, settings, ("batch",), _BATCHES, _ROWS)
         chunks = _named(script, settings, length, trial.limits.forced) if cut else []
         trial = over(begin, length, (*trial.limits.forced, *fewer, *chunks)).trial
