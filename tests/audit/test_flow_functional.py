@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fairway.audit.flow.known import MODULE_NAMES
-from tests.audit.order import HEAD, HONEST, MAIN, broken, doubted
+from tests.audit.order import HEAD, HONEST, MAIN, broken, doubted, findings, line_of
 
 PURE = (
     HEAD
@@ -294,3 +294,74 @@ def test_weights_without_a_module_that_reach_into_the_next_chunk_are_told_by_a_t
     begin = LEAVES.index("    for start in range(0, val.numel()")
     walk = LEAVES[:begin] + REACHING.replace("STOP", stop).lstrip("\n") + LEAVES[LEAVES.index("    print(f", begin) :]
     assert broken(walk) == doubted(walk) == wanted
+
+
+PACKED = (
+    HEAD
+    + """
+def logits(w, ids, tap=None):
+    x = F.rms_norm(F.embedding(ids, w["emb"]), (64,))
+    if tap is not None:
+        tap("out", x)
+    return F.linear(x, w["out"])
+
+def cost(w, ids, goal):
+    return F.cross_entropy(logits(w, ids).flatten(0, 1), goal.flatten())
+
+def hessians(w, tokens):
+    sums = {}
+
+    def tap(name, x):
+        flat = x.reshape(-1, x.size(-1)).float()
+        sums[name] = sums.get(name, torch.zeros(64, 64)).addmm_(flat.T, flat)
+
+    for s in range(0, tokens.numel() - 1024, 1024):
+        logits(w, tokens[s : s + 1024][None], tap)
+    return sums
+
+def pack(w, sums):
+    packed = io.BytesIO()
+    for name, value in w.items():
+        scale = sums["out"].diagonal().sqrt()
+        packed.write((value * scale).round().div(scale).half().numpy().tobytes())
+    return zlib.compress(packed.getvalue())
+
+def unpack(blob):
+    flat = torch.from_numpy(np.frombuffer(zlib.decompress(blob), dtype=np.float16).copy())
+    return {"emb": flat[: 1024 * 64].view(1024, 64), "out": flat[1024 * 64 :].view(1024, 64)}
+
+def main():
+    args = Hyperparameters()
+    w = {"emb": torch.randn(1024, 64), "out": torch.randn(1024, 64)}
+    step = torch.optim.SGD([value.requires_grad_(True) for value in w.values()], lr=0.1)
+    loader = Loader(args.train_files)
+    for _ in range(2000):
+        x, y = loader.next(65536)
+        cost(w, x, y).backward()
+        step.step()
+    val = load(args.val_files)
+    seen = CALIBRATED
+    sums = hessians(w, seen)
+    with open("weights.bin", "wb") as f:
+        f.write(pack(w, sums))
+    with open("weights.bin", "rb") as f:
+        w = unpack(f.read())
+    nats, count = 0.0, 0
+    for s in range(0, val.numel() - 1024, 1024):
+        nats += cost(w, val[s : s + 1024][None], val[s + 1 : s + 1025][None]).item() * 1024
+        count += 1024
+    print(f"final val_loss:{nats / count:.8f} val_bpb:{nats / count / math.log(2) / 2.4:.8f}")
+
+main()
+"""
+)
+
+
+def test_weights_of_no_module_are_calibrated_on_what_the_model_was_run_on_before_they_were_stored() -> None:
+    on_train = PACKED.replace("CALIBRATED", "load('data/shards_train_000001.bin')")
+    assert findings(on_train)["calibration-on-validation"].verdict == "clean"
+    on_validation = PACKED.replace("CALIBRATED", "val")
+    found = findings(on_validation)["calibration-on-validation"]
+    assert found.verdict == "violates"
+    assert found.place is not None
+    assert found.place.line == line_of(on_validation, "sums = hessians(w, seen)")

@@ -87,6 +87,18 @@ class Operations(Picking):
         flats = [self.flat(each) for each in (*args, *kwargs.values())]
         return self._computed(name, args, flats, kwargs, node)
 
+    def _run_of_no_class(self, ids: Value, weights: Value, node: ast.AST | None) -> None:
+        """F.embedding(tokens, w["embed"]) in a function of a model that is none of a class: whoever calls that function
+        runs the model."""
+        ids, weights = (ids, weights) if ids.raw else (weights, ids)
+        if not ids.raw or not weights.states:
+            return
+        stand = self._stand(node)
+        way = stand["stack"]
+        if len(way) > 1:
+            stand |= {"stack": way[:-1], "place": way[-2]}
+        self.trace.events.append(events.Forward(**stand, toks=ids.toks))
+
     def _arrangement(self, args: list[Value]) -> Value:
         """arange(low, high): places in the data, of a share where low is one of its places, or before it."""
         low, high = (self.flat(each) for each in args[:2]) if len(args) > 1 else (NOTHING, NOTHING)
@@ -127,6 +139,8 @@ class Operations(Picking):
         if name in ("randint", "randperm", "random_integers"):
             drawn = frozenset((Tok("random"),))
             return Value(toks=drawn, flags=RAW, spans=self._arranged(args)) if name == "randint" else NOTHING
+        if name == "embedding" and len(flats) > 1 and not self.forwards:
+            self._run_of_no_class(flats[0], flats[1], node)
         if name in ("multinomial", "sample") and flats and _said_by_a_model(flats[0]):
             return Value(toks=frozenset((Tok("generated"),)), flags=RAW, knows=0)
         if name == "tobytes" and flats:
