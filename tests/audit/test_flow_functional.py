@@ -365,3 +365,31 @@ def test_weights_of_no_module_are_calibrated_on_what_the_model_was_run_on_before
     assert found.verdict == "violates"
     assert found.place is not None
     assert found.place.line == line_of(on_validation, "sums = hessians(w, seen)")
+
+
+COOLED = (
+    PACKED.replace('return F.linear(x, w["out"])', 'return F.linear(x, w["out"]) * COOL')
+    .replace("def logits(", "COOL = torch.ones((), requires_grad=True)\n\ndef logits(")
+    .replace("for value in w.values()]", "for value in w.values()] + [COOL]")
+    .replace("seen = CALIBRATED\n    sums = hessians(w, seen)\n", 'sums = {"out": torch.ones(64, 64)}\n    CHOOSE\n')
+    .replace("nats += cost(w, val[s : s + 1024][None], val[s + 1 : s + 1025][None]).item() * 1024\n", "SCORE\n")
+)  # fmt: skip
+PLAINLY = "nats += cost(w, val[s : s + 1024][None], val[s + 1 : s + 1025][None]).item() * 1024"
+BIASED = """x, y = val[s : s + 1024], val[s + 1 : s + 1025]
+        bias = torch.zeros(1024, requires_grad=True)
+        fit = torch.optim.SGD([bias], lr=0.1)
+        for _ in range(4):
+            F.cross_entropy(logits(w, x[None])[0].detach() + bias, y).backward()
+            fit.step()
+        nats += F.cross_entropy(logits(w, x[None])[0] + bias, y).item() * 1024"""
+BEST = """halves = {"as they are": w, "halved": {name: value / 2 for name, value in w.items()}}
+    losses = {name: cost(kept, val[None, :1024], val[None, 1:1025]).item() for name, kept in halves.items()}
+    w = halves[min(losses, key=losses.get)]"""
+
+
+def test_what_is_fitted_or_chosen_beside_a_scale_is_none() -> None:
+    """The logits have a scale that training learned: a bias over the vocabulary is no temperature, nor are weights."""
+    biased = broken(COOLED.replace("CHOOSE", "pass").replace("SCORE", BIASED))
+    assert {"slot-on-scored", "temperature-from-validation"} & biased == {"slot-on-scored"}
+    chosen = broken(COOLED.replace("CHOOSE", BEST).replace("SCORE", PLAINLY))
+    assert {"choice-by-validation", "temperature-from-validation"} & chosen == {"choice-by-validation"}

@@ -82,6 +82,8 @@ class Arithmetic(Comparisons):
             if result.flags & LENGTH:
                 result.flags &= ~LENGTH
             if isinstance(op, (ast.Div, ast.Mult)) and (self._scales(one, two) or self._scales(two, one)):
+                logits, scale = (one, two) if self._scales(one, two) else (two, one)
+                self.trace.scalers |= scale.states - logits.states
                 result.flags |= SCALED
                 result.flags |= HEATED if any(each.choices and not each.states for each in (one, two)) else 0
             number = two.const if one.active else one.const

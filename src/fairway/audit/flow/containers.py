@@ -60,9 +60,12 @@ class Containers(Indexing):
             result = join(result, each)
         if any(part.value is not None and ORDERED & part.value.env for part in parts):
             result = in_order(result)
-        choices = base.choices
+        picking = 0
         for part in parts:
-            choices |= part.value.choices if part.value else 0
+            picking |= part.value.choices if part.value else 0
+        if picking and (held := self.flat(base)).states:
+            self.trace.weighed |= picking & ~held.choices
+        choices = base.choices | picking
         if choices:
             result = result.but(choices=result.choices | choices)
             self._left_out(base, parts, node)

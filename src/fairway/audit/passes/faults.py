@@ -119,7 +119,7 @@ class Passes:
             trained = self._trained_on(score, learned)
             return Fault("validation-in-training" if trained else "calibration-on-validation", score, update)
         alone = state is not None and state.kind == "tensor" and state.owner is None and state not in self.trained
-        if alone and score.scaled:
+        if alone and score.scaled and state in self.trace.scalers:
             return Fault("temperature-from-validation", score, update)
         if any(tok.data == "train" for tok in update.learned) and self._in_artifact(score, update):
             return Fault("validation-in-training", score, update)  # whatever was looked at while it trained
@@ -367,7 +367,8 @@ class Passes:
                     least: Kind = "choice-by-validation" if self._of_one_run(seen, choice) else "min-over-passes"
                     yield Fault("temperature-from-validation" if swept else least, score, choice, about[0])
                 elif not past[choice.bit] and score.choices >> choice.bit & 1 and choice.number < score.number:
-                    scaled = score.scaled or (choice.form == "fit" and _scales(choice, scores))
+                    scaled = score.scaled and not self.trace.weighed >> choice.bit & 1
+                    scaled = scaled or (choice.form == "fit" and _scales(choice, scores))
                     kind: Kind = "temperature-from-validation" if scaled else "choice-by-validation"
                     yield Fault(kind, score, choice, about[0])
 
