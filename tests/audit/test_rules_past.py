@@ -110,3 +110,40 @@ def test_a_check_of_sums_after_the_score_is_no_score_and_a_count_no_loss() -> No
     )
     body = body.replace("\nif __name__", '    print(f"sums are off by {off(cache, val):.1e}")\n\nif __name__')
     assert broken(HEAD + GATED + body) == set()
+
+
+HEATS = """
+HEATS = (0.96, 0.98, 1.0, 1.02)
+
+def heated(args, model, val):
+    opt = torch.optim.SGD(model.parameters(), lr=1e-3)
+    past, current = torch.zeros(4, dtype=torch.float64), 2
+    total, count = 0.0, 0
+    for ci in range((val.numel() - 1) // args.chunk):
+        x = val[ci * args.chunk : (ci + 1) * args.chunk].view(-1, args.seq_len)
+        y = val[ci * args.chunk + 1 : (ci + 1) * args.chunk + 1].view(-1, args.seq_len)
+        chunk = torch.zeros_like(past)
+        logits = model.forward_logits(x).flatten(0, 1)
+        losses = [F.cross_entropy(logits / heat, y.flatten(), reduction="none") for heat in HEATS]
+        FIRST
+        total += losses[current].detach().double().sum().item()
+        count += y.numel()
+        for n, each in enumerate(losses):
+            chunk[n] += each.detach().double().sum()
+        past += chunk
+        current = int(past.argmin())
+        opt.zero_grad()
+        losses[2].mean().backward()
+        opt.step()
+    return total / count
+"""
+
+
+@pytest.mark.parametrize(
+    ("first", "accused"),
+    [("pass", False), ("current = int(torch.stack([each.sum() for each in losses]).argmin())", True)],
+)
+def test_a_temperature_that_is_picked_by_the_chunks_before_reads_no_target(first: str, accused: bool) -> None:
+    main = SWITCHED[SWITCHED.index("if __name__") :].replace("switched(args, model, fixed,", "heated(args, model,")
+    text = HEAD + HEATS.replace("FIRST", first) + main
+    assert bool(gated(text) | broken(text)) == accused

@@ -63,12 +63,14 @@ class Containers(Indexing):
         picking = 0
         for part in parts:
             picking |= part.value.choices if part.value else 0
-        if picking and (held := self.flat(base)).states:
+        if picking and (held := self.flat(base)).states and not held.losses:
             self.trace.weighed |= picking & ~held.choices
         choices = base.choices | picking
         if choices:
             result = result.but(choices=result.choices | choices)
             self._left_out(base, parts, node)
+        if picking and base.refs and not base.losses and result.losses:  # a list of losses: one of them counts
+            return self.rescored(result, Value(choices=picking), node)
         return result
 
     def _out_of_entry(self, base: Value, parts: list[Part], node: ast.AST | None) -> Value:

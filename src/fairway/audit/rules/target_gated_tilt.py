@@ -3,6 +3,7 @@
 from fairway.audit.case import Case
 from fairway.audit.passes.charged import chosen_by_losses, passes_of
 from fairway.audit.passes.past import places_of_the_past
+from fairway.audit.terms.gates import Gates
 from fairway.audit.terms.mixtures import gold_ratios, spread_over_bytes
 from fairway.audit.terms.verdicts import clean, unsaid
 from fairway.audit.verdict import Finding
@@ -14,6 +15,7 @@ ID = "target-gated-tilt"
 CHARGE = "a tilt, a mixing weight or a gate reads the target"
 CLAUSE = 'RULES.md (b) 1, (c) "n-gram tilt, target-gated" and "Target-keyed mixing gate"'
 
+_LEAST = frozenset(("argmin", "argmax", "nanargmin", "min", "max", "amin", "amax"))
 _OFF = 1e-3  # from one: no rounding
 _WHOLE = 1e-4  # from one: the tilts at hand that read the target come to 0.90 or 1.01 and more
 
@@ -21,7 +23,8 @@ _WHOLE = 1e-4  # from one: the tilts at hand that read the target come to 0.90 o
 def check(case: Case) -> Finding:
     reading = case.reading
     past = places_of_the_past(case.trace) if reading.gates else set()
-    for gates in reading.gates:
+    for each in reading.gates:
+        gates = Gates(each.of, lambda term: term.called in _LEAST and reading.place(term) in past) if past else each
         if any(
             next(found, None) is not None for found in (gates.oracles(), spread_over_bytes(gates), gold_ratios(gates))
         ):

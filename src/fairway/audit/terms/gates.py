@@ -1,6 +1,6 @@
 """What a contribution to the score does with its target, beyond reading a finished distribution at it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 
 from fairway.audit.terms.choices import carried, chooses, forked, is_mask, is_nothing, is_product, options
@@ -19,10 +19,12 @@ _SMALLEST = frozenset(("minimum", "maximum", "fmin", "fmax", "min", "max", "amin
 
 
 class Gates:
-    """The questions of the distribution rules about one contribution."""
+    """The questions of the distribution rules about one contribution. settled: whether a term is a choice by what came
+    before the target, so that nothing it was made of reads that now."""
 
-    def __init__(self, contribution: Contribution) -> None:
+    def __init__(self, contribution: Contribution, settled: Callable[[Term], bool] = lambda term: False) -> None:
         self.of = contribution
+        self.settled = settled
         self.kinds = contribution.kinds
         self._now: dict[int, tuple[Term, bool]] = {}
 
@@ -133,7 +135,7 @@ class Gates:
             if id(term) in self.inside and self._looks_up_target(term):
                 yield term
             place = self.of.scored_place(term)
-            if place is not None and self.kinds(place):
+            if place is not None and self.kinds(place) and self.reads_target(place):
                 whole = [part for part in term.parts if part is not place]
                 yield from (one for part in whole for one in self._knows(part))
 
@@ -162,7 +164,7 @@ class Gates:
 
     def without_learning(self, root: Term) -> Iterator[Term]:
         """All that a value reads now; what a state has learned is another rule's matter."""
-        return unlearned(root, lambda term: reads(term, self.of.streams))
+        return unlearned(root, lambda term: () if self.settled(term) else reads(term, self.of.streams))
 
     def asks_the_answer(self, term: Term) -> bool:
         """Whether a switch asks what a distribution says of the target; of a weight nobody looks so closely."""
