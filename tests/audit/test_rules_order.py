@@ -301,6 +301,7 @@ def test_a_flag_that_the_run_command_sets_opens_its_branch() -> None:
         ("diagnostic only: adapted weights give", False),
         ("check_no_overlap val_loss:", False),
         ("adapted, for the notes only:", False),
+        ("after_ttt (information only, final above is the score) bpb:", False),
         ("from the checkpoint val_loss:", True),
     ],
 )
