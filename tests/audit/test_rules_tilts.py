@@ -226,3 +226,26 @@ OWN_LOSS = """
 def test_hints_that_are_looked_up_in_the_document_itself_are_paid_for(tmp_path: Path, price: str, wanted: str) -> None:
     text = script(extra=OWN_HINTS, loss=OWN_LOSS.replace("PRICE", price))
     assert verdict(tmp_path, "false_normalisation", text).verdict == wanted
+
+
+GATHERED = """
+        ids, goals = torch.from_numpy(x.astype(np.int64))[None], torch.from_numpy(y.astype(np.int64))[None]
+        ramp = torch.arange(ids.size(1))
+        same = (ids[:, :, None] == ids[:, None, :]) & (ramp[:, None] > ramp[None, :])
+        seen = torch.where(same, ramp, -1).amax(dim=2)
+        hint = ids.gather(1, (seen + 1).clamp_max(ids.size(1) - 1))
+        logp = F.log_softmax(net(ids).float(), dim=-1)
+        z = torch.log1p(logp.gather(2, hint[..., None]).squeeze(-1).exp() * math.expm1(1.2))
+        nll = -logp.gather(2, goals[..., None]).squeeze(-1)
+        on = ((seen >= 0) GATE).float()
+        nll = nll - on * (1.2 * (hint == goals).float() - z)
+"""
+
+
+@pytest.mark.parametrize(
+    ("gate", "wanted"),
+    [("& (ids > 3)", "clean"), ("& torch.from_numpy(lead)[goals]", "violates")],
+    ids=["context", "target"],
+)
+def test_a_hint_that_is_picked_out_of_the_context_is_no_target(tmp_path: Path, gate: str, wanted: str) -> None:
+    assert verdict(tmp_path, "target_gated_tilt", script(loss=GATHERED.replace("GATE", gate))).verdict == wanted

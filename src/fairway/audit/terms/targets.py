@@ -59,7 +59,7 @@ class Contribution:
                 self.bases.extend(part for part in term.parts if part is not place)
             else:
                 waiting.extend(reads(term, self.streams))
-        yield from self._outermost(at, self.bases)
+        yield from self._apart_from_context(list(self._outermost(at, self.bases)))
         seen = [peel(one) for one in token_terms(self.term, self.streams)]
         ends = [_end(one) for one in seen]
         for one in seen:
@@ -67,6 +67,15 @@ class Contribution:
                 for base, end in filter(None, ends):
                     if base is one.parts[0] and same(end, one.parts[1], 6):
                         yield one
+
+    def _apart_from_context(self, found: list[Term]) -> list[Term]:
+        """Those that are not picked out of what the model is given, as a hint is, `ids.gather(1, seen + 1)`; all, where
+        each is: `model(x)[:, :-1]` at x[:, 1:]."""
+        if len(found) < 2:
+            return found
+        context = {id(one) for base in self.bases for one in token_terms(base, self.streams)}
+        apart = [one for one in found if not any(part in context for part in self.streams.chain(one))]
+        return apart or found
 
     def _gone_through(self, one: Term) -> Term | None:
         whole = peel(one.parts[0])
