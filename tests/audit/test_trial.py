@@ -319,6 +319,45 @@ print("val_loss", nats / total)
     assert (times[1:] == 1).sum() == (late[1:] > 0).sum() > LENGTH - 1024
 
 
+AMENDED = """
+optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+nats = torch.zeros((), dtype=torch.float64)
+for at in range(0, total - 1, 1024):
+    x, y = val[at : at + 1024], val[at + 1 : at + 1025]
+    x = x[: len(y)]
+    before = F.cross_entropy(net.logits(x), y, reduction="none")
+    nats += before.double().sum()
+    before.mean().backward()
+    optimizer.step()
+    after = F.cross_entropy(net.logits(x), y, reduction="none")
+    AMEND
+print("val_loss", (nats / total).item())
+"""
+
+
+@pytest.mark.parametrize(
+    "amend",
+    [
+        "nats += ((after - before) * (y > 3)).double().sum() + ((after - before) * (y <= 3)).double().sum()",
+        "nats += (after - before).double().sum()",
+        "nats += after.double().sum() - before.double().sum()",
+        "nats -= before.double().sum(); nats += after.double().sum()",
+    ],
+)
+def test_losses_that_are_taken_from_a_sum_and_put_in_anew_count_once_and_late(amend: str) -> None:
+    trial = tried(AMENDED.replace("AMEND", amend))
+    times, late = trial.counts(trial.told[-1])
+    assert (times[1:] == 1).all()
+    assert (late[1:] == 1).all()
+
+
+def test_losses_that_are_only_told_beside_a_sum_amend_nothing() -> None:
+    trial = tried(AMENDED.replace("AMEND", 'print("gain", (before - after).sum().item())'))
+    times, late = trial.counts(trial.told[-1])
+    assert (times[1:] == 1).all()
+    assert not late.any()
+
+
 def test_parts_that_are_added_to_another_target_are_not() -> None:
     assert counts(BYTEWISE.replace("OWNER", "owner // 2")) != ALL
 

@@ -34,17 +34,19 @@ class Array:
     gives its losses the shape of logits that nobody knows. Where a trial works with a made-up model (audit/weighing),
     net: numbers that a model made, before they are a distribution; price: what is said of the target of each place, as
     a number, before it is multiplied by a constant. whole: of a part, the array and the place that it was taken from:
-    numbers that become sums are no view any more. rows: of what a mask picked out of a table, how many each of its rows
+    numbers that become sums are no view any more. less: of losses, what is taken from them of the same targets, as they
+    were before a step: `again - before`. rows: of what a mask picked out of a table, how many each of its rows
     gave, and of what that was an index for.
     """
 
-    __slots__ = ("coef", "net", "num", "pos", "price", "rows", "was", "whole")
+    __slots__ = ("coef", "less", "net", "num", "pos", "price", "rows", "was", "whole")
 
     def __init__(self, num: Numbers | None, pos: Numbers | None = None, coef: Numbers | None = None) -> None:
         self.num = num
         self.pos = pos
         self.coef = coef
         self.was: tuple[int, ...] = ()
+        self.less: Array | None = None
         self.whole: tuple[Array, Any] | None = None
         self.net = False
         self.price: Numbers | None = None
@@ -70,6 +72,7 @@ class Array:
         """The same change of shape for all that it holds."""
         made = Array(*(None if each is None else turn(each) for each in (self.num, self.pos, self.coef)))
         made.net = self.net
+        made.less = self.less.all(turn) if self.less is not None else None
         if self.price is not None:
             made.price = turn(self.price)
         return made.as_picked(self)
@@ -268,7 +271,8 @@ def holds_sums(array: Array) -> bool:
 def _of_losses(name: str, one: Array, two: Array) -> Value:
     """Losses with losses of the same targets, or with numbers: weights are multiplied, whatever else keeps them."""
     if one.lossy and two.lossy:
-        return merged(one, two, add=name in ("Add", "Sub"))
+        taken_back = _taken_back(one, two) if name == "Sub" else None
+        return taken_back or merged(one, two, add=name in ("Add", "Sub"))
     loss, plain = (one, two) if one.lossy else (two, one)
     assert loss.pos is not None
     assert loss.coef is not None
@@ -286,6 +290,23 @@ def _of_losses(name: str, one: Array, two: Array) -> Value:
             coef = np.where(plain.num == 0, 0.0, coef / plain.num)
     made = Array(None, pos, coef).as_picked(loss)
     made.was = loss.was if shape == loss.shape else ()
+    divides = name != "Mult" and loss is two
+    less = _of_losses(name, loss.less, plain) if loss.less is not None and not divides else None
+    made.less = less if isinstance(less, Array) else None
+    return made
+
+
+def _taken_back(one: Array, two: Array) -> Array | None:
+    """Losses after a step without those before it, of the same targets. None where they are of others, or alike."""
+    assert one.pos is not None
+    assert two.pos is not None
+    if one.shape != two.shape or one.less is not None or two.less is not None:
+        return None
+    alike = one.pos == two.pos
+    if alike.all() or ((one.pos ^ two.pos) & PLACE)[(one.pos >= 0) | (two.pos >= 0)].any():
+        return None
+    made = Array(None, one.pos, one.coef).as_picked(one)
+    made.less = two
     return made
 
 
@@ -342,6 +363,8 @@ def summed(array: Array, axis: Any = None, keep: bool = False) -> Value:
 
 def sum_of(array: Array) -> Sum:
     """The Sum of all losses of an array. Where all of the text's weigh nought, it says of which tokens they are."""
+    if array.less is not None:
+        return sum_of(Array(None, array.pos, array.coef)) - sum_of(array.less)
     assert array.pos is not None
     assert array.coef is not None
     inside = array.pos >= 0

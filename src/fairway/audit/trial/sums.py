@@ -29,7 +29,7 @@ def _counted(
     inside = (places >= 0) & (place < length)
     after = inside & (places & LATE != 0)
     total, late = (np.bincount(place[these], weights[these], length) for these in (inside, after))
-    return total.astype(np.float64), late.astype(np.float64)
+    return np.abs(total).astype(np.float64), np.abs(late).astype(np.float64)
 
 
 LEAST: Final = 8
@@ -121,7 +121,8 @@ class Sum:
         return np.concatenate(kept) if kept else _NONE[0]
 
     def counts(self, length: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """For each place of a text of `length` tokens: the weight in all, and that of late ones among it."""
+        """For each place of a text of `length` tokens: the weight in all, and that of late ones among it. What is taken
+        from a sum takes from that of its targets; else signs say nothing, as a logarithm is told with either."""
         factors = {id(self): 1.0}
         leaves: list[Sum] = []
         for each in self._before_their_parts():
@@ -130,7 +131,7 @@ class Sum:
             for part, times in each.parts:
                 factors[id(part)] = factors.get(id(part), 0.0) + factors[id(each)] * times
         places = [leaf.places for leaf in leaves if leaf.places is not None]
-        weights = [np.abs(leaf.weights * factors[id(leaf)]) for leaf in leaves if leaf.weights is not None]
+        weights = [np.abs(leaf.weights) * factors[id(leaf)] for leaf in leaves if leaf.weights is not None]
         return _counted(np.concatenate(places), np.concatenate(weights), length) if places else _counted(*_NONE, length)
 
     def _before_their_parts(self) -> list[Sum]:
@@ -150,13 +151,15 @@ class Sum:
         return done[::-1]
 
     def scaled(self, factor: float) -> Sum:
-        return Sum(parts=((self, factor),))
+        return Sum(parts=((self, abs(factor)),))
 
     def __add__(self, other: Any) -> Sum:
         return Sum(parts=((self, 1.0), (other, 1.0))) if isinstance(other, Sum) else self
 
-    __radd__ = __add__
-    __sub__ = __rsub__ = __add__
+    __radd__ = __rsub__ = __add__
+
+    def __sub__(self, other: Any) -> Sum:
+        return Sum(parts=((self, 1.0), (other, -1.0))) if isinstance(other, Sum) else self
 
     def __mul__(self, other: Any) -> Sum:
         return self.scaled(float(other)) if isinstance(other, (int, float, np.number)) else self
