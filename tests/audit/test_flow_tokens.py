@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fairway.audit.flow.tokens import MOST, Tok, merged, merged_spans, related
+from fairway.audit.flow.tokens import MOST, START, Tok, merged, merged_spans, narrowed, related
 
 CHUNKS, WINDOWS = 1, 2
 
@@ -21,6 +21,12 @@ def test_the_outermost_loop_that_keeps_them_apart_decides() -> None:
 def test_what_no_loop_keeps_apart_is_the_same() -> None:
     assert related(Tok("val", ((CHUNKS, 1, 1),)), Tok("val", ((WINDOWS, 2, 2),))) == "same"
     assert related(Tok("val"), Tok("val", ((CHUNKS, 2, 2),))) == "same"
+
+
+def test_a_beginning_of_what_one_turn_cut_is_of_that_turn() -> None:
+    window = Tok("val", ((CHUNKS, 2, 2),))
+    assert narrowed(window, [(CHUNKS, START, 1), (WINDOWS, START, 0)]).spans == ((CHUNKS, 2, 2), (WINDOWS, START, 0))
+    assert narrowed(Tok("val"), [(CHUNKS, START, 1)]).spans == ((CHUNKS, START, 1),)  # of all tokens: those before
 
 
 def test_other_data_and_the_other_side_of_a_cut_are_apart() -> None:

@@ -3,7 +3,8 @@
 
 import pytest
 
-from tests.audit.order import HEAD, HONEST, MAIN, broken, doubted, findings, line_of
+from fairway.audit.passes.charged import passes_of
+from tests.audit.order import HEAD, HONEST, MAIN, broken, case_of, doubted, findings, line_of
 
 EVAL = "    final = eval_ttt(args, model, val)\n"
 TTT_TRAIN = "        if ci < n - 1:\n"
@@ -308,6 +309,29 @@ def test_a_flag_that_the_run_command_sets_opens_its_branch() -> None:
 def test_a_second_pass_that_is_only_a_diagnosis_is_no_violation(said: str, is_score: bool) -> None:
     again = f'    again = eval_val(args, model, val)\n    print(f"{said} {{again:.4f}}")\n\nif __name__'
     assert bool(broken(HONEST.replace("\nif __name__", again))) is is_score
+
+
+BY_DOCUMENT = """
+    final, kept = 0.0, []
+    for i in range(0, val.numel() - 1, 65536):
+        x, y = val[i : i + 65536].view(-1, 1024), val[i + 1 : i + 65537].view(-1, 1024)
+        logits = model.forward_logits(x).flatten(0, 1)
+        kept.append(F.cross_entropy(logits, y.flatten(), reduction="none").detach())
+        final += kept[-1].sum().item() / val.numel()
+    print(f"final val_loss:{final:.8f} val_bpb:{final / math.log(2) / 2.4:.8f}")
+    hard = torch.cat(kept)
+    print(f"quarters {torch.quantile(hard, torch.tensor([0.25, 0.5, 0.75])).tolist()}")
+"""
+
+
+@pytest.mark.parametrize(("label", "wanted"), [("quarters", "final"), ("adapted val_bpb", "adapted")])
+def test_how_the_losses_lie_is_told_after_the_score_and_is_none(label: str, wanted: str) -> None:
+    tail = MAIN[MAIN.index("\nif __name__") :]
+    text = (
+        HEAD + MAIN[: MAIN.index("    final = eval_ttt")] + BY_DOCUMENT.lstrip("\n").replace("quarters", label) + tail
+    )
+    which, _, _ = passes_of(case_of(text))
+    assert which.score[-1].text.startswith(wanted)
 
 
 def test_a_delta_shared_by_a_batch_of_windows_is_told_from_one_for_each() -> None:

@@ -171,6 +171,17 @@ class Trace:
             yield score
             waiting |= score.parts & ~seen
 
+    def family(self, mask: int) -> int:
+        """Scores with what they are made of and parts of."""
+        seen, waiting = 0, mask
+        while waiting:
+            low = waiting & -waiting
+            waiting ^= low
+            seen |= low
+            score = self.scores[low.bit_length() - 1]
+            waiting |= (score.parts | score.whole) & ~seen
+        return seen
+
     def learned(self, mask: int) -> Iterator[Update]:
         """The Updates of a mask."""
         for bit in bits(mask):

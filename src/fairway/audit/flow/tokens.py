@@ -58,8 +58,11 @@ def part_of(limit: float) -> str:
 
 
 def narrowed(tok: Tok, spans: Iterable[Span]) -> Tok:
-    """The slice that also depends on these iterations."""
-    return replace(tok, spans=merged_spans(tok.spans, spans, keep_new=True))
+    """The slice that also depends on these iterations. A beginning of what was cut in one turn, `window[: length]`, is
+    of that turn, and of no turn before it."""
+    own = {loop for loop, low, _ in tok.spans if low != START}
+    new = [each for each in spans if each[1] != START or each[0] not in own]
+    return replace(tok, spans=merged_spans(tok.spans, new, keep_new=True))
 
 
 def merged_spans(old: Sequence[Span], new: Iterable[Span], keep_new: bool = False) -> tuple[Span, ...]:

@@ -75,17 +75,6 @@ class Passes:
             chosen = [fault for fault in chosen if fault.kind != "choice-by-validation"]
         return found + chosen
 
-    def _family(self, mask: int) -> int:
-        """Scores with what they are made of and parts of."""
-        seen, waiting = 0, mask
-        while waiting:
-            low = waiting & -waiting
-            waiting ^= low
-            seen |= low
-            score = self.trace.scores[low.bit_length() - 1]
-            waiting |= (score.parts | score.whole) & ~seen
-        return seen
-
     # Learning.
     def _learned(self, score: Score, update: Update) -> Fault | None:
         order = [loop for loop, _ in score.nest]
@@ -355,9 +344,10 @@ class Passes:
                 ]
                 if not about:
                     continue
-                family = self._family(choice.losses)
+                family = self.trace.family(choice.losses)
                 direct = any(
-                    each.value.choices >> choice.bit & 1 and self._family(each.value.losses) & family for each in said
+                    each.value.choices >> choice.bit & 1 and self.trace.family(each.value.losses) & family
+                    for each in said
                 )
                 if past[choice.bit] and not (direct and choice.form in _LEAST):
                     continue
@@ -376,14 +366,14 @@ class Passes:
         """Whether all losses were made in the turn of the choice, of one run of the model: no pass is chosen there, but
         a prediction."""
         first, depth = min(score.number for score in scores), len(choice.nest)
-        made_of = self.trace.scored(self._family(choice.losses))
+        made_of = self.trace.scored(self.trace.family(choice.losses))
         together = all(score.nest[:depth] == choice.nest for score in made_of)
         return together and not any(isinstance(each, Forward) for each in self.trace.events[first : choice.number])
 
     def _repeated(self, scores: list[Score]) -> bool:
         """Whether the losses come from more than one pass over the same tokens: not one from the other, with what a
         table says of the same token mixed in."""
-        made_of = {score.bit: self._family(1 << score.bit) for score in scores[:60]}
+        made_of = {score.bit: self.trace.family(1 << score.bit) for score in scores[:60]}
         for n, one in enumerate(scores[:60]):
             for other in scores[n + 1 : 60]:
                 if made_of[one.bit] & made_of[other.bit]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from fairway.audit.flow.events import Said, Score, Trace
 from fairway.audit.submission import Submission
-from fairway.audit.terms.report import DIAGNOSIS, last_of_kind
+from fairway.audit.terms.report import DIAGNOSIS, IN_BITS, last_of_kind
 
 _WORD = re.compile(r"[A-Za-z_]{3,}")
 _SELF = ("train", "random", "generated")
@@ -44,9 +44,20 @@ def reported(trace: Trace, submission: Submission | None) -> Reported:
         others = [said for said in finals if said not in named]
         return Reported(tuple(named), tuple(others), data, True)
     plain = [said for said in finals if not is_diagnosis(said)] or finals
-    last = plain[-1]
-    score = [said for said in plain if said.value.losses == last.value.losses]
+    last = _in_bits(trace, plain)
+    score = [said for said in plain if said.value.losses == last.value.losses and said.number <= last.number]
     return Reported(tuple(score), tuple(said for said in finals if said not in score), data)
+
+
+def _in_bits(trace: Trace, plain: list[Said]) -> Said:
+    """The last of these numbers; where its text says no bits per byte, the last one of the same losses that does: how
+    the losses lie over documents is told after it."""
+    last = plain[-1]
+    if IN_BITS.search(last.text):
+        return last
+    family = trace.family(last.value.losses)
+    same = (each for each in reversed(plain) if trace.family(each.value.losses) & family)
+    return next((each for each in same if IN_BITS.search(each.text)), last)
 
 
 def is_diagnosis(said: Said) -> bool:

@@ -22,7 +22,7 @@ DIAGNOSIS = re.compile(
 )
 """What a text says beside a number that is no score."""
 
-_IN_BITS = re.compile(r"bpb|bits[ _]per[ _]byte", re.I)
+IN_BITS = re.compile(r"bpb|bits[ _]per[ _]byte", re.I)
 _SAYING = frozenset(("print", "info", "warning", "debug", "write", "write_text", "log", "dump", "dumps", "writerow"))
 _LOSSES = frozenset(
     ("cross_entropy", "nll_loss", "log_softmax", "logsumexp", "CrossEntropyLoss", "logaddexp", "NLLLoss")
@@ -126,7 +126,7 @@ class Report:
         meant = [n for n in self.scores if not DIAGNOSIS.search(n.label)] or self.scores
         whole = [n for n in meant if self._divides_by_bytes(n)] or meant
         outside = [n for n in whole if n.event.loops == 0] or whole
-        named = [n for n in meant if n.event.loops == 0 and _IN_BITS.search(n.label)]
+        named = [n for n in meant if n.event.loops == 0 and IN_BITS.search(n.label)]
         if not any(n in outside for n in named):  # bits of weights, of an ideal coder, are no bits per byte
             outside = named or outside
         if not outside:
