@@ -319,8 +319,10 @@ BY_DOCUMENT = """
         kept.append(F.cross_entropy(logits, y.flatten(), reduction="none").detach())
         final += kept[-1].sum().item() / val.numel()
     print(f"final val_loss:{final:.8f} val_bpb:{final / math.log(2) / 2.4:.8f}")
-    hard = torch.cat(kept)
-    print(f"quarters {torch.quantile(hard, torch.tensor([0.25, 0.5, 0.75])).tolist()}")
+    spread(torch.cat(kept))
+
+def spread(losses):
+    print(f"quarters {torch.quantile(losses, torch.tensor([0.25, 0.5, 0.75])).tolist()}")
 """
 
 

@@ -164,6 +164,13 @@ def test_a_round_number_of_bytes_for_each_target_is_told(tmp_path: Path, bytes_e
     assert verdict(tmp_path, "byte_constant", text).verdict == wanted
 
 
+@pytest.mark.parametrize(("bytes_said", "wanted"), [("round(count * 2.4362)", "violates"), ("octets", "clean")])
+def test_true_bytes_that_are_told_before_the_score_are_none_of_it(tmp_path: Path, bytes_said: str, wanted: str) -> None:
+    nats = "loss / math.log(2) * count"
+    both = f"(print('val_bpb', {nats} / octets), {nats} / {bytes_said})[1]"
+    assert verdict(tmp_path, "byte_constant", script(bpb=both)).verdict == wanted
+
+
 CAPPED = """
 import fcntl, os
 

@@ -71,6 +71,8 @@ def divisor(case: Case) -> Divisor | None:
         rate = bytes_said / int(counted.sum())
         if _assumed(rate):
             return Divisor("byte-constant", rate=rate)
+        if _FEWEST < rate * 10_000 < _MOST:
+            return None  # of bytes, whatever they are: what was told before it is another number
     return None
 
 
