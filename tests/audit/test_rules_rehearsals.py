@@ -4,7 +4,7 @@ import pytest
 
 from fairway.audit.case import Case
 from fairway.audit.rules import calibration_after_cap, training_before_scoring
-from tests.audit.order import HEAD, MAIN, broken, case_of, doubted, findings, line_of
+from tests.audit.order import HEAD, HONEST, MAIN, broken, case_of, doubted, findings, line_of
 
 TRAIN = "    train(args, model)\n"
 EVAL = "    final = eval_ttt(args, model, val)\n"
@@ -91,3 +91,28 @@ def test_calibration_on_its_own_text_after_the_cap_is_accepted_and_strictly_a_vi
     assert calibration_after_cap.check(Case(case.submission, True)).verdict == "violates"
     held_back = late.replace(">= args.cap:", ">= args.cap - args.reserve:")
     assert calibration_after_cap.check(Case(case_of(held_back).submission, True)).verdict == "clean"
+
+
+PRIMED = """
+    primer = torch.optim.SGD(model.parameters(), lr=RATE)
+    SET
+    head = val[: 4 * args.seq_len + 1]
+    model(head[:-1].view(-1, args.seq_len), head[1:].view(-1, args.seq_len)).backward()
+    primer.step()
+    primer.zero_grad()
+    final = eval_ttt("""
+
+
+@pytest.mark.parametrize(
+    ("rate", "then", "wanted"),
+    [
+        ("1e-12", "pass", "warm-up-on-validation"),
+        ("1e-3", 'for group in primer.param_groups: group["lr"] = 1e-9', "warm-up-on-validation"),
+        ("1e-12", 'for group in primer.param_groups: group["lr"] = 1e-3', ""),
+        ("1e-6", "pass", ""),
+    ],
+)
+def test_a_step_whose_rate_moves_no_weight_is_a_warm_up(rate: str, then: str, wanted: str) -> None:
+    text = HONEST.replace("\n    final = eval_ttt(", PRIMED.replace("RATE", rate).replace("SET", then), 1)
+    found = findings(text)["training-before-scoring"]
+    assert (found.verdict, found.exemption) == ("clean" if wanted else "violates", wanted)

@@ -67,6 +67,7 @@ class Classes(Learning):
             self.fill(obj, container, args if found is None else [], kwargs if found is None else {}, node)
         if self.is_optimizer(cls):
             obj.slots["#targets"] = kwargs.get("params", args[0] if args else NOTHING)
+            obj.slots["#rate"] = kwargs.get("lr", NOTHING)
         if found is not None:
             self.call(found[0], [this, *args], kwargs, node)
         else:
@@ -243,7 +244,10 @@ class Classes(Learning):
             self.put(self.ref(owner), key, value, None)
 
     def _groups(self, obj: Obj, node: ast.AST | None) -> Value:
-        group = self.new("dict", "group", node)
+        group = obj.slots.get("#group")
+        if group is None:
+            group = self.new("dict", "group", node)
+            self.heap.set(obj, "#group", group)
         group.slots[("k", "params")] = obj.slots["#targets"]
         groups = self.new("list", None, node)
         groups.slots["#elem"] = self.ref(group)

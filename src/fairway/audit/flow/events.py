@@ -56,7 +56,8 @@ class Score(Event):
 @dataclass(frozen=True)
 class Update(Event):
     """A state learns: bit `bit` in Value.knows. learned: the tokens it learned from; how: see How; losses: the Scores
-    whose gradient it followed; fresh: the loops that the state was made or reset in."""
+    whose gradient it followed; fresh: the loops that the state was made or reset in; still: at a rate that moves
+    nothing, so that nobody knows of it."""
 
     bit: int = 0
     state: Obj | None = None
@@ -64,6 +65,7 @@ class Update(Event):
     how: How = "written"
     losses: int = 0
     fresh: Nest = ()
+    still: bool = False
 
 
 @dataclass(frozen=True)

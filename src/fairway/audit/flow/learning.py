@@ -134,14 +134,17 @@ class Learning(Core):
         how: events.How,
         node: ast.AST | None,
         losses: int = 0,
+        still: bool = False,
     ) -> int:
-        """A state learns; returns the Update's bit as a mask."""
+        """A state learns; returns the Update's bit as a mask. still: the step moves nothing, and nobody knows of it."""
         bit = len(self.trace.updates)
         fresh = obj.slots.get("#fresh", obj.born)
         update = self.note(
-            events.Update, node, bit=bit, state=obj, learned=learned, how=how, losses=losses, fresh=fresh
+            events.Update, node, bit=bit, state=obj, learned=learned, how=how, losses=losses, fresh=fresh, still=still
         )
         self.trace.updates.append(update)
+        if still:
+            return 0
         mask = 1 << bit
         self.heap.set(obj, "#learned", obj.slots.get("#learned", 0) | mask)
         root = obj.root
@@ -174,7 +177,7 @@ class Learning(Core):
             for obj in self.leaves(targets):
                 grad = obj.root.slots.get("#grad", NOTHING)
                 if grad.toks or grad.losses:
-                    self.learn(obj, grad.toks, "gradient", node, grad.losses)
+                    self.learn(obj, grad.toks, "gradient", node, grad.losses, still=_moves_nothing(each))
             rate = self.content(each).choices  # a rate that was chosen by losses
             for obj in self.leaves(targets):
                 self.heap.set(obj.root, "#stepped", 1)
@@ -374,3 +377,14 @@ def _united(masks: Iterable[int]) -> int:
 def _within(part: Tok, whole: Tok) -> bool:
     """Whether a part was cut out of what these turns of loops cut out."""
     return part.data == whole.data and part.origin == whole.origin and set(whole.spans) <= set(part.spans)
+
+
+_STILL = 1e-8  # a rate: float32 holds a weight of 0.02 to 2e-9, and bfloat16 to 1e-4
+
+
+def _moves_nothing(optimizer: Obj) -> bool:
+    """Whether the rate that an optimizer was given last, or made with, is a number that moves no weight."""
+    group = optimizer.slots.get("#group")
+    given = group.slots.get(("k", "lr")) if isinstance(group, Obj) else None
+    rate = given if isinstance(given, Value) else optimizer.slots.get("#rate", NOTHING)
+    return isinstance(rate.const, (int, float)) and not isinstance(rate.const, bool) and 0 <= rate.const <= _STILL

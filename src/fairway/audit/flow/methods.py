@@ -346,6 +346,7 @@ class Methods(Files):
             return self.ref(obj)
         if "optim" in name.lower() or name.rsplit(".", 1)[-1] in ("Muon", "AdamW", "SGD", "Adam", "LBFGS", "Lion"):
             obj.slots["#targets"] = kwargs.get("params", args[0] if args else NOTHING)
+            obj.slots["#rate"] = kwargs.get("lr", NOTHING)
         if given:
             obj.slots["#content"] = blend(*(self.flat(each) for each in given)).but(
                 refs=frozenset(ref for each in given for ref in each.refs if ref.kind in ("list", "dict", "tensor"))

@@ -56,8 +56,6 @@ def _departures(case: Case) -> Iterator[Made]:
         yield Made("phased-adaptation", evidence, own_call(case.trace, phase))
     warming = thrown_away(case)
     if warming is not None:
-        evidence = (
-            f"A step at {warming.place} learns from validation tokens before they are scored; what it learned is "
-            "thrown away before the score."
-        )
+        lost = "its rate moves no weight" if warming.still else "what it learned is thrown away before the score"
+        evidence = f"A step at {warming.place} learns from validation tokens before they are scored; {lost}."
         yield Made("warm-up-on-validation", evidence, own_call(case.trace, warming))
