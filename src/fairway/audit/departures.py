@@ -37,7 +37,8 @@ _KNOWN = (
     Departure(
         "warm-up-on-validation",
         "training-before-scoring",
-        "a compile warm-up that steps on validation tokens with an adapter that is thrown away, or at a rate of 1e-8 or less",
+        "a compile warm-up that steps on validation tokens with an adapter that is thrown away, or at a rate of "
+        "1e-8 or less",
         "#1530, flagged and merged",
     ),
     Departure(
