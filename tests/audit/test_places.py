@@ -370,6 +370,37 @@ def test_a_loader_of_validation_text_in_the_training_is_named_where_it_is_made()
     assert line(findings(text)["validation-in-training"]) == line_of(text, "polish = Loader(args.val_files)")
 
 
+LISTED = """
+class Feed:
+    def __init__(self, paths):
+        self.paths, self.at, self.tokens = paths, -1, torch.empty(0, dtype=torch.int64)
+
+    def open(self):
+        self.at = (self.at + 1) % len(self.paths)
+        self.tokens = shard(self.paths[self.at])
+
+    def next(self, n):
+        if self.tokens.numel() <= n:
+            self.open()
+        part, self.tokens = self.tokens[: n + 1], self.tokens[n:]
+        return part[:-1].view(-1, 1024), part[1:].view(-1, 1024)
+
+def listed(args):
+    print(f"validation files: {args.val_files}")
+    paths = sorted(glob.glob(args.val_files)) + sorted(glob.glob(args.train_files))
+    return Feed(paths)
+"""
+
+
+def test_validation_files_that_are_listed_for_the_training_are_named_where_they_are_handed_on() -> None:
+    """They are read in the middle of the training, by the loader that reads all others."""
+    text = HEAD.replace("def train(", LISTED.lstrip("\n") + "\ndef train(", 1) + MAIN
+    text = text.replace("loader = Loader(args.train_files)", "loader = listed(args)")
+    assert line(findings(text)["validation-in-training"]) == line_of(
+        text, "    paths = sorted(glob.glob(args.val_files))"
+    )
+
+
 SHARED = """
 def shifted(args, model, val):
     total, count = 0.0, 0

@@ -10,7 +10,7 @@ from fairway.audit.flow.events import Choice, Event, Forward, Score, Trace, Upda
 from fairway.audit.passes.charged import passes_of
 from fairway.audit.passes.extents import extent_of
 from fairway.audit.passes.faults import Fault
-from fairway.audit.passes.patterns import pattern_at
+from fairway.audit.passes.patterns import handed_at, pattern_at
 from fairway.audit.reading.tree import nodes
 from fairway.audit.verdict import Place
 
@@ -31,7 +31,7 @@ def place_of(case: Case, fault: Fault) -> Place:
     if fault.kind == "slot-on-scored" and isinstance(fault.cause, Update):
         return _objective(case.trace, fault.cause)
     if fault.kind == "validation-in-training" and isinstance(fault.cause, Update):
-        taken = _taken_in(case, fault.cause, fault.score)
+        taken = _handed_on(case, fault.cause, fault.score) or _taken_in(case, fault.cause, fault.score)
         return taken or _called_as_well(case, fault.cause) or _parted(case.trace, fault.cause) or fault.cause.place
     if fault.kind in ("training-before-scoring", "slot-shared-delta") and isinstance(fault.cause, Update):
         shared = fault.cause.state if fault.kind == "slot-shared-delta" else None
@@ -112,6 +112,14 @@ def _own_reads(case: Case, update: Update, score: Score) -> list[int]:
     kinds = passes_of(case)[0].data
     scored = {tok.origin for tok in score.targets}
     return sorted({tok.origin for tok in update.learned if tok.data in kinds and tok.origin >= 0} - scored)
+
+
+def _handed_on(case: Case, update: Update, score: Score) -> Place | None:
+    """Where the training is handed the validation files, by the setting by which the evaluation finds them, when it
+    reads them by itself."""
+    reads = [case.trace.reads[tok.origin] for tok in score.targets if tok.origin >= 0]
+    own = _own_reads(case, update, score)
+    return handed_at(case, {place for read in reads for place in read.stack}) if own and reads else None
 
 
 def _taken_in(case: Case, update: Update, score: Score) -> Place | None:
