@@ -304,6 +304,7 @@ def test_a_flag_that_the_run_command_sets_opens_its_branch() -> None:
         ("adapted, for the notes only:", False),
         ("after_ttt (information only, final above is the score) bpb:", False),
         ("from the checkpoint val_loss:", True),
+        ("this is the score: val_bpb", True),
     ],
 )
 def test_a_second_pass_that_is_only_a_diagnosis_is_no_violation(said: str, is_score: bool) -> None:

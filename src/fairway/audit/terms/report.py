@@ -17,7 +17,7 @@ DIAGNOSIS = re.compile(
     r"diag|debug|sanity|\bcheck(?:_|\b)|ablation|for comparison|\bnotes only\b"
     r"|not (?:the |an? |our |counted )?(?:\w+ )?(?:score|reported|submitted)"
     r"|illegal|upper bound|oracle|appendix|curiosity|\bwould (?:be|have been)\b"
-    r"|information only|for information|informational|for reference|log(?:ged)? only|only logged|\bis the score\b",
+    r"|information only|for information|informational|for reference|\blog(?:ged)? only|only logged",
     re.I,
 )
 """What a text says beside a number that is no score."""
