@@ -37,9 +37,9 @@ _KNOWN = (
     Departure(
         "warm-up-on-validation",
         "training-before-scoring",
-        "a compile warm-up that steps on validation tokens with an adapter that is thrown away, or at a rate of "
-        "1e-8 or less",
-        "#1530, flagged and merged",
+        "a compile warm-up that steps on validation tokens with an adapter that is thrown away; by our own reading, "
+        "also one whose rate of 1e-8 or less moves no weight",
+        "#1530, of an adapter, flagged and merged",
     ),
     Departure(
         "small-tail",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from typing import Any
@@ -12,11 +11,9 @@ from numpy.typing import NDArray
 
 from fairway.audit.trial.ids import Id, ids_of
 from fairway.audit.trial.sums import LEAST, PLACE, Rows, Sum
-from fairway.audit.trial.values import NET, UNKNOWN, Obj, States, Unknown, Value, mixed
+from fairway.audit.trial.values import NET, UNKNOWN, Obj, States, Unknown, Value
 
 LARGEST = 3_000_000  # elements: what is larger is a table of counts or of weights, and not known
-
-_FOLLOWING = 0.8  # of the steps from target to target: where a row ends they go back
 
 largest: ContextVar[int] = ContextVar("largest", default=LARGEST)
 """The same for the trial under way."""
@@ -188,162 +185,9 @@ def turn_into_losses(array: Array) -> None:
     array.num = None
 
 
-OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
-    "Add": operator.add,
-    "Sub": operator.sub,
-    "Mult": operator.mul,
-    "Div": operator.truediv,
-    "FloorDiv": operator.floordiv,
-    "Mod": operator.mod,
-    "Pow": operator.pow,
-    "BitAnd": operator.and_,
-    "BitOr": operator.or_,
-    "BitXor": operator.xor,
-    "LShift": operator.lshift,
-    "RShift": operator.rshift,
-    "Eq": operator.eq,
-    "NotEq": operator.ne,
-    "Lt": operator.lt,
-    "LtE": operator.le,
-    "Gt": operator.gt,
-    "GtE": operator.ge,
-}
-COMPARISONS = ("Eq", "NotEq", "Lt", "LtE", "Gt", "GtE")
-
-
-def binary(name: str, left: Value, right: Value) -> Value:
-    """left `name` right where one of them is an Array."""
-    if isinstance(left, Unknown) or isinstance(right, Unknown):
-        held = left if isinstance(left, Array) else right
-        if isinstance(held, Array) and (held.lossy or held.net or holds_sums(held)) and name not in COMPARISONS:
-            return held
-        return mixed(left, right)
-    one, two = array_of(left), array_of(right)
-    if one is None or two is None:
-        return UNKNOWN
-    if one.lossy or two.lossy:
-        return NET if name in COMPARISONS else _of_losses(name, one, two)
-    assert one.num is not None
-    assert two.num is not None
-    if (holds_sums(one) or holds_sums(two)) and name in COMPARISONS:
-        return NET
-    if one.net != two.net and _of_other_width(one, two):
-        return one if one.net else two
-    limited(float(np.prod(np.broadcast_shapes(one.shape, two.shape))))
-    with np.errstate(all="ignore"):
-        made = Array(np.asarray(OPERATORS[name](one.num, two.num))).as_picked(one, two)
-    if name not in COMPARISONS:
-        made.net = one.net or two.net
-        _price(made, name, one, two)
-    return made
-
-
-def _of_other_width(one: Array, two: Array) -> bool:
-    """Whether their rows do not fit: a vector that is added to a hidden state, for which the logits stand that a model
-    makes of it."""
-    widths = {each.shape[-1] for each in (one, two) if each.shape}
-    return len(widths - {1}) > 1
-
-
-def _price(made: Array, name: str, one: Array, two: Array) -> None:
-    """What an operator leaves of prices: a constant factor is a unit, what is masked has none."""
-    held, other = (one, two) if one.price is not None else (two, one)
-    if other.price is not None and held.pos is not None and other.pos is not None and _of_hints(held.pos, other.pos):
-        held, other = other, held
-    if held.price is None or held.pos is None or made.shape != held.shape:
-        return
-    assert made.num is not None
-    assert other.num is not None
-    made.pos, made.price = held.pos, made.num
-    if name in ("Mult", "Div") and other.price is None:
-        switch = other.num.dtype == bool or bool(np.isin(other.num, (0, 1)).all())
-        if switch and name == "Mult":
-            made.pos, made.price = np.where(other.num != 0, held.pos, -1), held.price
-        elif other.body.size == 1:
-            made.price = -held.price if other.num.reshape(-1)[0] < 0 else held.price
-
-
 def holds_sums(array: Array) -> bool:
     """Whether its elements are Sums."""
     return array.num is not None and array.num.dtype == object
-
-
-def _of_losses(name: str, one: Array, two: Array) -> Value:
-    """Losses with losses of the same targets, or with numbers: weights are multiplied, whatever else keeps them."""
-    if one.lossy and two.lossy:
-        taken_back = _taken_back(one, two) if name == "Sub" else None
-        return taken_back or merged(one, two, add=name in ("Add", "Sub"))
-    loss, plain = (one, two) if one.lossy else (two, one)
-    assert loss.pos is not None
-    assert loss.coef is not None
-    assert plain.num is not None
-    if holds_sums(plain):
-        return UNKNOWN
-    shape = np.broadcast_shapes(loss.shape, plain.shape)
-    limited(float(np.prod(shape)))
-    pos = np.broadcast_to(loss.pos, shape)
-    coef = np.broadcast_to(loss.coef, shape)
-    if name == "Mult":
-        coef = coef * plain.num
-    elif name == "Div" and loss is one:
-        with np.errstate(all="ignore"):
-            coef = np.where(plain.num == 0, 0.0, coef / plain.num)
-    made = Array(None, pos, coef).as_picked(loss)
-    made.was = loss.was if shape == loss.shape else ()
-    divides = name != "Mult" and loss is two
-    less = _of_losses(name, loss.less, plain) if loss.less is not None and not divides else None
-    made.less = less if isinstance(less, Array) else None
-    return made
-
-
-def _taken_back(one: Array, two: Array) -> Array | None:
-    """Losses after a step without those before it, of the same targets. None where they are of others, or alike."""
-    assert one.pos is not None
-    assert two.pos is not None
-    if one.shape != two.shape or one.less is not None or two.less is not None:
-        return None
-    alike = one.pos == two.pos
-    if alike.all() or ((one.pos ^ two.pos) & PLACE)[(one.pos >= 0) | (two.pos >= 0)].any():
-        return None
-    made = Array(None, one.pos, one.coef).as_picked(one)
-    made.less = two
-    return made
-
-
-def merged(one: Array, two: Array, add: bool) -> Value:
-    """Two arrays of losses as one of both: added, or mixed into one loss of each target."""
-    assert one.pos is not None
-    assert two.pos is not None
-    assert one.coef is not None
-    assert two.coef is not None
-    a, b = one.pos, two.pos
-    both = (a >= 0) & (b >= 0)
-    if np.any(both & (a & PLACE != b & PLACE) & (one.coef != 0) & (two.coef != 0)):
-        hints = _of_hints(a, b)
-        return NET if hints is None else two if hints else one
-    coef = one.coef + two.coef if add else np.maximum(np.abs(one.coef), np.abs(two.coef))
-    return Array(None, np.where(both, a | b, np.maximum(a, b)), coef)
-
-
-def _of_hints(one: Numbers, other: Numbers) -> bool | None:
-    """Of two arrays of places: whether the first is of hints and the second of targets. None where nobody can tell."""
-    for told in (_everywhere, _one_by_one):
-        first, second = told(one), told(other)
-        if first != second:
-            return second
-    return None
-
-
-def _everywhere(pos: Numbers) -> bool:
-    """Whether each loss has a target: not every place has a hint."""
-    return bool(np.all(pos >= 0))
-
-
-def _one_by_one(pos: Numbers) -> bool:
-    """Whether the targets follow one another, as those of a text do, and hints do not. Padding is between."""
-    flat = pos.reshape(-1)
-    both = (flat[1:] >= 0) & (flat[:-1] >= 0)
-    return bool((np.diff(flat & PLACE)[both] == 1).mean() > _FOLLOWING) if both.any() else False
 
 
 def summed(array: Array, axis: Any = None, keep: bool = False) -> Value:
@@ -500,11 +344,9 @@ __all__ = [
     "Array",
     "array_of",
     "as_losses",
-    "binary",
     "holds_sums",
     "joined",
     "limited",
-    "merged",
     "places",
     "put",
     "scalar",

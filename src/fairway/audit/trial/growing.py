@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from fairway.audit.trial.arrays import Array, binary, put
+from fairway.audit.trial.arrays import Array, put
+from fairway.audit.trial.binary import binary
 from fairway.audit.trial.values import Raised, Unknown, Value
 
 

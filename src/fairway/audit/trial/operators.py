@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from fairway.audit.trial.arrays import COMPARISONS, OPERATORS, Array, TooLarge, binary, limited
+from fairway.audit.trial.arrays import Array, TooLarge, limited
+from fairway.audit.trial.binary import COMPARISONS, OPERATORS, binary
 from fairway.audit.trial.files import Path
 from fairway.audit.trial.sums import Sum
 from fairway.audit.trial.values import Lib, Obj, Raised, Spent, Unknown, Value, mixed

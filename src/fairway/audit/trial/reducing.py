@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from fairway.audit.trial.arrays import Array, binary, limited, merged, put, scalar, summed
+from fairway.audit.trial.arrays import Array, limited, put, scalar, summed
+from fairway.audit.trial.binary import binary, merged
 from fairway.audit.trial.given import Act, body_of, kept, numbers_of, sizes_of
 from fairway.audit.trial.growing import grown_in_place
 from fairway.audit.trial.operators import combine
