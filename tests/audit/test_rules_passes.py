@@ -26,6 +26,7 @@ def lowest_of(args, model, val):
 KEEPING = {
     "assigned": ("kept[start:end] = torch.minimum(kept[start:end], nll)",),
     "into a part": ("part = kept[start:end]", "torch.minimum(part, nll, out=part)"),
+    "scattered": ("kept.scatter_reduce_(0, torch.arange(start, end), nll, reduce='amin')",),
     "copied into a part": ("part = kept[start:end]", "part.copy_(torch.minimum(part, nll))"),
 }
 
@@ -195,10 +196,55 @@ def pick(args, model, val, train):
 """
 
 
+AVERAGED = """
+class Average:
+    def __init__(self, model, decay):
+        self.live = list(model.parameters())
+        self.decay = decay
+        self.kept = [p.detach().clone() for p in self.live]
+
+    def hand_over(self):
+        torch._foreach_copy_(self.live, self.kept)
+
+
+def pick(args, model, val, train):
+    averages = [Average(model, decay) for decay in (0.99, 0.995, 0.999)]
+    losses = []
+    for average in averages:
+        average.hand_over()
+        losses.append(eval_val(args, model, val))
+    averages[int(np.argmin(losses))].hand_over()
+"""
+
+
 TURNING = """        if self._turns is None:
             self._turns = torch.outer(torch.arange(x.size(-1)), self.rates).cos()
         h = self.emb(x) * self._turns
 """
+
+
+GAINED = """
+def gained(args, model, val):
+    gain = torch.ones(1024, requires_grad=True)
+    opt = torch.optim.SGD([gain], lr=0.01)
+    total, count = 0.0, 0
+    for start in range(0, val.numel() - 1, args.chunk):
+        end = min(start + args.chunk, val.numel() - 1)
+        logits = model.forward_logits(val[start:end][None]).view(-1, 1024) * gain
+        nll = F.cross_entropy(logits, val[start + 1 : end + 1], reduction="none")
+        total += nll.detach().double().sum().item()
+        count += end - start
+        nll.mean().backward()
+        opt.step()
+        opt.zero_grad()
+    return total / count
+"""
+
+
+def test_an_average_that_is_picked_before_logits_are_scaled_by_what_learns_is_no_temperature() -> None:
+    text = HEAD + AVERAGED + GAINED
+    body = "    pick(args, model, val, None)\n    final = gained(args, model, val)\n"
+    assert broken(text + MAIN.replace(BODY, body)) == {"choice-by-validation"}
 
 
 def test_weights_that_are_picked_as_a_whole_are_no_temperature() -> None:

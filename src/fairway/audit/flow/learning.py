@@ -17,6 +17,7 @@ from fairway.audit.flow.values import (
     NOTHING,
     ONE_ROW,
     SCALED,
+    WEIGHTS,
     Value,
     blend,
     join,
@@ -256,6 +257,8 @@ class Learning(Core):
         if root is not obj and mask:
             self.heap.set(root, "#family", root.slots.get("#family", 0) | mask)
         if value.choices:
+            if obj.kind != "tensor" and value.states and value.flags & WEIGHTS:  # a model takes over weights as a whole
+                self.trace.weighed |= value.choices & ~root.slots.get("#choices", 0)
             self.heap.set(root, "#choices", root.slots.get("#choices", 0) | value.choices)
         if value.toks:
             self.learn(obj, value.toks, "gradient" if value.flags & GRAD else "computed", node, value.losses)

@@ -303,6 +303,9 @@ class Operations(Picking):
             self.write(obj, Value(choices=blend(*flats).choices if flats else 0), node, strong=True)
         elif name in ("copy_", "set_"):
             self.write(obj, flats[0] if flats else NOTHING, node, strong=True)
+        elif name == "scatter_reduce_" and any(each.const == "amin" for each in rest):
+            pair = [self.content(obj), *(each for each in flats if each.losses)]
+            self.write(obj, self.flat(self._least("minimum", pair, pair, {}, node)), node)
         elif name in KEYED or (name == "scatter_" and len(flats) > 2 and flats[-1].const is MISSING):
             keys = self.token_keys([each for each in rest if each.const is MISSING])
             shares = bool(flats) and flats[-1].active and not flats[-1].losses  # votes of states, shared out once

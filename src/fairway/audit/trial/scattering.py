@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fairway.audit.trial.arrays import Array, holds_sums, put, sum_of, turn_into_losses
+from fairway.audit.trial.binary import merged
 from fairway.audit.trial.given import body_of, index_of, numbers_of
 from fairway.audit.trial.sums import Sum
 from fairway.audit.trial.values import UNKNOWN, Unknown, Value
@@ -31,7 +32,14 @@ def scatter_add_(array: Value, dim: Value, index: Value, src: Value = None, **_:
 def scatter_reduce(
     array: Value, dim: Value, index: Value, src: Value, reduce: Value, include_self: Value = True, **_: Value
 ) -> Value:
-    """x.scatter_reduce(dim, index, src, reduce="amin"), of numbers: a copy."""
+    """x.scatter_reduce(dim, index, src, reduce="amin"), of numbers: a copy. Of losses in one dimension each is one of
+    the same target's, whichever is less."""
+    if isinstance(array, Array) and isinstance(src, Array) and src.lossy and array.body.ndim == 1:
+        made = Array(*(None if each is None else each.copy() for each in (array.num, array.pos, array.coef)))
+        at = numbers_of(index)
+        before = made.all(lambda body: body[at])
+        put(made, at, merged(before, src, add=False) if before.lossy else src)
+        return made
     held, at, more = numbers_of(array).copy(), numbers_of(index), numbers_of(src)
     how = _REDUCED.get(reduce) if isinstance(reduce, str) and include_self is True else None
     if how is None:

@@ -18,6 +18,10 @@ SHARED: Final = 1 << 30
 PLACE: Final = TAUGHT[0] - 1
 """The bits of the place itself: the text has 40,961."""
 
+_Flat = tuple[NDArray[np.int32], NDArray[np.float64]]
+_MANY: Final = 64
+"""Parts: a sum of fewer is worked out again where it is asked for, and holds no arrays of its own."""
+
 _NONE: Final = (np.empty(0, np.int32), np.empty(0))
 
 
@@ -30,6 +34,17 @@ def _counted(
     after = inside & (places & LATE != 0)
     total, late = (np.bincount(place[these], weights[these], length) for these in (inside, after))
     return np.abs(total).astype(np.float64), np.abs(late).astype(np.float64)
+
+
+def _together(parts: list[_Flat], length: int) -> _Flat:
+    """All in one pair of arrays, each target once where they are many more than the text has."""
+    if not parts:
+        return _NONE
+    places, weights = (np.concatenate([part[side] for part in parts]) for side in (0, 1))
+    if places.size <= 2 * length:
+        return places, weights
+    kept, which = np.unique(places, return_inverse=True)
+    return kept, np.bincount(which.reshape(-1), weights)
 
 
 LEAST: Final = 8
@@ -48,7 +63,7 @@ class Sum:
     way: the calls and the line that summed it, where one did; rows: its windows, where they are known; size: of the
     array that was summed, with what is of no place in the text."""
 
-    __slots__ = ("parts", "places", "rows", "size", "way", "weights")
+    __slots__ = ("flat", "parts", "places", "rows", "size", "way", "weights")
 
     def __init__(
         self,
@@ -63,6 +78,7 @@ class Sum:
         self.rows = rows
         self.weights = weights
         self.parts = parts
+        self.flat: _Flat | None = None
         self.way: tuple[int, ...] = ()
 
     @property
@@ -123,20 +139,33 @@ class Sum:
     def counts(self, length: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """For each place of a text of `length` tokens: the weight in all, and that of late ones among it. What is taken
         from a sum takes from that of its targets; else signs say nothing, as a logarithm is told with either."""
-        factors = {id(self): 1.0}
-        leaves: list[Sum] = []
-        for each in self._before_their_parts():
-            if each.places is not None:
-                leaves.append(each)
-            for part, times in each.parts:
-                factors[id(part)] = factors.get(id(part), 0.0) + factors[id(each)] * times
-        places = [leaf.places for leaf in leaves if leaf.places is not None]
-        weights = [np.abs(leaf.weights) * factors[id(leaf)] for leaf in leaves if leaf.weights is not None]
-        return _counted(np.concatenate(places), np.concatenate(weights), length) if places else _counted(*_NONE, length)
+        return _counted(*self._flat(length), length)
 
-    def _before_their_parts(self) -> list[Sum]:
+    def _flat(self, length: int) -> _Flat:
+        """The targets of all leaves with what each weighs in this sum. A running total is told at every step: what was
+        worked out for the one before is taken as it is, and given up there, as the next will ask for this one alone."""
+        if self.flat is not None:
+            return self.flat
+        factors = {id(self): 1.0}
+        kept = list[_Flat]()
+        for each in self._before_their_parts(unless_flat=True):
+            times = factors[id(each)]
+            if each.flat is not None:
+                kept.append((each.flat[0], each.flat[1] * times))
+                each.flat = None
+                continue
+            if each.places is not None and each.weights is not None:
+                kept.append((each.places.reshape(-1), np.abs(each.weights.reshape(-1)) * times))
+            for part, factor in each.parts:
+                factors[id(part)] = factors.get(id(part), 0.0) + times * factor
+        made = _together(kept, length)
+        if len(kept) > _MANY:
+            self.flat = made
+        return made
+
+    def _before_their_parts(self, unless_flat: bool = False) -> list[Sum]:
         """All that it is made of, each once and before its parts: the ways to a part double with each step of a
-        recurrence, `w = w * (1 - rate) + rate * w.mean()`."""
+        recurrence, `w = w * (1 - rate) + rate * w.mean()`. unless_flat: not the parts of what is worked out already."""
         done: list[Sum] = []
         seen: set[int] = set()
         waiting: list[tuple[Sum, bool]] = [(self, False)]
@@ -147,7 +176,8 @@ class Sum:
             elif id(each) not in seen:
                 seen.add(id(each))
                 waiting.append((each, True))
-                waiting += [(part, False) for part, _ in each.parts]
+                if not unless_flat or each.flat is None:
+                    waiting += [(part, False) for part, _ in each.parts]
         return done[::-1]
 
     def scaled(self, factor: float) -> Sum:
