@@ -397,6 +397,11 @@ def test_a_deadline_is_a_clock_as_well(limit: float, verdict: str, tmp_path: Pat
 
 TOLD = [
     ("Training and export take 597 s. Evaluation takes 803 s with six phases.", True),
+    ("Training stops at 578 s. The sliding evaluation with stride 4 took 1,487 s on the same eight H100s.", True),
+    ("The evaluation with training and export took 1,487 s.", False),
+    ("Six phases of adaptation, each with a step for every row. The whole evaluation\ntook 803 s.", True),
+    ("Six phases of adaptation, each with a step for every row of the evaluation.\nExport 803 s.", False),
+    ("# Windows side by side, eight phases, and an evaluation of whole documents\n803 s", False),
     ("On 8xH100: training 599 s, plain sliding windows 104 s, SLOT (96 steps, stride 32) 1,331 s.", True),
     ("- **Test-time training**: 21 minutes", True),
     ("Score-first TTT (eight epochs, 32K chunks) took 710.5 seconds on 8xH100", True),

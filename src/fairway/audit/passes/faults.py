@@ -198,12 +198,14 @@ class Passes:
 
     def _in_one_evaluation(self, score: Score, update: Update, learned: list[Tok]) -> Score | None:
         """A first scoring of what was learned, where it, the learning and this scoring are steps of one function that
-        evaluates (below the main program: there, an earlier scoring is another evaluation, and so is one that another
-        number is told of)."""
+        evaluates. Of the main program: where the same calls of another line made it, and all of it, before the number
+        that is reported: `evaluate(); adapt(); evaluate()`; any other scoring there is another evaluation."""
         for first in self.booked:
             if first.number >= update.number:
                 break
-            if first.place != score.place or _common(first, update, score) < 2:
+            below = _common(first, update, score) > 1
+            twice = first.stack != score.stack and first.stack[2:] == score.stack[2:] and first.targets == score.targets
+            if first.place != score.place or not (below or twice):
                 continue
             if _nearness(first, update) < _nearness(update, score):
                 continue

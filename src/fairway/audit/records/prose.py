@@ -23,9 +23,12 @@ _ASIDE = re.compile(
     re.IGNORECASE,
 )
 _SENTENCE = re.compile(r"(?<=[^\d\s])[.;!?](?=\s)|(?<=\d)[.;!?](?=\s)|$")
-_CLAUSE = re.compile(r"[,;:.|](?=\s)|\band\b|\bwith\b|\bthen\b|\+|->|\*\*")
+_TAKES = r"\b(?:took|takes|lasted|lasts|needed|needs|(?:ran|runs) for)\b"
+_CLAUSE = re.compile(rf"[,;:.|](?=\s)|\band\b|\bwith\b(?![^,;:.|]*{_TAKES})|\bthen\b|\+|->|\*\*")
 _PARENTHESES = re.compile(r"\([^()]*\)")
 _LONGEST = 4_000  # characters of a line: what is longer is no prose
+_BEGINS = re.compile(r"^\s*(?:#|[-*+>] |\d+[.)] |```|~~~)")  # a heading, an item, code: no sentence goes on there
+_WRAPPED = 60  # characters: shorter lines are broken off for a reason
 _RULE = re.compile(r"^\s*\|?[\s:|-]*-[\s:|-]*\|[\s:|-]*$")  # below the head of a table
 
 
@@ -34,16 +37,27 @@ def evaluation_times(readme: str) -> list[Amount]:
     other machines, other scripts or a limit is none."""
     found: list[Amount] = []
     head: list[str] = []
+    begun = ""  # a sentence that a line before broke off
     rows = readme.split("\n")
     for line, row in enumerate(rows, 1):
         if row.lstrip().startswith("|") and len(row) < _LONGEST:
             if line < len(rows) and _RULE.match(rows[line]):
                 head = _cells(row)
             found += [Amount(line, row.strip()[:120], seconds) for seconds in _in_table(_cells(row), head)]
+            begun = ""
             continue
         head = []
-        found += [Amount(line, said[:120], seconds) for said, seconds in _in_sentences(row[:_LONGEST])]
+        row = row[:_LONGEST]
+        text = f"{begun} {row}" if begun and row.strip() and not _BEGINS.match(row) else row
+        found += [Amount(line, said[:120], seconds) for said, seconds in _in_sentences(text, len(text) - len(row))]
+        begun = _unfinished(text) if len(row) >= _WRAPPED and not _BEGINS.match(row) else ""
     return found
+
+
+def _unfinished(text: str) -> str:
+    """The sentence that a line breaks off; "" where it ends one."""
+    text = text.rstrip()
+    return "" if text[-1:] in (".", "!", "?", ":", ";") else _SENTENCE.split(text)[-2][-_LONGEST:].strip()
 
 
 def _cells(row: str) -> list[str]:
@@ -63,13 +77,16 @@ def _is_aside(cells: list[str], over: str) -> bool:
     return any(_ASIDE.search(cell) for cell in (*cells, over)) or bool(over and _ELSE.search(over))
 
 
-def _in_sentences(row: str) -> Iterator[tuple[str, float]]:
+def _in_sentences(row: str, after: int) -> Iterator[tuple[str, float]]:
+    """What is said of an evaluation, by numbers that stand after some characters."""
     begin = 0
     for end in _SENTENCE.finditer(row):
-        said, begin = row[begin : end.end()], end.end()
+        said, at, begin = row[begin : end.end()], begin, end.end()
         if _ASIDE.search(said):
             continue
         for each in numbers(said):
+            if at + each.at < after:
+                continue
             seconds = _time(each)
             before = _PARENTHESES.sub(" ", said[: each.at]).replace("(", " ")
             if seconds is not None and _evaluates(_CLAUSE.split(before.rstrip(" :*|"))[-1]):
