@@ -506,6 +506,20 @@ assert total < 16_000_000
         assert found.place.line == line_of(text, "total = ")
 
 
+@pytest.mark.parametrize(("more", "wanted"), [("", "violates"), (" + os.path.getsize(__file__)", "clean")])
+def test_a_field_that_is_called_like_what_measures_is_no_part_of_a_size(tmp_path: Path, more: str, wanted: str) -> None:
+    text = f"""
+import os
+class Loader:
+    def __init__(self, path=__file__):
+        self.len = os.path.getsize(path)
+blob = open("model.bin", "rb").read()
+total = len(blob){more}
+assert total < 16_000_000
+"""
+    assert verdict(tmp_path, "size_sum", text).verdict == wanted
+
+
 def test_a_file_that_nobody_reads_back_is_no_part_of_the_artifact(tmp_path: Path) -> None:
     text = SAVED.replace("SECOND", 'torch.save(rest, "rest.bin")').replace("READ", "{}").replace(" MORE", "")
     assert verdict(tmp_path, "size_sum", text).verdict == "clean"

@@ -35,15 +35,27 @@ MASKED = """on = ((hs >= 0) & torch.from_numpy(lead)[rows[:, 1:]]).float()
         z = z.scatter_add(2, hs.clamp_min(0)[..., None], 2.0 * on[..., None])
         nll = -torch.log_softmax(z, -1).gather(2, rows[:, 1:, None])[..., 0]"""
 
+SWITCHED = """ph = lp.gather(2, hs.clamp_min(0)[..., None])[..., 0].exp()
+        gain = 2.0 * (hs == rows[:, 1:]).float() - torch.log1p(ph * math.expm1(2.0))
+        nll = nll - torch.where(ON, gain, torch.zeros_like(gain))"""
+BY_CONTEXT = SWITCHED.replace("ON", "(hs >= 0) & torch.from_numpy(lead)[rows[:, :-1]]")
+BY_TARGET = SWITCHED.replace("ON", "(hs >= 0) & torch.from_numpy(lead)[rows[:, 1:]]")
+
 
 def text(then: str) -> str:
     return script(loss=ROWS.format(then=then), state="memory = {}")
 
 
-@pytest.mark.parametrize("then", ["pass", UNSURE, PAID, BY_SUM], ids=["plain", "unsure", "paid", "by-its-sum"])
+@pytest.mark.parametrize(
+    "then", ["pass", UNSURE, PAID, BY_SUM, BY_CONTEXT], ids=["plain", "unsure", "paid", "by-its-sum", "switched"]
+)
 @pytest.mark.parametrize("rule", RULES)
 def test_a_tilt_that_reads_the_context_alone_is_clean(tmp_path: Path, then: str, rule: str) -> None:
     assert verdict(tmp_path, rule, text(then)).verdict == "clean"
+
+
+def test_a_tilt_that_is_switched_by_the_target_is_gated(tmp_path: Path) -> None:
+    assert verdict(tmp_path, "target_gated_tilt", text(BY_TARGET)).verdict == "violates"
 
 
 def test_a_bonus_for_a_right_hint_must_be_paid(tmp_path: Path) -> None:

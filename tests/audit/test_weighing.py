@@ -378,6 +378,14 @@ def test_a_hint_out_of_a_hashed_table_is_paid_for_whatever_it_says() -> None:
     assert found.total == pytest.approx(1.0, abs=2e-5)
 
 
+@pytest.mark.parametrize("name", ["seq_len", "eval_len", "window"])
+def test_windows_are_cut_down_by_their_name(name: str) -> None:
+    """In one window of 2,048 tokens all of the short text is scored before anything is learned from it."""
+    made = case_of(f"import os\n{name} = int(os.environ.get('{name.upper()}', 2048))\n")
+    found = {each.value for each in _sizes(made) if each.limit == 2048 and each.word in name}
+    assert found == {stream.WINDOW}
+
+
 def test_chunks_are_cut_down_by_their_name() -> None:
     """`n // args.chunk_blocks` is not the text's length in tokens: nothing else says that all of it is one chunk."""
     mix, wanted = faults()["a row on top"]

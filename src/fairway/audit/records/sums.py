@@ -317,7 +317,9 @@ class _Sources:
             stands_for = self.of(each) if isinstance(each, ast.expr) else []
             own = isinstance(each, ast.Call) and isinstance(each.func, ast.Name) and stands_for
             if not own:  # of what a function of the script gives, its arguments are parts by their names in it
-                waiting += list(ast.iter_child_nodes(each))
+                called = each.func if isinstance(each, ast.Call) and isinstance(each.func, ast.Name) else None
+                # What is called by its name is no field: `len(blob)` beside `self.len = n`.
+                waiting += [part for part in ast.iter_child_nodes(each) if part is not called]
             waiting += stands_for
 
     def _give(self, target: ast.AST, value: ast.expr) -> None:

@@ -192,13 +192,20 @@ class Gates:
         if _has_checks(test) or (same(yes, no) and not two):
             return
         known = ("read" in kinds and self.reads_target(test)) or ("score" in kinds and not any(self.compared(test)))
-        if known and not (is_nothing(yes) or is_nothing(no)):
+        given = [arm for arm in (yes, no) if not is_nothing(arm)]
+        if known and (len(given) == 2 or any(self._is_tilt(arm) for arm in given)):
             yield term
         if kinds == {"match"} and not any(self._is_plain(arm) for arm in (yes, no)):
             yield term  # a hint that is kept or dropped by whether it is right
         hint_only = kinds == {"match"} and self._scored(yes) and self._scored(no)
         if hint_only and self.has_other_place(yes) != self.has_other_place(no):
             yield term
+
+    def _is_tilt(self, arm: Term) -> bool:
+        """What a hint that is right takes off a loss, and no loss: a mask on losses leaves tokens out, one on this is a
+        switch."""
+        kinds = self.kinds(arm)
+        return "match" in kinds and "score" not in kinds
 
     def _is_plain(self, arm: Term) -> bool:
         """A loss, a token, a constant: what a mask or the accepted tilt chooses between."""

@@ -34,7 +34,7 @@ _FAR = 3.0  # a row that sums to one comes to less, whatever the few tokens are 
 _MORE = 1.0004  # what is more is no rounding, nor an epsilon of 1e-6 for each of 320 tokens
 
 _READING = frozenset(("gather", "take_along_dim", "take_along_axis", "neg", "negative", "nll_loss"))
-_WINDOWS = ("seq", "window", "context", "ctx", "span", "stride", "L", "T")
+_WINDOWS = ("seq", "window", "context", "ctx", "span", "stride", "_len", "L", "T")
 _TABLES = ("bucket", "hash", "table", "rows", "slots", "memory")
 _CHUNKS = ("chunk", "segment", "region", "block")
 _BATCHES = ("eval_tokens", "eval_batch", "val_batch", "batch_tokens")
