@@ -704,3 +704,28 @@ def test_what_a_pass_learns_before_it_scores_is_no_second_pass_of_an_earlier_str
 ) -> None:
     walk = STRATEGIES.replace("BEFORE", before).replace("AFTER", after)
     assert broken(HEAD + walk + MAIN.replace("eval_ttt(args", "run_all(args")) == rules
+
+
+ROUND = """
+def learn(args, model, val):
+    opt = torch.optim.SGD(model.parameters(), lr=1e-3)
+    for s in range(0, val.numel() - 1 - args.seq_len, args.seq_len):
+        loss = model(val[s : s + args.seq_len][None], val[s + 1 : s + args.seq_len + 1][None])
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+"""
+
+
+@pytest.mark.parametrize(
+    ("first", "charged"), [("eval_again", "rescoring-after-adaptation"), ("eval_val", "training-before-scoring")]
+)
+def test_a_whole_score_before_a_round_of_steps_is_a_first_one_where_the_same_calls_made_it(
+    first: str, charged: str
+) -> None:
+    """Another evaluation before, of the model as it is, is none: the score itself comes but once, after the steps."""
+    again = HEAD[HEAD.index("def eval_val(") :][: HEAD[HEAD.index("def eval_val(") :].index("def eval_ttt")]
+    rounds = f'    print(f"before val_loss:{{{first}(args, model, val):.4f}}")\n    learn(args, model, val)\n'
+    text = ROUND + again.replace("eval_val", "eval_again") + MAIN
+    text = text.replace("    final = eval_ttt(args", rounds + "    final = eval_again(args")
+    assert broken(HEAD + text) == {charged}
