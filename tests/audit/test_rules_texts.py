@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.audit.small import HEAD, SCORE, TABLE, line_of, script, verdict
+from tests.audit.small import HEAD, LOSS, SCORE, TABLE, line_of, script, verdict
 from tests.audit.test_rules_data import TRAINS
 
 # ---- one script that prepares and scores
@@ -227,3 +227,35 @@ def test_validation_text_that_is_decoded_and_cut_anew_is_the_text_that_is_cut(
     )
     text = script(extra=RECUT.replace("CHANGED", changed), state=state)
     assert verdict(tmp_path, "lossy_text", text).verdict == wanted
+
+
+FOLDED_IDS = """
+FOLD = np.arange(65536, dtype=np.uint16)
+
+def set_fold(sp):
+    fold = FOLD
+    for i in range(V):
+        small = sp.piece_to_id(sp.id_to_piece(i).lower())
+        if not sp.is_unknown(small):
+            fold[i] = small
+"""
+TELLING = """
+def told(raw=os.environ.get("QUIET")):
+    return raw.strip().lower() not in ("1", "yes")
+"""
+
+
+@pytest.mark.parametrize(("use", "wanted"), [("FOLD[tokens]", "violates"), ("tokens", "clean")])
+def test_a_table_that_is_filled_by_another_name_leads_tokens_through_folded_texts(
+    use: str, wanted: str, tmp_path: Path
+) -> None:
+    state = f'set_fold(spm.SentencePieceProcessor(model_file="tokenizer.model"))\n    tokens = {use}'
+    assert verdict(tmp_path, "lossy_text", script(state=state, extra=FOLDED_IDS)).verdict == wanted
+
+
+def test_a_setting_in_small_letters_beside_the_bytes_of_pieces_folds_no_text(tmp_path: Path) -> None:
+    """A scale that is chosen by bits per byte holds the table of bytes, and the switch that asks for it."""
+    table = "table = np.array([len(sp.id_to_piece(i).encode('utf-8')) if told() else 1 for i in range(V)])"
+    state = f'sp = spm.SentencePieceProcessor(model_file="tokenizer.model")\n    {table}'
+    loss = LOSS.replace("net(torch.from_numpy(x))", "net(torch.from_numpy(x)) * float(table[y].mean())")
+    assert verdict(tmp_path, "lossy_text", script(state=state, extra=TELLING, loss=loss)).verdict == "clean"

@@ -177,11 +177,17 @@ def _led_through_folded(case: Case) -> Term | None:
             if term.op != "item" or not one.streams.is_stream(term.parts[1]):
                 continue
             table = list(itertools.islice(walk(term.parts[0]), 5000))
-            numbered = any(below.called in _NUMBERING for below in table) or _numbers_pieces(table)
+            numbered = any(map(_numbers, table)) or _numbers_pieces(table)
             folding = next((b for b in table if b.op == "call" and b.called in _FOLDING and _of_text(b)), None)
             if numbered and folding is not None:
                 found.append((len(table), term))
     return min(found, key=lambda each: each[0])[1] if found else None
+
+
+def _numbers(term: Term) -> bool:
+    """tokenizer.encode(text), sp.piece_to_id(piece): numbers of tokens. piece.encode("utf-8") makes bytes of it."""
+    bytes_of = term.called == "encode" and all(isinstance(part.constant(), str) for part in term.parts[1:])
+    return term.called in _NUMBERING and not bytes_of
 
 
 def _numbers_pieces(table: list[Term]) -> bool:

@@ -74,7 +74,18 @@ def write_back(m: "Machine", node: ast.expr, term: Term, frame: Frame) -> None:
         if word in _INNER or (word.endswith("_") and not word.endswith("__")):
             write_back(m, node.func.value, term, frame)
     elif isinstance(node, (ast.Name, ast.Attribute, ast.Subscript)):
+        if isinstance(node, ast.Name) and term.op in ("store", "mutate"):
+            _fill_other_names(m, term, frame)
         assign(m, node, term, frame)
+
+
+def _fill_other_names(m: "Machine", term: Term, frame: Frame) -> None:
+    """`table = TABLE; table[i] = n`: what has been changed by a name of a function's own is what a name outside holds."""
+    home = frame.outer
+    while home is not None:
+        for name in [name for name, held in home.vars.items() if held is term.parts[0]]:
+            home.vars[name] = weakly(m, home.depth, term, home.vars[name])
+        home = home.outer
 
 
 def bind(m: "Machine", name: str, term: Term, frame: Frame) -> None:
