@@ -73,6 +73,29 @@ def test_a_column_that_is_chosen_by_its_sum_is_a_choice(chosen: str) -> None:
     assert broken(text) & {"min-over-passes", "temperature-from-validation"}
 
 
+STACKED = """
+def swept(args, model, val):
+    heats = (0.9, 1.0, 1.1)
+    sums = torch.zeros(len(heats) + 1, dtype=torch.float64)
+    with torch.no_grad():
+        for start in range(0, val.numel() - 1024, 1024):
+            x, y = val[start : start + 1024], val[start + 1 : start + 1025]
+            logits = model.forward_logits(x[None])[0]
+            scaled = torch.stack([logits / heat for heat in heats])
+            nll = F.cross_entropy(scaled.flatten(0, 1), y.expand(len(heats), -1).flatten(), reduction="none")
+            sums[:-1] += nll.view(len(heats), -1).double().sum(dim=-1)
+            sums[-1] += 1024
+    best = CHOSEN
+    return float(sums[best]) / float(sums[-1])
+"""
+
+
+@pytest.mark.parametrize(("chosen", "wanted"), [("int(sums[:-1].argmin())", {"min-over-passes"}), ("1", set())])
+def test_the_least_of_sums_that_one_pass_makes_side_by_side_is_a_choice(chosen: str, wanted: set[str]) -> None:
+    text = HEAD + STACKED.replace("CHOSEN", chosen) + MAIN.replace(BODY, "    final = swept(args, model, val)\n")
+    assert broken(text) == wanted
+
+
 def test_a_column_that_is_named_beforehand_is_none() -> None:
     text = HEAD + SWEPT.replace("CHOSEN", "1") + MAIN.replace(BODY, "    final = swept(args, model, val)\n")
     assert broken(text) == set()

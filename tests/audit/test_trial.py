@@ -342,6 +342,7 @@ print("val_loss", (nats / total).item())
         "nats += (after - before).double().sum()",
         "nats += after.double().sum() - before.double().sum()",
         "nats -= before.double().sum(); nats += after.double().sum()",
+        "for each, sign in ((before, -1.0), (after, 1.0)): nats += sign * each.double().sum()",
     ],
 )
 def test_losses_that_are_taken_from_a_sum_and_put_in_anew_count_once_and_late(amend: str) -> None:
@@ -617,6 +618,17 @@ def test_a_sum_that_is_mixed_with_itself_again_and_again_is_counted_once_for_eac
     assert total.tolist() == pytest.approx([0.0, 0.0, 0.0, 1.0, 0.0])
     twice = loss + (loss + (loss + loss))
     assert twice.counts(5)[0].tolist() == [0.0, 0.0, 0.0, 4.0, 0.0]
+
+
+def test_a_running_total_that_is_told_at_each_step_counts_what_a_single_count_does() -> None:
+    """What was worked out for one step is taken for the next, also where a sum lies in it by two ways."""
+    parts = [Sum(np.array([n % 50, 7], np.int32), np.array([1.0, 0.25])) for n in range(300)]
+    total, wanted = parts[0], np.zeros(50)
+    wanted[[0, 7]] = 1.0, 0.25
+    for n, part in enumerate(parts[1:], 1):
+        total = total + part if n % 100 else (total + total) * 0.5 - part
+        np.add.at(wanted, [n % 50, 7], np.array([1.0, 0.25]) * (1 if n % 100 else -1))
+        assert total.counts(50)[0].tolist() == pytest.approx(wanted.tolist())
 
 
 def test_a_sum_of_sums_weighs_each_target_by_all_ways_that_lead_to_it() -> None:

@@ -65,6 +65,10 @@ class Containers(Indexing):
             picking |= part.value.choices if part.value else 0
         if picking and (held := self.flat(base)).states and not held.losses:
             self.trace.weighed |= picking & ~held.choices
+        if picking and (held := self.flat(base)).losses:
+            family = self.trace.family(held.losses)
+            compared = (each for each in self.trace.chosen(picking) if self.trace.family(each.losses) & family)
+            self.trace.own |= sum({1 << each.bit for each in compared})
         choices = base.choices | picking
         if choices:
             result = result.but(choices=result.choices | choices)

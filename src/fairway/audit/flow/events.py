@@ -150,6 +150,7 @@ class Trace:
     picked: dict[int, Place | None] = field(default_factory=dict)  # loss -> the condition that leaves others out
     scalers: set[Obj] = field(default_factory=set)  # states that logits of others were multiplied by
     weighed: int = 0  # bits of the Choices by which weights were picked out of several
+    own: int = 0  # and of those by which one of the sums that were compared was picked: `sums[sums.argmin()]`
     masked: dict[int, int] = field(default_factory=dict)  # loss that a mask on losses picks -> the Choices of that mask
     gaps: dict[int, Place] = field(default_factory=dict)  # loop -> the slice that is shorter than its step
     files: dict[str, Place] = field(default_factory=dict)  # "1" -> where only the first of several files is taken

@@ -353,10 +353,12 @@ class Passes:
                 )
                 if past[choice.bit] and not (direct and choice.form in _LEAST):
                     continue
-                if direct and self._repeated(seen):
+                columns = self._of_columns(choice)
+                if direct and (columns or self._repeated(seen)):
                     scales = {each.scale for each in seen if each.scale is not None}
                     swept = len(scales) > 1 and len({each.knows for each in seen}) == 1
-                    least: Kind = "choice-by-validation" if self._of_one_run(seen, choice) else "min-over-passes"
+                    one = not columns and self._of_one_run(seen, choice)
+                    least: Kind = "choice-by-validation" if one else "min-over-passes"
                     yield Fault("temperature-from-validation" if swept else least, score, choice, about[0])
                 elif not past[choice.bit] and score.choices >> choice.bit & 1 and choice.number < score.number:
                     scaled = score.scaled and not self.trace.weighed >> choice.bit & 1
@@ -371,6 +373,12 @@ class Passes:
         made_of = self.trace.scored(self.trace.family(choice.losses))
         together = all(score.nest[:depth] == choice.nest for score in made_of)
         return together and not any(isinstance(each, Forward) for each in self.trace.events[first : choice.number])
+
+    def _of_columns(self, choice: Choice) -> bool:
+        """Whether the least of several sums in one tensor is picked, one for each of the ways in which the same lines
+        score the tokens side by side."""
+        summed = self.trace.scored(self.trace.family(choice.losses))
+        return bool(self.trace.own >> choice.bit & 1) and any(len(each.nest) > len(choice.nest) for each in summed)
 
     def _repeated(self, scores: list[Score]) -> bool:
         """Whether the losses come from more than one pass over the same tokens: not one from the other, with what a

@@ -192,7 +192,8 @@ class Sum:
         return Sum(parts=((self, 1.0), (other, -1.0))) if isinstance(other, Sum) else self
 
     def __mul__(self, other: Any) -> Sum:
-        return self.scaled(float(other)) if isinstance(other, (int, float, np.number)) else self
+        """By a negative number it is taken from what it is added to: `sums += sign * first`."""
+        return Sum(parts=((self, float(other)),)) if isinstance(other, (int, float, np.number)) else self
 
     __rmul__ = __mul__
 
