@@ -80,7 +80,7 @@ def write_back(m: "Machine", node: ast.expr, term: Term, frame: Frame) -> None:
 
 
 def _fill_other_names(m: "Machine", term: Term, frame: Frame) -> None:
-    """`table = TABLE; table[i] = n`: what has been changed by a name of a function's own is what a name outside holds."""
+    """`table = TABLE; table[i] = n`: what a name of a function's own has changed is what a name outside holds."""
     home = frame.outer
     while home is not None:
         for name in [name for name, held in home.vars.items() if held is term.parts[0]]:
