@@ -44,7 +44,7 @@ def _together(parts: list[_Flat], length: int) -> _Flat:
     if places.size <= 2 * length:
         return places, weights
     kept, which = np.unique(places, return_inverse=True)
-    return kept, np.bincount(which.reshape(-1), weights)
+    return kept, np.bincount(which.reshape(-1), weights).astype(np.float64)
 
 
 LEAST: Final = 8
