@@ -422,6 +422,21 @@ def test_the_normaliser_is_that_of_the_same_logits(tmp_path: Path, of: str, at: 
     assert verdict(tmp_path, "false_normalisation", text).verdict == wanted
 
 
+@pytest.mark.parametrize(
+    ("of", "at", "wanted"),
+    [
+        ("logits", "logits.gather(-1, b[:, None])[:, 0] / heat", "violates"),
+        ("logits / heat", "logits.gather(-1, b[:, None])[:, 0] / heat", "clean"),
+        ("logits", "1.0 * logits.gather(-1, b[:, None])[:, 0]", "clean"),
+    ],
+    ids=["one-alone", "both", "by-one"],
+)
+def test_a_temperature_is_for_the_whole_row(tmp_path: Path, of: str, at: str, wanted: str) -> None:
+    loss = LOGSUM.replace("{at}.gather(-1, b[:, None])[:, 0]", "{at}").format(of=of, at=at)
+    text = script(loss=loss.replace("moved = logits + shift", "pass"), state="heat = float(np.load('heat.npy'))")
+    assert verdict(tmp_path, "false_normalisation", text).verdict == wanted
+
+
 SHIFTED = """
         row = {row}
         nll = F.{loss}(row[:, :], torch.from_numpy(y), reduction="none")

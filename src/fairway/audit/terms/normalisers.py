@@ -177,7 +177,8 @@ def _is_power(term: Term) -> bool:
 
 
 def of_others(gates: Gates) -> Iterator[Term]:
-    """logsumexp(a) - b[target], of two different rows of logits, or of some places of one: topk(b).values."""
+    """logsumexp(a) - b[target], of two different rows of logits, or of some places of one: topk(b).values; of a row
+    itself and its target's logit divided by a temperature."""
     for term in gates.nodes:
         if term.op != "op" or term.value != "-" or len(term.parts) != 2:
             continue
@@ -187,6 +188,8 @@ def of_others(gates: Gates) -> Iterator[Term]:
             continue
         for total, at in (term.parts, term.parts[::-1]):
             summed = _bare(total)
+            if summed.called == "logsumexp" and _scaled_alone(gates, summed, _bare(at)):
+                yield term
             place = gates.of.scored_place(_bare(at))
             if summed.called != "logsumexp" or place is None or not gates.kinds(place):
                 continue
@@ -195,6 +198,20 @@ def of_others(gates: Gates) -> Iterator[Term]:
                 continue
             if _some_of(one, other) or not _related(peel(one), other):
                 yield term
+
+
+def _scaled_alone(gates: Gates, summed: Term, at: Term) -> bool:
+    """Whether a row's logit at the target is scaled and the row that is summed is not."""
+    row = summed.operand("input", "a")
+    if row is None or at.op != "op" or at.value not in ("*", "/") or not _makes_logits(peel(row)):
+        return False
+    for picked, by in (at.parts, at.parts[::-1])[: 1 if at.value == "/" else 2]:
+        place = gates.of.scored_place(_bare(picked))
+        factor = by.constant()
+        alone = not (isinstance(factor, (int, float)) and _is_unit(factor))
+        if alone and place is not None and gates.kinds(place) and same(peel(row), peel(_bare(picked).parts[0]), 12):
+            return True
+    return False
 
 
 def _partly_summed(term: Term) -> bool:
