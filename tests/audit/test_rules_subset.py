@@ -491,3 +491,19 @@ def test_losses_that_are_spread_over_bytes_are_marked(how: str) -> None:
     assert case_of(text).trial.bent == {line_of(text, part)}
     assert findings(text)["subset-as-full"].verdict == "clean"
     assert not case_of(HEAD + MAIN).trial.bent
+
+
+@pytest.mark.parametrize(("most", "found"), [("96 * ROWS", True), ("ROWS * (val.numel() - 1)", False)])
+def test_an_end_that_is_computed_of_numbers_is_a_limit_where_it_does_not_move_with_the_text(
+    most: str, found: bool
+) -> None:
+    end = f"    ROWS = 1024\n    last = min(val.numel() - 1024, {most})\n    total, count"
+    text = chunks("for s in range(0, last, 1024)").replace("32768, 1", "1024, 1")
+    text = text.replace("s + 32768", "s + 1024").replace("s + 32769", "s + 1025")
+    head, body = text.split("def chunks")
+    text = f"{head}def chunks{body.replace('    total, count', end, 1)}"
+    finding = findings(text)["subset-as-full"]
+    assert finding.verdict == ("violates" if found else "clean")
+    if found:
+        assert finding.place is not None
+        assert finding.place.line == line_of(text, "last = min(")

@@ -261,3 +261,17 @@ GATHERED = """
 )
 def test_a_hint_that_is_picked_out_of_the_context_is_no_target(tmp_path: Path, gate: str, wanted: str) -> None:
     assert verdict(tmp_path, "target_gated_tilt", script(loss=GATHERED.replace("GATE", gate))).verdict == wanted
+
+
+PADDED = """
+        goal = torch.from_numpy(y).long()
+        goal = goal.cuda() if torch.cuda.is_available() else goal.view(-1)
+        flat = F.cross_entropy(net(torch.from_numpy(x)).float(), goal.reshape(-1), ignore_index=-100, reduction="none")
+        nll = flat.view_as(goal)[KEPT]
+"""
+
+
+@pytest.mark.parametrize("kept", ["goal != -100", ":"])
+def test_losses_of_places_that_are_no_padding_are_picked_by_no_target(tmp_path: Path, kept: str) -> None:
+    text = script(loss=PADDED.replace("KEPT", kept))
+    assert {rule: verdict(tmp_path, rule, text).verdict for rule in RULES} == dict.fromkeys(RULES, "clean")

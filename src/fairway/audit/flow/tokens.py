@@ -188,18 +188,20 @@ def _hulls(toks: frozenset[Tok], key: Callable[[Tok], Hashable]) -> frozenset[To
 
 
 def _hull(group: list[Tok]) -> Tok:
+    """One slice that covers them all: of the loops that all of them know, from the earliest turn to the latest."""
     first = group[0]
-    spans = first.spans
+    ends: dict[int, list[int]] = {loop: [1, low, high] for loop, low, high in first.spans}
     for tok in group[1:]:
-        known = {loop for loop, _, _ in tok.spans}
-        spans = tuple(span for span in merged_spans(spans, tok.spans) if span[0] in known and _has(spans, span[0]))
+        for loop, low, high in tok.spans:
+            end = ends.get(loop)
+            if end is not None:
+                end[0] += 1
+                end[1] = low if low < end[1] else end[1]
+                end[2] = high if high > end[2] else end[2]
+    spans = tuple(sorted((loop, low, high) for loop, (many, low, high) in ends.items() if many == len(group)))
     cuts = frozenset.intersection(*(tok.cuts for tok in group))
     part = first.part if all(tok.part for tok in group) else ""
     wide, ranked = all(tok.wide for tok in group), all(tok.ranked for tok in group)
     step, origin = max(tok.step for tok in group), min(tok.origin for tok in group)
     ordered, pushed = any(tok.ordered for tok in group), all(tok.pushed for tok in group)
     return Tok(first.data, spans, cuts, part, first.shift, wide, step, ranked, origin, ordered, pushed)
-
-
-def _has(spans: Sequence[Span], loop: int) -> bool:
-    return any(span[0] == loop for span in spans)

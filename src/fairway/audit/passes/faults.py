@@ -377,8 +377,10 @@ class Passes:
     def _of_columns(self, choice: Choice) -> bool:
         """Whether the least of several sums in one tensor is picked, one for each of the ways in which the same lines
         score the tokens side by side."""
+        if choice.form == "if" or not self.trace.own >> choice.bit & 1:
+            return False  # a mask keeps all that are so large
         summed = self.trace.scored(self.trace.family(choice.losses))
-        return bool(self.trace.own >> choice.bit & 1) and any(len(each.nest) > len(choice.nest) for each in summed)
+        return any(len(each.nest) > len(choice.nest) for each in summed)
 
     def _repeated(self, scores: list[Score]) -> bool:
         """Whether the losses come from more than one pass over the same tokens: not one from the other, with what a

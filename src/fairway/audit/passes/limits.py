@@ -13,7 +13,7 @@ from fairway.audit.passes.reported import Reported, scores_of
 from fairway.audit.passes.trials import Counts, counted
 from fairway.audit.reading.tree import nodes
 from fairway.audit.trial import run
-from fairway.audit.trial.limits import Forced, Seen, Site
+from fairway.audit.trial.limits import Forced, Seen, Site, is_named
 from fairway.audit.trial.text import DOCUMENT, SHORT
 from fairway.audit.trial.told import Trial
 from fairway.audit.verdict import Place
@@ -140,7 +140,7 @@ def _limits(case: Case) -> Iterator[_Limit]:
     short = long  # of a number that the text sets, less is seen in a shorter one
     if unmet and shorter is not None:
         short = run(case.script, case.settings, shorter, cut=False, native=long.native)
-    for site, seen in reversed(unmet.items()):
+    for site, seen in sorted(reversed(unmet.items()), key=lambda each: not is_named(each[0])):
         other = short.limits.seen.get(site)
         if seen.limit is not None and other is not None and other.limit == seen.limit and other.most < seen.most:
             few = other.most < _FEW
@@ -170,7 +170,8 @@ def _of_unforced_parts(case: Case, unmet: dict[Site, Seen]) -> dict[Site, Seen]:
 def _of_groups(case: Case) -> Iterator[_Limit]:
     """The same of blocks of windows, of which the text of a trial has one or two: in a trial with smaller ones."""
     long = case.trial
-    asked = (each for each in long.limits.seen.items() if not each[1].reached and 0 < each[1].most <= _FEW)
+    named = (each for each in long.limits.seen.items() if is_named(each[0]))
+    asked = (each for each in named if not each[1].reached and 0 < each[1].most <= _FEW)
     few = {site: seen for site, seen in asked if site[2] in _PLAINLY or GROUPS.search(site[2])}
     limits = {seen.limit for seen in few.values() if seen.limit is not None and seen.limit >= _FEWEST}
     fine = in_smaller_groups(case, but=limits) if limits else None

@@ -116,7 +116,7 @@ class Contribution:
             base, place = looked_up(term), _index_of(term)
             return place if base is not None and place is not None and self.is_distribution(base) else None
         if term.op == "item" and self.is_distribution(term.parts[0]):
-            return term.parts[1]
+            return None if _tells_padding(term.parts[1]) else term.parts[1]
         if term.op == "call" and term.value == "()" and len(term.parts) >= 3:  # model(x, y): a loss
             streams = [part for part in term.parts[1:] if self.streams.is_stream(part)]
             return streams[1] if len(streams) == 2 else None
@@ -282,6 +282,12 @@ def _is_divided_by_its_sum(term: Term) -> bool:
     above, below = (peel(part) for part in share.parts)
     whole = below.operand("a", "input") if below.called == "sum" else None
     return whole is not None and same(peel(whole), above, 8)
+
+
+def _tells_padding(index: Term) -> bool:
+    """nll[y != -100]: a mask of what is held against a constant picks losses, and reads no distribution at a place."""
+    below = peel(index)
+    return below.op == "compare" and any(part.constant() is not None for part in below.parts)
 
 
 def _index_of(term: Term) -> Term | None:

@@ -9,7 +9,7 @@ from typing import Any
 from fairway.audit.trial.arrays import Array
 from fairway.audit.trial.displays import Displays
 from fairway.audit.trial.host import Compute
-from fairway.audit.trial.limits import site_of
+from fairway.audit.trial.limits import limit_of
 from fairway.audit.trial.operators import combine, contained, name_of, negated
 from fairway.audit.trial.sums import Sum
 from fairway.audit.trial.values import UNKNOWN, Frame, Lib, Undecided, Unknown, Value
@@ -66,7 +66,7 @@ class Expressions(Displays):
     def _subscript(self, node: ast.Subscript) -> Compute:
         value, index, find = self.compiled(node.value), self.compiled(node.slice), self.host.item
         end = _end_of(node.slice)
-        site = site_of(end) if end is not None and self._once(node) else None
+        site = limit_of(end) if end is not None and self._once(node) else None
         if site is not None:
             held_against = self.host.limits.held_against
 
@@ -84,6 +84,9 @@ class Expressions(Displays):
         return lambda frame: slice(*[None if part is None else part(frame) for part in parts])
 
     def _binop(self, node: ast.BinOp) -> Compute:
+        taken = self.host.limits.at(node)
+        if taken is not None:
+            return lambda frame: taken
         left, right, name = self.compiled(node.left), self.compiled(node.right), name_of(node.op)
         weigh, shown, line = self.host.weigh, self.host.shown, node.lineno
         bend = self.host.bend
@@ -147,7 +150,7 @@ class Expressions(Displays):
         first = self.compiled(node.left)
         rest = [(name_of(op), self.compiled(each)) for op, each in zip(node.ops, node.comparators, strict=True)]
         truth, held_against, is_set, line = self.host.truth, self.host.limits.held_against, self._is_set, node.lineno
-        sides = [site_of(each) for each in (node.left, *node.comparators)]
+        sides = [limit_of(each) for each in (node.left, *node.comparators)]
 
         def compared(frame: Frame) -> Value:
             left = first(frame)
@@ -224,7 +227,7 @@ class Expressions(Displays):
         is_min = isinstance(node.func, ast.Name) and node.func.id == "min" and not node.keywords
         if not is_min or len(node.args) != 2 or not self._once(node):
             return None
-        (one, other), held_against = [site_of(each) for each in node.args], self.host.limits.held_against
+        (one, other), held_against = [limit_of(each) for each in node.args], self.host.limits.held_against
 
         def seen(left: Value, right: Value) -> None:
             held_against(one, right, left)

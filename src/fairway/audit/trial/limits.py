@@ -106,6 +106,12 @@ class Limits:
                 found.setdefault(each.word, {})[each.limit] = each.value
         return found
 
+    def at(self, node: ast.BinOp) -> int | None:
+        """What is taken for a number that is computed there."""
+        computed = [each for each in self.forced if each.site is not None and not is_named(each.site)]
+        site = limit_of(node) if computed else None
+        return next((each.value for each in computed if each.site == site), None)
+
     def fresh(self, number: int) -> bool:
         """Whether the trial may be begun anew with this number taken for another."""
         found = [each.limit for each in self.forced if not each.word]
@@ -114,7 +120,8 @@ class Limits:
     def cutting(self, length: int) -> int | None:
         """A number that all of the text was held against in vain, `if end - begun >= args.chunk_tokens`, and that is no
         larger than chunks are."""
-        whole = (seen for seen in self.seen.values() if not seen.reached and WHOLE * length <= seen.most <= length)
+        named = (seen for site, seen in self.seen.items() if is_named(site))
+        whole = (seen for seen in named if not seen.reached and WHOLE * length <= seen.most <= length)
         limits = (seen.limit for seen in whole if seen.limit is not None and length < seen.limit <= CHUNK)
         return next((limit for limit in limits if self.fresh(limit)), None)
 
@@ -166,6 +173,30 @@ def site_of(node: ast.expr) -> Site | None:
     return None
 
 
+_ARITHMETIC = (ast.Add, ast.Sub, ast.Mult, ast.FloorDiv)
+_ROUNDS = frozenset(("int", "round"))
+
+
+def limit_of(node: ast.expr) -> Site | None:
+    """The same, and that of what is computed of names and numbers alone, `first + most * args.rows`, whose name is what
+    is written there: a trial over a text of another length tells whether it moves with it."""
+    computed = isinstance(node, ast.BinOp) and _is_computed(node)
+    return (node.lineno, node.col_offset, f"({ast.unparse(node)})") if computed else site_of(node)
+
+
+def _is_computed(node: ast.expr) -> bool:
+    if isinstance(node, ast.BinOp):
+        return isinstance(node.op, _ARITHMETIC) and _is_computed(node.left) and _is_computed(node.right)
+    if isinstance(node, ast.Call):
+        return getattr(node.func, "id", "") in _ROUNDS and len(node.args) == 1 and _is_computed(node.args[0])
+    return site_of(node) is not None and not isinstance(node, ast.BoolOp)
+
+
+def is_named(site: Site) -> bool:
+    """Whether a number has a name, or is written out: what is computed is neither."""
+    return not site[2].startswith("(")
+
+
 _LOOPS = (ast.For, ast.AsyncFor, ast.While, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
@@ -181,4 +212,4 @@ def looped(tree: ast.AST) -> frozenset[int]:
     return frozenset(found)
 
 
-__all__ = ["CHUNK", "Coarse", "Forced", "Limits", "Seen", "Site", "alone", "finer", "looped", "site_of"]
+__all__ = ["CHUNK", "Coarse", "Forced", "Limits", "Seen", "Site", "alone", "finer", "is_named", "limit_of", "looped", "site_of"]
