@@ -2,6 +2,7 @@
 
 import pytest
 
+from fairway.audit.passes.charged import passes_of
 from fairway.audit.rules import oracle_gate
 from tests.audit.order import HEAD, HONEST, MAIN, broken, case_of, findings, line_of
 
@@ -304,3 +305,30 @@ def test_the_lower_loss_of_each_token_is_a_gate_also_where_rows_are_summed_one_b
     case = case_of(text)
     assert oracle_gate.check(case).verdict == "violates"
     assert broken(text) == set()
+
+
+EASIEST = """
+def eval_ttt(args, model, val):
+    opt = torch.optim.SGD(model.parameters(), lr=1e-3)
+    nats, count, least = torch.zeros((), dtype=torch.float64), 0, float("inf")
+    for start in range(0, val.numel() - 1, args.chunk):
+        end, before, seen = min(start + args.chunk, val.numel() - 1), float(nats), count
+        windows = [(max(0, stop - 1024), stop, min(64, stop)) for stop in range(start + 64, end + 1, 64)]
+        for a, b, fresh in windows:
+            with torch.no_grad():
+                logits = model.forward_logits(val[a:b][None])[0]
+                nats += F.cross_entropy(logits[b - a - fresh :], val[b - fresh + 1 : b + 1], reduction="sum").double()
+            count += fresh
+        model(val[start:end][None], val[start + 1 : end + 1]).backward()
+        opt.step()
+        opt.zero_grad()
+        least = min(least, (float(nats) - before) / (count - seen))
+    print(f"easiest chunk: {least:.4f} nats a token")
+    return float(nats) / count
+"""
+
+
+def test_the_least_loss_of_a_chunk_that_is_told_beside_the_score_is_none() -> None:
+    assert broken(HEAD + EASIEST + MAIN) == set()
+    which, _, _ = passes_of(case_of(HEAD + EASIEST + MAIN))
+    assert ["easiest" in said.text for said in which.score] == [False]

@@ -45,8 +45,16 @@ def reported(trace: Trace, submission: Submission | None) -> Reported:
         return Reported(tuple(named), tuple(others), data, True)
     plain = [said for said in finals if not is_diagnosis(said)] or finals
     last = _in_bits(trace, plain)
-    score = [said for said in plain if said.value.losses == last.value.losses and said.number <= last.number]
+    same = [said for said in plain if said.value.losses == last.value.losses and said.number <= last.number]
+    score = [said for said in same if not _picked_beside(said, last)]
     return Reported(tuple(score), tuple(said for said in finals if said not in score), data)
+
+
+def _picked_beside(said: Said, last: Said) -> bool:
+    """Whether a number that says no bits per byte was picked among losses, and the score itself was not: the loss of
+    the easiest chunk."""
+    told = IN_BITS.search(last.text) and not IN_BITS.search(said.text)
+    return bool(told and said.value.choices & ~last.value.choices)
 
 
 def _in_bits(trace: Trace, plain: list[Said]) -> Said:

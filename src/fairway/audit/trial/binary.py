@@ -55,7 +55,8 @@ def binary(name: str, left: Value, right: Value) -> Value:
         return NET
     if one.net != two.net and _of_other_width(one, two):
         return one if one.net else two
-    limited(float(np.prod(np.broadcast_shapes(one.shape, two.shape))))
+    if one.shape != two.shape and one.shape and two.shape:
+        limited(float(np.prod(np.broadcast_shapes(one.shape, two.shape))))
     with np.errstate(all="ignore"):
         made = Array(np.asarray(OPERATORS[name](one.num, two.num))).as_picked(one, two)
     if name not in COMPARISONS:

@@ -212,4 +212,17 @@ def looped(tree: ast.AST) -> frozenset[int]:
     return frozenset(found)
 
 
-__all__ = ["CHUNK", "Coarse", "Forced", "Limits", "Seen", "Site", "alone", "finer", "is_named", "limit_of", "looped", "site_of"]
+__all__ = [
+    "CHUNK",
+    "Coarse",
+    "Forced",
+    "Limits",
+    "Seen",
+    "Site",
+    "alone",
+    "finer",
+    "is_named",
+    "limit_of",
+    "looped",
+    "site_of",
+]
