@@ -177,6 +177,74 @@ def test_a_clock_whose_time_is_kept_is_none(tmp_path: Path, name: str) -> None:
     assert verdict(tmp_path, "training_over_time", text).verdict == "clean"
 
 
+STOPWATCH = """
+class Stopwatch:
+    def __init__(self):
+        self.total, self.since = 0.0, None
+
+    def go(self):
+        self.since = time.perf_counter()
+        return self
+
+    def halt(self):
+        self.total += time.perf_counter() - self.since
+        self.since = None
+
+    def lap(self):
+        self.total, self.since = 0.0, time.perf_counter()
+
+    def seconds(self):
+        return self.total + (time.perf_counter() - self.since if self.since else 0.0)
+
+class Trainer:
+    def __init__(self, model, loader):
+        self.model, self.loader, self.watch = model, loader, None
+        self.watch = Stopwatch()
+
+    def run(self, args, val):
+        optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
+        self.watch.go()
+        number = 0
+        while self.watch.seconds() < args.cap:
+            loss = self.model(*self.loader.next(4096))
+            loss.backward()
+            optimizer.step()
+            number += 1
+            if number % 1000 == 0:
+                self.watch.halt()
+                print("step", number, "val_loss", eval_val(args, self.model, val))
+                self.watch.go()
+            if number == 300:
+                AGAIN
+
+if __name__ == "__main__":
+    args, model = Hyperparameters(), GPT()
+    val = load(args.val_files)
+    Trainer(model, Loader(args.train_files)).run(args, val)
+    print("final val_loss", eval_val(args, model, val))
+"""
+TOLD = 'print(f"settled after {self.watch.seconds():.1f} s")\n                '
+
+
+@pytest.mark.parametrize(
+    ("again", "wanted"),
+    [
+        (f"{TOLD}self.watch = Stopwatch().go()", "violates"),
+        (f"{TOLD}self.watch.lap()", "violates"),
+        ("args.cap -= self.watch.seconds()\n                self.watch.lap()", "clean"),
+        (TOLD.strip(), "clean"),
+    ],
+    ids=["another", "a-lap", "taken-off-the-cap", "told"],
+)
+def test_a_message_keeps_nothing_of_what_a_clock_has_counted(tmp_path: Path, again: str, wanted: str) -> None:
+    text = HEAD + STOPWATCH.replace("AGAIN", again)
+    found = verdict(tmp_path, "training_over_time", text)
+    assert found.verdict == wanted
+    if wanted == "violates":
+        assert found.place is not None
+        assert text.split("\n")[found.place.line - 1].strip() == again.split("\n")[-1].strip()
+
+
 # ---- steps after the clock
 
 

@@ -19,7 +19,9 @@ def restarted(case: Case) -> Place | None:
     training loop and nothing kept what it had counted; or where it is moved on by time in which the model learned."""
     tree = case.body.tree
     clocks = {node.name for node in nodes(tree) if isinstance(node, ast.ClassDef) and any(map(_is_clock, nodes(node)))}
-    teaching, forgetful = _teaching(tree), _forgetful(tree)
+    teaching, forgetful, emptying = _teaching(tree), _forgetful(tree), _emptying(tree)
+    given = (node for node in nodes(tree) if isinstance(node, ast.Assign) and _is_new(node.value, clocks))
+    made = {ast.unparse(target) for node in given for target in node.targets}
     functions = (node for node in nodes(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))
     for function in (tree, *functions):
         own = list(_within(function.body)) if function is not None else []
@@ -31,6 +33,7 @@ def restarted(case: Case) -> Place | None:
             begun = {name for node in outside for name in _started(node, clocks)}
             asked = {call for node in outside if (call := _begun_by(node, forgetful))}
             found = [*_set_back(loop, begun, clocks, teaching), *_begun_anew(loop, asked, forgetful)]
+            found += _begun_anew(loop, made | begun, emptying)
             if found:
                 return case.place(found[0])
     return None
@@ -178,10 +181,13 @@ def _set_back(loop: ast.For | ast.While, begun: set[str], clocks: set[str], teac
         for number, statement in enumerate(block):
             before = block[:number]
             again = _started(statement, clocks) & begun if block is not loop.body else set()
-            if again and not any(_names(each) & again or _said(each) & counted for each in before):
+            if again and not any(_names(each) & again or _said(each) & counted for each in _keeping(before)):
+                yield statement.lineno
+            field = _replaced(statement, clocks) if block is not loop.body else ""
+            if field and not any(field in ast.unparse(each) for each in _keeping(before)):
                 yield statement.lineno
             nought = _to_nought(statement, begun) if block is not loop.body else ""
-            if nought and not any(nought in ast.unparse(each) for each in before):
+            if nought and not any(nought in ast.unparse(each) for each in _keeping(before)):
                 yield statement.lineno
             if (
                 isinstance(statement, ast.AugAssign)
@@ -193,6 +199,53 @@ def _set_back(loop: ast.For | ast.While, begun: set[str], clocks: set[str], teac
                 from_there = [n for n, each in enumerate(above) if _started(each, clocks) & since]
                 if from_there and any(_learns(each, teaching) for each in above[from_there[-1] :]):
                     yield statement.lineno
+
+
+def _keeping(block: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """The statements that may keep what a clock has counted: not a message, `log(f"{clock.seconds():.1f} s")`."""
+    for each in block:
+        call = each.value if isinstance(each, ast.Expr) else None
+        if not (isinstance(call, ast.Call) and any(isinstance(arg, ast.JoinedStr) for arg in call.args)):
+            yield each
+
+
+def _replaced(statement: ast.stmt, clocks: set[str]) -> str:
+    """The field that is given a new object that counts time in the place of the one that has counted; "" of all
+    else."""
+    if not isinstance(statement, ast.Assign) or not isinstance(statement.targets[0], ast.Attribute):
+        return ""
+    return ast.unparse(statement.targets[0]) if _is_new(statement.value, clocks) else ""
+
+
+def _is_new(value: ast.expr, clocks: set[str]) -> bool:
+    """Stopwatch(), Stopwatch().go(): an object of a class that asks for the time."""
+    while isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute):
+        value = value.func.value
+    return isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id in clocks
+
+
+def _emptying(tree: ast.AST | None) -> set[str]:
+    """Methods of a class that counts time that set to nought what it adds up: `self.total, self.since = 0.0, now()`."""
+    found = set()
+    for kind in nodes(tree):
+        if not isinstance(kind, ast.ClassDef) or not any(map(_is_clock, nodes(kind))):
+            continue
+        summed = {
+            ast.unparse(each.target)
+            for each in nodes(kind)
+            if isinstance(each, ast.AugAssign) and any(map(_is_clock, nodes(each.value)))
+        }
+        for method in kind.body:
+            if isinstance(method, ast.FunctionDef) and not method.name.startswith("__"):
+                given = (each for each in nodes(method) if isinstance(each, ast.Assign))
+                pairs = [
+                    pair for each in given for pair in zip(_parts(each.targets[0]), _parts(each.value), strict=False)
+                ]
+                noughts = {
+                    ast.unparse(field) for field, value in pairs if isinstance(value, ast.Constant) and value.value == 0
+                }
+                found |= {method.name} if noughts & summed else set()
+    return found
 
 
 def _forgetful(tree: ast.AST | None) -> set[str]:
@@ -229,7 +282,7 @@ def _begun_anew(loop: ast.For | ast.While, asked: set[str], forgetful: set[str])
     for block in _blocks(loop):
         for number, statement in enumerate(block if block is not loop.body else ()):
             clock = _begun_by(statement, forgetful)
-            if clock in asked and not any(clock in ast.unparse(each) for each in block[:number]):
+            if clock in asked and not any(clock in ast.unparse(each) for each in _keeping(block[:number])):
                 yield statement.lineno
 
 
