@@ -270,3 +270,43 @@ def test_what_follows_a_loop_whose_else_raises_was_come_to_by_a_break() -> None:
         HEAD + PACKED + main.replace("    LOOK\n", LOOKED).replace("AdamW", "SGD")
     )
     assert doubted(HEAD + PACKED + main.replace("    LOOK\n", "")) == set()
+
+
+ASKED = """
+def stream(files):
+    tokens, pos, which = shard(files[0]), 0, 0
+    want = yield None
+    while True:
+        parts = []
+        while want > 0:
+            if pos >= tokens.numel():
+                which = (which + 1) % len(files)
+                tokens, pos = shard(files[which]), 0
+            part = tokens[pos : pos + want]
+            parts.append(part)
+            pos += part.numel()
+            want -= part.numel()
+        want = yield (parts[0] if len(parts) == 1 else torch.cat(parts))
+
+class Loader:
+    def __init__(self, pattern):
+        self.stream = stream(FILES)
+        next(self.stream)
+    def next(self, n):
+        part = self.stream.send(n + 1)
+        return part[:-1].view(-1, 1024), part[1:].view(-1, 1024)
+"""
+
+
+@pytest.mark.parametrize(
+    ("files", "wanted"),
+    [
+        ("sorted(glob.glob(pattern))", set()),
+        ("sorted(glob.glob(pattern)) + sorted(glob.glob(Hyperparameters.val_files))", {"validation-in-training"}),
+    ],
+    ids=["training-files", "validation-files-too"],
+)
+def test_a_generator_that_waits_before_its_loop_yields_what_the_loop_does(files: str, wanted: set[str]) -> None:
+    start, end = HEAD.index("class Loader:"), HEAD.index("class GPT(")
+    text = HEAD[:start] + ASKED.replace("FILES", files).lstrip() + "\n" + HEAD[end:] + MAIN
+    assert broken(text) == wanted

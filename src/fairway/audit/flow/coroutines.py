@@ -107,11 +107,22 @@ def _yields(node: ast.AST) -> bool:
     return any(isinstance(each, (ast.Yield, ast.YieldFrom)) for each in nodes(node))
 
 
+def _yields_nothing(statement: ast.stmt) -> bool:
+    value = statement.value if isinstance(statement, (ast.Assign, ast.Expr)) else None
+    given = value.value if isinstance(value, ast.Yield) else statement
+    return given is None or (isinstance(given, ast.Constant) and given.value is None)
+
+
 def _plan(code: ast.FunctionDef) -> Plan:
     """How the body of a generator is walked."""
     body = code.body
     n = next((n for n, each in enumerate(body) if _yields(each)), len(body))
     once, rest = body[:n], body[n:]
+    more = next(
+        (m for m, each in enumerate(rest[1:], 1) if isinstance(each, (ast.While, ast.For)) and _yields(each)), 0
+    )
+    if more and _yields_nothing(rest[0]):  # `wanted = yield` before the loop: it waits for the first of what is sent
+        once, rest = [*once, *rest[1:more]], rest[more:]
     loop = rest[0] if rest and isinstance(rest[0], (ast.While, ast.For)) else None
     inner = loop.body if loop is not None else rest
     k = next((k for k, each in enumerate(inner) if _yields(each)), None)
