@@ -49,6 +49,7 @@ _SHORTEST = ("min_len", "min_doc", "min_tokens", "min_steps")
 _LEAST = 8  # tokens of them
 _PAIR = 2  # windows of a batch: a cache that learns after each batch has something to say in the second
 _FEW = 4  # bits of a hash: so few buckets that contexts meet, as millions of them do in those of a script
+_ROOMY = 20  # bits of a table in which 320 contexts hardly ever meet: filling a larger one takes a second
 _MANY = 1_000  # rows: fewer are none of a hashed table
 _BITS = range(10, 30)
 
@@ -235,7 +236,8 @@ def over_text(case: Case, ids: NDArray[np.uint16], small: tuple[Forced, ...], st
     """small: what makes tables of hashed contexts small enough; steps: what is too many."""
     given, room = text.given.set(ids), largest.set(_NUMBERS)
     try:
-        return over(partial(Weigher, case.script, case.settings, most=steps), stream.TOKENS, (*_sizes(case), *small))
+        forced = (*_sizes(case), *(small or tables(case, _ROOMY)))
+        return over(partial(Weigher, case.script, case.settings, most=steps), stream.TOKENS, forced)
     finally:
         text.given.reset(given)
         largest.reset(room)
@@ -257,15 +259,17 @@ def _sizes(case: Case) -> tuple[Forced, ...]:
     )
 
 
-def tables(case: Case) -> tuple[Forced, ...]:
-    """Tables of hashed contexts with few buckets. `rows = 1 << bits` of few bits is few already, and no bits."""
+def tables(case: Case, most: int = _FEW) -> tuple[Forced, ...]:
+    """Tables of hashed contexts with few buckets, of at most so many bits. `rows = 1 << bits` of few bits is few
+    already, and no bits."""
     bits = ("bits", "log2")
     return (
-        *taken(case.script, case.settings, _TABLES, range(_MANY, LARGEST), 1 << _FEW),
+        *taken(case.script, case.settings, _TABLES, range(max(_MANY, 1 << most), LARGEST), 1 << most),
         *(
-            Forced(None, number, _FEW, word)
+            Forced(None, number, most, word)
             for number in _BITS
-            for word in (bits if number == 1 << _FEW else (*_TABLES, *bits))
+            if number > most
+            for word in (bits if number == 1 << most else (*_TABLES, *bits))
         ),
     )
 
