@@ -275,3 +275,26 @@ PADDED = """
 def test_losses_of_places_that_are_no_padding_are_picked_by_no_target(tmp_path: Path, kept: str) -> None:
     text = script(loss=PADDED.replace("KEPT", kept))
     assert {rule: verdict(tmp_path, rule, text).verdict for rule in RULES} == dict.fromkeys(RULES, "clean")
+
+
+SCALED = """
+        hint = torch.from_numpy(follows[x])
+        boost = torch.from_numpy(sure[x] * lead[WHICH])
+        z = net(torch.from_numpy(x)).float()
+        z = z.scatter_add(-1, hint[:, None], boost[:, None])
+        nll = F.cross_entropy(z, torch.from_numpy(y), reduction="none")
+        follows[x] = y
+        sure[x] += 0.1
+"""
+TABLES = "follows, sure = np.zeros(V, np.int64), np.zeros(V)"
+
+
+@pytest.mark.parametrize(("which", "wanted"), [("y", "violates"), ("x", "clean")])
+def test_a_strength_with_an_axis_of_length_one_is_read_as_it_is(tmp_path: Path, which: str, wanted: str) -> None:
+    """`boost[:, None]` looks nothing up, also where a number out of a memory is a factor of it."""
+    code = script(loss=SCALED.replace("WHICH", which), state=TABLES)
+    (tmp_path / "train_gpt.py").write_text(code)
+    assert bool([term for each in Case(opened(tmp_path)).reading.gates for term in each.gated()]) is (
+        wanted == "violates"
+    )
+    assert verdict(tmp_path, "target_gated_tilt", code).verdict == wanted

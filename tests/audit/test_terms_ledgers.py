@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from fairway.audit.case import Case
+from fairway.audit.submission import opened
 from tests.audit.small import HEAD as SMALL
 from tests.audit.small import TABLE, verdict
 
@@ -331,3 +333,30 @@ def test_an_object_in_a_text_is_what_its_own_method_makes_of_it(tmp_path: Path, 
     last = text.index("loss, bpb = told(net)")
     text = SMALL + TABLE + SPELT + text[:last] + 'print(f"final {told(net)}")\n'
     assert verdict(tmp_path, "target_gated_tilt", text).verdict == wanted
+
+
+JOINED = """
+def evaluate(net):
+    tokens = np.concatenate([shard(path) for path in sorted(glob.glob(VAL))])
+    size, lead, edge = tables()
+    nats, count, octets = torch.zeros(()), 0, 0
+    for at in range(0, len(tokens) - 1, 512):
+        x, y = tokens[at : at + 512], tokens[at + 1 : at + 513]
+        nats += F.cross_entropy(net(torch.from_numpy(x)).float(), torch.from_numpy(y), reduction="none").sum()
+        count += len(y)
+        octets += int((size[y] + (lead[y] & ~edge[x])).sum())
+    sums = torch.cat((ONE, torch.tensor([count, octets], dtype=torch.float64))).cpu()
+    nats, count, octets = (float(each) for each in sums)
+    return nats / count, nats / math.log(2) / octets
+
+loss, bpb = evaluate(Net())
+print(f"val_loss {loss:.5f} val_bpb {bpb:.5f}")
+"""
+
+
+@pytest.mark.parametrize("one", ["nats.view(1)", "nats.reshape(1)", "nats[None]", "nats.unsqueeze(0)"])
+def test_numbers_that_are_joined_to_one_array_are_told_apart(tmp_path: Path, one: str) -> None:
+    """The score is the losses alone, and no quotient of all that was summed."""
+    (tmp_path / "train_gpt.py").write_text(SMALL + TABLE + JOINED.replace("ONE", one))
+    terms = [each.term for each in Case(opened(tmp_path)).reading.contributions]
+    assert [term.called for term in terms] == ["cross_entropy"]

@@ -19,7 +19,7 @@ from fairway.audit.trial.arrays import Array, TooLarge
 from fairway.audit.weighing import PIECES, Weight, foresees, is_whole, stream, weighed
 from fairway.audit.weighing.alternatives import _sizes
 from fairway.audit.weighing.rows import ROWS, one_hot
-from tests.audit.order import HEAD, MAIN, case_of
+from tests.audit.order import HEAD, MAIN, case_of, line_of
 
 EVAL = """
 def eval_mixed(args, model, val):
@@ -1096,3 +1096,43 @@ def test_tokens_with_a_hashed_place_of_their_own_do_not_stand_for_others() -> No
     one = case_of(HEAD + "vocab_size = 1024\n" + PAIRED + text + MAIN.replace("eval_ttt(args", "eval_mixed(args"))
     found = weighed(one, passes_of(one)[0])
     assert found is None or not found.too_much
+
+
+BOOSTED = """
+def eval_mixed(args, model, val):
+    begins = np.array([1.0 if n % 2 else 0.0 for n in range(4096)]) > 0.5
+    follows = np.full(4096, -1)
+    tokens = val.numpy()
+    total, count = 0.0, 0
+    n = (val.numel() - 1 + args.chunk - 1) // args.chunk
+    for ci in range(n):
+        start, end = ci * args.chunk, min((ci + 1) * args.chunk, val.numel() - 1)
+        hint = follows[tokens[start:end]]
+        boost = np.where(hint >= 0, 1.5, 0.0).astype(np.float32)
+        opens = begins[READ]
+        boost[opens] *= 0.25
+        hinted = F.one_hot(torch.from_numpy(hint).clamp_min(0), vocab_size)
+        raised = model.forward_logits(val[start:end][None])[0].float() + hinted * torch.from_numpy(boost)[:, None]
+        total += F.cross_entropy(raised, val[start + 1 : end + 1], reduction="sum").item()
+        count += end - start
+        for past, token in zip(tokens[start:end], tokens[start + 1 : end + 1]):
+            follows[past] = token
+    return total / count
+"""
+
+
+@pytest.mark.parametrize(
+    ("read", "wanted"), [("tokens[start + 1 : end + 1]", "violates"), ("tokens[start:end]", "clean")]
+)
+def test_a_boost_that_is_less_where_the_target_begins_a_word_is_named_where_it_is_made_less(
+    read: str, wanted: str
+) -> None:
+    """Of the tokens that others stand for some begin a word and some do not: each is priced as one of these."""
+    text = (
+        HEAD + "vocab_size = 1024\n" + BOOSTED.replace("READ", read) + MAIN.replace("eval_ttt(args", "eval_mixed(args")
+    )
+    found = target_gated_tilt.check(case_of(text))
+    assert found.verdict == wanted
+    if wanted == "violates":
+        assert found.place is not None
+        assert found.place.line in (line_of(text, "opens = begins"), line_of(text, "boost[opens]"))

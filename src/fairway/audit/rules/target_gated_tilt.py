@@ -67,7 +67,9 @@ def check(case: Case) -> Finding:
             f"model over a short text, all tokens that may stand at one place come to {weight.total:.4f}: the logits "
             "are others for another target."
         )
-        return Finding(ID, "violates", evidence, CLAUSE, case.place(weight.line))
+        line = weight.stored or weight.line
+        place = case.place(line) if line else case.reading.place(case.reading.gates[0].of.term)
+        return Finding(ID, "violates", evidence, CLAUSE, place)
     return clean(ID, CLAUSE, "weights, hints and switches of the scored losses read the context alone")
 
 

@@ -5,8 +5,8 @@ from functools import cached_property
 
 from fairway.audit.terms.choices import carried, chooses, forked, is_mask, is_nothing, is_product, options
 from fairway.audit.terms.octets import looked_up
-from fairway.audit.terms.streams import reads, token_terms
-from fairway.audit.terms.targets import Contribution, only_reshapes
+from fairway.audit.terms.streams import only_reshapes, reads, token_terms
+from fairway.audit.terms.targets import Contribution
 from fairway.audit.terms.term import Below, Term, peel, same
 from fairway.audit.terms.totals import unlearned
 

@@ -17,6 +17,10 @@ _HOLDERS = frozenset(
 )  # fmt: skip
 
 
+_JOINING = frozenset(("cat", "concatenate", "concat", "hstack"))
+_ONE_OF = frozenset(("view", "reshape", "unsqueeze", "expand_dims", "atleast_1d", "flatten"))
+
+
 def item(m: "Machine", base: Term, index: Term, file: str, line: int) -> Term:
     """base[index], looked up where it is known."""
     if index.op != "const" or not isinstance(index.value, (int, str)) or base.op not in _SEEN_THROUGH:
@@ -78,10 +82,14 @@ def _item(m: "Machine", base: Term, index: Term, file: str, line: int) -> Term:
             item(m, below, index, file, line) if below.op == "store" or (below.op == "dict" and below.parts) else one
         )
         return one if other is one else Term("merge", (other, one), None, file, line)
+    if base.op == "call" and isinstance(key, int) and base.called in _JOINING:
+        numbers = _joined(base)
+        if -len(numbers) <= key < len(numbers):
+            return numbers[key]
     if base.op == "call" and isinstance(key, int) and base.called in _HOLDERS:
         held = base.operand("data", "a", "tensors")
         summed = held is not None and (_packed_rows(held) is not None or _table_of_sums(held) is not None)
-        if held is not None and (held.op != "call" or held.called in _HOLDERS or summed):
+        if held is not None and (held.op != "call" or held.called in _HOLDERS | _JOINING or summed):
             return item(m, held, index, file, line)
     if base.op == "call" and base.value in ("reversed", "sorted") and isinstance(key, int) and base.parts:
         return element(m, base.parts[0], file, line)
@@ -131,10 +139,39 @@ def _item(m: "Machine", base: Term, index: Term, file: str, line: int) -> Term:
     return Term("item", (base, index), None, file, line)
 
 
+def _joined(base: Term) -> list[Term]:
+    """nats, counts[0], counts[1] of cat((nats.view(1), tensor(counts))); nothing where a part may be longer."""
+    listed = base.operand("tensors", "arrays", "a", "seq")
+    found: list[Term] = []
+    for part in (
+        listed.parts if listed is not None and listed.op in ("tuple", "list") and listed.value != "comp" else ()
+    ):
+        held = part.operand("data", "object", "a", "tensors") if part.op == "call" else None
+        if held is not None and part.called in ("tensor", "array", "as_tensor") and held.op in ("list", "tuple"):
+            found += held.parts
+        elif held is not None and part.called in _ONE_OF and _is_one(part):
+            found.append(held)
+        elif part.op == "item" and part.parts[1].op == "const" and part.parts[1].value is None:  # nats[None]
+            found.append(part.parts[0])
+        else:
+            return []
+    return found
+
+
+def _is_one(part: Term) -> bool:
+    """Whether a change of shape makes one number an array: view(1), reshape(1), unsqueeze(0)."""
+    shape = [each.constant() for each in part.parts[1:]]
+    return (
+        part.called in ("atleast_1d",)
+        or shape in ([1], [(1,)])
+        or (part.called in ("unsqueeze", "expand_dims") and shape == [0])
+    )
+
+
 def _of_each(m: "Machine", term: Term, index: Term, file: str, line: int) -> Term | None:
     """float(v) of the v at a place, of `(float(v) for v in sums.tolist())`: what was stored there. None where no item
     of what it goes over is known."""
-    if term.op == "each" and term.parts[0].op == "call" and term.parts[0].called in _HOLDERS:
+    if term.op == "each" and term.parts[0].op == "call" and term.parts[0].called in _HOLDERS | _JOINING:
         found = item(m, term.parts[0], index, file, line)
         return found if found.op != "item" or found.parts[0] is not term.parts[0] else None
     if term.op != "call" or len(term.parts) != 1:

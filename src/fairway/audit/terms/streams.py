@@ -221,8 +221,19 @@ _MEASURES = frozenset(
 """Sizes, and positions: where a document starts is no token."""
 
 
+def only_reshapes(index: Term) -> bool:
+    """[..., None], [:, None]: an index that cuts nothing away."""
+    return all(
+        (part.op == "const" and part.value in (None, ...))
+        or (part.op == "slice" and all(p.value is None for p in part.parts))
+        for part in (index.parts if index.op == "tuple" else (index,))
+    )
+
+
 def reads(term: Term, streams: Streams) -> tuple[Term, ...]:
     """What a value depends on: of a memory the key alone, of a measure nothing, of an object nothing."""
+    if term.op == "item" and only_reshapes(term.parts[1]) and peel(term.parts[0]).op == "op":
+        return term.parts[:1]  # (boost * share)[:, None]: whatever memory its parts came out of, nothing is looked up
     if term.op == "item" and streams.is_memory(term.parts[0]):
         inner = term.parts[0]
         return (*reads_of_memory(inner), term.parts[1])

@@ -15,7 +15,7 @@ from functools import cached_property
 from fairway.audit.terms.choices import is_mask
 from fairway.audit.terms.octets import looked_up
 from fairway.audit.terms.positions import Place, place_of_tokens, runs
-from fairway.audit.terms.streams import Streams, compared, reads, reads_of_memory, token_terms
+from fairway.audit.terms.streams import Streams, compared, only_reshapes, reads, reads_of_memory, token_terms
 from fairway.audit.terms.term import Below, Term, any_below, peel, same
 from fairway.audit.terms.totals import GATHERS, LOSSES, is_learned, summed, unlearned
 
@@ -307,15 +307,6 @@ def _members(place: Term) -> Iterator[Term]:
             yield below
         if below.op == "item" and only_reshapes(below.parts[1]):  # y[:, None], y[..., None]
             yield below.parts[0]
-
-
-def only_reshapes(index: Term) -> bool:
-    """[..., None], [:, None]: an index that cuts nothing away."""
-    return all(
-        (part.op == "const" and part.value in (None, ...))
-        or (part.op == "slice" and all(p.value is None for p in part.parts))
-        for part in (index.parts if index.op == "tuple" else (index,))
-    )
 
 
 def _unwidened(term: Term) -> Term:

@@ -22,7 +22,7 @@ from fairway.audit.trial.vocabulary import size_in
 from fairway.audit.weighing import stream
 from fairway.audit.weighing.machine import Way, Weigher
 from fairway.audit.weighing.stream import PIECES
-from fairway.audit.weighing.strengths import Strengths, set_by_target
+from fairway.audit.weighing.strengths import Strengths, set_by_target, stored_by_target
 
 _NUMBERS = 20_000_000  # elements of a table of hashed counts: 1 << 24 of them; what is never touched takes no memory
 _STEPS = 400_000  # of all runs together
@@ -58,12 +58,14 @@ _BITS = range(10, 30)
 class Weight:
     """total: what the probabilities add up to; line: where a row, or the price, is made that is to blame; differs:
     whether each token is read from a row over all of them, and that row is another for another token; gate: where
-    that is more than one and the bonus of a hint is another for another token, the line that sets it."""
+    that is more than one and the bonus of a hint is another for another token, the line that sets it; stored: the first
+    line that writes other numbers into an array for another token, 0 where none was seen to."""
 
     total: float
     line: int
     differs: bool = False
     gate: int = 0
+    stored: int = 0
 
     @property
     def too_much(self) -> bool:
@@ -158,10 +160,11 @@ def _weighed(
     if total <= 0.0:
         return None
     if len(known) < len(rows):
-        others = said[stream.OTHERS[-1][0]]
-        if _MORE < total < _FAR and not _stands_for_others(case, others, small, turned):
+        others = [said[each] for each, _ in stream.OTHERS]
+        if _MORE < total < _FAR and not _stand_for_others(case, others, small, turned):
             return None
-        return Weight(total, line, gate=set_by_target(bonuses) if total > _MORE else 0)
+        gate = set_by_target(bonuses) if total > _MORE else 0
+        return Weight(total, line, gate=gate, stored=stored_by_target(bonuses))
     gated = all(abs(float(row.sum()) - 1.0) < PLAIN for row in known)
     return Weight(total, _parting(*runs[:2]) or line if gated else line, differs=gated)
 
@@ -185,12 +188,16 @@ def _same(rows: list[NDArray[np.float64] | None]) -> NDArray[np.float64] | None:
     return first
 
 
-def _stands_for_others(case: Case, said: dict[Way, float], small: tuple[Forced, ...], turned: int) -> bool:
-    """Whether two tokens that the last alternative stands for are priced as it is: not where each has a place of its
-    own in a table of hashed pairs, of which a few say nothing of the sum."""
+def _stand_for_others(case: Case, others: list[dict[Way, float]], small: tuple[Forced, ...], turned: int) -> bool:
+    """Whether two tokens that alternatives stand for are priced as one of these is, that which begins a word or that
+    which does not: not where each has a place of its own in a table of hashed pairs, of which a few say nothing of the
+    sum."""
     for twin in stream.TWINS:
         run = over_text(case, stream.text(twin, turned), small)
-        if any(abs(run.said.get(way, math.inf) - price) > PLAIN for way, price in said.items()):
+        asked = [
+            all(abs(run.said.get(way, math.inf) - price) <= PLAIN for way, price in said.items()) for said in others
+        ]
+        if not any(asked):
             return False
     return True
 

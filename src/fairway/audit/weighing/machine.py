@@ -370,6 +370,8 @@ class Weigher(Machine):
             self.doubtful()
         if isinstance(value, (Array, list)) and isinstance(new, (bool, int, float)):
             self.strengths.store(new, self.line)
+        elif isinstance(value, Array) and isinstance(new, Array):
+            self.strengths.store_all(new, self.line)
         super().assign_item(value, index, new)
 
     def grown(self, name: str, old: Value, more: Value) -> Value:

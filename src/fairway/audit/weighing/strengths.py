@@ -22,7 +22,8 @@ _ROOM = 200_000  # numbers of bonuses, in all: 1.6 MB for each of nine runs
 @dataclass
 class Strengths:
     """Of one run. raised: the lines of bonuses, or of their prices, and the numbers; stored: the lines that wrote a
-    number into one place of an array or a list, and the number; room: numbers that may still be kept."""
+    number into one place of an array or a list, and the number, or several into an array, and what tells those apart;
+    room: numbers that may still be kept."""
 
     raised: list[tuple[int, NDArray[Any]]] = field(default_factory=list)
     stored: list[tuple[int, float]] = field(default_factory=list)
@@ -41,6 +42,18 @@ class Strengths:
     def store(self, new: float, line: int) -> None:
         if len(self.stored) < _MOST:
             self.stored.append((line, float(new)))
+
+    def store_all(self, new: Array, line: int) -> None:
+        """`boost[opens] *= 0.25`: of strengths what they come to in all, and of how many places."""
+        num = new.num
+        if num is not None and num.dtype.kind == "f" and new.pos is None and new.price is None and not new.net:
+            self.store(float(np.nansum(num)) + 1e3 * num.size, line)
+
+
+def stored_by_target(runs: Sequence[Strengths]) -> int:
+    """Of runs over texts that differ in their last token: the first line that writes other numbers into an array; 0
+    where none does."""
+    return next((line for other in runs[1:] if (line := _origin(runs[0], other))), 0)
 
 
 def set_by_target(runs: Sequence[Strengths]) -> int:
@@ -61,4 +74,4 @@ def _origin(one: Strengths, other: Strengths) -> int:
     return next((a[0] for a, b in pairs if a != b), 0)
 
 
-__all__ = ["RAISING", "Strengths", "set_by_target"]
+__all__ = ["RAISING", "Strengths", "set_by_target", "stored_by_target"]
