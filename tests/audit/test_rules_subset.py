@@ -357,6 +357,19 @@ SHORT = {
 }
 
 
+@pytest.mark.parametrize("then", ["spans.append((begin, end))", "print(begin)"])
+def test_documents_that_are_long_enough_to_be_listed_are_all_that_is_scored(then: str) -> None:
+    head = HEAD.replace("    stride = int", '    fewest = int(os.environ.get("FEWEST", 400))\n    stride = int')
+    listed = f"if end - begin >= args.fewest:\n            {then}"
+    if then == "print(begin)":
+        listed += "\n        spans.append((begin, end))"
+    made = BY_DOCUMENT.replace("        SHORT\n", f"        {listed}\n    for begin, end in spans:\n").replace(
+        "    for begin, end in zip", "    spans = []\n    for begin, end in zip"
+    )
+    body = MAIN.replace(EVAL, "    final = by_document(args, model, val)\n")
+    assert (broken(head + made + body) == {"subset-as-full"}) is then.startswith("spans")
+
+
 @pytest.mark.parametrize("name", SHORT)
 def test_documents_that_are_too_short_to_be_scored_are_left_out(name: str) -> None:
     """All documents of the trial's text have more than 400 tokens: it is tried with more than some of them have."""

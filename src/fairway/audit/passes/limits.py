@@ -79,14 +79,21 @@ def _left(case: Case, which: Reported, forced: Forced, text: Trial) -> float | N
 
 
 def _skipping(case: Case) -> set[int]:
-    """Lines of conditions under which a loop goes on to its next turn, or that let through what is listed."""
+    """Lines of conditions under which a loop goes on to its next turn, or that let through what is listed or yielded."""
     found: set[int] = set()
     for node in nodes(case.body.tree):
-        if isinstance(node, ast.If) and isinstance(node.body[-1], ast.Continue):
+        if isinstance(node, ast.If) and (isinstance(node.body[-1], ast.Continue) or _lists(node)):
             found.add(node.test.lineno)
         elif isinstance(node, ast.comprehension):
             found.update(test.lineno for test in node.ifs)
     return found
+
+
+def _lists(node: ast.If) -> bool:
+    """`if n >= least: docs.append(...)`, and nothing else otherwise."""
+    done = node.body[-1].value if isinstance(node.body[-1], ast.Expr) and not node.orelse else None
+    added = isinstance(done, ast.Call) and isinstance(done.func, ast.Attribute) and done.func.attr == "append"
+    return added or isinstance(done, ast.Yield)
 
 
 def stated_at(case: Case, limit: float) -> Place | None:
