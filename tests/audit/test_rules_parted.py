@@ -1,10 +1,10 @@
-"""Tables that every process fills with what lies before its own part of the text."""
+"""Tables that every process fills with what lies before its own part of the text, and shares that begin too early."""
 
 import pytest
 
 from fairway.audit.passes.charged import passes_of
 from fairway.audit.passes.parted import of_earlier_parts
-from fairway.audit.rules import two_pass_cache
+from fairway.audit.rules import twice_counted_tokens, two_pass_cache
 from tests.audit.order import HEAD, MAIN, broken, case_of, doubted, line_of
 
 PARTED = """
@@ -140,3 +140,23 @@ def test_who_says_how_much_is_filled_is_named() -> None:
         "class Counts", "LIMIT = 60_000_000\nclass Counts"
     )
     assert filled_at(text) == line_of(text, "self.absorb(val, at, min(")
+
+
+@pytest.mark.parametrize(
+    ("begun", "wanted"),
+    [
+        ("first = max(0, first - 2048)", True),
+        ("first -= min(first, 2048)", True),
+        ("before = max(0, first - 2048)", False),
+    ],
+)
+def test_a_share_that_begins_before_its_own_is_counted_by_two_processes(begun: str, wanted: bool) -> None:
+    """A process by itself has nothing before its share: every target counts once."""
+    share = "    first, last = span_of(total, rank, size)\n"
+    text = script("0, first", KNOWN).replace(share, f"{share}    {begun}\n")
+    found = twice_counted_tokens.check(case_of(text))
+    assert found.verdict == ("violates" if wanted else "clean")
+    if wanted:
+        assert found.place is not None
+        assert found.place.line == line_of(text, begun)
+        assert "2,048" in found.evidence

@@ -79,7 +79,7 @@ def _left(case: Case, which: Reported, forced: Forced, text: Trial) -> float | N
 
 
 def _skipping(case: Case) -> set[int]:
-    """Lines of conditions under which a loop goes on to its next turn, or that let through what is listed or yielded."""
+    """Lines of conditions under which a loop goes on to its next turn, or that let through what is listed, yielded."""
     found: set[int] = set()
     for node in nodes(case.body.tree):
         if isinstance(node, ast.If) and (isinstance(node.body[-1], ast.Continue) or _lists(node)):

@@ -1,13 +1,19 @@
-"""A table that every process fills with what lies before its own part of the text: it knows nothing too early."""
+"""What only several processes show: a table that each of them fills with what lies before its own part of the text
+knows nothing too early; a part that begins before its share is counted by two of them."""
 
 from __future__ import annotations
 
+import ast
 import weakref
+from collections.abc import Iterator
 
 import numpy as np
 
 from fairway.audit.case import Case
 from fairway.audit.flow.events import Event, Score, Trace, Update
+from fairway.audit.passes.reported import Reported
+from fairway.audit.passes.trials import FEW, counted
+from fairway.audit.reading.tree import nodes
 from fairway.audit.trial import Trial, run
 from fairway.audit.trial.text import SHORT
 
@@ -51,8 +57,44 @@ def _scored_from(trial: Trial, calls: tuple[int, ...]) -> int | None:
     return min((int(np.flatnonzero(each)[0]) for each in times), default=None)
 
 
+def counted_by_two(case: Case, which: Reported) -> tuple[int, int] | None:
+    """How many targets two processes both count, and the line that begins a process's share before it; None where no
+    line does so, or none are."""
+    line = next(_moved_back(case.body.tree), 0)
+    if not line:
+        return None
+    trial, times = case.trial, np.zeros(0)
+    for group in _GROUPS:
+        alone = run(case.script, case.settings, SHORT, trial.limits.forced, False, trial.native, group=group)
+        found = counted(alone, which)
+        if found is None:
+            return None
+        times = found.times + (times if times.size else 0.0)
+    twice = int((times > 1.0 + 1e-6).sum())
+    return (twice, line) if twice >= FEW else None
+
+
+def _moved_back(tree: ast.AST | None) -> Iterator[int]:
+    """Lines that move back where the share of a rank begins: `lo, hi = share(n, rank); lo = max(0, lo - run_in)`."""
+    for function in (node for node in nodes(tree) if isinstance(node, ast.FunctionDef)):
+        shared: set[str] = set()
+        for node in nodes(function):
+            if isinstance(node, ast.AugAssign) and isinstance(node.op, ast.Sub) and ast.unparse(node.target) in shared:
+                yield node.lineno
+            if not isinstance(node, ast.Assign):
+                continue
+            names = {each.id for each in nodes(node.targets[0]) if isinstance(each, ast.Name)}
+            less = (
+                each.left for each in nodes(node.value) if isinstance(each, ast.BinOp) and isinstance(each.op, ast.Sub)
+            )
+            if len(names) == 1 and any(isinstance(each, ast.Name) and each.id in names & shared for each in less):
+                yield node.lineno
+            if "rank" in ast.unparse(node.value).lower():
+                shared |= names
+
+
 def _calls(event: Event) -> tuple[int, ...]:
     return tuple(place.line for place in event.stack[:-1])
 
 
-__all__ = ["of_earlier_parts"]
+__all__ = ["counted_by_two", "of_earlier_parts"]

@@ -11,6 +11,7 @@ from fairway.audit.flow.linear import difference
 from fairway.audit.flow.tokens import Tok
 from fairway.audit.passes.charged import passes_of
 from fairway.audit.passes.findings import unseen
+from fairway.audit.passes.parted import counted_by_two
 from fairway.audit.passes.places import of_another
 from fairway.audit.passes.reported import Reported, scores_of
 from fairway.audit.passes.trials import FEW, counts_of, repeated
@@ -54,6 +55,13 @@ def check(case: Case) -> Finding:
     shown = repeated(counts) if counts is not None else ""
     if shown:
         return Finding(ID, "violates", shown, CLAUSE, _decided(case, which_score(case, which)))
+    two = counted_by_two(case, which)
+    if two is not None:
+        evidence = (
+            f"Each process begins before its own share, and counts what it reads there: of two processes over a short "
+            f"text both count {two[0]:,} targets."
+        )
+        return Finding(ID, "violates", evidence, CLAUSE, case.place(two[1]))
     if tails is not None:
         evidence = f"At the end of the data {how.format(place=tails.place)}: some are counted again."
         return departure(case, "small-tail", CLAUSE, evidence, _in_the_windows_loop(case, tails))
