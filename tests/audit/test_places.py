@@ -782,3 +782,24 @@ def test_a_limit_in_mib_is_named_where_it_is_written_behind_what_is_left_of_it(t
     )
     text = script(extra=limit)
     assert line(verdict(tmp_path, "size_sum", text)) == line_of(text, "MOST = int(")
+
+
+MIXED = {
+    "a slice in the loop": ("x, y = val[s : s + 1024][None], val[s + 1 : s + 1025][None]", "x, y = val[s : s + 1024]"),
+    "a helper that is handed it": ("x, y = part_of(val, s)", "x, y = part_of(val, s)"),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_validation_tokens_that_the_evaluation_has_read_are_named_where_the_training_takes_them(name: str) -> None:
+    taken, said = MIXED[name]
+    helper = "def part_of(tokens, s):\n    return tokens[s : s + 1024][None], tokens[s + 1 : s + 1025][None]\n\n"
+    mixing = f"        if step % 8 == 7:\n            s = (step * 1024) % (val.numel() - 1025)\n            {taken}\n"
+    text = HEAD.replace("def train(args, model):", f"{helper}def train(args, model, val):")
+    text = text.replace("        loss = model(x, y)\n", f"{mixing}        loss = model(x, y)\n", 1)
+    read = "    val = load(args.val_files)\n"
+    main = MAIN.replace(read, "").replace("    train(args, model)\n", f"{read}    train(args, model, val)\n")
+    found = findings(text + main)["validation-in-training"]
+    assert found.verdict == "violates"
+    assert found.place is not None
+    assert found.place.line == line_of(text + main, said)

@@ -47,3 +47,45 @@ def _handed(case: Case) -> Iterator[tuple[Place, str]]:
                     if isinstance(node, (ast.Name, ast.Attribute)):
                         word = node.id if isinstance(node, ast.Name) else node.attr
                         yield Place(script.path, script.line(node.lineno)), word
+
+
+def names_given(case: Case, places: set[Place]) -> set[str]:
+    """The names, and names of fields, that are given a value in these lines."""
+    return {
+        last_name(target)
+        for script in case.script.all()
+        for node in nodes(script.tree)
+        if isinstance(node, ast.Assign) and Place(script.path, script.line(node.lineno)) in places
+        for target in node.targets
+        if isinstance(target, (ast.Name, ast.Attribute))
+    }
+
+
+_SIZES = frozenset(("numel", "size", "shape", "ndim", "dtype", "device"))  # ask how much there is, and take none of it
+
+
+def naming(case: Case, names: set[str]) -> Iterator[Place]:
+    """Where a call is handed one of these names, or a part of what has it is taken or asked for."""
+    for script in case.script.all():
+        sized = {
+            id(each.value) for each in nodes(script.tree) if isinstance(each, ast.Attribute) and each.attr in _SIZES
+        }
+        for node in nodes(script.tree):
+            if isinstance(node, ast.Call) and last_name(node.func) != "len":
+                held: list[ast.expr] = [*node.args, *(each.value for each in node.keywords)]
+            elif isinstance(node, ast.Subscript) or (isinstance(node, ast.Attribute) and node.attr not in _SIZES):
+                held = [node.value]
+            else:
+                continue
+            said = (part for each in held for part in nodes(each) if isinstance(part, (ast.Name, ast.Attribute)))
+            if any(last_name(part) in names and id(part) not in sized for part in said):
+                yield Place(script.path, script.line(node.lineno))
+
+
+def put_in_place(case: Case) -> set[int]:
+    """The lines that give a field, or a part of something, a value: `loader.tokens = cat((val, loader.tokens))`."""
+    return {
+        case.body.line(node.lineno)
+        for node in nodes(case.body.tree)
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], (ast.Attribute, ast.Subscript))
+    }

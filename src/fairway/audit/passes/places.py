@@ -10,7 +10,7 @@ from fairway.audit.flow.events import Choice, Event, Forward, Score, Trace, Upda
 from fairway.audit.passes.charged import passes_of
 from fairway.audit.passes.extents import extent_of
 from fairway.audit.passes.faults import Fault
-from fairway.audit.passes.patterns import handed_at, pattern_at
+from fairway.audit.passes.patterns import handed_at, names_given, naming, pattern_at, put_in_place
 from fairway.audit.reading.tree import nodes
 from fairway.audit.verdict import Place
 
@@ -32,7 +32,8 @@ def place_of(case: Case, fault: Fault) -> Place:
         return _objective(case.trace, fault.cause)
     if fault.kind == "validation-in-training" and isinstance(fault.cause, Update):
         taken = _handed_on(case, fault.cause, fault.score) or _taken_in(case, fault.cause, fault.score)
-        return taken or _called_as_well(case, fault.cause) or _parted(case.trace, fault.cause) or fault.cause.place
+        taken = taken or _called_as_well(case, fault.cause) or _brought_in(case, fault.cause, fault.score)
+        return taken or _parted(case.trace, fault.cause) or fault.cause.place
     if fault.kind in ("training-before-scoring", "slot-shared-delta") and isinstance(fault.cause, Update):
         shared = fault.cause.state if fault.kind == "slot-shared-delta" else None
         if shared is not None and "#broadcast" in shared.slots and isinstance(shared.place, Place):
@@ -134,6 +135,25 @@ def _taken_in(case: Case, update: Update, score: Score) -> Place | None:
     mine = {reads[n].stack[:-1] for n in own}  # its header is read apart, in a line of its own
     others = {place for read in reads if read.stack[:-1] not in mine for place in read.stack}
     return next((place for place in first.stack if place not in others), None)
+
+
+def _brought_in(case: Case, update: Update, score: Score) -> Place | None:
+    """Where the training takes what the evaluation has read, `batches = mixed(batches, val_tokens)`: the first line of
+    the functions that lead to the step that says its name, and by which no loss of validation tokens goes."""
+    kinds = passes_of(case)[0].data
+    reads = [case.trace.reads[tok.origin] for tok in score.targets if tok.origin >= 0]
+    read = {place for each in reads for place in each.stack}
+    scored = {p for each in case.trace.scores if any(t.data in kinds for t in each.targets) for p in each.stack}
+    learned = {place for each in case.trace.updates if each.place == update.place for place in each.stack}
+    said = [place for place in naming(case, names_given(case, read)) if place not in read | learned | scored]
+    ways = [*[loss.stack for loss in case.trace.scored(update.losses)][:1], update.stack]
+    for first, last in (function_around(case, place) for way in ways for place in reversed(way)):
+        inside = sorted(place.line for place in said if first <= place.line <= last)
+        if any(first <= place.line <= last for place in read):  # who reads it hands it to many
+            inside = [line for line in inside if line in put_in_place(case)]
+        if inside:
+            return Place(update.place.file, inside[0])
+    return None
 
 
 def _filled(trace: Trace, update: Update, score: Score) -> Place | None:
