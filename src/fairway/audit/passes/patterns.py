@@ -1,7 +1,7 @@
 """Where the pattern of a read is written: in the run command, or as a text of the script."""
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from fairway.audit.case import Case
 from fairway.audit.flow.names import side_of
@@ -49,16 +49,16 @@ def _handed(case: Case) -> Iterator[tuple[Place, str]]:
                         yield Place(script.path, script.line(node.lineno)), word
 
 
-def names_given(case: Case, places: set[Place]) -> set[str]:
-    """The names, and names of fields, that are given a value in these lines."""
-    return {
-        last_name(target)
-        for script in case.script.all()
-        for node in nodes(script.tree)
-        if isinstance(node, ast.Assign) and Place(script.path, script.line(node.lineno)) in places
-        for target in node.targets
-        if isinstance(target, (ast.Name, ast.Attribute))
-    }
+def names_given(case: Case, ways: Sequence[Sequence[Place]]) -> set[str]:
+    """The names, and names of fields, that are given what these ways lead to, outermost: what a helper calls it by is
+    a name for much else."""
+    given: dict[Place, set[str]] = {}
+    for script in case.script.all():
+        for node in nodes(script.tree):
+            if isinstance(node, ast.Assign):
+                names = {last_name(each) for each in node.targets if isinstance(each, (ast.Name, ast.Attribute))}
+                given.setdefault(Place(script.path, script.line(node.lineno)), set()).update(names)
+    return {name for way in ways for name in next((given[place] for place in way if given.get(place)), ())}
 
 
 _SIZES = frozenset(("numel", "size", "shape", "ndim", "dtype", "device"))  # ask how much there is, and take none of it
@@ -71,21 +71,31 @@ def naming(case: Case, names: set[str]) -> Iterator[Place]:
             id(each.value) for each in nodes(script.tree) if isinstance(each, ast.Attribute) and each.attr in _SIZES
         }
         for node in nodes(script.tree):
-            if isinstance(node, ast.Call) and last_name(node.func) != "len":
-                held: list[ast.expr] = [*node.args, *(each.value for each in node.keywords)]
-            elif isinstance(node, ast.Subscript) or (isinstance(node, ast.Attribute) and node.attr not in _SIZES):
-                held = [node.value]
-            else:
-                continue
-            said = (part for each in held for part in nodes(each) if isinstance(part, (ast.Name, ast.Attribute)))
+            said = (part for each in _held(node) for part in nodes(each) if isinstance(part, (ast.Name, ast.Attribute)))
             if any(last_name(part) in names and id(part) not in sized for part in said):
-                yield Place(script.path, script.line(node.lineno))
+                yield Place(script.path, script.line(getattr(node, "lineno", 0)))
+
+
+def _held(node: ast.AST) -> list[ast.expr]:
+    """What a call is handed, an index or a method is asked of, a field is given."""
+    if isinstance(node, ast.Call) and last_name(node.func) != "len":
+        return [*node.args, *(each.value for each in node.keywords)]
+    if isinstance(node, ast.Subscript):
+        return [node.value]
+    if (isinstance(node, ast.Attribute) and node.attr not in _SIZES) or (
+        isinstance(node, ast.Assign) and _is_put(node)
+    ):
+        return [node.value]
+    return []
 
 
 def put_in_place(case: Case) -> set[int]:
     """The lines that give a field, or a part of something, a value: `loader.tokens = cat((val, loader.tokens))`."""
     return {
-        case.body.line(node.lineno)
-        for node in nodes(case.body.tree)
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], (ast.Attribute, ast.Subscript))
+        case.body.line(node.lineno) for node in nodes(case.body.tree) if isinstance(node, ast.Assign) and _is_put(node)
     }
+
+
+def _is_put(node: ast.Assign) -> bool:
+    targets = node.targets[0].elts if isinstance(node.targets[0], ast.Tuple) else node.targets
+    return any(isinstance(each, (ast.Attribute, ast.Subscript)) for each in targets)

@@ -139,17 +139,19 @@ def _taken_in(case: Case, update: Update, score: Score) -> Place | None:
 
 def _brought_in(case: Case, update: Update, score: Score) -> Place | None:
     """Where the training takes what the evaluation has read, `batches = mixed(batches, val_tokens)`: the first line of
-    the functions that lead to the step that says its name, and by which no loss of validation tokens goes."""
+    the functions that lead to the step that says its name, and by which neither a loss of validation tokens goes nor
+    the training itself."""
     kinds = passes_of(case)[0].data
     reads = [case.trace.reads[tok.origin] for tok in score.targets if tok.origin >= 0]
-    read = {place for each in reads for place in each.stack}
-    scored = {p for each in case.trace.scores if any(t.data in kinds for t in each.targets) for p in each.stack}
-    learned = {place for each in case.trace.updates if each.place == update.place for place in each.stack}
-    said = [place for place in naming(case, names_given(case, read)) if place not in read | learned | scored]
+    known = {place for each in reads for place in each.stack}
+    known |= {p for each in case.trace.scores if any(t.data in kinds for t in each.targets) for p in each.stack}
+    known |= {p for each in case.trace.updates if any(t.data == "train" for t in each.learned) for p in each.stack}
+    said = [place for place in naming(case, names_given(case, [each.stack for each in reads])) if place not in known]
+    said = [place for place in said if not _in_a_model(case, place)]
     ways = [*[loss.stack for loss in case.trace.scored(update.losses)][:1], update.stack]
     for first, last in (function_around(case, place) for way in ways for place in reversed(way)):
         inside = sorted(place.line for place in said if first <= place.line <= last)
-        if any(first <= place.line <= last for place in read):  # who reads it hands it to many
+        if any(first <= place.line <= last for each in reads for place in each.stack):  # it is handed to many from here
             inside = [line for line in inside if line in put_in_place(case)]
         if inside:
             return Place(update.place.file, inside[0])
