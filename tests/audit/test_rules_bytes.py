@@ -212,6 +212,13 @@ def test_bytes_that_nobody_counted_are_a_constant(tmp_path: Path, bpb: str) -> N
     assert finding.place.line == line_of(text, "return loss, ")
 
 
+@pytest.mark.parametrize(
+    "count", ["torch.full_like(nll, 2.47).sum().item()", "np.full(len(y), 2.47)[y > 0].sum()"], ids=["all", "masked"]
+)
+def test_an_array_of_one_number_for_all_tokens_counts_no_bytes(tmp_path: Path, count: str) -> None:
+    assert verdict(tmp_path, "byte_constant", script(count=count)).verdict == "violates"
+
+
 def test_what_a_count_lies_on_is_no_count_of_bytes(tmp_path: Path) -> None:
     live = "at < torch.arange(len(y), device=ids.device)"
     loss = f"{LOSS}        ids = torch.from_numpy(piece)\n        live = {live}\n        count += live.sum().item()\n"

@@ -311,6 +311,10 @@ def is_assumed(fraction: Fraction) -> Term | None:
                 found = next((part for part in term.parts if _plausible(part)), None)
                 if found is not None:
                     return found
+            if term.op == "call" and term.called in ("full", "full_like"):  # as many for each token
+                filled = term.at(1, "fill_value")
+                if filled is not None and _plausible(filled):
+                    return filled
     return None
 
 
@@ -336,6 +340,10 @@ def _arithmetic(root: Term) -> Iterator[Term]:
             waiting.extend(term.parts)
         elif term.op == "choice":
             waiting.extend(term.parts[1:])
+        elif term.op == "store" and len(term.parts) > 2:  # a column of sums by document
+            waiting.append(term.parts[2])
+        elif term.op == "item" and peel(term.parts[0]).called in ("full", "full_like"):
+            waiting.append(term.parts[0])
         elif term.op == "call" and term.called in ("sum", "all_reduce", "fsum"):
             waiting.extend(term.parts[:1])
 
