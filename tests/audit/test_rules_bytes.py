@@ -213,10 +213,13 @@ def test_bytes_that_nobody_counted_are_a_constant(tmp_path: Path, bpb: str) -> N
 
 
 @pytest.mark.parametrize(
-    "count", ["torch.full_like(nll, 2.47).sum().item()", "np.full(len(y), 2.47)[y > 0].sum()"], ids=["all", "masked"]
+    ("octets", "wanted"), [("torch.full_like(nll, 2.47)", "violates"), ("torch.from_numpy(size[y])", "clean")]
 )
-def test_an_array_of_one_number_for_all_tokens_counts_no_bytes(tmp_path: Path, count: str) -> None:
-    assert verdict(tmp_path, "byte_constant", script(count=count)).verdict == "violates"
+def test_an_array_of_one_number_for_all_tokens_counts_no_bytes(tmp_path: Path, octets: str, wanted: str) -> None:
+    """Also where they are summed by document, in a column beside the losses."""
+    loss = f"{LOSS}        book[at % 4, 1] += {octets}[nll >= 0].sum()\n"
+    text = script(loss=loss, state="book = torch.zeros(4, 3)", bpb="nats / math.log(2) / book.sum(0)[1].item()")
+    assert verdict(tmp_path, "byte_constant", text).verdict == wanted
 
 
 def test_what_a_count_lies_on_is_no_count_of_bytes(tmp_path: Path) -> None:
