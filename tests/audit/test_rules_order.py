@@ -718,14 +718,20 @@ def learn(args, model, val):
 
 
 @pytest.mark.parametrize(
-    ("first", "charged"), [("eval_again", "rescoring-after-adaptation"), ("eval_val", "training-before-scoring")]
+    ("first", "told", "charged"),
+    [
+        ("eval_again", "val_bpb", "rescoring-after-adaptation"),
+        ("eval_again", "val_loss", "training-before-scoring"),
+        ("eval_val", "val_bpb", "training-before-scoring"),
+    ],
 )
 def test_a_whole_score_before_a_round_of_steps_is_a_first_one_where_the_same_calls_made_it(
-    first: str, charged: str
+    first: str, told: str, charged: str
 ) -> None:
-    """Another evaluation before, of the model as it is, is none: the score itself comes but once, after the steps."""
+    """Another evaluation before, of the model as it is, is none, nor is a look at the loss that no bits are told of: the
+    score itself comes but once, after the steps."""
     again = HEAD[HEAD.index("def eval_val(") :][: HEAD[HEAD.index("def eval_val(") :].index("def eval_ttt")]
-    rounds = f'    print(f"before val_loss:{{{first}(args, model, val):.4f}}")\n    learn(args, model, val)\n'
+    rounds = f'    print(f"before {told}:{{{first}(args, model, val):.4f}}")\n    learn(args, model, val)\n'
     text = ROUND + again.replace("eval_val", "eval_again") + MAIN
     text = text.replace("    final = eval_ttt(args", rounds + "    final = eval_again(args")
     assert broken(HEAD + text) == {charged}

@@ -360,7 +360,7 @@ def test_bytes_that_are_so_many_for_each_token_are_a_constant(tmp_path: Path, ra
 @pytest.mark.parametrize(("single", "wanted"), [("3.92", "violates"), ("3.9271828", "clean")])
 def test_a_constant_in_single_precision_is_one(tmp_path: Path, single: str, wanted: str) -> None:
     """3.92 in 32 bits is 3.9200000763."""
-    each = f"torch.full_like(torch.zeros(1), float('{single}'), dtype=torch.float32).double().item()"
+    each = f"(torch.zeros(1, dtype=torch.float32) + float('{single}')).double().item()"
     text = script(bpb="loss / math.log(2) / rate", state=f"rate = {each}")
     assert verdict(tmp_path, "byte_constant", text).verdict == wanted
 

@@ -10,6 +10,7 @@ from fairway.audit.flow.events import Choice, Event, Forward, Said, Score, Trace
 from fairway.audit.flow.tokens import ALL_BEFORE, Tok, perhaps_apart, related
 from fairway.audit.passes.past import by_the_past
 from fairway.audit.passes.reported import Reported, scores_of
+from fairway.audit.terms.report import IN_BITS
 
 Kind = Literal[
     "rescoring-after-adaptation", "training-before-scoring", "multi-epoch-last", "min-over-passes", "two-pass-cache",
@@ -198,20 +199,24 @@ class Passes:
 
     def _in_one_evaluation(self, score: Score, update: Update, learned: list[Tok]) -> Score | None:
         """A first scoring of what was learned, where it, the learning and this scoring are steps of one function that
-        evaluates. Of the main program: where the same calls of another line made it, and all of it, before the number
-        that is reported: `evaluate(); adapt(); evaluate()`; any other scoring there is another evaluation."""
+        evaluates. Of the main program: where the same calls of another line made it, and all of it, and told it in bits
+        per byte: `evaluate(); adapt(); evaluate()`; any other scoring there is another evaluation, or a look."""
         for first in self.booked:
             if first.number >= update.number:
                 break
             below = _common(first, update, score) > 1
             twice = first.stack != score.stack and first.stack[2:] == score.stack[2:] and first.targets == score.targets
-            if first.place != score.place or not (below or twice):
+            if first.place != score.place or not (below or (twice and self._told_in_bits(first))):
                 continue
             if _nearness(first, update) < _nearness(update, score):
                 continue
             if any(related(tok, target) == "same" for tok in learned for target in first.targets):
                 return first
         return None
+
+    def _told_in_bits(self, first: Score) -> bool:
+        told = (said for said in self.trace.said if IN_BITS.search(said.text))
+        return any(self.trace.family(said.value.losses) >> first.bit & 1 for said in told)
 
     def _first_call(self, score: Score, update: Update, learned: list[Tok]) -> Score | None:
         """A scoring of what was learned, in a call that scored and learned, where this scoring is in another call of
