@@ -203,6 +203,7 @@ class Trainer:
 
     def run(self, args, val):
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
+        initial = copy.deepcopy(self.model.state_dict())
         self.watch.go()
         number = 0
         while self.watch.seconds() < args.cap:
@@ -233,8 +234,9 @@ TOLD = 'print(f"settled after {self.watch.seconds():.1f} s")\n                '
         (f"{TOLD}self.watch.lap()", "violates"),
         ("args.cap -= self.watch.seconds()\n                self.watch.lap()", "clean"),
         (TOLD.strip(), "clean"),
+        ("self.model.load_state_dict(initial)\n                self.watch.lap()", "clean"),
     ],
-    ids=["another", "a-lap", "taken-off-the-cap", "told"],
+    ids=["another", "a-lap", "taken-off-the-cap", "told", "put-back"],
 )
 def test_a_message_keeps_nothing_of_what_a_clock_has_counted(tmp_path: Path, again: str, wanted: str) -> None:
     text = HEAD + STOPWATCH.replace("AGAIN", again)

@@ -310,12 +310,17 @@ def _within(body: list[ast.stmt]) -> Iterator[ast.AST]:
 
 
 def _blocks(loop: ast.For | ast.While) -> Iterator[list[ast.stmt]]:
-    """The loop's own block, and those of its conditions."""
+    """The loop's own block, and those of its conditions; none in which weights are put back: what was learned by then
+    is gone, and its time with it."""
     yield loop.body
     for node in _within(loop.body):
         if isinstance(node, ast.If):
-            yield node.body
-            yield node.orelse
+            both = (node.body, node.orelse)
+            yield from (block for block in both if not any(_puts_back(part) for each in block for part in nodes(each)))
+
+
+def _puts_back(node: ast.AST) -> bool:
+    return _called(node) == "load_state_dict"
 
 
 def _learns(node: ast.AST, teaching: Collection[str]) -> bool:
