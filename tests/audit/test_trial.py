@@ -16,10 +16,12 @@ from fairway.audit.trial.arrays import Array, TooLarge
 from fairway.audit.trial.drawing import Draws
 from fairway.audit.trial.files import count_of
 from fairway.audit.trial.reducing import by_numpy, elementwise, reduction
+from fairway.audit.trial.scattering import scatter_reduce
 from fairway.audit.trial.sums import LATE, Sum
 from fairway.audit.trial.tensors import METHODS
 from fairway.audit.trial.text import BOS, FEWER, LENGTH, TRAIN, UNIT, length, tokens
 from fairway.audit.trial.turns import Turns
+from fairway.audit.trial.values import Unknown
 from fairway.audit.trial.vocabulary import Processor, octets
 
 HEAD = """
@@ -1590,3 +1592,17 @@ def test_a_device_has_the_type_that_it_was_made_with(made: str) -> None:
     trial = tried(f"import torch\nkind = {made}.type\nif kind != 'cuda':\n    raise SystemExit('no')\nprint('done')")
     assert trial.complete
     assert not trial.doubts
+
+
+def test_the_lower_of_losses_that_are_scattered_is_one_of_them_and_their_sum_is_not() -> None:
+    losses = Array(None, np.array([3, 4], np.int32), np.array([1.0, 1.0]))
+    kept, at = Array(np.full(6, np.inf)), Array(np.array([3, 4]))
+    for reduce in ("amin", "amax"):
+        chosen = scatter_reduce(kept, 0, at, losses, reduce)
+        again = scatter_reduce(chosen, 0, at, losses, reduce)
+        assert isinstance(again, Array)
+        assert again.pos is not None
+        assert again.coef is not None
+        assert again.pos[[3, 4]].tolist() == [3, 4]
+        assert again.coef[[3, 4]].tolist() == [1.0, 1.0]
+    assert isinstance(scatter_reduce(kept, 0, at, losses, "sum"), Unknown)

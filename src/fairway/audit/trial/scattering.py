@@ -32,14 +32,17 @@ def scatter_add_(array: Value, dim: Value, index: Value, src: Value = None, **_:
 def scatter_reduce(
     array: Value, dim: Value, index: Value, src: Value, reduce: Value, include_self: Value = True, **_: Value
 ) -> Value:
-    """x.scatter_reduce(dim, index, src, reduce="amin"), of numbers: a copy. Of losses in one dimension each is one of
-    the same target's, whichever is less."""
-    if isinstance(array, Array) and isinstance(src, Array) and src.lossy and array.body.ndim == 1:
+    """x.scatter_reduce(dim, index, src, reduce="amin"), of numbers: a copy. The least or the largest of losses in one
+    dimension is one of the same target's, whichever that is; what else is made of losses nobody knows."""
+    chosen = reduce in ("amin", "amax")
+    if chosen and isinstance(array, Array) and isinstance(src, Array) and src.lossy and array.body.ndim == 1:
         made = Array(*(None if each is None else each.copy() for each in (array.num, array.pos, array.coef)))
         at = numbers_of(index)
         before = made.all(lambda body: body[at])
         put(made, at, merged(before, src, add=False) if before.lossy else src)
         return made
+    if any(isinstance(each, Array) and each.lossy for each in (array, src)):
+        return UNKNOWN
     held, at, more = numbers_of(array).copy(), numbers_of(index), numbers_of(src)
     how = _REDUCED.get(reduce) if isinstance(reduce, str) and include_self is True else None
     if how is None:
