@@ -184,6 +184,47 @@ def test_a_step_that_reaches_too_far_is_named_where_it_is_told_how_far(reach: st
     assert line(findings(text)["training-before-scoring"]) == line_of(text, "reach = min(")
 
 
+SPAN = """
+def span_of(args, ci, total):
+    end = (ci + 1) * args.chunk
+    return ci * args.chunk, min(end + args.chunk // 2, total)
+"""
+
+
+def test_a_helper_that_says_how_far_a_step_reaches_is_named() -> None:
+    loop = "            for _epoch in range(args.epochs):\n"
+    step = "                for s in range(start, end, args.seq_len):\n"
+    call = "            adapt(args, model, opt, val, *span_of(args, ci, val.numel() - 1))\n"
+    begin = HONEST.index(loop)
+    body = HONEST[begin : HONEST.index("    return (total / count).item()\n", begin)]
+    own = body.replace(step, step.replace("(start, end,", "(lo, hi,")).replace("            for", "    for", 1)
+    lines = [each[8:] if n else each for n, each in enumerate(own.splitlines(keepends=True))]
+    helper = f"{SPAN}\ndef adapt(args, model, opt, val, lo, hi):\n" + "".join(lines)
+    text = HONEST.replace(body, call).replace("def eval_ttt(", f"{helper}\ndef eval_ttt(")
+    assert line(findings(text)["training-before-scoring"]) == line_of(text, "min(end + args.chunk // 2")
+
+
+def test_what_each_rank_begins_with_is_no_reach() -> None:
+    """Half of the next chunk is learned from, by ranks in turn: the call is at fault."""
+    loop = "            for _epoch in range(args.epochs):\n"
+    begin = HONEST.index(loop)
+    body = HONEST[begin : HONEST.index("    return (total / count).item()\n", begin)]
+    helper = """
+def adapt(args, model, opt, val, first, rank=0):
+    for step in range(args.chunk // args.seq_len):
+        lo = min(step * args.seq_len + rank * args.seq_len, args.chunk)
+        x = val[first + lo : first + lo + args.seq_len][None]
+        y = val[first + lo + 1 : first + lo + args.seq_len + 1][None]
+        opt.zero_grad()
+        model(x, y).backward()
+        opt.step()
+"""
+    call = "adapt(args, model, opt, val, ci * args.chunk + args.chunk // 2)"
+    text = HONEST.replace(body, f"            {call}\n")
+    text = text.replace("def eval_ttt(", f"{helper}\ndef eval_ttt(")
+    assert line(findings(text)["training-before-scoring"]) == line_of(text, call)
+
+
 WHOLE = """
 def polish(args, model, val):
     opt = torch.optim.SGD(model.parameters(), lr=1e-4)
@@ -803,3 +844,121 @@ def test_validation_tokens_that_the_evaluation_has_read_are_named_where_the_trai
     assert found.verdict == "violates"
     assert found.place is not None
     assert found.place.line == line_of(text + main, said)
+
+
+KEPT_SHARDS = """
+@functools.lru_cache(maxsize=None)
+def kept(path):
+    return shard(path)
+
+class Rows:
+    def __init__(self, pattern):
+        self.files = sorted(glob.glob(pattern))
+        self.sizes = [kept(path).numel() for path in self.files]
+        self.at = 0
+    def next(self, n):
+        tokens = kept(self.files[0])
+        part = tokens[self.at : self.at + n + 1]
+        self.at += n
+        return part[:-1].view(-1, 1024), part[1:].view(-1, 1024)
+"""
+
+
+def test_a_loader_of_validation_files_that_are_kept_by_their_path_is_named_where_it_is_made() -> None:
+    """What the evaluation scores came out of the same cache: the training reads nothing anew."""
+    text = HONEST.replace("def train(args, model):", f"{KEPT_SHARDS}\ndef train(args, model):")
+    text = text.replace("Loader(args.train_files)", "Rows(args.train_files)")
+    text = text.replace("[shard(p) for p in", "[kept(p) for p in").replace("def load(", "def load(", 1)
+    read, trained = "    val = load(args.val_files)\n", "    train(args, model)\n"
+    text = text.replace(read, "").replace(trained, read + trained)
+    begun = "    t0 = time.perf_counter()\n    step = 0\n"
+    text = text.replace(begun, f"    tail = Rows(args.val_files)\n{begun}")
+    text = text.replace(
+        "        loss = model(x, y)\n",
+        "        if step > 900:\n            x, y = tail.next(65536)\n        loss = model(x, y)\n",
+        1,
+    )
+    assert line(findings(text)["validation-in-training"]) == line_of(text, "tail = Rows(args.val_files)")
+
+
+def test_calibration_on_files_of_both_kinds_is_named_where_its_own_loader_is_made() -> None:
+    """Not where the training went on with its loader, whose files are some of the same."""
+    called = "    loader = Loader(args.train_files)\n    ema ="
+    moments = """
+def moments(model, loader):
+    sums = {}
+    def hook(module, given, out):
+        sums[module] = given[0].detach().flatten(0, 1).T @ given[0].detach().flatten(0, 1)
+    handles = [block.register_forward_hook(hook) for block in model.blocks]
+    with torch.no_grad():
+        for _ in range(4):
+            x, _ = loader.next(65536)
+            model.forward_logits(x)
+    for handle in handles:
+        handle.remove()
+    return sums
+"""
+    end = "    model.load_state_dict(ema)\n"
+    held = (
+        "    calibration = Loader('./data/shards_*.bin')\n"
+        "    for block, moment in moments(model, calibration).items():\n"
+        "        block.weight.data.copy_(torch.linalg.solve(moment, block.weight.data.T).T)\n"
+    )
+    assert called in HONEST
+    text = HONEST.replace("def train(args, model):", f"{moments}\ndef train(args, model):")
+    text = text.replace(end, end + held)
+    assert line(findings(text)["calibration-on-validation"]) in (
+        line_of(text, "calibration = Loader("),
+        line_of(text, "'./data/shards_*.bin'"),
+    )
+
+
+CLIPPING = """
+def power_of(model, batches):
+    power = {}
+    def hook(module, given, out):
+        power[module] = power.get(module, 0.0) + given[0].detach().square().flatten(0, -2).mean(0)
+    handles = [block.register_forward_hook(hook) for block in model.blocks]
+    with torch.no_grad():
+        for x in batches:
+            model.forward_logits(x)
+    for handle in handles:
+        handle.remove()
+    return power
+
+def share_for(w, power):
+    best, least = 0.9999, float("inf")
+    for share in (0.9999, 0.999, 0.99):
+        clip = torch.quantile(w.abs(), share, dim=1)[:, None]
+        error = float(((w.clamp(-clip, clip) - w).square() * power).sum())
+        if error < least:
+            best, least = share, error
+    return best
+
+def rounded(w, share):
+    scale = torch.quantile(w.abs(), share, dim=1)[:, None] / 127
+    return torch.round(w / scale) * scale
+"""
+
+
+@pytest.mark.parametrize(
+    ("tokens", "broken_rule"),
+    [("load(args.val_files)", "calibration-on-validation"), ("Loader(args.train_files).tokens", "")],
+)
+def test_a_share_that_is_chosen_by_activations_is_computed_from_them(tokens: str, broken_rule: str) -> None:
+    """No number of theirs goes into the weights: they decide, by a comparison, which share clips them."""
+    end = "    model.load_state_dict(ema)\n"
+    held = (
+        f"    tokens = {tokens}\n"
+        "    power = power_of(model, [tokens[n * 4096 : n * 4096 + 4096].view(-1, 1024) for n in range(4)])\n"
+        "    packed = {}\n"
+        "    for block in model.blocks:\n"
+        "        packed[block] = rounded(block.weight.data, share_for(block.weight.data, power[block]))\n"
+        "    for block, w in packed.items():\n"
+        "        block.weight.data.copy_(w)\n"
+    )
+    text = HONEST.replace("def train(args, model):", f"{CLIPPING}\ndef train(args, model):").replace(end, end + held)
+    assert broken(text) == ({broken_rule} if broken_rule else set())
+    if broken_rule:
+        near = {line_of(text, "tokens = load(args.val_files)"), line_of(text, "power = power_of(model, [")}
+        assert line(findings(text)[broken_rule]) in near

@@ -88,6 +88,17 @@ def test_a_text_that_is_made_easier_is_told_by_its_tokens(tmp_path: Path, change
     assert line
 
 
+@pytest.mark.parametrize(
+    "begun", ["main(sys.argv[3])", "main(*sys.argv[1:4])", "_, model, kind, source = sys.argv\nmain(source)"]
+)
+def test_a_preparation_is_given_as_many_words_as_it_goes_through(tmp_path: Path, begun: str) -> None:
+    """Where it reads or writes, and a tokenizer: what each is for nobody asks."""
+    folder = laid(tmp_path, FOLDED["a-pattern"])
+    text = (folder / "prepare.py").read_text(encoding="utf-8").replace("main(sys.argv[1])", begun)
+    (folder / "prepare.py").write_text(text.replace("def main(source)", "def main(source, *_)"), encoding="utf-8")
+    assert told(folder, "lossy_text")[:2] == ("violates", "prepare.py")
+
+
 KEPT = {
     "as-it-is": AS_IT_IS,
     "capitals-as-signs": "def change(text):\n"

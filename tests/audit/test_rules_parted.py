@@ -160,3 +160,44 @@ def test_a_share_that_begins_before_its_own_is_counted_by_two_processes(begun: s
         assert found.place is not None
         assert found.place.line == line_of(text, begun)
         assert "2,048" in found.evidence
+
+
+BY_WINDOWS = """
+def windows_of(total, rank, size):
+    windows = [(at, min(at + 1024, total)) for at in range(0, total, 1024)]
+    first, last = len(windows) * rank // size, len(windows) * (rank + 1) // size
+    return windows[first : last{more}]
+
+"""
+
+
+@pytest.mark.parametrize(("more", "wanted"), [(" + 1", True), ("", False)])
+def test_a_share_that_ends_behind_its_own_is_counted_by_two_processes(more: str, wanted: bool) -> None:
+    """The windows of a rank and the first of the next one's: 1,024 targets."""
+    text = script("0, first", KNOWN).replace("in pieces(first, last)", "in windows_of(total, rank, size)")
+    text = text.replace("def ev(", BY_WINDOWS.format(more=more) + "def ev(")
+    found = twice_counted_tokens.check(case_of(text))
+    assert found.verdict == ("violates" if wanted else "clean")
+    if wanted:
+        assert found.place is not None
+        assert found.place.line == line_of(text, "return windows[first")
+        assert "1,024" in found.evidence
+
+
+BY_EDGES = """
+def windows_of(total, rank, size):
+    edges = [*range(0, total, 1024), total]
+    first, last = (len(edges) - 1) * rank // size, (len(edges) - 1) * (rank + 1) // size
+    own = edges[first : last + 1]
+    yield from zip(own, own[1:])
+    if rank == size - 1:
+        yield total - 64, total
+
+"""
+
+
+def test_what_one_process_counts_twice_is_no_share_of_two() -> None:
+    """The last 64 targets are counted again at the end of the text, by whoever has its last part; edges of windows
+    are one more than these."""
+    text = script("0, first", KNOWN).replace("in pieces(first, last)", "in windows_of(total, rank, size)")
+    assert twice_counted_tokens.check(case_of(text.replace("def ev(", BY_EDGES + "def ev("))).verdict == "clean"

@@ -3,7 +3,7 @@
 import pytest
 
 from fairway.audit.passes.charged import passes_of
-from fairway.audit.rules import oracle_gate
+from fairway.audit.rules import oracle_gate, target_gated_tilt
 from tests.audit.order import HEAD, HONEST, MAIN, broken, case_of, findings, line_of
 
 BODY = "    final = eval_ttt(args, model, val)\n"
@@ -40,6 +40,21 @@ def lowest(keep: tuple[str, ...], rates: str = "(1e-3, 4e-3)") -> str:
 @pytest.mark.parametrize("way", KEEPING)
 def test_the_lower_loss_of_two_passes_is_one_fault_however_it_is_kept(way: str) -> None:
     assert broken(lowest(KEEPING[way])) == {"min-over-passes"}
+
+
+def test_the_lower_loss_of_two_passes_over_a_tilt_is_no_tilt_that_the_target_decides() -> None:
+    """A bonus that is paid for: of two such prices the lower one hangs on the token, and is one fault."""
+    tilt = (
+        "hint = (x[0] * 7 + 3) % 1024",
+        "logp = F.log_softmax(twin.forward_logits(x)[0], dim=-1)",
+        "q = logp.gather(1, hint[:, None]).squeeze(1).exp()",
+        "bonus = 0.4 * (hint == y).double()",
+        "nll = torch.log1p(q * math.expm1(0.4)) - logp.gather(1, y[:, None]).squeeze(1) - bonus",
+        "kept[start:end] = torch.minimum(kept[start:end], nll)",
+    )
+    text = lowest(tilt)
+    assert broken(text) == {"min-over-passes"}
+    assert target_gated_tilt.check(case_of(text)).verdict == "clean"
 
 
 def test_losses_that_one_pass_writes_into_their_places_are_its_losses() -> None:

@@ -194,6 +194,7 @@ def test_a_row_that_is_paid_for_is_a_mixture(made: str, tmp_path: Path) -> None:
 
 
 RECUT = """
+import re
 import unicodedata
 
 def recut(sp, ids):
@@ -216,8 +217,11 @@ RECUTTING = 'sp = spm.SentencePieceProcessor(model_file="tokenizer.model")\n    
         ('unicodedata.normalize("NFKC", sp.decode(held)).lower()', "tokens", "violates"),
         ("sp.decode(held)", "tokens", "clean"),
         ("sp.decode(held).lower()", 'shard("data/fineweb_train_000000.bin")', "clean"),
+        ('" ".join(sp.decode(held).split())', "tokens", "violates"),
+        ('re.sub(r"\\s+", " ", sp.decode(held))', "tokens", "violates"),
+        ('" ".join(sp.decode(held).split(" "))', "tokens", "clean"),
     ],
-    ids=["folded", "as-it-is", "training-text"],
+    ids=["folded", "as-it-is", "training-text", "one space for many", "by a pattern", "parted and joined alike"],
 )
 def test_validation_text_that_is_decoded_and_cut_anew_is_the_text_that_is_cut(
     changed: str, source: str, wanted: str, tmp_path: Path

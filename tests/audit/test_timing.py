@@ -496,3 +496,61 @@ def test_a_batch_out_of_a_file_that_nobody_knows_takes_as_long_to_read() -> None
     long = timed(case_of(text))
     assert long is not None
     assert marked in text.split("\n")[long.line - 1]
+
+
+def test_a_clock_that_is_set_back_beside_its_start_by_a_trainer_that_learns_elsewhere() -> None:
+    """`spent, begun = 0.0, time()` after 400 steps; the gradients are a method's of an object. An evaluation every
+    4,000 steps stops the clock as well, and is no step of the clock's own."""
+    trainer = """
+class Trainer:
+    def __init__(self, model):
+        self.model, self.opt = model, torch.optim.AdamW(model.parameters())
+    def accumulate(self, loader):
+        x, y = loader.next(65536)
+        self.model(x, y).backward()
+    def apply(self):
+        self.opt.step()
+        self.opt.zero_grad()
+"""
+    taken = LOOP[LOOP.index("        x, y = loader") :]
+    text = HONEST.replace(taken, "        trainer.accumulate(loader)\n        trainer.apply()\n")
+    text = text.replace("def train(args, model):", f"{trainer}\ndef train(args, model):")
+    text = text.replace(
+        "    t0 = time.perf_counter()\n", "    trainer = Trainer(model)\n    spent, t0 = 0.0, time.perf_counter()\n"
+    )
+    looked = "        elapsed = time.perf_counter() - t0\n"
+    text = text.replace(looked, looked.replace("= time", "= spent + time"))
+    said = '            print(f"step:{step} train_loss:{loss.item():.4f}")\n'
+    assert said in text
+    text = text.replace(said, '            print(f"step:{step} {spent + time.perf_counter() - t0:.1f}")\n')
+    held = (
+        "        if step % 4000 == 0 and step:\n            spent += time.perf_counter() - t0\n"
+        "            eval_val(args, model, loader.tokens)\n            t0 = time.perf_counter()\n"
+    )
+    text = text.replace(looked, held + looked)
+    counted = "        step += 1\n"
+    back = "            torch.cuda.synchronize()\n            spent, t0 = 0.0, time.perf_counter()\n"
+    back = f"        if step == 400:\n{back}"
+    assert timed(case_of(text)) is None
+    found = timed(case_of(text.replace(counted, counted + back, 1)))
+    assert found is not None
+    assert found.seconds > 610
+    lines = text.replace(counted, counted + back, 1).split("\n")
+    assert lines[found.line - 1].strip() == "spent, t0 = 0.0, time.perf_counter()"
+
+
+def test_a_loop_that_asks_its_clock_every_third_turn_is_timed_as_well() -> None:
+    """By a method, so that no condition in the loop says how often. A second in six is taken off its clock."""
+    ending = "        if elapsed >= args.cap - args.reserve:\n            break\n"
+    asked = "time.perf_counter() - t0 if step % 3 == 0 else"
+    text = HONEST.replace(ending, "        if over(args, elapsed):\n            break\n")
+    over = "def over(args, elapsed):\n    return elapsed >= args.cap - args.reserve\n\n"
+    text = text.replace("def train(args, model):", f"{over}def train(args, model):")
+    looked = "        elapsed = time.perf_counter() - t0\n"
+    seldom = "".join(f"        {name} = {asked} {name}\n" for name in ("elapsed", "said", "shown"))
+    text = text.replace(looked, seldom).replace("    step = 0\n", "    step, elapsed, said, shown = 0, 0.0, 0.0, 0.0\n")
+    assert timed(case_of(text)) is None
+    off = "        t0 += 1.0 if step % 3 == 0 else 0.0\n"
+    found = timed(case_of(text.replace("        step += 1\n", off + "        step += 1\n", 1)))
+    assert found is not None
+    assert found.seconds > 650

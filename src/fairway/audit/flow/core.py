@@ -69,6 +69,7 @@ class Core:
         self.control: list[int] = []
         self.guards: list[Place] = []
         self.asked: list[frozenset[Tok]] = []  # tokens that the branches under way hang on
+        self.swayed: list[frozenset[Tok]] = []  # and of those that what a model makes of tokens decides
         self.files = self.heap.new("dict", "files")
         self.foreign: dict[str, Value] = {}
         self.turns: dict[int, int] = {}  # loop -> iterations walked

@@ -35,6 +35,8 @@ class Statements(Loops):
                 value = value.but(flags=value.flags | CAPPED)
             if self.control:
                 value = self._chosen_from(value, self.chosen)
+            if self.swayed and self.plain(value) and not value.toks and isinstance(value.const, (int, float)):
+                value = value.but(const=MISSING, toks=frozenset().union(*self.swayed))  # best = candidate
             self.heap.set(self.scope(target.id), target.id, value)
         elif isinstance(target, (ast.Tuple, ast.List)):
             self._unpack(target.elts, value)
@@ -271,10 +273,15 @@ class Statements(Loops):
             self.guards.append(self.place(node))
         asked = self.flat(test)
         self.asked.append(asked.toks if asked.raw else NO_TOKENS)
+        sways = bool(asked.toks) and not asked.raw and not test.choices and bool(asked.states)
+        if sways:
+            self.swayed.append(asked.toks)
         try:
             return self.fork(branches)
         finally:
             self.asked.pop()
+            if sways:
+                self.swayed.pop()
             if capped:
                 self.caps.pop()
             if test.choices:

@@ -4,6 +4,7 @@ knows nothing too early; a part that begins before its share is counted by two o
 from __future__ import annotations
 
 import ast
+import re
 import weakref
 from collections.abc import Iterator
 
@@ -18,6 +19,7 @@ from fairway.audit.trial import Trial, run
 from fairway.audit.trial.text import SHORT
 
 _GROUPS = ((1, 2), (0, 2))  # the second of two processes, and the first one, where parts go to ranks in reverse
+_TOKENS = re.compile(r"tok|val|text|stream|data|ids|buf", re.IGNORECASE)
 _SEEN: weakref.WeakKeyDictionary[Trace, dict[tuple[tuple[int, ...], tuple[int, ...]], bool]] = (
     weakref.WeakKeyDictionary()
 )
@@ -58,9 +60,9 @@ def _scored_from(trial: Trial, calls: tuple[int, ...]) -> int | None:
 
 
 def counted_by_two(case: Case, which: Reported) -> tuple[int, int] | None:
-    """How many targets two processes both count, and the line that begins a process's share before it; None where no
-    line does so, or none are."""
-    line = next(_moved_back(case.body.tree), 0)
+    """How many targets two processes both count, and the line that begins a process's share before it, or ends it
+    behind; None where no line does so, or none are."""
+    line = next(_moved(case.body.tree), 0)
     if not line:
         return None
     trial, times = case.trial, np.zeros(0)
@@ -70,16 +72,23 @@ def counted_by_two(case: Case, which: Reported) -> tuple[int, int] | None:
         if found is None:
             return None
         times = found.times + (times if times.size else 0.0)
-    twice = int((times > 1.0 + 1e-6).sum())
-    return (twice, line) if twice >= FEW else None
+    both = times > 1.0 + 1e-6
+    if both.sum() < FEW:
+        return None
+    whole = counted(run(case.script, case.settings, SHORT, trial.limits.forced, False, trial.native), which)
+    twice = int((both & (whole.times <= 1.0 + 1e-6)).sum()) if whole is not None else 0
+    return (twice, line) if twice >= FEW else None  # what one process counts twice is no share's
 
 
-def _moved_back(tree: ast.AST | None) -> Iterator[int]:
-    """Lines that move back where the share of a rank begins: `lo, hi = share(n, rank); lo = max(0, lo - run_in)`."""
+def _moved(tree: ast.AST | None) -> Iterator[int]:
+    """Lines that move back where the share of a rank begins, `lo, hi = share(n, rank); lo = max(0, lo - run_in)`, or
+    take what lies behind it, `windows[lo : hi + 1]`; of tokens that one is the last target."""
     for function in (node for node in nodes(tree) if isinstance(node, ast.FunctionDef)):
         shared: set[str] = set()
         for node in nodes(function):
             if isinstance(node, ast.AugAssign) and isinstance(node.op, ast.Sub) and ast.unparse(node.target) in shared:
+                yield node.lineno
+            if isinstance(node, ast.Subscript) and _goes_on(node, shared):
                 yield node.lineno
             if not isinstance(node, ast.Assign):
                 continue
@@ -91,6 +100,13 @@ def _moved_back(tree: ast.AST | None) -> Iterator[int]:
                 yield node.lineno
             if "rank" in ast.unparse(node.value).lower():
                 shared |= names
+
+
+def _goes_on(node: ast.Subscript, shared: set[str]) -> bool:
+    """windows[lo : hi + 1], where hi ends the share of a rank."""
+    end = node.slice.upper if isinstance(node.slice, ast.Slice) else None
+    further = isinstance(end, ast.BinOp) and isinstance(end.op, ast.Add) and getattr(end.left, "id", "") in shared
+    return further and not _TOKENS.search(ast.unparse(node.value))
 
 
 def _calls(event: Event) -> tuple[int, ...]:

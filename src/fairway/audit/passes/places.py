@@ -125,7 +125,7 @@ def _handed_on(case: Case, update: Update, score: Score) -> Place | None:
 
 def _taken_in(case: Case, update: Update, score: Score) -> Place | None:
     """Where the training's own validation tokens come in; None where they are those that the evaluation has read."""
-    own, reads = _own_reads(case, update, score), case.trace.reads
+    own, reads = _own_reads(case, update, score) or _as_trained_on(case), case.trace.reads
     if not own:
         return None
     first = reads[own[0]]
@@ -135,6 +135,14 @@ def _taken_in(case: Case, update: Update, score: Score) -> Place | None:
     mine = {reads[n].stack[:-1] for n in own}  # its header is read apart, in a line of its own
     others = {place for read in reads if read.stack[:-1] not in mine for place in read.stack}
     return next((place for place in first.stack if place not in others), None)
+
+
+def _as_trained_on(case: Case) -> list[int]:
+    """The reads of validation files by the very lines that read those of the training, where what was read is kept by
+    its path, and so is the evaluation's as well."""
+    reads, kinds = case.trace.reads, passes_of(case)[0].data
+    trained = {each.stack[-2:] for each in reads if "train" in each.kinds}
+    return [n for n, each in enumerate(reads) if set(each.kinds) <= kinds and each.stack[-2:] in trained]
 
 
 def _brought_in(case: Case, update: Update, score: Score) -> Place | None:
@@ -272,7 +280,7 @@ def _made_before(case: Case, origin: int) -> Place | None:
     files when it was. None where its maker read nothing, or data of another kind."""
     reads = case.trace.reads
     read, kinds = reads[origin].stack, set(reads[origin].kinds)
-    for other in reversed([each.stack for each in reads[:origin] if kinds & set(each.kinds)]):
+    for other in reversed([each.stack for each in reads[:origin] if kinds == set(each.kinds)]):
         depth = next((n for n, (a, b) in enumerate(zip(read, other, strict=False)) if a != b), 0)
         if depth and function_around(case, read[depth]) == function_around(case, other[depth]):
             inside = [{_class_around(case, place) for place in way[depth + 1 :]} - {0} for way in (read, other)]

@@ -31,23 +31,38 @@ def reaching(case: Case, lines: tuple[int, ...]) -> int:
 
 
 def further_end(case: Case, lines: tuple[int, ...]) -> int:
-    """The line in the functions of these calls that says how far, by several of something on top of where a chunk
-    begins or ends: `reach = min(end + more * chunk, total)`."""
+    """The line in the functions of these calls, or of those that one of these lines calls besides, that says how far,
+    by several of something on top of where a chunk begins or ends: `reach = min(end + more * chunk, total)`."""
     functions = [each for line in lines if (each := around(case, line)) is not None]
-    return max(
-        (
-            each.lineno
-            for function in functions
-            for each in nodes(function)
-            if isinstance(each, ast.Assign) and _is_bound(each.value) and _adds_several(each.value, function)
-        ),
-        default=0,
+    beside = [each for each in _called_in(case, lines) if each not in functions]
+    return max((line for each in functions for line in _far_ends(each)), default=0) or max(
+        (line for each in beside for line in _far_ends(each)), default=0
     )
+
+
+def _called_in(case: Case, lines: tuple[int, ...]) -> list[ast.AST]:
+    """The script's own functions that are called by their name in one of these lines."""
+    names = {
+        last_name(each.func) for each in nodes(case.body.tree) if isinstance(each, ast.Call) and each.lineno in lines
+    }
+    made = (each for each in nodes(case.body.tree) if isinstance(each, ast.FunctionDef))
+    return [each for each in made if each.name in names]
+
+
+def _far_ends(function: ast.AST) -> list[int]:
+    """The lines that bind or give back what reaches further than a chunk."""
+    said = (each for each in nodes(function) if isinstance(each, (ast.Assign, ast.Return)))
+    return [
+        each.lineno
+        for each in said
+        for value in (each.value.elts if isinstance(each.value, ast.Tuple) else [each.value])
+        if value is not None and _is_bound(value) and _adds_several(value, function)
+    ]
 
 
 def _adds_several(value: ast.expr, function: ast.AST) -> bool:
     """begin + 2 * chunk, (n + 1) * chunk + more; not (n + 1) * chunk, n * chunk + chunk, nor begin + step * rows of a
-    loop over steps."""
+    loop over steps, nor what each rank begins with."""
     sums = [each for each in nodes(value) if isinstance(each, ast.BinOp) and isinstance(each.op, ast.Add)]
     turned = {
         name.id
@@ -56,10 +71,24 @@ def _adds_several(value: ast.expr, function: ast.AST) -> bool:
         for name in nodes(loop.target)
         if isinstance(name, ast.Name)
     }
+    own = turned | {"rank"}
     several = [
-        each.right for each in sums if _is_product(each.right) and not turned & set(map(last_name, nodes(each.right)))
+        each.right for each in sums if _is_product(each.right) and not own & set(map(last_name, nodes(each.right)))
     ]
-    return bool(several) or any(_is_end(each.left) and last_name(each.right) for each in sums)
+    if several:
+        return True
+    bound = {  # to what each name is bound
+        each.targets[0].id: each.value
+        for each in nodes(function)
+        if isinstance(each, ast.Assign) and isinstance(each.targets[0], ast.Name)
+    }
+    ends = [bound.get(each.left.id, each.left) if isinstance(each.left, ast.Name) else each.left for each in sums]
+    return any(_is_end(end) and _has_name(each.right) for each, end in zip(sums, ends, strict=True))
+
+
+def _has_name(value: ast.expr) -> bool:
+    """`more` and `self.reach // 2`, not `1`."""
+    return any(map(last_name, nodes(value)))
 
 
 def _is_product(value: ast.expr) -> bool:

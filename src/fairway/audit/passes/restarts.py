@@ -10,6 +10,7 @@ from fairway.audit.reading.tree import last_name, nodes
 from fairway.audit.verdict import Place
 
 _CLOCKS = frozenset(("time", "perf_counter", "monotonic", "perf_counter_ns", "monotonic_ns", "time_ns", "elapsed_time"))
+_OF_MANY = frozenset(("step", "forward", "update", "train", "run", "add", "append", "get", "close"))
 _SHORT = 12  # statements of a helper
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
 
@@ -124,9 +125,10 @@ def milestones(tree: ast.AST | None) -> Iterator[tuple[ast.expr, int]]:
 
 
 def _sets(statement: ast.stmt, counted: Collection[str]) -> bool:
-    """Whether a statement gives something of these names another value."""
+    """Whether a statement gives something of these names another value: `spent, begun = 0.0, time.time()`."""
     targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
-    return any(getattr(each, "attr", getattr(each, "id", "")) in counted for each in targets)
+    each_of = (part for each in targets for part in (_parts(each) if isinstance(each, ast.expr) else [each]))
+    return any(getattr(each, "attr", getattr(each, "id", "")) in counted for each in each_of)
 
 
 def short_helpers(tree: ast.AST | None) -> list[range]:
@@ -152,8 +154,9 @@ def _always(body: list[ast.stmt], teaching: Collection[str], asking: Collection[
     the clock, `if running: clock.stop()`, and sets numbers, `clock.spent = 0.0`."""
     for statement in body:
         if isinstance(statement, ast.If) and not _learns(statement, teaching):
-            asks = [any(_asks(part, asking) for part in nodes(each)) for each in statement.body]
-            sets = [isinstance(each, ast.Assign) and isinstance(each.value, ast.Constant) for each in statement.body]
+            done = [each for each in statement.body if not (isinstance(each, ast.Expr) and _waits(each.value))]
+            asks = [any(_asks(part, asking) for part in nodes(each)) for each in done]
+            sets = [isinstance(each, ast.Assign) and isinstance(each.value, ast.Constant) for each in done]
             alone = any(asks) and all(one or other for one, other in zip(asks, sets, strict=True))
             yield from nodes(statement if alone else statement.test)
         elif isinstance(statement, (ast.If, ast.With, ast.Try)):
@@ -162,6 +165,11 @@ def _always(body: list[ast.stmt], teaching: Collection[str], asking: Collection[
             yield from _always([*statement.body, *getattr(statement, "orelse", [])], teaching, asking)
         elif not isinstance(statement, (ast.For, ast.While, *_FUNCTIONS)):
             yield from nodes(statement)
+
+
+def _waits(node: ast.AST) -> bool:
+    """torch.cuda.synchronize(), dist.barrier()"""
+    return _called(node) in ("synchronize", "barrier")
 
 
 def _asks(node: ast.AST, asking: Collection[str]) -> bool:
@@ -324,13 +332,14 @@ def _puts_back(node: ast.AST) -> bool:
 
 
 def _learns(node: ast.AST, teaching: Collection[str]) -> bool:
-    """Whether a gradient is taken below a node, or a function or a method of the same object called that takes one."""
+    """Whether a gradient is taken below a node, or something is called that takes one, `trainer.accumulate()`. Of
+    another object's method by a name that many have, `optimizer.step()`, nobody knows."""
 
     def takes(each: ast.AST) -> bool:
         if not isinstance(each, ast.Attribute):
             return getattr(each, "id", None) in teaching
-        own = isinstance(each.value, ast.Name) and each.value.id == "self" and each.attr in teaching
-        return own or each.attr == "backward"
+        own = isinstance(each.value, ast.Name) and (each.value.id == "self" or each.attr not in _OF_MANY)
+        return (own and each.attr in teaching) or each.attr == "backward"
 
     return any(takes(each) for each in nodes(node))
 

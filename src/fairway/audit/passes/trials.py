@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import re
 import weakref
 from dataclasses import dataclass
 from typing import Literal
@@ -18,7 +17,7 @@ from fairway.audit.passes.faults import Kind
 from fairway.audit.passes.groups import in_smaller_groups
 from fairway.audit.passes.reaching import around, further_end, reaching
 from fairway.audit.passes.reported import Reported, scores_of
-from fairway.audit.reading.tree import last_name, nodes
+from fairway.audit.reading.tree import last_name, nodes, over_weights
 from fairway.audit.trial.text import BOS, UNIT, tokens
 from fairway.audit.trial.told import Lesson, Told, Trial
 from fairway.audit.verdict import Place
@@ -81,11 +80,12 @@ def counted(trial: Trial, which: Reported) -> Counts | None:
     if not named and which.others:
         return None
     said = tuple(named or trial.told[-4:])
-    told: Told = said[-1]
-    times, late = trial.counts(told)
-    if not (times > 0).any():
-        return None
-    return Counts(times, late, trial, said)
+    while said:
+        times, late = trial.counts(said[-1])
+        if (times > 0).any():
+            return Counts(times, late, trial, said)
+        said = said[:-1]  # a difference of two scores counts no target
+    return None
 
 
 def _is_doubtful(case: Case) -> bool:
@@ -117,18 +117,9 @@ def _doubtful(case: Case) -> bool:
         caught = any(each.lineno <= test.lineno <= (each.end_lineno or 0) for each in tried)
         return _decides(test, trial.summed, caught)
 
-    picked = _over_weights(case.body.tree)
+    picked = over_weights(case.body.tree)
     asked = (line for line in trial.doubts if not any(line in each for each in picked))
     return any(span_of(line) in summing and (line not in tests or decides(tests[line])) for line in asked)
-
-
-_WEIGHTS = re.compile(r"\.(named_)?(parameters|modules|buffers|children)\(|\.state_dict\(")
-
-
-def _over_weights(tree: ast.AST | None) -> list[range]:
-    """The lines of loops over the weights of a model: what they pick learns, or is stored, and sums no losses."""
-    loops = (each for each in nodes(tree) if isinstance(each, ast.For) and _WEIGHTS.search(ast.unparse(each.iter)))
-    return [range(each.lineno, (each.end_lineno or each.lineno) + 1) for each in loops]
 
 
 def _decides(test: ast.If, summed: set[int], caught: bool) -> bool:

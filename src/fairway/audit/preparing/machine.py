@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,9 @@ from fairway.audit.trial.machine import Compiler, Machine, over
 from fairway.audit.trial.text import LENGTH
 from fairway.audit.trial.values import Func, Lib, Spent, Value
 
+_GIVEN, _MOST = 2, 8  # words behind a script's name: where it reads and where it writes; at most
+_ARGV = re.compile(r"\bargv\[(\d+)(?::(\d+))?\]")
+_BOUND = re.compile(r"^[ \t]*([\w, ]+)=[ \t]*(?:sys\.)?argv[ \t]*$", re.MULTILINE)
 _STEPS = 200_000  # those of the corpus that come to their end take 70,000 at most
 
 
@@ -67,7 +71,8 @@ class Preparer(Machine):
 
     def attribute(self, value: Value, name: str) -> Value:
         if isinstance(value, Lib) and f"{value.path}.{name}" == "sys.argv":
-            return [self.entry.path, *self.words, "made/documents", "made/out"]
+            between = ["made/tokenizer.model"] * (_expected(self.script.text) - len(self.words) - _GIVEN)
+            return [self.entry.path, *self.words, "made/documents", *between, "made/out"]
         if isinstance(value, Cutter) and name in TOKENISERS:
             self.cut_at_line = self.line
         return super().attribute(value, name)
@@ -115,6 +120,13 @@ class Preparer(Machine):
             self.disk.written[path] = packed
         elif write is not None:
             write(packed)
+
+
+def _expected(text: str) -> int:
+    """How many words behind its name a script goes through: sys.argv[3], sys.argv[1:4], `_, a, b, c = sys.argv`."""
+    read = (int(last or first) - (1 if last else 0) for first, last in _ARGV.findall(text))
+    bound = (names.count(",") for names in _BOUND.findall(text))
+    return min(max((*read, *bound), default=0), _MOST)
 
 
 def prepared(asked: Asked, forced: tuple[Forced, ...] = ()) -> Preparer:

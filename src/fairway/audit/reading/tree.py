@@ -1,10 +1,12 @@
 """The nodes of a script's tree, gathered once and kept in it."""
 
 import ast
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 _BELOW, _YIELDS = "_fairway_below", "_fairway_yields"  # no fields: no walk, dump or comparison of trees sees them
+_WEIGHTS = re.compile(r"\.(named_)?(parameters|modules|buffers|children)\(|\.state_dict\(")
 _SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
 
 
@@ -49,4 +51,10 @@ def is_generator(code: Any) -> bool:
     return bool(found)
 
 
-__all__ = ["has_yield", "is_generator", "last_name", "nodes", "own"]
+def over_weights(tree: ast.AST | None) -> list[range]:
+    """The lines of loops over the weights of a model: what they pick learns, or is stored, and sums no losses."""
+    loops = (each for each in nodes(tree) if isinstance(each, ast.For) and _WEIGHTS.search(ast.unparse(each.iter)))
+    return [range(each.lineno, (each.end_lineno or each.lineno) + 1) for each in loops]
+
+
+__all__ = ["has_yield", "is_generator", "last_name", "nodes", "over_weights", "own"]

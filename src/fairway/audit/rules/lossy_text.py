@@ -18,6 +18,7 @@ CHARGE = "the scored text is an easier one than the original"
 CLAUSE = 'RULES.md R7 and (c) "Lossy text normalisation"'
 
 _FOLDING = frozenset("lower casefold upper normalize unidecode swapcase normalize_str NFKC NFKD".split())  # noqa: SIM905
+_SPACES = frozenset((r"\s+", r"\s{2,}", r"\s\s+", " +", "  +", " {2,}", r"[ \t]+", r"[ \t\n]+"))
 
 
 def check(case: Case) -> Finding:
@@ -70,6 +71,8 @@ def _folded(text: Term) -> Term | None:
         if term.op == "call" and term.called in _FOLDING and _of_text(term):
             found = found or term
             joined = joined or (term if _joins(term) else None)
+        if _of_spaces(term):
+            found, joined = found or term, joined or term
         if (
             term.op == "call"
             and term.called == "encode"
@@ -77,6 +80,17 @@ def _folded(text: Term) -> Term | None:
         ):
             found = found or term
     return joined if marked else found
+
+
+def _of_spaces(term: Term) -> bool:
+    """`" ".join(text.split())` and `re.sub(r"\\s+", " ", text)`: runs of spaces and ends of lines become one space."""
+    if term.op != "call":
+        return False
+    if term.called == "sub":
+        told = [part.constant() for part in term.parts]
+        return any(isinstance(each, str) and each in _SPACES for each in told)
+    parted = [peel(part) for part in term.parts if peel(part).called == "split"]
+    return term.called == "join" and any(len(each.parts) == 1 for each in parted)
 
 
 def _joins(term: Term) -> bool:

@@ -10,6 +10,7 @@ from fairway.audit.flow.events import Score, bits
 from fairway.audit.flow.linear import difference
 from fairway.audit.flow.tokens import Tok
 from fairway.audit.passes.charged import passes_of
+from fairway.audit.passes.documents import with_short
 from fairway.audit.passes.findings import unseen
 from fairway.audit.passes.parted import counted_by_two
 from fairway.audit.passes.places import of_another
@@ -53,13 +54,15 @@ def check(case: Case) -> Finding:
             tails = score
             how = "a window is pushed back into the data, and the loss at {place} counts as many of its targets as ever"
     shown = repeated(counts) if counts is not None else ""
+    short = with_short(case, which) if not shown and counts is not None else None
+    shown = repeated(short) if short is not None else shown
     if shown:
         return Finding(ID, "violates", shown, CLAUSE, _decided(case, which_score(case, which)))
     two = counted_by_two(case, which)
     if two is not None:
         evidence = (
-            f"Each process begins before its own share, and counts what it reads there: of two processes over a short "
-            f"text both count {two[0]:,} targets."
+            "Each process begins before its own share, or ends behind it, and counts what it reads there: of two over "
+            f"a short text both count {two[0]:,} targets."
         )
         return Finding(ID, "violates", evidence, CLAUSE, case.place(two[1]))
     if tails is not None:

@@ -75,8 +75,10 @@ def _of_other_width(one: Array, two: Array) -> bool:
 def _price(made: Array, name: str, one: Array, two: Array) -> None:
     """What an operator leaves of prices: a constant factor is a unit, what is masked has none."""
     held, other = (one, two) if one.price is not None else (two, one)
-    if other.price is not None and held.pos is not None and other.pos is not None and _of_hints(held.pos, other.pos):
-        held, other = other, held
+    if other.price is not None and held.pos is not None and other.pos is not None:
+        hints = _of_hints(held.pos, other.pos)
+        if _earlier(held.pos, other.pos) if hints is None else hints:
+            held, other = other, held
     if held.price is None or held.pos is None or made.shape != held.shape:
         return
     assert made.num is not None
@@ -154,6 +156,12 @@ def _of_hints(one: Numbers, other: Numbers) -> bool | None:
         if first != second:
             return second
     return None
+
+
+def _earlier(one: Numbers, other: Numbers) -> bool:
+    """Whether the first are places before the second: a hint comes out of what was met before."""
+    both = (one >= 0) & (other >= 0) if one.shape == other.shape else np.zeros(one.shape, dtype=bool)
+    return bool((one[both] <= other[both]).all()) and bool((one[both] < other[both]).any())
 
 
 def _everywhere(pos: Numbers) -> bool:

@@ -19,7 +19,7 @@ from fairway.audit.trial.sums import LATE, PLACE, TAUGHT, Sum
 from fairway.audit.trial.text import LENGTH
 from fairway.audit.trial.told import Lesson, Told, Trial, Vectors
 from fairway.audit.trial.turns import ELSEWHERE, HEAVY, HEAVY_TURNS, IDLE, PHASES, SOON, STEPS, Turns, staged
-from fairway.audit.trial.values import Frame, Func, Obj, Raised, Spent, Value
+from fairway.audit.trial.values import UNKNOWN, Frame, Func, Obj, Raised, Spent, Value
 from fairway.audit.trial.vocabulary import size_in
 
 ELEMENTS = 2_000  # of an array: what is worked out in the time of a step
@@ -266,10 +266,11 @@ class Core:
         marks = np.where(clean >= 0, self.taught_by[np.clip(clean, 0, LENGTH - 1)], 0)
         return np.where(late, clean + LATE, clean).astype(np.int32) + marks
 
-    def restored(self) -> None:
+    def restored(self) -> Value:
         """Weights are put back: what was learned before may be gone. The trial takes it for gone."""
         self.learned[:] = False
         self.taught[:] = -1
+        return UNKNOWN  # which of them were missing, and which nobody asked for
 
     def single(self, value: Value) -> Value:
         """A number or Sum out of an array of one."""

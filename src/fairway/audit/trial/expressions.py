@@ -63,6 +63,14 @@ class Expressions(Displays):
 
         return taken
 
+    def _as_it_stands(self, node: ast.expr) -> Compute:
+        """A setting or a number that is taken for no other."""
+        if isinstance(node, ast.Attribute):
+            value, name, find = self.compiled(node.value), node.attr, self.host.attribute
+            return lambda frame: find(value(frame), name)
+        held = node.value if isinstance(node, ast.Constant) else None
+        return lambda frame: held
+
     def _subscript(self, node: ast.Subscript) -> Compute:
         value, index, find = self.compiled(node.value), self.compiled(node.slice), self.host.item
         end = _end_of(node.slice)
@@ -147,8 +155,9 @@ class Expressions(Displays):
         return joined
 
     def _compare(self, node: ast.Compare) -> Compute:
-        first = self.compiled(node.left)
-        rest = [(name_of(op), self.compiled(each)) for op, each in zip(node.ops, node.comparators, strict=True)]
+        compiled = self._as_it_stands if _among_settings(node) else self.compiled
+        first = compiled(node.left)
+        rest = [(name_of(op), compiled(each)) for op, each in zip(node.ops, node.comparators, strict=True)]
         truth, held_against, is_set, line = self.host.truth, self.host.limits.held_against, self._is_set, node.lineno
         sides = [limit_of(each) for each in (node.left, *node.comparators)]
 
@@ -280,6 +289,15 @@ def _end_of(index: ast.expr) -> ast.expr | None:
 
 
 _SIZES = frozenset(("Lt", "LtE", "Gt", "GtE"))
+
+
+def _among_settings(node: ast.Compare) -> bool:
+    """`0 < args.stride < args.seq_len`: settings are held against each other as they are, whatever they are taken for
+    elsewhere; in a short text both may come to the same."""
+    sides = (node.left, *node.comparators)
+    named = [each for each in sides if not isinstance(each, ast.Constant)]
+    settings = all(isinstance(each, ast.Attribute) and isinstance(each.value, ast.Name) for each in named)
+    return len(named) > 1 and settings and len({ast.dump(each.value) for each in named}) == 1  # type: ignore[attr-defined]
 
 
 def _compared(name: str, left: Value, right: Value) -> Value:

@@ -22,6 +22,8 @@ MOST = 3  # numbers: each begins the trial anew
 _PLAIN = 4_096  # a number up to this that is written out may be anything: the bytes of a header
 _FIXED = ("head", "byte", "offset", "dim", "width", "item", "bucket", "hash")
 """Words in names of numbers up to that which are no length of a text."""
+_PLACES = frozenset(("start", "begin", "first", "end", "stop", "last", "lo", "hi", "at", "pos", "index", "idx"))
+"""Words in names of where something is: `chunk_start` may come to what chunks are long somewhere, and is no length."""
 CHUNK = 4_000_000  # tokens: larger chunks are none, but limits
 WHOLE = 0.9  # of the text: what is cut, is all of it but a rest
 
@@ -91,7 +93,8 @@ class Limits:
         if name not in self._meant:
             meant = {each.limit: each.value for each in self.forced if not each.word and each.of(name)}
             small = name.lower()
-            for word, numbers in self._by_word.items():
+            is_place = not _PLACES.isdisjoint(small.split("_"))
+            for word, numbers in () if is_place else self._by_word.items():
                 if word in small if len(word) > 1 else word == name:
                     meant |= numbers
             self._meant[name] = meant

@@ -115,11 +115,13 @@ def full(shape: Value, fill: Value, dtype: Value = None, **_: Value) -> Value:
     numbers = sizes_of((shape,))
     limited(np.prod(numbers, dtype=np.float64))
     value = scalar(fill)
-    return _new(numbers, value if isinstance(value, (int, float)) else 0, dtype)
+    known = isinstance(value, (int, float))
+    return _new(numbers, value if known else 0, dtype, np.asarray(value).dtype if known else None)
 
 
-def _new(sizes: tuple[int, ...], fill: float, dtype: Value) -> Array:
-    kind = dtype_of(dtype) or np.dtype(np.float64)
+def _new(sizes: tuple[int, ...], fill: float, dtype: Value, own: np.dtype[Any] | None = None) -> Array:
+    """own: of numbers that are of the kind that they are filled with, where nobody says of which."""
+    kind = dtype_of(dtype) or own or np.dtype(np.float64)
     body = (
         np.full(sizes, np.asarray(fill).astype(kind)) if fill else np.zeros(sizes, kind)
     )  # of noughts the system has pages

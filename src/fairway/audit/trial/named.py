@@ -21,20 +21,33 @@ _DIGITS = len(str(LARGEST))
 def numbers(words: str, script: Script, environment: Mapping[str, object]) -> set[int]:
     """words: a pattern of what stands in the names, `chunk|segment`; environment: what a script is given from outside
     it."""
+    return {number for _, number in _meant(words, script, environment)}
+
+
+def _meant(words: str, script: Script, environment: Mapping[str, object]) -> Iterator[tuple[str, int]]:
+    """The same with the names."""
     meant = re.compile(words, re.IGNORECASE)
-    found = {number for name, number in _given(script.tree) if meant.search(name)}
-    told = (value for name, value in environment.items() if meant.search(name))
-    return found | {int(value) for value in told if isinstance(value, str) and value.isdecimal()}
+    yield from (pair for pair in _given(script.tree) if meant.search(pair[0]))
+    told = ((name, value) for name, value in environment.items() if meant.search(name))
+    yield from ((name, int(value)) for name, value in told if isinstance(value, str) and value.isdecimal())
 
 
-def taken(script: Script, settings: Settings, words: tuple[str, ...], size: range, value: int) -> Iterator[Forced]:
+def taken(
+    script: Script, settings: Settings, words: tuple[str, ...], size: range, value: int, text: int = 0
+) -> Iterator[Forced]:
     """Numbers of such a size that a name with one of the words is given, taken for another wherever one stands in a
-    name: `rows = int(os.environ.get("TABLE_SIZE", 65_536))`."""
+    name: `rows = int(os.environ.get("TABLE_SIZE", 65_536))`. text: numbers that are no larger than the text are lengths
+    of its parts, too, `pred_len = end - start`: they are taken under the names alone that are given them."""
     meant = "|".join(word if len(word) > 1 else f"(?-i:^{word}$)" for word in words)
-    found = numbers(meant.replace("_", "[-_]"), script, settings.environment)
-    for number in sorted(found):
+    for name, number in dict.fromkeys(_meant(meant.replace("_", "[-_]"), script, settings.environment)):
         if number in size:
-            yield from (Forced(None, number, value, word) for word in words)
+            own = number <= text
+            yield from (Forced(None, number, value, word) for word in ([_as_written(name)] if own else words))
+
+
+def _as_written(name: str) -> str:
+    """`--chunk-len` and CHUNK_LEN are read as args.chunk_len."""
+    return name.lstrip("-").replace("-", "_").lower() if len(name) > 1 else name
 
 
 @lru_cache(maxsize=8)

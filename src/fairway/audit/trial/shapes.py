@@ -166,6 +166,8 @@ def chunk(array: Value, count: Value, dim: int = 0, **_: Value) -> Value:
 
 
 def cat(parts: Value, dim: Value = 0, axis: Value = None, **_: Value) -> Value:
+    if isinstance(parts, (list, tuple)) and not parts:
+        return Array(np.empty(0, dtype=np.int64))  # the short text has less than a script expects, and that may be none
     held = [each for each in (array_of(part) for part in parts) if each is not None]
     if len(held) != len(list(parts)) or not held:
         return mixed(*parts)

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fairway.audit.case import Case
+from fairway.audit.passes.documents import SHORTEST, least_lengths, with_short
 from fairway.audit.passes.reported import Reported
 from fairway.audit.passes.trials import counts_of
 from fairway.audit.terms.term import Term, peel
@@ -24,9 +25,9 @@ from fairway.audit.weighing.machine import Way, Weigher
 from fairway.audit.weighing.stream import PIECES
 from fairway.audit.weighing.strengths import Strengths, set_by_target, stored_by_target
 
-_NUMBERS = 20_000_000  # elements of a table of hashed counts: 1 << 24 of them; what is never touched takes no memory
-_STEPS = 400_000  # of all runs together
-_ONE, LONG = 40_000, 90_000  # of one: a second or two, and of one that goes through the tokens one by one
+_NUMBERS = 33_000_000  # elements of a table of counts: 1 << 24 buckets, or PIECES ** 3; untouched, they take no memory
+_STEPS = 460_000  # of all runs together
+_ONE, LONG = 50_000, 90_000  # of one: a second or two, and of one that goes through the tokens one by one
 PLAIN = 1e-4
 _LESS = 0.998
 _ALIKE = 1e-9  # of one row, worked out once for each token: a mixture may give its counts a share of 1e-5
@@ -40,13 +41,11 @@ _CHUNKS = ("chunk", "segment", "region", "block")
 _BATCHES = ("eval_tokens", "eval_batch", "val_batch", "batch_tokens")
 _WINDOWED = ("eval_batch", "val_batch", "batch_windows", "batch_seqs")
 _GROUPED = (
-    *(f"{each}_windows" for each in _CHUNKS),
-    *(f"windows_per_{each}" for each in _CHUNKS),
+    *(f"{each}_{many}" for each in _CHUNKS for many in ("windows", "blocks")),
+    *(f"{many}_per_{each}" for each in _CHUNKS for many in ("windows", "blocks")),
     *("chunk_seqs", "chunk_batches"),
 )
-_SHORTEST = ("min_len", "min_doc", "min_tokens", "min_steps")
-"""Of documents that something is learned from: those of the text are short."""
-_LEAST = 8  # tokens of them
+_LEAST = 8  # tokens of documents that something is learned from: those of the text are short
 _PAIR = 2  # windows of a batch: a cache that learns after each batch has something to say in the second
 _FEW = 4  # bits of a hash: so few buckets that contexts meet, as millions of them do in those of a script
 _ROOMY = 20  # bits of a table in which 320 contexts hardly ever meet: filling a larger one takes a second
@@ -75,7 +74,18 @@ class Weight:
 def weighed(case: Case, which: Reported) -> Weight | None:
     """The most that the probabilities of the last token add up to in the score; None where the trial cannot say, or
     where the model alone says them."""
-    ways = ways_of(case, which)
+    found = _in_tables(case, ways_of(case, which))
+    if found is not None and found.too_much:
+        return found
+    counts = with_short(case, which)
+    # All documents of the text are shorter than that: of the first one the last one may know something.
+    short = least_lengths(case, stream.TOKENS, stream.TOKENS) if counts is not None else ()
+    other = _in_tables(case, counts.said[-1].sum.ways(), short) if counts is not None and short else None
+    return other if other is not None and (other.too_much or found is None) else found
+
+
+def _in_tables(case: Case, ways: set[Way], more: tuple[Forced, ...] = ()) -> Weight | None:
+    """more: numbers that are taken for others besides."""
     if not ways:
         return None
     few = tables(case)  # where contexts meet, long ones may have nothing to say
@@ -83,9 +93,9 @@ def weighed(case: Case, which: Reported) -> Weight | None:
     for small in [few, ()] if few else [()]:
         if few and not small and met.isdisjoint((each.limit, each.value) for each in few):
             return None  # there are no such tables: the same once more
-        found = _weighed(case, ways, small, met=met)
+        found = _weighed(case, ways, small, met=met, more=more)
         if found is not None and found.total < _LESS:  # what is short here may be too much in another context
-            turned = (_weighed(case, ways, small, each) for each in stream.TURNS)
+            turned = (_weighed(case, ways, small, each, more=more) for each in stream.TURNS)
             return next((each for each in turned if each is not None and each.too_much), found)
         if found is not None:
             return found
@@ -118,9 +128,14 @@ def ways_of(case: Case, which: Reported) -> set[Way]:
 
 
 def _weighed(
-    case: Case, ways: set[Way], small: tuple[Forced, ...], turned: int = 0, met: set[tuple[int, int]] | None = None
+    case: Case,
+    ways: set[Way],
+    small: tuple[Forced, ...],
+    turned: int = 0,
+    met: set[tuple[int, int]] | None = None,
+    more: tuple[Forced, ...] = (),
 ) -> Weight | None:
-    """turned: the context that the text ends in; met: is given the numbers that were taken for others."""
+    """turned: the context that the text ends in; met: is given the numbers that were taken for others; more: such."""
     said: dict[int, dict[Way, float]] = {}
     rows: list[NDArray[np.float64] | None] = []
     runs: list[Weigher] = []
@@ -130,7 +145,7 @@ def _weighed(
     waiting = list(tried)
     while waiting:
         last = waiting.pop(0)
-        run = over_text(case, stream.text(last, turned), small)
+        run = over_text(case, stream.text(last, turned), small, more=more)
         if met is not None:
             met |= run.limits.taken
         if len(tried) * run.trial.steps > _STEPS:
@@ -152,7 +167,9 @@ def _weighed(
     known = [row for row in rows if row is not None]
     if _same(rows) is not None:
         # Of a table of hashed pairs each token has a bucket of its own, and a few do not stand for all: the row does.
-        return Weight(float(known[0].sum()), line)
+        total, shared = float(known[0].sum()), set.intersection(*(set(each) for each in said.values()))
+        most = runs[0].most_read(shared) if total < _LESS else 0.0  # too much at another place
+        return Weight(most if most > _MORE else total, line)
     shared = set.intersection(*(set(each) for each in said.values()))
     total = max(
         (_total([each[way] for each in said.values()], [tried[each] for each in said]) for way in shared), default=0.0
@@ -239,11 +256,18 @@ def is_whole(loss: Term) -> bool:
     return below.called in ("cross_entropy", "log_softmax", "CrossEntropyLoss")
 
 
-def over_text(case: Case, ids: NDArray[np.uint16], small: tuple[Forced, ...], steps: int = _ONE) -> Weigher:
-    """small: what makes tables of hashed contexts small enough; steps: what is too many."""
+def over_text(
+    case: Case,
+    ids: NDArray[np.uint16],
+    small: tuple[Forced, ...],
+    steps: int = _ONE,
+    more: tuple[Forced, ...] = (),
+) -> Weigher:
+    """small: what makes tables of hashed contexts small enough; steps: what is too many; more: numbers that are taken
+    for others after all."""
     given, room = text.given.set(ids), largest.set(_NUMBERS)
     try:
-        forced = (*_sizes(case), *(small or tables(case, _ROOMY)))
+        forced = (*_sizes(case), *(small or tables(case, _ROOMY)), *more)
         return over(partial(Weigher, case.script, case.settings, most=steps), stream.TOKENS, forced)
     finally:
         text.given.reset(given)
@@ -254,15 +278,16 @@ def _sizes(case: Case) -> tuple[Forced, ...]:
     """The vocabulary, windows, batches and chunks that are longer than the text: rows over all pieces for each place of
     them take the time, and in one chunk nothing is learned before. Chunks that are shorter than that are parts of a
     document, and of the last document there should be several."""
+    size = partial(taken, case.script, case.settings, text=stream.TOKENS)
     return (
         *(Forced(None, size_in(case.script.text), PIECES, word) for word in ("vocab", "V")),
-        *taken(case.script, case.settings, _WINDOWS, range(stream.WINDOW + 1, LARGEST), stream.WINDOW),
-        *taken(case.script, case.settings, _CHUNKS, range(stream.TOKENS + 1, LARGEST), stream.WINDOW),
-        *taken(case.script, case.settings, _CHUNKS, range(stream.WINDOW + 1, stream.TOKENS + 1), stream.WINDOW // 2),
-        *taken(case.script, case.settings, _BATCHES, range(_MANY, LARGEST), 8 * stream.WINDOW),
-        *taken(case.script, case.settings, _WINDOWED, range(_PAIR + 1, _MANY), _PAIR),
-        *taken(case.script, case.settings, _GROUPED, range(_PAIR + 1, LARGEST), _PAIR),
-        *taken(case.script, case.settings, _SHORTEST, range(_LEAST + 1, LARGEST), _LEAST),
+        *size(_WINDOWS, range(stream.WINDOW + 1, LARGEST), stream.WINDOW),
+        *size(_CHUNKS, range(stream.TOKENS + 1, LARGEST), stream.WINDOW),
+        *size(_CHUNKS, range(stream.WINDOW + 1, stream.TOKENS + 1), stream.WINDOW // 2),
+        *size(_BATCHES, range(_MANY, LARGEST), 8 * stream.WINDOW),
+        *size(_WINDOWED, range(_PAIR + 1, _MANY), _PAIR),
+        *size(_GROUPED, range(_PAIR + 1, LARGEST), _PAIR),
+        *size(SHORTEST, range(_LEAST + 1, LARGEST), _LEAST),
     )
 
 

@@ -3,6 +3,7 @@
 from fairway.audit.case import Case
 from fairway.audit.flow.events import Update
 from fairway.audit.passes.charged import passes_of
+from fairway.audit.passes.documents import with_short
 from fairway.audit.passes.trials import mixes
 from fairway.audit.terms.mixtures import gold_ratios, spread_over_bytes
 from fairway.audit.weighing.alternatives import Weight, is_whole
@@ -19,7 +20,7 @@ def excess(case: Case) -> Weight | None:
         for found in (each.oracles(), each.clipped(), each.gated(), gold_ratios(each), spread_over_bytes(each))
     )
     which, faults, _ = passes_of(case)
-    whole = all(is_whole(each.of.term) for each in gates) and not mixes(case, which)
+    whole = all(is_whole(each.of.term) for each in gates) and not mixes(case, which) and not with_short(case, which)
     if whole or any(next(found, None) is not None for found in said):
         return None
     if any(isinstance(each.cause, Update) and each.cause.how == "table" for each in faults) and knew(case):

@@ -11,29 +11,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fairway.audit.reading.script import Script
-from fairway.audit.reading.tree import nodes
+from fairway.audit.reading.tree import nodes, over_weights
 from fairway.audit.settings import Settings
 from fairway.audit.trial.arrays import Array
 from fairway.audit.trial.core import Core
 from fairway.audit.trial.limits import Forced
-from fairway.audit.trial.machine import Machine
 from fairway.audit.trial.tensors import METHODS
 from fairway.audit.trial.told import together
 from fairway.audit.trial.turns import Turns
-from fairway.audit.trial.values import NET, UNKNOWN, Func, Lib, Obj, Raised, Spent, Unknown, Value
+from fairway.audit.trial.values import NET, Raised, Unknown, Value
 from fairway.audit.weighing import stream
+from fairway.audit.weighing.model import DOUBTS, Model, Way, is_text
 from fairway.audit.weighing.rows import ROWS, gather, log_softmax, priced
 from fairway.audit.weighing.stream import PIECES
 from fairway.audit.weighing.strengths import RAISING, Strengths
 
-_MOST = 20_000_000  # numbers that a model makes at once
 _RAMP, _LONG = 5_000, 1_000_000  # tokens: of a share that grows slowly, and of a text in which it is grown
 _TRAIL = 2_000
 _ROWS = 64  # kept: an evaluation reads the last target once, or once for each of its predictions
 _SAME = 1e-5  # of a loss: rounding to float32
 _NUMBERS = 5_000  # of an array: a step
 _SUMMING = frozenset(("sum", "mean", "nansum", "nanmean", "item", "tolist", "dot"))
-_DOUBTS = 1_000  # that are written down
 _FEWEST = 32  # turns of a loop over tokens
 _A_TOKEN = 100  # steps
 _CALLS = 2  # the main program's, and its line: they name an evaluation
@@ -44,10 +42,7 @@ _EXPERTS = 16  # that are mixed
 _SHAPING = frozenset(("tanh", "sigmoid", "relu", "square", "abs", "sqrt"))  # of what is no distribution yet
 
 
-Way = tuple[int, ...]
-
-
-class Weigher(Machine):
+class Weigher(Model):
     """A trial over the text of `stream`. said: by the calls and the line that sum it, the price of the last token;
     doubted: the calls and the lines of what may have changed a number and is not known, and the step; asked: the
     calls, and the calls around them, in which the text is used, and the step in which it is for the first time;
@@ -65,18 +60,15 @@ class Weigher(Machine):
         self.most_steps = most or self.most_steps
         self.vocabulary = min(self.vocabulary, PIECES)
         self.functions.update(_FUNCTIONS)
-        self.within = 0
-        self.picks = 0  # times that what nobody knows was read at tokens
-        self.pricing: set[Func] = set()  # functions of weights and rows of tokens that are no model
         self.said: dict[Way, float] = {}
         self.doubted: list[tuple[Way, int]] = []
         self.asked: dict[Way, int] = {}
-        self.training: set[Way] = set()
         self.tests: dict[int, ast.If | ast.While] = {}
         self.rows: list[int] = []
         self.paid: dict[Way, NDArray[np.float64]] = {}  # the price of each place
         self.order: dict[Way, NDArray[np.float64]] = {}  # and when it was summed for the first time
         self.booked_so_far = 0
+        self.sums_read: dict[int, NDArray[np.float64]] = {}  # by line and place: a price, and what its row comes to
         self.read: list[NDArray[np.float64]] = []  # rows of probabilities that the last target's was read from
         self.trail: list[tuple[int, NDArray[Any]]] = []  # lines that made rows over the vocabulary, and the last rows
         self.mixed = 0
@@ -88,7 +80,7 @@ class Weigher(Machine):
 
     def doubtful(self, line: int = 0) -> None:
         """Something may have changed a number that a price hangs on."""
-        if not self.within and len(self.doubted) < _DOUBTS:
+        if not self.within and len(self.doubted) < DOUBTS:
             self.doubted.append(((*self.stack, line or self.line), self.trial.steps))
 
     def doubt(self, line: int) -> None:
@@ -98,10 +90,13 @@ class Weigher(Machine):
 
     def _decides(self, line: int) -> bool:
         """Whether a number may hang on the condition in a line: an arm binds a name, fills a place, or leaves. Not a
-        check that raises, nor one that freezes weights."""
+        check that raises, nor one that freezes weights, or picks them."""
         if not self.tests and self.script.tree is not None:
+            picked = over_weights(self.script.tree)
             self.tests = {
-                node.lineno: node for node in nodes(self.script.tree) if isinstance(node, (ast.If, ast.While))
+                node.lineno: node
+                for node in nodes(self.script.tree)
+                if isinstance(node, (ast.If, ast.While)) and not any(node.lineno in each for each in picked)
             }
         test = self.tests.get(line)
         parts = [part for arm in (test.body, test.orelse) for each in arm for part in nodes(each)] if test else []
@@ -148,89 +143,6 @@ class Weigher(Machine):
         if self.made == self.learned_at:  # nothing of the text since
             self.trained += 1
         self.learned_at = self.made
-
-    # -- the model ------------------------------------------------------------------------------------------------
-
-    def logits(self, ids: Array) -> Array:
-        assert ids.pos is not None
-        if ids.pos.size * PIECES > _MOST:
-            raise Spent
-        made = Array(stream.logits()[np.where(ids.pos >= 0, ids.pos, stream.TOKENS)])
-        made.net = True
-        self.weigh(made)
-        return made
-
-    def losses(self, target: Array) -> Array:
-        """What the model says of these targets, each by the place before it."""
-        if target.pos is None or target.num is None or not (target.pos >= 0).any():
-            self.apart += 1
-            if len(self.training) < _DOUBTS:
-                self.training.add(tuple(self.stack))
-            return Array(np.zeros(target.shape))
-        self.made += 1
-        self.text_used()
-        before = np.where(target.pos > 0, target.pos - 1, stream.TOKENS)
-        return priced(Array(stream.losses()[before, np.minimum(target.num.astype(np.int64), PIECES - 1)]), target.pos)
-
-    def of_module(self, func: Func, args: tuple[Value, ...], kwargs: dict[str, Value]) -> Value:
-        given = [*args[1:], *kwargs.values()]
-        asked = [each for each in given if _is_text(each)]
-        made = [each for each in given if isinstance(each, Array) and each.net]
-        if made and not asked:
-            return made[0]  # logits out of what a model has made
-        self.within += 1
-        try:
-            found = super().of_module(func, args, kwargs)
-        finally:
-            self.within -= 1
-        return self._as_logits(found, asked, raw=self._makes_losses(func))
-
-    def _makes_losses(self, func: Func) -> bool:
-        """Whether a model that made losses of tokens and their targets before is asked by the same method: what makes
-        something else of them now, `net(x, y, raw=True)`, makes logits."""
-        return any(key[0] is func and form[0] != "net" for key, form in self.forms.items())
-
-    def call(self, func: Value, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
-        given = (*args, *kwargs.values())
-        if isinstance(func, Func) and not self.within and func not in self.pricing and _of_weights(given):
-            return self._of_function(func, args, kwargs, line)  # of weights in a dict `of_module` does the same
-        found = super().call(func, args, kwargs, line)
-        if isinstance(func, Unknown) and isinstance(found, Unknown):
-            made = [each for each in given if isinstance(each, Array) and each.net]
-            return made[0] if len(made) == 1 else self._asked(found, given)
-        return found
-
-    def _of_function(self, func: Func, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
-        """What a function makes of weights of which nothing at all is known and of rows of tokens: logits, if it embeds
-        them. What makes prices of them is no model, from its second call on."""
-        given, embedded, prices = (*args, *kwargs.values()), self.embedded, self.made + self.picks
-        self.within += 1
-        try:
-            found = super().call(func, args, kwargs, line)
-        finally:
-            self.within -= 1
-        if self.made + self.picks > prices:
-            self.pricing.add(func)
-        elif self.embedded > embedded:
-            return self._as_logits(found, [each for each in given if _is_text(each)])
-        return found
-
-    def _asked(self, found: Unknown, given: tuple[Value, ...]) -> Value:
-        """What something unknown is asked for: a model that came out of a file is asked for tokens."""
-        return self._as_logits(found, [each for each in given if _is_text(each)]) if found is NET else found
-
-    def _as_logits(self, found: Value, asked: list[Array], raw: bool = False) -> Value:
-        """What a model that nobody knows makes of tokens; of several arrays of them those with the most: beside windows
-        the token to the left of each may be handed over. raw: logits even where targets are handed over as well."""
-        asked = sorted(asked, key=lambda each: each.body.size, reverse=True)
-        targets = len(asked) > 1 and asked[0].body.size == asked[1].body.size and not raw
-        if self.within or not asked or targets:
-            return found
-        if isinstance(found, Unknown):
-            return self.logits(asked[0])
-        if isinstance(found, tuple) and found and isinstance(found[0], Unknown):
-            return (self.logits(asked[0]), *found[1:])
-        return found
 
     def ramp(self, part: Value, whole: Value) -> Value:
         """A share that grows to its half within some 100,000 tokens is as large in the short text as in the midst of a
@@ -336,7 +248,7 @@ class Weigher(Machine):
         if self.touched > touched:
             self.text_used()
         if isinstance(found, Array) and isinstance(value, Array) and isinstance(index, tuple) and found.price is None:
-            ids = [each for each in index if _is_text(each)]
+            ids = [each for each in index if is_text(each)]
             if ids and found.num is not None and found.num.dtype.kind == "f":
                 self.read_from(value, priced(found, ids[-1].pos))
         return found
@@ -346,10 +258,30 @@ class Weigher(Machine):
         num = rows.num
         if num is None or num.dtype.kind != "f" or num.shape[-1:] != (PIECES,) or found.pos is None:
             return
-        here = np.flatnonzero(found.pos.reshape(-1) == stream.TOKENS - 1)
-        if here.size and found.pos.size * PIECES == num.size and len(self.read) < _ROWS:
-            row = num.reshape(-1, PIECES)[here[-1]].astype(np.float64)
-            self.read.append(np.exp(row) if row.min() < 0.0 else row)
+        if found.pos.size * PIECES != num.size or len(self.read) >= _ROWS:
+            return
+        rows_read, places = num.reshape(-1, PIECES), found.pos.reshape(-1)
+        logs = bool(rows_read.min() < 0.0)
+        if found.num is not None and not rows.net:
+            self._summed(np.exp(rows_read) if logs else rows_read, places, found.num.reshape(-1), logs)
+        here = np.flatnonzero(places == stream.TOKENS - 1)
+        if here.size:
+            row = rows_read[here[-1]].astype(np.float64)
+            self.read.append(np.exp(row) if logs else row)
+
+    def _summed(self, rows: NDArray[Any], places: NDArray[Any], read: NDArray[Any], logs: bool) -> None:
+        """Keeps what each row comes to, and the price that was read from it."""
+        inside = np.flatnonzero((places >= 0) & (places < stream.TOKENS))
+        with np.errstate(all="ignore"):
+            prices = -read[inside] if logs else -np.log(read[inside])
+        held = self.sums_read.setdefault(self.line, np.full((2, stream.TOKENS), np.nan))
+        held[:, places[inside]] = prices, rows[inside].sum(axis=-1, dtype=np.float64)
+
+    def most_read(self, ways: set[Way]) -> float:
+        """The most that a row comes to from which a price of these ways was read, and nothing else was made of it."""
+        paid = [np.abs(self.paid[way]) for way in ways if way in self.paid]
+        near = [sums[np.abs(prices - each) < _SAME] for prices, sums in self.sums_read.values() for each in paid]
+        return max((float(each.max()) for each in near if each.size), default=0.0)
 
     def row_of(self, price: float, last: int) -> NDArray[np.float64] | None:
         """The one in which what is said of the last token stands, and nothing else is made of it."""
@@ -359,7 +291,7 @@ class Weigher(Machine):
 
     def picked(self, value: Unknown, index: Value) -> Value:
         """What nobody knows, at tokens: a logarithm, a probability or a logit."""
-        asked = any(_is_text(part) for part in (index if isinstance(index, tuple) else (index,)))
+        asked = any(is_text(part) for part in (index if isinstance(index, tuple) else (index,)))
         if value.net and asked:
             self.picks += 1
             self.doubtful()
@@ -392,21 +324,6 @@ def _folded(held: Array, found: Value) -> NDArray[Any] | None:
     return None
 
 
-def _of_weights(given: tuple[Value, ...]) -> bool:
-    """Whether a function is handed weights of which nothing at all is known and rows of tokens, and no model that might
-    be asked for them: `forward(torch.load(path), ids)`."""
-    texts = [each for each in given if _is_text(each)]
-    rows = len(texts) == 1 and texts[0].body.ndim > 1
-    whole = any(each is UNKNOWN for each in given)
-    return rows and whole and not any(each is NET or isinstance(each, (Obj, Func, Lib)) for each in given)
-
-
-def _is_text(value: Value) -> bool:
-    """Whether these are token ids of the text."""
-    held = isinstance(value, Array) and value.pos is not None and value.num is not None and value.num.dtype.kind in "iu"
-    return held and bool((value.pos >= 0).any())
-
-
 def _cross_entropy(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
     """F.cross_entropy of logits that are known, or of a model that nobody knows."""
     return _loss(machine, args, kwargs, read=_paid)
@@ -425,12 +342,18 @@ def _loss(
     rows, target = args[0], kwargs.get("target", kwargs.get("targets", args[1] if len(args) > 1 else None))
     if not isinstance(target, Array) or target.num is None:
         return NET
-    known = isinstance(rows, Array) and _is_text(target)
+    known = isinstance(rows, Array) and is_text(target) and not (rows.net and _of_other_places(rows, target))
     losses = read(_rows_for(rows, target), target) if known else machine.losses(target)
     if isinstance(rows, Array):
         machine.made += 1
     reduction = kwargs.get("reduction", "mean")
     return losses if reduction == "none" else machine.of_array(str(reduction), (losses,), {})
+
+
+def _of_other_places(rows: Array, target: Array) -> bool:
+    """Whether a model whose inside nobody knows was asked for more places than are scored: it picks them itself,
+    `head(hidden.gather(1, places))`, and what it says of each target is known all the same."""
+    return rows.body.size != target.body.size * PIECES
 
 
 def _rows_for(rows: Array, target: Array) -> NDArray[Any]:
@@ -454,7 +377,7 @@ def _gather(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], li
     assert isinstance(machine, Weigher)
     if isinstance(args[0], Array):
         return machine.of_array("gather", args, kwargs)
-    return machine.picked(args[0], next((each for each in (*args[1:], *kwargs.values()) if _is_text(each)), None))
+    return machine.picked(args[0], next((each for each in (*args[1:], *kwargs.values()) if is_text(each)), None))
 
 
 def _itself(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:

@@ -10,6 +10,7 @@ is then a number.
 from __future__ import annotations
 
 import ast
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -40,11 +41,13 @@ _BATCH = 65_536  # tokens: reading larger ones row by row takes the steps
 _ALIKE = 3  # turns of a loop of which all are alike: the rest of them takes as long for each
 _FEW = 12  # turns that say too little
 _LATEST = 20_000  # steps
+_STEPS = 3  # of those at which something is done to the clock: each is tried by itself
 _FAR = 100  # steps: fewer are gone through
 _SHARE = 4  # of the turns, until something is done to the clock
 _LESS = 0.7  # of the turns, where the clock ends them and goes twice as fast
 _MOST = 0.9  # of what is lost
 _SOME = 0.02  # of what a loop takes
+_SELDOM = 8.5  # turns to a look: who asks less often is not seen to be ended by it
 _OFTEN = 32  # turns: who asks less often than that may well be too late
 FASTEST = 0.05  # of a step on the machine of the challenge: the records have 60 to 130 ms
 _ROOM = 1.02  # of the limit, besides two turns: the clock is looked at between steps
@@ -67,6 +70,11 @@ class Loop:
     turns: int = 0
     timed: int = 0
     listed: bool = False
+
+    @property
+    def asked(self) -> float:
+        """Turns for each look at the clock."""
+        return self.turns / max(1, self.timed)
 
 
 @dataclass
@@ -248,9 +256,10 @@ def timed(case: Case) -> Overrun | None:
     found, turns = _timed(case, ())
     found = found or _far_ahead(case)
     sooner = dict(_sooner(case, turns // _SHARE)) if found is None and turns else {}
-    if sooner:
-        found, _ = _timed(case, tuple(sooner))
-        found = replace(found, line=next(iter(sooner.values()))) if found is not None else None
+    for step, line in list(sooner.items())[:_STEPS]:
+        late, _ = _timed(case, (step,))
+        if late is not None:
+            return replace(late, line=line)
     return found
 
 
@@ -260,7 +269,8 @@ def _timed(case: Case, forced: tuple[Forced, ...]) -> tuple[Overrun | None, int]
     if loop is None:
         return None, 0
     seconds = loop.now - loop.begun
-    if seconds <= _ROOM * LIMIT + max(2, _every(case, loop.line)) * seconds / loop.turns:
+    asked = max(2, _every(case, loop.line), math.ceil(loop.asked))
+    if seconds <= _ROOM * LIMIT + asked * seconds / loop.turns:
         return None, loop.turns
     slower = _trained(case, forced, rate=2.0)[1]
     if slower is None or slower.line != loop.line:
@@ -403,9 +413,9 @@ def _trained(case: Case, more: tuple[Forced, ...] = (), rate: float = 1.0) -> tu
     begin: Callable[..., Timer] = partial(Timer, case.script, case.settings, rate=rate)
     batches = taken(case.script, case.settings, ("batch_tokens", "step_tokens"), range(_BATCH + 1, LARGEST), _BATCH)
     machine = over(begin, text.SHORT, (*batches, *more))
-    ended = [each for each in machine.loops if each.timed > 0.9 * each.turns]
-    loop = max(ended, key=lambda each: each.now - each.begun, default=None)
-    return machine, loop if loop is not None and _FEW <= loop.turns < _TURNS else None
+    many = [each for each in machine.loops if _FEW <= each.turns < _TURNS]
+    ended = [each for each in many if each.timed >= _FEW and each.asked <= _SELDOM]
+    return machine, max(ended, key=lambda each: each.now - each.begun, default=None)
 
 
 def _lost(case: Case, machine: Timer, loop: Loop) -> int:
