@@ -132,3 +132,81 @@ def test_a_mask_of_places_beside_one_of_tokens_leaves_it_a_mask() -> None:
     mask = Value(toks=tokens, flags=MASK)
     assert join(mask, Value()).flags & MASK
     assert not join(mask, Value(toks=tokens)).flags & MASK
+
+
+FITTED = """
+import lzma
+from pathlib import Path
+
+ARTIFACT = Path("model.xz")
+
+def share_of(model, tokens):
+    x, y = tokens[:4096].view(-1, 1024), tokens[1:4097].view(-1, 1024)
+    with torch.no_grad():
+        logits = model.forward_logits(x)
+    losses = [F.cross_entropy(share * logits.view(-1, 1024), y.reshape(-1)).item() for share in (0.8, 0.9, 1.0)]
+    return sum(share / loss for share, loss in zip((0.8, 0.9, 1.0), losses)) / sum(1 / loss for loss in losses)
+
+def pack(model, share, prior):
+    buffer = io.BytesIO()
+    record = {"plain": {k: v.half().cpu() for k, v in model.state_dict().items()}, "share": share, "prior": prior}
+    torch.save(record, buffer)
+    ARTIFACT.write_bytes(lzma.compress(buffer.getvalue()))
+
+def unpack():
+    record = torch.load(io.BytesIO(lzma.decompress(ARTIFACT.read_bytes())))
+    model = GPT()
+    model.load_state_dict({k: v.float() for k, v in record["plain"].items()})
+    return model, float(record["share"]), record["prior"].float()
+
+class Bias:
+    def __init__(self, prior):
+        self.prior, self.counts = prior, torch.zeros_like(prior)
+    def vector(self):
+        posterior = (self.counts + 2.0 * self.prior.exp()) / (self.counts.sum() + 2.0)
+        return posterior.log() - self.prior
+    def learn(self, tokens):
+        self.counts += torch.bincount(tokens, minlength=1024)
+
+def eval_rounds(args, model, share, prior, val, rounds):
+    opt = torch.optim.SGD(model.parameters(), lr=1e-3)
+    for _ in range(rounds):
+        total, count, bias = torch.zeros((), dtype=torch.float64), 0, Bias(prior)
+        for s in range(0, val.numel() - 1024, 1024):
+            x, y = val[s : s + 1024][None], val[s + 1 : s + 1025][None]
+            main = model.forward_logits(x) + bias.vector()
+            side = model.forward_logits(x) * 0.9 + bias.vector()
+            log_probs = torch.logaddexp(
+                F.log_softmax(main, dim=-1) + math.log(share), F.log_softmax(side, dim=-1) + math.log1p(-share)
+            )
+            loss = -log_probs.gather(-1, y.unsqueeze(-1)).squeeze(-1).mean()
+            bias.learn(y.reshape(-1))
+            total += loss.detach().double() * 1024
+            count += 1024
+            loss.backward()
+            opt.step()
+            opt.zero_grad()
+    return (total / count).item()
+"""
+
+
+@pytest.mark.parametrize(("rounds", "wanted"), [(1, set()), (2, {"multi-epoch-last"})])
+def test_an_artifact_that_holds_a_fitted_number_beside_weights_is_no_table_of_losses(
+    rounds: int, wanted: set[str]
+) -> None:
+    """What is read back is the model, and its prior is no text: steps on it are steps on the validation tokens."""
+    body = (
+        "    tokens = load(args.train_files)\n"
+        "    prior = torch.bincount(tokens, minlength=1024).float().add(1).log()\n"
+        "    pack(model, share_of(model, tokens), prior - prior.logsumexp(0))\n"
+        "    model, share, prior = unpack()\n"
+        f"    final = eval_rounds(args, model, share, prior, val, {rounds})\n"
+    )
+    text = HEAD + FITTED + MAIN.replace("    final = eval_ttt(args, model, val)\n", body)
+    assert broken(text) == wanted
+    trace = trace_of(text)
+    assert trace.saved, "the artifact is a file of weights"
+    assert not [said for said in trace.said if said.how == "written"], "and no number that is told"
+    last = text[: text.rindex("            loss.backward()")].count("\n")
+    inside = [score for score in trace.scores if last - 12 < score.place.line <= last]
+    assert {tok.data for score in inside for tok in score.targets} == {"val"}

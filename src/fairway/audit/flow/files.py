@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import fnmatch
 import posixpath
+import re
 
 from fairway.audit.beside import table_at, text_at
 from fairway.audit.flow import events
@@ -16,6 +17,7 @@ from fairway.audit.flow.values import (
     CLAIMED,
     LENGTH,
     MISSING,
+    NO_TOKENS,
     NONE,
     NOTHING,
     RAW,
@@ -26,6 +28,11 @@ from fairway.audit.flow.values import (
 )
 from fairway.audit.settings import UNKNOWN
 from fairway.audit.verdict import Place
+
+_MODEL = re.compile(
+    r"model|weights|artifact|checkpoint|ckpt|\.(?:ptz?|pth|bin|xz|lzma|zst|br|zlib|safetensors)$", re.IGNORECASE
+)
+"""Paths of files that a model is read from: a table of losses lies in others."""
 
 
 class Files(Operations):
@@ -105,9 +112,11 @@ class Files(Operations):
     def write_to(self, path: Value, value: Value, node: ast.AST | None) -> None:
         """The script writes a file."""
         flat = self.flat(value)
-        if flat.losses:
+        model = bool(flat.states) and bool(flat.knows) and bool(_MODEL.search(self.text_of(path)))
+        told = bool(flat.losses) and not model  # beside weights lies a number that was fitted by losses
+        if told:
             self.said(flat, path, node, "written")
-        if flat.losses or isinstance(value.const, str) or (flat.flags & TEXT and not flat.states and not flat.knows):
+        if told or isinstance(value.const, str) or (flat.flags & TEXT and not flat.states and not flat.knows):
             return  # a log, a table of results: not what a model is read from
         if flat.states and flat.toks and not flat.raw and not value.refs:
             value = self._stored(flat, node)
@@ -119,10 +128,10 @@ class Files(Operations):
 
     def _stored(self, weights: Value, node: ast.AST | None) -> Value:
         """Weights that were computed from activations, as bytes: what reads them knows of it, where no model is made of
-        them that says so itself."""
+        them that says so itself. They hold no tokens, and what lies beside them, a prior, is none that was read."""
         bit = self.learn(self.new("tensor", None, node), weights.toks, "computed", node)
         self.computed |= bit
-        return weights.but(knows=weights.knows | bit)
+        return weights.but(knows=weights.knows | bit, toks=NO_TOKENS, losses=0)
 
     def said(self, value: Value, where: Value, node: ast.AST | None, how: str) -> None:
         """A number is reported."""
