@@ -103,10 +103,10 @@ def _moved(tree: ast.AST | None) -> Iterator[int]:
 
 
 def _goes_on(node: ast.Subscript, shared: set[str]) -> bool:
-    """windows[lo : hi + 1], where hi ends the share of a rank."""
-    end = node.slice.upper if isinstance(node.slice, ast.Slice) else None
-    further = isinstance(end, ast.BinOp) and isinstance(end.op, ast.Add) and getattr(end.left, "id", "") in shared
-    return further and not _TOKENS.search(ast.unparse(node.value))
+    """windows[lo : hi + 1], where hi ends the share of a rank; not block[lo : lo + span], which says how long it is."""
+    begun, end = (node.slice.lower, node.slice.upper) if isinstance(node.slice, ast.Slice) else (None, None)
+    name = getattr(end.left, "id", "") if isinstance(end, ast.BinOp) and isinstance(end.op, ast.Add) else ""
+    return name in shared - {getattr(begun, "id", "")} and not _TOKENS.search(ast.unparse(node.value))
 
 
 def _calls(event: Event) -> tuple[int, ...]:
