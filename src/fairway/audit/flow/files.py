@@ -111,8 +111,8 @@ class Files(Operations):
 
     def write_to(self, path: Value, value: Value, node: ast.AST | None) -> None:
         """The script writes a file."""
-        flat = self.flat(value)
-        model = bool(flat.states) and bool(flat.knows) and bool(_MODEL.search(self.text_of(path)))
+        flat, text = self.flat(value), self.text_of(path)
+        model = bool(flat.states) and bool(flat.knows) and bool(_MODEL.search(text))
         told = bool(flat.losses) and not model  # beside weights lies a number that was fitted by losses
         if told:
             self.said(flat, path, node, "written")
@@ -122,7 +122,6 @@ class Files(Operations):
             value = self._stored(flat, node)
         if flat.states or flat.knows:
             self.trace.saved.append(len(self.trace.events))
-        text = self.text_of(path)
         old = self.files.slots.get(text)
         self.heap.set(self.files, text, join(old, value) if isinstance(old, Value) and self.nest else value)
 

@@ -19,6 +19,7 @@ from fairway.audit.trial import Trial, run
 from fairway.audit.trial.text import SHORT
 
 _GROUPS = ((1, 2), (0, 2))  # the second of two processes, and the first one, where parts go to ranks in reverse
+_ONCE = 1.0 + 1e-6  # times, and what sums of weights are off
 _TOKENS = re.compile(r"tok|val|text|stream|data|ids|buf", re.IGNORECASE)
 _SEEN: weakref.WeakKeyDictionary[Trace, dict[tuple[tuple[int, ...], tuple[int, ...]], bool]] = (
     weakref.WeakKeyDictionary()
@@ -72,11 +73,11 @@ def counted_by_two(case: Case, which: Reported) -> tuple[int, int] | None:
         if found is None:
             return None
         times = found.times + (times if times.size else 0.0)
-    both = times > 1.0 + 1e-6
+    both = times > _ONCE
     if both.sum() < FEW:
         return None
     whole = counted(run(case.script, case.settings, SHORT, trial.limits.forced, False, trial.native), which)
-    twice = int((both & (whole.times <= 1.0 + 1e-6)).sum()) if whole is not None else 0
+    twice = int((both & (whole.times <= _ONCE)).sum()) if whole is not None else 0
     return (twice, line) if twice >= FEW else None  # what one process counts twice is no share's
 
 

@@ -296,8 +296,8 @@ def _among_settings(node: ast.Compare) -> bool:
     elsewhere; in a short text both may come to the same."""
     sides = (node.left, *node.comparators)
     named = [each for each in sides if not isinstance(each, ast.Constant)]
-    settings = all(isinstance(each, ast.Attribute) and isinstance(each.value, ast.Name) for each in named)
-    return len(named) > 1 and settings and len({ast.dump(each.value) for each in named}) == 1  # type: ignore[attr-defined]
+    owners = [each.value.id for each in named if isinstance(each, ast.Attribute) and isinstance(each.value, ast.Name)]
+    return len(owners) == len(named) > 1 and len(set(owners)) == 1 and owners[0] != "self"  # a counter and its end
 
 
 def _compared(name: str, left: Value, right: Value) -> Value:

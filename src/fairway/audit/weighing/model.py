@@ -33,7 +33,7 @@ class Model(Machine):
         self.picks = 0
         self.pricing: set[Func] = set()
         self.training: set[Way] = set()
-        self.begun = 0  # from which place on a model goes on, as its own lines say: x[:, tail:]
+        self.begun = 0  # from which place on the model under way goes on, as its own lines say: x[:, tail:]
         self.ends: dict[Func, int | str] = {}  # the argument that said so
 
     def text_used(self) -> None:
@@ -73,14 +73,17 @@ class Model(Machine):
             found = super().of_module(func, args, kwargs)
         finally:
             self.within -= 1
-        if not self.within:  # the second time its lines are not gone through again
-            named: dict[int | str, Value] = dict([*enumerate(args), *kwargs.items()])
-            said = next((key for key, value in named.items() if type(value) is int and value == self.begun), None)
-            if self.begun and said is not None:
-                self.ends.setdefault(func, said)
-            ahead = named.get(self.ends[func], 0) if func in self.ends else 0
-            self.begun = ahead if type(ahead) is int else 0
-        return self._as_logits(found, given, raw=self._makes_losses(func))
+        begun = 0 if self.within else self._begun(func, dict([*enumerate(args), *kwargs.items()]))
+        return self._as_logits(found, given, raw=self._makes_losses(func), begun=begun)
+
+    def _begun(self, func: Func, named: dict[int | str, Value]) -> int:
+        """From which place of its windows on a model goes on, of the arguments that it is handed; its own lines said
+        once which of them that is, and are not gone through again."""
+        said = next((key for key, value in named.items() if type(value) is int and value == self.begun), None)
+        if self.begun and said is not None:
+            self.ends.setdefault(func, said)
+        found = named.get(self.ends[func], 0) if func in self.ends else 0
+        return found if type(found) is int else 0
 
     def _makes_losses(self, func: Func) -> bool:
         """Whether a model that made losses of tokens and their targets before is asked by the same method: what makes
@@ -116,7 +119,7 @@ class Model(Machine):
         """What something unknown is asked for: a model that came out of a file is asked for tokens."""
         return self._as_logits(found, given) if found is NET else found
 
-    def _as_logits(self, found: Value, given: Sequence[Value], raw: bool = False) -> Value:
+    def _as_logits(self, found: Value, given: Sequence[Value], raw: bool = False, begun: int = 0) -> Value:
         """What a model that nobody knows makes of the tokens among what it is given; of several arrays of them those
         with the most: beside windows the token to the left of each may be handed over. raw: logits even where targets
         are handed over as well."""
@@ -125,24 +128,10 @@ class Model(Machine):
         if self.within or not asked or targets:
             return found
         if isinstance(found, Unknown):
-            return self._at_places(self.logits(asked[0]), given)
+            return _at_places(self.logits(asked[0]), given, begun)
         if isinstance(found, tuple) and found and isinstance(found[0], Unknown):
-            return (self._at_places(self.logits(asked[0]), given), *found[1:])
+            return (_at_places(self.logits(asked[0]), given, begun), *found[1:])
         return found
-
-    def _at_places(self, logits: Array, given: Sequence[Value]) -> Array:
-        """Those that a model keeps of its own, where it is handed which: `model(ids, pick, lora)` of pick [rows, n]
-        places in each window, or `model(ids, tail=64)`, from where on, as its own lines cut it."""
-        assert logits.num is not None
-        if logits.num.ndim != 3:
-            return logits
-        rows, width, _ = logits.num.shape
-        picks = [each for each in given if _are_places(each, rows, width)]
-        if len(picks) == 1:
-            logits.num = np.take_along_axis(logits.num, picks[0].num[..., None].astype(np.int64), 1)
-        elif 0 < self.begun < width:
-            logits.num = logits.num[:, self.begun :]
-        return logits
 
     def item(self, value: Value, index: Value) -> Value:
         if self.within and isinstance(value, Unknown) and isinstance(index, tuple) and len(index) > 1:
@@ -151,6 +140,21 @@ class Model(Machine):
             if type(begun) is int and begun > 1:  # not x[:, 1:], what comes before each token
                 self.begun = begun
         return super().item(value, index)
+
+
+def _at_places(logits: Array, given: Sequence[Value], begun: int) -> Array:
+    """Those that a model keeps of its own, where it is handed which: `model(ids, pick, lora)` of pick [rows, n] places
+    in each window, or `model(ids, tail=64)`, from where on, as its own lines cut it."""
+    assert logits.num is not None
+    if logits.num.ndim != 3:
+        return logits
+    rows, width, _ = logits.num.shape
+    picks = [each for each in given if _are_places(each, rows, width)]
+    if len(picks) == 1:
+        logits.num = np.take_along_axis(logits.num, picks[0].num[..., None].astype(np.int64), 1)
+    elif 0 < begun < width:
+        logits.num = logits.num[:, begun:]
+    return logits
 
 
 def _are_places(value: Value, rows: int, width: int) -> bool:
