@@ -450,10 +450,14 @@ SOFT = "F.log_softmax(net(torch.from_numpy(x)).float(), dim=-1)"
         (f"{SOFT} + bias", "nll_loss", "violates"),
         (f"{SOFT} + bias", "cross_entropy", "clean"),
         (f"F.log_softmax({SOFT} + bias, -1)", "nll_loss", "clean"),
+        (f"{SOFT} + 0.1 * ((seen + 1) / (seen.sum() + 1024)).log()", "nll_loss", "violates"),
+        (f"F.log_softmax({SOFT} + 0.1 * ((seen + 1) / (seen.sum() + 1024)).log(), -1)", "nll_loss", "clean"),
+        (f"{SOFT} + math.log(1 - 0.1 * bias.mean())", "nll_loss", "clean"),
     ],
 )
 def test_what_is_added_after_the_softmax_is_paid_for(tmp_path: Path, row: str, loss: str, wanted: str) -> None:
-    text = script(loss=SHIFTED.format(row=row, loss=loss), state="bias = torch.load('bias.pt')")
+    state = "bias, seen = torch.load('bias.pt'), torch.zeros(1024)"
+    text = script(loss=SHIFTED.format(row=row, loss=loss), state=state)
     assert verdict(tmp_path, "false_normalisation", text).verdict == wanted
 
 

@@ -298,3 +298,28 @@ def test_a_strength_with_an_axis_of_length_one_is_read_as_it_is(tmp_path: Path, 
         wanted == "violates"
     )
     assert verdict(tmp_path, "target_gated_tilt", code).verdict == wanted
+
+
+COPIED = """
+        rows = torch.from_numpy(piece)[None]
+        hs = torch.tensor([[memory.get(token, 0) for token in x.tolist()]])
+        p = torch.softmax(net(rows[:, :-1].contiguous()), -1)
+        on = {on}
+        share = trust[lengths * on][..., None]
+        p = ((1 - share) * p).scatter_add(2, hs[..., None], share)
+        nll = -p.gather(2, rows[:, 1:, None])[..., 0].log()
+        for past, token in zip(x.tolist(), y.tolist()):
+            memory[past] = token
+"""
+
+
+@pytest.mark.parametrize(
+    ("on", "wanted"),
+    [("(hs == rows[:, 1:]) | (lengths > 15)", "violates"), ("(hs == rows[:, :-1]) | (lengths > 15)", "clean")],
+    ids=["by the target", "by the context"],
+)
+def test_whether_a_hint_is_right_decides_nothing_in_the_row_it_is_read_from(
+    tmp_path: Path, on: str, wanted: str
+) -> None:
+    state = "memory, trust, lengths = {}, torch.linspace(0.0, 0.6, 48), torch.arange(16)[None]"
+    assert verdict(tmp_path, "target_gated_tilt", script(loss=COPIED.format(on=on), state=state)).verdict == wanted

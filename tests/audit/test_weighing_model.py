@@ -187,3 +187,47 @@ def test_a_table_over_two_tokens_and_what_follows_them_fits() -> None:
     found = weight(case_of(text))
     assert found is not None
     assert found.total == pytest.approx(WANTED, rel=2e-4)
+
+
+TWO_HEADED = """    def both_logits(self, x):
+        h = self.hidden(x)
+        return self.head(h), self.emb(h)
+    def inner(self, x):
+        return self.emb(x), [self.hidden(x)], None
+    def outer(self, state):
+        h, skips, nothing = state
+        return self.head(skips[0])
+"""
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        "torch.logaddexp(*(each[0].log_softmax(-1) + math.log(0.5) for each in model.both_logits(x[None])))",
+        "model.outer(model.inner(x[None]))[0]",
+    ],
+    ids=["two heads", "a state of several parts"],
+)
+def test_a_model_that_says_several_things_says_all_of_them(ask: str) -> None:
+    keeping = TWO_HEADED + "    def forward_logits(self, x):\n"
+    head = HEAD.replace("    stride =", f"{SIZES}    stride =").replace("    def forward_logits(self, x):\n", keeping)
+    asked = f"{ask}[chunk_start - first :]"
+    text = (
+        head + "vocab_size = 1024\n" + CHUNKED.replace("ASK", asked) + MAIN.replace("eval_ttt(args", "eval_mixed(args")
+    )
+    found = weight(case_of(text))
+    assert found is not None
+    assert found.total == pytest.approx(WANTED, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    "made", ["torch.zeros(1024)", "torch.zeros((1024,))", "torch.bincount(val[:0], minlength=1024).float()"]
+)
+def test_a_table_that_is_written_out_as_wide_as_the_vocabulary_fits_the_rows(made: str) -> None:
+    """The made-up model has fewer pieces than the script's 1,024."""
+    one = chunked("model.forward_logits(x[None])[0, chunk_start - first :]")
+    text = one.script.text
+    assert "torch.zeros(vocab_size)" in text
+    found = weight(case_of(text.replace("torch.zeros(vocab_size)", made)))
+    assert found is not None
+    assert found.total == pytest.approx(WANTED, rel=2e-3)

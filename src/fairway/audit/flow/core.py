@@ -85,6 +85,7 @@ class Core:
         self.forwards = 0  # models whose forward is under way
         self.entering: dict[int, Callable[[Value], None]] = {}  # call of a `with` -> what is to be walked at its yield
         self.handles: dict[tuple[int, int], Obj] = {}  # (line, call) that registers hooks -> what takes them off
+        self.hooked: dict[Obj, dict[Obj, None]] = {}  # what takes hooks off -> the modules
         self.stopped = NOTHING  # what the last generator to end returned
         self.said_unknown: set[tuple[str, int, str]] = set()
 

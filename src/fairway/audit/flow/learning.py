@@ -312,13 +312,14 @@ class Learning(Core):
             turns.get(loop, turn) > turn for update in self.trace.learned(weights.knows) for loop, turn in update.nest
         )
 
-    def parts_of(self, obj: Obj) -> list[Obj]:
-        """The modules and tensors below a model; of a list whose elements are known one by one, none."""
+    def parts_of(self, obj: Obj, listed: bool = False) -> list[Obj]:
+        """The modules and tensors below a model; of a list whose elements are known one by one, none, or listed."""
         found: dict[Obj, None] = {obj: None}
         waiting = [obj]
         while waiting and len(found) < 400:
             for value in list(waiting.pop().slots.values()):
-                for part in value.refs if isinstance(value, Value) else ():
+                items = value.items or () if listed and isinstance(value, Value) else ()
+                for part in (part for each in (value, *items) if isinstance(each, Value) for part in each.refs):
                     if part not in found and (part.owner is not None or part.kind in ("list", "dict")):
                         found[part] = None
                         waiting.append(part)

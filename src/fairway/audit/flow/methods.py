@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections import Counter
 
 from fairway.audit.flow.classes import _is_layer
 from fairway.audit.flow.containers import cell_of, is_same
@@ -235,14 +236,15 @@ class Methods(Files):
         handle = self.handles.get(mine)
         if handle is None:
             handle = self.handles[mine] = self.new("thing", "hook", node)
-            handle.slots.update({"#on": NOTHING, "#key": Value(const=key), "#hook": NOTHING})
-        for name, refs in (("#on", frozenset((obj,))), ("#hook", hook.refs)):
-            self.heap.set(handle, name, Value(refs=handle.slots[name].refs | refs))
+            handle.slots.update({"#key": Value(const=key), "#hook": NOTHING})
+        self.hooked.setdefault(handle, {})[obj] = None
+        self.heap.set(handle, "#hook", Value(refs=handle.slots["#hook"].refs | hook.refs))
         return self.ref(handle)
 
     def _unhooked(self, handle: Obj) -> Value:
+        """Off all modules that it ever was on: where it is on none, nothing is taken."""
         key = handle.slots["#key"].const
-        for module in handle.slots.get("#on", NOTHING).refs:
+        for module in self.hooked[handle]:
             hooks = module.slots.get(key, NOTHING)
             self.heap.set(module, key, hooks.but(refs=hooks.refs - handle.slots.get("#hook", NOTHING).refs))
         return NONE
@@ -258,7 +260,8 @@ class Methods(Files):
             return self._list_of(Value(items=(NOTHING, weights)) if named else weights, node)
         if name in ("modules", "children", "named_modules", "named_children"):
             parts = [obj, *(part for part in self.parts_of(obj) if "#module" in part.slots)]
-            return self._modules(parts, name.startswith("named"), node)
+            inner = [part for part in self.parts_of(obj, listed=True) if "#module" in part.slots and part not in parts]
+            return self._modules(parts, inner, name.startswith("named"), node)
         if name == "state_dict":
             state = self.new("dict", "state_dict", node)
             state.slots.update({"#elem": weights.but(choices=self._chosen_within(obj)), "#keys": NOTHING})
@@ -293,10 +296,13 @@ class Methods(Files):
             return self._list_of(Value(items=(NOTHING, held)) if name == "items" else held, node)
         return None
 
-    def _modules(self, parts: list[Obj], named: bool, node: ast.AST | None) -> Value:
-        """modules(), named_modules(): few one by one, so that "each of this class is put back" is seen; many as one."""
+    def _modules(self, parts: list[Obj], inner: list[Obj], named: bool, node: ast.AST | None) -> Value:
+        """modules(), named_modules(): few one by one, so that "each of this class is put back" is seen; many as one,
+        which may be any of their classes. inner: those in lists of modules."""
         few = len(parts) <= REFS
-        values = [self.ref(part) for part in parts] if few else [Value(refs=frozenset(parts[:REFS]))]
+        values = [self.ref(part) for part in parts] if few else []
+        rest = _of_all_kinds(inner if few else [*parts, *inner])[:400]
+        values += [Value(refs=frozenset(rest))] if rest else []
         told = tuple(Value(items=(NOTHING, value)) if named else value for value in values)
         if not few:
             return self._list_of(told[0], node)
@@ -441,3 +447,13 @@ class Methods(Files):
         if name in ("state_dict", "load_state_dict", "train", "eval"):
             return NOTHING
         return None
+
+
+def _of_all_kinds(parts: list[Obj]) -> list[Obj]:
+    """The first one of each class, then the second ones, and so on."""
+    met: Counter[object] = Counter()
+    turns: list[tuple[int, int]] = []
+    for place, part in enumerate(parts):
+        turns.append((met[part.data], place))
+        met[part.data] += 1
+    return [parts[place] for _, place in sorted(turns)]

@@ -140,13 +140,15 @@ class Gates:
                 yield from (one for part in whole for one in self._knows(part))
 
     def _knows(self, distribution: Term) -> Iterator[Term]:
-        """What in a distribution reads the target before the distribution is read at it."""
-        if not self.kinds(distribution) & {"score", "read", "key"}:
+        """What in a distribution reads the target before the distribution is read at it; whether a hint is it, too."""
+        if not self.kinds(distribution) & {"score", "read", "key", "match"}:
             return
         for term in self.without_learning(distribution):
             place = self.of.scored_place(term)
             read = place is not None and not only_reshapes(place)
-            if self._looks_up_target(term) or self._counts_target(term) or (read and self.reads_target(term)):
+            matched = term.op == "compare" and self.kinds(term) == {"match"}
+            asked = (read or matched) and self.reads_target(term)
+            if asked or self._looks_up_target(term) or self._counts_target(term):
                 yield term
 
     def _counts_target(self, term: Term) -> bool:

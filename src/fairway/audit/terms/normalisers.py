@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from fairway.audit.terms.choices import is_mask
 from fairway.audit.terms.gates import Gates
 from fairway.audit.terms.rows import normalised
-from fairway.audit.terms.term import Term, any_below, peel, same
+from fairway.audit.terms.term import Term, any_below, peel, same, walk
 
 _GUARD = 1e-6  # of a count: what is less keeps a logarithm from nought
 _SUMS = frozenset(("sum", "nansum", "fsum", "logsumexp"))
@@ -149,7 +149,7 @@ def stretched(gates: Gates) -> Iterator[Term]:
 
 def shifted(gates: Gates) -> Iterator[Term]:
     """log_softmax(x) + bias, read at the target: whole before something was added, and what is added is no logarithm
-    that could pay for it. A cross entropy makes it whole again."""
+    that could pay for it; log_softmax(x) + 0.1 log q of another distribution. A cross entropy makes it whole again."""
     for term in gates.nodes:
         place = gates.of.scored_place(term)
         if place is None or not gates.kinds(place) or term.called == "cross_entropy":
@@ -161,10 +161,32 @@ def shifted(gates: Gates) -> Iterator[Term]:
             continue
         for row, more in (base.parts, base.parts[::-1]):
             whole = peel(row).called == "log_softmax" and peel(more).constant() is None and not gates.kinds(more)
-            if whole and not any_below(more, lambda one: one.called in _LOGARITHMS):
+            paid = any_below(more, lambda one: one.called in _LOGARITHMS) and not _of_another_row(more, peel(row))
+            if whole and not paid:
                 yield base
 
 
+def _of_another_row(more: Term, whole: Term) -> bool:
+    """0.1 log((counts + 1) / (counts.sum() + 1024)): a logarithm of a row by its sum, and none of what the first row
+    holds, which the price of a bonus would be made of."""
+    known = (whole, whole.operand("input", "a"))
+    logs = [term for term in walk(more) if term.called in _LOGARITHMS and term.parts]
+    if any(any_below(term, lambda one: any(one is each for each in known)) for term in logs):
+        return False
+    return all(term.called in _OF_ONE_ROW for term in logs) and any(_is_row(peel(term.parts[0])) for term in logs)
+
+
+def _is_row(ratio: Term) -> bool:
+    """(counts + 1) / (counts.sum() + 1024)"""
+    if ratio.op != "op" or ratio.value != "/":
+        return False
+    above = peel(ratio.parts[0])
+    rows = above.parts if above.op == "op" and above.value == "+" else (above,)
+    summed = [one.operand("a", "input") for one in walk(ratio.parts[1]) if one.called in _SUMS]
+    return any(held is not None and same(_bare(row), _bare(held), 8) for row in rows for held in summed)
+
+
+_OF_ONE_ROW = frozenset(("log", "log2", "log_"))
 _LOGARITHMS = frozenset(("log", "log1p", "log2", "logsumexp", "log_softmax", "logaddexp", "expm1", "log_"))
 
 

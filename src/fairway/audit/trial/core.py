@@ -49,6 +49,7 @@ class Core:
         self.plans = self.trial.plans
         self.looped: frozenset[int] = frozenset()
         self.handed_on: frozenset[int] = frozenset()
+        self.widths: frozenset[int] = frozenset()
         self.modules: dict[str, Value] = {}
         self.depth = 0
         self.stack: list[int] = []  # lines of the calls around it

@@ -37,7 +37,8 @@ class Expressions(Displays):
     def _constant(self, node: ast.Constant) -> Compute:
         value = node.value
         if type(value) is int:
-            value = self.host.limits.named("").get(value, value)
+            name = "vocab" if id(node) in self.host.widths else ""
+            value = self.host.limits.named(name).get(value, value)
         return lambda frame: value
 
     def _name(self, node: ast.Name) -> Compute:

@@ -20,6 +20,7 @@ class Host(Protocol):
     looped: frozenset[int]  # the ids of nodes that stand in loops
     plans: Plans
     handed_on: frozenset[int]  # the ids of nodes whose values a list or a caller is given
+    widths: frozenset[int]  # of numbers that are written out as how wide a new table is
 
     def ramp(self, part: Value, whole: Value) -> Value: ...
     def step(self, line: int = 0) -> None: ...

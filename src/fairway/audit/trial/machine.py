@@ -19,7 +19,7 @@ from fairway.audit.trial.core import Core
 from fairway.audit.trial.functions import functions
 from fairway.audit.trial.generators import Generators
 from fairway.audit.trial.limits import CHUNK, Coarse, Forced, Limits, alone, finer, looped
-from fairway.audit.trial.named import numbers, taken
+from fairway.audit.trial.named import numbers, taken, widths
 from fairway.audit.trial.planning import handed_on
 from fairway.audit.trial.told import Trial
 from fairway.audit.trial.turns import shorter
@@ -95,6 +95,7 @@ class Machine(Calls):
             return
         self.looped |= looped(script.tree)
         self.handed_on |= handed_on(script.tree)
+        self.widths |= widths(script.tree)
         before, self.script = self.script, script
         try:
             self.compiler.block(script.tree.body)(frame)

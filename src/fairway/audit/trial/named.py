@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache, partial
 
 from fairway.audit.reading.script import Script
-from fairway.audit.reading.tree import nodes
+from fairway.audit.reading.tree import last_name, nodes
 from fairway.audit.settings import UNKNOWN, Settings, Value, attempt, fold
 from fairway.audit.trial.limits import Forced
 
@@ -43,6 +43,24 @@ def taken(
         if number in size:
             own = number <= text
             yield from (Forced(None, number, value, word) for word in ([_as_written(name)] if own else words))
+
+
+_FILLED = frozenset(("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty", "one_hot"))
+_WIDTHS = ("minlength", "num_classes")
+
+
+@lru_cache(maxsize=8)
+def widths(tree: ast.Module | None) -> frozenset[int]:
+    """The ids of the nodes that write out how wide the rows of a new table are, `torch.zeros(1024, 1024)`: where the
+    vocabulary has as many pieces, the number is that."""
+    found: list[ast.expr] = []
+    for call in nodes(tree):
+        if isinstance(call, ast.Call):
+            found += [each.value for each in call.keywords if each.arg in _WIDTHS]
+            first = call.args[0] if call.args else None
+            sizes = first.elts if isinstance(first, (ast.Tuple, ast.List)) else call.args
+            found += sizes[-1:] if last_name(call.func) in _FILLED else []
+    return frozenset(id(each) for each in found if isinstance(each, ast.Constant))
 
 
 def _as_written(name: str) -> str:

@@ -18,6 +18,7 @@ from fairway.audit.weighing.stream import PIECES
 
 DOUBTS = 1_000  # that are written down
 _MOST = 20_000_000  # numbers that a model makes at once
+_SECOND = 0.75  # of the first head's logits: the larger of both is more than one of them
 
 Way = tuple[int, ...]
 
@@ -64,9 +65,10 @@ class Model(Machine):
     def of_module(self, func: Func, args: tuple[Value, ...], kwargs: dict[str, Value]) -> Value:
         given = [*args[1:], *kwargs.values()]
         asked = [each for each in given if is_text(each)]
-        made = [each for each in given if isinstance(each, Array) and each.net]
+        states = [part for each in given for part in (each if isinstance(each, (tuple, list)) else (each,))]
+        made = [each for each in states if isinstance(each, Array) and each.net]
         if made and not asked:
-            return made[0]  # logits out of what a model has made
+            return made[0]  # logits out of what a model has made, `tail((x, x0, skips), masks)`
         self.begun = self.begun if self.within else 0
         self.within += 1
         try:
@@ -130,7 +132,8 @@ class Model(Machine):
         if isinstance(found, Unknown):
             return _at_places(self.logits(asked[0]), given, begun)
         if isinstance(found, tuple) and found and isinstance(found[0], Unknown):
-            return (_at_places(self.logits(asked[0]), given, begun), *found[1:])
+            said = _at_places(self.logits(asked[0]), given, begun)
+            return (said, *(_flatter(said) if isinstance(each, Unknown) else each for each in found[1:]))
         return found
 
     def item(self, value: Value, index: Value) -> Value:
@@ -140,6 +143,14 @@ class Model(Machine):
             if type(begun) is int and begun > 1:  # not x[:, 1:], what comes before each token
                 self.begun = begun
         return super().item(value, index)
+
+
+def _flatter(logits: Array) -> Array:
+    """What a second head says of the same places."""
+    assert logits.num is not None
+    made = Array(_SECOND * logits.num)
+    made.net = True
+    return made
 
 
 def _at_places(logits: Array, given: Sequence[Value], begun: int) -> Array:
