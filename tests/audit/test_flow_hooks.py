@@ -1,7 +1,5 @@
 """What a forward hook answers stands in the place of what its module gave, until the hook is taken off."""
 
-import pytest
-
 from tests.audit.order import HEAD, broken, doubted
 from tests.audit.test_flow_language import CHUNKS, WALK
 
@@ -189,50 +187,3 @@ def test_what_comes_behind_a_list_of_unknown_length_is_given_to_the_last_names()
     """`self.layer(h, *matrices, n, tap)`: of a list with two histories one item was left, and nothing was tapped."""
     assert "calibration-on-validation" in broken(HEAD + TAPPED.replace("FILES", "args.val_files"))
     assert "calibration-on-validation" not in doubted(HEAD + TAPPED.replace("FILES", "args.train_files"))
-
-
-INSIDE = """
-class Seeing(nn.Linear):
-    seen = None
-    def forward(self, x):
-        if self.seen is not None:
-            self.seen += x.detach().float().square().flatten(0, -2).sum(0)
-        return F.linear(x, self.weight)
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = Seeing(64, 64), Seeing(64, 64)
-    def forward(self, x):
-        return self.down(F.relu(self.up(x)))
-
-class Listed(GPT):
-    def __init__(self):
-        super().__init__()
-        self.blocks = nn.ModuleList([Block() for _ in range(4)])
-
-def energies(model, files):
-    loader = Loader(files)
-    linears = {name: each for name, each in model.named_modules() if isinstance(each, Seeing)}
-    for each in linears.values():
-        each.seen = torch.zeros(64)
-    with torch.no_grad():
-        for _ in range(8):
-            model.forward_logits(loader.next(4096)[0])
-    return {f"{name}.weight": each.seen for name, each in linears.items()}
-
-if __name__ == "__main__":
-    args = Hyperparameters()
-    val, model = load(args.val_files), Listed()
-    train(args, model)
-    sums = energies(model, args.FILES)
-    state = {k: (v / sums[k].mean()).round() if k in sums else v for k, v in model.state_dict().items()}
-    model.load_state_dict(state)
-    print("final val_loss", eval_val(args, model, val))
-"""
-
-
-@pytest.mark.parametrize(("files", "said"), [("val_files", True), ("train_files", False)])
-def test_layers_of_blocks_that_lie_in_a_list_are_found_by_their_class(files: str, said: bool) -> None:
-    """Each notes what it is given while there is something to note it in."""
-    assert ("calibration-on-validation" in doubted(HEAD + INSIDE.replace("FILES", files))) is said

@@ -323,3 +323,25 @@ def test_whether_a_hint_is_right_decides_nothing_in_the_row_it_is_read_from(
 ) -> None:
     state = "memory, trust, lengths = {}, torch.linspace(0.0, 0.6, 48), torch.arange(16)[None]"
     assert verdict(tmp_path, "target_gated_tilt", script(loss=COPIED.format(on=on), state=state)).verdict == wanted
+
+
+BY_HAND = """
+        val = torch.from_numpy(piece)
+        at, end = ends[0]
+        z = net(val[:-1][None])[0].float()
+        scores = z - z.logsumexp(-1, keepdim=True)
+        after = val[1:]
+        target = after[at:end]
+        gold = scores[torch.arange(len(target)), target]
+        nll = scores.logsumexp(-1) - gold
+"""
+
+
+def test_a_row_that_is_made_whole_by_hand_and_read_by_two_indices_is_a_softmax(tmp_path: Path) -> None:
+    """The target is what stands in the index, and not the text that it is cut from."""
+    code = script(loss=BY_HAND, state="ends = json.load(open('ends.json'))")
+    for rule in RULES:
+        assert verdict(tmp_path, rule, code).verdict == "clean"
+    (gates,) = Case(opened(tmp_path)).reading.gates
+    assert {one.line for one in gates.of.targets} == {line_of(code, "target = after[")}
+    assert any(term.called == "log_softmax" for term in gates.nodes)

@@ -231,3 +231,33 @@ def test_a_table_that_is_written_out_as_wide_as_the_vocabulary_fits_the_rows(mad
     found = weight(case_of(text.replace("torch.zeros(vocab_size)", made)))
     assert found is not None
     assert found.total == pytest.approx(WANTED, rel=2e-3)
+
+
+WHOLE = """    def row(self, x):
+        BODY
+    def forward_logits(self, x):
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "asked"),
+    [
+        ("return F.log_softmax(self.head(self.hidden(x)), -1)", "PRICE"),
+        ("z = self.head(self.hidden(x)); return z - z.logsumexp(-1, keepdim=True)", "PRICE"),
+        ("p = self.head(self.hidden(x)).softmax(-1); return p", "PRICE.log()"),
+    ],
+    ids=["log_softmax", "by its sum", "probabilities"],
+)
+def test_a_model_that_makes_its_rows_whole_by_itself_gives_them_so(body: str, asked: str) -> None:
+    """They are read at the target as they are."""
+    head = HEAD.replace("    stride =", f"{SIZES}    stride =").replace(
+        "    def forward_logits(self, x):\n", WHOLE.replace("BODY", body)
+    )
+    price = "model.row(x[None])[0, chunk_start - first :]"
+    picked = f"{asked.replace('PRICE', price)} + math.log(1.05)"
+    chunks = CHUNKED.replace("ASK", picked).replace(
+        "-mixed.gather(1, y.unsqueeze(1)).squeeze(1).log()", "-logits.gather(1, y.unsqueeze(1)).squeeze(1)"
+    )
+    found = weight(case_of(head + "vocab_size = 1024\n" + chunks + MAIN.replace("eval_ttt(args", "eval_mixed(args")))
+    assert found is not None
+    assert found.total == pytest.approx(1.05, rel=2e-3)

@@ -136,6 +136,11 @@ class Builtins(Opening):
 
     _do_OrderedDict = _do_dict
 
+    def _do_asdict(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        """dataclasses.asdict: a copy of what the fields hold."""
+        held = self._do_vars(name, args, kwargs, node)
+        return self.copied(held) if held is not None else None
+
     def _do_vars(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
         """vars(args): its names and values"""
         held = any(obj.kind == "instance" or obj.data == "namespace" for obj in args[0].refs) if args else False

@@ -83,11 +83,13 @@ class Classes(Learning):
         names = list(dict.fromkeys(names))
         for name, value in zip(names, args, strict=False):
             obj.slots[name] = value
-        obj.slots.update(kwargs)
+        others = kwargs.get("**", NOTHING)
+        obj.slots.update({name: value for name, value in kwargs.items() if name != "**"})
         for name in names:
             if name not in obj.slots:
                 default = self.find(cls, name)
-                obj.slots[name] = self._default(default[0]) if default else NOTHING
+                held = self._default(default[0]) if default else others
+                obj.slots[name] = held if others is NOTHING else join(held, others)
         rest = [*args[len(names) :]]
         if rest:
             self.add_content(obj, blend(*(self.flat(each) for each in rest)))

@@ -6,16 +6,18 @@ import ast
 from typing import Any
 
 from fairway.audit.flow.calls import Calls
+from fairway.audit.flow.heap import Obj
 from fairway.audit.flow.indices import Elements
 from fairway.audit.flow.iteration import ARGUMENTS
 from fairway.audit.flow.names import Side, side_of
 from fairway.audit.flow.values import (
     MISSING,
+    NOTHING,
     REPEATS,
     Value,
     hashable,
 )
-from fairway.audit.reading.tree import nodes
+from fairway.audit.reading.tree import last_name, nodes
 
 
 class Comprehensions(Calls):
@@ -97,8 +99,9 @@ class Comprehensions(Calls):
         return alone
 
     def narrow(self, test: ast.expr) -> dict[str, Value]:
-        """`name.startswith("fineweb_val_")`: what the test lets through is named so. The names' values before."""
-        before: dict[str, Value] = {}
+        """`name.startswith("fineweb_val_")`: what the test lets through is named so, or is of the class that it asks
+        for. The names' values before."""
+        before = self._of_asked_class(test)
         for each in nodes(test):
             name, text = None, None
             if isinstance(each, ast.Call) and (matched := _matched(each)) is not None:
@@ -126,6 +129,27 @@ class Comprehensions(Calls):
                     before.setdefault(name, old)
                     self.assign(ast.Name(name, ast.Store()), self._also_named(old, text, test))
         return before
+
+    def _of_asked_class(self, test: ast.expr) -> dict[str, Value]:
+        """`isinstance(module, Linear)`, and what else must hold: of several objects those of the class are left."""
+        before: dict[str, Value] = {}
+        for each in test.values if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And) else (test,):
+            if not (isinstance(each, ast.Call) and last_name(each.func) == "isinstance" and len(each.args) == 2):
+                continue
+            name = getattr(each.args[0], "id", "")
+            old = self.name(name) if name in self.frame.obj.slots else NOTHING
+            asked = self.evaluate(each.args[1])
+            classes = [obj for part in (asked, *(asked.items or ())) for obj in part.refs]
+            fitting = frozenset(obj for obj in old.refs if any(self._is_one_of(obj, kind) for kind in classes))
+            if 0 < len(fitting) < len(old.refs):
+                before.setdefault(name, old)
+                self.assign(ast.Name(name, ast.Store()), old.but(refs=fitting))
+        return before
+
+    def _is_one_of(self, obj: Obj, kind: Obj) -> bool:
+        """Of a class of the script, or of another library: `<thing torch.nn.Linear>`."""
+        line = self.line_of(obj.data) if obj.kind == "instance" else []
+        return kind in line or (kind.kind == "foreign" and kind.data in (obj.data, *(each.data for each in line)))
 
     def _side_of_all(self, held: Value) -> Side:
         """The split that all paths of a list are of; "" where they are of both, or where nobody knows."""

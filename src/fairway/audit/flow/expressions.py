@@ -207,6 +207,8 @@ class Expressions(Comprehensions):
             if word.arg is not None:
                 kwargs[word.arg] = value
                 continue
+            if not value.refs and (value.states or value.toks):  # f(**torch.load(path)) of one file
+                kwargs["**"] = value
             for obj in value.refs:
                 for key, held in obj.slots.items():
                     if isinstance(key, tuple) and isinstance(key[1], str):

@@ -29,14 +29,24 @@ _SEEN: weakref.WeakKeyDictionary[Trace, dict[tuple[tuple[int, ...], tuple[int, .
 def of_earlier_parts(case: Case, score: Score, filled: Update) -> bool:
     """Whether a process by itself fills nothing there, and one of two that fills something only what lies before all
     that it scores."""
-    calls, scoring = _calls(filled), _calls(score)
-    apart = next((n for n, (one, other) in enumerate(zip(calls, scoring, strict=False)) if one != other), len(calls))
-    scoring = scoring[: apart + 1]  # what a helper makes is summed by who calls it
+    calls, scoring = _apart(score, filled)
     seen = _SEEN.setdefault(case.trace, {})
     if (calls, scoring) not in seen:
-        idle = _scored_from(case.trial, scoring) is not None and _filled_up_to(case.trial, calls) is None
-        seen[calls, scoring] = idle and _before_all(case, calls, scoring)
+        seen[calls, scoring] = filled_by_others(case, score, filled) and _before_all(case, calls, scoring)
     return seen[calls, scoring]
+
+
+def filled_by_others(case: Case, score: Score, filled: Update) -> bool:
+    """Whether a process by itself fills nothing there: of what others do it says nothing."""
+    calls, scoring = _apart(score, filled)
+    return _scored_from(case.trial, scoring) is not None and _filled_up_to(case.trial, calls) is None
+
+
+def _apart(score: Score, filled: Update) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The calls that fill, and those that sum: what a helper makes is summed by who calls it."""
+    calls, scoring = _calls(filled), _calls(score)
+    apart = next((n for n, (one, other) in enumerate(zip(calls, scoring, strict=False)) if one != other), len(calls))
+    return calls, scoring[: apart + 1]
 
 
 def _before_all(case: Case, calls: tuple[int, ...], scoring: tuple[int, ...]) -> bool:
@@ -114,4 +124,4 @@ def _calls(event: Event) -> tuple[int, ...]:
     return tuple(place.line for place in event.stack[:-1])
 
 
-__all__ = ["counted_by_two", "of_earlier_parts"]
+__all__ = ["counted_by_two", "filled_by_others", "of_earlier_parts"]

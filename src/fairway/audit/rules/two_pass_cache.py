@@ -1,8 +1,10 @@
 """A table filled in a first pass over the validation tokens scores them in a second."""
 
 from fairway.audit.case import Case
+from fairway.audit.flow.events import Update
 from fairway.audit.passes.charged import passes_of
 from fairway.audit.passes.findings import verdict_on
+from fairway.audit.passes.parted import filled_by_others
 from fairway.audit.passes.places import table_filled
 from fairway.audit.verdict import Finding
 from fairway.audit.weighing import PIECES, as_foreseen, excess
@@ -14,8 +16,16 @@ CLAUSE = 'RULES.md (b) conditions 1 and 4; (c) "Two-pass n-gram rescore"'
 
 def check(case: Case) -> Finding:
     found = verdict_on(case, ID, CLAUSE, "No table holds a validation token before it is scored.")
-    found = as_foreseen(case, found)
+    found = found if _of_others(case) else as_foreseen(case, found)
     return found if found.verdict != "clean" or passes_of(case)[1] else _foreseen(case) or found
+
+
+def _of_others(case: Case) -> bool:
+    """Whether each process fills a table with what others score, of which the one that is weighed has nothing."""
+    return any(
+        fault.kind == ID and isinstance(fault.cause, Update) and filled_by_others(case, fault.score, fault.cause)
+        for fault in passes_of(case)[1]
+    )
 
 
 def _foreseen(case: Case) -> Finding | None:

@@ -113,7 +113,17 @@ def operation(
         )
     ):
         return Term(left.op, left.parts + right.parts, None, file, line)
+    if isinstance(op, ast.Sub) and (row := _made_whole(left, right)) is not None:
+        return Term("call", (left, row), "torch.nn.functional.log_softmax", file, line, (0, 1))
     return Term("op", (left, right), _SIGNS[type(op)], file, line)
+
+
+def _made_whole(left: Term, right: Term) -> Term | None:
+    """The dimension over which z - z.logsumexp(-1, keepdim=True) is log_softmax(z)."""
+    total = peel(right)
+    held = total.operand("a") if total.called == "logsumexp" else None
+    keeps = total is not right or peel(total.at(2, "keepdim", "keepdims") or total).constant() is True
+    return total.at(1, "dim", "axis") if held is not None and keeps and peel(held) is peel(left) else None
 
 
 def _binary(m: "Machine", node: Any, frame: Frame) -> Term:

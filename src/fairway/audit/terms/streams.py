@@ -225,7 +225,7 @@ def only_reshapes(index: Term) -> bool:
     """[..., None], [:, None]: an index that cuts nothing away."""
     return all(
         (part.op == "const" and part.value in (None, ...))
-        or (part.op == "slice" and all(p.value is None for p in part.parts))
+        or (part.op == "slice" and all(p.op == "const" and p.value is None for p in part.parts))
         for part in (index.parts if index.op == "tuple" else (index,))
     )
 

@@ -13,6 +13,7 @@ from fairway.audit.trial.limits import Forced
 from fairway.audit.trial.machine import Machine
 from fairway.audit.trial.values import NET, UNKNOWN, Func, Lib, Obj, Spent, Unknown, Value
 from fairway.audit.weighing import stream
+from fairway.audit.weighing.heads import as_given, endings
 from fairway.audit.weighing.rows import priced
 from fairway.audit.weighing.stream import PIECES
 
@@ -76,7 +77,8 @@ class Model(Machine):
         finally:
             self.within -= 1
         begun = 0 if self.within else self._begun(func, dict([*enumerate(args), *kwargs.items()]))
-        return self._as_logits(found, given, raw=self._makes_losses(func), begun=begun)
+        how = endings(self.script.tree).get(id(func.args), "")
+        return self._as_logits(found, given, raw=self._makes_losses(func), begun=begun, how=how)
 
     def _begun(self, func: Func, named: dict[int | str, Value]) -> int:
         """From which place of its windows on a model goes on, of the arguments that it is handed; its own lines said
@@ -121,16 +123,18 @@ class Model(Machine):
         """What something unknown is asked for: a model that came out of a file is asked for tokens."""
         return self._as_logits(found, given) if found is NET else found
 
-    def _as_logits(self, found: Value, given: Sequence[Value], raw: bool = False, begun: int = 0) -> Value:
+    def _as_logits(
+        self, found: Value, given: Sequence[Value], raw: bool = False, begun: int = 0, how: str = ""
+    ) -> Value:
         """What a model that nobody knows makes of the tokens among what it is given; of several arrays of them those
         with the most: beside windows the token to the left of each may be handed over. raw: logits even where targets
-        are handed over as well."""
+        are handed over as well; how: by which softmax its own lines end."""
         asked = sorted((each for each in given if is_text(each)), key=lambda each: int(each.body.size), reverse=True)
         targets = len(asked) > 1 and asked[0].body.size == asked[1].body.size and not raw
         if self.within or not asked or targets:
             return found
         if isinstance(found, Unknown):
-            return _at_places(self.logits(asked[0]), given, begun)
+            return as_given(_at_places(self.logits(asked[0]), given, begun), how)
         if isinstance(found, tuple) and found and isinstance(found[0], Unknown):
             said = _at_places(self.logits(asked[0]), given, begun)
             return (said, *(_flatter(said) if isinstance(each, Unknown) else each for each in found[1:]))

@@ -1,0 +1,153 @@
+"""Modules by their class: those in lists, those that a test picks; what a dataclass carries into a file and back."""
+
+import pytest
+
+from tests.audit.order import HEAD, doubted
+
+INSIDE = """
+class Seeing(nn.Linear):
+    seen = None
+    def forward(self, x):
+        if self.seen is not None:
+            self.seen += x.detach().float().square().flatten(0, -2).sum(0)
+        return F.linear(x, self.weight)
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = Seeing(64, 64), Seeing(64, 64)
+    def forward(self, x):
+        return self.down(F.relu(self.up(x)))
+
+class Listed(GPT):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([Block() for _ in range(4)])
+
+def energies(model, files):
+    loader = Loader(files)
+    linears = {name: each for name, each in model.named_modules() if isinstance(each, Seeing)}
+    for each in linears.values():
+        each.seen = torch.zeros(64)
+    with torch.no_grad():
+        for _ in range(8):
+            model.forward_logits(loader.next(4096)[0])
+    return {f"{name}.weight": each.seen for name, each in linears.items()}
+
+if __name__ == "__main__":
+    args = Hyperparameters()
+    val, model = load(args.val_files), Listed()
+    train(args, model)
+    sums = energies(model, args.FILES)
+    state = {k: (v / sums[k].mean()).round() if k in sums else v for k, v in model.state_dict().items()}
+    model.load_state_dict(state)
+    print("final val_loss", eval_val(args, model, val))
+"""
+
+
+@pytest.mark.parametrize(("files", "said"), [("val_files", True), ("train_files", False)])
+def test_layers_of_blocks_that_lie_in_a_list_are_found_by_their_class(files: str, said: bool) -> None:
+    """Each notes what it is given while there is something to note it in."""
+    assert ("calibration-on-validation" in doubted(HEAD + INSIDE.replace("FILES", files))) is said
+
+
+NORMED = """
+class Norm(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.gain, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+    def forward(self, x):
+        return F.layer_norm(x, (x.size(-1),)) * self.gain + self.bias
+    def own(self):
+        return [self.gain, self.bias]
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.act, self.down = nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64)
+        self.drop, self.one, self.two, self.norm = nn.Dropout(0.0), nn.Identity(), nn.Identity(), Norm(64)
+    def forward(self, x):
+        return x + self.two(self.drop(self.down(self.act(self.one(self.up(self.norm(x)))))))
+
+class Normed(GPT):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([Block() for _ in range(4)])
+    def hidden(self, x):
+        h = self.emb(x)
+        for block in self.blocks:
+            h = block(h)
+        return h
+
+def adapted(args, model, val):
+    params = PARAMS
+    opt = torch.optim.SGD(params, lr=1e-3)
+    total, count = 0.0, 0
+    for at in range(0, val.numel() - 1024, 1024):
+        x, y = val[at : at + 1024][None], val[at + 1 : at + 1025][None]
+        ORDER
+        count += 1024
+    return total / count
+
+if __name__ == "__main__":
+    args = Hyperparameters()
+    val, model = load(args.val_files), Normed()
+    train(args, model)
+    print("final val_loss", adapted(args, model, val))
+"""
+ORDER = ["opt.zero_grad(); model(x, y).backward(); opt.step()", "total += model(x, y).detach().item() * 1024"]
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        "[p for m in model.modules() if isinstance(m, Norm) for p in m.own()]",
+        "[p for n, m in model.named_modules() if isinstance(m, (Norm, nn.LayerNorm)) and n for p in m.own()]",
+    ],
+    ids=["one class", "several"],
+)
+@pytest.mark.parametrize("order", [ORDER, ORDER[::-1]], ids=["trained first", "scored first"])
+def test_of_many_modules_those_of_the_class_that_is_asked_for_are_meant(params: str, order: list[str]) -> None:
+    """The others have no `gain`, and what is not known of one of them would hide what the norms learn."""
+    text = HEAD + NORMED.replace("PARAMS", params).replace("ORDER", "\n        ".join(order))
+    assert ("training-before-scoring" in doubted(text)) is (order is ORDER)
+
+
+PACKED = """
+from dataclasses import asdict, dataclass
+
+@dataclass
+class Packed:
+    matrices: dict
+    temperature: float = 1.0
+
+def energies(model, files):
+    sums, loader = {}, Loader(files)
+    for name, each in model.named_modules():
+        if isinstance(each, nn.Linear):
+            sums[name] = torch.zeros(64)
+            each.register_forward_hook(lambda m, given, out, name=name: sums[name].add_(given[0].square().mean((0, 1))))
+    with torch.no_grad():
+        for _ in range(8):
+            model.forward_logits(loader.next(4096)[0])
+    return sums
+
+if __name__ == "__main__":
+    args = Hyperparameters()
+    val, model = load(args.val_files), GPT()
+    train(args, model)
+    sums = energies(model, args.FILES)
+    packed = Packed({k: (v / sums[k].mean()).round() if k in sums else v for k, v in model.state_dict().items()})
+    buffer = io.BytesIO()
+    torch.save(asdict(packed), buffer)
+    open("model.z", "wb").write(zlib.compress(buffer.getvalue()))
+    read = Packed(**torch.load(io.BytesIO(zlib.decompress(open("model.z", "rb").read()))))
+    model = GPT()
+    model.load_state_dict({name: held.float() for name, held in read.matrices.items()})
+    print("final val_loss", eval_val(args, model, val))
+"""
+
+
+@pytest.mark.parametrize(("files", "said"), [("val_files", True), ("train_files", False)])
+def test_what_a_dataclass_holds_is_what_is_read_back(files: str, said: bool) -> None:
+    assert ("calibration-on-validation" in doubted(HEAD + PACKED.replace("FILES", files))) is said
