@@ -453,6 +453,36 @@ def test_marks_that_no_reader_sees_are_no_bytes_of_the_original(tmp_path: Path, 
     assert verdict(tmp_path, "byte_transformed_text", script(table=freed), **beside).verdict == "clean"
 
 
+OWN_MARKS = """
+CAP = "^"
+
+def marked(ids):
+    out, sp = [], spm.SentencePieceProcessor(model_file="tokenizer.model")
+    for start in range(0, len(ids), 4096):
+        text = sp.decode(ids[start : start + 4096].tolist()).replace(CAP, CAP + CAP)
+        out.extend(sp.encode(re.sub("[A-Z]", WRITTEN, text)))
+    return np.array(out)
+"""
+
+
+@pytest.mark.parametrize(
+    ("written", "wanted"),
+    [
+        ("lambda found: CAP + found.group(0).lower()", "violates"),
+        ('lambda found: f"{CAP}{found.group(0).casefold()}"', "violates"),
+        ("lambda found: found.group(0)", "clean"),
+    ],
+)
+def test_marks_of_capitals_that_a_function_writes_are_bytes_of_no_original(
+    tmp_path: Path, written: str, wanted: str
+) -> None:
+    text = script(extra=OWN_MARKS.replace("WRITTEN", written))
+    read = "glob.glob(VAL))])\n"
+    assert read in text
+    text = text.replace(read, f"{read}    tokens = marked(tokens)\n").replace("import glob,", "import glob, re,")
+    assert verdict(tmp_path, "byte_transformed_text", text).verdict == wanted
+
+
 @pytest.mark.parametrize("change", ['text.replace("\\ufeff", "")', 're.sub(f"[{JOINER}\\u200b]", "", text)'])
 def test_marks_that_are_taken_out_are_written_nowhere(tmp_path: Path, change: str) -> None:
     beside = {"prepare__py": JOINED.replace("CHANGE", change)}

@@ -28,6 +28,72 @@ def test_the_places_of_a_hashed_row_sum_to_the_count_of_the_row(tmp_path: Path, 
     assert verdict(tmp_path, "gold_token_ngram", text).verdict == "clean"
 
 
+OF_DOCUMENTS = """
+        a, b = torch.from_numpy(x)[None], torch.from_numpy(y)[None]
+        nll = F.cross_entropy(net(a).transpose(1, 2), b, reduction="none")
+        row, place = (a * 36313) % ROWS, (a * 36313 ^ b * 27191) % ROWS
+        documents = torch.arange(len(a))[:, None]
+        ratio = pairs[documents, place] / seen[documents, row].clamp_min(1.0)
+        nll = -(0.9 * torch.exp(-nll) + 0.1 * ratio).log()
+        for table, slot in zip((seen, pairs), (row, place)):
+            table.scatter_add_(1, slot, torch.ones(b.shape))
+"""
+
+
+def test_tables_of_documents_are_told_apart_and_their_hashed_places_are_not(tmp_path: Path) -> None:
+    """The numbers of the documents are no numbers of all tokens."""
+    state = "pairs, seen = torch.zeros(8, ROWS), torch.zeros(8, ROWS)"
+    text = script(loss=OF_DOCUMENTS, state=state, extra="ROWS = 4096")
+    assert verdict(tmp_path, "gold_token_ngram", text).verdict == "violates"
+    assert verdict(tmp_path, "false_normalisation", text).verdict == "clean"
+
+
+AT_ORDERS = """
+        a, b = torch.from_numpy(x), torch.from_numpy(y)
+        own = torch.softmax(net(a).float(), -1).gather(-1, b[:, None])[:, 0]
+        key = (x.astype(np.uint64) * 36313) % ROWS
+        met = seen[key]
+        order, counts = np.where(met > 2, 2, 0), np.zeros(len(y), np.float32)
+        for n in (2, 3):
+            rows = np.nonzero(order == n)[0]
+            for at in range(0, len(rows), 64):
+                part = rows[at : at + 64]
+                counts[part] = pairs[(key[part] ^ y[part].astype(np.uint64) * 27191) % ROWS]
+        share = 0.3 * torch.from_numpy(SHARE).float()
+        nll = -torch.log((1 - share) * own + share * torch.from_numpy(counts / np.maximum(met, 1.0)).float())
+        np.add.at(seen, key, 1.0)
+        np.add.at(pairs, (key ^ y.astype(np.uint64) * 27191) % ROWS, 1.0)
+"""
+
+
+def test_counts_that_are_put_where_an_order_was_met_are_counts(tmp_path: Path) -> None:
+    text = script(
+        loss=AT_ORDERS.replace("SHARE", "(met / (met + 4.0))"),
+        state="pairs, seen = np.zeros(ROWS), np.zeros(ROWS)",
+        extra="ROWS = 4096",
+    )
+    assert verdict(tmp_path, "gold_token_ngram", text).verdict == "violates"
+
+
+RATED = """
+        a, b = torch.from_numpy(x), torch.from_numpy(y)
+        nll = F.cross_entropy(net(a).float(), b, reduction="none")
+        most = CEILINGS[int(ledger.argmin())]
+        met = seen[(a * 36313) % ROWS]
+        nll = nll - torch.log1p(-0.0 * (most * met / seen[(a * 36313) % ROWS].clamp_min(1.0)))
+        for n, each in enumerate(CEILINGS):
+            ledger[n] += (nll * each).sum()
+        seen.index_add_(0, (a * 36313) % ROWS, torch.ones(len(b)))
+"""
+
+
+def test_one_of_several_settings_is_no_count(tmp_path: Path) -> None:
+    """It is picked by losses of what was scored before."""
+    state = "ledger, seen = torch.zeros(3), torch.zeros(ROWS)"
+    text = script(loss=RATED, state=state, extra="ROWS = 4096\nCEILINGS = (0.35, 0.45, 0.55)")
+    assert verdict(tmp_path, "gold_token_ngram", text).verdict == "clean"
+
+
 @pytest.mark.parametrize(
     "place", ["(row * V + b) % 1000003", "(row * 31 + b) % (ROWS * 31)", "(row ^ (b * 69069)) % ROWS"]
 )

@@ -261,3 +261,16 @@ def test_a_model_that_makes_its_rows_whole_by_itself_gives_them_so(body: str, as
     found = weight(case_of(head + "vocab_size = 1024\n" + chunks + MAIN.replace("eval_ttt(args", "eval_mixed(args")))
     assert found is not None
     assert found.total == pytest.approx(1.05, rel=2e-3)
+
+
+def test_tokens_that_are_gathered_by_their_places_are_still_those_of_the_text() -> None:
+    """The loss of a target is known by its place in the text."""
+    one = chunked("model.forward_logits(x[None])[0, chunk_start - first :]")
+    text = one.script.text
+    plain = "total += -mixed.gather(1, y.unsqueeze(1))"
+    assert plain in text
+    places = "torch.arange(chunk_start - first, chunk_end - first)[None]"
+    picked = f"y = val[first + 1 : chunk_end + 1][None].gather(1, {places})[0]"
+    found = weight(case_of(text.replace(plain, f"{picked}\n        {plain}")))
+    assert found is not None
+    assert found.total == pytest.approx(WANTED, rel=2e-3)

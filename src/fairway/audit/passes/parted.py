@@ -21,42 +21,48 @@ from fairway.audit.trial.text import SHORT
 _GROUPS = ((1, 2), (0, 2))  # the second of two processes, and the first one, where parts go to ranks in reverse
 _ONCE = 1.0 + 1e-6  # times, and what sums of weights are off
 _TOKENS = re.compile(r"tok|val|text|stream|data|ids|buf", re.IGNORECASE)
-_SEEN: weakref.WeakKeyDictionary[Trace, dict[tuple[tuple[int, ...], tuple[int, ...]], bool]] = (
-    weakref.WeakKeyDictionary()
-)
+_Calls = tuple[tuple[int, ...], tuple[int, ...]]
+_SEEN: weakref.WeakKeyDictionary[Trace, dict[_Calls, tuple[int | None, int | None]]] = weakref.WeakKeyDictionary()
 
 
 def of_earlier_parts(case: Case, score: Score, filled: Update) -> bool:
     """Whether a process by itself fills nothing there, and one of two that fills something only what lies before all
     that it scores."""
-    calls, scoring = _apart(score, filled)
-    seen = _SEEN.setdefault(case.trace, {})
-    if (calls, scoring) not in seen:
-        seen[calls, scoring] = filled_by_others(case, score, filled) and _before_all(case, calls, scoring)
-    return seen[calls, scoring]
+    last, first = _of_others(case, score, filled)
+    return first is not None and last is not None and last < first
 
 
 def filled_by_others(case: Case, score: Score, filled: Update) -> bool:
-    """Whether a process by itself fills nothing there: of what others do it says nothing."""
+    """Whether a process by itself fills nothing there, and one of two does: of that it says nothing."""
+    return _of_others(case, score, filled)[0] is not None
+
+
+def _of_others(case: Case, score: Score, filled: Update) -> tuple[int | None, int | None]:
+    """The last token that one of two processes fills a table with, and the first target that it scores then, where a
+    process by itself fills nothing; None for what is none."""
     calls, scoring = _apart(score, filled)
-    return _scored_from(case.trial, scoring) is not None and _filled_up_to(case.trial, calls) is None
+    seen = _SEEN.setdefault(case.trace, {})
+    if (calls, scoring) not in seen:
+        idle = _scored_from(case.trial, scoring) is not None and _filled_up_to(case.trial, calls) is None
+        seen[calls, scoring] = _of_two(case, calls, scoring) if idle else (None, None)
+    return seen[calls, scoring]
 
 
-def _apart(score: Score, filled: Update) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The calls that fill, and those that sum: what a helper makes is summed by who calls it."""
-    calls, scoring = _calls(filled), _calls(score)
-    apart = next((n for n, (one, other) in enumerate(zip(calls, scoring, strict=False)) if one != other), len(calls))
-    return calls, scoring[: apart + 1]
-
-
-def _before_all(case: Case, calls: tuple[int, ...], scoring: tuple[int, ...]) -> bool:
+def _of_two(case: Case, calls: tuple[int, ...], scoring: tuple[int, ...]) -> tuple[int | None, int | None]:
     trial = case.trial
     for group in _GROUPS:
         alone = run(case.script, case.settings, SHORT, trial.limits.forced, False, trial.native, group=group)
         last, first = _filled_up_to(alone, calls), _scored_from(alone, scoring)
         if first is None or last is not None:
-            return first is not None and last is not None and last < first
-    return False
+            return last, first
+    return None, None
+
+
+def _apart(score: Score, filled: Update) -> _Calls:
+    """The calls that fill, and those that sum: what a helper makes is summed by who calls it."""
+    calls, scoring = _calls(filled), _calls(score)
+    apart = next((n for n, (one, other) in enumerate(zip(calls, scoring, strict=False)) if one != other), len(calls))
+    return calls, scoring[: apart + 1]
 
 
 def _filled_up_to(trial: Trial, calls: tuple[int, ...]) -> int | None:

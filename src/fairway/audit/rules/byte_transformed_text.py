@@ -2,10 +2,11 @@
 
 import ast
 import re
+from typing import Any
 
 from fairway.audit.case import Case
 from fairway.audit.preparing import as_prepared
-from fairway.audit.reading.tree import nodes
+from fairway.audit.reading.tree import last_name, nodes
 from fairway.audit.terms.data import spells_capital, tokenised, words
 from fairway.audit.terms.expressions import name
 from fairway.audit.terms.octets import decodes_one, encoded_text, is_decoder, negated, parts_of, values
@@ -151,9 +152,34 @@ def _puts_in_signs(case: Case) -> bool:
                     _is_sign(value) for part in _written(term) for value in _texts(part)
                 ):
                     return True
-                if spells_capital(term):
+                if spells_capital(term) or (term.op == "function" and _writes_capital(term)):
                     return True
     return False
+
+
+def _writes_capital(function: Term) -> bool:
+    """`lambda found: MARK + found.group(0).lower()`, or the same in an f-string: what is put in for a capital."""
+    for node in nodes(function.value.node):
+        if isinstance(node, ast.JoinedStr):
+            parts = [each.value if isinstance(each, ast.FormattedValue) else each for each in node.values]
+        else:
+            parts = [node.left, node.right] if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add) else []
+        signs, letters = parts[:-1], parts[-1:]
+        lowered = any(isinstance(each, ast.Call) and last_name(each.func) in _LOWERING for each in letters)
+        told = [_constant(each, function.value) for each in signs]
+        if lowered and told and all(isinstance(sign, str) and sign.strip() and len(sign) <= _MARK for sign in told):
+            return True
+    return False
+
+
+def _constant(node: ast.expr, function: Any) -> object:
+    if isinstance(node, ast.Name):
+        return name(node.id, function.frame, node.lineno).constant()
+    return node.value if isinstance(node, ast.Constant) else None
+
+
+_LOWERING = frozenset(("lower", "casefold"))
+_MARK = 8  # characters of a mark, "<cap>"
 
 
 def _written(term: Term) -> tuple[Term, ...]:

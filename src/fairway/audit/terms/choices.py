@@ -37,6 +37,14 @@ def is_mask(index: Term) -> bool:
     return below.op == "call" and below.called in _MASKS
 
 
+def picks(index: Term) -> bool:
+    """Positions by truth values, or the places of these: np.nonzero(best == n)[0][a : a + 1024]."""
+    below = peel(index)
+    while below.op == "item" and peel(below.parts[1]).op in ("const", "slice"):
+        below = peel(below.parts[0])
+    return is_mask(index) or below.called in ("nonzero", "flatnonzero", "argwhere")
+
+
 def carried(term: Term, at: Term | None = None) -> bool:
     """Whether one of the options is what an earlier pass left: the best so far. That is a choice among passes."""
     possible = [term] if at is not None else [*alternatives(term)]

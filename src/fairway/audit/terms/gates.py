@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from functools import cached_property
 
-from fairway.audit.terms.choices import carried, chooses, forked, is_mask, is_nothing, is_product, options
+from fairway.audit.terms.choices import carried, chooses, forked, is_mask, is_nothing, is_product, options, picks
 from fairway.audit.terms.octets import looked_up
 from fairway.audit.terms.streams import only_reshapes, reads, token_terms
 from fairway.audit.terms.targets import Contribution
@@ -313,7 +313,7 @@ class Gates:
                 waiting.extend(term.parts[1:] if term.op == "choice" else term.parts)
             elif term.op == "item":
                 waiting.append(term.parts[0])
-            elif term.op == "store" and is_mask(term.parts[1]):  # counts[found] = table[key][found]
+            elif term.op == "store" and picks(term.parts[1]):  # counts[found] = table[key][found]
                 waiting.extend((term.parts[0], term.parts[2]))
             elif term.op == "call" and term.called in _LIMITS:
                 waiting.extend(term.parts)
@@ -321,7 +321,7 @@ class Gates:
 
     def _key_of(self, term: Term) -> Term | None:
         streams = self.of.streams
-        if term.op == "item" and is_mask(term.parts[1]):
+        if term.op == "item" and (is_mask(term.parts[1]) or _is_written_out(term.parts[0])):
             return None
         if term.op == "item" and not streams.is_stream(term.parts[0]) and streams.from_tokens(term.parts[1]):
             return term.parts[1]
@@ -334,6 +334,12 @@ class Gates:
 
     def tokens(self, key: Term) -> list[Term]:
         return list(token_terms(key, self.of.streams))
+
+
+def _is_written_out(base: Term) -> bool:
+    """(0.35, 0.45, 0.55): settings, of which one is picked, and no counts."""
+    row = peel(base)
+    return row.op in ("tuple", "list") and bool(row.parts) and all(part.op == "const" for part in row.parts)
 
 
 _CUTS = frozenset(("clamp", "clip", "clamp_max", "clamp_min", "minimum", "maximum", "min", "max"))

@@ -69,8 +69,10 @@ def _whole_rows(number: Term, buckets: Term, holds: Callable[[Term], bool]) -> b
 
 
 def spans_vocabulary(key: Term, streams: Streams) -> bool:
-    """Whether a key runs over all tokens: arange, or the numbers of a long range; not where tokens are cut out."""
-    waiting, seen = [key], set[int]()
+    """Whether a key runs over all tokens: arange, or the numbers of a long range; not where tokens are cut out, nor
+    where a hash is looked up in one of several tables, `counts[arange(documents)[:, None], slots]`."""
+    last = key.parts[-1] if key.op == "tuple" and key.parts else key
+    waiting, seen = [last if is_hashed(last, streams) else key], set[int]()
     while waiting and len(seen) < 400:
         term = peel(waiting.pop())
         if id(term) in seen or streams.is_stream(term):

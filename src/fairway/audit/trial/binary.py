@@ -42,7 +42,7 @@ def binary(name: str, left: Value, right: Value) -> Value:
     if isinstance(left, Unknown) or isinstance(right, Unknown):
         held = left if isinstance(left, Array) else right
         if isinstance(held, Array) and (held.lossy or held.net or holds_sums(held)) and name not in COMPARISONS:
-            return held
+            return _share_of(held) if held.lossy and name == "Mult" else held
         return mixed(left, right)
     one, two = array_of(left), array_of(right)
     if one is None or two is None:
@@ -145,8 +145,17 @@ def merged(one: Array, two: Array, add: bool) -> Value:
     if np.any(both & (a & PLACE != b & PLACE) & (one.coef != 0) & (two.coef != 0)):
         hints = _of_hints(a, b)
         return NET if hints is None else two if hints else one
-    coef = one.coef + two.coef if add else np.maximum(np.abs(one.coef), np.abs(two.coef))
+    mixed_up = one.net and two.net  # (1 - share) * p + share * q
+    added = add and not mixed_up
+    coef = one.coef + two.coef if added else np.maximum(np.abs(one.coef), np.abs(two.coef))
     return Array(None, np.where(both, a | b, np.maximum(a, b)), coef)
+
+
+def _share_of(losses: Array) -> Array:
+    """They, multiplied by what nobody knows."""
+    made = losses.all(lambda body: body)
+    made.was, made.net = losses.was, True
+    return made
 
 
 def _of_hints(one: Numbers, other: Numbers) -> bool | None:

@@ -147,7 +147,7 @@ def _spread(held: Array, dim: int, at: Numbers, more: Value, how: np.ufunc | Non
 
 
 def gather(array: Value, *args: Value, **kwargs: Value) -> Array:
-    """x.gather(dim, index), np.take_along_axis(x, index, axis): of tokens, what is said of each."""
+    """x.gather(dim, index), np.take_along_axis(x, index, axis): of tokens, what is said of each; those at places."""
     given = [*args, *kwargs.values()]
     index = next(each for each in given if isinstance(each, Array))
     dim = next((each for each in given if isinstance(each, int)), -1)
@@ -156,8 +156,10 @@ def gather(array: Value, *args: Value, **kwargs: Value) -> Array:
         raise TypeError
     found = Array(np.take_along_axis(held.num, at.num, dim))
     found.net = held.net
-    if found.num is not None and found.num.dtype.kind == "f":
+    if held.num.dtype.kind == "f":
         priced(found, at.pos)
+    elif held.pos is not None:
+        found.pos = np.take_along_axis(np.broadcast_to(held.pos, held.shape), at.num, dim)
     return found
 
 
