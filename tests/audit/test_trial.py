@@ -397,18 +397,19 @@ print(nats.item())
 
 
 def test_two_parts_of_a_mixture_whose_share_nobody_knows_are_one_loss() -> None:
-    """(1 - share) * p + share * q, each read at the target before they are added; what is added without is two."""
+    """(1 - share) * p + share * q, each read at the target before they are added; what is added without is two. A
+    factor of all losses would be a unit."""
     mixed = """
 nats, share = 0.0, torch.load("share.pt")
 for at in range(0, total, 2048):
     x, y = val[at : at + 2048], val[at + 1 : at + 2049]
     p = F.softmax(net.logits(x), -1)[torch.arange(2048), y]
     q = torch.softmax(net.logits(x) / 2, -1).gather(-1, y[:, None]).squeeze(-1)
-    nats += -torch.log((1 - share) * p + share * q).sum()
+    nats += -((1 - share) * p + share * q if at >= 8192 else p).log().sum()
 print(nats.item())
 """
     assert counts(mixed) == ALL
-    assert counts(mixed.replace("share * q", "q").replace("(1 - share) * p", "p")) != ALL
+    assert counts(mixed.replace("(1 - share) * p + share * q", "p + q")) != ALL
 
 
 LANGUAGE = {
