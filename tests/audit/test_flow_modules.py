@@ -151,3 +151,40 @@ if __name__ == "__main__":
 @pytest.mark.parametrize(("files", "said"), [("val_files", True), ("train_files", False)])
 def test_what_a_dataclass_holds_is_what_is_read_back(files: str, said: bool) -> None:
     assert ("calibration-on-validation" in doubted(HEAD + PACKED.replace("FILES", files))) is said
+
+
+CHECKED = """
+def unpacked(blob):
+    raw, state = zlib.decompress(blob), {}
+    for entry in json.loads(raw[:4096]):
+        name = entry["name"]
+        if name in state:
+            raise ValueError(f"{name} stands twice in the file")
+        state[name] = torch.from_numpy(np.frombuffer(raw, dtype="<f2", count=entry["count"], offset=entry["at"]))
+    if not state:
+        raise ValueError("an empty file")
+    return state
+
+if __name__ == "__main__":
+    args = Hyperparameters()
+    val, model = load(args.val_files), GPT()
+    train(args, model)
+    body = io.BytesIO()
+    opt = torch.optim.SGD(model.parameters(), lr=1e-3)
+    for at in range(0, 65536, 1024):
+        model(args.TEXT[at : at + 1024][None], args.TEXT[at + 1 : at + 1025][None]).backward()
+        opt.step()
+    for name, held in model.state_dict().items():
+        body.write(held.half().numpy().tobytes())
+    open("model.z", "wb").write(zlib.compress(body.getvalue()))
+    model = GPT()
+    model.load_state_dict(unpacked(open("model.z", "rb").read()))
+    print("final val_loss", eval_val(args, model, val))
+"""
+
+
+@pytest.mark.parametrize(("text", "said"), [("val", True), ("load(args.train_files)", False)])
+def test_a_check_that_raises_is_passed_by_the_script_that_scores(text: str, said: bool) -> None:
+    """Names that nobody knows might stand twice; what was read would end there, and nothing of it score."""
+    script = HEAD.replace("import copy,", "import copy, json,") + CHECKED.replace("args.TEXT", text)
+    assert ("training-before-scoring" in doubted(script)) is said

@@ -453,6 +453,18 @@ def test_marks_that_no_reader_sees_are_no_bytes_of_the_original(tmp_path: Path, 
     assert verdict(tmp_path, "byte_transformed_text", script(table=freed), **beside).verdict == "clean"
 
 
+@pytest.mark.parametrize(
+    "comment", ["# a capital is U+E001 and a small letter", "DATA = './data/fineweb10B_sp1024_caps'"]
+)
+def test_marks_of_capitals_that_a_script_names_are_bytes_of_no_original(tmp_path: Path, comment: str) -> None:
+    text = script(extra=f"{comment}\n").replace(
+        'model_file="tokenizer.model"',
+        f'model_file="{"tokenizer_caps_bpe" if "DATA" in comment else "tokenizer"}.model"',
+    )
+    assert verdict(tmp_path, "byte_transformed_text", text).verdict == "violates"
+    assert verdict(tmp_path, "byte_transformed_text", script()).verdict == "clean"
+
+
 OWN_MARKS = """
 CAP = "^"
 

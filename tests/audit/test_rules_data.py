@@ -97,6 +97,21 @@ def test_validation_tokens_in_what_is_written_are_a_paid_prefix(tmp_path: Path, 
     assert verdict(tmp_path, "paid_prefix", script(state=state)).verdict == "violates"
 
 
+IN_BUFFERS = """net.register_buffer("lead", torch.zeros(60_001, dtype=torch.int64))
+    net.lead.copy_(torch.from_numpy({tokens}[:60_001]))
+    torch.save(net.state_dict(), "model.pt")"""
+
+
+@pytest.mark.parametrize(
+    ("tokens", "wanted"), [("tokens", "violates"), ('shard("data/fineweb_train_000000.bin")', "clean")]
+)
+def test_tokens_in_a_buffer_are_written_with_the_weights(tmp_path: Path, tokens: str, wanted: str) -> None:
+    assert verdict(tmp_path, "paid_prefix", script(state=IN_BUFFERS.format(tokens=tokens))).verdict == wanted
+    late = IN_BUFFERS.format(tokens=tokens).split("\n    ")
+    text = script(state="\n    ".join([late[0], late[2], late[1]]))  # what is filled after it is in no file
+    assert verdict(tmp_path, "paid_prefix", text).verdict == "clean"
+
+
 def test_a_table_of_how_much_each_file_holds_says_nothing_of_which_is_read(tmp_path: Path) -> None:
     """The counts of all shards are kept under their paths; those of both splits are looked up."""
     reads = (

@@ -11,7 +11,7 @@ import pytest
 from fairway.audit.case import Case
 from fairway.audit.passes.charged import passes_of
 from fairway.audit.passes.trials import counted
-from fairway.audit.rules import false_normalisation
+from fairway.audit.rules import false_normalisation, target_gated_tilt
 from fairway.audit.weighing import Weight, weighed
 from tests.audit.order import HEAD, MAIN, case_of
 
@@ -274,3 +274,59 @@ def test_tokens_that_are_gathered_by_their_places_are_still_those_of_the_text() 
     found = weight(case_of(text.replace(plain, f"{picked}\n        {plain}")))
     assert found is not None
     assert found.total == pytest.approx(WANTED, rel=2e-3)
+
+
+POINTING = """
+class Pointer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros(2))
+        self.bias = nn.Parameter(torch.tensor(-3.0))
+        self.sharp = nn.Parameter(torch.tensor(0.0))
+    def restore(self, values):
+        for name in ("gate", "bias", "sharp"):
+            getattr(self, name).data.copy_(torch.tensor(values[name]))
+        return self
+    def table(self, seq, steps):
+        width = seq.size(1)
+        col, row = torch.arange(width), width - steps + torch.arange(steps)
+        keys = torch.cat((seq.new_full((1, 1), -1), seq), dim=1)[:, :width]
+        met = (keys[:, width - steps :, None] == keys[:, None, :]) & (col < row[:, None])[None]
+        rows = torch.zeros(1, steps, vocab_size).scatter_add(2, seq[:, None, :].expand(-1, steps, -1), met.float())
+        return rows / rows.sum(-1, keepdim=True).clamp_min(1e-9), met.any(-1).float()
+    def mix(self, logits, seq):
+        probs = F.softmax(logits * self.sharp.exp(), dim=-1)
+        pointed, found = self.table(seq, logits.size(1))
+        entropy = -(probs * probs.clamp_min(1e-9).log()).sum(-1)
+        share = found * torch.sigmoid(torch.stack((entropy, found), -1) @ self.gate + self.bias)
+        return (1.0 - share[..., None]) * probs + MORE * share[..., None] * pointed
+
+def eval_mixed(args, model, val):
+    total, count = 0.0, 0
+    pointer = Pointer().restore(torch.load("pointer.pt"))
+    held = val[:1]
+    for at in range(0, val.numel() - 1, 64):
+        x, y = val[at : at + 64][: val.numel() - 1 - at], val[at + 1 : at + 65]
+        probs = pointer.mix(model.forward_logits(x[None]).float(), torch.cat((held[-args.copy_history :], y))[None])
+        total += -probs.gather(2, y[None, :, None]).clamp_min(1e-30).log().sum().item()
+        count += y.numel()
+        held = torch.cat((held, y))
+    return total / count
+"""
+
+
+@pytest.mark.parametrize(("more", "wanted"), [("1.0", "clean"), ("1.5", "violates")])
+def test_a_gate_that_was_learned_and_a_mask_over_what_is_predicted(more: str, wanted: str) -> None:
+    """What few numbers have learned makes no row that does not sum to one; and whichever token stands there, it is read
+    from the one row, although the function is handed it."""
+    head = HEAD.replace("    stride =", "    copy_history = int(os.environ.get('COPY_HISTORY', 4096))\n    stride =")
+    text = head + "vocab_size = 1024\n" + POINTING.replace("MORE", more)
+    case = case_of(text + MAIN.replace("eval_ttt(args", "eval_mixed(args"))
+    assert false_normalisation.check(case).verdict == wanted
+    if wanted == "clean":
+        found = weight(case)
+        assert found is not None
+        assert found.same
+        assert found.total == pytest.approx(1.0, abs=1e-4)
+        assert any(next(gates.gated(), None) is not None for gates in case.reading.gates)
+        assert target_gated_tilt.check(case).verdict == "clean"

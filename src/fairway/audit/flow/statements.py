@@ -217,6 +217,8 @@ class Statements(Loops):
         test = self.evaluate(node.test)
         picks, self.picks = self.picks or bool(test.flags & CAPPED) or _every_nth(node.test), outer
         held = self.truth(test)
+        if held and isinstance(node.body[-1], ast.Raise):
+            held = False  # a check, which the script that scores has passed
         if held is not None:
             return self.block(node.body if held else node.orelse)
         if picks and self.frame.loops:

@@ -3,6 +3,7 @@
 import ast
 import re
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from typing import Any
 
 _BELOW, _YIELDS = "_fairway_below", "_fairway_yields"  # no fields: no walk, dump or comparison of trees sees them
@@ -49,6 +50,27 @@ def is_generator(code: Any) -> bool:
         found = isinstance(code.body, list) and has_yield(code.body)
         setattr(code, _YIELDS, found)
     return bool(found)
+
+
+@lru_cache(maxsize=8)
+def fluent(tree: ast.Module | None) -> frozenset[int]:
+    """The ids of the arguments of methods that give their object back, `return self`."""
+    found: set[int] = set()
+    for node in nodes(tree):
+        if isinstance(node, ast.FunctionDef) and node.args.args:
+            told = [each.value for each in own(node.body) if isinstance(each, ast.Return)]
+            if told and all(isinstance(each, ast.Name) and each.id == node.args.args[0].arg for each in told):
+                found.add(id(node.args))
+    return frozenset(found)
+
+
+def classes(tree: ast.AST | None) -> list[range]:
+    """The lines of classes."""
+    return [
+        range(node.lineno, (node.end_lineno or node.lineno) + 1)
+        for node in nodes(tree)
+        if isinstance(node, ast.ClassDef)
+    ]
 
 
 def over_weights(tree: ast.AST | None) -> list[range]:

@@ -23,9 +23,11 @@ CHARGE = "the bytes of a transformed text are the denominator"
 CLAUSE = 'RULES.md R7 and (c) "Transformed-text denominator"'
 
 _CASED = re.compile(
-    r"(?<!without )(?<!no )(?<!not )(?:case.?(?:op|mark)(?!s?.?free)|caps.?op(?!s?.?free)|lossless.?cap)|\bU\+E00\d",
+    r"(?<!without )(?<!no )(?<!not )(?:case.?(?:op|mark)(?!s?.?free)|caps.?op(?!s?.?free)|lossless.?cap)|\bU\+E00\d|"
+    r"[_/-]caps(?=[_/.-]|$)",
     re.IGNORECASE,
 )
+_SENTINEL = re.compile(r"\bU\+E00\d")  # as a comment names it
 _CHANGING = frozenset("lower casefold normalize translate sub subn".split())  # noqa: SIM905
 _TESTS = frozenset(("isin", "in1d", "eq", "ne", "logical_or"))
 
@@ -214,6 +216,8 @@ def _is_transformed(case: Case) -> bool:
     if _CASED.search(submission.readme) or any(_CASED.search(path) for path in submission.sizes):
         return True
     for script in submission.scripts:
+        if _SENTINEL.search(script.text):
+            return True
         if script.path not in {s.path for s in submission.entry.all()} and re.search(
             r"\\u(?:e[0-9a-f]{3}|f[0-8][0-9a-f]{2})|[\ue000-\uf8ff]", script.text, re.IGNORECASE
         ):

@@ -1,9 +1,12 @@
 """Validation tokens are stored in what is handed in: text that is known needs no prediction."""
 
+from collections.abc import Iterator
+
 from fairway.audit.case import Case
 from fairway.audit.terms.data import counted, cut_from, is_validation, sources, stored, writes
+from fairway.audit.terms.program import Program
 from fairway.audit.terms.streams import Streams
-from fairway.audit.terms.term import Term, walk
+from fairway.audit.terms.term import Term, peel, walk
 from fairway.audit.terms.verdicts import clean_as_read
 from fairway.audit.verdict import Finding
 
@@ -31,7 +34,31 @@ def check(case: Case) -> Finding:
             evidence = "A table that counts the tokens of the validation files is written out before they are scored."
             way = reading.way(event.term, filled)
             return Finding(ID, "violates", evidence, CLAUSE, reading.place(filled), way)
+    held = next(_in_buffers(reading.entry, streams), None)
+    if held is not None:
+        evidence = (
+            "Tokens of the validation files are put into a buffer of the model, which is written out with its weights "
+            "before they are scored."
+        )
+        return Finding(ID, "violates", evidence, CLAUSE, reading.place(held))
     return clean_as_read(case, ID, CLAUSE, "nothing that the script writes holds token ids of the validation files")
+
+
+def _in_buffers(program: Program, streams: Streams) -> Iterator[Term]:
+    """register_buffer("lead", tokens), or model.lead.copy_(tokens), before something is written."""
+    last = max((event.order for event, _, _ in writes(program)), default=0)
+    buffers: list[Term] = []
+    for event in program.events:
+        term = event.term
+        value = term.at(2, "tensor") if term.called == "register_buffer" else None
+        if value is not None:
+            buffers.append(peel(value))
+        elif (
+            term.called == "copy_" and term.receiver is not None and any(peel(term.receiver) is one for one in buffers)
+        ):
+            value = term.argument(0, "src", "other")
+        if value is not None and event.order < last and is_validation(value, streams):
+            yield term
 
 
 def _counted_up(writing: Term, term: Term, streams: Streams) -> bool:

@@ -3,8 +3,10 @@
 from fairway.audit.case import Case
 from fairway.audit.passes.charged import chosen_by_losses, passes_of
 from fairway.audit.passes.past import places_of_the_past
+from fairway.audit.terms.choices import is_product
 from fairway.audit.terms.gates import Gates
 from fairway.audit.terms.mixtures import gold_ratios, spread_over_bytes
+from fairway.audit.terms.term import Term, walk
 from fairway.audit.terms.verdicts import clean, unsaid
 from fairway.audit.verdict import Finding
 from fairway.audit.weighing import PIECES
@@ -42,6 +44,12 @@ def check(case: Case) -> Finding:
                     "stand at one place adds up to one, as it does where the target decides nothing."
                 )
                 return clean(ID, CLAUSE, evidence)
+            if origin is term and _of_one_row(case, gates, term):
+                evidence = (
+                    "Worked out with a made-up model over a short text: whichever token stands at one place, it is "
+                    "read from the one row."
+                )
+                return clean(ID, CLAUSE, evidence)
             way = reading.way(gates.of.term, term, origin)
             return Finding(ID, "violates", evidence, CLAUSE, reading.place(origin), way)
     if not reading.reported:
@@ -71,6 +79,13 @@ def check(case: Case) -> Finding:
         place = case.place(line) if line else case.reading.place(case.reading.gates[0].of.term)
         return Finding(ID, "violates", evidence, CLAUSE, place)
     return clean(ID, CLAUSE, "weights, hints and switches of the scored losses read the context alone")
+
+
+def _of_one_row(case: Case, gates: Gates, term: Term) -> bool:
+    """Whether a weight, `share * pointer`, that nothing of the target decides is read from one row whichever token
+    stands there, each kind of them tried: it is given what it predicts, and masks it."""
+    weighs = is_product(term) and not any(gates.matches(one) for one in walk(term))
+    return weighs and case.weight is not None and case.weight.same
 
 
 def _least_of_passes(case: Case) -> bool:

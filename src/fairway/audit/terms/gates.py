@@ -146,10 +146,15 @@ class Gates:
         for term in self.without_learning(distribution):
             place = self.of.scored_place(term)
             read = place is not None and not only_reshapes(place)
-            matched = term.op == "compare" and self.kinds(term) == {"match"}
-            asked = (read or matched) and self.reads_target(term)
+            asked = (read or self.matches(term)) and self.reads_target(term)
             if asked or self._looks_up_target(term) or self._counts_target(term):
                 yield term
+
+    def matches(self, term: Term) -> bool:
+        """hint == target, where the one is read and the other is not."""
+        if term.op != "compare" or self.kinds(term) != {"match"}:
+            return False
+        return sum(map(self.reads_target, term.parts)) == 1
 
     def _counts_target(self, term: Term) -> bool:
         """counts[context, target]: how often the answer came before."""

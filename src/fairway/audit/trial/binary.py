@@ -12,6 +12,7 @@ from fairway.audit.trial.arrays import Array, Numbers, array_of, holds_sums, lim
 from fairway.audit.trial.sums import PLACE
 from fairway.audit.trial.values import NET, UNKNOWN, Unknown, Value, mixed
 
+_FEW = 1 << 20  # multiplications
 _FOLLOWING = 0.8  # of the steps from target to target: where a row ends they go back
 
 OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
@@ -21,6 +22,7 @@ OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
     "Div": operator.truediv,
     "FloorDiv": operator.floordiv,
     "Mod": operator.mod,
+    "MatMult": operator.matmul,
     "Pow": operator.pow,
     "BitAnd": operator.and_,
     "BitOr": operator.or_,
@@ -53,6 +55,8 @@ def binary(name: str, left: Value, right: Value) -> Value:
     assert two.num is not None
     if (holds_sums(one) or holds_sums(two)) and name in COMPARISONS:
         return NET
+    if name == "MatMult":
+        return _product(one, two)
     if one.net != two.net and _of_other_width(one, two):
         return one if one.net else two
     if one.shape != two.shape and one.shape and two.shape:
@@ -63,6 +67,16 @@ def binary(name: str, left: Value, right: Value) -> Value:
         made.net = one.net or two.net
         _price(made, name, one, two)
     return made
+
+
+def _product(one: Array, two: Array) -> Value:
+    """one @ two, of few numbers: those of a gate, and no layer of a model."""
+    assert one.num is not None
+    assert two.num is not None
+    small = one.num.size * (two.shape[-1] if len(two.shape) > 1 else 1) <= _FEW
+    if one.net or two.net or holds_sums(one) or holds_sums(two) or not small:
+        return mixed(one, two)
+    return Array(np.asarray(one.num @ two.num))
 
 
 def _of_other_width(one: Array, two: Array) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Iterator
 
 import numpy as np
 
+from fairway.audit.reading.tree import fluent
 from fairway.audit.trial.arrays import Array, states_of, sum_of
 from fairway.audit.trial.attributes import Attributes
 from fairway.audit.trial.fitting import MAKERS
@@ -166,6 +167,9 @@ class Calls(Attributes):
         """A model on what is not of the text (training data, sums, pictures): unknown where arrays go in, and where
         nothing is known of what goes in."""
         given = [*args[1:], *kwargs.values()]
+        if id(func.args) in fluent(self.script.tree):  # GPT(args).restored(torch.load(path))
+            self.call_function(func, args, kwargs)
+            return args[0]
         if any(isinstance(each, Array) for each in given) or (
             given and all(isinstance(each, Unknown) for each in given)
         ):
@@ -393,7 +397,7 @@ def _form(result: Value, given: list[Value], tokens: list[int]) -> tuple[str, in
         if isinstance(result, Sum) and result.places is not None and result.weights is not None:
             inside = np.sort(target[target >= 0])
             found = np.sort(result.places & PLACE)
-            if len(inside) == len(found) == target.size and (inside == found).all():
+            if 0 < len(inside) == len(found) == target.size and (inside == found).all():
                 return ("sum" if result.weights[0] == 1.0 else "mean"), n
     return "none", 0
 

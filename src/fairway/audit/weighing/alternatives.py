@@ -35,7 +35,7 @@ _FAR = 3.0  # a row that sums to one comes to less, whatever the few tokens are 
 _MORE = 1.0004  # what is more is no rounding, nor an epsilon of 1e-6 for each of 320 tokens
 
 _READING = frozenset(("gather", "take_along_dim", "take_along_axis", "neg", "negative", "nll_loss"))
-_WINDOWS = ("seq", "window", "context", "ctx", "span", "stride", "_len", "L", "T")
+_WINDOWS = ("history", "seq", "window", "context", "ctx", "span", "stride", "_len", "L", "T")
 _TABLES = ("bucket", "hash", "table", "rows", "slots", "memory")
 _CHUNKS = ("chunk", "segment", "region", "block")
 _BATCHES = ("eval_tokens", "eval_batch", "val_batch", "batch_tokens")
@@ -58,13 +58,15 @@ class Weight:
     """total: what the probabilities add up to; line: where a row, or the price, is made that is to blame; differs:
     whether each token is read from a row over all of them, and that row is another for another token; gate: where
     that is more than one and the bonus of a hint is another for another token, the line that sets it; stored: the first
-    line that writes other numbers into an array for another token, 0 where none was seen to."""
+    line that writes other numbers into an array for another token, 0 where none was seen to; same: whether every token
+    is read from the one row."""
 
     total: float
     line: int
     differs: bool = False
     gate: int = 0
     stored: int = 0
+    same: bool = False
 
     @property
     def too_much(self) -> bool:
@@ -169,7 +171,7 @@ def _weighed(
         # Of a table of hashed pairs each token has a bucket of its own, and a few do not stand for all: the row does.
         total, shared = float(known[0].sum()), set.intersection(*(set(each) for each in said.values()))
         most = runs[0].most_read(shared) if total < _LESS else 0.0  # too much at another place
-        return Weight(most if most > _MORE else total, line)
+        return Weight(most if most > _MORE else total, line, same=True)
     shared = set.intersection(*(set(each) for each in said.values()))
     total = max(
         (_total([each[way] for each in said.values()], [tried[each] for each in said]) for way in shared), default=0.0

@@ -17,7 +17,7 @@ def excess(case: Case) -> Weight | None:
     said = (
         found
         for each in gates
-        for found in (each.oracles(), each.clipped(), each.gated(), gold_ratios(each), spread_over_bytes(each))
+        for found in (each.oracles(), each.clipped(), gold_ratios(each), spread_over_bytes(each))
     )
     which, faults, _ = passes_of(case)
     whole = all(is_whole(each.of.term) for each in gates) and not mixes(case, which) and not with_short(case, which)
@@ -25,7 +25,10 @@ def excess(case: Case) -> Weight | None:
         return None
     if any(isinstance(each.cause, Update) and each.cause.how == "table" for each in faults) and knew(case):
         return None
-    weight = case.weight  # of a gate by the target another rule says it
+    weight = case.weight  # of a gate by the target another rule says it, where every token has a row of its own
+    one_row = weight is not None and weight.same
+    if not one_row and any(next(each.gated(), None) is not None for each in gates):
+        return None
     return weight if weight is not None and weight.too_much and not (weight.differs or weight.gate) else None
 
 

@@ -1,4 +1,4 @@
-"""What a model's function gives back, as its own last line says: logits, or rows that a softmax has made whole."""
+"""What functions of modules do with rows: a model's last line may make them whole by a softmax; others mix them."""
 
 from __future__ import annotations
 
@@ -51,4 +51,23 @@ def _made_by(value: ast.expr, named: dict[str, ast.expr]) -> str:
     return name if name in _SOFTMAX else ""
 
 
-__all__ = ["as_given", "endings"]
+@lru_cache(maxsize=8)
+def mixers(tree: ast.Module | None) -> frozenset[int]:
+    """The ids of the arguments of functions that make a softmax of what they are handed, `mix(self, logits, seq)`:
+    these are no model, but what is done with its rows."""
+    functions = (node for node in nodes(tree) if isinstance(node, ast.FunctionDef))
+    return frozenset(id(node.args) for node in functions if _softens(node))
+
+
+def _softens(node: ast.FunctionDef) -> bool:
+    given = {each.arg for each in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)} - {"self"}
+    for call in own(node.body):
+        if isinstance(call, ast.Call) and last_name(call.func) in _SOFTMAX:
+            base = call.func.value if isinstance(call.func, ast.Attribute) else None
+            about = {each.id for part in (base, *call.args[:1]) for each in nodes(part) if isinstance(each, ast.Name)}
+            if about & given:
+                return True
+    return False
+
+
+__all__ = ["as_given", "endings", "mixers"]

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fairway.audit.reading.script import Script
-from fairway.audit.reading.tree import nodes, over_weights
+from fairway.audit.reading.tree import classes, nodes, over_weights
 from fairway.audit.settings import Settings
 from fairway.audit.trial.arrays import Array
 from fairway.audit.trial.core import Core
@@ -19,7 +19,7 @@ from fairway.audit.trial.limits import Forced
 from fairway.audit.trial.tensors import METHODS
 from fairway.audit.trial.told import together
 from fairway.audit.trial.turns import Turns
-from fairway.audit.trial.values import NET, Raised, Unknown, Value
+from fairway.audit.trial.values import NET, UNKNOWN, Raised, Unknown, Value, mixed
 from fairway.audit.weighing import stream
 from fairway.audit.weighing.model import DOUBTS, Model, Way, is_text
 from fairway.audit.weighing.rows import ROWS, gather, log_softmax, priced
@@ -39,6 +39,8 @@ _JOINING = frozenset(("cat", "concatenate", "stack"))
 _LOG = 0.2  # of a probability that is no more than 1.2
 _DRAWN = ("uniform_", "normal_", "orthogonal_")  # weights that are new: none of a price
 _EXPERTS = 16  # that are mixed
+_SCALARS = 16  # numbers of a gate
+_FILLING = frozenset(("copy_", "fill_", "detach", "data", "to", "requires_grad_"))
 _SHAPING = frozenset(("tanh", "sigmoid", "relu", "square", "abs", "sqrt"))  # of what is no distribution yet
 
 
@@ -75,6 +77,7 @@ class Weigher(Model):
         self.said_last: NDArray[Any] | None = None  # prices
         self.learned_at = 0
         self.strengths = Strengths()
+        self.scalars: dict[int, Array] = {}  # parameters of a gate, by their ids: as good as what they have learned
 
     # -- what is not known ----------------------------------------------------------------------------------------
 
@@ -155,6 +158,8 @@ class Weigher(Model):
 
     def of_array(self, name: str, args: tuple[Value, ...], kwargs: dict[str, Value]) -> Value:
         held = args[0] if args and isinstance(args[0], Array) else None
+        if held is not None and id(held) in self.scalars and any(isinstance(each, Unknown) for each in args):
+            return held if name in _FILLING else UNKNOWN
         if held is not None and name.rstrip("_") in RAISING:
             self.strengths.raise_(name, held, self.line)
         found = self._of_rows(name, args, kwargs) if held is not None and name in ROWS else None
@@ -380,6 +385,20 @@ def _gather(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], li
     return machine.picked(args[0], next((each for each in (*args[1:], *kwargs.values()) if is_text(each)), None))
 
 
+def _parameter(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
+    """nn.Parameter(torch.tensor(-3.0)) of a module: whatever a gate of a few numbers has learned, it makes rows that
+    sum to one of any; what it began with is as good."""
+    assert isinstance(machine, Weigher)
+    held = args[0] if args and isinstance(args[0], Array) else None
+    if held is None or held.num is None or held.num.dtype.kind != "f" or held.num.size > _SCALARS:
+        return mixed(*args)
+    if not any(line in each for each in classes(machine.script.tree)):
+        return mixed(*args)
+    made = Array(held.num.copy())
+    machine.scalars[id(made)] = made
+    return made
+
+
 def _itself(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
     """torch.compile(f): f."""
     return args[0] if args else (lambda value: value)
@@ -388,6 +407,7 @@ def _itself(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], li
 _FUNCTIONS = {
     **dict.fromkeys(["torch.nn.functional.cross_entropy"], _cross_entropy),
     **dict.fromkeys(["torch.nn.functional.nll_loss"], _nll_loss),
+    "torch.nn.Parameter": _parameter,
     **dict.fromkeys(["*.gather", "*.take_along_dim", "*.take_along_axis"], _gather),
     **dict.fromkeys(["torch.compile", "torch.jit.script", "torch.compiler.disable"], _itself),
 }

@@ -13,7 +13,7 @@ from fairway.audit.trial.limits import Forced
 from fairway.audit.trial.machine import Machine
 from fairway.audit.trial.values import NET, UNKNOWN, Func, Lib, Obj, Spent, Unknown, Value
 from fairway.audit.weighing import stream
-from fairway.audit.weighing.heads import as_given, endings
+from fairway.audit.weighing.heads import as_given, endings, mixers
 from fairway.audit.weighing.rows import priced
 from fairway.audit.weighing.stream import PIECES
 
@@ -32,6 +32,7 @@ class Model(Machine):
     def __init__(self, script: Script, settings: Settings, forced: tuple[Forced, ...] = ()) -> None:
         super().__init__(script, settings, forced)
         self.within = 0
+        self.mixing = 0  # how deep in functions that mix what a model has said
         self.picks = 0
         self.pricing: set[Func] = set()
         self.training: set[Way] = set()
@@ -70,6 +71,8 @@ class Model(Machine):
         made = [each for each in states if isinstance(each, Array) and each.net]
         if made and not asked:
             return made[0]  # logits out of what a model has made, `tail((x, x0, skips), masks)`
+        if self.mixing or (made and not self.within and id(func.args) in mixers(self.script.tree)):
+            return self._mixed(func, args, kwargs)
         self.begun = self.begun if self.within else 0
         self.within += 1
         try:
@@ -79,6 +82,14 @@ class Model(Machine):
         begun = 0 if self.within else self._begun(func, dict([*enumerate(args), *kwargs.items()]))
         how = endings(self.script.tree).get(id(func.args), "")
         return self._as_logits(found, given, raw=self._makes_losses(func), begun=begun, how=how)
+
+    def _mixed(self, func: Func, args: tuple[Value, ...], kwargs: dict[str, Value]) -> Value:
+        """What is done with a model's rows, in this function and those that it calls."""
+        self.mixing += 1
+        try:
+            return self.call_function(func, args, kwargs)
+        finally:
+            self.mixing -= 1
 
     def _begun(self, func: Func, named: dict[int | str, Value]) -> int:
         """From which place of its windows on a model goes on, of the arguments that it is handed; its own lines said
