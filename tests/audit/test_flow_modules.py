@@ -188,3 +188,79 @@ def test_a_check_that_raises_is_passed_by_the_script_that_scores(text: str, said
     """Names that nobody knows might stand twice; what was read would end there, and nothing of it score."""
     script = HEAD.replace("import copy,", "import copy, json,") + CHECKED.replace("args.TEXT", text)
     assert ("training-before-scoring" in doubted(script)) is said
+
+
+PROBED = """
+class Ema:
+    def __init__(self, model, decay):
+        self.decay, self.shadow = decay, {k: v.detach().clone() for k, v in model.state_dict().items()}
+    def update(self, model):
+        for k, v in model.state_dict().items():
+            self.shadow[k].mul_(self.decay).add_(v.detach(), alpha=1 - self.decay)
+    def load(self, model):
+        model.load_state_dict(self.shadow)
+
+def packed(model, heat):
+    body = bytearray()
+    for name, held in model.state_dict().items():
+        body.extend(held.half().numpy().tobytes())
+    return zlib.compress(bytes(body) + heat.numpy().tobytes())
+
+def unpacked(blob):
+    raw, state = zlib.decompress(blob), {}
+    for at in range(0, len(raw), 4096):
+        state[f"blocks.{at}"] = torch.from_numpy(np.frombuffer(raw, dtype="<f2", count=2048, offset=at))
+    return state, torch.from_numpy(np.frombuffer(raw, dtype="<f4", count=1))
+
+def scored(args, model, val, heat):
+    total, count = 0.0, 0
+    for at in range(0, val.numel() - 1024, 1024):
+        logits = model.forward_logits(val[at : at + 1024][None])[0] / heat
+        total += F.cross_entropy(logits, val[at + 1 : at + 1025], reduction="sum").item()
+        count += 1024
+    return total / count
+
+if __name__ == "__main__":
+    args = Hyperparameters()
+    val, model = load(args.val_files), GPT()
+    averages, loader = [Ema(model, decay) for decay in (0.99, 0.999)], Loader(args.train_files)
+    opt = torch.optim.SGD(model.parameters(), lr=1e-3)
+    best, kept, tried = float("inf"), averages[0].shadow, {}
+    for step in range(2000):
+        model(*loader.next(4096)).backward()
+        opt.step()
+        for each in averages:
+            each.update(model)
+        if step % 500 == 0:
+            loss = scored(args, model, HELD, torch.ones(1))
+            if loss < best:
+                best, kept = loss, {k: v.clone() for k, v in averages[0].shadow.items()}
+    PICKED
+    open("model.z", "wb").write(packed(model, torch.ones(1)))
+    state, heat = unpacked(open("model.z", "rb").read())
+    model = GPT()
+    model.load_state_dict(state)
+    print("final val_loss", scored(args, model, val, heat))
+"""
+KEPT = "averages[0].shadow = kept; averages[0].load(model)"
+LEAST = """for each in averages:
+        each.load(model)
+        tried[each.decay] = scored(args, model, HELD, torch.ones(1))
+    least = min(tried, key=tried.get)
+    next(each for each in averages if each.decay == least).load(model)"""
+LOWER = """raw = {k: v.clone() for k, v in model.state_dict().items()}
+    before = scored(args, model, HELD, torch.ones(1))
+    averages[0].load(model)
+    if before < scored(args, model, HELD, torch.ones(1)):
+        model.load_state_dict(raw)"""
+
+
+@pytest.mark.parametrize("picked", [KEPT, LEAST, LOWER], ids=["a checkpoint", "the next of several", "put back"])
+@pytest.mark.parametrize(("held", "said"), [("val", True), ("load(args.train_files)[:65537]", False)])
+def test_weights_that_losses_picked_are_weights_after_they_were_packed_beside_a_temperature(
+    picked: str, held: str, said: bool
+) -> None:
+    """Both come out of the same bytes; it is weights that were chosen."""
+    found = doubted(HEAD + PROBED.replace("PICKED", picked).replace("HELD", held))
+    assert ("choice-by-validation" in found) is said
+    assert "temperature-from-validation" not in found

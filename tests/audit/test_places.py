@@ -103,6 +103,14 @@ def test_calibration_on_validation_is_named_where_its_text_is_asked_for() -> Non
     assert line(findings(text)["calibration-on-validation"]) == line_of(text, "    tokens = load(args.val_files)")
 
 
+def test_calibration_on_validation_is_named_where_its_files_are_handed_over() -> None:
+    """The function that reads them is told which."""
+    text = calibrated("tokens = load(files)").replace("def collect(args, model)", "def collect(args, model, files)")
+    text = text.replace("collect(args, model)", "collect(args, model, args.val_files)")
+    assert "def collect(args, model, files)" in text
+    assert line(findings(text)["calibration-on-validation"]) == line_of(text, "collect(args, model, args.val_files)")
+
+
 PREPARED = """
 class Lazy:
     def __init__(self, pattern):
@@ -182,6 +190,27 @@ def test_a_step_that_reaches_too_far_is_named_where_it_is_told_how_far(reach: st
     told = f"            reach = min({reach}, val.numel() - 1)\n"
     text = HONEST.replace(loop, told + loop).replace("for s in range(start, end, args.seq_len):", steps)
     assert line(findings(text)["training-before-scoring"]) == line_of(text, "reach = min(")
+
+
+TOLD = """
+def adapt(args, model, opt, val, lo, hi):
+    for s in list(range(lo, hi, args.seq_len)):
+        e = min(s + args.seq_len, hi)
+        opt.zero_grad()
+        model(val[s:e][None], val[s + 1 : e + 1][None]).backward()
+        opt.step()
+
+"""
+
+
+def test_a_call_that_adds_to_where_a_chunk_ends_is_named() -> None:
+    """And not the range in the function that is told so."""
+    loop = "            for _epoch in range(args.epochs):\n"
+    begin = HONEST.index(loop)
+    body = HONEST[begin : HONEST.index("    return (total / count).item()\n", begin)]
+    call = "            adapt(args, model, opt, val, start, end + args.seq_len)\n"
+    text = HONEST.replace(body, call).replace("def eval_ttt(", f"{TOLD}\ndef eval_ttt(")
+    assert line(findings(text)["training-before-scoring"]) == line_of(text, "end + args.seq_len)")
 
 
 SPAN = """

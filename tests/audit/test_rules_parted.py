@@ -184,6 +184,27 @@ def test_a_share_that_ends_behind_its_own_is_counted_by_two_processes(more: str,
         assert "1,024" in found.evidence
 
 
+BY_CUTS = """
+def windows_of(total, rank, size):
+    many = (total + 1023) // 1024
+    cuts = [many * n // size for n in range(size + 1)]
+    for n in range(cuts[rank], {end}):
+        yield n * 1024, min((n + 1) * 1024, total)
+
+"""
+
+
+@pytest.mark.parametrize(("end", "wanted"), [("min(cuts[rank + 1] + 1, many)", True), ("cuts[rank + 1]", False)])
+def test_a_range_that_ends_behind_the_cut_of_a_rank_is_counted_by_two_processes(end: str, wanted: bool) -> None:
+    text = script("0, first", KNOWN).replace("in pieces(first, last)", "in windows_of(total, rank, size)")
+    text = text.replace("def ev(", BY_CUTS.format(end=end) + "def ev(")
+    found = twice_counted_tokens.check(case_of(text))
+    assert found.verdict == ("violates" if wanted else "clean")
+    if wanted:
+        assert found.place is not None
+        assert found.place.line == line_of(text, "in range(cuts[rank]")
+
+
 BY_EDGES = """
 def windows_of(total, rank, size):
     edges = [*range(0, total, 1024), total]

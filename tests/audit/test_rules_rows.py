@@ -48,6 +48,37 @@ def test_tables_of_documents_are_told_apart_and_their_hashed_places_are_not(tmp_
     assert verdict(tmp_path, "false_normalisation", text).verdict == "clean"
 
 
+SLOTTED = """
+class Cache:
+    slot = staticmethod(lambda a, b, y=0: (a * 36313 + b * 27191 + y * 127) % ROWS)
+
+    def __init__(self):
+        self.ctx, self.full = torch.zeros(ROWS), torch.zeros(ROWS)
+
+    def blend(self, nll, a, b, y):
+        met = self.ctx[self.slot(a, b)]
+        hit = self.full[self.slot(a, b, NEXT)] / met.clamp_min(1)
+        return torch.where(met >= 2, -((1 - 0.2) * (-nll).exp() + 0.2 * hit).log(), nll)
+
+    def learn(self, a, b, y):
+        self.ctx.index_add_(0, self.slot(a, b), torch.ones(len(a)))
+        self.full.index_add_(0, self.slot(a, b, y), torch.ones(len(a)))
+"""
+
+
+@pytest.mark.parametrize(("after", "wanted"), [("y", "violates"), ("0", "clean")])
+def test_a_key_that_a_static_lambda_makes_is_followed(tmp_path: Path, after: str, wanted: str) -> None:
+    loss = """
+        b, after = torch.from_numpy(x), torch.from_numpy(y)
+        a = F.pad(b[:-1], (1, 0))
+        nll = cache.blend(F.cross_entropy(net(b).float(), after, reduction="none"), a, b, after)
+        cache.learn(a, b, after)
+"""
+    extra = "ROWS = 4096\n" + SLOTTED.replace("NEXT", after)
+    text = script(loss=loss, state="cache = Cache()", extra=extra)
+    assert verdict(tmp_path, "gold_token_ngram", text).verdict == wanted
+
+
 AT_ORDERS = """
         a, b = torch.from_numpy(x), torch.from_numpy(y)
         own = torch.softmax(net(a).float(), -1).gather(-1, b[:, None])[:, 0]

@@ -84,14 +84,19 @@ class Comprehensions(Calls):
         for turn, element in enumerate(turns, start=1):
             self.nest.append((loop, turn))
             self.assign(clause.target, element if alone else self.turned(element, loop, turn))
-            kept = True
+            kept, picked = True, 0
             for test in clause.ifs:
                 self.narrow(test)
-                held = self.truth(self.evaluate(test))
+                told = self.evaluate(test)
+                held = self.truth(told)
+                picked |= told.choices
                 alone = alone and held is not None
                 kept = kept and held is not False
             if kept:
+                before = len(found)
                 alone = self._clauses(clauses, n + 1, results, found) and alone
+                if picked:  # next(each for each in averages if each.decay == best)
+                    found[before:] = [[self._chosen_from(each, picked) for each in row] for row in found[before:]]
             self.nest.pop()
             same = elements.exact is None and not alone  # the one that stands for all, in another turn
             if same and found and any("#module" in obj.slots for value in found[-1] for obj in value.refs):

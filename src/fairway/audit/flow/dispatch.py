@@ -81,6 +81,8 @@ class Dispatch(Functions):
             return self.flat(base)
         if kind == "dict":
             return self.dict_method(obj, base, name, args, kwargs, node)
+        if kind == "tensor" and name in ("extend", "append") and args:  # bytes that are put together
+            return self._of_value(base, "add_", args, kwargs, node)
         if kind == "thing" and "#module" in obj.slots and base.flags & WEIGHTS:
             return self._of_value(base, name, args, kwargs, node)
         if kind == "thing":

@@ -297,6 +297,7 @@ class Learning(Core):
         held = self.flat(weights)
         if self.chosen:
             held = held.but(choices=held.choices | self.chosen)
+            self.trace.weighed |= self.chosen
         for obj in sorted(model.refs, key=lambda each: each.number):
             self.heap.set(obj.root, "#choices", held.choices)
             made = obj.slots.get("#fresh", obj.born)

@@ -35,6 +35,9 @@ class Statements(Loops):
                 value = value.but(flags=value.flags | CAPPED)
             if self.control:
                 value = self._chosen_from(value, self.chosen)
+                held = self.flat(value)
+                if held.states and not held.toks and not held.losses:  # weights, of a checkpoint
+                    self.trace.weighed |= self.chosen
             if self.swayed and self.plain(value) and not value.toks and isinstance(value.const, (int, float)):
                 value = value.but(const=MISSING, toks=frozenset().union(*self.swayed))  # best = candidate
             self.heap.set(self.scope(target.id), target.id, value)

@@ -107,6 +107,8 @@ def _moved(tree: ast.AST | None) -> Iterator[int]:
                 yield node.lineno
             if isinstance(node, ast.Subscript) and _goes_on(node, shared):
                 yield node.lineno
+            if isinstance(node, ast.Call) and _ends_behind(node):
+                yield node.lineno
             if not isinstance(node, ast.Assign):
                 continue
             names = {each.id for each in nodes(node.targets[0]) if isinstance(each, ast.Name)}
@@ -117,6 +119,14 @@ def _moved(tree: ast.AST | None) -> Iterator[int]:
                 yield node.lineno
             if "rank" in ast.unparse(node.value).lower():
                 shared |= names
+
+
+def _ends_behind(call: ast.Call) -> bool:
+    """range(cuts[rank], min(cuts[rank + 1] + 1, total))"""
+    if getattr(call.func, "id", "") != "range" or len(call.args) < 2 or "rank" not in ast.unparse(call.args[0]).lower():
+        return False
+    more = (each for each in nodes(call.args[1]) if isinstance(each, ast.BinOp) and isinstance(each.op, ast.Add))
+    return any(isinstance(each.left, ast.Subscript) and isinstance(each.right, ast.Constant) for each in more)
 
 
 def _goes_on(node: ast.Subscript, shared: set[str]) -> bool:

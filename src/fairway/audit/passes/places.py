@@ -11,7 +11,7 @@ from fairway.audit.passes.charged import passes_of
 from fairway.audit.passes.extents import extent_of
 from fairway.audit.passes.faults import Fault
 from fairway.audit.passes.patterns import handed_at, names_given, naming, pattern_at, put_in_place
-from fairway.audit.reading.tree import nodes
+from fairway.audit.reading.tree import last_name, nodes
 from fairway.audit.verdict import Place
 
 
@@ -212,7 +212,7 @@ def _calibrated(case: Case, update: Update, score: Score) -> Place:
     fitting = [event for event in runs if any((tok.data, tok.spans) in learned for tok in event.toks)]
     run = fitting[-1] if fitting else runs[-1] if runs else update
     for origin in _own_reads(case, update, score)[:1]:
-        asked = _asked_for(case, origin)
+        asked = _told_validation(case, origin) or _asked_for(case, origin)
         if asked is not None:
             return asked
     called, handed = run_for(case, run, called_at(run)), _handed_over(case, run, score)
@@ -273,6 +273,22 @@ def _asked_for(case: Case, origin: int) -> Place | None:
             made = depth > 1 and any(function_around(case, other) != own for other in others)
             return _made_before(case, origin) or (way[-2] if made else way[-1])
     return None
+
+
+def _told_validation(case: Case, origin: int) -> Place | None:
+    """The innermost of a read's calls that hands over what is named as the validation's: `collect(args.val_files)`."""
+    for place in reversed(case.trace.reads[origin].stack):
+        for script in case.script.all():
+            calls = (node for node in nodes(script.tree) if isinstance(node, ast.Call))
+            if script.path == place.file and any(
+                script.line(call.lineno) == place.line and any(map(_names_validation, call.args)) for call in calls
+            ):
+                return place
+    return None
+
+
+def _names_validation(argument: ast.expr) -> bool:
+    return any(word in ("val", "valid", "validation") for word in last_name(argument).lower().split("_"))
 
 
 def _made_before(case: Case, origin: int) -> Place | None:

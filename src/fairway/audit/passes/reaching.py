@@ -27,7 +27,8 @@ def reaching(case: Case, lines: tuple[int, ...]) -> int:
         for each in nodes(function)
         if isinstance(each, ast.Assign) and _is_bound(each.value)
     )
-    return further_end(case, lines) or next(ranges, 0) or next(further, 0) or min(bounds, default=0)
+    told = (each.lineno for each in nodes(case.body.tree) if isinstance(each, ast.Call) and _past_its_end(each, lines))
+    return further_end(case, lines) or next(told, 0) or next(ranges, 0) or next(further, 0) or min(bounds, default=0)
 
 
 def further_end(case: Case, lines: tuple[int, ...]) -> int:
@@ -111,6 +112,24 @@ def _further(call: ast.Call, lines: tuple[int, ...]) -> bool:
     """Whether a call in one of these lines says itself how far: `adapt(begin, min(end + more, total))`."""
     inner = (part for each in call.args for part in nodes(each))
     return call.lineno in lines[:-1] and any(isinstance(p, ast.BinOp) and isinstance(p.op, ast.Add) for p in inner)
+
+
+def _past_its_end(call: ast.Call, lines: tuple[int, ...]) -> bool:
+    """Whether a call in one of these lines adds something to where a part ends: `adapt(begin, end + more)`, not
+    `adapt(begin, begin + size)`, nor the target that follows, `tokens[begin : end + 1]`."""
+    if call.lineno not in lines[:-1]:
+        return False
+    parts = [part for each in call.args for part in nodes(each)]
+    plain = [*call.args, *(each.lower for each in parts if isinstance(each, ast.Slice) and each.lower is not None)]
+    begins = {ast.unparse(each) for each in plain}
+    ends = [*call.args, *(each.upper for each in parts if isinstance(each, ast.Slice) and each.upper is not None)]
+    return any(
+        isinstance(end, ast.BinOp)
+        and isinstance(end.op, ast.Add)
+        and _has_name(end.right)
+        and ast.unparse(end.left) not in begins
+        for end in ends
+    )
 
 
 def around(case: Case, line: int) -> ast.FunctionDef | ast.AsyncFunctionDef | None:

@@ -97,6 +97,8 @@ def nothing(term: Term) -> bool:
 
 def _bound(m: "Machine", found: Term, owner: Term | None, base: Term, file: str, line: int) -> Term:
     """A class's name as its object sees it: a method knows its owner, a property is computed."""
+    if found.op == "call" and found.called == "staticmethod" and found.parts and found.parts[0].op == "function":
+        return found.parts[0]  # slot = staticmethod(lambda a, b: ...)
     if found.op != "function":
         return found
     made: Function = found.value
