@@ -264,3 +264,36 @@ def test_weights_that_losses_picked_are_weights_after_they_were_packed_beside_a_
     found = doubted(HEAD + PROBED.replace("PICKED", picked).replace("HELD", held))
     assert ("choice-by-validation" in found) is said
     assert "temperature-from-validation" not in found
+
+
+PARTED = """
+def rounded(value):
+    scale = value.abs().amax(1) / 127
+    return (value / scale[:, None]).round().to(torch.int8), scale.half()
+
+if __name__ == "__main__":
+    args = Hyperparameters()
+    val, model = load(args.val_files), GPT()
+    train(args, model)
+    opt = torch.optim.SGD(model.parameters(), lr=1e-3)
+    for at in range(0, 65536, 1024):
+        model(TEXT[at : at + 1024][None], TEXT[at + 1 : at + 1025][None]).backward()
+        opt.step()
+    pieces, body = {"head": rounded(model.head.weight.data)}, []
+    for name, held in model.named_parameters():
+        pieces[name] = rounded(held.data) if held.ndim == 2 and held.numel() > 65535 else (held.data.half(),)
+    for name, held in pieces.items():
+        arrays = [np.ascontiguousarray(part.numpy()) for part in held]
+        body += [each.tobytes() for each in arrays]
+    open("model.z", "wb").write(zlib.compress(b"".join(body)))
+    raw = zlib.decompress(open("model.z", "rb").read())
+    model = GPT()
+    model.load_state_dict({"head.weight": torch.from_numpy(np.frombuffer(raw, dtype=np.int8))})
+    print("final val_loss", eval_val(args, model, val))
+"""
+
+
+@pytest.mark.parametrize(("text", "said"), [("val", True), ("load(args.train_files)", False)])
+def test_parts_of_weights_of_which_some_are_one_and_some_are_two(text: str, said: bool) -> None:
+    """(rounded, scale) or (weight.half(),): what each holds is gone through."""
+    assert ("training-before-scoring" in doubted(HEAD + PARTED.replace("TEXT", text))) is said

@@ -15,6 +15,7 @@ from fairway.audit.flow.values import (
     LENGTH,
     MISSING,
     NOTHING,
+    WEIGHTS,
     Value,
     join,
 )
@@ -134,7 +135,9 @@ class Iteration(Writing):
         if obj.kind == "tensor":
             return Elements(None, self.flat(self.ref(obj)).but(const=MISSING))
         if "#module" in obj.slots:
-            return Elements(None, self.content_elem(obj))
+            held = self.content_elem(obj)
+            of_weights = held is NOTHING and value.flags & WEIGHTS  # (rounded, scale) or (weight.half(),)
+            return Elements(None, self.flat(value).but(const=MISSING) if of_weights else held)
         content = obj.slots.get("#content", NOTHING)
         return Elements(None, self.tagged(content, value.spans))
 
