@@ -284,6 +284,61 @@ def test_steps_for_which_time_was_kept_back_are_in_them(tmp_path: Path, before: 
     assert verdict(tmp_path, "training_over_time", after_the_clock(before or "pass", cap)).verdict == "clean"
 
 
+UNDER_ONE = """
+class Clock:
+    def __enter__(self):
+        self.since = time.perf_counter()
+        return self
+    def __exit__(self, *error):
+        self.spent = time.perf_counter() - self.since
+    @property
+    def seconds(self):
+        return time.perf_counter() - self.since
+
+def build(args, model):
+    clock, loader = Clock(), Loader(args.train_files)
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    with clock:
+        while clock.seconds < LIMIT:
+            model(*loader.next(65536)).backward()
+            opt.step()
+        print("train_time", clock.seconds)
+        WITHIN
+        torch.save(model.state_dict(), "model.pt")
+    print("build_time", clock.spent)
+    AFTER
+
+def settle(model, loader):
+    opt = torch.optim.SGD(model.parameters(), lr=1e-4)
+    for _ in range(40):
+        model(*loader.next(65536)).backward()
+        opt.step()
+
+if __name__ == "__main__":
+    args = Hyperparameters()
+    val, model = load(args.val_files), GPT()
+    build(args, model)
+    print("final val_loss", eval_val(args, model, val))
+"""
+
+
+@pytest.mark.parametrize(
+    ("within", "after", "limit", "wanted"),
+    [
+        (SETTLE, "pass", "args.cap - args.reserve", "clean"),
+        ("pass", SETTLE, "args.cap - args.reserve", "violates"),
+        (SETTLE, "pass", "args.cap", "violates"),
+    ],
+    ids=["under the clock that goes on", "after it", "nothing kept back"],
+)
+def test_steps_under_the_clock_of_the_training_are_in_its_seconds(
+    tmp_path: Path, within: str, after: str, limit: str, wanted: str
+) -> None:
+    """`with clock:` ends when the file is written: what was fitted before it was told last is in its time."""
+    text = HEAD + UNDER_ONE.replace("WITHIN", within).replace("AFTER", after).replace("LIMIT", limit)
+    assert verdict(tmp_path, "training_over_time", text).verdict == wanted
+
+
 BEGUN = """
 class Clock:
     def __init__(self, limit):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 
-from fairway.audit.flow.events import Call, Choice, Clock, Score, Trace, Update
+from fairway.audit.flow.events import Call, Choice, Clock, Event, Score, Trace, Update
 from fairway.audit.flow.known import CLOCKS
 from fairway.audit.passes.reported import Reported, scores_of
 
@@ -83,10 +83,12 @@ def unclocked(trace: Trace, reported: Reported) -> Update | None:
     return None if put_back else early
 
 
-def overrun(trace: Trace, reported: Reported) -> Update | None:
+def overrun(
+    trace: Trace, reported: Reported, together: Callable[[Event, Event], bool] = lambda step, clock: False
+) -> Update | None:
     """A step of the training that the score's weights still know, after the loop that the clock ends: with no clock in
     a loop of its own, and, where some of the time was kept back, after the clock was read for the last time before a
-    file is written or a text scored."""
+    file is written or a text scored. together(step, clock): whether one clock runs over both of them."""
     trained = _trained(trace, reported)
     ends = [each for each in _ending(trace, trained) if each.limit is not None]
     if not ends:
@@ -107,7 +109,7 @@ def overrun(trace: Trace, reported: Reported) -> Update | None:
     scored = (each.number for each in scores if any(tok.data in reported.data for tok in each.targets))
     over = min(over, next(scored, over))
     read = any(number < after.number for number in outside) and not any(after.number < n < over for n in outside)
-    return after if read else None
+    return after if read and not together(after, ends[-1]) else None
 
 
 def beyond(trace: Trace, reported: Reported) -> tuple[Update, float] | None:

@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 
 from fairway.audit.case import Case
+from fairway.audit.flow.events import Event
 from fairway.audit.passes.late import full_cap
 from fairway.audit.reading.tree import last_name, nodes
 from fairway.audit.settings import UNKNOWN, Settings, Value, fold
 from fairway.audit.verdict import Place
 
+_TIMES = re.compile(r"clock|timer|watch", re.IGNORECASE)
 _STEPS = 3  # from a limit in milliseconds, a field or an argument, to its setting
 _PLAIN: tuple[type[ast.AST], ...] = (
     *(ast.expr_context, ast.operator, ast.unaryop, ast.cmpop, ast.boolop, ast.Name, ast.Attribute, ast.Constant),
     *(ast.BinOp, ast.UnaryOp, ast.IfExp, ast.Compare, ast.BoolOp),
 )
+
+
+def under_one_clock(case: Case, step: Event, clock: Event) -> bool:
+    """Whether both stand in one `with clock:`, which goes on until its end."""
+    lines = [{place.line for place in each.stack if place.file == case.body.path} for each in (step, clock)]
+    return any(
+        isinstance(node, ast.With)
+        and any(_TIMES.search(last_name(item.context_expr)) for item in node.items)
+        and all(any(node.lineno < line <= (node.end_lineno or 0) for line in own) for own in lines)
+        for node in nodes(case.body.tree)
+    )
 
 
 def unreserved(case: Case) -> Place | None:

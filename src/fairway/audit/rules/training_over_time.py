@@ -1,11 +1,12 @@
 """Training, with what is read of training data afterwards, that takes more than 600 s by the logs."""
 
 import re
+from functools import partial
 
 from fairway.audit.case import Case
 from fairway.audit.passes.charged import passes_of
 from fairway.audit.passes.late import LIMIT, beyond, longest, overrun, unclocked
-from fairway.audit.passes.reserves import commanded, lengthened
+from fairway.audit.passes.reserves import commanded, lengthened, under_one_clock
 from fairway.audit.passes.restarts import held, restarted
 from fairway.audit.records import Amount, Log, record_of
 from fairway.audit.terms.clocks import limits, said_at
@@ -47,7 +48,8 @@ def check(case: Case) -> Finding:
         )
         return Finding(ID, "violates", evidence, CLAUSE, case.place(long.line))
     which = passes_of(case)[0]
-    early, late = unclocked(case.trace, which), overrun(case.trace, which)
+    early = unclocked(case.trace, which)
+    late = overrun(case.trace, which, partial(under_one_clock, case))
     step = early or late
     if step is None:
         return _beyond(case) or found
