@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-from collections import Counter
 
 from fairway.audit.flow.classes import _is_layer
 from fairway.audit.flow.containers import cell_of, is_same
@@ -301,8 +300,8 @@ class Methods(Files):
         which may be any of their classes. inner: those in lists of modules."""
         few = len(parts) <= REFS
         values = [self.ref(part) for part in parts] if few else []
-        rest = _of_all_kinds(inner if few else [*parts, *inner])[:400]
-        values += [Value(refs=frozenset(rest))] if rest else []
+        rest = frozenset(inner if few else [*parts, *inner])
+        values += [Value(refs=rest)] if rest else []
         told = tuple(Value(items=(NOTHING, value)) if named else value for value in values)
         if not few:
             return self._list_of(told[0], node)
@@ -447,13 +446,3 @@ class Methods(Files):
         if name in ("state_dict", "load_state_dict", "train", "eval"):
             return NOTHING
         return None
-
-
-def _of_all_kinds(parts: list[Obj]) -> list[Obj]:
-    """The first one of each class, then the second ones, and so on."""
-    met: Counter[object] = Counter()
-    turns: list[tuple[int, int]] = []
-    for place, part in enumerate(parts):
-        turns.append((met[part.data], place))
-        met[part.data] += 1
-    return [parts[place] for _, place in sorted(turns)]
