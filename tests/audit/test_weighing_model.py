@@ -245,8 +245,9 @@ WHOLE = """    def row(self, x):
         ("return F.log_softmax(self.head(self.hidden(x)), -1)", "PRICE"),
         ("z = self.head(self.hidden(x)); return z - z.logsumexp(-1, keepdim=True)", "PRICE"),
         ("p = self.head(self.hidden(x)).softmax(-1); return p", "PRICE.log()"),
+        ("z = self.head(self.hidden(x)); z = F.log_softmax(z, -1); return z", "PRICE"),
     ],
-    ids=["log_softmax", "by its sum", "probabilities"],
+    ids=["log_softmax", "by its sum", "probabilities", "under the same name"],
 )
 def test_a_model_that_makes_its_rows_whole_by_itself_gives_them_so(body: str, asked: str) -> None:
     """They are read at the target as they are."""

@@ -64,6 +64,7 @@ def fluent(tree: ast.Module | None) -> frozenset[int]:
     return frozenset(found)
 
 
+@lru_cache(maxsize=8)
 def classes(tree: ast.AST | None) -> list[range]:
     """The lines of classes."""
     return [

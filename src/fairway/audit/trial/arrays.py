@@ -30,11 +30,10 @@ class Array:
     Slices are views of all of these, as in torch and numpy. was: the shape before it was made flat, for a model that
     gives its losses the shape of logits that nobody knows. Where a trial works with a made-up model (audit/weighing),
     net: numbers that a model made, before they are a distribution; or losses of which a share is taken that nobody
-    knows; price: what is said of the target of each place, as
-    a number, before it is multiplied by a constant. whole: of a part, the array and the place that it was taken from:
-    numbers that become sums are no view any more. less: of losses, what is taken from them of the same targets, as they
-    were before a step: `again - before`. rows: of what a mask picked out of a table, how many each of its rows
-    gave, and of what that was an index for.
+    knows; price: what is said of the target of each place, as a number, before it is multiplied by a constant. whole:
+    of a part, the array and the place that it was taken from: numbers that become sums are no view any more. less: of
+    losses, what is taken from them of the same targets, as they were before a step: `again - before`. rows: of what a
+    mask picked out of a table, how many each of its rows gave, and of what that was an index for.
     """
 
     __slots__ = ("coef", "less", "net", "num", "pos", "price", "rows", "was", "whole")

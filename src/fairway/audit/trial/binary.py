@@ -159,9 +159,8 @@ def merged(one: Array, two: Array, add: bool) -> Value:
     if np.any(both & (a & PLACE != b & PLACE) & (one.coef != 0) & (two.coef != 0)):
         hints = _of_hints(a, b)
         return NET if hints is None else two if hints else one
-    mixed_up = one.net and two.net  # (1 - share) * p + share * q
-    added = add and not mixed_up
-    coef = one.coef + two.coef if added else np.maximum(np.abs(one.coef), np.abs(two.coef))
+    shares = one.net and two.net  # (1 - share) * p + share * q
+    coef = one.coef + two.coef if add and not shares else np.maximum(np.abs(one.coef), np.abs(two.coef))
     return Array(None, np.where(both, a | b, np.maximum(a, b)), coef)
 
 

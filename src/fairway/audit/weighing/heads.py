@@ -32,7 +32,8 @@ def endings(tree: ast.Module | None) -> dict[int, str]:
 def _ending(node: ast.FunctionDef | ast.Lambda) -> str:
     if isinstance(node, ast.Lambda):
         return _made_by(node.body, {})
-    body = [each for each in own(node.body)]
+    assigned = (each for each in own(node.body) if isinstance(each, (ast.Assign, ast.Return)))
+    body = sorted(assigned, key=lambda each: (each.lineno, each.col_offset))  # the last that binds a name counts
     named: dict[str, ast.expr] = {}
     for each in body:
         if isinstance(each, ast.Assign) and len(each.targets) == 1 and isinstance(each.targets[0], ast.Name):

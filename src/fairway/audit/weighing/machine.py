@@ -40,7 +40,7 @@ _LOG = 0.2  # of a probability that is no more than 1.2
 _DRAWN = ("uniform_", "normal_", "orthogonal_")  # weights that are new: none of a price
 _EXPERTS = 16  # that are mixed
 _SCALARS = 16  # numbers of a gate
-_FILLING = frozenset(("copy_", "fill_", "detach", "data", "to", "requires_grad_"))
+_FILLING = frozenset(("copy_", "fill_", "to"))  # that leave them what they began with, where nobody knows with what
 _SHAPING = frozenset(("tanh", "sigmoid", "relu", "square", "abs", "sqrt"))  # of what is no distribution yet
 
 
