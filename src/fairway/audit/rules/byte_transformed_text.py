@@ -2,6 +2,8 @@
 
 import ast
 import re
+from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 from fairway.audit.case import Case
@@ -10,6 +12,7 @@ from fairway.audit.reading.tree import last_name, nodes
 from fairway.audit.terms.data import spells_capital, tokenised, words
 from fairway.audit.terms.expressions import name
 from fairway.audit.terms.octets import decodes_one, encoded_text, is_decoder, negated, parts_of, values
+from fairway.audit.terms.program import Program
 from fairway.audit.terms.sidecars import added_to_sidecar
 from fairway.audit.terms.streams import Streams
 from fairway.audit.terms.tables import tables_of
@@ -29,6 +32,7 @@ _CASED = re.compile(
 )
 _SENTINEL = re.compile(r"\bU\+E00\d")  # as a comment names it
 _CHANGING = frozenset("lower casefold normalize translate sub subn".split())  # noqa: SIM905
+_MANY = 5000  # terms of one text
 _TESTS = frozenset(("isin", "in1d", "eq", "ne", "logical_or"))
 
 
@@ -54,7 +58,9 @@ def _by_terms(case: Case) -> Finding:
                 "The tokens are those of a transformed text with marks of its own, and their bytes are taken from "
                 "its pieces, the marks included, instead of from the sidecar of original bytes."
             )
-            return Finding(ID, "violates", evidence, CLAUSE, reading.place(length), reading.way(length))
+            written = _in_the_score(case)
+            place = reading.place(written) if written is not None else reading.place(length)
+            return Finding(ID, "violates", evidence, CLAUSE, place, reading.way(length))
         decoded = next((length for length in values(factor) if _as_decoded(length)), None)
         if decoded is not None and _is_transformed(case):
             evidence = (
@@ -143,20 +149,20 @@ def _is_sign(value: object) -> bool:
     return isinstance(value, str) and bool(_SIGNS.search(value)) and len(value) <= 4
 
 
-def _puts_in_signs(case: Case) -> bool:
-    """Whether a script, the entry or one beside it, writes such marks into the text before it is cut into tokens."""
-    for program in case.reading.programs.all():
-        for _, text in tokenised(program):
-            for count, term in enumerate(walk(text)):
-                if count > 5000:
-                    break
-                if term.called in _WRITING and any(
-                    _is_sign(value) for part in _written(term) for value in _texts(part)
-                ):
-                    return True
-                if spells_capital(term) or (term.op == "function" and _writes_capital(term)):
-                    return True
-    return False
+def _in_the_score(case: Case) -> Term | None:
+    """Where the script that scores writes such marks itself, which no table of bytes in it was made for."""
+    return next(_put_in(case.reading.entry), None)
+
+
+def _put_in(program: Program) -> Iterator[Term]:
+    """What writes such marks into the text before it is cut into tokens."""
+    for _, text in tokenised(program):
+        for term in islice(walk(text), _MANY):
+            wrote = term.called in _WRITING and any(
+                _is_sign(value) for part in _written(term) for value in _texts(part)
+            )
+            if wrote or spells_capital(term) or (term.op == "function" and _writes_capital(term)):
+                yield term
 
 
 def _writes_capital(function: Term) -> bool:
@@ -222,7 +228,9 @@ def _is_transformed(case: Case) -> bool:
             r"\\u(?:e[0-9a-f]{3}|f[0-8][0-9a-f]{2})|[\ue000-\uf8ff]", script.text, re.IGNORECASE
         ):
             return True
-    if case.preparations.transformed or _puts_in_signs(case):
+    if case.preparations.transformed or any(
+        next(_put_in(each), None) is not None for each in case.reading.programs.all()
+    ):
         return True
     paths = (event.term for event in case.reading.entry.events if event.term.called in _OPENING)
     return any(_CASED.search(word) for term in paths for word in words(term, 400))
