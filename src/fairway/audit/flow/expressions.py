@@ -10,6 +10,7 @@ from typing import Any
 
 from fairway.audit.flow.comprehensions import Comprehensions
 from fairway.audit.flow.heap import Obj
+from fairway.audit.flow.iteration import SETTINGS, is_option
 from fairway.audit.flow.values import (
     GRAD,
     MISSING,
@@ -361,7 +362,8 @@ class Expressions(Comprehensions):
         new = self.new("list", None, node)
         items = self._listed_items(node.elts)
         starred = any(isinstance(each, ast.Starred) for each in node.elts)
-        if len(items) > 64 or (starred and len(items) > 24):
+        options = not starred and len(items) <= SETTINGS and all(map(is_option, items))
+        if (len(items) > 64 and not options) or (starred and len(items) > 24):
             for each in items[:256]:
                 self.add_content(new, each, "#elem")
         else:

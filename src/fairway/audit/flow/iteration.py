@@ -93,6 +93,8 @@ class Iteration(Writing):
             return True
         if isinstance(item.const, str):
             return is_setting(item.const)
+        if item.items is not None and len(item.items) > 2:  # ("rank", 16, "of the adapters"), ("rank", int, 16)
+            return is_option(item)
         name, value = item.items if item.items is not None and len(item.items) == 2 else (NOTHING, NOTHING)
         if not isinstance(name.const, str):
             return False
@@ -200,6 +202,16 @@ def _staged(items: tuple[Value, ...]) -> bool:
     """Whether these are things to do, or names of such: `for name in PLAN: STAGES[name](run)`."""
     named = (isinstance(item.const, str) and item.const.isidentifier() for item in items)
     return any(map(_runs, items)) or all(named)
+
+
+def is_option(element: Value) -> bool:
+    """("CHUNK", 48), ("chunk", int, 48): a number under a name is no place in the data, whichever turn reads it."""
+    if not element.items or not isinstance(element.items[0].const, str):
+        return False
+    return all(
+        item.const is not MISSING or (item.refs and all(obj.kind in ("foreign", "function") for obj in item.refs))
+        for item in element.items[1:]
+    )
 
 
 def _runs(value: Value) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 from fairway.audit.flow.core import Loop
 from fairway.audit.flow.definitions import Definitions
 from fairway.audit.flow.indices import Elements
+from fairway.audit.flow.iteration import is_option
 from fairway.audit.flow.values import CLAIMED, LENGTH, MISSING, NONE, Value
 from fairway.audit.reading.tree import nodes
 
@@ -84,7 +85,7 @@ class Loops(Definitions):
         def start(turn: int) -> None:
             element = turns[turn - 1]
             kept = self.turned(element, loop, turn)
-            if elements.exact is not None and (element.const is not MISSING or shared or _is_setting(element)):
+            if elements.exact is not None and (element.const is not MISSING or shared or is_option(element)):
                 kept = element
             if elements.counted:
                 kept = kept.but(const=elements.first if turn == 1 else elements.last)
@@ -162,16 +163,6 @@ class Loops(Definitions):
                     spans=spans, const=MISSING, unit=value.unit, limit=None, flags=value.flags & ~LENGTH
                 )
                 self.heap.set(self.frame.obj, name, drifted)
-
-
-def _is_setting(element: Value) -> bool:
-    """("CHUNK", 48), ("chunk", int, 48): a number under a name is no place in the data, whichever turn reads it."""
-    if not element.items or not isinstance(element.items[0].const, str):
-        return False
-    return all(
-        item.const is not MISSING or (item.refs and all(obj.kind in ("foreign", "function") for obj in item.refs))
-        for item in element.items[1:]
-    )
 
 
 def _strides(source: ast.expr) -> bool:
