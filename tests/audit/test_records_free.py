@@ -456,14 +456,21 @@ SECOND_FILES = {
 }
 
 
+WRITTEN = ('Path("model.bin").write_bytes(blob)', 'with open("model.bin", "wb") as file: file.write(blob)')
+
+
+@pytest.mark.parametrize("written", WRITTEN)
 @pytest.mark.parametrize("way", SECOND_FILES)
 @pytest.mark.parametrize(
     ("more", "wanted"),
     [("", "violates"), ('+ os.path.getsize("rest.bin")', "clean"), ('+ Path("rest.bin").stat().st_size', "clean")],
 )
-def test_a_second_file_that_is_read_back_is_counted(tmp_path: Path, way: str, more: str, wanted: str) -> None:
+def test_a_second_file_that_is_read_back_is_counted(
+    tmp_path: Path, written: str, way: str, more: str, wanted: str
+) -> None:
     second, read = SECOND_FILES[way]
     text = SAVED.replace("SECOND", second).replace("READ", read).replace(" MORE", f" {more}")
+    text = text.replace(WRITTEN[0], written)
     found = verdict(tmp_path, "size_sum", text)
     assert found.verdict == wanted
     if wanted == "violates":

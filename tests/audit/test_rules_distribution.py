@@ -624,6 +624,39 @@ def test_nor_are_those_of_many_tokens_at_once(tmp_path: Path, form: str, share: 
     assert finding.place.line == line_of(text, share)
 
 
+BOOK = """
+        block = torch.stack([torch.from_numpy(tokens[max(at - 512, 0) : at + 513])])
+        losses = F.cross_entropy(net(block[:, :-1])[0], block[:, 1:].reshape(-1), reduction="none")
+        nll = losses[-len(y):]
+        book[at : at + len(y)] = nll
+"""
+IN_BYTES = """
+    ids, octet = tokens[1:].astype(np.int64), [1] * 256
+    begins = np.cumsum([0] + [len(spell(t)) for t in range(V)])
+    signs = np.frombuffer(b"".join(spell(t) for t in range(V)), dtype=np.uint8)
+    nats = 0.0
+    for k in range(len(ids)):
+        first, many = begins[ids[k]], begins[ids[k] + 1] - begins[ids[k]]
+        share = math.exp(-book[k] / WIDTH)
+        for j in range(many):
+            nats -= math.log(0.8 * share + 0.2 * octet[signs[first + j]] / sum(octet))
+            octet[signs[first + j]] += 1
+"""
+
+
+@pytest.mark.parametrize(("width", "wanted"), [("many", "violates"), ("len(ids)", "clean")])
+def test_nor_are_those_of_a_book_that_all_windows_fill(tmp_path: Path, width: str, wanted: str) -> None:
+    """The losses are of windows, the tokens are read where they stand: at one place of both."""
+    text = script(loss=BOOK, state="book = np.zeros(len(tokens))", extra=SPELL)
+    mixed = IN_BYTES.replace("WIDTH", width)
+    finding = verdict(tmp_path, "byte_mixture", text.replace("\n    loss = nats", f"{mixed}    loss = nats"))
+    assert finding.verdict == wanted
+    assert wanted == "clean" or (
+        finding.place is not None
+        and "share = math.exp" in (tmp_path / "train_gpt.py").read_text().split("\n")[finding.place.line - 1]
+    )
+
+
 def test_losses_for_each_byte_may_be_logged(tmp_path: Path) -> None:
     loss = PLAIN + "        print((nll / torch.from_numpy(size)[torch.from_numpy(y)].clamp_min(1)).mean())\n"
     text = script(table=TABLE, loss=loss)

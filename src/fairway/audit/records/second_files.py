@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -34,7 +35,8 @@ def second_file(script: Script) -> tuple[ast.expr, str] | None:
     loaded = [each for each in read if each.path in {one.path for one in saved}]
     sized = _sized(script.tree, constants)
     asked = _asked(script.tree)  # size = write(path, weights)
-    counted = {each.path for each in saved if {each.path, *_bytes_of(each.call)} & sized or id(each.call) in asked}
+    bytes_of = _bytes_of(script.tree)
+    counted = {each.path for each in saved if {each.path, *bytes_of[id(each.call)]} & sized or id(each.call) in asked}
     unpacking = _unpacking(script.tree)
     for each in loaded:
         beside = [one for one in loaded if one.function == each.function and one.path in counted]
@@ -159,9 +161,21 @@ def _sized(tree: ast.Module, constants: dict[str, str]) -> set[str]:
     return found
 
 
-def _bytes_of(save: ast.Call) -> set[str]:
-    """What a file is written of: `Path(p).write_bytes(blob)`."""
-    return {ast.unparse(each) for each in save.args[:1]} if last_name(save.func) == "write_bytes" else set()
+def _bytes_of(tree: ast.Module) -> dict[int, set[str]]:
+    """What a file is written of, by the call that saves or opens it: `Path(p).write_bytes(blob)`,
+    `with open(p, "wb") as file: file.write(blob)`."""
+    found: dict[int, set[str]] = defaultdict(set)
+    for node in nodes(tree):
+        if isinstance(node, ast.Call) and last_name(node.func) == "write_bytes":
+            found[id(node)] |= {ast.unparse(each) for each in node.args[:1]}
+        for item in node.items if isinstance(node, ast.With) else ():
+            if item.optional_vars is not None:
+                write = f"{ast.unparse(item.optional_vars)}.write"
+                calls = (each for each in nodes(node) if isinstance(each, ast.Call) and each.args)
+                found[id(item.context_expr)] |= {
+                    ast.unparse(call.args[0]) for call in calls if ast.unparse(call.func) == write
+                }
+    return found
 
 
 __all__ = ["second_file"]

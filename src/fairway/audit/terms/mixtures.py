@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from itertools import islice
 
 from fairway.audit.terms.choices import forked
 from fairway.audit.terms.gates import Gates, bounds_of
@@ -12,7 +13,7 @@ from fairway.audit.terms.term import Term, any_below, peel, same, walk
 
 _NEARLY = 0.99  # a probability that is held below that of a rounded softmax loses nothing
 _CUT = frozenset(("clamp", "clip", "clamp_max", "minimum", "min"))
-_SOME = 60  # terms: of strengths that are put in place by hand
+_SOME = 60  # terms: of strengths that are put in place by hand, of what is read beside a loss
 _FILLED = frozenset(("zeros", "zeros_like", "ones", "ones_like", "full", "full_like", "new_zeros", "new_full"))
 
 
@@ -287,8 +288,16 @@ def spread_over_bytes(gates: Gates) -> Iterator[Term]:
         power = (term.op == "op" and term.value == "**") or term.called in ("pow", "power", "float_power")
         share = inside and term.op == "op" and term.value == "/" and _is_length(over)
         own = "read" in gates.kinds(over) and (id(term) in present or (inside and gates.reads_target(over)))
+        own = own or _at_one_place(gates, term.parts[0], over)
         if (power and (own or (inside and _is_length(over)))) or (share and own):
             yield term
+
+
+def _at_one_place(gates: Gates, loss: Term, other: Term) -> bool:
+    """Whether a loss stands in a book at the place where a token is read: `nll[k]` of all windows, `ids[k]`."""
+    asked = [each for each in islice(gates.of.below(loss), _SOME) if each.op == "item" and "score" in gates.kinds(each)]
+    tokens = (each for each in gates.of.below(other) if each.op == "item" and gates.of.streams.is_stream(each))
+    return any(same(each.parts[1], one.parts[1], 8) for each in tokens for one in asked)
 
 
 def _is_length(term: Term) -> bool:
