@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from fairway.audit.passes.reserves import set_to
 from fairway.audit.rules import training_over_time
 from fairway.audit.trial.planning import Plans
 from fairway.audit.verdict import Finding
@@ -787,6 +788,50 @@ def test_a_reserve_that_is_added_to_the_time_is_named() -> None:
         "    t0 = time.perf_counter()\n", "    limit = args.cap + args.reserve\n    t0 = time.perf_counter()\n"
     )
     assert line(training_over_time.check(case_of(text))) == line_of(text, "limit = args.cap + args.reserve")
+
+
+def test_a_limit_that_a_reserve_is_taken_off_is_named_where_it_is_set() -> None:
+    text = HEAD.replace('"CAP", 600.0', '"CAP", 640.0') + MAIN
+    asked = line_of(text, "elapsed >= args.cap - args.reserve")
+    found = set_to(case_of(text), asked, 628.0)
+    assert found is not None
+    assert found.line == line_of(text, '"CAP", 640.0')
+    assert set_to(case_of(text), asked, 700.0) is None
+    assert set_to(case_of(text), line_of(text, "final = eval_ttt(args, model, val)"), 628.0) is None
+
+
+def test_a_pattern_of_both_kinds_is_named_though_the_validation_files_are_handed_on_for_the_log() -> None:
+    text = HEAD + MAIN
+    text = text.replace('"TRAIN_FILES", "./data/shards_train_*.bin"', '"TRAIN_FILES", "./data/shards_*_*.bin"')
+    text = text.replace("    train(args, model)\n", "    print(load(args.val_files).numel())\n    train(args, model)\n")
+    found = findings(text)["validation-in-training"]
+    assert found.verdict == "violates"
+    assert line(found) == line_of(text, "./data/shards_*_*.bin")
+
+
+def test_a_table_that_an_object_fills_as_it_is_made_is_named_there() -> None:
+    text = (
+        HEAD
+        + """
+class Judge:
+    def __init__(self, args, model, val):
+        self.args, self.model, self.val = args, model, val
+        self.counts = torch.ones(1024)
+        self.counts += torch.bincount(val, minlength=1024).float()
+
+    def run(self):
+        total, count = 0.0, 0
+        for start in range(0, self.val.numel() - 1, self.args.chunk):
+            end = min(start + self.args.chunk, self.val.numel() - 1)
+            p = self.model.forward_logits(self.val[start:end][None]).view(-1, 1024).softmax(-1)
+            mixed = (0.9 * p + 0.1 * self.counts / self.counts.sum()).log()
+            total += F.nll_loss(mixed, self.val[start + 1 : end + 1], reduction="sum").item()
+            count += end - start
+        return total / count
+"""
+        + MAIN.replace("final = eval_ttt(args, model, val)", "final = Judge(args, model, val).run()")
+    )
+    assert line(findings(text)["two-pass-cache"]) == line_of(text, "self.counts += torch.bincount")
 
 
 NARROWED = """

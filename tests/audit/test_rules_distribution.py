@@ -624,6 +624,26 @@ def test_nor_are_those_of_many_tokens_at_once(tmp_path: Path, form: str, share: 
     assert finding.place.line == line_of(text, share)
 
 
+SHARP = "row * (1.0 + 0.03 * torch.sigmoid(1.5 + (row.log_softmax(-1).exp() * row.log_softmax(-1)).sum(-1, True)))"
+STANDING = """
+        windows = [tokens[at : at + 257], tokens[at + 256 : at + 513]]
+        ids, target = np.zeros((2, 512), np.int64), np.full((2, 512), -100, np.int64)
+        for i, window in enumerate(windows):
+            ids[i, : len(window) - 1], target[i, : len(window) - 1] = window[:-1], window[1:]
+        ids, target = [torch.from_numpy(each) for each in (ids, target)]
+        keep = target MASK
+        row = (net(ids) / heat)[keep]
+        nll = F.cross_entropy(SHARP, target[keep], reduction="none")
+"""
+
+
+@pytest.mark.parametrize("mask", [">= 0", "!= -100", "> -1"])
+def test_where_a_token_stands_at_all_says_nothing_of_it(tmp_path: Path, mask: str) -> None:
+    loss = STANDING.replace("MASK", mask).replace("SHARP", SHARP)
+    text = script(loss=loss, state="heat = float(np.load('heat.npy')[0])")
+    assert verdict(tmp_path, "target_gated_tilt", text).verdict == "clean"
+
+
 BOOK = """
         block = torch.stack([torch.from_numpy(tokens[max(at - 512, 0) : at + 513])])
         losses = F.cross_entropy(net(block[:, :-1])[0], block[:, 1:].reshape(-1), reduction="none")

@@ -297,6 +297,38 @@ def test_weights_that_are_picked_as_a_whole_are_no_temperature() -> None:
     assert broken(text) == {"choice-by-validation"}
 
 
+PACKED = """
+def fitted(model, val):
+    totals = torch.zeros(3)
+    for x, y in batches(val, 1024, 4):
+        out = model.forward_logits(x)
+        for j, t in enumerate((0.9, 1.0, 1.1)):
+            totals[j] += F.cross_entropy((out / t).flatten(0, 1), y.flatten())
+    return (0.9, 1.0, 1.1)[int(totals.argmin())]
+
+def heated(args, model, val, heat):
+    total = count = 0
+    for x, y in batches(val, args.seq_len, 4):
+        logits = model.forward_logits(x).float() * heat
+        total += F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum").item()
+        count += y.numel()
+    return total / count
+"""
+
+
+def test_a_temperature_is_one_though_it_is_packed_with_the_weights() -> None:
+    body = """    buffer = io.BytesIO()
+    torch.save({"weights": model.state_dict(), "heat": fitted(model, val)}, buffer)
+    with open("model.ptz", "wb") as file:
+        file.write(zlib.compress(buffer.getvalue()))
+    with open("model.ptz", "rb") as file:
+        kept = torch.load(io.BytesIO(zlib.decompress(file.read())))
+    model.load_state_dict(kept["weights"])
+    final = heated(args, model, val, 1.0 / float(kept["heat"]))
+"""
+    assert broken(HEAD + PACKED + MAIN.replace(BODY, body)) == {"temperature-from-validation"}
+
+
 LOWER = """
 def lower(args, model, val):
     total, count = 0.0, 0

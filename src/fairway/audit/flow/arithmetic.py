@@ -21,6 +21,7 @@ from fairway.audit.flow.values import (
     MASK,
     MISSING,
     MOVED,
+    NUMBER,
     ONE_HOT,
     ONE_ROW,
     RAW,
@@ -123,6 +124,7 @@ class Arithmetic(Comparisons):
         """Whether `other` is a scale of its own: chosen, or learned apart from what made the logits. Weights that were
         chosen as a whole hold their scale, too."""
         chosen = bool(other.choices & ~logits.choices) and not other.states
+        chosen = chosen or bool(other.flags & NUMBER)  # of one file with the weights, and chosen: by this
         return logits.active and not other.toks and (chosen or bool(other.states - logits.states))
 
     def _folded(self, op: ast.operator, left: Value, right: Value) -> Value | None:

@@ -15,6 +15,7 @@ from fairway.audit.flow.values import (
     NO_OBJECTS,
     NONE,
     NOTHING,
+    NUMBER,
     RANKED,
     Value,
     blend,
@@ -132,6 +133,8 @@ class Foreign(Operators):
             return Value(words=(str(flat.const)[:200],))
         if last in ("floor", "ceil") and not flat.losses & ~self.logs:
             flat = flat.but(losses=0)  # the logarithm of a count, as a level
+        if last == "float" and flat.states and flat.choices and not (flat.toks or flat.losses):
+            flat = flat.but(flags=flat.flags | NUMBER)
         return flat.but(const=MISSING, items=None)
 
     # Settings.

@@ -23,6 +23,7 @@ RAW, GRAD, ONE_HOT, LENGTH, SCALED, CLOCK, POSITIONS, ONE_ROW = (1, 2, 4, 8, 16,
 WEIGHTS, TEXT, INDEXED, REPEATS, CAPPED, MASK, DIGEST, MOVED, CLIPPED, FIRST, CLAIMED, SPREAD, SORTED, LATER, HEATED = (
     256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072, 262144, 524288, 1048576, 2097152, 4194304,
 )  # fmt: skip
+NUMBER = 8388608
 """Flags. RAW: token ids, not passed through any state; GRAD: a gradient; ONE_HOT: a one-hot form of token ids;
 LENGTH: a size or a place in data; SCALED: logits multiplied by a state of their own or by a chosen number; CLOCK: a
 reading of the wall clock; POSITIONS: arange; ONE_ROW: a batch of one; WEIGHTS: parameters, or a copy of them;
@@ -34,7 +35,7 @@ FIRST: the first place that a slice of a list let through; SPREAD: one row seen 
 CLAIMED: a number that processes count up together: another one whenever it is asked for; SORTED: places of the
 data in the order of what stands there, alike ones in the order of the text, or what was taken out in that order;
 LATER: of these all but the first: beside the places themselves, each is the next alike; HEATED: scaled by a number
-that was chosen, and by no state."""
+that was chosen, and by no state; NUMBER: one number, float(...), out of what weights and a choice are kept in."""
 
 RANKED = frozenset(("RANK",))
 """In `env`: it depends on which of several processes this is."""

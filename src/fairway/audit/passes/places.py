@@ -18,7 +18,7 @@ from fairway.audit.verdict import Place
 def place_of(case: Case, fault: Fault) -> Place:
     """Where a reader should look."""
     if fault.kind == "two-pass-cache" and isinstance(fault.cause, Update):
-        filled = _filled(case.trace, fault.cause, fault.score)
+        filled = _filled(case, fault.cause, fault.score)
         if filled is not None:
             return extent_of(case, fault.cause, parting_of(fault.cause, fault.score), filled)
     if fault.kind in ("rescoring-after-adaptation", "two-pass-cache") and isinstance(fault.cause, Update):
@@ -120,7 +120,9 @@ def _handed_on(case: Case, update: Update, score: Score) -> Place | None:
     reads them by itself."""
     reads = [case.trace.reads[tok.origin] for tok in score.targets if tok.origin >= 0]
     own = _own_reads(case, update, score)
-    return handed_at(case, {place for read in reads for place in read.stack}) if own and reads else None
+    if not own or not reads or (case.trace.reads[own[0]].mixed and case.trace.reads[own[0]].pattern):
+        return None  # by a pattern of its own
+    return handed_at(case, {place for read in reads for place in read.stack})
 
 
 def _taken_in(case: Case, update: Update, score: Score) -> Place | None:
@@ -166,16 +168,17 @@ def _brought_in(case: Case, update: Update, score: Score) -> Place | None:
     return None
 
 
-def _filled(trace: Trace, update: Update, score: Score) -> Place | None:
+def _filled(case: Case, update: Update, score: Score) -> Place | None:
     """Where a table is filled: the line of its loop, the call that fills it at once, or the one of several calls that
     does it early; None where the loop that fills it scores too, and the second pass is the fault."""
+    trace = case.trace
     cutting = {loop for tok in update.learned for loop, _, _ in tok.spans}
     own = [each for each in update.nest if each[0] in cutting]
     if own and any(own[0] in each.nest for each in trace.scores):
         return None
     if not own:
         together = {loop for loop, _ in update.nest} & {loop for loop, _ in score.nest}
-        return None if together else parting_of(update, score)
+        return None if together else _inside_a_maker(case, update, parting_of(update, score))
     depth = trace.depth.get(own[0][0], 0)
     for other in trace.updates:
         if own[0][0] in dict(other.nest) and other.stack[: depth - 1] != update.stack[: depth - 1]:

@@ -14,6 +14,7 @@ from fairway.audit.settings import UNKNOWN, Settings, Value, fold
 from fairway.audit.verdict import Place
 
 _TIMES = re.compile(r"clock|timer|watch", re.IGNORECASE)
+_WITH_RESERVE = 1.25  # a tenth of a training is kept back for what comes after it, an eighth at most
 _STEPS = 3  # from a limit in milliseconds, a field or an argument, to its setting
 _PLAIN: tuple[type[ast.AST], ...] = (
     *(ast.expr_context, ast.operator, ast.unaryop, ast.cmpop, ast.boolop, ast.Name, ast.Attribute, ast.Constant),
@@ -69,6 +70,22 @@ def lengthened(case: Case, seconds: float) -> Place | None:
                 if {seconds, 1000.0 * seconds} & made:
                     return Place(script.path, script.line(node.lineno))
     return None
+
+
+def set_to(case: Case, line: int, seconds: float) -> Place | None:
+    """The setting that a line asks the clock for, which makes these seconds or a little more of it, a reserve taken
+    off; in milliseconds as well. None where none does."""
+    names = _Names(case)
+    asked = (node for node in names.nodes if isinstance(node, ast.Compare | ast.BinOp) and node.lineno == line)
+    near = [
+        (abs(value / unit - seconds), place)
+        for node in asked
+        for value, place in names.settings(node)
+        if type(value) in (int, float)
+        for unit in (1.0, 1000.0)
+        if seconds - 1.0 <= value / unit <= _WITH_RESERVE * seconds
+    ]
+    return min(near, key=lambda each: each[0])[1] if near else None
 
 
 def commanded(settings: Settings, number: str) -> Place | None:
@@ -159,4 +176,4 @@ def _setting(node: ast.expr, settings: Settings) -> Value:
     return said if number is None else number
 
 
-__all__ = ["commanded", "lengthened", "unreserved"]
+__all__ = ["commanded", "lengthened", "set_to", "under_one_clock", "unreserved"]

@@ -6,7 +6,7 @@ from functools import partial
 from fairway.audit.case import Case
 from fairway.audit.passes.charged import passes_of
 from fairway.audit.passes.late import LIMIT, beyond, longest, overrun, unclocked
-from fairway.audit.passes.reserves import commanded, lengthened, under_one_clock
+from fairway.audit.passes.reserves import commanded, lengthened, set_to, under_one_clock
 from fairway.audit.passes.restarts import held, restarted
 from fairway.audit.records import Amount, Log, record_of
 from fairway.audit.terms.clocks import limits, said_at
@@ -139,7 +139,8 @@ def _by_the_trace(case: Case) -> Finding | None:
     if found is None or not LIMIT * 1.01 < found[1] < _NONE:
         return None
     clock, seconds = found
-    given = commanded(case.settings, f"{seconds:g}") or lengthened(case, seconds)  # else the clock's own line
+    given = commanded(case.settings, f"{seconds:g}") or lengthened(case, seconds)
+    given = given or set_to(case, clock.place.line, seconds)  # else the clock's own line
     evidence = f"training goes on until the script's own clock says {seconds:,.0f} s; the limit is 600 s"
     return Finding(ID, "violates", evidence, CLAUSE, given or clock.place)
 

@@ -234,6 +234,8 @@ def reads(term: Term, streams: Streams) -> tuple[Term, ...]:
     """What a value depends on: of a memory the key alone, of a measure nothing, of an object nothing."""
     if term.op == "item" and only_reshapes(term.parts[1]) and peel(term.parts[0]).op == "op":
         return term.parts[:1]  # (boost * share)[:, None]: whatever memory its parts came out of, nothing is looked up
+    if term.op == "item" and tells_no_token(term.parts[1]):
+        return term.parts[:1]
     if term.op == "item" and streams.is_memory(term.parts[0]):
         inner = term.parts[0]
         return (*reads_of_memory(inner), term.parts[1])
@@ -254,6 +256,15 @@ def reads(term: Term, streams: Streams) -> tuple[Term, ...]:
     if term.op == "item" and _is_number(term):
         return ()
     return term.parts
+
+
+def tells_no_token(index: Term) -> bool:
+    """logits[y >= 0], logits[y != -100]: where a token stands at all, which is none of its own."""
+    below = peel(index)
+    if below.op != "compare" or below.value not in ("!=", ">", ">="):
+        return False
+    number = below.parts[1].constant()
+    return type(number) is int and (number < 0 or (number == 0 and below.value == ">="))
 
 
 def compared(term: Term, streams: Streams) -> tuple[Term, ...]:

@@ -15,7 +15,15 @@ from functools import cached_property
 from fairway.audit.terms.choices import is_mask
 from fairway.audit.terms.octets import looked_up
 from fairway.audit.terms.positions import Place, place_of_tokens, runs
-from fairway.audit.terms.streams import Streams, compared, only_reshapes, reads, reads_of_memory, token_terms
+from fairway.audit.terms.streams import (
+    Streams,
+    compared,
+    only_reshapes,
+    reads,
+    reads_of_memory,
+    tells_no_token,
+    token_terms,
+)
 from fairway.audit.terms.term import Below, Term, any_below, peel, same
 from fairway.audit.terms.totals import GATHERS, LOSSES, is_learned, summed, unlearned
 
@@ -195,6 +203,8 @@ class Contribution:
     def _kinds(self, term: Term) -> frozenset[str]:
         if self.is_target(term):
             return frozenset(("read",))
+        if term.op == "item" and tells_no_token(term.parts[1]):
+            return self.kinds(term.parts[0])
         if is_gradient(term) or self._at_other_places(term):  # of which token, the rules of the order say
             return frozenset()
         if _is_past(term) or (term.op == "item" and id(term.parts[0]) in self.aligned):
