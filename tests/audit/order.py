@@ -171,7 +171,7 @@ if __name__ == "__main__":
 HONEST = HEAD + MAIN
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4)  # what a test asks again it asks at once; each holds some megabytes
 def case_of(text: str, settings: tuple[tuple[str, str], ...] = ()) -> Case:
     script = Script("train_gpt.py", text, ast.parse(text))
     readme = (

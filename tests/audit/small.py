@@ -1,6 +1,7 @@
 """A small honest script of our own, in pieces that a test replaces, and the verdict of one rule on it."""
 
 import importlib
+from collections.abc import Iterable
 from pathlib import Path
 
 from fairway.audit.case import Case
@@ -89,14 +90,22 @@ def script(
 def verdict(folder: Path, rule: str, text: str, strict: bool = False, **files: str) -> Finding:
     """The finding of one rule (by the name of its file) on a folder with this train_gpt.py; files: others beside it,
     `__` in a name stands for the dot."""
+    return verdicts(folder, (rule,), text, strict, **files)[rule]
+
+
+def verdicts(folder: Path, rules: Iterable[str], text: str, strict: bool = False, **files: str) -> dict[str, Finding]:
+    """The same of several rules, which share what was worked out of the script."""
     (folder / "train_gpt.py").write_text(text, encoding="utf-8")
     for name, content in files.items():
         (folder / name.replace("__", ".")).write_text(content, encoding="utf-8")
-    module = importlib.import_module(f"fairway.audit.rules.{rule}")
-    finding: Finding = module.check(Case(opened(folder), strict))
-    assert finding.id == rule.replace("_", "-")
-    assert finding.clause
-    return finding
+    case = Case(opened(folder), strict)
+    found: dict[str, Finding] = {}
+    for rule in rules:
+        finding: Finding = importlib.import_module(f"fairway.audit.rules.{rule}").check(case)
+        assert finding.id == rule.replace("_", "-")
+        assert finding.clause
+        found[rule] = finding
+    return found
 
 
 def line_of(text: str, part: str) -> int:

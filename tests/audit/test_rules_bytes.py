@@ -7,7 +7,7 @@ import pytest
 from fairway.audit.case import Case
 from fairway.audit.rules import byte_double_space
 from fairway.audit.submission import opened
-from tests.audit.small import COUNT, HEAD, LOSS, TABLE, line_of, script, verdict
+from tests.audit.small import COUNT, HEAD, LOSS, TABLE, line_of, script, verdict, verdicts
 
 RULES = ("byte_double_space", "byte_missing_mark", "byte_fallback_three", "byte_constant", "byte_transformed_text")
 
@@ -246,7 +246,7 @@ def test_infinity_is_no_number_of_bytes(tmp_path: Path) -> None:
 
 def test_only_the_reported_number_counts(tmp_path: Path) -> None:
     text = script() + '    print(f"about {loss / math.log(2):.3f} bits per token")\n'
-    assert all(verdict(tmp_path, rule, text).verdict == "clean" for rule in RULES)
+    assert all(found.verdict == "clean" for found in verdicts(tmp_path, RULES, text).values())
 
 
 # ---- transformed texts
@@ -344,7 +344,9 @@ LESS_THREE = TABLE.replace("            piece = piece[1:]\n", "").replace(
 )
 def test_honest_counts_in_other_shapes_are_clean(tmp_path: Path, table: str, count: str) -> None:
     text = script(table=table, count=count)
-    assert {rule: verdict(tmp_path, rule, text).verdict for rule in RULES} == dict.fromkeys(RULES, "clean")
+    assert {rule: found.verdict for rule, found in verdicts(tmp_path, RULES, text).items()} == dict.fromkeys(
+        RULES, "clean"
+    )
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 from fairway.audit.case import Case
 from fairway.audit.submission import opened
 from fairway.audit.terms.mixtures import underpaid_bonus, unpaid_bonus
-from tests.audit.small import line_of, script, verdict
+from tests.audit.small import line_of, script, verdict, verdicts
 
 RULES = ("oracle_gate", "gold_token_ngram", "false_normalisation", "target_gated_tilt")
 ROWS = """
@@ -274,7 +274,9 @@ PADDED = """
 @pytest.mark.parametrize("kept", ["goal != -100", ":"])
 def test_losses_of_places_that_are_no_padding_are_picked_by_no_target(tmp_path: Path, kept: str) -> None:
     text = script(loss=PADDED.replace("KEPT", kept))
-    assert {rule: verdict(tmp_path, rule, text).verdict for rule in RULES} == dict.fromkeys(RULES, "clean")
+    assert {rule: found.verdict for rule, found in verdicts(tmp_path, RULES, text).items()} == dict.fromkeys(
+        RULES, "clean"
+    )
 
 
 SCALED = """

@@ -11,7 +11,7 @@ from fairway.audit.passes.charged import passes_of
 from fairway.audit.passes.reported import scores_of
 from fairway.audit.passes.trials import counts_of, epochs, order_of
 from fairway.audit.submission import opened
-from tests.audit.small import TABLE, line_of, script, verdict
+from tests.audit.small import TABLE, line_of, script, verdict, verdicts
 
 HEAD = """
 import glob, math
@@ -514,7 +514,7 @@ def test_it_is_shown_whether_a_segment_is_scored_before_it_is_learned_from(
 ) -> None:
     """Optimisers are made anew for each segment, so that marks which they take away could not show it."""
     text = "import os" + HEAD + SEGMENTS.replace("NUMBER", number)
-    found = {rule for rule in ORDER if verdict(tmp_path, rule, text).verdict == "violates"}
+    found = {rule for rule, each in verdicts(tmp_path, ORDER, text).items() if each.verdict == "violates"}
     assert found == ({"training_before_scoring"} if order == "late" else set())
     case = Case(opened(tmp_path))
     which, _, _ = passes_of(case)
@@ -640,7 +640,11 @@ def test_slots_that_are_refilled_from_a_queue(
         assert old in text
         text = text.replace(old, new)
     text = text.replace("SCORED", _BOOKED).replace("PASSES", "").replace("SIZES", sizes)
-    found = {rule for rule in (*ORDER, "slot_on_scored") if verdict(tmp_path, rule, text).verdict == "violates"}
+    found = {
+        rule
+        for rule, each in verdicts(tmp_path, (*ORDER, "slot_on_scored"), text).items()
+        if each.verdict == "violates"
+    }
     assert bool(found) == accused, found
 
 
@@ -706,8 +710,8 @@ _ONCE = "nats, count = nats + losses(net, adapters, x, y)[fresh].sum().item(), c
 def test_adapters_that_have_learned_all_chunks_of_a_document_are_no_vector_of_a_window(tmp_path: Path) -> None:
     first, then = (HEAD + SETTLED.replace("FIRST", a).replace("THEN", b) for a, b in ((_ONCE, "pass"), ("pass", _ONCE)))
     rules = (*ORDER, "slot_on_scored")
-    assert not [rule for rule in rules if verdict(tmp_path, rule, first).verdict == "violates"]
-    assert {rule for rule in rules if verdict(tmp_path, rule, then).verdict == "violates"} == {
+    assert not [rule for rule, each in verdicts(tmp_path, rules, first).items() if each.verdict == "violates"]
+    assert {rule for rule, each in verdicts(tmp_path, rules, then).items() if each.verdict == "violates"} == {
         "training_before_scoring"
     }
 
@@ -717,7 +721,7 @@ def test_documents_that_share_a_seam_are_told_by_it_and_by_no_second_pass(tmp_pa
     ends = "[*starts[1:], len(val) - 1]"
     seam = text.replace(ends, "[*(start + 24 for start in starts[1:]), len(val) - 1]").replace("SIZES", "256, 4")
     rules = (*ORDER, "slot_on_scored", "twice_counted_tokens")
-    found = {rule for rule in rules if verdict(tmp_path, rule, seam).verdict == "violates"}
+    found = {rule for rule, each in verdicts(tmp_path, rules, seam).items() if each.verdict == "violates"}
     assert found == {"twice_counted_tokens"}
 
 
@@ -873,7 +877,11 @@ def test_groups_that_come_out_of_a_queue_are_scored_before_they_are_learned(
     nothing shows what the table beside it holds, and it is charged as well."""
     text = HEAD + "def pieces(val, part):\n    return [val[low : high + 1] for low, high in part]\n" + PHASES
     text = text.replace("BEFORE", before).replace("FITTED", fitted).replace("FILLED", filled)
-    found = {rule for rule in (*ORDER, "two_pass_cache") if verdict(tmp_path, rule, text).verdict == "violates"}
+    found = {
+        rule
+        for rule, each in verdicts(tmp_path, (*ORDER, "two_pass_cache"), text).items()
+        if each.verdict == "violates"
+    }
     assert found >= broken
     assert bool(found) == bool(broken)
 

@@ -115,6 +115,8 @@ class Learning(Core):
             one_row=first.one_row, scale=first.scale, whole=_united(1 << each.bit for each in whole),
         )  # fmt: skip
         self.trace.scores.append(score)
+        if not score.whole & ~self.logs:
+            self.logs |= 1 << bit
         return 1 << bit
 
     # Choices.

@@ -153,7 +153,8 @@ class Operations(Picking):
             return self.ref(table)
         if name in ("log", "log2", "log10") and len(flats) == 1:
             return self._logarithm(flats[0], node)
-        if name in ("exp", "exp2") and len(flats) == 1 and flats[0].losses and not flats[0].losses & ~self.logs:
+        again = name in ("softmax", "log_softmax") or (name in ("exp", "exp2") and len(flats) == 1)
+        if again and flats and flats[0].losses and not flats[0].losses & ~self.logs:
             return flats[0].but(losses=0, const=MISSING)  # probabilities again
         if name in CLOCKS and not any(flat.toks for flat in flats):
             self.note(events.Call, node, name=name)
@@ -312,7 +313,8 @@ class Operations(Picking):
             if keys and "#leaf" not in obj.slots and obj.owner is None and not shares:
                 self.entered(obj, keys, NOTHING, node)
             else:
-                self.write(obj, blend(*flats) if flats else NOTHING, node)
+                # What is counted in buckets is no mask of the places, whichever levels the buckets are told by.
+                self.write(obj, blend(*flats).but(cuts=frozenset()) if flats else NOTHING, node)
         elif name == "scatter_":
             raw = next((each for each in flats if each.raw), NOTHING)
             self.write(obj, raw.but(flags=raw.flags | ONE_HOT) if raw.toks else blend(*flats), node)

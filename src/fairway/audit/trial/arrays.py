@@ -211,6 +211,10 @@ def sum_of(array: Array) -> Sum:
         return sum_of(Array(None, array.pos, array.coef)) - sum_of(array.less)
     assert array.pos is not None
     assert array.coef is not None
+    if array.pos.size == 1 and array.rows is None and (place := int(array.pos.item())) >= 0:  # token by token
+        own = np.array([place], np.int32)
+        row = Rows(own & PLACE, np.ones(1, np.int64))
+        return Sum(own, np.array([array.coef.item()], np.float64), rows=row)
     inside = array.pos >= 0
     counted = inside & (array.coef != 0)
     counted = counted if counted.any() else inside

@@ -312,8 +312,11 @@ class Attributes(Arrays):
         if not value.net or not tokens:  # rows and columns of positions are none
             rows = isinstance(value, States) and (not parts or parts[0] != slice(None))
             return NET if rows else value
-        shape = np.broadcast_shapes(*[part.shape for part in arrays])
-        return self.losses(tokens[-1].all(lambda body: np.broadcast_to(body, shape)))
+        target = tokens[-1]
+        if any(part.shape != target.shape for part in arrays):
+            shape = np.broadcast_shapes(*[part.shape for part in arrays])
+            return self.losses(target.all(lambda body: np.broadcast_to(body, shape)))
+        return self.losses(Array(target.num, target.pos, target.coef).as_picked(target))
 
     def assign_item(self, value: Value, index: Value, new: Value) -> None:
         if isinstance(value, Array):

@@ -84,6 +84,8 @@ class Sum:
     @property
     def alone(self) -> bool:
         """Whether it is the loss of one target."""
+        if not self.parts:
+            return self.places is not None and self.places.size == 1
         leaves = [leaf.places for leaf in self.leaves() if leaf.places is not None]
         return len(leaves) == 1 and leaves[0].size == 1
 
