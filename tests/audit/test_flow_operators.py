@@ -170,6 +170,39 @@ def test_a_part_of_a_ledger_knows_what_each_of_its_windows_knew() -> None:
     assert broken(KEPT.replace("BEFORE", LEARN).replace("AFTER", "pass")) == {"training-before-scoring"}
 
 
+COLUMNS = (
+    HEAD
+    + """
+def walk(args, model, val):
+    opt, blocks = torch.optim.SGD(model.parameters(), lr=1e-3), range(0, val.numel() - 1, args.chunk)
+    rows = torch.zeros(len(blocks), 9)
+    for b, low in enumerate(blocks):
+        high = min(low + args.chunk, val.numel() - 1)
+        x, y = val[low:high][None], val[low + 1 : high + 1][None]
+        BEFORE
+        for s in range(low, high, 1024):
+            e = min(s + 1024, high)
+            logits = model.forward_logits(val[s:e][None])[0]
+            nll = F.cross_entropy(logits, val[s + 1 : e + 1], reduction="none")
+            alone = torch.stack((EXPERTS), 1)
+            rows[b, 0] += nll.double().sum()
+            rows[b, 1] += nll.numel()
+            rows[b, 2:] += alone.double().sum(0)
+        AFTER
+    nats, count = rows[:, :2].sum(0).tolist()
+    return nats / count
+"""
+    + MAIN.replace(EVAL, "    final = walk(args, model, val)\n")
+)
+EXPERT = "F.cross_entropy(logits[:, :{}], val[s + 1 : e + 1], reduction='none')"
+
+
+def test_the_columns_of_a_ledger_may_be_those_of_experts_alone() -> None:
+    text = COLUMNS.replace("EXPERTS", ", ".join(EXPERT.format(1024 - at) for at in range(7)))
+    assert doubted(text.replace("BEFORE", "pass").replace("AFTER", LEARN)) == set()
+    assert broken(text.replace("BEFORE", LEARN).replace("AFTER", "pass")) == {"training-before-scoring"}
+
+
 def test_named_operators_fold_as_the_written_ones() -> None:
     text = "import operator\na = operator.mul(3, operator.add(2, 5))\nb = operator.gt(a, 20)\nc = (3).__sub__(1)\nprint(a, b, c)\n"
     assert trace_of(text).unknowns() == []

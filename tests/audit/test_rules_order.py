@@ -391,6 +391,36 @@ def test_the_targets_may_be_cut_instead_of_the_losses(booked: str) -> None:
     assert doubted(with_main(text.replace("FIRST", "0 if w == 0 else args.seq_len - args.stride"))) == set()
 
 
+EXPERTS = """
+    counts, total, count = torch.ones(1024, 1024), 0.0, 0
+    weights = torch.full((4, 2), 0.5)
+    for w in range(0, val.numel() - 1024, 1024):
+        x, y = val[w : w + 1024], val[w + 1 : w + 1025]
+        told = (counts[x] / counts[x].sum(-1, keepdim=True)).log()
+        experts = torch.stack((torch.log_softmax(model.forward_logits(x[None])[0], -1), told), 1)
+        sure = experts[:, 0].max(-1).values.exp()
+        gate = (sure > 0.2).long() + (sure > 0.5).long()
+        logp = torch.log_softmax(torch.einsum("nk,nkv->nv", weights[gate], experts), -1)
+        total -= logp.gather(-1, y[:, None]).sum()
+        count += 1024
+        error = -logp.exp()
+        error[torch.arange(1024), y] += 1.0
+        slope = torch.einsum("nv,nkv->nk", error, experts)
+        seen = torch.zeros(4, 1).index_add_(0, gate, torch.ones_like(slope[:, :1]))
+        mean = torch.zeros(4, 2).index_add_(0, gate, slope) / seen.clamp_min(1)
+        weights += 0.02 * mean * (seen / (seen + 16))
+        counts.index_put_((x, y), torch.ones(1024), accumulate=True)
+    final = float(total) / count
+"""
+
+
+def test_experts_that_are_mixed_by_weights_for_each_level_learn_what_was_scored() -> None:
+    assert doubted(with_main(EXPERTS[1:])) == set()
+    learn = "        counts.index_put_((x, y), torch.ones(1024), accumulate=True)\n"
+    early = EXPERTS[1:].replace(learn, "").replace("        told =", f"{learn}        told =")
+    assert broken(with_main(early)) & {"two-pass-cache", "training-before-scoring"}
+
+
 HEDGE = """
     weights, counts = torch.zeros(2, 1, 1), torch.ones(1024)
     total, count = 0.0, 0

@@ -120,6 +120,9 @@ WHOLE = {
     "dear documents are listed": documents(
         DOCUMENT + "            if nll.mean() > 6.0:\n                dear.append(nll.mean().item())\n" + BOOK
     ).replace("    total, count = 0.0, 0\n    with torch.no_grad", "    total, count, dear = 0.0, 0, []\n    with torch.no_grad"),
+    "what was paid so far is told now and then": documents(
+        DOCUMENT + "            total -= -nll.sum()\n            count += e - s\n            if s // 50 % 2 == 0:\n                print(f'{float(total) / count + 0.0:.4f}')\n"
+    ),
     "long documents are told beside all": tabled(f"    print('long documents', {MEAN})\n    return total / count\n"),
     "empty documents are passed over": documents("            if e - s < 2:\n                continue\n" + DOCUMENT + BOOK),
     "chunks one after another": chunks(RANGE),

@@ -1,7 +1,10 @@
 """A trial whose clock goes on: what a training loop takes on the wall, whatever the script's arithmetic makes of it."""
 
+import ast
+
 import pytest
 
+from fairway.audit.passes.restarts import looks
 from fairway.audit.rules import training_over_time
 from fairway.audit.weighing import timed
 from tests.audit.order import HONEST, case_of
@@ -191,9 +194,29 @@ class Clock:
 """
 
 
+def test_a_loop_whose_step_is_told_to_take_its_gradients_by_another_method_learns() -> None:
+    text = f"""{HOLDING}
+class Trainer:
+    def gradients(self):
+        self.model().backward()
+    def step(self):
+        self.gradients()
+    def fit(self):
+        while self.clock.read() < 600:
+            self.clock.hold()
+            self.step()
+            self.clock.go()
+            print(self.clock.read())
+"""
+    assert looks(ast.parse(text)) == 3
+    assert looks(ast.parse(text.replace("            self.step()\n", ""))) == 0
+
+
+@pytest.mark.parametrize("drawn", [True, False])
 @pytest.mark.parametrize(("held", "wanted"), [(True, "violates"), (False, "clean")])
-def test_steps_while_the_clock_is_held_are_in_no_600_s(held: bool, wanted: str) -> None:
-    """However few: 100 steps would have their time in the 12 s that are kept back."""
+def test_steps_while_the_clock_is_held_are_in_no_600_s(held: bool, wanted: str, drawn: bool) -> None:
+    """However few: 100 steps would have their time in the 12 s that are kept back. drawn: the gradients of a warm-up
+    on random tokens are left in the weights."""
     steps = POLISH.replace("STEPS", "100")
     if held:
         loop, _, rest = steps.partition("    for k, v in model")
@@ -203,6 +226,10 @@ def test_steps_while_the_clock_is_held_are_in_no_600_s(held: bool, wanted: str) 
     text = text.replace("time.perf_counter() - t0", "clock.read()").replace(
         "def train(args, model):", f"{HOLDING}\ndef train(args, model):"
     )
+    if drawn:
+        random = "x, y = torch.randint(1024, (64, 1024)), torch.randint(1024, (64, 1024))"
+        text = text.replace("x, y = loader.next(65536)", random, 1).replace("opt.zero_grad()", "pass")
+        text = text.replace("    loader = Loader(args.train_files)\n    initial", "    initial", 1)
     found = training_over_time.check(case_of(text))
     assert found.verdict == wanted
     if held:

@@ -23,7 +23,7 @@ from fairway.audit.flow.values import (
     join,
 )
 
-_APART = 12  # windows of a ledger that are told apart
+_APART = 64  # windows of a ledger, for each of its experts, that are told apart
 
 
 class Learning(Core):

@@ -155,7 +155,7 @@ class Operations(Picking):
             return self._logarithm(flats[0], node)
         again = name in ("softmax", "log_softmax") or (name in ("exp", "exp2") and len(flats) == 1)
         if again and flats and flats[0].losses and not flats[0].losses & ~self.logs:
-            return flats[0].but(losses=0, const=MISSING)  # probabilities again
+            return self.rows_again(flats[0])
         if name in CLOCKS and not any(flat.toks for flat in flats):
             self.note(events.Call, node, name=name)
             return Value(flags=CLOCK)

@@ -149,6 +149,15 @@ class Picking(Arithmetic):
             return loss.but(flags=loss.flags | (SCALED if value.flags & HEATED else 0))
         return value.but(const=MISSING, refs=NO_OBJECTS)
 
+    def rows_again(self, value: Value) -> Value:
+        """What a logarithm made, as probabilities or as logits: no loss is booked, and what its tables know stays known."""
+        made = list(self.trace.scored(value.losses))
+        states = value.states.union(*(each.states for each in made))
+        knows = value.knows
+        for each in made:
+            knows |= each.knows
+        return value.but(losses=0, states=states, knows=knows, const=MISSING)
+
     def _functional(self, args: list[Value], node: ast.AST | None) -> Value:
         """torch.func.functional_call(model, weights, arguments)"""
         weights = self.flat(args[1]) if len(args) > 1 else NOTHING

@@ -167,6 +167,8 @@ class Statements(Loops):
     def _do_AugAssign_(self, node: ast.AugAssign) -> None:
         value = self.evaluate(node.value)
         target = node.target
+        if isinstance(node.op, ast.Sub) and not value.flags & GRAD:
+            self.book(value)  # nats -= log p, as `+=` books a loss
         if isinstance(target, ast.Subscript):
             base, parts = self.evaluate(target.value), self.parts(target.slice)
             self.quiet = True

@@ -54,7 +54,8 @@ def looks(tree: ast.AST | None) -> int:
     asking = {*_CLOCKS, *(node.name for node in _helpers(functions))}
     loops = (node for node in nodes(tree) if isinstance(node, (ast.For, ast.While)))
     taught = [node for node in functions if node.name in teaching]
-    bodies = [node.body for node in loops if _learns(node, teaching)]
+    wide = teaching | {node.name for node in functions if _learns(node, teaching)}  # step() of forward_backward()
+    bodies = [node.body for node in loops if _learns(node, wide)]
     inner = [each for body in bodies for statement in body for each in nodes(statement)]
     looped, called = {id(each) for each in inner}, {_called(each) for each in inner}
     bodies += [
