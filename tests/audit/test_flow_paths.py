@@ -88,3 +88,45 @@ def test_files_of_which_nothing_is_known_are_neither_one_nor_two(way: str) -> No
     for text in found(way):
         assert broken(text) == set()
         assert "validation-in-training" in doubted(text)
+
+
+NAMED = """
+def second_moments(args, model, tokens):
+    sums = {}
+    def made(key):
+        def hook(module, given, out):
+            sums[key] = sums.get(key, 0.0) + given[0].detach().square().mean((0, 1))
+        return hook
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and not name.startswith("extra"):
+            module.register_forward_hook(made(f"{name}.weight"))
+    for s in range(0, 65536, 1024):
+        model.forward_logits(tokens[s : s + 1024][None])
+    return sums
+
+def rounded(model, sums):
+    for name, p in model.named_parameters():
+        power = sums.get(name)
+        if power is not None:
+            p.data.copy_((p / power.sqrt()).round() * power.sqrt())
+"""
+
+
+@pytest.mark.parametrize("of", ["val", "train"])
+def test_layers_that_have_not_some_name_are_those_of_all_others(of: str) -> None:
+    """Of `not name.startswith("extra")` no name is known to begin so."""
+    body = "    rounded(model, second_moments(args, model, load(args.train_files)))\n"
+    text = HEAD + NAMED + MAIN.replace(EVAL, body.replace("train_files", f"{of}_files") + EVAL)
+    assert ("calibration-on-validation" in broken(text)) is (of == "val")
+
+
+@pytest.mark.parametrize(("left_out", "found"), [("shards_val", False), ("shards_train", True)])
+def test_files_that_do_not_begin_with_the_name_of_a_split_are_of_the_other_one(left_out: str, found: bool) -> None:
+    pattern = '"TRAIN_FILES", "./data/shards_train_*.bin"'
+    assert pattern in HEAD
+    text = HEAD.replace(pattern, '"TRAIN_FILES", "./data/*.bin"') + MAIN
+    files = "self.files = sorted(glob.glob(pattern))"
+    assert files in text
+    kept = f"[p for p in sorted(glob.glob(pattern)) if not os.path.basename(p).startswith({left_out!r})]"
+    text = text.replace(files, f"self.files = {kept}")
+    assert ("validation-in-training" in broken(text)) is found

@@ -82,6 +82,9 @@ PARTS = {
         + MAIN.replace(EVAL, "    final = chunks(model, val)\n"),
         "break\n            for",
     ),
+    "so many tokens of the one file there is": (
+        chunks(RANGE, head=HEAD).replace("val = load(args.val_files)", "val = torch.cat([shard(p)[:8_000_000] for p in sorted(glob.glob(args.val_files))[:1]])"), "[:8_000_000]",
+    ),
     "the first of several files": (
         chunks(RANGE, head=HEAD).replace("val = load(args.val_files)", "val = torch.cat([shard(p) for p in sorted(glob.glob(args.val_files))[:1]])"), "sorted(glob.glob(args.val_files))[:1]",
     ),

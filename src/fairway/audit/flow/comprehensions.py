@@ -19,6 +19,8 @@ from fairway.audit.flow.values import (
 )
 from fairway.audit.reading.tree import last_name, nodes
 
+_OTHER_SPLIT = {"val": "train", "train": "val"}
+
 
 class Comprehensions(Calls):
     """A comprehension is a loop whose results are kept."""
@@ -107,6 +109,12 @@ class Comprehensions(Calls):
         """`name.startswith("fineweb_val_")`: what the test lets through is named so, or is of the class that it asks
         for. The names' values before."""
         before = self._of_asked_class(test)
+        denied = {
+            id(part)
+            for each in nodes(test)
+            if isinstance(each, ast.UnaryOp) and isinstance(each.op, ast.Not)
+            for part in nodes(each)
+        }
         for each in nodes(test):
             name, text = None, None
             if isinstance(each, ast.Call) and (matched := _matched(each)) is not None:
@@ -127,7 +135,9 @@ class Comprehensions(Calls):
                     own = self._side_of(self.name(each.left.id))  # of one split already: these are its other files
                     names, side = [each.left.id], "" if own else self._side_of_all(self.evaluate(each.comparators[0]))
                 name = next((part for part in names if part in self.frame.obj.slots), None)
-                text = {"val": "train", "train": "val"}.get(side)  # of two splits it leaves the other
+                text = _OTHER_SPLIT.get(side)  # of two splits it leaves the other
+            if id(each) in denied and isinstance(text, str):
+                text = _OTHER_SPLIT.get(side_of(text))
             if name is not None and isinstance(text, str) and name in self.frame.obj.slots:
                 old = self.name(name)
                 if old.const is MISSING and (self.plain(old) or any("#path" in obj.slots for obj in old.refs)):

@@ -34,6 +34,8 @@ from fairway.audit.flow.values import (
     same,
 )
 
+_FILES = 8  # of the validation split, at most: a part of it that is told by so small a number
+
 
 class Containers(Indexing):
     """Reading and writing by index."""
@@ -379,12 +381,13 @@ class Containers(Indexing):
                 tok = replace(tok, shift=tok.shift + 1)
             bounds = [part.high] if part.low is None or part.low.const == 0 else [part.low, part.high]
             for bound in bounds:
-                if bound is None or tok.part:
+                few = bool(tok.part) and 1.0 <= float(tok.part) <= _FILES  # and of each file so many tokens
+                if bound is None or (tok.part and not few):
                     continue
                 limit = bound.limit
                 if limit is None and isinstance(bound.const, int) and bound is part.high and len(bounds) == 1:
                     limit = bound.const
-                if limit is not None and (limit > WINDOW or (bound.flags & INDEXED and not in_row)):
+                if limit is not None and (limit > WINDOW or (bound.flags & INDEXED and not in_row and not few)):
                     tok = replace(tok, part=part_of(limit))
         return tok
 

@@ -161,7 +161,8 @@ def _trained(trace: Trace, reported: Reported) -> list[Update]:
     return [
         update
         for update in trace.learned(knows)
-        if update.how == "gradient" and {tok.data for tok in update.learned} - {"random"} == {"train"}  # a warm-up before
+        if update.how == "gradient"
+        and {tok.data for tok in update.learned} - {"random"} == {"train"}  # a warm-up before
     ]
 
 
