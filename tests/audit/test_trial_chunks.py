@@ -218,3 +218,50 @@ def test_a_limit_of_chunks_is_found_whether_the_short_text_is_one_of_them_or_not
     text = text.replace("    chunk = int", '    most = int(os.environ.get("MOST", 0))\n    chunk = int', 1)
     assert "subset-as-full" in broken(text, MOST="200", CHUNK=chunk)
     assert "subset-as-full" not in broken(text, CHUNK=chunk)
+
+
+BLOCKS = """
+def eval_blocks(args, model, val):
+    last = val.numel() - 1
+    total = count = 0
+    for a in range(0, last, STEP):
+        b = min(a + args.eval_block, last)
+        for s in range(a, b, 256):
+            e = min(s + 256, b)
+            nll = F.cross_entropy(model.forward_logits(val[s:e][None])[0], val[s + 1 : e + 1], reduction="sum")
+            total += nll.item()
+            count += e - s
+    return total / count
+"""
+
+
+@pytest.mark.parametrize(
+    ("step", "wanted"), [("args.eval_block", set()), ("args.eval_block * 3 // 4", {"twice-counted-tokens"})]
+)
+def test_blocks_that_move_on_by_less_than_they_are_long(step: str, wanted: set[str]) -> None:
+    """The short text is a part of one block of the script's own size."""
+    head = HEAD.replace(
+        "    chunk = int", '    eval_block = int(os.environ.get("EVAL_BLOCK", 131_072))\n    chunk = int', 1
+    )
+    text = head + BLOCKS.replace("STEP", step) + MAIN.replace("eval_ttt(args", "eval_blocks(args")
+    assert broken(text) == wanted
+
+
+def test_a_condition_that_another_number_hangs_on_says_nothing_of_the_score() -> None:
+    """Whether the plain loss of the model has an auxiliary part, nobody knows; the score is read off its logits."""
+    plain = "        return F.cross_entropy(logits.view(-1, 1024).float(), y.reshape(-1))\n"
+    assert plain in HEAD
+    aside = plain.replace("return", "loss =") + (
+        "        if self.training and self.aside > 0:\n            loss = loss + self.aside * F.cross_entropy("
+        "logits[:, :-1].reshape(-1, 1024).float(), y[:, 1:].reshape(-1))\n        return loss\n"
+    )
+    windows = BLOCKS.replace("STEP", "32768").replace("args.eval_block", "32768")
+    head = HEAD.replace(plain, aside).replace("def forward(", "aside = open('aside.txt').read()\n    def forward(", 1)
+    main = MAIN.replace(
+        "    final = eval_ttt(args", "    print('plain', eval_val(args, model, val))\n    final = eval_blocks(args"
+    )
+    text = head + windows + main
+    assert "aside" in text
+    twice = text.replace("for s in range(a, b, 256):", "for s in range(max(a - 256, 0), b, 256):")
+    assert doubted(text) == set()
+    assert broken(twice) == {"twice-counted-tokens"}

@@ -150,7 +150,7 @@ class Picking(Arithmetic):
         return value.but(const=MISSING, refs=NO_OBJECTS)
 
     def rows_again(self, value: Value) -> Value:
-        """What a logarithm made, as probabilities or as logits: no loss is booked, and what its tables know stays known."""
+        """What a logarithm made, as probabilities or as logits: no loss is booked, and tables know what they know."""
         made = list(self.trace.scored(value.losses))
         states = value.states.union(*(each.states for each in made))
         knows = value.knows

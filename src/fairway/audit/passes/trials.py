@@ -33,7 +33,7 @@ _SEVERAL = 4  # lessons
 _STEPPED = 3  # arguments of range
 FEW = 32  # targets: fewer that count otherwise are edges of documents
 
-_DOUBTFUL: weakref.WeakKeyDictionary[Trace, bool] = weakref.WeakKeyDictionary()
+_DOUBTFUL: weakref.WeakKeyDictionary[Trace, dict[frozenset[tuple[int, ...]], bool]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Counts:
 def counts_of(case: Case, which: Reported, doubtful: bool = False) -> Counts | None:
     """None where the trial came to no end, or the number that is reported is not among those that it told; or,
     unless `doubtful` ones are asked for, where a condition that nobody knows may leave losses out."""
-    if not doubtful and case.trial.complete and _is_doubtful(case):
+    if not doubtful and case.trial.complete and _is_doubtful(case, which):
         return None
     return counted(case.trial, which)
 
@@ -75,11 +75,7 @@ def counted(trial: Trial, which: Reported) -> Counts | None:
     """The same of any trial of the script."""
     if not trial.complete or trial.unsure or not trial.told:
         return None
-    ways = [tuple(place.line for place in said.stack) for said in which.score]
-    named = [told for told in trial.told if any(_same_way(told.stack, way) for way in ways)]
-    if not named and which.others:
-        return None
-    said = tuple(named or trial.told[-4:])
+    said = _told(trial, which)
     while said:
         times, late = trial.counts(said[-1])
         if (times > 0).any():
@@ -88,18 +84,26 @@ def counted(trial: Trial, which: Reported) -> Counts | None:
     return None
 
 
-def _is_doubtful(case: Case) -> bool:
+def _told(trial: Trial, which: Reported) -> tuple[Told, ...]:
+    """What the trial told of the score; its last numbers where it told it in no line that the walk knows."""
+    ways = [tuple(place.line for place in said.stack) for said in which.score]
+    named = [told for told in trial.told if any(_same_way(told.stack, way) for way in ways)]
+    return tuple(named) if named or which.others else tuple(trial.told[-4:])
+
+
+def _is_doubtful(case: Case, which: Reported) -> bool:
     """Asked by many rules and for each fault, worked out once."""
-    if case.trace not in _DOUBTFUL:
-        _DOUBTFUL[case.trace] = _doubtful(case)
-    return _DOUBTFUL[case.trace]
+    ways = frozenset(way for told in _told(case.trial, which) for way in told.sum.ways() if way)
+    known = _DOUBTFUL.setdefault(case.trace, {})
+    if ways not in known:
+        known[ways] = _doubtful(case, {way[-1] for way in ways} or case.trial.summed)
+    return known[ways]
 
 
-def _doubtful(case: Case) -> bool:
-    """Whether a condition that nobody knows stands in a function that sums losses which are told: it may leave some
-    out. What is summed to learn from it is no score."""
+def _doubtful(case: Case, summed: set[int]) -> bool:
+    """Whether a condition that nobody knows stands in a function that sums the losses of the score, in these lines: it
+    may leave some out. What is summed to learn from it, or for another number, is no score."""
     trial = case.trial
-    summed = {way[-1] for told in trial.told for way in told.sum.ways() if way} or trial.summed
     functions = [
         (node.lineno, node.end_lineno or node.lineno)
         for node in nodes(case.body.tree)

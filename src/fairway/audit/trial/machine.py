@@ -27,7 +27,7 @@ from fairway.audit.trial.values import UNKNOWN, Class, Frame, Func, Lib, Obj, Ra
 
 _STACK = 20_000  # Python frames; a call of the script takes about twenty
 _NATIVE = re.compile(r"\bnumba\b")
-_CHUNKS = "chunk|segment|span|region"  # names of what the text is cut into
+_CHUNKS = "chunk|segment|span|region|(?:eval|ttt|score|adapt)_block|block_tokens"  # names of what the text is cut into
 _LONG = "it is too long for a trial"
 _MODULE = Class("module", [], {})
 
