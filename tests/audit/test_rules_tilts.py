@@ -347,3 +347,27 @@ def test_a_row_that_is_made_whole_by_hand_and_read_by_two_indices_is_a_softmax(t
     (gates,) = Case(opened(tmp_path)).reading.gates
     assert {one.line for one in gates.of.targets} == {line_of(code, "target = after[")}
     assert any(term.called == "log_softmax" for term in gates.nodes)
+
+
+ROW = """
+        rows = torch.stack([torch.from_numpy(piece)])
+        for i, lo in enumerate([at % 3]):
+            hi = len(piece) - 1
+            target, row = rows[i, lo + 1 : hi + 1], rows[i, lo : hi + 1]
+            logp = torch.log_softmax(net(rows[:, :-1])[i, lo:hi].float(), -1)
+            other = (pairs[row[:-1]] / pairs[row[:-1]].sum(-1, keepdim=True)).log()
+            weight = torch.where(SEEN > 1, 0.3, 0.01)[:, None]
+            mixed = torch.logaddexp(logp + torch.log1p(-weight), other + weight.log())
+            nll = -mixed.gather(-1, target[:, None]).squeeze(-1)
+            pairs.index_put_((row[:-1], row[1:]), torch.ones(len(target)), accumulate=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("seen", "wanted"), [("pairs[row[:-1], row[1:]]", "violates"), ("pairs[row[:-1]].amax(-1)", "clean")]
+)
+def test_a_row_of_context_and_target_is_read_at_the_target_behind_its_first(
+    tmp_path: Path, seen: str, wanted: str
+) -> None:
+    text = script(loss=ROW.replace("SEEN", seen), state="pairs = torch.ones(V, V)")
+    assert verdict(tmp_path, "target_gated_tilt", text).verdict == wanted

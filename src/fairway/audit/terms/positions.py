@@ -70,6 +70,11 @@ def place_of_tokens(term: Term) -> Place | None:
     cuts: list[Term] = []
     term = peel(term)
     while term.op == "item" and len(cuts) < 12:
+        row = _of_row(term)
+        if row is not None:
+            cuts.append(row[1])
+            term = row[0]
+            break
         index = _cut(term.parts[1])
         if index is None:
             return None
@@ -79,6 +84,15 @@ def place_of_tokens(term: Term) -> Place | None:
         return None
     place = Place(term)
     return place if all(place.add(cut, 1) for cut in cuts) else None
+
+
+def _of_row(term: Term) -> tuple[Term, Term] | None:
+    """Of rows[i, a:b] the row, and where in it that begins; None for anything else."""
+    index = term.parts[1]
+    if index.op != "tuple" or len(index.parts) != 2 or index.parts[1].op != "slice" or index.parts[0].op == "slice":
+        return None
+    low = _cut(index.parts[1])
+    return None if low is None else (Term("item", (term.parts[0], index.parts[0]), None, term.file, term.line), low)
 
 
 def _cut(index: Term) -> Term | None:

@@ -176,8 +176,9 @@ class Contribution:
         return any(same(bare, target, 10) for target in self.bare_targets) or self._beside(term)
 
     def _beside(self, term: Term) -> bool:
-        """tokens[t + 1] in a loop that begins where the targets tokens[a + 1 : b + 1] begin."""
-        if not runs(term):
+        """tokens[t + 1] in a loop that begins where the targets tokens[a + 1 : b + 1] begin; rows[i, a:b][1:] of the
+        targets rows[i, a + 1 : b]."""
+        if not runs(term) and not (term.op == "item" and term.parts[1].op == "slice"):
             return False
         here = place_of_tokens(term)
         return here is not None and any(here.meets(place) for place in self.places)
