@@ -151,6 +151,23 @@ def test_what_is_asked_of_an_object_that_counts_the_time_keeps_none_of_it(
     assert verdict(tmp_path, "training_over_time", text).verdict == wanted
 
 
+@pytest.mark.parametrize(
+    ("elapsed", "wanted"), [("time.perf_counter() - t0", "violates"), ("spent + time.perf_counter() - t0", "clean")]
+)
+def test_what_was_summed_before_a_clock_is_set_back_is_part_of_what_ends_the_loop(
+    tmp_path: Path, elapsed: str, wanted: str
+) -> None:
+    asked = "    while spent + time.perf_counter() - t0 < args.cap and watch.read() < args.cap:\n"
+    assert asked in CLOCKED
+    ends = f"        elapsed = {elapsed}\n        if elapsed >= args.cap:\n            break\n"
+    text = HEAD + CLOCKED.replace(asked, f"    while True:\n{ends}").replace("AGAIN", "pass")
+    found = verdict(tmp_path, "training_over_time", text)
+    assert found.verdict == wanted
+    if wanted == "violates":
+        assert found.place is not None
+        assert text.split("\n")[found.place.line - 1].strip() == f"elapsed = {elapsed}"
+
+
 CALLED = """
 class Step:
     def __init__(self, model, loader):

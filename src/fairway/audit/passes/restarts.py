@@ -192,6 +192,8 @@ def _set_back(loop: ast.For | ast.While, begun: set[str], clocks: set[str], teac
             again = _started(statement, clocks) & begun if block is not loop.body else set()
             if again and not any(_names(each) & again or _said(each) & counted for each in _keeping(before)):
                 yield statement.lineno
+            elif again and (look := _without_sums(loop, block, before, again)):
+                yield look
             field = _replaced(statement, clocks) if block is not loop.body else ""
             if field and not any(field in ast.unparse(each) for each in _keeping(before)):
                 yield statement.lineno
@@ -208,6 +210,23 @@ def _set_back(loop: ast.For | ast.While, begun: set[str], clocks: set[str], teac
                 from_there = [n for n, each in enumerate(above) if _started(each, clocks) & since]
                 if from_there and any(_learns(each, teaching) for each in above[from_there[-1] :]):
                     yield statement.lineno
+
+
+def _without_sums(loop: ast.For | ast.While, block: list[ast.stmt], before: list[ast.stmt], again: set[str]) -> int:
+    """The first look at the time since a start that is set back in a block, of a loop in which no look adds what the
+    block had summed by then, `spent += time() - t0`; 0 where one does, or nothing is summed in a name."""
+    sums = {
+        each.target.id
+        for each in before
+        if isinstance(each, ast.AugAssign) and isinstance(each.target, ast.Name) and _names(each.value) & again
+    }
+    inside = {id(part) for each in block for part in nodes(each)}
+    given = (node for node in nodes(loop) if isinstance(node, ast.Assign) and id(node) not in inside)
+    looked = [node for node in given if any(map(_is_clock, nodes(node.value))) and _names(node.value) & again]
+    kept = (node for node in nodes(loop) if isinstance(node, ast.Assign | ast.Compare) and id(node) not in inside)
+    if not sums or not looked or any(_names(node) & sums for node in kept):
+        return 0
+    return looked[-1].lineno
 
 
 def _keeping(block: list[ast.stmt]) -> Iterator[ast.stmt]:
