@@ -391,6 +391,33 @@ def test_the_targets_may_be_cut_instead_of_the_losses(booked: str) -> None:
     assert doubted(with_main(text.replace("FIRST", "0 if w == 0 else args.seq_len - args.stride"))) == set()
 
 
+SHIFTED = """
+    total, count = 0.0, 0
+    for w in range(0, val.numel() - 1024, 1024):
+        x, y = val[w : w + 1024], val[w + 1 : w + 1025]
+        keep = y MASK
+        rows = model.hidden(x[None])[0]
+        shift = torch.zeros(64, requires_grad=True)
+        opt = torch.optim.AdamW([shift], lr=0.01)
+        for _ in range(STEPS):
+            opt.zero_grad()
+            F.cross_entropy(model.head(rows[keep].detach() + shift), y[keep]).backward()
+            opt.step()
+        logits = model.head(rows[keep] + shift.detach())
+        total += F.cross_entropy(logits, y[keep], reduction="sum").item()
+        count += int(keep.sum())
+    final = total / count
+"""
+
+
+@pytest.mark.parametrize("mask", [">= 0", "!= -100"])
+def test_rows_where_a_token_stands_are_no_losses_of_it(mask: str) -> None:
+    text = SHIFTED[1:].replace("MASK", mask)
+    assert broken(with_main(text.replace("STEPS", "8"))) == {"slot-on-scored"}
+    fitted = text[text.index("        for _ in") : text.index("        logits")]
+    assert doubted(with_main(text.replace(fitted, ""))) == set()
+
+
 EXPERTS = """
     counts, total, count = torch.ones(1024, 1024), 0.0, 0
     weights = torch.full((4, 2), 0.5)

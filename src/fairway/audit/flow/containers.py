@@ -300,7 +300,7 @@ class Containers(Indexing):
     def cut_tensor(self, value: Value, parts: list[Part], node: ast.AST | None) -> Value:
         """tensor[parts]: tokens by the loops that the index depends on, windows by their cuts."""
         keys = [self.flat(part.value) for part in parts if part.value is not None and part.value.const is MISSING]
-        raw_keys = [key for key in keys if key.raw]
+        raw_keys = [key for key in keys if key.raw and not key.flags & MASK]  # logp[y >= 0] picks rows, no tokens
         if raw_keys and _asks(value, raw_keys[0]) and not self.quiet:  # logp[arange, y]
             return self.scored(self.following(value), raw_keys[0], node)
         keyed = [key for key in keys if key.toks]

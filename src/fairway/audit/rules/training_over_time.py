@@ -7,7 +7,7 @@ from fairway.audit.case import Case
 from fairway.audit.passes.charged import passes_of
 from fairway.audit.passes.late import LIMIT, beyond, longest, overrun, unclocked
 from fairway.audit.passes.reserves import commanded, lengthened, set_to, under_one_clock
-from fairway.audit.passes.restarts import held, restarted
+from fairway.audit.passes.restarts import held, learning_loops, restarted
 from fairway.audit.records import Amount, Log, record_of
 from fairway.audit.terms.clocks import limits, said_at
 from fairway.audit.verdict import Finding, Place, Step
@@ -70,7 +70,8 @@ def _beyond(case: Case) -> Finding | None:
     loop = next((case.trace.loops[loop] for loop, _ in step.nest if loop in case.trace.loops), step.place)
     own = loop.file == case.body.path
     lines = {loop.line, *(place.line for place in step.stack if place.file == case.body.path)}
-    if own and any(held(case.body.tree, line) for line in lines):
+    learns = any(each.lineno == loop.line for each in learning_loops(case.body.tree))  # else weights are put in place
+    if own and learns and any(held(case.body.tree, line) for line in lines):
         evidence = (
             f"The weights learn at {step.place} while the clock of the training is held: these steps are in no 600 s."
         )
