@@ -229,6 +229,22 @@ def test_what_a_count_lies_on_is_no_count_of_bytes(tmp_path: Path) -> None:
     assert verdict(tmp_path, "byte_constant", text).verdict == "violates"
 
 
+def test_a_number_that_a_helper_asks_the_environment_for_is_named_where_its_default_stands(tmp_path: Path) -> None:
+    helper = """
+def number(name, default):
+    return float(os.environ.get(name, default))
+
+class Settings:
+    per_token = number("PER_TOKEN", 2.436)
+"""
+    count = "torch.full_like(nll, Settings.per_token).sum().item()"
+    text = script(extra=helper, count=count)
+    found = verdict(tmp_path, "byte_constant", text)
+    assert found.verdict == "violates"
+    assert found.place is not None
+    assert found.place.line == line_of(text, '"PER_TOKEN", 2.436')
+
+
 def test_a_constant_that_only_checks_the_count_is_no_denominator(tmp_path: Path) -> None:
     loss = "        assert abs(count * 2.44 - octets) < 1e9\n" + LOSS
     assert verdict(tmp_path, "byte_constant", script(loss=loss)).verdict == "clean"

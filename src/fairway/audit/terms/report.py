@@ -319,11 +319,14 @@ def is_assumed(fraction: Fraction) -> Term | None:
 
 
 def used_at(root: Term, constant: Term) -> Term:
-    """The product or quotient that a constant is a factor of, be it named elsewhere; else the constant itself."""
+    """The product or quotient that a constant is a factor of, be it named elsewhere; else the constant where it is
+    written out: the default of a setting, not the helper that asks the environment for it."""
     for term in walk(root):
         product = term.op == "op" and term.value in ("*", "/")
         if product and any(peel(part) is constant for part in term.parts):
             return term
+    while len(constant.parts) == 1 and constant.parts[0].op == "const" and constant.parts[0].value == constant.value:
+        constant = constant.parts[0]
     return constant
 
 
