@@ -987,6 +987,35 @@ def moments(model, loader):
     )
 
 
+def test_a_training_that_is_handed_validation_tokens_for_its_log_does_not_name_its_calibration_on_others() -> None:
+    moments = """
+def moments(model, loader):
+    sums = {}
+    def hook(module, given, out):
+        sums[module] = given[0].detach().flatten(0, 1).T @ given[0].detach().flatten(0, 1)
+    handles = [block.register_forward_hook(hook) for block in model.blocks]
+    with torch.no_grad():
+        for _ in range(4):
+            x, _ = loader.next(65536)
+            model.forward_logits(x)
+    for handle in handles:
+        handle.remove()
+    return sums
+"""
+    end = "    model.load_state_dict(ema)\n"
+    held = (
+        "    calibration = Loader(os.environ.get('ASIDE', './data/shards_val_*.bin'))\n"
+        "    for block, moment in moments(model, calibration).items():\n"
+        "        block.weight.data.copy_(torch.linalg.solve(moment, block.weight.data.T).T)\n"
+    )
+    text = HONEST.replace("def train(args, model):", f"{moments}\ndef train(args, model, val_tokens):")
+    text = text.replace(end, f"    print(len(val_tokens))\n{end}{held}")
+    assert "    train(args, model)\n" in text
+    logged = "    logged_val = load(args.val_files)\n    train(args, model, logged_val)\n"
+    text = text.replace("    train(args, model)\n", logged)
+    assert line(findings(text)["calibration-on-validation"]) == line_of(text, "calibration = Loader(")
+
+
 CLIPPING = """
 def power_of(model, batches):
     power = {}

@@ -280,7 +280,12 @@ def _asked_for(case: Case, origin: int) -> Place | None:
 
 def _told_validation(case: Case, origin: int) -> Place | None:
     """The innermost of a read's calls that hands over what is named as the validation's: `collect(args.val_files)`."""
-    for place in reversed(case.trace.reads[origin].stack):
+    reads = case.trace.reads
+    read = reads[origin].stack
+    for depth in range(len(read) - 1, -1, -1):
+        way, place = read[: depth + 1], read[depth]
+        if any(each.stack[: depth + 1] == way and set(each.kinds) != set(reads[origin].kinds) for each in reads):
+            return None  # the whole training, which is handed the validation tokens for its log
         for script in case.script.all():
             calls = (node for node in nodes(script.tree) if isinstance(node, ast.Call))
             if script.path == place.file and any(
