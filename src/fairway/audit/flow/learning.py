@@ -85,6 +85,8 @@ class Learning(Core):
             choices=loss.choices | other.choices, parts=loss.losses,
         )  # fmt: skip
         self.trace.scores.append(score)
+        if not loss.losses & ~self.logs:  # rows still, until a target is picked
+            self.logs |= 1 << bit
         return loss.but(
             states=loss.states | other.states, losses=1 << bit, choices=loss.choices | other.choices, const=MISSING
         )

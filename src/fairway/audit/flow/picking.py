@@ -151,7 +151,7 @@ class Picking(Arithmetic):
 
     def rows_again(self, value: Value) -> Value:
         """What a logarithm made, as probabilities or as logits: no loss is booked, and tables know what they know."""
-        made = list(self.trace.scored(value.losses))
+        made = list(self.trace.scored(self.trace.family(value.losses)))
         states = value.states.union(*(each.states for each in made))
         knows = value.knows
         for each in made:
