@@ -234,7 +234,7 @@ def reads(term: Term, streams: Streams) -> tuple[Term, ...]:
     """What a value depends on: of a memory the key alone, of a measure nothing, of an object nothing."""
     if term.op == "item" and only_reshapes(term.parts[1]) and peel(term.parts[0]).op == "op":
         return term.parts[:1]  # (boost * share)[:, None]: whatever memory its parts came out of, nothing is looked up
-    if term.op == "item" and tells_no_token(term.parts[1]):
+    if term.op == "item" and tells_no_token(term.parts[1], streams):
         return term.parts[:1]
     if term.op == "item" and streams.is_memory(term.parts[0]):
         inner = term.parts[0]
@@ -258,10 +258,11 @@ def reads(term: Term, streams: Streams) -> tuple[Term, ...]:
     return term.parts
 
 
-def tells_no_token(index: Term) -> bool:
-    """logits[y >= 0], logits[y != -100]: where a token stands at all, which is none of its own."""
+def tells_no_token(index: Term, streams: Streams) -> bool:
+    """logits[y >= 0], logits[y != -100]: where a token stands at all, which is none of its own. Not of losses, whose
+    sign may say which of two is the smaller."""
     below = peel(index)
-    if below.op != "compare" or below.value not in ("!=", ">", ">="):
+    if below.op != "compare" or below.value not in ("!=", ">", ">=") or not streams.is_stream(below.parts[0]):
         return False
     number = below.parts[1].constant()
     return type(number) is int and (number < 0 or (number == 0 and below.value == ">="))

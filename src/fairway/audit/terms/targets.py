@@ -204,7 +204,7 @@ class Contribution:
     def _kinds(self, term: Term) -> frozenset[str]:
         if self.is_target(term):
             return frozenset(("read",))
-        if term.op == "item" and tells_no_token(term.parts[1]):
+        if term.op == "item" and tells_no_token(term.parts[1], self.streams):
             return self.kinds(term.parts[0])
         if is_gradient(term) or self._at_other_places(term):  # of which token, the rules of the order say
             return frozenset()
