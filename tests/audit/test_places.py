@@ -955,10 +955,7 @@ def test_a_loader_of_validation_files_that_are_kept_by_their_path_is_named_where
     assert line(findings(text)["validation-in-training"]) == line_of(text, "tail = Rows(args.val_files)")
 
 
-def test_calibration_on_files_of_both_kinds_is_named_where_its_own_loader_is_made() -> None:
-    """Not where the training went on with its loader, whose files are some of the same."""
-    called = "    loader = Loader(args.train_files)\n    ema ="
-    moments = """
+MOMENTS = """
 def moments(model, loader):
     sums = {}
     def hook(module, given, out):
@@ -972,6 +969,11 @@ def moments(model, loader):
         handle.remove()
     return sums
 """
+
+
+def test_calibration_on_files_of_both_kinds_is_named_where_its_own_loader_is_made() -> None:
+    """Not where the training went on with its loader, whose files are some of the same."""
+    called = "    loader = Loader(args.train_files)\n    ema ="
     end = "    model.load_state_dict(ema)\n"
     held = (
         "    calibration = Loader('./data/shards_*.bin')\n"
@@ -979,7 +981,7 @@ def moments(model, loader):
         "        block.weight.data.copy_(torch.linalg.solve(moment, block.weight.data.T).T)\n"
     )
     assert called in HONEST
-    text = HONEST.replace("def train(args, model):", f"{moments}\ndef train(args, model):")
+    text = HONEST.replace("def train(args, model):", f"{MOMENTS}\ndef train(args, model):")
     text = text.replace(end, end + held)
     assert line(findings(text)["calibration-on-validation"]) in (
         line_of(text, "calibration = Loader("),
@@ -988,27 +990,13 @@ def moments(model, loader):
 
 
 def test_a_training_that_is_handed_validation_tokens_for_its_log_does_not_name_its_calibration_on_others() -> None:
-    moments = """
-def moments(model, loader):
-    sums = {}
-    def hook(module, given, out):
-        sums[module] = given[0].detach().flatten(0, 1).T @ given[0].detach().flatten(0, 1)
-    handles = [block.register_forward_hook(hook) for block in model.blocks]
-    with torch.no_grad():
-        for _ in range(4):
-            x, _ = loader.next(65536)
-            model.forward_logits(x)
-    for handle in handles:
-        handle.remove()
-    return sums
-"""
     end = "    model.load_state_dict(ema)\n"
     held = (
         "    calibration = Loader(os.environ.get('ASIDE', './data/shards_val_*.bin'))\n"
         "    for block, moment in moments(model, calibration).items():\n"
         "        block.weight.data.copy_(torch.linalg.solve(moment, block.weight.data.T).T)\n"
     )
-    text = HONEST.replace("def train(args, model):", f"{moments}\ndef train(args, model, val_tokens):")
+    text = HONEST.replace("def train(args, model):", f"{MOMENTS}\ndef train(args, model, val_tokens):")
     text = text.replace(end, f"    print(len(val_tokens))\n{end}{held}")
     assert "    train(args, model)\n" in text
     logged = "    logged_val = load(args.val_files)\n    train(args, model, logged_val)\n"

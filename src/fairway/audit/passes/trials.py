@@ -33,7 +33,7 @@ _SEVERAL = 4  # lessons
 _STEPPED = 3  # arguments of range
 FEW = 32  # targets: fewer that count otherwise are edges of documents
 
-_DOUBTFUL: weakref.WeakKeyDictionary[Trace, dict[frozenset[tuple[int, ...]], bool]] = weakref.WeakKeyDictionary()
+_DOUBTFUL: weakref.WeakKeyDictionary[Trace, dict[Reported, bool]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -93,11 +93,11 @@ def _told(trial: Trial, which: Reported) -> tuple[Told, ...]:
 
 def _is_doubtful(case: Case, which: Reported) -> bool:
     """Asked by many rules and for each fault, worked out once."""
-    ways = frozenset(way for told in _told(case.trial, which) for way in told.sum.ways() if way)
     known = _DOUBTFUL.setdefault(case.trace, {})
-    if ways not in known:
-        known[ways] = _doubtful(case, {way[-1] for way in ways} or case.trial.summed)
-    return known[ways]
+    if which not in known:
+        ways = {way for told in _told(case.trial, which) for way in told.sum.ways() if way}
+        known[which] = _doubtful(case, {way[-1] for way in ways} or case.trial.summed)
+    return known[which]
 
 
 def _doubtful(case: Case, summed: set[int]) -> bool:

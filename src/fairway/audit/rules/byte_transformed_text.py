@@ -2,7 +2,6 @@
 
 import ast
 import re
-from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
@@ -58,7 +57,7 @@ def _by_terms(case: Case) -> Finding:
                 "The tokens are those of a transformed text with marks of its own, and their bytes are taken from "
                 "its pieces, the marks included, instead of from the sidecar of original bytes."
             )
-            written = _in_the_score(case)
+            written = _put_in(reading.entry)  # by the script that scores: no table of bytes in it was made for them
             place = reading.place(written) if written is not None else reading.place(length)
             return Finding(ID, "violates", evidence, CLAUSE, place, reading.way(length))
         decoded = next((length for length in values(factor) if _as_decoded(length)), None)
@@ -149,12 +148,7 @@ def _is_sign(value: object) -> bool:
     return isinstance(value, str) and bool(_SIGNS.search(value)) and len(value) <= 4
 
 
-def _in_the_score(case: Case) -> Term | None:
-    """Where the script that scores writes such marks itself, which no table of bytes in it was made for."""
-    return next(_put_in(case.reading.entry), None)
-
-
-def _put_in(program: Program) -> Iterator[Term]:
+def _put_in(program: Program) -> Term | None:
     """What writes such marks into the text before it is cut into tokens."""
     for _, text in tokenised(program):
         for term in islice(walk(text), _MANY):
@@ -162,7 +156,8 @@ def _put_in(program: Program) -> Iterator[Term]:
                 _is_sign(value) for part in _written(term) for value in _texts(part)
             )
             if wrote or spells_capital(term) or (term.op == "function" and _writes_capital(term)):
-                yield term
+                return term
+    return None
 
 
 def _writes_capital(function: Term) -> bool:
@@ -228,9 +223,7 @@ def _is_transformed(case: Case) -> bool:
             r"\\u(?:e[0-9a-f]{3}|f[0-8][0-9a-f]{2})|[\ue000-\uf8ff]", script.text, re.IGNORECASE
         ):
             return True
-    if case.preparations.transformed or any(
-        next(_put_in(each), None) is not None for each in case.reading.programs.all()
-    ):
+    if case.preparations.transformed or any(map(_put_in, case.reading.programs.all())):
         return True
     paths = (event.term for event in case.reading.entry.events if event.term.called in _OPENING)
     return any(_CASED.search(word) for term in paths for word in words(term, 400))

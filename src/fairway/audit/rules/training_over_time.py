@@ -29,7 +29,10 @@ def check(case: Case) -> Finding:
     asked = found.verdict == "clean" and case.tree is not None and not record_of(case.submission).claims.unlimited
     back = restarted(case) if asked else None
     if back is not None:
-        evidence = "The clock that ends the training is set back here, and nothing keeps what it had counted by then."
+        evidence = (
+            "The clock that ends the training is set back here, or asked here without what it had counted before it "
+            "was set back: nothing that ends the training holds that time."
+        )
         return Finding(ID, "violates", evidence, CLAUSE, back)
     if not asked:
         return found
