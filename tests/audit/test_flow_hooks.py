@@ -1,5 +1,7 @@
 """What a forward hook answers stands in the place of what its module gave, until the hook is taken off."""
 
+import pytest
+
 from tests.audit.order import HEAD, broken, doubted
 from tests.audit.test_flow_language import CHUNKS, WALK
 
@@ -118,6 +120,34 @@ def test_a_hook_that_looks_at_its_modules_mode_may_go_on() -> None:
     assert "calibration-on-validation" in broken(HEAD + text.replace("TAKEN_OFF", "pass"))
     taken = HEAD + text.replace("TAKEN_OFF", "for each in handles:\n        each.remove()")
     assert "calibration-on-validation" not in doubted(taken)
+
+
+RANKED = """    state = {}
+    for k, v in model.state_dict().items():
+        if k in sums:
+            state[k] = 6, ((v / sums[k].diag().mean()).round(), sums[k].diag().mean())
+        else:
+            state[k] = 16, (v.half(),)
+    state = {k: (bits, tuple(part.cpu() for part in parts)) for k, (bits, parts) in state.items()}
+    held = [None] * 2
+    torch.distributed.all_gather_object(held, state)
+    state = {}
+    for each in held:
+        MERGED
+    torch.save(state, "model.pt")
+    read = {k: parts[0] * parts[-1] for k, (bits, parts) in torch.load("model.pt").items()}
+    model.load_state_dict(read)
+"""
+
+
+@pytest.mark.parametrize("merged", ["state |= each", "state = state | each", "state.update(each)"])
+def test_what_all_ranks_rounded_is_one_dict_of_all_of_it(merged: str) -> None:
+    """Of a layer that was calibrated a pair, of another one its weights alone: both are what the model reads back."""
+    start, end = WATCHED.index("    state = {k"), WATCHED.index('    print("final')
+    text = HEAD + WATCHED[:start] + RANKED.replace("MERGED", merged) + WATCHED[end:]
+    text = text.replace("TAKEN_OFF", "for each in handles:\n        each.remove()")
+    assert "calibration-on-validation" not in doubted(text)
+    assert "calibration-on-validation" in broken(text.replace("Loader(args.train_files))", "Loader(args.val_files))"))
 
 
 def test_layers_that_are_picked_out_of_a_few_modules_are_all_looked_at() -> None:

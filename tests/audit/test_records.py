@@ -319,6 +319,16 @@ def test_a_log_that_ends_with_the_time_of_its_evaluation_may_say_no_score(
     assert found(eval_over_time, tmp_path).verdict == verdict
 
 
+def test_how_many_chunks_were_trained_on_is_no_time_of_the_training(tmp_path: Path) -> None:
+    """A line beside the score: the seconds of the evaluation, and how much of the text was adapted to."""
+    (tmp_path / "train_gpt.py").write_text("import torch\n")
+    score = "final val_loss:1.88310443 val_bpb:1.11527402"
+    for seconds, verdict in (("913.40027", "violates"), ("513.40027", "clean")):
+        said = f"ttt | chunks_trained=29411 s={seconds} cap=600.00000"
+        (tmp_path / "train_seed1337.log").write_text(f"model_params:25698896\n{said}\n{score}\n")
+        assert found(eval_over_time, tmp_path).verdict == verdict
+
+
 def test_evaluations_whose_counting_is_unsettled_are_said_and_not_accused(tmp_path: Path) -> None:
     tail = [f"DIAGNOSTIC quantized val_loss:{1.13 * NATS:.4f} val_bpb:1.1300 eval_time:82000ms"]
     folder = record(tmp_path / "r", eval_ms=525_000, tail=tail)
@@ -603,6 +613,18 @@ def test_a_limit_in_mib_is_named_where_it_is_written(tmp_path: Path) -> None:
     assert finding.verdict == "violates"
     assert finding.place is not None
     assert "2**20" in script.split("\n")[finding.place.line - 1]
+
+
+def test_a_limit_among_the_keys_of_a_namespace_is_that_of_its_field(tmp_path: Path) -> None:
+    script = SCRIPT.replace("LIMIT = 16_000_000", "H = types.SimpleNamespace(**dict(dim=512, limit=16 << 20))")
+    script = script.replace("<= LIMIT", "<= H.limit")
+    (tmp_path / "train.py").write_text(script)
+    finding = found(size_sum, tmp_path / "train.py")
+    assert finding.verdict == "violates"
+    assert finding.place is not None
+    assert "16 << 20" in script.split("\n")[finding.place.line - 1]
+    (tmp_path / "train.py").write_text(script.replace("16 << 20", "16_000_000"))
+    assert found(size_sum, tmp_path / "train.py").verdict == "clean"
 
 
 CLOCKED = """

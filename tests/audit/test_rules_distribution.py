@@ -680,6 +680,29 @@ def test_nor_are_those_of_a_book_that_all_windows_fill(tmp_path: Path, width: st
     )
 
 
+BY_PLACE = """
+        last = np.arange(at, at + len(y))
+        out = F.cross_entropy(net(torch.from_numpy(x)), torch.from_numpy(y), reduction="none").numpy()
+        for i, j in enumerate(last):
+            word, total = spelled[OF], 0.0
+            share = math.exp(-out[i] / len(word))
+            for letter in word:
+                total -= math.log(0.8 * share + 0.2 * letters[letter] / letters.sum())
+                letters[letter] += 1
+            out[i] = total
+        nll = torch.from_numpy(out)
+"""
+
+
+@pytest.mark.parametrize(("of", "wanted"), [("tokens[j + 1]", "violates"), ("j % 7", "clean")])
+def test_nor_are_those_of_pieces_that_are_read_by_the_place_of_a_token(tmp_path: Path, of: str, wanted: str) -> None:
+    extra = SPELL + "spelled = [spell(t) for t in range(V)]\nletters = np.ones(256)\n"
+    text = script(loss=BY_PLACE.replace("OF", of), extra=extra)
+    finding = verdict(tmp_path, "byte_mixture", text)
+    assert finding.verdict == wanted
+    assert wanted == "clean" or (finding.place is not None and finding.place.line == line_of(text, "share = math.exp"))
+
+
 def test_losses_for_each_byte_may_be_logged(tmp_path: Path) -> None:
     loss = PLAIN + "        print((nll / torch.from_numpy(size)[torch.from_numpy(y)].clamp_min(1)).mean())\n"
     text = script(table=TABLE, loss=loss)

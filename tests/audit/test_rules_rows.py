@@ -647,3 +647,31 @@ def test_a_row_that_counts_are_added_to_has_its_context_all_the_same(tmp_path: P
     """It is read at the target and looked up by nothing else: what it began as is the model's, of its context."""
     text = script(loss=ADDED.replace("SCALE", scale), state="suffixes, hist = Suffixes(), []", extra=SUFFIXES)
     assert verdict(tmp_path, "target_gated_tilt", text).verdict == wanted
+
+
+AGED = """
+        a, b = torch.from_numpy(x), torch.from_numpy(y)
+        own = torch.softmax(net(a).float(), -1)
+        mixed = 0.9 * own + 0.1 * (counts[a] + own) / (totals[a] + 1.0)[:, None]
+        nll = -torch.log(mixed.gather(-1, b[:, None]))[:, 0]
+        new = torch.bincount(a * V + b, minlength=V * V).view(V, V).float()
+        ROW
+        totals.mul_(0.998).add_(new.sum(1))
+"""
+
+
+@pytest.mark.parametrize(
+    ("row", "wanted"),
+    [
+        ("counts.mul_(0.998).add_(new)", "clean"),
+        ("counts.add_(new)", "violates"),
+        ("counts.mul_(0.9995).add_(new)", "violates"),
+        ("counts = counts * 0.9995 + new", "violates"),
+        ("counts = counts * 0.998 + new", "clean"),
+    ],
+)
+def test_a_row_and_what_it_is_divided_by_age_alike(tmp_path: Path, row: str, wanted: str) -> None:
+    text = script(loss=AGED.replace("ROW", row), state="counts, totals = torch.zeros(V, V), torch.zeros(V)")
+    finding = verdict(tmp_path, "false_normalisation", text)
+    assert finding.verdict == wanted
+    assert wanted == "clean" or (finding.place is not None and finding.place.line == line_of(text, "(totals[a] + 1.0)"))

@@ -7,7 +7,7 @@ import pytest
 from fairway.audit.case import Case
 from fairway.audit.submission import opened
 from fairway.audit.terms.mixtures import underpaid_bonus, unpaid_bonus
-from tests.audit.small import line_of, script, verdict, verdicts
+from tests.audit.small import TABLE, line_of, script, verdict, verdicts
 
 RULES = ("oracle_gate", "gold_token_ngram", "false_normalisation", "target_gated_tilt")
 ROWS = """
@@ -371,3 +371,27 @@ def test_a_row_of_context_and_target_is_read_at_the_target_behind_its_first(
 ) -> None:
     text = script(loss=ROW.replace("SEEN", seen), state="pairs = torch.ones(V, V)")
     assert verdict(tmp_path, "target_gated_tilt", text).verdict == wanted
+
+
+HELPED = """
+def width(before, after):
+    size, lead, edge = SIZES
+    return torch.from_numpy(size)[after] + (lead[after] & ~edge[before])
+"""
+WIDE = """
+        a, b = torch.from_numpy(x), torch.from_numpy(y)
+        own = torch.log_softmax(net(a).float(), -1)
+        wide = width(a, b)
+        other = torch.log(0.9 * own.exp() + 0.1 * pairs[a] / pairs[a].sum(-1, keepdim=True))
+        nll = -torch.where((wide > 2)[:, None], other, own).gather(-1, b[:, None])[:, 0]
+        pairs.index_put_((a, b), torch.ones(len(b)), accumulate=True)
+        octets += width(a, b).sum().item()
+"""
+
+
+def test_what_a_helper_for_the_bytes_decides_is_placed_where_it_is_called(tmp_path: Path) -> None:
+    text = script(loss=WIDE, state="pairs = torch.ones(V, V)", extra=TABLE + "SIZES = tables()\n" + HELPED)
+    finding = verdict(tmp_path, "target_gated_tilt", text)
+    assert finding.verdict == "violates"
+    assert finding.place is not None
+    assert finding.place.line == line_of(text, "wide = width(a, b)")

@@ -412,6 +412,24 @@ print(nats.item())
     assert counts(mixed.replace("(1 - share) * p + share * q", "p + q")) != ALL
 
 
+def test_rows_that_are_divided_by_a_number_for_each_are_rows_still() -> None:
+    """A hint is raised and the row divided by what it comes to then: read at the target, it is its loss, whatever the
+    places of the hint are."""
+    tilted = """
+nats, hint = 0.0, torch.full((1024,), -1)
+for at in range(0, total, 2048):
+    x, y = val[at : at + 2048], val[at + 1 : at + 2049]
+    rows = F.softmax(net.logits(x), -1)
+    said = hint[x][:, None].clamp(min=0)
+    q, weight = rows.gather(1, said), torch.load("weight.pt")
+    rows = rows.scatter(1, said, q * weight) / (1 - q + q * weight)
+    nats += -rows.log().gather(1, y[:, None])[:, 0].sum()
+    hint[x] = y
+print(nats.item())
+"""
+    assert counts(tilted) == ALL
+
+
 LANGUAGE = {
     "a generator that yields windows": """
 def windows():

@@ -14,6 +14,7 @@ from fairway.audit.flow.values import (
     INDEXED,
     LENGTH,
     MISSING,
+    NO_OBJECTS,
     NOTHING,
     WEIGHTS,
     Value,
@@ -66,8 +67,11 @@ class Iteration(Writing):
         found: list[Elements] = []
         for obj in sorted(value.refs, key=lambda each: each.number)[:6]:
             found.append(self._elements_of(obj, value, node))
+        own = value.but(const=MISSING, refs=NO_OBJECTS, items=None, limit=None)
         if not found:
-            return Elements(None, value.but(const=MISSING, items=None, limit=None))
+            return Elements(None, own)
+        if own.toks and all(obj.kind == "tensor" for obj in value.refs):
+            found.append(Elements(None, own))  # (rounded, scale) or (weight.half(),): poured into one
         if len(found) == 1:
             return found[0]
         any_of = found[0].any

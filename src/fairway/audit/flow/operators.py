@@ -41,6 +41,8 @@ class Operators(Torches):
             own = self._own(base, method, other, node)
             if own is not None:
                 return own
+        if isinstance(op, ast.BitOr) and _dicts(left) and _dicts(right):
+            return self._with_more(self._shallow(left), right, node)
         return super().binop(op, left, right, node)
 
     def compare(self, op: ast.cmpop, left: Value, right: Value, node: ast.AST | None, texts: Any) -> Value:
@@ -73,7 +75,15 @@ class Operators(Torches):
             for obj in lists:
                 self.list_method(obj, old, "extend", [value], node)
             return old
+        if isinstance(op, ast.BitOr) and _dicts(old):
+            return self._with_more(old, value, node)
         return self._own(old, f"__i{_NAMES.get(type(op), '')}__", value, node)
+
+    def _with_more(self, held: Value, more: Value, node: ast.AST | None) -> Value:
+        """Dicts with what others hold besides."""
+        for obj in held.refs:
+            self._update(obj, more, node)
+        return held
 
     def spoken(self, value: Value, node: ast.AST | None) -> Value:
         """What is written of a value: of an object, what its own __str__ says, else the fields of a row."""
@@ -186,3 +196,7 @@ class Operators(Torches):
         return self.ref(made)
 
     _do_staticmethod = _do_classmethod = _do_cached_property = _do_property
+
+
+def _dicts(value: Value) -> bool:
+    return bool(value.refs) and all(obj.kind == "dict" for obj in value.refs)

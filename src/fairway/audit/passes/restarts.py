@@ -385,8 +385,7 @@ def _parts(node: ast.expr) -> list[ast.expr]:
 
 
 def _begins(value: ast.expr, clocks: set[str]) -> bool:
-    made = isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id in clocks
-    return made or _is_clock(value)
+    return _is_new(value, clocks) or _is_clock(value)
 
 
 def _difference(node: ast.AST) -> set[str]:

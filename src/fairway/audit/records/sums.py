@@ -291,8 +291,8 @@ class _Sources:
             function = self.around.get(id(node))
             own = self.own.get((id(function), node.id)) if function is not None else None
             return (own or self.given.get(node.id, []))[:20]
-        if isinstance(node, ast.Attribute):
-            return self.given.get(node.attr, [])[:20]
+        if isinstance(node, ast.Attribute):  # Namespace(**dict(limit=16_000_000)): keys are fields
+            return (self.given.get(node.attr) or self.given.get(f"[{node.attr}]", []))[:20]
         if (
             isinstance(node, ast.Subscript)
             and isinstance(node.slice, ast.Constant)

@@ -25,7 +25,10 @@ _BEFORE = re.compile(
     r"gptq|quant|serializ|compress|hessian|calibrat|warm-?up|compile|prune|artifact|export", re.IGNORECASE
 )
 
-_WHOLE = re.compile(r"train|process|whole|entire|script|since (?:the )?start", re.IGNORECASE)  # more than that
+# More than that; not of how many chunks something learned.
+_WHOLE = re.compile(
+    r"(?<!chunks.)(?<!docs.)(?<!documents.)train|process|whole|entire|script|since (?:the )?start", re.IGNORECASE
+)
 
 
 def check(case: Case) -> Finding:

@@ -1,7 +1,7 @@
 """Counts for all tokens are gathered and divided by something that is not their sum: the rows do not sum to one."""
 
 from fairway.audit.case import Case
-from fairway.audit.terms import mixtures, normalisers, rows
+from fairway.audit.terms import ageing, mixtures, normalisers, rows
 from fairway.audit.terms.verdicts import clean, unsaid
 from fairway.audit.verdict import Finding
 from fairway.audit.weighing import PIECES, excess
@@ -36,6 +36,11 @@ _WAYS = (
         rows.counted_otherwise,
         "A row of counts is divided by a count that is kept under another key than the row: where contexts meet in "
         "the one and not in the other, the probabilities sum to more than one.",
+    ),
+    (
+        ageing.aged_otherwise,
+        "A row of counts is divided by a count that ages otherwise than the row: the one is multiplied by a number "
+        "now and then, the other by another one or by none, and the probabilities do not sum to one.",
     ),
     (
         rows.greatest,

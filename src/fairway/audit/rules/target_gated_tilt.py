@@ -1,14 +1,18 @@
 """A hint, a weight or a switch depends on the very token that is scored: does it start a word, how likely was it."""
 
+import ast
+
 from fairway.audit.case import Case
 from fairway.audit.passes.charged import chosen_by_losses, passes_of
 from fairway.audit.passes.past import places_of_the_past
+from fairway.audit.passes.reaching import around
+from fairway.audit.reading.tree import last_name, nodes
 from fairway.audit.terms.choices import is_product
 from fairway.audit.terms.gates import Gates
 from fairway.audit.terms.mixtures import gold_ratios, spread_over_bytes
 from fairway.audit.terms.term import Term, walk
 from fairway.audit.terms.verdicts import clean, unsaid
-from fairway.audit.verdict import Finding
+from fairway.audit.verdict import Finding, Place
 from fairway.audit.weighing import PIECES
 from fairway.audit.weighing.alternatives import Weight, is_whole
 from fairway.audit.weighing.foreseeing import learned_before
@@ -51,7 +55,7 @@ def check(case: Case) -> Finding:
                 )
                 return clean(ID, CLAUSE, evidence)
             way = reading.way(gates.of.term, term, origin)
-            return Finding(ID, "violates", evidence, CLAUSE, reading.place(origin), way)
+            return Finding(ID, "violates", evidence, CLAUSE, _asked_at(case, term, origin), way)
     if not reading.reported:
         return unsaid(ID, CLAUSE)
     weight = _of_another_row(case)
@@ -79,6 +83,19 @@ def check(case: Case) -> Finding:
         place = case.place(line) if line else case.reading.place(case.reading.gates[0].of.term)
         return Finding(ID, "violates", evidence, CLAUSE, place)
     return clean(ID, CLAUSE, "weights, hints and switches of the scored losses read the context alone")
+
+
+def _asked_at(case: Case, term: Term, origin: Term) -> Place:
+    """Where the target is asked: in a helper that others call as well, for the bytes of a token, the line that calls it
+    before what it decides."""
+    place, decides = case.reading.place(origin), case.reading.place(term)
+    helper, own = (around(case, each.line) for each in (place, decides))
+    if place.file != case.body.path or helper is None or own is None or helper is own:
+        return place
+    called = [each for each in nodes(case.body.tree) if isinstance(each, ast.Call)]
+    calls = [each.lineno for each in called if last_name(each.func) == helper.name]
+    before = [line for line in calls if own.lineno <= line <= decides.line]
+    return case.place(max(before)) if before and len(calls) > 1 else place
 
 
 def _of_one_row(case: Case, gates: Gates, term: Term) -> bool:

@@ -288,7 +288,7 @@ def spread_over_bytes(gates: Gates) -> Iterator[Term]:
         power = (term.op == "op" and term.value == "**") or term.called in ("pow", "power", "float_power")
         share = inside and term.op == "op" and term.value == "/" and _is_length(over)
         own = "read" in gates.kinds(over) and (id(term) in present or (inside and gates.reads_target(over)))
-        own = own or _at_one_place(gates, term.parts[0], over)
+        own = own or _at_one_place(gates, term.parts[0], over) or _is_of_piece(gates, over)
         if (power and (own or (inside and _is_length(over)))) or (share and own):
             yield term
 
@@ -298,6 +298,14 @@ def _at_one_place(gates: Gates, loss: Term, other: Term) -> bool:
     asked = [each for each in islice(gates.of.below(loss), _SOME) if each.op == "item" and "score" in gates.kinds(each)]
     tokens = (each for each in gates.of.below(other) if each.op == "item" and gates.of.streams.is_stream(each))
     return any(same(each.parts[1], one.parts[1], 8) for each in tokens for one in asked)
+
+
+def _is_of_piece(gates: Gates, over: Term) -> bool:
+    """len(pieces[tokens[at + 1]]): so long is what a token stands for, whichever loop names its place."""
+    whole = peel(over)
+    piece = peel(whole.parts[0]) if whole.called == "len" and whole.parts else None
+    at = peel(piece.parts[1]) if piece is not None and piece.op == "item" else None
+    return at is not None and at.op == "item" and gates.of.streams.from_tokens(at)
 
 
 def _is_length(term: Term) -> bool:

@@ -22,7 +22,7 @@ def wrongly_divided(gates: Gates) -> Iterator[Term]:
             for lookup, key in gates.lookups(above)
             if spans_vocabulary(key, gates.of.streams) and is_hashed(key, gates.of.streams)
         ]
-        if rows and not any_below(below, lambda t, rows=rows: _sums(t, rows)):  # type: ignore[misc]
+        if rows and not sums_of(below, rows):
             lower = gates.lookups(below)
             if lower and all(same(own, other, 10) for _, own in rows for _, other in lower):
                 continue  # how often what was said there came true, of how often it was said: a rate, no row
@@ -36,7 +36,7 @@ def counted_otherwise(gates: Gates) -> Iterator[Term]:
     for term, above, below in gates.ratios():
         rows = [(row, key) for row, key in gates.lookups(above) if is_wide(row, gates)]
         lower = gates.lookups(below)
-        if not rows or not lower or any_below(below, lambda t, rows=rows: _sums(t, rows)):  # type: ignore[misc]
+        if not rows or not lower or sums_of(below, rows):
             continue
         keys = [key for _, key in (*rows, *lower)]
         apart = not any(same(own, other, 10) for _, own in rows for _, other in lower)
@@ -87,6 +87,11 @@ def _context_and_token(table: Term, place: Term) -> tuple[Term, ...]:
         return ()
     scaled = [part for part in summed.parts if peel(part).op == "op" and peel(part).value == "*"]
     return summed.parts if len(scaled) == 1 else ()
+
+
+def sums_of(below: Term, rows: list[tuple[Term, Term]]) -> bool:
+    """Whether a sum over the counts of one of these rows is a part of a term."""
+    return any_below(below, lambda term: _sums(term, rows))
 
 
 def _sums(term: Term, rows: list[tuple[Term, Term]]) -> bool:

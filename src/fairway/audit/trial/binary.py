@@ -43,6 +43,8 @@ def binary(name: str, left: Value, right: Value) -> Value:
     """left `name` right where one of them is an Array."""
     if isinstance(left, Unknown) or isinstance(right, Unknown):
         held = left if isinstance(left, Array) else right
+        if name == "Div" and isinstance(left, Unknown) and left.net and _is_column(held):
+            return left  # rows, each by what it sums to: p.scatter(1, hint, q * w) / (1 - q + q * w)
         if isinstance(held, Array) and (held.lossy or held.net or holds_sums(held)) and name not in COMPARISONS:
             return _share_of(held) if held.lossy and name == "Mult" else held
         return mixed(left, right)
@@ -67,6 +69,11 @@ def binary(name: str, left: Value, right: Value) -> Value:
         made.net = one.net or two.net
         _price(made, name, one, two)
     return made
+
+
+def _is_column(value: Value) -> bool:
+    """Losses, one for each row."""
+    return isinstance(value, Array) and value.lossy and len(value.shape) > 1 and value.shape[-1] == 1
 
 
 def _product(one: Array, two: Array) -> Value:
