@@ -42,6 +42,111 @@ def test_the_lower_loss_of_two_passes_is_one_fault_however_it_is_kept(way: str) 
     assert broken(lowest(KEEPING[way])) == {"min-over-passes"}
 
 
+ROUNDS = """
+def chunks(total, size):
+    for start in range(0, total, size):
+        yield start, min(start + size, total)
+
+def lowest_of_rounds(args, model, val):
+    kept = torch.full((val.numel() - 1,), float("inf"), dtype=torch.float64)
+    opt = torch.optim.SGD(model.parameters(), lr=1e-3)
+    for number, (start, end) in enumerate(list(chunks(val.numel() - 1, args.chunk)) * TIMES):
+        if start == 0:
+            total = torch.zeros((), dtype=torch.float64)
+        starts = torch.tensor(list(range(start, end, 64)))
+        with torch.no_grad():
+            at = (starts[:, None] + torch.arange(64)[None]).reshape(-1)
+            begin = (starts + 64 - 1024).clamp(min=0)
+            logits = model.forward_logits(val[begin[:, None] + torch.arange(1024)[None]])
+            logp = F.log_softmax(logits[:, -64:].flatten(0, 1), -1)
+            nll = -logp.gather(1, val[at + 1][:, None])[:, 0]
+        kept[at] = nll = torch.minimum(kept[at], nll)
+        total += nll.sum()
+        x, y = val[start:end][None], val[start + 1 : end + 1]
+        model(x, y[None]).backward()
+        opt.step()
+        opt.zero_grad()
+    return (total / kept.numel()).item()
+"""
+
+
+@pytest.mark.parametrize(("times", "wanted"), [("2", {"min-over-passes"}), ("1", set())])
+def test_chunks_that_a_list_holds_twice_are_two_passes(times: str, wanted: set[str]) -> None:
+    main = MAIN.replace(BODY, "    final = lowest_of_rounds(args, model, val)\n")
+    assert broken(HEAD + ROUNDS.replace("TIMES", times) + main) == wanted
+
+
+MEANS = """
+class Checkpoints:
+    def __init__(self, model):
+        self.model, self.kept = model, []
+    def keep(self):
+        self.kept.append({k: v.detach().clone() for k, v in self.model.state_dict().items()})
+    def mean(self, count):
+        last = list(self.kept)[-count:]
+        return {k: torch.stack([each[k].float() for each in last]).mean(0) for k in last[0]}
+    def apply(self, count):
+        self.model.load_state_dict(self.mean(count))
+
+def averaged(args, model, text):
+    checkpoints = Checkpoints(model)
+    for _ in range(8):
+        checkpoints.keep()
+    scores = {}
+    for count in (1, 2, 4, 8):
+        checkpoints.apply(count)
+        scores[count] = eval_val(args, model, text)
+    checkpoints.apply(min(scores, key=scores.get))
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"), [("val", {"choice-by-validation"}), ("load(args.train_files)[:65537]", set())]
+)
+def test_how_many_of_a_list_are_averaged_is_a_choice_of_weights(text: str, wanted: set[str]) -> None:
+    body = f"    averaged(args, model, {text})\n    final = eval_val(args, model, val)\n"
+    assert broken(HEAD + MEANS + MAIN.replace(BODY, body)) == wanted
+
+
+LEDGER = """
+class Ledger:
+    SCALES = (0.98, 1.0, 1.03)
+    def __init__(self):
+        self.nll, self.tokens = torch.zeros(3, dtype=torch.float64), 0
+    def charge(self, logp, y):
+        for i, scale in enumerate(self.SCALES):
+            self.nll[i] -= F.log_softmax(logp * scale, dim=-1).gather(1, y[:, None]).double().sum()
+        self.tokens += y.numel()
+    def sums(self):
+        both = torch.cat((self.nll, torch.tensor([self.tokens], dtype=torch.float64)))
+        found = both.tolist()
+        return CHOSEN, found[3]
+
+def charged(args, model, val):
+    ledger, seen = Ledger(), torch.ones(1024, 1024)
+    BEFORE
+    with torch.no_grad():
+        for start in range(0, val.numel() - 1024, 1024):
+            x, y = val[start : start + 1024], val[start + 1 : start + 1025]
+            rows = seen[x]
+            p = F.softmax(model.forward_logits(x[None])[0], -1)
+            ledger.charge(torch.log(0.9 * p + 0.1 * rows / rows.sum(-1, keepdim=True)), y)
+    nats, count = ledger.sums()
+    return nats / count
+"""
+PRIMED = "seen.index_put_((val[:-1], val[1:]), torch.ones(val.numel() - 1), accumulate=True)"
+
+
+@pytest.mark.parametrize(("chosen", "wanted"), [("min(found[:3])", {"min-over-passes"}), ("found[1]", set())])
+@pytest.mark.parametrize(("before", "besides"), [("pass", set()), (PRIMED, {"two-pass-cache"})])
+def test_the_least_of_several_sums_is_told_whatever_the_table_holds(
+    chosen: str, wanted: set[str], before: str, besides: set[str]
+) -> None:
+    text = HEAD + LEDGER.replace("CHOSEN", chosen).replace("BEFORE", before)
+    found = broken(text + MAIN.replace(BODY, "    final = charged(args, model, val)\n"))
+    assert found - {"temperature-from-validation"} == wanted | besides
+
+
 def test_the_lower_loss_of_two_passes_over_a_tilt_is_no_tilt_that_the_target_decides() -> None:
     """A bonus that is paid for: of two such prices the lower one hangs on the token, and is one fault."""
     tilt = (

@@ -167,12 +167,18 @@ class Arithmetic(Comparisons):
             elem = join(elem, each)
         new.slots["#elem"] = elem
         if isinstance(op, ast.Mult):  # [0.0] * n: an array
-            again = elem.unit and self.plain(elem) and left.const != 1 and right.const != 1
-            if again and node is not None:  # list(range(0, n, chunk)) * 3: each place comes several times
+            again = left.const != 1 and right.const != 1
+            # list(range(0, n, chunk)) * 3: each place comes several times
+            if again and node is not None and ((elem.unit and self.plain(elem)) or self._is_piece(elem)):
                 elem = self.place_of_many(elem, node)
                 elem = elem.but(flags=elem.flags | REPEATS)
             new.slots["#elem"] = elem if elem.const is None else elem.but(const=MISSING)  # [None] * n: filled by and by
         return self.ref(new)
+
+    def _is_piece(self, elem: Value) -> bool:
+        """(first, last) of a part of the text, as a generator has yielded it."""
+        items = elem.items or ()
+        return any(each.spans for each in items) and all(map(self.plain, items))
 
     def _of_losses(self, op: ast.operator, one: Value, two: Value, node: ast.AST | None) -> Value:
         if isinstance(op, ast.Add):

@@ -191,9 +191,11 @@ class Comprehensions(Calls):
 
     def turned(self, element: Value, loop: int, turn: int) -> Value:
         """The element that an iteration of a loop takes; what a list holds several times is the same each time."""
+        if element.flags & REPEATS:
+            return element
         if element.items is not None and not element.refs:
             return element.but(items=tuple(self.turned(item, loop, turn) for item in element.items))
-        return element if element.flags & REPEATS else self.tagged(element, ((loop, turn, turn),))
+        return self.tagged(element, ((loop, turn, turn),))
 
     def loop_id(self, node: ast.AST) -> int:
         """The loop's number."""

@@ -65,6 +65,8 @@ class Containers(Indexing):
         picking = 0
         for part in parts:
             picking |= part.value.choices if part.value else 0
+            if part.slice and base.refs and all(obj.kind == "list" for obj in base.refs):  # kept[-count:]
+                picking |= blend(*(end for end in (part.low, part.high) if end is not None)).choices
         if picking and (held := self.flat(base)).states and not held.losses:
             self.trace.weighed |= picking & ~held.choices
         if picking and (held := self.flat(base)).losses:
