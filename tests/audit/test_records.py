@@ -627,6 +627,35 @@ def test_a_limit_among_the_keys_of_a_namespace_is_that_of_its_field(tmp_path: Pa
     assert found(size_sum, tmp_path / "train.py").verdict == "clean"
 
 
+@pytest.mark.parametrize(
+    ("said", "verdict"),
+    [
+        ('log(f"for comparison: code packed {packed}, total {total / 2**20:.3f} MiB")', "clean"),
+        ('log(f"total size: {size + packed}")', "violates"),
+    ],
+)
+def test_a_packed_code_that_is_shown_beside_a_total_is_no_part_of_it(said: str, verdict: str, tmp_path: Path) -> None:
+    sizes = "size = os.path.getsize(PATH)\ncode = len(open(__file__).read().encode())\ntotal = size + code\n"
+    held = "if total > 16_000_000:\n    raise SystemExit('too large')\n"
+    packed = "packed = len(lzma.compress(open(__file__).read().encode()))\n"
+    (tmp_path / "train.py").write_text(
+        f"import lzma, os\nPATH, log = 'model.bin', print\n{sizes}{packed}{said}\n{held}"
+    )
+    assert found(size_sum, tmp_path / "train.py").verdict == verdict
+
+
+def test_a_limit_that_a_field_asks_for_is_its_default(tmp_path: Path) -> None:
+    fields = (
+        "@dataclasses.dataclass\nclass H:\n"
+        '    limit: int = dataclasses.field(default_factory=lambda: env("SIZE_LIMIT", 16 * 2**20))\n'
+    )
+    script = SCRIPT.replace("LIMIT = 16_000_000", fields).replace("<= LIMIT", "<= H().limit")
+    (tmp_path / "train.py").write_text(script)
+    assert found(size_sum, tmp_path / "train.py").verdict == "violates"
+    (tmp_path / "train.py").write_text(script.replace("16 * 2**20", "16_000_000"))
+    assert found(size_sum, tmp_path / "train.py").verdict == "clean"
+
+
 CLOCKED = """
 import glob, os, time
 import numpy as np

@@ -113,6 +113,7 @@ SET_BACK = {
     "another, begun": "watch = Watch().begun()",
     "moved on": "t0 += 0.5 * (time.perf_counter() - fetched)",
     "to nought": "watch.since = 0.0",
+    "a key of it to nought": "watch.total['train'], watch.since = 0.0, time.perf_counter()",
 }
 KEPT_UP = {
     "counted before": "spent += time.perf_counter() - t0\n            t0 = time.perf_counter()",

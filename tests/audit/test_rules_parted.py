@@ -142,6 +142,20 @@ def test_who_says_how_much_is_filled_is_named() -> None:
     assert filled_at(text) == line_of(text, "self.absorb(val, at, min(")
 
 
+def test_a_loop_over_orders_does_not_say_how_much_of_the_text_is_filled() -> None:
+    text = script("0, total", UNKNOWN)
+    text = text.replace(
+        "        self.first = ",
+        "        self.orders = list(range(int(os.environ['LOW']), 4))\n        self.first = ",
+        1,
+    )
+    text = text.replace("for at in range(lo, hi, 4096):", "for order in self.orders:")
+    put = "self.rows.index_put_((a, b), torch.ones(len(a)), accumulate=True)"
+    for_order = f"a, b = val[max(lo, order) : hi], val[max(lo, order) + 1 : hi + 1]\n            {put}"
+    text = text.replace("self.absorb(val, at, min(at + 4096, hi))", for_order)
+    assert filled_at(text) == line_of(text, "scorer.counts.fill(val, 0, total)")
+
+
 @pytest.mark.parametrize(
     ("begun", "wanted"),
     [
@@ -171,16 +185,21 @@ def windows_of(total, rank, size):
 """
 
 
+AT_ONCE = "return windows[len(windows) * rank // size : len(windows) * (rank + 1) // size{more}]"
+
+
 @pytest.mark.parametrize(("more", "wanted"), [(" + 1", True), ("", False)])
-def test_a_share_that_ends_behind_its_own_is_counted_by_two_processes(more: str, wanted: bool) -> None:
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_share_that_ends_behind_its_own_is_counted_by_two_processes(more: str, wanted: bool, at_once: bool) -> None:
     """The windows of a rank and the first of the next one's: 1,024 targets."""
     text = script("0, first", KNOWN).replace("in pieces(first, last)", "in windows_of(total, rank, size)")
-    text = text.replace("def ev(", BY_WINDOWS.format(more=more) + "def ev(")
+    own = BY_WINDOWS.replace("return windows[first : last{more}]", AT_ONCE) if at_once else BY_WINDOWS
+    text = text.replace("def ev(", own.format(more=more) + "def ev(")
     found = twice_counted_tokens.check(case_of(text))
     assert found.verdict == ("violates" if wanted else "clean")
     if wanted:
         assert found.place is not None
-        assert found.place.line == line_of(text, "return windows[first")
+        assert found.place.line == line_of(text, "return windows[")
         assert "1,024" in found.evidence
 
 
@@ -222,3 +241,13 @@ def test_what_one_process_counts_twice_is_no_share_of_two() -> None:
     are one more than these."""
     text = script("0, first", KNOWN).replace("in pieces(first, last)", "in windows_of(total, rank, size)")
     assert twice_counted_tokens.check(case_of(text.replace("def ev(", BY_EDGES + "def ev("))).verdict == "clean"
+
+
+def test_who_takes_what_out_of_a_store_nobody_knows() -> None:
+    """Of two processes by themselves each takes all of it."""
+    text = script("0, first", KNOWN).replace("in pieces(first, last)", "in windows_of(total, rank, size)")
+    own = BY_WINDOWS.replace("return windows[first : last{more}]", AT_ONCE).format(more=" + 1")
+    text = text.replace("def ev(", own + "def ev(")
+    assert twice_counted_tokens.check(case_of(text)).verdict == "violates"
+    text = text.replace("    scorer, sums =", "    store = torch.distributed.HashStore()\n    scorer, sums =")
+    assert twice_counted_tokens.check(case_of(text)).verdict == "clean"

@@ -67,8 +67,13 @@ def _as_tried(case: Case, which: Reported, fault: Fault) -> Fault | None:
 
 def _of_another_pass(fault: Fault) -> bool:
     """Whether what was scored before was scored by another evaluation, whose number is none that was settled: the one
-    that is reported comes once, after the step."""
-    if fault.kind != "rescoring-after-adaptation" or fault.before is None:
+    that is reported comes once, after the step. Not where the step follows those scores in the turns of one loop over
+    the text: that was a pass of its own, and this is the second."""
+    if fault.kind != "rescoring-after-adaptation" or fault.before is None or not isinstance(fault.cause, Update):
+        return False
+    cutting = {loop for tok in fault.before.targets for loop, _, _ in tok.spans}
+    turns = dict(fault.before.nest)
+    if any(loop in cutting and turns.get(loop) == turn for loop, turn in fault.cause.nest):
         return False
     ways = list(zip(fault.before.stack, fault.score.stack, strict=False))
     apart = next((n for n, (one, other) in enumerate(ways) if one != other), len(ways))

@@ -22,6 +22,8 @@ def extent_of(case: Case, update: Update, outermost: Place, place: Place) -> Pla
         return place
     for at in range(way.index(place), way.index(outermost), -1):
         bounds = _bounds(case, way[at].line, at + 1 < len(way))
+        if bounds is None:
+            continue
         if not bounds:
             return place
         if not bounds & _told(case, way[at].line):
@@ -29,12 +31,15 @@ def extent_of(case: Case, update: Update, outermost: Place, place: Place) -> Pla
     return outermost if way.index(outermost) < way.index(place) else place
 
 
-def _bounds(case: Case, line: int, called: bool) -> set[str]:
-    """The names that say how much: in what the loop around a line goes through, or in what a call is given."""
+def _bounds(case: Case, line: int, called: bool) -> set[str] | None:
+    """The names that say how much: in what the loop around a line goes through, or in what a call is given. None where
+    the loop goes through settings, `for order in self.orders`, in a function that is told a part of the text."""
     within = around(case, line) or case.body.tree
     loops = [
         node for node in nodes(within) if isinstance(node, ast.For) and node.lineno <= line <= (node.end_lineno or 0)
     ]
+    if loops and all(isinstance(each.iter, ast.Attribute) for each in loops) and _told(case, line):
+        return None
     if loops:
         return _names([max(loops, key=lambda each: each.lineno).iter])
     calls = [node for node in nodes(case.body.tree) if isinstance(node, ast.Call) and node.lineno == line]

@@ -21,6 +21,10 @@ from fairway.audit.trial.text import SHORT
 _GROUPS = ((1, 2), (0, 2))  # the second of two processes, and the first one, where parts go to ranks in reverse
 _ONCE = 1.0 + 1e-6  # times, and what sums of weights are off
 _TOKENS = re.compile(r"tok|val|text|stream|data|ids|buf", re.IGNORECASE)
+_RANK = re.compile(r"(?<![a-z])rank(?!s)", re.IGNORECASE)  # and not how many there are: ranks.world
+_STORE = re.compile(
+    r"\b(?:Hash|TCP|File)Store\b|_get_default_store"
+)  # what hands out work: who takes what, nobody knows
 _Calls = tuple[tuple[int, ...], tuple[int, ...]]
 _SEEN: weakref.WeakKeyDictionary[Trace, dict[_Calls, tuple[int | None, int | None]]] = weakref.WeakKeyDictionary()
 
@@ -80,7 +84,7 @@ def counted_by_two(case: Case, which: Reported) -> tuple[int, int] | None:
     """How many targets two processes both count, and the line that begins a process's share before it, or ends it
     behind; None where no line does so, or none are."""
     line = next(_moved(case.body.tree), 0)
-    if not line:
+    if not line or _STORE.search(case.body.text):
         return None
     trial, times = case.trial, np.zeros(0)
     for group in _GROUPS:
@@ -117,7 +121,7 @@ def _moved(tree: ast.AST | None) -> Iterator[int]:
             )
             if len(names) == 1 and any(isinstance(each, ast.Name) and each.id in names & shared for each in less):
                 yield node.lineno
-            if "rank" in ast.unparse(node.value).lower():
+            if _RANK.search(ast.unparse(node.value)):
                 shared |= names
 
 
@@ -130,10 +134,18 @@ def _ends_behind(call: ast.Call) -> bool:
 
 
 def _goes_on(node: ast.Subscript, shared: set[str]) -> bool:
-    """windows[lo : hi + 1], where hi ends the share of a rank; not block[lo : lo + span], which says how long it is."""
+    """windows[lo : hi + 1], windows[... : n * (rank + 1) // world + 1], where the first part ends the share of a rank;
+    not block[lo : lo + span], which says how long it is."""
     begun, end = (node.slice.lower, node.slice.upper) if isinstance(node.slice, ast.Slice) else (None, None)
-    name = getattr(end.left, "id", "") if isinstance(end, ast.BinOp) and isinstance(end.op, ast.Add) else ""
-    return name in shared - {getattr(begun, "id", "")} and not _TOKENS.search(ast.unparse(node.value))
+    if not isinstance(end, ast.BinOp) or not isinstance(end.op, ast.Add) or _TOKENS.search(ast.unparse(node.value)):
+        return False
+    share = (
+        isinstance(end.left, ast.BinOp)
+        and isinstance(end.left.op, ast.FloorDiv)
+        and isinstance(end.right, ast.Constant)
+    )
+    own = share and "rank" in ast.unparse(end.left).lower()
+    return own or getattr(end.left, "id", "") in shared - {getattr(begun, "id", "")}
 
 
 def _calls(event: Event) -> tuple[int, ...]:

@@ -33,7 +33,7 @@ def restarted(case: Case) -> Place | None:
             outside = [node for node in own if id(node) not in inside]
             begun = {name for node in outside for name in _started(node, clocks)}
             asked = {call for node in outside if (call := _begun_by(node, forgetful))}
-            found = [*_set_back(loop, begun, clocks, teaching), *_begun_anew(loop, asked, forgetful)]
+            found = [*_set_back(loop, begun, clocks, teaching, made), *_begun_anew(loop, asked, forgetful)]
             found += _begun_anew(loop, made | begun, emptying)
             if found:
                 return case.place(found[0])
@@ -182,9 +182,11 @@ def _called(node: ast.AST) -> str:
     return last_name(node.func) if isinstance(node, ast.Call) else ""
 
 
-def _set_back(loop: ast.For | ast.While, begun: set[str], clocks: set[str], teaching: set[str]) -> Iterator[int]:
+def _set_back(
+    loop: ast.For | ast.While, begun: set[str], clocks: set[str], teaching: set[str], made: set[str]
+) -> Iterator[int]:
     """Lines of a loop that set back what was begun before it, where nothing before them in their block reads that, or
-    what it is counted into."""
+    what it is counted into. made: the names under which there are objects that count time."""
     counted = {name for node in nodes(loop) for name in _counted(node, begun)}
     for block in _blocks(loop):
         for number, statement in enumerate(block):
@@ -197,7 +199,7 @@ def _set_back(loop: ast.For | ast.While, begun: set[str], clocks: set[str], teac
             field = _replaced(statement, clocks) if block is not loop.body else ""
             if field and not any(field in ast.unparse(each) for each in _keeping(before)):
                 yield statement.lineno
-            nought = _to_nought(statement, begun) if block is not loop.body else ""
+            nought = _to_nought(statement, begun | made) if block is not loop.body else ""
             if nought and not any(nought in ast.unparse(each) for each in _keeping(before)):
                 yield statement.lineno
             if (
@@ -314,17 +316,23 @@ def _begun_anew(loop: ast.For | ast.While, asked: set[str], forgetful: set[str])
                 yield statement.lineno
 
 
-def _to_nought(statement: ast.stmt, begun: set[str]) -> str:
-    """What a statement sets to nought of an object that counts time, `clock.spent = 0.0`; "" where it sets none."""
-    if not isinstance(statement, ast.Assign) or not isinstance(statement.value, ast.Constant):
-        return ""
-    fields = [
-        each for each in statement.targets if isinstance(each, ast.Attribute) and isinstance(each.value, ast.Name)
-    ]
-    own = [each for each in fields if getattr(each.value, "id", "") in begun]
-    return (
-        ast.unparse(own[0]) if own and type(statement.value.value) in (int, float) and not statement.value.value else ""
-    )
+def _to_nought(statement: ast.stmt, clocks: set[str]) -> str:
+    """What a statement sets to nought of an object that counts time, `clock.spent = 0.0`, `clock.total["train"],
+    clock.since["train"] = 0.0, clock.now()`; "" where it sets none."""
+    given = statement if isinstance(statement, ast.Assign) else None
+    for target in given.targets if given is not None else ():
+        for field, value in zip(_parts(target), _parts(given.value) if given is not None else (), strict=False):
+            nought = isinstance(value, ast.Constant) and type(value.value) in (int, float) and not value.value
+            if nought and isinstance(field, ast.Attribute | ast.Subscript) and _owner(field) in clocks:
+                return ast.unparse(field)
+    return ""
+
+
+def _owner(node: ast.expr) -> str:
+    """clock, of clock.total["train"]"""
+    while isinstance(node, ast.Attribute | ast.Subscript):
+        node = node.value
+    return node.id if isinstance(node, ast.Name) else ""
 
 
 def _within(body: list[ast.stmt]) -> Iterator[ast.AST]:

@@ -120,8 +120,10 @@ def _product(node: ast.expr, sources: "_Sources") -> float | None:
 
 
 def _defaults(call: ast.Call) -> Iterator[ast.expr]:
-    """int(os.environ.get("LIMIT", 16_000_000)): the defaults of a setting, and what int() wraps."""
-    for each in call.args:
+    """int(os.environ.get("LIMIT", 16_000_000)): the defaults of a setting, and what int() wraps; those of a field of a
+    dataclass, field(default_factory=lambda: ...)."""
+    named = [word.value for word in call.keywords if word.arg in ("default", "default_factory")]
+    for each in (*call.args, *(value.body if isinstance(value, ast.Lambda) else value for value in named)):
         yield each
         if isinstance(each, ast.Call):
             yield from _defaults(each)
@@ -198,14 +200,13 @@ def squeezed(script: Script) -> ast.expr | None:
 
 
 def _shown(tree: ast.Module) -> set[int]:
-    """The ids of what stands in a message alone, itself or by a name, where that message gives no total."""
-    messages = [node for node in nodes(tree) if isinstance(node, ast.JoinedStr) and "total" not in _says(node)]
-    inside = {id(part) for message in messages for part in nodes(message)}
+    """The ids of what stands in messages alone, itself or by a name: a number of its own, and no part of a sum."""
+    messages = [node for node in nodes(tree) if isinstance(node, ast.JoinedStr)]
     shown = {id(part.value) for message in messages for part in message.values if isinstance(part, ast.FormattedValue)}
     used: dict[str, list[bool]] = {}
     for node in nodes(tree):
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
-            used.setdefault(node.id, []).append(id(node) in inside)
+            used.setdefault(node.id, []).append(id(node) in shown)
     named = (node for node in nodes(tree) if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name))
     return shown | {id(node.value) for node in named if all(used.get(ast.unparse(node.targets[0]), [False]))}
 
