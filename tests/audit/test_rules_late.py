@@ -298,10 +298,11 @@ def test_steps_after_the_clock_has_ended_the_training_are_in_no_600_seconds(
     [
         (SETTLE, "args.cap - args.reserve"),
         (f"{READ}; {SETTLE}; {READ}", "args.cap - args.reserve"),
+        (f"{READ}; t0 = time.perf_counter(); {SETTLE}", "args.cap - args.reserve"),
         (f"{KEPT}; {SETTLE}; model.load_state_dict(kept)", "args.cap"),
         ("", "args.cap"),
     ],
-    ids=["time was kept back", "told after it", "thrown away", "no steps"],
+    ids=["time was kept back", "told after it", "a time that begins before it", "thrown away", "no steps"],
 )
 def test_steps_for_which_time_was_kept_back_are_in_them(tmp_path: Path, before: str, cap: str) -> None:
     assert verdict(tmp_path, "training_over_time", after_the_clock(before or "pass", cap)).verdict == "clean"

@@ -331,3 +331,38 @@ def test_a_gate_that_was_learned_and_a_mask_over_what_is_predicted(more: str, wa
         assert found.total == pytest.approx(1.0, abs=1e-4)
         assert any(next(gates.gated(), None) is not None for gates in case.reading.gates)
         assert target_gated_tilt.check(case).verdict == "clean"
+
+
+GATED = """
+class Gate(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Linear(3, 2)
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
+
+    def forward(self, logits, rows, stats):
+        log_p = F.log_softmax(logits.float() + self.bias, dim=-1)
+        parts = [log_p + math.log(0.9), torch.log(rows.clamp_min(1e-12)) + math.log(SHARE)]
+        return torch.logsumexp(torch.stack(parts), dim=0)
+
+def eval_mixed(args, model, val):
+    total, count = 0.0, 0
+    gate, seen = Gate(), torch.zeros(vocab_size, vocab_size)
+    for at in range(0, val.numel() - 1, 64):
+        x, y = val[at : at + 64][: val.numel() - 1 - at], val[at + 1 : at + 65]
+        rows = seen[x] + 1.0
+        rows = rows / rows.sum(-1, keepdim=True)
+        probs = gate(model.forward_logits(x[None])[0], rows, rows.amax(-1))
+        total += -probs.gather(1, y[:, None]).sum().item()
+        count += y.numel()
+        seen.index_put_((x, y), torch.ones(y.numel()), accumulate=True)
+    return total / count
+"""
+
+
+@pytest.mark.parametrize(("share", "wanted"), [("0.1", "clean"), ("0.3", "violates")])
+def test_a_module_that_mixes_a_models_rows_is_no_tail_of_the_model(share: str, wanted: str) -> None:
+    """It is handed no token: what it makes of logits is not the logits themselves."""
+    text = HEAD + "vocab_size = 1024\n" + GATED.replace("SHARE", share)
+    case = case_of(text + MAIN.replace("eval_ttt(args", "eval_mixed(args"))
+    assert false_normalisation.check(case).verdict == wanted

@@ -84,11 +84,15 @@ def unclocked(trace: Trace, reported: Reported) -> Update | None:
 
 
 def overrun(
-    trace: Trace, reported: Reported, together: Callable[[Event, Event], bool] = lambda step, clock: False
+    trace: Trace,
+    reported: Reported,
+    together: Callable[[Event, Event], bool] = lambda step, clock: False,
+    begins: Callable[[Event], bool] = lambda read: False,
 ) -> Update | None:
     """A step of the training that the score's weights still know, after the loop that the clock ends: with no clock in
     a loop of its own, and, where some of the time was kept back, after the clock was read for the last time before a
-    file is written or a text scored. together(step, clock): whether one clock runs over both of them."""
+    file is written or a text scored. together(step, clock): whether one clock runs over both of them; begins(read):
+    whether a time begins there, `t0 = time()`, of which the step is a part."""
     trained = _trained(trace, reported)
     ends = [each for each in _ending(trace, trained) if each.limit is not None]
     if not ends:
@@ -99,11 +103,15 @@ def overrun(
     after = next(late, None)
     if after is None or any(full_cap(each.limit or 0.0) for each in ends):
         return after
-    outside = [
-        each.number
+    calls = [
+        each
         for each in trace.events[end:]
         if isinstance(each, Call) and each.name in CLOCKS and not timed & {loop for loop, _ in each.nest}
     ]
+    outside = [each.number for each in calls]
+    last = next((each for each in reversed(calls) if each.number < after.number), None)
+    if last is not None and begins(last):
+        return None
     over = next((n for n in trace.saved if n > after.number), len(trace.events))
     scores = (each for each in trace.events[after.number :] if isinstance(each, Score))
     scored = (each.number for each in scores if any(tok.data in reported.data for tok in each.targets))

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from fairway.audit.case import Case
 from fairway.audit.flow.events import Event
-from fairway.audit.passes.late import full_cap
+from fairway.audit.passes.late import CLOCKS, full_cap
 from fairway.audit.reading.tree import last_name, nodes
 from fairway.audit.settings import UNKNOWN, Settings, Value, fold
 from fairway.audit.verdict import Place
@@ -29,6 +29,17 @@ def under_one_clock(case: Case, step: Event, clock: Event) -> bool:
         isinstance(node, ast.With)
         and any(_TIMES.search(last_name(item.context_expr)) for item in node.items)
         and all(any(node.lineno < line <= (node.end_lineno or 0) for line in own) for own in lines)
+        for node in nodes(case.body.tree)
+    )
+
+
+def begins_a_time(case: Case, read: Event) -> bool:
+    """Whether a clock is read for a name alone, `t0 = time.perf_counter()`: what it says later is the time since."""
+    return any(
+        isinstance(node, ast.Assign)
+        and isinstance(node.value, ast.Call)
+        and case.place(node.lineno) == read.place
+        and last_name(node.value.func) in CLOCKS
         for node in nodes(case.body.tree)
     )
 
@@ -176,4 +187,4 @@ def _setting(node: ast.expr, settings: Settings) -> Value:
     return said if number is None else number
 
 
-__all__ = ["commanded", "lengthened", "set_to", "under_one_clock", "unreserved"]
+__all__ = ["begins_a_time", "commanded", "lengthened", "set_to", "under_one_clock", "unreserved"]

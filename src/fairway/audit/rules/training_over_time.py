@@ -6,7 +6,7 @@ from functools import partial
 from fairway.audit.case import Case
 from fairway.audit.passes.charged import passes_of
 from fairway.audit.passes.late import LIMIT, beyond, longest, overrun, unclocked
-from fairway.audit.passes.reserves import commanded, lengthened, set_to, under_one_clock
+from fairway.audit.passes.reserves import begins_a_time, commanded, lengthened, set_to, under_one_clock
 from fairway.audit.passes.restarts import held, learning_loops, restarted
 from fairway.audit.records import Amount, Log, record_of
 from fairway.audit.terms.clocks import limits, said_at
@@ -52,7 +52,7 @@ def check(case: Case) -> Finding:
         return Finding(ID, "violates", evidence, CLAUSE, case.place(long.line))
     which = passes_of(case)[0]
     early = unclocked(case.trace, which)
-    late = overrun(case.trace, which, partial(under_one_clock, case))
+    late = overrun(case.trace, which, partial(under_one_clock, case), partial(begins_a_time, case))
     step = early or late
     if step is None:
         return _beyond(case) or found

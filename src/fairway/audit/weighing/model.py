@@ -69,9 +69,10 @@ class Model(Machine):
         asked = [each for each in given if is_text(each)]
         states = [part for each in given for part in (each if isinstance(each, (tuple, list)) else (each,))]
         made = [each for each in states if isinstance(each, Array) and each.net]
-        if made and not asked:
+        mixes = made and not self.within and id(func.args) in mixers(self.script.tree)
+        if made and not asked and not mixes:
             return made[0]  # logits out of what a model has made, `tail((x, x0, skips), masks)`
-        if self.mixing or (made and not self.within and id(func.args) in mixers(self.script.tree)):
+        if self.mixing or mixes:
             return self._mixed(func, args, kwargs)
         self.begun = self.begun if self.within else 0
         self.within += 1
