@@ -644,6 +644,33 @@ def test_a_packed_code_that_is_shown_beside_a_total_is_no_part_of_it(said: str, 
     assert found(size_sum, tmp_path / "train.py").verdict == verdict
 
 
+REPORT = """
+import dataclasses, os
+MODEL = 16_000_000 // 4
+class Trainer:
+    def __init__(self):
+        self.model = open(__file__).read()
+@dataclasses.dataclass
+class Report:
+    code: int
+    model: int
+    @property
+    def total(self):
+        return TOTAL
+    def check(self):
+        if self.total > 16_000_000:
+            raise SystemExit("too large")
+Report(code=os.path.getsize(__file__), model=os.path.getsize("model.bin")).check()
+"""
+
+
+@pytest.mark.parametrize(("total", "verdict"), [("self.code + self.model", "clean"), ("self.model", "violates")])
+def test_a_field_of_a_report_is_what_its_maker_gives_it(total: str, verdict: str, tmp_path: Path) -> None:
+    """Whatever else has a field of that name."""
+    (tmp_path / "train.py").write_text(REPORT.replace("TOTAL", total))
+    assert found(size_sum, tmp_path / "train.py").verdict == verdict
+
+
 def test_a_limit_that_a_field_asks_for_is_its_default(tmp_path: Path) -> None:
     fields = (
         "@dataclasses.dataclass\nclass H:\n"

@@ -675,3 +675,21 @@ def test_a_row_and_what_it_is_divided_by_age_alike(tmp_path: Path, row: str, wan
     finding = verdict(tmp_path, "false_normalisation", text)
     assert finding.verdict == wanted
     assert wanted == "clean" or (finding.place is not None and finding.place.line == line_of(text, "(totals[a] + 1.0)"))
+
+
+BY_HAND = """
+        a, b = torch.from_numpy(x), torch.from_numpy(y)
+        rows, lift = net(a).float(), torch.zeros(1, V)
+        grad = torch.softmax(rows[:64] + lift, -1)
+        grad.scatter_add_(1, b[:64, None], torch.full_like(grad[:, :1], LESS))
+        lift = lift - 0.5 * grad.sum(0, keepdim=True)
+        nll = F.cross_entropy((rows + lift)[64:], b[64:], reduction="none")
+"""
+
+
+def test_a_row_less_what_was_right_is_a_gradient_and_no_mixture(tmp_path: Path) -> None:
+    text = script(loss=BY_HAND.replace("LESS", "-1.0"))
+    assert verdict(tmp_path, "false_normalisation", text).verdict == "clean"
+    mixed = BY_HAND.replace("LESS", "0.3").replace("(rows + lift)[64:]", "torch.log(grad)")
+    text = script(loss=mixed.replace("b[64:], red", "b[:64], red").replace("F.cross_entropy", "F.nll_loss"))
+    assert verdict(tmp_path, "false_normalisation", text).verdict == "violates"

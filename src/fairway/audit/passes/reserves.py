@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 from fairway.audit.case import Case
 from fairway.audit.flow.events import Event
-from fairway.audit.passes.late import CLOCKS, full_cap
+from fairway.audit.flow.known import CLOCKS
+from fairway.audit.passes.late import full_cap
 from fairway.audit.reading.tree import last_name, nodes
 from fairway.audit.settings import UNKNOWN, Settings, Value, fold
 from fairway.audit.verdict import Place

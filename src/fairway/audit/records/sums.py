@@ -254,6 +254,10 @@ class _Sources:
             if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
             for each in nodes(function)
         }
+        self.members: dict[tuple[str, str], list[ast.expr]] = {}  # (class, field): what its makers give it
+        self.inside = {
+            id(each): node.name for node in nodes(tree) if isinstance(node, ast.ClassDef) for each in nodes(node)
+        }
         fields = {
             node.name: [last_name(each.target) for each in node.body if isinstance(each, ast.AnnAssign)]
             for node in nodes(tree)
@@ -279,7 +283,10 @@ class _Sources:
                 if function is not None:
                     self._pass([each.arg for each in [*function.args.posonlyargs, *function.args.args]], node)
                 elif last_name(node.func) in fields:
-                    self._pass(fields[last_name(node.func)], node)
+                    kind = last_name(node.func)
+                    self._pass(fields[kind], node)
+                    for name, value in [*zip(fields[kind], node.args, strict=False), *_named(node)]:
+                        self.members.setdefault((kind, name), []).append(value)
         for name, function in functions.items():
             returned = [each.value for each in nodes(function) if isinstance(each, ast.Return) and each.value]
             self.given.setdefault(f"{name}()", []).extend(returned)
@@ -292,6 +299,9 @@ class _Sources:
             function = self.around.get(id(node))
             own = self.own.get((id(function), node.id)) if function is not None else None
             return (own or self.given.get(node.id, []))[:20]
+        own = self.members.get((self.inside.get(id(node), ""), getattr(node, "attr", "")))
+        if own is not None and isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "self":
+            return own[:20]
         if isinstance(node, ast.Attribute):  # Namespace(**dict(limit=16_000_000)): keys are fields
             return (self.given.get(node.attr) or self.given.get(f"[{node.attr}]", []))[:20]
         if (
@@ -344,3 +354,7 @@ class _Sources:
         for each in call.keywords:
             if each.arg:
                 self.given.setdefault(each.arg, []).append(each.value)
+
+
+def _named(call: ast.Call) -> list[tuple[str, ast.expr]]:
+    return [(each.arg, each.value) for each in call.keywords if each.arg]

@@ -14,6 +14,7 @@ from fairway.audit.terms.term import Term, any_below, peel, same, walk
 _NEARLY = 0.99  # a probability that is held below that of a rounded softmax loses nothing
 _CUT = frozenset(("clamp", "clip", "clamp_max", "minimum", "min"))
 _SOME = 60  # terms: of strengths that are put in place by hand, of what is read beside a loss
+_FULL = frozenset(("full", "full_like", "new_full"))
 _FILLED = frozenset(("zeros", "zeros_like", "ones", "ones_like", "full", "full_like", "new_zeros", "new_full"))
 
 
@@ -52,10 +53,16 @@ def unbalanced(gates: Gates) -> Iterator[Term]:
                 yield term
         elif term.op == "store":
             yield from _whole_before(term)
-        elif term.called in ("scatter_add", "index_add"):
+        elif term.called in ("scatter_add", "index_add") and not any(map(_takes_off, map(peel, term.parts[1:]))):
             first = _before_stores(term.parts[0])
             if first and all(map(_is_mixture, first)):
                 yield term
+
+
+def _takes_off(part: Term) -> bool:
+    """full_like(row, -1.0): a row less what was right is the gradient of a loss, and no distribution."""
+    numbers = [each.constant() for each in map(peel, part.parts)] if part.called in _FULL else []
+    return any(isinstance(each, int | float) and each < 0 for each in numbers)
 
 
 def unpaid_bonus(gates: Gates) -> Iterator[Term]:
@@ -216,7 +223,7 @@ def _whole_before(term: Term) -> list[Term]:
     if value.op != "op" or value.value != "+" or not any(_reads(part, row, index) for part in value.parts):
         return []
     share = next((part for part in value.parts if not _reads(part, row, index)), None)
-    if share is None:
+    if share is None or _takes_off(peel(share)):
         return []
     first = _before_stores(row)
     if first and all(map(_is_mixture, first)):
