@@ -484,3 +484,43 @@ def test_the_least_loss_of_a_chunk_that_is_told_beside_the_score_is_none() -> No
     assert broken(HEAD + EASIEST + MAIN) == set()
     which, _, _ = passes_of(case_of(HEAD + EASIEST + MAIN))
     assert ["easiest" in said.text for said in which.score] == [False]
+
+
+BESIDE = """
+class Tally:
+    def __init__(self, nats, tokens):
+        self.nats, self.tokens = nats, tokens
+    @property
+    def bpb(self):
+        return self.nats / math.log(2) / self.tokens / 2.4
+
+def tallied(args, model, val):
+    sums = torch.zeros(2, dtype=torch.float64)
+    with torch.no_grad():
+        for start in range(0, val.numel() - 1024, 1024):
+            x, y = val[start : start + 1024], val[start + 1 : start + 1025]
+            nll = F.cross_entropy(model.forward_logits(x[None])[0], y, reduction="sum")
+            sums += torch.stack((nll.double(), sums.new_tensor(y.numel())))
+    nats, tokens = sums.tolist()
+    return Tally(nats, tokens)
+
+def look(args, model, val):
+    loss = eval_val(args, model, val)
+    print(f"step val_loss:{loss:.4f} val_bpb:{loss / math.log(2) / 2.4:.4f}")
+    return loss
+"""
+
+
+def test_of_how_many_tokens_a_score_is_takes_no_place_of_the_score() -> None:
+    """Two lines of one function about one sum: the one in bits per byte is the score, and none that was told before."""
+    main = MAIN.replace(
+        BODY, "    raw = copy.deepcopy(model.state_dict())\n    PICK\n    final = tallied(args, model, val)\n"
+    )
+    start, end = main.index('    print(f"final'), main.index("\nif __name__")
+    said = '    print(f"tokens {final.tokens}")\n    print(f"final val_bpb:{final.bpb:.8f}")\n'
+    main = main[:start] + said + main[end:]
+    pick = "if look(args, model, val) > look(args, model, val):\n        model.load_state_dict(raw)"
+    picked = HEAD + BESIDE + main.replace("PICK", pick)
+    assert broken(picked) == {"choice-by-validation"}
+    assert all("final" in each.text for each in passes_of(case_of(picked))[0].score)
+    assert broken(HEAD + BESIDE + main.replace("PICK", "look(args, model, val)")) == set()
