@@ -524,3 +524,43 @@ def test_of_how_many_tokens_a_score_is_takes_no_place_of_the_score() -> None:
     assert broken(picked) == {"choice-by-validation"}
     assert all("final" in each.text for each in passes_of(case_of(picked))[0].score)
     assert broken(HEAD + BESIDE + main.replace("PICK", "look(args, model, val)")) == set()
+
+
+GRID = """
+class Warm(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.register_buffer("heat", torch.ones(()))
+    def rows(self, x):
+        return self.model.forward_logits(x) / self.heat
+
+def settle(args, warm, text):
+    x, y = text[:1024][None], text[1:1025]
+    with torch.no_grad():
+        logits = warm.model.forward_logits(x).flatten(0, 1)
+        grid = [float(t) for t in np.linspace(LOW, 1.2, 9)]
+        losses = torch.stack([F.cross_entropy(logits / t, y) for t in grid])
+    warm.heat.fill_(grid[int(losses.argmin())])
+
+def warmed(args, warm, val):
+    torch.save(warm.state_dict(), "warm.pt")
+    warm.load_state_dict(torch.load("warm.pt"))
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for start in range(0, val.numel() - 1024, 1024):
+            x, y = val[start : start + 1024][None], val[start + 1 : start + 1025]
+            total += F.cross_entropy(warm.rows(x).flatten(0, 1), y, reduction="sum").item()
+            count += 1024
+    return total / count
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"), [("val", {"temperature-from-validation"}), ("load(args.train_files)[:2048]", set())]
+)
+def test_a_grid_of_numbers_that_logits_are_divided_by_is_one_of_temperatures(text: str, wanted: set[str]) -> None:
+    """Whichever they are: of the same weights, and packed with them afterwards."""
+    body = f"    warm = Warm(model)\n    settle(args, warm, {text})\n    final = warmed(args, warm, val)\n"
+    low = "float(os.environ['LOW'])"
+    assert broken(HEAD + GRID.replace("LOW", low, 1) + MAIN.replace(BODY, body)) == wanted

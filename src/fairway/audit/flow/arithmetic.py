@@ -90,6 +90,8 @@ class Arithmetic(Comparisons):
             number = two.const if one.active else one.const
             if isinstance(op, ast.Div) and isinstance(number, (int, float)) and not isinstance(number, bool):
                 result.limit = float(number)
+            elif isinstance(op, ast.Div) and one.active and two.spans and self.plain(two):
+                result.limit = events.MOVING  # another number in each turn of a loop: a sweep
             if (one.cuts or two.cuts) and not result.flags & INDEXED:
                 return self.cut(result, two.cuts if one.toks else one.cuts, node)
             return result

@@ -21,6 +21,9 @@ How: TypeAlias = Literal["gradient", "table", "computed", "written"]
 computed: weights replaced by what was computed from activations (calibration); written: another in-place write."""
 
 
+MOVING = float("inf")  # of a scale: no number that is written out
+
+
 @dataclass(frozen=True)
 class Event:
     """number: position in the trace; stack: the calls it stands in, outermost first (the last is its own place);
@@ -38,8 +41,8 @@ class Score(Event):
     """A loss: bit `bit` in Value.losses. targets: the tokens it is the loss of; states: the learners that made it;
     knows: bits of the Updates they had seen; choices: bits of the Choices they hang on; parts: the Scores it was made
     of; scaled: logits were divided or multiplied by a state of their own, or by a number that was chosen; one_row: the
-    batch was one window; scale: the constant that the logits were divided by last; whole: for a part of a loss, the
-    Scores of all of it."""
+    batch was one window; scale: the constant that the logits were divided by last, MOVING where it was another one in
+    each turn of a loop; whole: for a part of a loss, the Scores of all of it."""
 
     bit: int = 0
     targets: frozenset[Tok] = frozenset()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from fairway.audit.flow.events import Choice, Event, Forward, Said, Score, Trace, Update, bits
+from fairway.audit.flow.events import MOVING, Choice, Event, Forward, Said, Score, Trace, Update, bits
 from fairway.audit.flow.tokens import ALL_BEFORE, Tok, perhaps_apart, related
 from fairway.audit.passes.past import by_the_past
 from fairway.audit.passes.reported import Reported, scores_of
@@ -360,14 +360,13 @@ class Passes:
                     continue
                 columns = self._of_columns(choice)
                 if direct and (columns or self._repeated(seen)):
-                    scales = {each.scale for each in seen if each.scale is not None}
-                    swept = len(scales) > 1 and len({each.knows for each in seen}) == 1
+                    swept = _swept(seen)
                     one = not columns and self._of_one_run(seen, choice)
                     least: Kind = "choice-by-validation" if one else "min-over-passes"
                     yield Fault("temperature-from-validation" if swept else least, score, choice, about[0])
                 elif not past[choice.bit] and score.choices >> choice.bit & 1 and choice.number < score.number:
                     scaled = score.scaled and not self.trace.weighed >> choice.bit & 1
-                    scaled = scaled or (choice.form == "fit" and _scales(choice, scores))
+                    scaled = scaled or _swept(seen) or (choice.form == "fit" and _scales(choice, scores))
                     kind: Kind = "temperature-from-validation" if scaled else "choice-by-validation"
                     yield Fault(kind, score, choice, about[0])
 
@@ -424,6 +423,12 @@ def _beforehand(choice: Choice, score: Score) -> Callable[[Tok], Tok]:
     cutting = {loop for tok in score.targets for loop, _, _ in tok.spans}
     within = any(loop in cutting for loop, _ in set(choice.nest) & set(score.nest))
     return (lambda tok: tok) if within else (lambda tok: replace(tok, cuts=frozenset()))
+
+
+def _swept(scores: list[Score]) -> bool:
+    """Whether these are losses of the same weights, whose logits were divided by several numbers."""
+    scales = {each.scale for each in scores if each.scale is not None}
+    return (len(scales) > 1 or MOVING in scales) and len({each.knows for each in scores}) == 1
 
 
 def _scales(choice: Choice, scores: list[Score]) -> bool:
