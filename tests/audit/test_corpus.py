@@ -65,6 +65,43 @@ def test_an_edit_that_fits_twice_is_refused(maker: ModuleType) -> None:
         maker.altered(case, "a\na\n")
 
 
+SOUND = """import os
+
+@staticmethod
+def one(a,
+        b,
+):
+    return (
+a, b)
+
+if os.name:
+    two = 2
+else:
+    two = 3
+TEXT = \"\"\"
+def three(:
+\"\"\"
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "put", "wanted"),
+    [(7, "    return (a b", False), (8, "a + b)", True), (11, "    two = = 2", False), (13, "    two = 4", True)],
+)
+def test_a_script_is_read_around_the_lines_that_were_touched(
+    maker: ModuleType, line: int, put: str, wanted: bool
+) -> None:
+    lines = SOUND.split("\n")
+    maker.check(SOUND, [], "sound")
+    maker.check(SOUND, list(range(1, len(lines) + 1)), "sound")
+    lines[line - 1] = put
+    if wanted:
+        maker.check("\n".join(lines), [line], "touched")
+    else:
+        with pytest.raises(SyntaxError):
+            maker.check("\n".join(lines), [line], "touched")
+
+
 @pytest.mark.parametrize("kind", ["lzma85", "zlib64", "brotli85", "nested"])
 def test_a_wrapped_script_runs_as_the_script_itself(maker: ModuleType, kind: str) -> None:
     space: dict[str, object] = {}
