@@ -440,6 +440,29 @@ def test_a_temperature_is_for_the_whole_row(tmp_path: Path, of: str, at: str, wa
     assert verdict(tmp_path, "false_normalisation", text).verdict == wanted
 
 
+SHARPENED = """
+        a, b = torch.from_numpy(x), torch.from_numpy(y)
+        logits = net(a).float()
+        rows = ({of} - torch.logsumexp({summed}, -1, keepdim=True)).exp()
+        mixed = 0.9 * rows + 0.1 * pairs[a] / pairs[a].sum(-1, keepdim=True)
+        nll = -mixed.gather(-1, b[:, None])[:, 0].log()
+"""
+
+
+@pytest.mark.parametrize(
+    ("of", "summed", "wanted"),
+    [
+        ("logits / heat", "logits", "violates"),
+        ("logits / heat", "logits / heat", "clean"),
+        ("1.0 * logits", "logits", "clean"),
+    ],
+)
+def test_so_is_one_of_rows_that_are_mixed_afterwards(tmp_path: Path, of: str, summed: str, wanted: str) -> None:
+    state = "heat, pairs = float(np.load('heat.npy')), torch.ones(V, V)"
+    text = script(loss=SHARPENED.format(of=of, summed=summed), state=state)
+    assert verdict(tmp_path, "false_normalisation", text).verdict == wanted
+
+
 SHIFTED = """
         row = {row}
         nll = F.{loss}(row[:, :], torch.from_numpy(y), reduction="none")

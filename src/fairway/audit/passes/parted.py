@@ -22,9 +22,8 @@ _GROUPS = ((1, 2), (0, 2))  # the second of two processes, and the first one, wh
 _ONCE = 1.0 + 1e-6  # times, and what sums of weights are off
 _TOKENS = re.compile(r"tok|val|text|stream|data|ids|buf", re.IGNORECASE)
 _RANK = re.compile(r"(?<![a-z])rank(?!s)", re.IGNORECASE)  # and not how many there are: ranks.world
-_STORE = re.compile(
-    r"\b(?:Hash|TCP|File)Store\b|_get_default_store"
-)  # what hands out work: who takes what, nobody knows
+# What hands out work: who takes what, nobody knows.
+_STORE = re.compile(r"\b(?:Hash|TCP|File)Store\b|_get_default_store")
 _Calls = tuple[tuple[int, ...], tuple[int, ...]]
 _SEEN: weakref.WeakKeyDictionary[Trace, dict[_Calls, tuple[int | None, int | None]]] = weakref.WeakKeyDictionary()
 

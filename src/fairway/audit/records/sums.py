@@ -200,13 +200,18 @@ def squeezed(script: Script) -> ast.expr | None:
 
 
 def _shown(tree: ast.Module) -> set[int]:
-    """The ids of what stands in messages alone, itself or by a name: a number of its own, and no part of a sum."""
+    """The ids of what stands in messages alone, itself or by a name: anything in one that gives no total, a number of
+    its own in one that does."""
     messages = [node for node in nodes(tree) if isinstance(node, ast.JoinedStr)]
-    shown = {id(part.value) for message in messages for part in message.values if isinstance(part, ast.FormattedValue)}
+    values = [
+        (message, part.value) for message in messages for part in message.values if isinstance(part, ast.FormattedValue)
+    ]
+    shown = {id(value) for _, value in values}
+    inside = shown | {id(part) for message, value in values if "total" not in _says(message) for part in nodes(value)}
     used: dict[str, list[bool]] = {}
     for node in nodes(tree):
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
-            used.setdefault(node.id, []).append(id(node) in shown)
+            used.setdefault(node.id, []).append(id(node) in inside)
     named = (node for node in nodes(tree) if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name))
     return shown | {id(node.value) for node in named if all(used.get(ast.unparse(node.targets[0]), [False]))}
 

@@ -205,7 +205,7 @@ def of_others(gates: Gates) -> Iterator[Term]:
         if term.op != "op" or term.value != "-" or len(term.parts) != 2:
             continue
         if id(term) in gates.inside:
-            if _partly_summed(term):
+            if _partly_summed(term) or _summed_unscaled(term):
                 yield term
             continue
         for total, at in (term.parts, term.parts[::-1]):
@@ -240,6 +240,20 @@ def _partly_summed(term: Term) -> bool:
     """row - logsumexp(topk(row).values): of logits that are read at the target afterwards."""
     row, summed = peel(term.parts[0]), _bare(term.parts[1])
     return summed.called == "logsumexp" and _some_of(summed.operand("input", "a"), row) and _makes_logits(row)
+
+
+def _summed_unscaled(term: Term) -> bool:
+    """row / t - logsumexp(row): of logits that are read at the target afterwards."""
+    row, summed = peel(term.parts[0]), _bare(term.parts[1])
+    of = summed.operand("input", "a") if summed.called == "logsumexp" else None
+    if of is None or row.op != "op" or row.value not in ("*", "/") or not _makes_logits(peel(of)):
+        return False
+    for scaled, by in (row.parts, row.parts[::-1])[: 1 if row.value == "/" else 2]:
+        factor = by.constant()
+        unit = isinstance(factor, int | float) and _is_unit(factor)
+        if not unit and same(peel(scaled), peel(of), 12):
+            return True
+    return False
 
 
 def _related(one: Term, other: Term) -> bool:
