@@ -65,7 +65,14 @@ class Methods(Files):
 
     def _joined(self, base: Value, listed: Value) -> Value:
         flat = self.flat(listed)
-        return flat.but(const=MISSING, refs=NO_OBJECTS, items=None, flags=flat.flags | TEXT)
+        plain = listed.items is not None or all(obj.kind == "list" for obj in listed.refs)
+        parts = (self.elements(listed, None).exact or ()) if plain else ()
+        words = tuple(
+            word
+            for each in parts
+            for word in ((each.const[:200],) if isinstance(each.const, str) else self.flat(each).words)
+        )
+        return flat.but(const=MISSING, refs=NO_OBJECTS, items=None, flags=flat.flags | TEXT, words=words or flat.words)
 
     # Lists and dicts.
     def list_method(self, obj: Obj, base: Value, name: str, args: list[Value], node: ast.AST | None) -> Value:

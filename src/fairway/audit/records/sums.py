@@ -10,6 +10,7 @@ from fairway.audit.reading.tree import last_name, nodes
 LIMIT = 16_000_000
 MIB = 16 * 1024 * 1024
 _MOST = 4_000  # expressions followed from one sum
+_STEPS = 14  # from a sum to the script's own text: in 124 scripts ten at most, where that is a part of the sum
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def _larger(reached: list[ast.AST], sources: "_Sources") -> int:
     """max(code, artifact): one leads to the code, another to a size without it."""
     for call in reached:
         if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "max" and len(call.args) > 1:
-            sides = [list(sources.reached(each)) for each in call.args]
+            sides = [list(sources.reached(each, _MOST)) for each in call.args]
             coded = [any(map(_is_code, side)) for side in sides]
             if any(coded) and any(any(map(_is_size, side)) for side, own in zip(sides, coded, strict=True) if not own):
                 return call.lineno
@@ -320,23 +321,31 @@ class _Sources:
             return self.given.get(f"{name}()", [])[:20]
         return []
 
-    def reached(self, node: ast.expr) -> Iterator[ast.AST]:
-        """Every expression that an expression may come from, each once, within bounds."""
-        seen: set[int] = set()
-        waiting: list[ast.AST] = [node]
-        while waiting and len(seen) < _MOST:
-            each = waiting.pop()
-            if id(each) in seen:
-                continue
-            seen.add(id(each))
-            yield each
-            stands_for = self.of(each) if isinstance(each, ast.expr) else []
-            own = isinstance(each, ast.Call) and isinstance(each.func, ast.Name) and stands_for
-            if not own:  # of what a function of the script gives, its arguments are parts by their names in it
-                called = each.func if isinstance(each, ast.Call) and isinstance(each.func, ast.Name) else None
-                # What is called by its name is no field: `len(blob)` beside `self.len = n`.
-                waiting += [part for part in ast.iter_child_nodes(each) if part is not called]
-            waiting += stands_for
+    def reached(self, node: ast.expr, steps: int = _STEPS) -> Iterator[ast.AST]:
+        """Every expression that an expression may come from, each once, nearest first, within bounds: fields of one
+        name lead to all that ever had it, and further off to all of the script."""
+        seen = {id(node)}
+        nearest: list[ast.AST] = [node]
+        for _ in range(steps):
+            further: list[ast.AST] = []
+            for each in nearest:
+                yield each
+                for part in self._parts(each):
+                    if id(part) not in seen and len(seen) < _MOST:
+                        seen.add(id(part))
+                        further.append(part)
+            nearest = further
+        yield from nearest
+
+    def _parts(self, node: ast.AST) -> list[ast.AST]:
+        """What an expression is made of, and what its names stand for: of what a function of the script gives, its
+        arguments are parts by their names in it."""
+        stands_for: list[ast.AST] = [*self.of(node)] if isinstance(node, ast.expr) else []
+        called = node.func if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else None
+        if called is not None and stands_for:
+            return stands_for
+        # What is called by its name is no field: `len(blob)` beside `self.len = n`.
+        return [*(part for part in ast.iter_child_nodes(node) if part is not called), *stands_for]
 
     def _give(self, target: ast.AST, value: ast.expr) -> None:
         if isinstance(target, (ast.Tuple, ast.List)):
