@@ -312,7 +312,7 @@ def test_a_second_pass_that_is_only_a_diagnosis_is_no_violation(said: str, is_sc
     assert bool(broken(HONEST.replace("\nif __name__", again))) is is_score
 
 
-SAY = """
+JOINS = """
 def say(*parts, end="\\n"):
     line = " ".join(map(str, parts))
     line and print(line, end=end, flush=True)
@@ -322,7 +322,7 @@ def say(*parts, end="\\n"):
 @pytest.mark.parametrize(("said", "is_score"), [("adapted (not the score):", False), ("val_loss", True)])
 def test_what_a_helper_joins_is_read_as_one_text(said: str, is_score: bool) -> None:
     again = f'    say("{said}", eval_val(args, model, val))\n\nif __name__'
-    assert bool(broken(HEAD + SAY + MAIN.replace("\nif __name__", again))) is is_score
+    assert bool(broken(HEAD + JOINS + MAIN.replace("\nif __name__", again))) is is_score
 
 
 BY_DOCUMENT = """
