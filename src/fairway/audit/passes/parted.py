@@ -143,7 +143,7 @@ def _goes_on(node: ast.Subscript, shared: set[str]) -> bool:
         and isinstance(end.left.op, ast.FloorDiv)
         and isinstance(end.right, ast.Constant)
     )
-    own = share and "rank" in ast.unparse(end.left).lower()
+    own = share and bool(_RANK.search(ast.unparse(end.left)))
     return own or getattr(end.left, "id", "") in shared - {getattr(begun, "id", "")}
 
 

@@ -319,9 +319,10 @@ def _begun_anew(loop: ast.For | ast.While, asked: set[str], forgetful: set[str])
 def _to_nought(statement: ast.stmt, clocks: set[str]) -> str:
     """What a statement sets to nought of an object that counts time, `clock.spent = 0.0`, `clock.total["train"],
     clock.since["train"] = 0.0, clock.now()`; "" where it sets none."""
-    given = statement if isinstance(statement, ast.Assign) else None
-    for target in given.targets if given is not None else ():
-        for field, value in zip(_parts(target), _parts(given.value) if given is not None else (), strict=False):
+    if not isinstance(statement, ast.Assign):
+        return ""
+    for target in statement.targets:
+        for field, value in zip(_parts(target), _parts(statement.value), strict=False):
             nought = isinstance(value, ast.Constant) and type(value.value) in (int, float) and not value.value
             if nought and isinstance(field, ast.Attribute | ast.Subscript) and _owner(field) in clocks:
                 return ast.unparse(field)

@@ -10,7 +10,7 @@ from fairway.audit.reading.tree import last_name, nodes
 LIMIT = 16_000_000
 MIB = 16 * 1024 * 1024
 _MOST = 4_000  # expressions followed from one sum
-_STEPS = 14  # from a sum to the script's own text: in 124 scripts ten at most, where that is a part of the sum
+_STEPS = 14  # from a sum to the script's own text: ten at most in 127 scripts that have such a sum
 
 
 @dataclass(frozen=True)
