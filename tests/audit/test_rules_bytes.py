@@ -89,14 +89,15 @@ def test_a_space_in_the_marks_place_is_counted_in_the_table(tmp_path: Path) -> N
         (
             TABLE.replace('len(piece.encode("utf-8"))', 'len(piece.encode("utf-8")) + int(lead[i])'),
             COUNT,
-            "lead[i] = ",
+            "+ int(lead[i])",
         ),
         (TABLE.replace("piece = piece[1:]", 'piece = piece.replace("\\u2581", " ")'), COUNT, "piece.replace("),
-        (TABLE.replace("return size, lead", "size = size + lead\n    return size, lead"), COUNT, "lead[i] = "),
+        (TABLE.replace("return size, lead", "size = size + lead\n    return size, lead"), COUNT, "size = size + lead"),
+        (TABLE, f"{COUNT} + lead[y].sum()", "lead[y].sum()"),
         (METHOD.replace('removeprefix("▁")', 'replace("▁", " ")'), COUNT, 'replace("▁"'),
         (COMPREHENSION.replace('lstrip("▁")', 'replace("▁", " ")'), COUNT, 'replace("▁"'),
     ],
-    ids=["in-the-store", "as-a-space", "vectorised", "in-a-method", "in-a-comprehension"],
+    ids=["in-the-store", "as-a-space", "vectorised", "in-the-loop", "in-a-method", "in-a-comprehension"],
 )
 def test_a_space_in_the_table_and_in_the_loop_is_counted_twice(
     tmp_path: Path, table: str, count: str, place: str

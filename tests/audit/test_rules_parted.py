@@ -203,6 +203,34 @@ def test_a_share_that_ends_behind_its_own_is_counted_by_two_processes(more: str,
         assert "1,024" in found.evidence
 
 
+BY_ENDS = """
+def windows_of(total, rank, size):
+    windows = [(at, min(at + 1024, total)) for at in range(0, total, 1024)]
+    first = (len(windows) * rank) // size
+    last = {end}
+    return windows[first:last]
+
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "wanted"),
+    [
+        ("min((len(windows) * (rank + 1)) // size + 1, len(windows))", True),
+        ("(len(windows) * (rank + 1)) // size", False),
+        ("min((len(windows) * (rank + 1)) // size + 0, len(windows))", False),
+    ],
+)
+def test_where_the_share_of_a_rank_ends_may_be_said_before_it_is_taken(end: str, wanted: bool) -> None:
+    text = script("0, first", KNOWN).replace("in pieces(first, last)", "in windows_of(total, rank, size)")
+    text = text.replace("def ev(", BY_ENDS.format(end=end) + "def ev(")
+    found = twice_counted_tokens.check(case_of(text))
+    assert found.verdict == ("violates" if wanted else "clean")
+    if wanted:
+        assert found.place is not None
+        assert found.place.line == line_of(text, "    last = min(")
+
+
 BY_CUTS = """
 def windows_of(total, rank, size):
     many = (total + 1023) // 1024

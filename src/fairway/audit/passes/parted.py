@@ -22,6 +22,7 @@ _GROUPS = ((1, 2), (0, 2))  # the second of two processes, and the first one, wh
 _ONCE = 1.0 + 1e-6  # times, and what sums of weights are off
 _TOKENS = re.compile(r"tok|val|text|stream|data|ids|buf", re.IGNORECASE)
 _RANK = re.compile(r"(?<![a-z])rank(?!s)", re.IGNORECASE)  # and not how many there are: ranks.world
+_OWN_RANK = re.compile(r"(?<![a-z_])rank\b", re.IGNORECASE)  # and not what each rank has: per_rank
 # What hands out work: who takes what, nobody knows.
 _STORE = re.compile(r"\b(?:Hash|TCP|File)Store\b|_get_default_store")
 _Calls = tuple[tuple[int, ...], tuple[int, ...]]
@@ -122,6 +123,16 @@ def _moved(tree: ast.AST | None) -> Iterator[int]:
                 yield node.lineno
             if _RANK.search(ast.unparse(node.value)):
                 shared |= names
+                if not isinstance(node.value, ast.Subscript) and any(map(_beyond_its_share, nodes(node.value))):
+                    yield node.lineno
+
+
+def _beyond_its_share(node: ast.AST) -> bool:
+    """n * (rank + 1) // size + 1; not rank + 1, nor what is taken from there, lo = rank * n + 1: a trial has to show
+    that two processes count the same."""
+    more = isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add) and isinstance(node.right, ast.Constant)
+    share = node.left if isinstance(node, ast.BinOp) and more else None
+    return isinstance(share, ast.BinOp) and bool(_OWN_RANK.search(ast.unparse(share)))
 
 
 def _ends_behind(call: ast.Call) -> bool:

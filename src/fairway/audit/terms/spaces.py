@@ -35,6 +35,11 @@ class Spaces:
             return self
         return Spaces({**self.added, **other.added}, {**self.taken, **other.taken})
 
+    def added_at(self, at: Term) -> "Spaces":
+        """Of flags, which count nothing by themselves: what counts is where they are added."""
+        flags = (origin for origin, term in self.added.items() if term.op == "const" and term.value is True)
+        return Spaces({**self.added, **dict.fromkeys(flags, at)}, self.taken)
+
 
 NONE = Spaces({}, {})
 
@@ -104,7 +109,8 @@ class SpaceCount:
         self, term: Term, sign: str, parts: tuple[Term, ...], marked: bool, table: int, depth: int
     ) -> Spaces:
         if sign in ("+", ".add_", "add", "plus"):
-            return self.of(parts[0], marked, table, depth) | self.of(parts[1], marked, table, depth)
+            one, other = (self.of(part, marked, table, depth).added_at(term) for part in parts[:2])
+            return one | other
         if sign in ("-", ".sub_", "sub", "subtract"):
             kept = self._kept_of_mark(parts[0], parts[1])
             if kept is not None:

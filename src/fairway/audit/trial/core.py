@@ -241,13 +241,20 @@ class Core:
             if self.over and value.way[:-1] not in self.trial.taught_in and self.scored[places].any():
                 self.scored[:], self.over = 0, False  # another evaluation, and no step of the one that was told
             self.scored[places] += 1  # numpy adds once where an index stands twice
-            if value.weights is not None and (value.way in self.trial.booked or len(self.trial.booked) < WAYS):
-                times = self.trial.booked.setdefault(value.way, np.zeros(LENGTH, dtype=np.int32))
-                counted = places[value.weights != 0]
-                if value.way not in self.trial.again and times[counted].any():
-                    self.trial.again[value.way] = int(np.count_nonzero(times))
-                times[counted] += 1
+            if value.weights is not None:
+                self._counted_in(value.way, places[value.weights != 0])
         return value
+
+    def _counted_in(self, way: tuple[int, ...], places: NDArray[np.int32]) -> None:
+        """How often each place was summed there, and whether one was for the second time."""
+        times = self.trial.booked.get(way)
+        if times is None:
+            if len(self.trial.booked) >= WAYS:
+                return
+            times = self.trial.booked[way] = np.zeros(LENGTH, dtype=np.int32)
+        if way not in self.trial.again and times[places].any():
+            self.trial.again[way] = int(np.count_nonzero(times))
+        times[places] += 1
 
     def marked(self, pos: NDArray[np.int32]) -> NDArray[np.int32]:
         """The places of targets that are being scored: marked where something learned from them before."""
