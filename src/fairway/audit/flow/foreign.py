@@ -20,6 +20,7 @@ from fairway.audit.flow.values import (
     Value,
     blend,
 )
+from fairway.audit.reading.kernels import operators
 from fairway.audit.settings import UNKNOWN
 
 PASSES = frozenset(
@@ -49,6 +50,9 @@ class Foreign(Operators):
 
     def outside_call(self, name: str, args: list[Value], kwargs: dict[str, Value], node: ast.AST | None) -> Value:
         """name(*args, **kwargs)"""
+        own = operators(self.frame.script.tree).get(name.removesuffix(".default"), "")
+        if own in self.frame.globals.slots:  # torch.ops.space.name, which the script adds itself
+            return self.call(self.frame.globals.slots[own], args, kwargs, node)
         last = name.rsplit(".", 1)[-1]
         if "reduce" in last or "gather" in last:
             self.together(args)

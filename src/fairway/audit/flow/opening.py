@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from functools import reduce
 from typing import Any
 
 from fairway.audit.beside import table_at, table_of
@@ -12,6 +13,7 @@ from fairway.audit.flow.values import (
     NOTHING,
     Value,
     blend,
+    join,
 )
 from fairway.audit.settings import UNKNOWN
 
@@ -150,6 +152,24 @@ class Opening(Methods):
         return NONE
 
     _do_savez_compressed = _do_savez
+
+    def _do_run(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        """subprocess.run(["lrzip", "-o", packed, raw]): what another program makes of a file that the script wrote lies
+        in the other files that it is told of."""
+        if not (name.startswith("subprocess.") and args):
+            return None
+        held = [each.slots.get("#items") for each in args[0].refs]
+        listed = next((each.items for each in held if isinstance(each, Value) and each.items), args[0].items or ())
+        paths = [
+            text for text in (self.text_of(self.path_of(each)) for each in listed[1:]) if text[:1] not in ("", "-")
+        ]
+        written = [each for path in paths if isinstance(each := self.files.slots.get(path), Value)]
+        for path in paths if written else ():
+            if path not in self.files.slots:
+                self.heap.set(self.files, path, reduce(join, written))
+        return None
+
+    _do_check_call = _do_check_output = _do_call = _do_Popen = _do_run
 
     def _do_write_bytes(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
         return None

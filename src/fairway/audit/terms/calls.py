@@ -154,6 +154,8 @@ def dispatch(m: "Machine", function: Term, positional: list[Term], named: dict[s
         return dispatch(m, function.parts[0], positional, named, here)
     if function.op == "name":
         return foreign.function(m, function.value, positional, named, here)
+    if function.op == "item" and function.parts[0].op == "function":  # kernel[grid](...)
+        return foreign.launched(m, function.parts[0].value, positional, named, here)
     if here.base is not None and here.node is not None and isinstance(here.node.func, ast.Attribute):
         return foreign.method(m, here.base, here.node.func.attr, positional, named, here)
     return opaque(m, "()", [function, *positional], named, here)

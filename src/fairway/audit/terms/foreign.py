@@ -4,15 +4,17 @@ import ast
 import math
 from typing import TYPE_CHECKING, Any
 
+from fairway.audit.reading.kernels import operators, prices
 from fairway.audit.settings import PURE, UNKNOWN, attempt
 from fairway.audit.terms import assigning, calls, elements, items, objects, special
 from fairway.audit.terms.term import Term
-from fairway.audit.terms.things import Frame, constant
+from fairway.audit.terms.things import Frame, Function, constant
 
 if TYPE_CHECKING:
     from fairway.audit.terms.calls import Here
     from fairway.audit.terms.machine import Machine
 
+_ENTROPY = "torch.nn.functional.cross_entropy"
 # Functions that give their first argument back, as far as values are concerned.
 _WRAPPERS = frozenset(
     """compile DistributedDataParallel DDP DataParallel script lru_cache cache wraps deepcopy copy jit inference_mode
@@ -32,6 +34,9 @@ _TEXT = frozenset(
 
 def function(m: "Machine", name: str, positional: list[Term], named: dict[str, Term], here: "Here") -> Term:
     """A call of a function known by its dotted name."""
+    own = here.frame.module.vars.get(operators(m.entry.tree).get(name.removesuffix(".default"), ""))
+    if own is not None:  # torch.ops.space.name, which the script adds itself
+        return calls.dispatch(m, own, positional, named, here)
     handler = special.FUNCTIONS.get(name) or special.LAST_WORDS.get(name.rsplit(".", 1)[-1])
     if handler is not None:
         found = handler(m, name, positional, named, here)
@@ -56,6 +61,21 @@ def function(m: "Machine", name: str, positional: list[Term], named: dict[str, T
         target = next(keyword.value for keyword in here.node.keywords if keyword.arg == "out")
         assigning.write_back(m, target, term, here.frame)
     return term
+
+
+def launched(m: "Machine", kernel: Function, positional: list[Term], named: dict[str, Term], here: "Here") -> Term:
+    """A kernel that writes losses into a tensor that it is given: what torch makes of the others by cross_entropy."""
+    priced = prices(kernel.node)
+    given = priced.given(positional, list(named.items())) if priced is not None else {}
+    if priced is None or not given or here.node is None:
+        return calls.opaque(m, "()", positional, named, here)
+    held = priced.given(here.node.args, [(each.arg, each.value) for each in here.node.keywords])
+    each = {"reduction": constant("none", here.file, here.line)}
+    losses = calls.opaque(m, _ENTROPY, [given[priced.logits], given[priced.targets]], each, here)
+    for name in priced.losses:
+        if name in held:
+            assigning.write_back(m, held[name], losses, here.frame)
+    return losses
 
 
 def _folded(name: str, positional: list[Term], named: dict[str, Term], here: "Here") -> Term | None:

@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from fairway.audit.reading.kernels import Priced
 from fairway.audit.reading.script import Layer, Script
 from fairway.audit.settings import Settings
 from fairway.audit.trial.arrays import Array, holds_sums, scalar, sum_of
@@ -50,6 +51,8 @@ class Core:
         self.looped: frozenset[int] = frozenset()
         self.handed_on: frozenset[int] = frozenset()
         self.widths: frozenset[int] = frozenset()
+        self.kernels: dict[str, Priced] = {}  # that write losses
+        self.operators: dict[str, str] = {}  # the script's own in torch.ops, and the names of their functions
         self.modules: dict[str, Value] = {}
         self.depth = 0
         self.stack: list[int] = []  # lines of the calls around it

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from fairway.audit.reading.kernels import operators, priced
 from fairway.audit.reading.script import Layer, Script
 from fairway.audit.settings import Settings
 from fairway.audit.trial import arguments, files, text
@@ -96,6 +97,8 @@ class Machine(Calls):
         self.looped |= looped(script.tree)
         self.handed_on |= handed_on(script.tree)
         self.widths |= widths(script.tree)
+        self.kernels |= priced(script.tree)
+        self.operators |= operators(script.tree)
         before, self.script = self.script, script
         try:
             self.compiler.block(script.tree.body)(frame)

@@ -7,12 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Protocol
 
+from fairway.audit.reading.kernels import Priced
 from fairway.audit.reading.tree import nodes
 from fairway.audit.trial.arrays import Array
 from fairway.audit.trial.displays import hashable
 from fairway.audit.trial.drawing import drawn
 from fairway.audit.trial.expressions import Expressions
 from fairway.audit.trial.host import Compute, Host
+from fairway.audit.trial.launches import launch, launched
 from fairway.audit.trial.operators import combine, name_of
 from fairway.audit.trial.threads import Capture, Graph, Suppress
 from fairway.audit.trial.turns import Turns
@@ -29,6 +31,7 @@ class Left:
     value: Value = None
 
 
+_HELD = (ast.Name, ast.Attribute, ast.Subscript)
 BREAK: Final = Left("break")
 CONTINUE: Final = Left("continue")
 Run = Callable[[Frame], Left | None]
@@ -41,6 +44,7 @@ class Machine(Host, Protocol):
     handlers: int
     rows_made: int
     made_at: int
+    kernels: dict[str, Priced]
 
     def mark(self, over: Value = None) -> Turns: ...
     def aimless(self, since: Turns) -> bool: ...
@@ -56,6 +60,7 @@ class Machine(Host, Protocol):
     def decorated(self, value: Value, decorator: Value, line: int) -> Value: ...
     def caught(self, error: Raised, kind: Value) -> bool: ...
     def call_function(self, func: Func, args: tuple[Value, ...], kwargs: dict[str, Value]) -> Value: ...
+    def foreign(self, func: Lib, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value: ...
 
 
 class Statements(Expressions):
@@ -95,6 +100,12 @@ class Statements(Expressions):
         value, new = self.compiled(node.value), drawn(node.value)
         if new is not None:
             return self._drawn(value, new, node.lineno)
+        kernel = launch(node.value, self.host.kernels)
+        if kernel is not None:
+            priced, given = kernel
+            bind = [self.target(given[name]) for name in priced.losses if isinstance(given.get(name), _HELD)]
+            logits, targets = (self.compiled(given[name]) for name in (priced.logits, priced.targets))
+            return launched(logits, targets, bind, self.host.foreign, node.lineno)
 
         def run(frame: Frame) -> None:
             value(frame)
