@@ -196,6 +196,16 @@ def test_losses_cut_off_above_are_no_distributions(tmp_path: Path) -> None:
     assert finding.place.line == line_of(text, "clamp(max=9.0)")
 
 
+@pytest.mark.parametrize(("floor", "wanted"), [("5e-4", "violates"), ("1e-30", "clean")])
+def test_probabilities_lifted_to_a_floor_sum_to_more_than_one(tmp_path: Path, floor: str, wanted: str) -> None:
+    """1,024 tokens that have at least 0.0005 each have half a probability; 1e-30 guards a logarithm."""
+    row = "torch.softmax(net(torch.from_numpy(x)), -1).gather(-1, torch.from_numpy(y)[:, None])"
+    text = script(loss=f"        nll = -{row}.squeeze(1).clamp_min({floor}).log()\n")
+    finding = verdict(tmp_path, "false_normalisation", text)
+    assert finding.verdict == wanted
+    assert finding.place is None or finding.place.line == line_of(text, "clamp_min(")
+
+
 # ---- hashed counts at the target
 
 VECTOR = """

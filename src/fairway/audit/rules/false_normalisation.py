@@ -2,6 +2,7 @@
 
 from fairway.audit.case import Case
 from fairway.audit.terms import ageing, mixtures, normalisers, rows
+from fairway.audit.terms.gates import Gates
 from fairway.audit.terms.verdicts import clean, unsaid
 from fairway.audit.verdict import Finding
 from fairway.audit.weighing import PIECES, excess
@@ -22,6 +23,11 @@ _WAYS = (
         rows.added_on_top,
         "A second distribution is added to one that is whole already and gives up no share for it; nothing divides the "
         "sum by what it comes to.",
+    ),
+    (
+        Gates.lifted,
+        "A target's probability is lifted to a floor that no other token gives anything up for: with it for every "
+        "token the sum exceeds one.",
     ),
     (
         mixtures.unpaid_bonus,

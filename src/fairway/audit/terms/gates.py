@@ -89,18 +89,23 @@ class Gates:
 
     def clipped(self) -> Iterator[Term]:
         """Losses that are cut off above, probabilities lifted to a floor: by more than a guard against nought."""
-        for term in self.nodes:
-            if term.op != "call" or term.called not in _CUTS:
-                continue
-            operand = term.operand("a")
-            if operand is None or not self._scored(operand):
-                continue
-            low, high = bounds_of(term)
-            inside = id(term) in self.inside
-            if (not inside and high is not None and 0 < high <= _HIGHEST) or (
-                inside and low is not None and _LOWEST <= low < 1.0  # from 1 on it guards a count that is divided by
-            ):
+        for term, (_, high) in self._cuts():
+            if id(term) not in self.inside and high is not None and 0 < high <= _HIGHEST:
                 yield term
+        yield from self.lifted()
+
+    def lifted(self) -> Iterator[Term]:
+        """Of those, the probabilities."""
+        for term, (low, _) in self._cuts():
+            if id(term) in self.inside and low is not None and _LOWEST <= low < 1.0:  # 1: a guard of what is divided by
+                yield term
+
+    def _cuts(self) -> Iterator[tuple[Term, tuple[float | None, float | None]]]:
+        """What is cut off of a loss or a probability, and the bounds."""
+        for term in self.nodes:
+            operand = term.operand("a") if term.op == "call" and term.called in _CUTS else None
+            if operand is not None and self._scored(operand):
+                yield term, bounds_of(term)
 
     def _scored(self, term: Term) -> bool:
         if not self.of.targets:  # answers of yes and no, worked out of the token's bits, are no place in a row
