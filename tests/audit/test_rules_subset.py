@@ -82,6 +82,10 @@ PARTS = {
         + MAIN.replace(EVAL, "    final = chunks(model, val)\n"),
         "break\n            for",
     ),
+    "a deadline that is set before leaves the loop": (
+        chunks(RANGE, "            if time.perf_counter() > deadline:\n                break\n").replace("    started = ", "    deadline = time.perf_counter() + 300.0\n    started = "),
+        "break\n    return",
+    ),
     "so many tokens of the one file there is": (
         chunks(RANGE, head=HEAD).replace("val = load(args.val_files)", "val = torch.cat([shard(p)[:8_000_000] for p in sorted(glob.glob(args.val_files))[:1]])"), "[:8_000_000]",
     ),
@@ -132,6 +136,9 @@ WHOLE = {
     "late chunks are no longer learned from": chunks(
         RANGE, "            if time.perf_counter() - started > 500:\n                continue\n            model.head.weight.grad = None\n"
     ),
+    "behind a deadline nothing is learned from": chunks(
+        RANGE, "            if time.perf_counter() > deadline:\n                continue\n            model.head.weight.grad = None\n"
+    ).replace("    started = ", "    deadline = time.perf_counter() + 300.0\n    started = "),
     "a rank takes its share, and the shares are summed": chunks(SHARE, SUMMED),
     "the bits of a token are its own": chunks(RANGE).replace(
         "total += model(x, y)", "y = sum(((y[..., None] >> torch.arange(12)) & 1)[..., b] << b for b in range(12))\n            total += model(x, y)"

@@ -121,6 +121,20 @@ main(parser.parse_args())
 
 
 @pytest.mark.parametrize(
+    ("over", "counts"),
+    [
+        ("(line for n, line in enumerate(lines) if n >= options['held'])", [10_000]),
+        ("(line for n, line in enumerate(lines) if n < options['held'])", []),
+        ("(line for n, line in lengths(lines) if n >= options['held'])", []),
+        ("(line for n, line in enumerate(lines) if n >= 10_000)", []),
+    ],
+)
+def test_lines_may_be_filtered_where_they_are_gone_through(over: str, counts: list[int]) -> None:
+    text = SHARDS.replace("for line in lines:", f"for line in {over}:").replace("            TURN\n", "")
+    assert [split.count for split in splits(ast.parse(text))] == counts
+
+
+@pytest.mark.parametrize(
     ("test", "given", "counts"),
     [
         ("n >= skip", "val_docs", [10_000]),

@@ -62,10 +62,10 @@ class Comparisons(Iteration):
 
     @staticmethod
     def _caps(op: ast.cmpop, one: Value, two: Value) -> bool:
-        """count >= 8_000_000, seconds > 550: a limit that the data do not set."""
+        """count >= 8_000_000, seconds > 550, now > deadline: a limit that the data do not set."""
         if not isinstance(op, (ast.Gt, ast.GtE)):
             return False
-        if one.flags & CLOCK and not two.flags & CLOCK:
+        if one.flags & CLOCK:
             return True
         number = isinstance(two.const, (int, float)) and not isinstance(two.const, bool) and two.const >= 1000
         counted = not one.flags & LENGTH or (bool(one.spans) and one.sym.startswith("add("))

@@ -49,19 +49,26 @@ def splits(tree: ast.Module) -> list[Split]:
 
 
 def _filtered(tree: ast.Module, given: dict[str, list[ast.expr]]) -> Iterator[Split]:
-    """`write("train", (ids for n, ids in documents if n >= held))`"""
-    for call in (each for each in nodes(tree) if isinstance(each, ast.Call)):
-        named = any(isinstance(each, ast.Constant) and "train" in str(each.value).lower() for each in call.args)
-        for made in (each for each in call.args if named and isinstance(each, (ast.GeneratorExp, ast.ListComp))):
-            clause = made.generators[0]
-            first = clause.target.elts[0] if isinstance(clause.target, ast.Tuple) else None
-            for test in clause.ifs:
-                later = isinstance(test, ast.Compare) and isinstance(test.ops[0], (ast.Gt, ast.GtE))
-                if not isinstance(test, ast.Compare) or not later or not isinstance(first, ast.Name):
-                    continue
-                number = _number(test.comparators[0], given)
-                if getattr(test.left, "id", "") == first.id and number is not None:
-                    yield Split(number.value, number.lineno, _called(test.comparators[0]))  # type: ignore[arg-type]
+    """`write("train", (ids for n, ids in documents if n >= held))`; anywhere else, of a number that is called so and of
+    documents that are counted: `for row in (row for n, row in enumerate(lines) if n >= held)`."""
+    named = {
+        id(arg)
+        for call in (each for each in nodes(tree) if isinstance(each, ast.Call))
+        if any(isinstance(each, ast.Constant) and "train" in str(each.value).lower() for each in call.args)
+        for arg in call.args
+    }
+    for made in (each for each in nodes(tree) if isinstance(each, (ast.GeneratorExp, ast.ListComp))):
+        clause = made.generators[0]
+        first = clause.target.elts[0] if isinstance(clause.target, ast.Tuple) else None
+        counted = isinstance(clause.iter, ast.Call) and _called(clause.iter.func) == "enumerate"
+        for test in clause.ifs:
+            later = isinstance(test, ast.Compare) and isinstance(test.ops[0], (ast.Gt, ast.GtE))
+            if not isinstance(test, ast.Compare) or not later or not isinstance(first, ast.Name):
+                continue
+            number, name = _number(test.comparators[0], given), _called(test.comparators[0])
+            held_back = id(made) in named or (counted and re.search("val|held", name.lower()))
+            if getattr(test.left, "id", "") == first.id and number is not None and held_back:
+                yield Split(number.value, number.lineno, name)  # type: ignore[arg-type]
 
 
 def _tokenises(tree: ast.Module) -> bool:
