@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from fairway.audit.flow.tokens import Tok, cut_apart, merged, perhaps_apart
-from tests.audit.order import HEAD, broken, findings
+from tests.audit.order import HEAD, broken, findings, trace_of
 from tests.audit.small import verdict
 
 WALK = """
@@ -68,6 +68,37 @@ def test_one_vector_for_all_windows_knows_the_targets_of_others() -> None:
     found = broken(walk(BEGINS["the least place of the mask"], rows="1"))
     assert "slot-shared-delta" in found
     assert "slot-on-scored" not in found
+
+
+OF_A_SHARE = """first = torch.tensor([first - max(0, end - 1024) for first, end in group])
+    mine = places[None, :] >= first[:, None]
+    where = (~mine).float()"""
+SHARE = "windows = windows[(len(windows) * RANK) // 8 : (len(windows) * (RANK + 1)) // 8]\n"
+
+
+@pytest.mark.parametrize("share", ["", SHARE])
+def test_a_mask_parts_a_window_wherever_the_list_of_its_bounds_was_cut(share: str) -> None:
+    text = walk(OF_A_SHARE).replace(
+        "for at in range(0, len(windows)", f"RANK = int(os.environ['RANK'])\n{share}for at in range(0, len(windows)"
+    )
+    trace = trace_of(text)
+    learned = [tok for each in trace.updates for tok in each.learned if tok.data == "val"]
+    scored = [tok for each in trace.scored(trace.said[-1].value.losses) for tok in each.targets]
+    assert learned
+    assert all(cut_apart(tok.cuts, target.cuts) for tok in learned for target in scored)
+
+
+TRUSTED = """logits = model.head(h + trust * d.detach())
+    nll = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view(y.shape)
+    total += nll[mine].double().sum().item()"""
+
+
+@pytest.mark.parametrize(("asked", "wanted"), [("where", "clean"), ("mine.float()", "violates")])
+def test_a_vector_may_be_trusted_as_far_as_it_helps_on_the_context(asked: str, wanted: str, tmp_path: Path) -> None:
+    trust = f"trust = torch.sigmoid((losses(h, d, y).detach() * {asked}).sum(1) / 900 - 3.0)[:, None, None]\n    "
+    booked = "total += losses(h, d.detach(), y)[mine].double().sum().item()"
+    text = walk(OF_A_SHARE).replace(booked, trust + TRUSTED)
+    assert verdict(tmp_path, "target_gated_tilt", text).verdict == wanted
 
 
 REACHED = """edge, reach = 960, int(os.environ.get("REACH_BY", "REACH"))

@@ -1,7 +1,7 @@
 """Choices that read nothing but losses of what came before the tokens whose scoring they decide."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from fairway.audit.flow.events import Choice, Score, Trace
 from fairway.audit.flow.tokens import ALL_BEFORE, Tok, related
@@ -49,6 +49,25 @@ def places_of_others(trace: Trace) -> set[Place]:
     """The lines in which every choice compares losses of other tokens alone than those that hang on it: of a window's
     context, whose head ends where what is scored of the window begins."""
     return _everywhere(trace, _apart)
+
+
+def places_of_contexts(trace: Trace, scored: Iterable[Score]) -> set[Place]:
+    """The lines in which a mask leaves of losses only those of other tokens than are scored, `(nll * ~fresh).sum(1)`
+    beside `nll[fresh]`: of the context of each window. scored: the losses that the score sums; what both masks pick is
+    of the context, which decides how strongly something is mixed, and none of them."""
+    targets = [(tok, score) for score in scored for tok in score.targets if not _of_both(tok)]
+    held: dict[Place, bool] = {}
+    for part in trace.scores:
+        if part.whole and part.targets and targets:
+            apart = all(_apart(tok, target, score) for tok in part.targets for target, score in targets)
+            held[part.place] = held.get(part.place, True) and apart
+    return {place for place, apart in held.items() if apart}
+
+
+def _of_both(tok: Tok) -> bool:
+    """Whether a mask and its opposite were both applied."""
+    heads = {(end, names) for side, end, names in tok.cuts if side == "head"}
+    return any((end, names) in heads for side, end, names in tok.cuts if side == "tail")
 
 
 def _everywhere(trace: Trace, holds: Holds) -> set[Place]:

@@ -3,9 +3,11 @@
 import ast
 
 from fairway.audit.case import Case
+from fairway.audit.flow.events import Score
 from fairway.audit.passes.charged import chosen_by_losses, passes_of
-from fairway.audit.passes.past import places_of_the_past
+from fairway.audit.passes.past import places_of_contexts, places_of_the_past
 from fairway.audit.passes.reaching import around
+from fairway.audit.passes.reported import scores_of
 from fairway.audit.reading.tree import last_name, nodes
 from fairway.audit.terms.choices import is_product
 from fairway.audit.terms.gates import Gates
@@ -29,8 +31,14 @@ _WHOLE = 1e-4  # from one: the tilts at hand that read the target come to 0.90 o
 def check(case: Case) -> Finding:
     reading = case.reading
     past = places_of_the_past(case.trace) if reading.gates else set()
+    contexts = places_of_contexts(case.trace, _scored(case)) if reading.gates else set()
+
+    def settled(term: Term) -> bool:
+        by_the_past = term.called in _LEAST and reading.place(term) in past
+        return by_the_past or (is_product(term) and reading.place(term) in contexts)
+
     for each in reading.gates:
-        gates = Gates(each.of, lambda term: term.called in _LEAST and reading.place(term) in past) if past else each
+        gates = Gates(each.of, settled) if past or contexts else each
         if any(
             next(found, None) is not None for found in (gates.oracles(), spread_over_bytes(gates), gold_ratios(gates))
         ):
@@ -83,6 +91,11 @@ def check(case: Case) -> Finding:
         place = case.place(line) if line else case.reading.place(case.reading.gates[0].of.term)
         return Finding(ID, "violates", evidence, CLAUSE, place)
     return clean(ID, CLAUSE, "weights, hints and switches of the scored losses read the context alone")
+
+
+def _scored(case: Case) -> list[Score]:
+    which = passes_of(case)[0]
+    return scores_of(case.trace, which.score, which.data)
 
 
 def _asked_at(case: Case, term: Term, origin: Term) -> Place:
