@@ -113,6 +113,9 @@ SET_BACK = {
     "another, begun": "watch = Watch().begun()",
     "moved on": "t0 += 0.5 * (time.perf_counter() - fetched)",
     "to nought": "watch.since = 0.0",
+    "a share of the sum": "spent *= 0.9",
+    "the same, written out": "spent = 0.9 * spent",
+    "less some seconds": "spent -= 4.0",
     "a key of it to nought": "watch.total['train'], watch.since = 0.0, time.perf_counter()",
 }
 KEPT_UP = {
@@ -120,6 +123,7 @@ KEPT_UP = {
     "counted elsewhere": "spent = 12.0 + watch.read()\n            t0 = time.perf_counter()",
     "no step within": "paused = time.perf_counter()\n            t0 += time.perf_counter() - paused",
     "a clock of its own": "started = time.perf_counter()",
+    "more than it was": "spent *= 1.02",
     "told before": "spent += watch.spent\n            watch.spent = 0.0",
 }
 

@@ -64,6 +64,12 @@ _WIDE = {"ljust", "rjust", "center", "zfill", "expandtabs"}
 _SUMS = 4_096  # numbers of an array that losses are added up in
 
 
+@functools.cache
+def _of_library(path: str, name: str) -> Value:
+    """A trial asks for `torch.arange` ten thousand times."""
+    return _CONSTANTS.get(f"{path}.{name}", Lib(f"{path}.{name}"))
+
+
 class Attributes(Arrays):
     """A part of the machine."""
 
@@ -93,7 +99,7 @@ class Attributes(Arrays):
         if kind is Obj:
             return self.of_object(value, name)
         if kind is Lib:
-            return _CONSTANTS.get(f"{value.path}.{name}", Lib(f"{value.path}.{name}"))
+            return _of_library(value.path, name)
         if isinstance(value, Unknown):
             if name in _PICKING and value.net:
                 return functools.partial(self.gathered, value)

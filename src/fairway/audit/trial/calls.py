@@ -231,7 +231,7 @@ class Calls(Attributes):
 
     def foreign(self, func: Lib, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
         """A library's function: one that the trial has its own of, or unknown."""
-        own = self.operators.get(func.path.removesuffix(".default"))
+        own = self.operators.get(func.path.removesuffix(".default")) if self.operators else None
         if own is not None and isinstance(entry := self.modules.get("__main__"), Obj) and own in entry.vars:
             return self.call(entry.vars[own], args, kwargs, line)
         made = self._of_library(func, args, kwargs, line)

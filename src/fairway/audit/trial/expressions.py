@@ -43,7 +43,12 @@ class Expressions(Displays):
 
     def _name(self, node: ast.Name) -> Compute:
         name, find = node.id, self.host.name
-        return self._taken(lambda frame: find(frame, name), name)
+
+        def named(frame: Frame) -> Value:
+            held = frame.vars  # half of all names are a function's own
+            return held[name] if name in held and not frame.elsewhere else find(frame, name)
+
+        return self._taken(named, name)
 
     def _attribute(self, node: ast.Attribute) -> Compute:
         value, name, find = self.compiled(node.value), node.attr, self.host.attribute
