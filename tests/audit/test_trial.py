@@ -1640,3 +1640,10 @@ def test_the_lower_of_losses_that_are_scattered_is_one_of_them_and_their_sum_is_
         assert again.pos[[3, 4]].tolist() == [3, 4]
         assert again.coef[[3, 4]].tolist() == [1.0, 1.0]
     assert isinstance(scatter_reduce(kept, 0, at, losses, "sum"), Unknown)
+
+
+def test_which_weights_learn_is_no_question() -> None:
+    picked = "held = []\nfor p in net.parameters():\n    if p.requires_grad:\n        held.append(p)\n"
+    found = tried(picked + "print(net(val[:-1], val[1:]).item())")
+    assert found.complete
+    assert not found.doubts

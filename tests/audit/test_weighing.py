@@ -482,6 +482,27 @@ def score_all(args, model, val):
     assert found.total == pytest.approx(wanted, rel=2e-4)
 
 
+def test_what_is_not_known_of_the_training_is_no_doubt_of_prices() -> None:
+    """Of batches out of a file nobody knows what they are of: that something learns from them tells the training, in
+    which the text is scored now and then."""
+    mix, wanted = faults()["half a prior"]
+    learns = (
+        "    width = 8\n    if torch.load('sizes.pt')['bits'] > 4:\n        width = 4\n    opt = torch.optim.AdamW("
+    )
+    text = HEAD.replace("    opt = torch.optim.AdamW(", learns, 1)
+    text = text.replace("x, y = loader.next(65536)", "x, y = torch.load('batch.pt')")
+    told = "    print(eval_val(args, model, load(args.val_files)))\n"
+    text = text.replace("    model.load_state_dict(ema)\n", f"    model.load_state_dict(ema)\n{told}", 1)
+    assert text.count("torch.load('batch.pt')") == 2
+    assert told in text
+    text += "vocab_size = 1024\n" + EVAL.replace("MIX", mix.replace("\n", "\n        "))
+    main = MAIN.replace("eval_ttt(args", "eval_mixed(args").replace("def main():", "def work():")
+    one = case_of(text + main.replace("\nif __name__", "\ndef main():\n    work()\n\nif __name__"))
+    found = weighed(one, passes_of(one)[0])
+    assert found is not None
+    assert found.total == pytest.approx(wanted, rel=2e-4)
+
+
 def test_a_table_that_holds_the_token_already_is_not_weighed_by_the_rule() -> None:
     """Tokens that are counted before they are scored add up to more: that is the fault of the order."""
     mix = f"mixed = (rows + 4.0 * probs) / (seen + 4.0)\n{PICKED}"

@@ -112,6 +112,8 @@ class Attributes(Arrays):
                 return self.leaf
             if name == "step":
                 return self.stepped
+            if name == "requires_grad":  # which weights learn changes nothing of what is scored when
+                return True
             if name in _LEVELS and not value.net:  # of a logger
                 return functools.partial(self.told_by_format, "")
             return functools.partial(self.learn_unknown, value) if name == "backward" else value
