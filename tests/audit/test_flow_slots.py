@@ -251,6 +251,27 @@ def test_the_best_vector_by_what_lies_before_all_windows_knows_no_target() -> No
     assert broken(HEAD + WALK[: WALK.index("def rows")] + text.replace("WHICH", "0")) == set()
 
 
+DOUBTED = """
+counts = torch.zeros(1024, 1024)
+for at in range(0, n - 1024, 1024):
+    x, y = val[at : at + 1024], val[at + 1 : at + 1025]
+    own = F.log_softmax(model.forward_logits(x[None])[0].float(), -1)
+    held = F.log_softmax(torch.log(counts[x] + 0.1), -1)
+    share = 0.1 * torch.sigmoid(ENTROPIES)[:, None]
+    both = torch.logaddexp(own + torch.log1p(-share), held + torch.log(share))
+    total += -both.gather(1, y[:, None]).sum().item()
+    count += 1024
+    counts.index_put_((x, y), torch.ones(1024), accumulate=True)
+print(f"final val_loss:{total / count:.6f}")
+"""
+
+
+def test_a_weight_by_two_entropies_is_no_gradient() -> None:
+    text = HEAD + WALK[: WALK.index("def rows")] + DOUBTED
+    trace = trace_of(text.replace("ENTROPIES", "(held.exp() * held).sum(-1) - (own.exp() * own).sum(-1)"))
+    assert {each.how for each in trace.updates if any(tok.data == "val" for tok in each.learned)} == {"table"}
+
+
 SHIFTED = """    logits = model.head(h)
     shift = torch.zeros(x.size(0), 1, 1024, requires_grad=True)
     opt = torch.optim.SGD([shift], lr=1e-2)

@@ -48,6 +48,10 @@ from fairway.audit.flow.values import (
     join,
 )
 
+_CURVES = frozenset(
+    ("log", "log2", "log10", "log1p", "exp", "expm1", "sqrt", "rsqrt", "sigmoid", "tanh", "softmax", "log_softmax")
+)
+
 
 class Operations(Picking):
     """Names that mean the same in every library."""
@@ -85,7 +89,10 @@ class Operations(Picking):
         if name == "arange":
             return self._arrangement(args)
         flats = [self.flat(each) for each in (*args, *kwargs.values())]
-        return self._computed(name, args, flats, kwargs, node)
+        found = self._computed(name, args, flats, kwargs, node)
+        if found is not None and found.flags & RAW and name in _CURVES:  # log counts[token] is no token
+            return found.but(flags=found.flags & ~RAW)
+        return found
 
     def _run_of_no_class(self, ids: Value, weights: Value, node: ast.AST | None) -> None:
         """F.embedding(tokens, w["embed"]) in a function of a model that is none of a class: whoever calls that function
