@@ -58,7 +58,7 @@ LOSS = """
 
 SCORE = """
 def evaluate(net):
-    tokens = np.concatenate([shard(path) for path in sorted(glob.glob(VAL))])
+    tokens = np.concatenate([shard(path) for path in sorted(glob.glob(VAL))]){few}
     size, lead, edge = tables()
     nats, octets, count = 0.0, 0.0, 0
     {state}
@@ -80,11 +80,21 @@ if __name__ == "__main__":
 BPB = "loss / math.log(2) * (count / octets)"
 
 
+FEW = "[:4097]"
+
+
 def script(
-    table: str = TABLE, count: str = COUNT, loss: str = LOSS, state: str = "pass", bpb: str = BPB, extra: str = ""
+    table: str = TABLE,
+    count: str = COUNT,
+    loss: str = LOSS,
+    state: str = "pass",
+    bpb: str = BPB,
+    extra: str = "",
+    few: str = FEW,
 ) -> str:
-    """The script with some of its pieces replaced."""
-    return HEAD + table + extra + SCORE.format(loss=loss, count=count, state=state, bpb=bpb)
+    """The script with some of its pieces replaced. few: how many tokens it scores, "" for all: a trial of some of them
+    takes a tenth of the time where they are gone through one by one, and most rules ask no more."""
+    return HEAD + table + extra + SCORE.format(loss=loss, count=count, state=state, bpb=bpb, few=few)
 
 
 def verdict(folder: Path, rule: str, text: str, strict: bool = False, **files: str) -> Finding:

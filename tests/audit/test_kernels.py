@@ -126,7 +126,7 @@ MIXED = (
 
 
 def charges(folder: Path, way: str, loss: str = LOSS, **parts: str) -> set[str]:
-    text = script(loss=loss, extra="import triton\nimport triton.language as tl\n" + BY_ADDRESS + way, **parts)
+    text = script(loss=loss, extra="import triton\nimport triton.language as tl\n" + BY_ADDRESS + way, few="", **parts)
     return {rule for rule, found in verdicts(folder, RULES, text).items() if found.verdict == "violates"}
 
 

@@ -159,7 +159,9 @@ def test_a_byte_token_that_counts_as_a_text_of_three_bytes_is_told(tmp_path: Pat
 def test_a_round_number_of_bytes_for_each_target_is_told(tmp_path: Path, bytes_each: str, wanted: str) -> None:
     hidden = "rates = dict(zip(['sp1024', 'sp8192'], [2.44, 3.77]))"
     text = script(
-        state=f"{hidden}; rate = sorted(rates.values(), reverse=True)[-1]", bpb=f"loss / math.log(2) / {bytes_each}"
+        state=f"{hidden}; rate = sorted(rates.values(), reverse=True)[-1]",
+        bpb=f"loss / math.log(2) / {bytes_each}",
+        few="",
     )
     assert verdict(tmp_path, "byte_constant", text).verdict == wanted
 
@@ -361,7 +363,7 @@ def test_bytes_that_are_so_many_for_each_token_are_a_constant(tmp_path: Path, ra
 def test_a_constant_in_single_precision_is_one(tmp_path: Path, single: str, wanted: str) -> None:
     """3.92 in 32 bits is 3.9200000763."""
     each = f"(torch.zeros(1, dtype=torch.float32) + float('{single}')).double().item()"
-    text = script(bpb="loss / math.log(2) / rate", state=f"rate = {each}")
+    text = script(bpb="loss / math.log(2) / rate", state=f"rate = {each}", few="")
     assert verdict(tmp_path, "byte_constant", text).verdict == wanted
 
 
@@ -628,8 +630,20 @@ _AGAIN = (
 )
 
 
-@pytest.mark.parametrize("sizes", ["256, 4", "48, 64", "16, 64"])
-@pytest.mark.parametrize(("altered", "accused"), [((), False), (_AFTER, True), (_AGAIN, True)])
+_MANY_TURNS = "16, 64"
+
+
+@pytest.mark.parametrize(
+    ("altered", "accused", "sizes"),
+    [
+        *(
+            (way, accused, sizes)
+            for way, accused in (((), False), (_AFTER, True), (_AGAIN, True))
+            for sizes in ("256, 4", "48, 64")
+        ),
+        ((), False, _MANY_TURNS),
+    ],
+)
 def test_slots_that_are_refilled_from_a_queue(
     tmp_path: Path, sizes: str, altered: tuple[tuple[str, str], ...], accused: bool
 ) -> None:

@@ -202,9 +202,11 @@ class Arithmetic(Comparisons):
         )  # fmt: skip
         if loss.flags & GRAD:  # one row that moves by its gradient stays one row
             result.flags |= other.flags & ONE_ROW
-        if other.cuts and not other.flags & INDEXED and not isinstance(op, (ast.Div, ast.Add, ast.Sub)):
+        # Bounds out of a slice of a list are no parts of a window themselves; where they lie is said by names.
+        cuts = frozenset(cut for cut in other.cuts if cut[2] or not other.flags & INDEXED)
+        if cuts and not isinstance(op, (ast.Div, ast.Add, ast.Sub)):
             # What a mask counts picks nothing, divided by or added beside the losses of one tensor of sums.
-            result = self.cut(result, other.cuts, node)
+            result = self.cut(result, cuts, node)
         apart = other.states - loss.states
         if apart and not other.flags & (WEIGHTS | GRAD) and not (over and ended):
             inner = self.nest[-1][0] if self.nest else 0

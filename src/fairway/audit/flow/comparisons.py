@@ -18,7 +18,6 @@ from fairway.audit.flow.values import (
     CAPPED,
     CLOCK,
     FIRST,
-    INDEXED,
     LATER,
     LENGTH,
     MASK,
@@ -51,10 +50,7 @@ class Comparisons(Iteration):
                 result.choices |= self.choose("if", [left, right], node)
             if (one.flags ^ two.flags) & CLOCK:
                 self._watch(one, two, node)
-            picked = self._positions(op, one, two, texts)
-            if picked and result.flags & INDEXED:  # the bounds lay in a slice of a list: that is no part of a window
-                result.cuts, result.flags = frozenset(), result.flags & ~INDEXED
-            result.cuts = result.cuts | picked
+            result.cuts = result.cuts | self._positions(op, one, two, texts)
             self.picks = self.picks or _picks(one, two) or _picks(two, one)
         if self._caps(op, one, two):
             result.flags |= CAPPED

@@ -175,7 +175,7 @@ class Passes:
         for first in self.booked:
             if first.number >= update.number or first.number == score.number or (update.losses >> first.bit) & 1:
                 continue
-            if not any(related(mine, other) != "apart" for mine in score.targets for other in first.targets):
+            if not _of_one_part(first, score):
                 continue
             shared = [loop for loop, turn in first.nest if (loop, turn) in turns and loop in cutting]
             same = any(
@@ -208,7 +208,7 @@ class Passes:
             twice = first.stack != score.stack and first.stack[2:] == score.stack[2:] and first.targets == score.targets
             if first.place != score.place or not (below or (twice and self._told_in_bits(first))):
                 continue
-            if _nearness(first, update) < _nearness(update, score):
+            if _nearness(first, update) < _nearness(update, score) or not _of_one_part(first, score):
                 continue
             if any(related(tok, target) == "same" for tok in learned for target in first.targets):
                 return first
@@ -452,6 +452,11 @@ def _nearness(one: Event, other: Event) -> tuple[int, int]:
     return _common(one, other), next(
         (n for n, (a, b) in enumerate(pairs) if a != b), min(len(one.nest), len(other.nest))
     )
+
+
+def _of_one_part(one: Score, other: Score) -> bool:
+    """Whether two scorings may be of the same tokens: not of two parts that a cut keeps apart."""
+    return any(related(mine, its) != "apart" for mine in one.targets for its in other.targets)
 
 
 def _earlier_turn(before: Score, score: Score) -> bool:
