@@ -1,5 +1,6 @@
 """Where a fault is named: the line that decides it, which is often not the line in which it shows."""
 
+import re
 import warnings
 from pathlib import Path
 
@@ -790,8 +791,16 @@ def test_a_reserve_that_is_added_to_the_time_is_named() -> None:
     assert line(training_over_time.check(case_of(text))) == line_of(text, "limit = args.cap + args.reserve")
 
 
-def test_a_limit_that_a_reserve_is_taken_off_is_named_where_it_is_set() -> None:
+FIELDS = ["", "field(default={})", "dataclasses.field(default_factory=lambda: {})"]
+
+
+@pytest.mark.parametrize("field", FIELDS, ids=["plain", "default", "factory"])
+def test_a_limit_that_a_reserve_is_taken_off_is_named_where_it_is_set(field: str) -> None:
     text = HEAD.replace('"CAP", 600.0', '"CAP", 640.0') + MAIN
+    if field:
+        given = re.search(r"( +cap)(?:: float)? = (.*)", text)
+        assert given is not None
+        text = text.replace(given[0], f"{given[1]}: float = {field.format(given[2])}")
     asked = line_of(text, "elapsed >= args.cap - args.reserve")
     found = set_to(case_of(text), asked, 628.0)
     assert found is not None

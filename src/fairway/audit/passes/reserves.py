@@ -174,7 +174,16 @@ def _assigned(node: ast.AST) -> Iterator[tuple[str, ast.expr]]:
     if isinstance(node, ast.Assign) and len(node.targets) == 1:
         yield last_name(node.targets[0]), node.value
     elif isinstance(node, ast.AnnAssign) and node.value is not None:
-        yield last_name(node.target), node.value
+        yield last_name(node.target), _of_field(node.value)
+
+
+def _of_field(value: ast.expr) -> ast.expr:
+    """What a field of a dataclass is by default: X of field(default=X), field(default_factory=lambda: X)."""
+    if isinstance(value, ast.Call) and last_name(value.func) == "field":
+        for given in value.keywords:
+            if given.arg in ("default", "default_factory"):
+                return given.value.body if isinstance(given.value, ast.Lambda) else given.value
+    return value
 
 
 def _setting(node: ast.expr, settings: Settings) -> Value:
