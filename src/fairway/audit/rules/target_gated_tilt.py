@@ -8,6 +8,7 @@ from fairway.audit.passes.charged import chosen_by_losses, passes_of
 from fairway.audit.passes.past import places_of_contexts, places_of_the_past
 from fairway.audit.passes.reaching import around
 from fairway.audit.passes.reported import scores_of
+from fairway.audit.reading.guesses import Answer, answers
 from fairway.audit.reading.tree import last_name, nodes
 from fairway.audit.terms.choices import is_product
 from fairway.audit.terms.gates import Gates
@@ -66,6 +67,14 @@ def check(case: Case) -> Finding:
             return Finding(ID, "violates", evidence, CLAUSE, _asked_at(case, term, origin), way)
     if not reading.reported:
         return unsaid(ID, CLAUSE)
+    answer = _of_a_guess(case)
+    if answer is not None:
+        read, stored = (case.body.line(line) for line in answer)
+        evidence = (
+            "The loop that hands out a hint for each token, and learns the token after it, reads the token at line "
+            f"{read} already: what stands at line {stored} was worked out of it, or under a condition that was."
+        )
+        return Finding(ID, "violates", evidence, CLAUSE, case.place(answer.line))
     weight = _of_another_row(case)
     if weight is not None:
         evidence = (
@@ -91,6 +100,13 @@ def check(case: Case) -> Finding:
         place = case.place(line) if line else case.reading.place(case.reading.gates[0].of.term)
         return Finding(ID, "violates", evidence, CLAUSE, place)
     return clean(ID, CLAUSE, "weights, hints and switches of the scored losses read the context alone")
+
+
+def _of_a_guess(case: Case) -> Answer | None:
+    """A loop whose guesses come to what is scored, and hang on what they are of."""
+    found = sorted(set(answers(case.body.tree)))
+    places = {case.reading.place(term) for gates in case.reading.gates for term in gates.nodes} if found else set()
+    return next((each for each in found if case.place(each.stored) in places), None)
 
 
 def _scored(case: Case) -> list[Score]:
