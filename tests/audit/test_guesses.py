@@ -92,7 +92,7 @@ def test_what_is_learned_before_the_guess_may_be_known(asked: str, known: bool) 
     "turn",
     [
         "pairs[tokens[t - 1], tokens[t]] += 1\n        price[t] = pairs[tokens[t - 1], tokens[t]]",
-        "price[t] = pairs[tokens[t - 1], tokens[t]] / seen[tokens[t - 1]]\n        pairs[tokens[t - 1], tokens[t]] += 1",
+        "a, b = tokens[t - 1], tokens[t]\n        price[t] = pairs[a, b] / seen[a]\n        pairs[a, b] += 1",
         "ring[t % 8] = tokens[t]\n        keys[t] = ring[(t - 3) % 8] * 31 + tokens[t]",
     ],
     ids=["counts", "a price", "keys"],
