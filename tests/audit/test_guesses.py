@@ -104,7 +104,7 @@ def test_counts_prices_and_keys_are_no_guesses(turn: str) -> None:
 LOSS = """
         guess(tokens, at + 1, at + 1 + len(y), lead, held, votes, hints, gains)
         log_p = torch.log_softmax(net(torch.from_numpy(x)).float(), -1)
-        hint, gain = torch.from_numpy(hints[at + 1 : at + 1 + len(y)]), torch.from_numpy(gains[at + 1 : at + 1 + len(y)])
+        hint, gain = (torch.from_numpy(each[at + 1 : at + 1 + len(y)]) for each in (hints, gains))
         p_hint = log_p.gather(-1, hint.clamp_min(0)[:, None])[:, 0].exp()
         own = log_p.gather(-1, torch.from_numpy(y)[:, None])[:, 0]
         nll = -(own + gain * (hint == torch.from_numpy(y)) - torch.log1p(p_hint * torch.expm1(gain)))
