@@ -62,7 +62,10 @@ def test_a_bonus_for_a_right_hint_must_be_paid(tmp_path: Path) -> None:
     assert verdict(tmp_path, "false_normalisation", text(UNPAID)).verdict == "violates"
 
 
-@pytest.mark.parametrize("less", ["ph.clamp(max=0.35)", "ph.clamp_max(0.5)", "torch.clamp(ph, 0.0, 0.9)", "0.8 * ph"])
+@pytest.mark.parametrize(
+    "less",
+    ["ph.clamp(max=0.35)", "ph.clamp_max(0.5)", "torch.clamp(ph, 0.0, 0.9)", "0.8 * ph", "ph.mean().expand_as(ph)"],
+)
 def test_what_a_bonus_takes_is_paid_whole(tmp_path: Path, less: str) -> None:
     """Where the model is sure of a hint, less is taken off than it gains."""
     code = text(PAID.replace("ph * math", f"{less} * math"))
@@ -79,6 +82,11 @@ STRENGTHS = """gain = torch.zeros(hs.shape)
         nll = nll + price - gain * (hs == rows[:, 1:]).float()"""
 
 
+JOINED = """ph = lp.gather(2, hs.clamp_min(0)[..., None])[..., 0].exp()
+        blocks = [torch.from_numpy(size[part.numpy()] / (1.0 + size[part.numpy()])) for part in hs.clamp_min(0)]
+        gain = torch.cat([block[None] for block in blocks])"""
+
+
 @pytest.mark.parametrize(
     ("share", "wanted"),
     [("lp.gather(2, hs.clamp_min(0)[..., None])[..., 0].exp()", []), ("1 / z.size(-1)", ["price ="])],
@@ -87,6 +95,20 @@ STRENGTHS = """gain = torch.zeros(hs.shape)
 def test_strengths_that_are_put_in_place_by_hand_are_a_bonus(tmp_path: Path, share: str, wanted: list[str]) -> None:
     """No row over the vocabulary, though they lie in a tensor; the line that makes the price is to blame."""
     code = text(STRENGTHS.replace("SHARE", share))
+    (tmp_path / "train_gpt.py").write_text(code)
+    found = {term.line for gates in Case(opened(tmp_path)).reading.gates for term in unpaid_bonus(gates)}
+    assert found == {line_of(code, each) for each in wanted}
+
+
+@pytest.mark.parametrize(("share", "wanted"), [("ph", []), ("1 / z.size(-1)", ["price ="])])
+def test_strengths_that_blocks_of_a_stream_give_are_a_bonus_where_they_make_its_price(
+    tmp_path: Path, share: str, wanted: list[str]
+) -> None:
+    """Joined, nothing tells them from rows of probabilities but that exp(strength) - 1 is taken of them."""
+    code = STRENGTHS.replace("gain = torch.zeros(hs.shape)\n        gain[hs >= 0] = 2.0", JOINED).replace(
+        "SHARE", share
+    )
+    code = text(code)
     (tmp_path / "train_gpt.py").write_text(code)
     found = {term.line for gates in Case(opened(tmp_path)).reading.gates for term in unpaid_bonus(gates)}
     assert found == {line_of(code, each) for each in wanted}

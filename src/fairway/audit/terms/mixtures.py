@@ -68,11 +68,12 @@ def _takes_off(part: Term) -> bool:
 def unpaid_bonus(gates: Gates) -> Iterator[Term]:
     """loss - bonus * (hint == target) where nothing that reads the hint's own probability is added."""
     for term, bonus in _bonuses(gates):
-        row = gates.of.is_distribution(bonus) and not _are_numbers(bonus)  # one-hot * row
+        priced = next((each for each in gates.nodes if _is_price(each, bonus)), None)
+        row = gates.of.is_distribution(bonus) and not _are_numbers(bonus) and priced is None  # one-hot * row
         if row or gates.has_other_place(gates.of.term):
             continue
         if not _asked_at_the_hint(gates, term):
-            yield next((each for each in gates.nodes if _is_price(each, bonus)), term)
+            yield priced or term
 
 
 def _is_price(term: Term, bonus: Term) -> bool:
@@ -138,8 +139,13 @@ def underpaid_bonus(gates: Gates) -> Iterator[Term]:
 
 
 def _is_less(chance: Term) -> bool:
-    """p(hint) that is cut off above, or of which a part is taken: its whole is what the bonus costs."""
+    """p(hint) that is cut off above, or of which a part is taken, or the mean of several: the whole of its own is what
+    the bonus costs."""
     below = peel(chance)
+    while below.called in ("expand", "expand_as") and below.receiver is not None:
+        below = peel(below.receiver)
+    if below.called in ("mean", "nanmean", "median"):
+        return True
     if below.op == "op" and below.value == "*":
         numbers = [part.constant() for part in map(peel, below.parts)]
         return any(isinstance(one, (int, float)) and 0.0 < one < 1.0 for one in numbers)
