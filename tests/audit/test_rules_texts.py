@@ -122,6 +122,7 @@ def test_lengths_of_documents_are_no_bytes(tmp_path: Path) -> None:
             loss="        nll = F.cross_entropy(net(torch.from_numpy(x)), torch.from_numpy(y), reduction='none')",
             count="size[y].sum()",
             state="pass",
+            few="",
         )
     )
     text = body.replace("/ PER", "* count / (3.9 * count)")
