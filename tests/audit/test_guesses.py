@@ -101,6 +101,13 @@ def test_counts_prices_and_keys_are_no_guesses(turn: str) -> None:
     assert list(answers(ast.parse(f"def walk(tokens, n):\n    for t in range(1, n):\n        {turn}\n"))) == []
 
 
+def test_loops_in_loops_take_no_time() -> None:
+    """Twice for each of sixty levels would be for ever."""
+    lines = [f"{'    ' * n}for a{n} in range(9):" for n in range(60)]
+    text = "\n".join([*lines, "    " * 60 + "held[a0] = tokens[a1]"])
+    assert list(answers(ast.parse(text))) == []
+
+
 LOSS = """
         guess(tokens, at + 1, at + 1 + len(y), lead, held, votes, hints, gains)
         log_p = torch.log_softmax(net(torch.from_numpy(x)).float(), -1)

@@ -21,6 +21,7 @@ from typing import NamedTuple
 from fairway.audit.reading.tree import nodes
 
 _TURNS = 2  # of an inner loop: what its first turn leaves is known in the second
+_DEEP = 3  # loops in loops: further in, one turn is asked, as each level doubles what is read
 _LEAVES = (ast.Continue, ast.Break, ast.Return)
 
 
@@ -70,6 +71,7 @@ class _Turn:
     names: dict[str, _Tags] = field(default_factory=dict)
     tokens: dict[str, _Token] = field(default_factory=dict)
     under: _Tags = _NONE
+    depth: int = 0
     handed: list[tuple[int, _Tags]] = field(default_factory=list)
     fed: list[tuple[_Token, set[str], int]] = field(default_factory=list)
 
@@ -111,10 +113,12 @@ class _Turn:
             self._block(node.orelse)
             self.under = before
         elif isinstance(node, (ast.For, ast.While)):
-            for _ in range(_TURNS):
+            self.depth += 1
+            for _ in range(_TURNS if self.depth <= _DEEP else 1):
                 if isinstance(node, ast.For):
                     self._bind(node.target, node.iter, self._tags(node.iter), False)
                 self._block(node.body)
+            self.depth -= 1
         elif isinstance(node, ast.With):
             self._block(node.body)
         elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
