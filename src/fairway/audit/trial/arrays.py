@@ -260,7 +260,7 @@ def _stretches(places: NDArray[np.int32]) -> Rows | None:
 
 
 def _median(steps: NDArray[np.int32]) -> float:
-    """numpy's own takes 40 µs for a few numbers, a sort three."""
+    """numpy's own takes 8 µs for sixty numbers, a sort 0.8."""
     ordered, half = np.sort(steps), steps.size // 2
     return float(ordered[half]) if steps.size % 2 else (float(ordered[half - 1]) + float(ordered[half])) / 2
 

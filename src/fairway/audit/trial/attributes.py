@@ -66,7 +66,7 @@ _SUMS = 4_096  # numbers of an array that losses are added up in
 
 @functools.cache
 def _of_library(path: str, name: str) -> Value:
-    """A trial asks for `torch.arange` ten thousand times."""
+    """The eight trials of a script of 1,300 lines ask for 64,000 attributes."""
     return _CONSTANTS.get(f"{path}.{name}", Lib(f"{path}.{name}"))
 
 
