@@ -105,6 +105,22 @@ def test_calibration_on_validation_is_named_where_its_text_is_asked_for() -> Non
     assert line(findings(text)["calibration-on-validation"]) == line_of(text, "    tokens = load(args.val_files)")
 
 
+@pytest.mark.parametrize("program", ["run", "check_call"])
+@pytest.mark.parametrize(("files", "wanted"), [("val_files", "violates"), ("train_files", "clean")])
+def test_what_a_program_packs_is_what_the_script_wrote(program: str, files: str, wanted: str) -> None:
+    """Two programs: one makes the file that is handed in, the other what the model is read from."""
+    head = HEAD.replace("import copy", "import subprocess\nimport copy", 1)
+    text = calibrated(f"tokens = load(args.{files})", head)
+    packed = f"""    torch.save(model.state_dict(), "weights.raw")
+    subprocess.{program}(["lrzip", "-q", "-o", "weights.lrz", "weights.raw"])
+    subprocess.{program}(["lrzip", "-q", "-d", "-o", "back.raw", "weights.lrz"])
+    model = GPT()
+    model.load_state_dict(torch.load("back.raw"))
+    final ="""
+    text = text.replace("    final =", packed, 1)
+    assert findings(text)["calibration-on-validation"].verdict == wanted
+
+
 def test_calibration_on_validation_is_named_where_its_files_are_handed_over() -> None:
     """The function that reads them is told which."""
     text = calibrated("tokens = load(files)").replace("def collect(args, model)", "def collect(args, model, files)")

@@ -137,7 +137,7 @@ def _beyond_its_share(node: ast.AST) -> bool:
 
 def _ends_behind(call: ast.Call) -> bool:
     """range(cuts[rank], min(cuts[rank + 1] + 1, total))"""
-    if getattr(call.func, "id", "") != "range" or len(call.args) < 2 or "rank" not in ast.unparse(call.args[0]).lower():
+    if getattr(call.func, "id", "") != "range" or len(call.args) < 2 or not _RANK.search(ast.unparse(call.args[0])):
         return False
     more = (each for each in nodes(call.args[1]) if isinstance(each, ast.BinOp) and isinstance(each.op, ast.Add))
     return any(isinstance(each.left, ast.Subscript) and isinstance(each.right, ast.Constant) for each in more)

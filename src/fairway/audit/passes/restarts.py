@@ -219,22 +219,18 @@ def _lessened(loop: ast.For | ast.While) -> Iterator[int]:
     added = [each for each in nodes(loop) if isinstance(each, ast.AugAssign) and isinstance(each.op, ast.Add)]
     sums = {ast.unparse(each.target) for each in added if any(map(_is_clock, nodes(each.value)))}
     for node in nodes(loop):
-        if isinstance(node, ast.AugAssign) and ast.unparse(node.target) in sums:
-            by, number = node.op, node.value
+        if isinstance(node, ast.AugAssign):
+            name, by, sides = ast.unparse(node.target), node.op, [node.value]
         elif isinstance(node, ast.Assign) and isinstance(node.value, ast.BinOp):
-            sides = node.value.left, node.value.right
-            number = next((each for each in sides if isinstance(each, ast.Constant)), node.value)
-            by = (
-                node.value.op
-                if {ast.unparse(each) for each in sides} & sums & {ast.unparse(node.targets[0])}
-                else ast.Add()
-            )
+            name, by, sides = ast.unparse(node.targets[0]), node.value.op, [node.value.left, node.value.right]
+            if name not in map(ast.unparse, sides):
+                continue
         else:
             continue
-        value = number.value if isinstance(number, ast.Constant) else None
-        if isinstance(value, (int, float)) and (
-            (isinstance(by, ast.Mult) and value < 1) or (isinstance(by, ast.Sub) and value > 0)
-        ):
+        values = [each.value for each in sides if isinstance(each, ast.Constant)]
+        numbers = [each for each in values if isinstance(each, (int, float)) and not isinstance(each, bool)]
+        less = any((isinstance(by, ast.Mult) and n < 1) or (isinstance(by, ast.Sub) and n > 0) for n in numbers)
+        if less and name in sums:
             yield node.lineno
 
 
