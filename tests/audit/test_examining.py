@@ -138,12 +138,12 @@ def test_what_one_submission_left_in_memory_is_none_of_the_next_one() -> None:
 
 
 def test_a_worker_answers_in_one_line_and_refuses_in_words(tmp_path: Path) -> None:
-    def starved(path: Path, strict: bool, rules: Any) -> Report:
+    def starved(path: Path, strict: bool, rules: Any, processes: int) -> Report:
         raise MemoryError
 
-    answer = worker._answer(starved, [], {"path": "a.py", "strict": False})
+    answer = worker._answer(starved, [], {"path": "a.py", "strict": False, "processes": 1})
     assert answer == {"refused": "a.py: takes more than 500 MB to read"}
-    answer = worker._answer(audit, [], {"path": str(tmp_path / "none.py"), "strict": False})
+    answer = worker._answer(audit, [], {"path": str(tmp_path / "none.py"), "strict": False, "processes": 1})
     assert "no such file" in answer["refused"]
 
 

@@ -93,6 +93,38 @@ def test_a_sum_that_a_function_folds_is_followed(fold: str) -> None:
     assert broken(script(DICT, learn, SCORE, fold)) == {"slot-on-scored"}
 
 
+BY_HAND = """
+    if x.numel():
+        taken = torch.autograd.grad(mean_cost(p, shift, x, y), [shift])
+    else:
+        taken = [torch.zeros_like(shift)]
+    found = dict(zip(["shift"], taken))
+    shift = shift - 0.05 * found["shift"]"""
+
+
+def test_gradients_or_zeros_are_gone_through_as_gradients() -> None:
+    learn = BY_HAND.replace("\n    ", "\n        ").strip()
+    made = {"shift = torch.zeros(64)": "shift = torch.zeros(64, requires_grad=True)"}
+    assert broken(script({**DICT, **made}, learn, SCORE)) == {"slot-on-scored"}
+    assert doubted(script({**DICT, **made}, SCORE, learn)) == set()
+
+
+TABLES = """
+def moved(p, g):
+    slow = {k: 0.9 * p[k] for k in p if k.startswith("emb")}
+    fast = {k: p[k] - 0.3 * g[k] for k in p if not k.startswith("emb")}
+    return {k: slow[k] if k in slow else fast[k] for k in p}
+"""
+
+
+def test_weights_of_two_tables_know_what_either_learned() -> None:
+    both = {"STEP": "moved(p, g)", "def fit(p):": f"{TABLES}\ndef fit(p):"}
+    both |= {"WEIGHTS": "dict(GPT().named_parameters())", "FIRST": '"emb.weight"', "SECOND": '"head.weight"'}
+    text = script(both, SCORE, "pass")
+    assert broken(text) == set()
+    assert "validation-in-training" in broken(text.replace('Loader("data/shards_train', 'Loader("data/shards_*'))
+
+
 POLISH = """
     MADE
     step = torch.optim.SGD(model.parameters(), lr=1e-3)

@@ -21,6 +21,19 @@ WAYS = {
         "place = args.out / Path('kept'); torch.save(state, place / 'model.pt')",
         "torch.load(place / 'model.pt')",
     ),
+    "a draft that is moved there": (
+        "place = Path('kept') / 'm.bin'; draft = place.with_name(place.name + '.tmp')\n"
+        "    with draft.open('wb') as f: pickle.dump(state, f)\n    os.replace(draft, place)",
+        "pickle.loads(Path('kept/m.bin').read_bytes())",
+    ),
+    "renamed by itself": (
+        "draft = Path('kept/w.bin.tmp'); torch.save(state, draft); draft.rename('kept/w.bin')",
+        "torch.load('kept/w.bin')",
+    ),
+    "another suffix": (
+        "torch.save(state, Path('kept/w.bin').with_suffix('.pt'))",
+        "torch.load('kept/w.pt')",
+    ),
     "opened": (
         "place = Path('runs') / args.out / 'm'\n    with (place / 'w.bin').open('wb') as f: pickle.dump(state, f)",
         "pickle.loads((place / 'w.bin').read_bytes())",
@@ -45,6 +58,12 @@ def test_weights_made_of_validation_text_are_followed_through_a_file_of_any_path
 def test_weights_made_of_training_text_and_put_there_accuse_nobody(way: tuple[str, str]) -> None:
     assert broken(script(way, "torch.randint(0, 1024, (1024,))")) == set()
     assert doubted(script(way, "load(args.train_files)")) <= {"calibration-after-cap"}
+
+
+def test_a_name_with_both_splits_in_it_is_no_pattern_for_both() -> None:
+    way = WAYS["opened"]
+    assert broken(script(way, "load('./data/val_like_train_*.bin')")) == set()
+    assert "calibration-on-validation" in broken(script(way, "load('./data/shards_*.bin')"))
 
 
 FOUND = {

@@ -8,8 +8,17 @@ import pytest
 
 from fairway.audit import audit
 from fairway.audit.case import Case
-from fairway.audit.rules import false_normalisation, target_gated_tilt, training_before_scoring, two_pass_cache
+from fairway.audit.rules import (
+    choice_by_validation,
+    false_normalisation,
+    oracle_gate,
+    target_gated_tilt,
+    training_before_scoring,
+    two_pass_cache,
+)
+from fairway.audit.terms.gates import Gates
 from fairway.audit.trial.arrays import Array
+from fairway.audit.verdict import Finding
 from fairway.audit.weighing import stream
 from fairway.audit.weighing.strengths import Strengths
 from tests.audit.order import HEAD, HONEST, MAIN, case_of
@@ -303,6 +312,24 @@ def test_hints_that_are_filled_in_block_by_block_ahead_of_the_score(early: str, 
     assert one.weight is not None
     assert two_pass_cache.check(one).verdict == wanted
     assert false_normalisation.check(one).verdict == "clean"
+
+
+@pytest.mark.parametrize(("early", "late", "wanted"), [("pass", FOLLOW, "clean"), (FOLLOW, "pass", "violates")])
+def test_what_looks_like_a_choice_by_how_well_it_did_is_none_where_the_sums_say_so(
+    early: str, late: str, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rate of the past that is cut off, or held against another one, can be taken for a loss; the form is put in by
+    hand here."""
+    text = BLOCKS.replace("EARLY", early).replace("LATE", late)
+    one = case_of(HEAD + "import numpy as np\n" + text + MAIN.replace("eval_ttt(args", "eval_hinted(args"))
+    term = one.reading.gates[0].of.term
+    charged = Finding("choice-by-validation", "violates", "chosen", "C1", one.reading.place(term))
+    monkeypatch.setattr(Gates, "lifted", lambda self: iter([term]))
+    monkeypatch.setattr(choice_by_validation, "verdict_on", lambda *_: charged)
+    assert oracle_gate.check(one).verdict == wanted
+    assert choice_by_validation.check(one).verdict == wanted
+    monkeypatch.setattr(false_normalisation, "_WAYS", ((Gates.lifted, "lifted"),))
+    assert false_normalisation.check(one).verdict == wanted
 
 
 ADAPT = """

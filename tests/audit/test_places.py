@@ -359,6 +359,13 @@ def test_a_clock_that_runs_too_long_is_named_where_it_is_set(
     assert found.place.line == wanted
 
 
+def test_a_clock_that_keeps_some_of_its_setting_back_is_named_where_that_is_set(tmp_path: Path) -> None:
+    text = CLOCK.replace("DEFAULT", "780.0").replace("> args.cap", "> args.cap - 84.0")
+    found = verdict(tmp_path, "training_over_time", text)
+    assert "696 s" in found.evidence
+    assert line(found) == line_of(text, "CAP_SECONDS")
+
+
 def test_windows_that_reach_back_are_named_where_they_are_planned(tmp_path: Path) -> None:
     text = SMALL + DEALT[: DEALT.index("def evaluate")] + PLANNED
     found = verdict(tmp_path, "twice_counted_tokens", text)

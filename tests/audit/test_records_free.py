@@ -381,6 +381,20 @@ def test_a_time_that_all_ranks_share_in_a_tensor_is_a_clock(tmp_path: Path) -> N
         assert found(eval_over_time, tmp_path).verdict == wanted
 
 
+@pytest.mark.parametrize("taken", ["{}.backward()", "taken = torch.autograd.grad({}, list(net.parameters()))"])
+@pytest.mark.parametrize(("limit", "verdict"), [(900.0, "violates"), (570.0, "clean")])
+def test_a_limit_less_something_for_each_batch_that_is_left_is_the_limit(
+    limit: float, verdict: str, taken: str, tmp_path: Path
+) -> None:
+    text = EXAMINED.replace("WATCH", "begun, batches = time.perf_counter(), list(range(0, len(held) - 1, 1024))")
+    text = text.replace("for at in range(0, len(held) - 1, 1024):", "for i, at in enumerate(batches):")
+    looked = f"        live = time.perf_counter() - begun < {limit} - 0.15 * (len(batches) - i)\n"
+    text = text[: text.index("assert")].replace("        nll", f"{looked}        nll")
+    loss = "F.cross_entropy(net(tokens[:-1]), tokens[1:])"
+    (tmp_path / "train_gpt.py").write_text(CLOCKED.replace(f"{loss}.backward()", taken.format(loss)) + text)
+    assert found(eval_over_time, tmp_path).verdict == verdict
+
+
 @pytest.mark.parametrize(("limit", "verdict"), [(1500.0, "violates"), (640.0, "clean"), (7200.0, "clean")])
 def test_a_deadline_is_a_clock_as_well(limit: float, verdict: str, tmp_path: Path) -> None:
     """The clock against its start and numbers: 45 s are kept back."""

@@ -105,6 +105,8 @@ if __name__ == "__main__":
         if number == 300:
             looped = True
             AGAIN
+    t1 = time.perf_counter()
+    fetched = time.perf_counter()
     print("final val_loss", eval_val(args, model, val))
 """
 SET_BACK = {
@@ -113,6 +115,7 @@ SET_BACK = {
     "another, begun": "watch = Watch().begun()",
     "moved on": "t0 += 0.5 * (time.perf_counter() - fetched)",
     "to nought": "watch.since = 0.0",
+    "its field anew": "watch.since = time.perf_counter()",
     "a share of the sum": "spent *= 0.9",
     "the same, written out": "spent = 0.9 * spent",
     "less some seconds": "spent -= 4.0",
@@ -123,7 +126,9 @@ KEPT_UP = {
     "counted elsewhere": "spent = 12.0 + watch.read()\n            t0 = time.perf_counter()",
     "no step within": "paused = time.perf_counter()\n            t0 += time.perf_counter() - paused",
     "a clock of its own": "started = time.perf_counter()",
+    "a name that a later time has": "t1 = time.perf_counter()",
     "more than it was": "spent *= 1.02",
+    "its field anew, told before": "spent += watch.read()\n            watch.since = time.perf_counter()",
     "told before": "spent += watch.spent\n            watch.spent = 0.0",
 }
 
@@ -202,6 +207,12 @@ def test_an_object_that_learns_when_it_is_called_is_a_step(tmp_path: Path) -> No
 def test_a_clock_whose_time_is_kept_is_none(tmp_path: Path, name: str) -> None:
     text = HEAD + CLOCKED.replace("AGAIN", KEPT_UP[name])
     assert verdict(tmp_path, "training_over_time", text).verdict == "clean"
+
+
+@pytest.mark.parametrize("taken", ["loss.backward()", "torch.autograd.grad(loss, list(model.parameters()))"])
+def test_a_gradient_by_its_name_is_a_step_as_well(tmp_path: Path, taken: str) -> None:
+    text = HEAD + CLOCKED.replace("AGAIN", SET_BACK["another"]).replace("loss.backward()", taken)
+    assert verdict(tmp_path, "training_over_time", text).verdict == "violates"
 
 
 STOPWATCH = """
@@ -302,11 +313,19 @@ def test_steps_after_the_clock_has_ended_the_training_are_in_no_600_seconds(
     [
         (SETTLE, "args.cap - args.reserve"),
         (f"{READ}; {SETTLE}; {READ}", "args.cap - args.reserve"),
+        (f"{READ}; {SETTLE}; torch.save(model, 'w.pt'); {READ}", "args.cap - args.reserve"),
         (f"{READ}; t0 = time.perf_counter(); {SETTLE}", "args.cap - args.reserve"),
         (f"{KEPT}; {SETTLE}; model.load_state_dict(kept)", "args.cap"),
         ("", "args.cap"),
     ],
-    ids=["time was kept back", "told after it", "a time that begins before it", "thrown away", "no steps"],
+    ids=[
+        "time was kept back",
+        "told after it",
+        "told after its file",
+        "a time that begins before it",
+        "thrown away",
+        "no steps",
+    ],
 )
 def test_steps_for_which_time_was_kept_back_are_in_them(tmp_path: Path, before: str, cap: str) -> None:
     assert verdict(tmp_path, "training_over_time", after_the_clock(before or "pass", cap)).verdict == "clean"
@@ -393,6 +412,63 @@ if __name__ == "__main__":
             clock.start()
     print("final val_loss", eval_val(args, model, val))
 """
+LOOKED_AT = """
+def look(args, model, val, clock):
+    clock.pause()
+    print("val_loss", eval_val(args, model, val), clock.since)
+    clock.start()
+
+"""
+
+
+@pytest.mark.parametrize(("read", "wanted"), [("", "violates"), ("+ self.kept", "clean")])
+def test_a_helper_that_starts_a_clock_again_is_looked_into(tmp_path: Path, read: str, wanted: str) -> None:
+    paused = "    def pause(self):\n        self.kept = self.read()\n\n    def read(self)"
+    text = BEGUN.replace("KEPT", read).replace("    def read(self)", paused)
+    text = text.replace("            BEFORE\n            clock.start()", "            look(args, model, val, clock)")
+    text = HEAD + text.replace("\nif __name__", LOOKED_AT + "if __name__")
+    found = verdict(tmp_path, "training_over_time", text)
+    assert found.verdict == wanted
+    if wanted == "violates":
+        assert found.place is not None
+        assert text.split("\n")[found.place.line - 1] == "    clock.start()"
+        assert found.place.line < text[: text.index("if __name__")].count("\n")
+
+
+PHASES = """
+def run_train(args, model):
+    optimizer, loader = torch.optim.AdamW(model.parameters(), lr=1e-3), Loader(args.train_files)
+    t0 = time.perf_counter()
+    while time.perf_counter() - t0 < args.cap - args.reserve:
+        model(*loader.next(4096)).backward()
+        optimizer.step()
+    torch.save(model.state_dict(), "train.pt")
+
+def run_quantise(args, model):
+    t0 = time.perf_counter()
+    model.load_state_dict(torch.load("train.pt"))
+    seen = {}
+    hook = model.head.register_forward_pre_hook(lambda m, i: seen.update(h=i[0].detach().square().mean()))
+    model.forward_logits(load(args.train_files)[:1024][None])
+    hook.remove()
+    if time.perf_counter() - t0 > args.cap:
+        raise SystemExit("the calibration took too long")
+    torch.save({k: (v / seen["h"]).half() for k, v in model.state_dict().items()}, "model.pt")
+
+if __name__ == "__main__":
+    args = Hyperparameters()
+    for phase in (run_train, run_quantise):
+        phase(args, GPT())
+    model = GPT()
+    model.load_state_dict(torch.load("model.pt"))
+    print("final val_loss", eval_val(args, model, load(args.val_files)))
+"""
+
+
+@pytest.mark.parametrize(("cap", "wanted"), [("args.cap - args.reserve", "clean"), ("args.cap", "violates")])
+def test_a_check_in_a_later_phase_ends_no_training(tmp_path: Path, cap: str, wanted: str) -> None:
+    text = HEAD + PHASES.replace("t0 < args.cap - args.reserve", f"t0 < {cap}")
+    assert verdict(tmp_path, "calibration_after_cap", text).verdict == wanted
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,27 @@ def test_what_is_honest_is_clean_and_what_is_not_is_found(tmp_path: Path, way: s
     assert spaces == {**clean, "byte_double_space": "violates"}
 
 
+FUSED = """
+class Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, target, cap):
+        loss, lse = torch.empty(logits.size(0)), torch.empty(logits.size(0))
+        for a in range(0, logits.size(0), 128):
+            z = cap * torch.tanh(logits[a : a + 128] / cap)
+            lse[a : a + 128] = torch.logsumexp(z, dim=-1)
+            loss[a : a + 128] = lse[a : a + 128] - z.gather(1, target[a : a + 128, None]).squeeze(1)
+        ctx.save_for_backward(logits, target, lse)
+        return RETURNED
+"""
+
+
+@pytest.mark.parametrize(("returned", "wanted"), [("loss", "clean"), ("loss.clamp(max=9.0)", "violates")])
+def test_a_function_with_a_gradient_of_its_own_is_its_forward(returned: str, wanted: str, tmp_path: Path) -> None:
+    loss = "\n        nll = Fused.apply(net(torch.from_numpy(x)).float(), torch.from_numpy(y), 30.0)\n"
+    text = script(extra=FUSED.replace("RETURNED", returned), loss=loss)
+    assert verdict(tmp_path, "oracle_gate", text).verdict == wanted
+
+
 def test_a_wrapper_that_takes_a_functions_name_does_not_call_it_with_itself(tmp_path: Path) -> None:
     helpers = HELPERS.replace("{fault}", "pass").replace("{count}", COUNT)
     (tmp_path / "train_gpt.py").write_text(HEAD + TABLE + helpers + WAYS["own-decorator"], encoding="utf-8")

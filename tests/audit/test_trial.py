@@ -900,14 +900,113 @@ def test_a_logger_tells_what_it_is_handed(said: str) -> None:
     text = """
 import logging
 from torch.func import functional_call
+
+class Plain(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Embedding(1024, 64)
+
+    def forward(self, ids):
+        return self.table(ids) @ self.table.weight.T
+
+plain = Plain()
 nats = 0.0
-weights = dict(net.named_parameters())
+weights = dict(plain.named_parameters())
 for at in range(0, total, 2048):
-    logits = functional_call(net, weights, (val[at : at + 2048][None],))
+    logits = functional_call(plain, weights, (val[at : at + 2048][None],))
     rows = logits.log_softmax(dim=-1)
     nats += -rows.gather(-1, val[at + 1 : at + 2049][None, :, None]).squeeze(-1).double().sum()
 """
     assert counts(text + said + "\n") == ALL
+
+
+def test_targets_that_are_widened_to_what_nobody_knows_are_each_there_once() -> None:
+    text = """
+nats = 0.0
+for at in range(0, total, 2048):
+    probs = net.logits(val[at : at + 2048]).softmax(-1)
+    index = val[at + 1 : at + 2049].expand(probs.shape[:-1])[..., None]
+    nats += -probs.gather(-1, index)[..., 0].log().sum()
+print(nats / total)
+"""
+    assert counts(text) == ALL
+
+
+def test_a_weight_for_each_row_is_read_at_any_token() -> None:
+    text = """
+nats = 0.0
+for at in range(0, total, 2048):
+    x, y = val[at : at + 2048], val[at + 1 : at + 2049]
+    share = torch.sigmoid(net(x, y, reduction="none"))
+    mixed = share[:, None] * net.logits(x).softmax(-1)
+    nats += -mixed.gather(-1, y[:, None])[..., 0].log().sum()
+print(nats / total)
+"""
+    assert counts(text) == ALL
+
+
+def test_losses_of_a_module_that_is_called_with_other_weights_are_its_own() -> None:
+    text = """
+from torch.func import functional_call
+weights, nats = dict(net.named_parameters()), 0.0
+for at in range(0, total, 2048):
+    given = (val[at : at + 2048], val[at + 1 : at + 2049])
+    nats += functional_call(net, weights, given, {"reduction": "none"}).sum()
+print(nats / total)
+"""
+    assert counts(text) == ALL
+
+
+CASES = {
+    "a sequence": ("(None, 512)", "case None, int(n):", "n"),
+    "a star": ("(512, 1, 2)", "case n, *rest:", "n * (len(rest) == 2)"),
+    "a star before": ("[1, 2, 512]", "case [*rest, n]:", "n * (rest == [1, 2])"),
+    "a mapping": ("{'n': 512, 'k': 1}", "case {'n': n, **rest}:", "n * (rest == {'k': 1})"),
+    "a kind": ("512.0", "case float():", "int(given)"),
+    "a named part": ("(512, 'x')", "case (int() as n, str()):", "n"),
+    "fields": ("Cut(512, 3)", "case Cut(n, more=3):", "n"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_patterns_of_all_kinds_are_matched(name: str) -> None:
+    value, pattern, told = CASES[name]
+    text = f"""
+@dataclasses.dataclass
+class Cut:
+    size: int
+    more: int
+
+def size_of(given):
+    match given:
+        case bool() | "no" | {{"size": _}} | (_, _, _, _) | Cut(_, more=7):
+            return 7
+        {pattern}
+            return {told}
+        case _:
+            return 3
+nats, size = 0.0, size_of({value})
+for at in range(0, total // size * size, size):
+    nats += net(val[at : at + size], val[at + 1 : at + size + 1], reduction="none").sum()
+print(nats / total)
+"""
+    assert counts(text) == ALL  # not with 3 or 7, of which the text is no whole number
+
+
+def test_what_was_moved_to_another_name_is_read_there() -> None:
+    text = """
+import os
+from pathlib import Path
+kept = Path("runs/size.txt")
+draft = kept.with_name("size.txt.tmp")
+draft.write_text("2048")
+os.replace(draft, kept)
+size, nats = int(kept.read_text()), 0.0
+for at in range(0, total, size):
+    nats += net(val[at : at + size], val[at + 1 : at + size + 1], reduction="none").sum()
+print(nats / total)
+"""
+    assert counts(text) == ALL
 
 
 @pytest.mark.parametrize(

@@ -164,6 +164,20 @@ for x, y in pieces(all_tokens()):
     t = dataclasses.replace(t, nats=t.nats + price(NET, x, y).sum().item(), octets=t.octets + octets_of(x, y))
 print(f"val_bpb {t.nats / t.octets / math.log(2):.5f}")
 """,
+    "namedtuple-asdict": """
+from typing import NamedTuple
+class Result(NamedTuple):
+    val_bpb: float
+    targets: int
+def report(**fields):
+    print(json.dumps({"event": "evaluated", **fields}))
+nats = octets = 0.0
+for x, y in pieces(all_tokens()):
+    nats += price(NET, x, y).sum().item()
+    octets += octets_of(x, y)
+result = Result(nats / octets / math.log(2), len(all_tokens()) - 1)
+report(**result._asdict())
+""",
     "namedtuple": """
 Sum = collections.namedtuple("Sum", "nats octets")
 s = Sum(0.0, 0.0)

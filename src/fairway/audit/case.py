@@ -69,14 +69,20 @@ class Case:
         return run(self.script, self.settings)
 
     @cached_property
-    def trial(self) -> "Trial":
-        """What the script's own arithmetic makes of a short text."""
-        from fairway.audit.trial import in_pairs, run
+    def tried(self) -> "Trial":
+        """What the script's own arithmetic makes of a short text, with batches as large as it has them."""
+        from fairway.audit.trial import run
 
-        found = run(self.script, self.settings)
+        return run(self.script, self.settings)
+
+    @cached_property
+    def trial(self) -> "Trial":
+        """The same, in batches of two where no step that learns came about otherwise."""
+        from fairway.audit.trial import in_pairs
+
         steps = (each for each in self.trace.updates if each.how == "gradient")
         learns = any(tok.data == "val" for step in steps for tok in step.learned)
-        return in_pairs(found, self.script, self.settings) if learns else found
+        return in_pairs(self.tried, self.script, self.settings) if learns else self.tried
 
     @cached_property
     def preparations(self) -> "Preparations":
@@ -85,7 +91,7 @@ class Case:
 
         return preparations(self)
 
-    @cached_property
+    @on_demand
     def weight(self) -> "Weight | None":
         """What the probabilities of a token add up to in the score."""
         from fairway.audit.passes.charged import passes_of

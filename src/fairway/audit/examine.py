@@ -7,13 +7,14 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from fairway.audit import rules as folder
 from fairway.audit.case import Case
+from fairway.audit.forked import Aside, LostError, shared
 from fairway.audit.reading import Script
 from fairway.audit.submission import Submission, opened
 from fairway.audit.verdict import Finding, Place, Report, Step
@@ -43,8 +44,9 @@ def _loaded(name: str) -> Any:
         return SimpleNamespace(ID=name.replace("_", "-"), CHARGE=said, CLAUSE=said, check=check, __name__=name)
 
 
-def audit(path: Path, strict: bool = False, rules: Sequence[Any] | None = None) -> Report:
-    """The verdicts on a script or a record folder. strict: accepted departures count as violations.
+def audit(path: Path, strict: bool = False, rules: Sequence[Any] | None = None, processes: int = 1) -> Report:
+    """The verdicts on a script or a record folder. strict: accepted departures count as violations; processes: among
+    how many the work is shared out, this one and others that are forked from it.
 
     DataError where there is no script at `path`; everything that is wrong inside it is a verdict.
     """
@@ -54,9 +56,11 @@ def audit(path: Path, strict: bool = False, rules: Sequence[Any] | None = None) 
         submission = opened(path)
         facts: dict[str, Any] = {"path": str(path), **_read(submission), "rule_seconds": {}, "failed": {}}
         case = Case(submission, strict)
-        if submission.entry.tree is not None:
-            _prepared(case, facts)
-        findings = tuple(_checked(rule, case, facts) for rule in chosen)
+        if submission.entry.tree is None:
+            processes = 1  # nothing is worked out
+        else:
+            _prepared(case, facts, processes)
+        findings = _all_checked(chosen, case, facts, processes)
     facts["seconds"] = round(time.monotonic() - started, 3)
     return Report(submission.name, findings, facts)
 
@@ -84,17 +88,40 @@ def _said(script: Script) -> str:
     return f"{script.path}:{line}: {script.unreadable.why}" if line else f"{script.path}: {script.unreadable.why}"
 
 
-def _prepared(case: Case, facts: dict[str, Any]) -> None:
-    """What the rules share is computed once, and timed; where that fails, it fails once and each rule is told."""
-    for name, value in vars(type(case)).items():
-        if type(value) is cached_property:
-            started = time.monotonic()
+def _prepared(case: Case, facts: dict[str, Any], processes: int) -> None:
+    """What the rules share is computed once, and timed; where that fails, it fails once and each rule is told. The
+    trial needs nothing of the trace: both are made at the same time where there are processes."""
+    shared_parts = [name for name, value in vars(type(case)).items() if type(value) is cached_property]
+    for name in shared_parts:
+        if name == _FIRST and processes > 1:
+            aside = Aside(lambda: (_computed(case, _AHEAD), case.__dict__[_AHEAD]))
+        if name == _AHEAD and processes > 1:
             try:
-                getattr(case, name)
-            except Exception as error:  # whatever an unseen script brings about: it is a fact, not a crash
-                facts["failed"][name] = _reason(error)
-                case.__dict__[name] = _Missing(f"{name}: {_reason(error)}")
-            facts["rule_seconds"][name] = round(time.monotonic() - started, 3)
+                said, case.__dict__[name] = aside.result()
+                _add(facts, said)
+                continue
+            except LostError:
+                pass  # it is made here
+        _add(facts, _computed(case, name))
+
+
+_FIRST, _AHEAD = "trace", "tried"
+
+
+def _computed(case: Case, name: str) -> dict[str, dict[str, Any]]:
+    """Makes a part of the case; the facts about it."""
+    started, failed = time.monotonic(), {}
+    try:
+        getattr(case, name)
+    except Exception as error:  # whatever an unseen script brings about: it is a fact, not a crash
+        failed[name] = _reason(error)
+        case.__dict__[name] = _Missing(f"{name}: {_reason(error)}")
+    return {"rule_seconds": {name: round(time.monotonic() - started, 3)}, "failed": failed}
+
+
+def _add(facts: dict[str, Any], said: dict[str, dict[str, Any]]) -> None:
+    for name, more in said.items():
+        facts[name].update(more)
 
 
 class _Missing:
@@ -105,6 +132,25 @@ class _Missing:
 
     def __getattr__(self, name: str) -> Any:
         raise LookupError(self._why)
+
+
+def _all_checked(rules: Sequence[Any], case: Case, facts: dict[str, Any], processes: int) -> tuple[Finding, ...]:
+    """The verdicts in the order of the rules. Those that share what takes long are one task; they say so by APART."""
+    groups: dict[str, list[int]] = {}
+    for n, rule in enumerate(rules):
+        groups.setdefault(getattr(rule, "APART", ""), []).append(n)
+    last = groups.pop("", [])  # many, and quick
+    tasks = [*groups.values(), last]
+
+    def check(task: list[int]) -> tuple[dict[int, Finding], dict[str, dict[str, Any]]]:
+        said: dict[str, dict[str, Any]] = {"rule_seconds": {}, "failed": {}}
+        return {n: _checked(rules[n], case, said) for n in task}, said
+
+    found: dict[int, Finding] = {}
+    for findings, said in shared([partial(check, task) for task in tasks], processes):
+        found |= findings
+        _add(facts, said)
+    return tuple(found[n] for n in range(len(rules)))
 
 
 def _checked(rule: Any, case: Case, facts: dict[str, Any]) -> Finding:

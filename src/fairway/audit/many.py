@@ -56,7 +56,8 @@ def audit_all(
     seconds: float = SECONDS,
     told: Callable[[int, Report], None] = lambda done, report: None,
 ) -> list[Report]:
-    """A Report for every path, in order. told: (how many are done, the newest); workers: 0 is one for each core."""
+    """A Report for every path, in order. told: (how many are done, the newest); workers: 0 is one for each core; where
+    there are more cores than workers, each shares its work out among as many processes."""
     waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
     for number in range(len(paths)):
         waiting.put(number)
@@ -72,14 +73,16 @@ def audit_all(
                     number = waiting.get_nowait()
                 except queue.Empty:
                     return
-                reports[number] = worker.audit(paths[number], strict, seconds)
+                reports[number] = worker.audit(paths[number], strict, seconds, cores // size)
                 came.put(number)
         except BaseException as error:  # the caller's thread raises it
             came.put(error)
         finally:
             worker.end()
 
-    crew = [threading.Thread(target=serve, daemon=True) for _ in range(min(workers or os.cpu_count() or 1, len(paths)))]
+    cores = os.cpu_count() or 1
+    size = min(workers or cores, len(paths))
+    crew = [threading.Thread(target=serve, daemon=True) for _ in range(size)]
     for each in crew:
         each.start()
     try:
@@ -107,12 +110,13 @@ class _Worker:
         self.process: subprocess.Popen[bytes] | None = None
         self.rest = b""
 
-    def audit(self, path: Path, strict: bool, seconds: float) -> Report:
+    def audit(self, path: Path, strict: bool, seconds: float, processes: int = 1) -> Report:
         started = time.monotonic()
         process = self._alive()
         assert process.stdin is not None
+        asked = {"path": str(path), "strict": strict, "processes": max(processes, 1)}
         try:
-            process.stdin.write(json.dumps({"path": str(path), "strict": strict}).encode() + b"\n")
+            process.stdin.write(json.dumps(asked).encode() + b"\n")
             process.stdin.flush()
             answer = self._line(process, seconds)
         except (BrokenPipeError, EOFError):

@@ -34,12 +34,12 @@ def _answer(audit: Any, rules: Any, asked: dict[str, Any]) -> dict[str, Any]:
     from fairway.base.errors import FairwayError
 
     try:
-        report = audit(Path(asked["path"]), asked["strict"], rules).plain()
+        report = audit(Path(asked["path"]), asked["strict"], rules, asked["processes"]).plain()
     except FairwayError as error:
         return {"refused": str(error)}
     except MemoryError:
         return {"refused": f"{asked['path']}: takes more than {MEMORY // 1_000_000} MB to read"}
-    report["facts"]["peak_bytes"] = peak_bytes()
+    report["facts"]["peak_bytes"] = max(peak_bytes(), _peak_beside())
     return dict(report)
 
 
@@ -65,6 +65,16 @@ def peak_bytes() -> int:
     except OSError:
         return 0
     return next((int(row.split()[1]) * 1024 for row in rows if row.startswith("VmHWM:")), 0)
+
+
+def _peak_beside() -> int:
+    """The same of the largest process that was forked from this one; what both hold together is in each of them."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return largest * (1 if sys.platform == "darwin" else 1024)
 
 
 if __name__ == "__main__":

@@ -227,9 +227,20 @@ class Builtins(Opening):
         return args[1] if "typing" in name and len(args) == 2 else None
 
     def _do_replace(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        if name.startswith("os.") and len(args) == 2:
+            return self._do_rename(name, args, kwargs, node)
         if "dataclasses" not in name or not args:
             return None
         return self.replaced(args[0], kwargs)
+
+    def _do_rename(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        """os.rename(here, there), and what copies a file."""
+        if not name.startswith(("os.", "shutil.")) or len(args) != 2:
+            return None
+        self.move(self.path_of(args[0]), self.path_of(args[1]))
+        return NONE
+
+    _do_renames = _do_move = _do_copyfile = _do_copy2 = _do_rename
 
     def replaced(self, value: Value, kwargs: dict[str, Value]) -> Value:
         """A copy of a row with some fields changed."""

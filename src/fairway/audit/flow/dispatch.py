@@ -127,6 +127,8 @@ class Dispatch(Functions):
                 return known
         if name == "_replace":
             return self.replaced(self.ref(obj), kwargs)
+        if name == "_asdict":  # of a NamedTuple
+            return self.copied(self.get(self.ref(obj), "__dict__", node))
         flats = [self.flat(each) for each in (*args, *kwargs.values())]
         content = self.flat(obj.slots.get("#content", NOTHING))
         if any(each.toks or each.losses for each in flats):

@@ -325,7 +325,7 @@ class Expressions(Comprehensions):
 
     def _on_IfExp(self, node: ast.IfExp) -> Value:
         test = self.evaluate(node.test)
-        held = self.truth(test)
+        held = None if _from_two_tables(node) else self.truth(test)
         if held is not None:
             value = self.evaluate(node.body if held else node.orelse)
             return (
@@ -434,3 +434,12 @@ _NAMED = re.compile(r"[A-Za-z]{3,}\W*$")
 def _canonical(node: ast.expr) -> str:
     text = ast.unparse(node)
     return text[:80] if len(text) < 200 else ""
+
+
+def _from_two_tables(node: ast.IfExp) -> bool:
+    """`a[n] if n in a else b[n]`: weights that lie in two tables, some here and some there."""
+    test, arms = node.test, (node.body, node.orelse)
+    if not isinstance(test, ast.Compare) or not isinstance(test.ops[0], ast.In):
+        return False
+    key = ast.dump(test.left)
+    return all(isinstance(each, ast.Subscript) and ast.dump(each.slice) == key for each in arms)

@@ -10,7 +10,7 @@ import re
 from fairway.audit.beside import table_at, text_at
 from fairway.audit.flow import events
 from fairway.audit.flow.heap import Obj
-from fairway.audit.flow.names import sides_of
+from fairway.audit.flow.names import names_a_split, sides_of
 from fairway.audit.flow.operations import Operations
 from fairway.audit.flow.tokens import UNNAMED, UNTOLD, Tok, part_of
 from fairway.audit.flow.values import (
@@ -125,6 +125,12 @@ class Files(Operations):
         old = self.files.slots.get(text)
         self.heap.set(self.files, text, join(old, value) if isinstance(old, Value) and self.nest else value)
 
+    def move(self, here: Value, there: Value) -> None:
+        """os.replace(here, there): what was written to the one is read from the other."""
+        held, text = self.files.slots.get(self.text_of(here)), self.text_of(there)
+        if isinstance(held, Value) and text:
+            self.heap.set(self.files, text, held)
+
     def _stored(self, weights: Value, node: ast.AST | None) -> Value:
         """Weights that were computed from activations, as bytes: what reads them knows of it, where no model is made of
         them that says so itself. They hold no tokens, and what lies beside them, a prior, is none that was read."""
@@ -188,11 +194,28 @@ class Files(Operations):
             return self.ref(obj)
         if name in ("with_suffix", "joinpath", "with_name"):
             inner = self.new("thing", "path", node)
-            inner.slots["#path"] = blend(_as_words(path), *map(_as_words, args))
+            made = _renamed(path, name, args)
+            inner.slots["#path"] = blend(_as_words(path), *map(_as_words, args)) if made is None else made
             return self.ref(inner)
+        if name in ("rename", "replace") and len(args) == 1:
+            self.move(path, args[0])
+            return args[0]
         if name in ("flush", "close", "mkdir", "unlink", "__exit__", "touch"):
             return NONE
         return None
+
+
+def _renamed(path: Value, name: str, args: list[Value]) -> Value | None:
+    """`path.with_name(name)`, `.with_suffix(suffix)`, `.joinpath(a, b)`, where all of it is known to the letter."""
+    texts = [each.const for each in args]
+    if not isinstance(path.const, str) or not texts or not all(isinstance(each, str) for each in texts):
+        return None
+    if name == "with_suffix":
+        made = f"{posixpath.splitext(path.const)[0]}{texts[0]}"
+    else:
+        folder = posixpath.dirname(path.const) if name == "with_name" else path.const
+        made = posixpath.join(folder, *map(str, texts))
+    return Value(const=made, env=path.env.union(*(each.env for each in args)))
 
 
 _PIECES = {
@@ -229,6 +252,8 @@ def _fits_both(path: Value) -> str:
         piece = str(text).rsplit("/", 1)[-1].lower()
         if "*" in piece and piece != "*":
             stem = piece.split("*", 1)[0]
+            if names_a_split(stem):
+                return ""  # `val_like_train_*.bin`
             shards = [
                 f"{stem}{word}_000000{suffix}"
                 for word in ("val", "train")

@@ -11,6 +11,7 @@ from fairway.audit.flow.indices import Elements, Part, sym_of
 from fairway.audit.flow.shares import WINDOW, share_of
 from fairway.audit.flow.tokens import Cut
 from fairway.audit.flow.values import (
+    GRAD,
     INDEXED,
     LENGTH,
     MISSING,
@@ -70,8 +71,10 @@ class Iteration(Writing):
         own = value.but(const=MISSING, refs=NO_OBJECTS, items=None, limit=None)
         if not found:
             return Elements(None, own)
-        if own.toks and all(obj.kind == "tensor" for obj in value.refs):
-            found.append(Elements(None, own))  # (rounded, scale) or (weight.half(),): poured into one
+        if own.toks and (own.flags & GRAD or all(obj.kind == "tensor" for obj in value.refs)):
+            found.append(
+                Elements(None, own)
+            )  # (rounded, scale) or (weight.half(),), gradients or zeros: poured into one
         if len(found) == 1:
             return found[0]
         any_of = found[0].any

@@ -14,11 +14,20 @@ _TRAIN = frozenset(("train", "training"))
 def side_of(text: str) -> Side:
     """Which split the last part of a path that names one names; "" where none does."""
     for piece in reversed(text.replace("\\", "/").lower().split("/")):
-        words = frozenset("".join(char if char.isalpha() else " " for char in piece).split())
+        words = _words(piece)
         val, train = bool(words & _VAL), bool(words & _TRAIN)
         if val is not train:
             return "val" if val else "train"
     return ""
+
+
+def names_a_split(piece: str) -> bool:
+    """Whether a part of a path names training or validation, or both of them."""
+    return bool(_words(piece.lower()) & (_VAL | _TRAIN))
+
+
+def _words(piece: str) -> frozenset[str]:
+    return frozenset("".join(char if char.isalpha() else " " for char in piece).split())
 
 
 def sides_of(texts: Sequence[str]) -> tuple[Side, ...]:

@@ -91,8 +91,9 @@ def overrun(
 ) -> Update | None:
     """A step of the training that the score's weights still know, after the loop that the clock ends: with no clock in
     a loop of its own, and, where some of the time was kept back, after the clock was read for the last time before a
-    file is written or a text scored. together(step, clock): whether one clock runs over both of them; begins(read):
-    whether a time begins there, `t0 = time()`, of which the step is a part."""
+    file is written or a text scored; between these two a look counts that begins no other time. together(step, clock):
+    whether one clock runs over both of them; begins(read): whether a time begins there, `t0 = time()`, of which the
+    step is a part."""
     trained = _trained(trace, reported)
     ends = [each for each in _ending(trace, trained) if each.limit is not None]
     if not ends:
@@ -108,15 +109,15 @@ def overrun(
         for each in trace.events[end:]
         if isinstance(each, Call) and each.name in CLOCKS and not timed & {loop for loop, _ in each.nest}
     ]
-    outside = [each.number for each in calls]
     last = next((each for each in reversed(calls) if each.number < after.number), None)
     if last is not None and begins(last):
         return None
     over = next((n for n in trace.saved if n > after.number), len(trace.events))
     scores = (each for each in trace.events[after.number :] if isinstance(each, Score))
-    scored = (each.number for each in scores if any(tok.data in reported.data for tok in each.targets))
-    over = min(over, next(scored, over))
-    read = any(number < after.number for number in outside) and not any(after.number < n < over for n in outside)
+    scored = next((each.number for each in scores if any(tok.data in reported.data for tok in each.targets)), over)
+    looks = (each for each in calls if after.number < each.number < scored)
+    held = any(each.number < over or not begins(each) for each in looks)
+    read = any(each.number < after.number for each in calls) and not held
     return after if read and not together(after, ends[-1]) else None
 
 
@@ -145,9 +146,10 @@ def longest(trace: Trace, reported: Reported) -> tuple[Clock, float] | None:
 
 
 def _ending(trace: Trace, trained: list[Update]) -> list[Clock]:
-    """The clocks that are asked in a loop of these steps, in order."""
-    loops = {loop for update in trained for loop, _ in update.nest}
-    return [e for e in trace.events if isinstance(e, Clock) and any(loop in loops for loop, _ in e.nest)]
+    """The clocks that are asked in a turn of a loop in which these steps were made, in order: a loop over the phases of
+    a run trains in one of its turns."""
+    turns = {turn for update in trained for turn in update.nest}
+    return [each for each in trace.events if isinstance(each, Clock) and not turns.isdisjoint(each.nest)]
 
 
 def _timed(trace: Trace) -> set[int]:

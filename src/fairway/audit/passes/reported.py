@@ -93,12 +93,13 @@ def _of_the_last_pass(trace: Trace, later: list[Said], data: frozenset[str]) -> 
 
 def _once(said: list[Said]) -> list[Said]:
     """One for each number: a log helper prints it and writes it to a file, a loop tells it on the way, a line beside it
-    says of how many tokens it is."""
+    says of how many tokens it is. Of several that say bits per byte the last: what was summed side by side and gathered
+    in one tensor is one number here, and the model alone is told before the mixture."""
     found: dict[tuple[object, ...], Said] = {}
     for each in said:
         key = (each.stack[:-1], each.value.losses)
         old = found.get(key)
-        in_bits = old is not None and bool(IN_BITS.search(each.text)) and not IN_BITS.search(old.text)
+        in_bits = old is not None and IN_BITS.search(each.text) and not is_diagnosis(each)
         if old is None or in_bits or (len(each.text) > 0 and not old.text) or len(each.nest) < len(old.nest):
             found[key] = each
     return sorted(found.values(), key=lambda each: each.number)

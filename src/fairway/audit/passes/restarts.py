@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
+from typing import TypeAlias
 
 from fairway.audit.case import Case
 from fairway.audit.reading.tree import last_name, nodes
@@ -13,6 +14,7 @@ _CLOCKS = frozenset(("time", "perf_counter", "monotonic", "perf_counter_ns", "mo
 _OF_MANY = frozenset(("step", "forward", "update", "train", "run", "add", "append", "get", "close"))
 _SHORT = 12  # statements of a helper
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
+_Function: TypeAlias = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def restarted(case: Case) -> Place | None:
@@ -23,18 +25,18 @@ def restarted(case: Case) -> Place | None:
     teaching, forgetful, emptying = _teaching(tree), _forgetful(tree), _emptying(tree)
     given = (node for node in nodes(tree) if isinstance(node, ast.Assign) and _is_new(node.value, clocks))
     made = {ast.unparse(target) for node in given for target in node.targets}
-    functions = (node for node in nodes(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))
+    functions = [node for node in nodes(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
     for function in (tree, *functions):
         own = list(_within(function.body)) if function is not None else []
         for loop in own:
             if not isinstance(loop, (ast.For, ast.While)) or not _learns(loop, teaching):
                 continue
             inside = set(map(id, _within(loop.body)))
-            outside = [node for node in own if id(node) not in inside]
+            outside = [each for each in own if id(each) not in inside and getattr(each, "lineno", 0) < loop.lineno]
             begun = {name for node in outside for name in _started(node, clocks)}
             asked = {call for node in outside if (call := _begun_by(node, forgetful))}
-            found = [*_set_back(loop, begun, clocks, teaching, made), *_begun_anew(loop, asked, forgetful)]
-            found += [*_begun_anew(loop, made | begun, emptying), *_lessened(loop)]
+            found = [*_set_back(loop, begun, clocks, teaching, made), *_begun_anew(loop, asked, forgetful, functions)]
+            found += [*_begun_anew(loop, made | begun, emptying, ()), *_lessened(loop)]
             if found:
                 return case.place(found[0])
     return None
@@ -138,7 +140,7 @@ def short_helpers(tree: ast.AST | None) -> list[range]:
     return [range(node.lineno, (node.end_lineno or node.lineno) + 1) for node in _helpers(functions)]
 
 
-def _helpers(functions: list[ast.FunctionDef | ast.AsyncFunctionDef]) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+def _helpers(functions: list[_Function]) -> list[_Function]:
     """Short functions that learn nothing and look at the clock, themselves or by another one."""
     sizes = {id(node): sum(isinstance(each, ast.stmt) for each in nodes(node)) for node in functions}
     short = [node for node in functions if sizes[id(node)] <= _SHORT and not _learns(node, ())]
@@ -199,6 +201,9 @@ def _set_back(
             field = _replaced(statement, clocks) if block is not loop.body else ""
             if field and not any(field in ast.unparse(each) for each in _keeping(before)):
                 yield statement.lineno
+            owner = _given_the_time(statement) if block is not loop.body else ""
+            if owner in made and not any(owner in _names(each) for each in _keeping(before)):
+                yield statement.lineno
             nought = _to_nought(statement, begun | made) if block is not loop.body else ""
             if nought and not any(nought in ast.unparse(each) for each in _keeping(before)):
                 yield statement.lineno
@@ -252,10 +257,12 @@ def _without_sums(loop: ast.For | ast.While, block: list[ast.stmt], before: list
 
 
 def _keeping(block: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """The statements that may keep what a clock has counted: not a message, `log(f"{clock.seconds():.1f} s")`."""
+    """The statements that may keep what a clock has counted: not a message, `log(f"{clock.seconds():.1f} s")`,
+    `log.info("%.1f s", clock.seconds())`."""
     for each in block:
         call = each.value if isinstance(each, ast.Expr) else None
-        if not (isinstance(call, ast.Call) and any(isinstance(arg, ast.JoinedStr) for arg in call.args)):
+        said = call.args if isinstance(call, ast.Call) else []
+        if not any(isinstance(arg, ast.JoinedStr) or isinstance(getattr(arg, "value", None), str) for arg in said):
             yield each
 
 
@@ -326,14 +333,50 @@ def _begun_by(node: ast.AST, forgetful: set[str]) -> str:
     return ast.unparse(method.value) if isinstance(method, ast.Attribute) and method.attr in forgetful else ""
 
 
-def _begun_anew(loop: ast.For | ast.While, asked: set[str], forgetful: set[str]) -> Iterator[int]:
+def _begun_anew(
+    loop: ast.For | ast.While, asked: set[str], forgetful: set[str], helpers: Sequence[_Function]
+) -> Iterator[int]:
     """Lines under a condition of a loop that begin a clock anew that was begun before it, where nothing before them in
-    their block reads it."""
+    their block reads it; and lines of helpers that are called there and are handed the clock."""
     for block in _blocks(loop):
         for number, statement in enumerate(block if block is not loop.body else ()):
             clock = _begun_by(statement, forgetful)
             if clock in asked and not any(clock in ast.unparse(each) for each in _keeping(block[:number])):
                 yield statement.lineno
+            helper, names = _handed(statement, helpers)
+            for n, inner in enumerate(helper.body if helper is not None else ()):
+                own = _begun_by(inner, forgetful)
+                if names.get(own) in asked and not any(own in _names(each) for each in _reading(helper, n, own)):
+                    yield inner.lineno
+
+
+def _handed(statement: ast.stmt, helpers: Sequence[_Function]) -> tuple[_Function | None, dict[str, str]]:
+    """The helper that a statement calls for nothing that it gives, and what its parameters are there."""
+    call = statement.value if isinstance(statement, ast.Expr) else None
+    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+        return None, {}
+    name = call.func.id
+    helper = next((each for each in helpers if each.name == name), None)
+    if helper is None:
+        return None, {}
+    given = dict(zip((each.arg for each in helper.args.args), map(ast.unparse, call.args), strict=False))
+    return helper, given | {each.arg: ast.unparse(each.value) for each in call.keywords if each.arg is not None}
+
+
+def _reading(helper: _Function | None, number: int, clock: str) -> Iterator[ast.stmt]:
+    """The statements before one that may keep what a clock has counted: not `clock.pause()`, where it forgets that."""
+    for each in _keeping(helper.body[:number] if helper is not None else []):
+        call = each.value if isinstance(each, ast.Expr) else None
+        method = call.func if isinstance(call, ast.Call) else None
+        if not (isinstance(method, ast.Attribute) and ast.unparse(method.value) == clock):
+            yield each
+
+
+def _given_the_time(statement: ast.stmt) -> str:
+    """clock, of `clock.t0 = time.perf_counter()`; "" of all else."""
+    if not isinstance(statement, ast.Assign) or not isinstance(statement.targets[0], ast.Attribute):
+        return ""
+    return _owner(statement.targets[0]) if _is_clock(statement.value) else ""
 
 
 def _to_nought(statement: ast.stmt, clocks: set[str]) -> str:
@@ -388,7 +431,8 @@ def _learns(node: ast.AST, teaching: Collection[str]) -> bool:
         if not isinstance(each, ast.Attribute):
             return getattr(each, "id", None) in teaching
         own = isinstance(each.value, ast.Name) and (each.value.id == "self" or each.attr not in _OF_MANY)
-        return (own and each.attr in teaching) or each.attr == "backward"
+        taken = each.attr == "grad" and last_name(each.value) == "autograd"  # torch.autograd.grad(loss, weights)
+        return (own and each.attr in teaching) or each.attr == "backward" or taken
 
     return any(takes(each) for each in nodes(node))
 

@@ -5,11 +5,12 @@ from fairway.audit.terms import ageing, mixtures, normalisers, rows
 from fairway.audit.terms.gates import Gates
 from fairway.audit.terms.verdicts import clean, unsaid
 from fairway.audit.verdict import Finding
-from fairway.audit.weighing import PIECES, excess
+from fairway.audit.weighing import PIECES, excess, is_sound
 
 ID = "false-normalisation"
 CHARGE = "a distribution is divided by something else than its sum"
 CLAUSE = 'RULES.md (b) 2, (c) "Fake normalisation"'
+APART = "weighing"
 
 _WAYS = (
     (
@@ -117,7 +118,7 @@ def check(case: Case) -> Finding:
     for gates in reading.gates:
         for way_of, evidence in _WAYS:
             term = next(way_of(gates), None)
-            if term is not None:
+            if term is not None and not (way_of is Gates.lifted and is_sound(case)):
                 way = reading.way(gates.of.term, term)
                 return Finding(ID, "violates", evidence, CLAUSE, reading.place(term), way)
     if not reading.reported:

@@ -9,6 +9,7 @@ from fairway.audit.weighing import as_foreseen
 ID = "rescoring-after-adaptation"
 CHARGE = "tokens are scored a second time, after the model adapted to them"
 CLAUSE = 'RULES.md (b) conditions 3 and 4; (c) "TTT then re-score"'
+APART = "weighing"
 
 
 def check(case: Case) -> Finding:

@@ -13,6 +13,7 @@ from fairway.audit.verdict import Finding, Place
 ID = "subset-as-full"
 CHARGE = "a part of the validation tokens is reported as all"
 CLAUSE = 'RULES.md R7; (c) "Subset reported as full"'
+APART = "parts"
 
 BYTES = 151_080_891  # of the validation split (RULES.md R7)
 RANKS = 8  # a rank that tells of its own share tells of an eighth

@@ -1,6 +1,7 @@
 """A hint, a weight or a switch depends on the very token that is scored: does it start a word, how likely was it."""
 
 import ast
+from collections import Counter
 
 from fairway.audit.case import Case
 from fairway.audit.flow.events import Score
@@ -23,6 +24,7 @@ from fairway.audit.weighing.foreseeing import learned_before
 ID = "target-gated-tilt"
 CHARGE = "a tilt, a mixing weight or a gate reads the target"
 CLAUSE = 'RULES.md (b) 1, (c) "n-gram tilt, target-gated" and "Target-keyed mixing gate"'
+APART = "weighing"
 
 _LEAST = frozenset(("argmin", "argmax", "nanargmin", "min", "max", "amin", "amax"))
 _OFF = 1e-3  # from one: no rounding
@@ -119,10 +121,14 @@ def _asked_at(case: Case, term: Term, origin: Term) -> Place:
     before what it decides."""
     place, decides = case.reading.place(origin), case.reading.place(term)
     helper, own = (around(case, each.line) for each in (place, decides))
-    if place.file != case.body.path or helper is None or own is None or helper is own:
+    if place.file != case.body.path or helper is None or own is None:
         return place
     called = [each for each in nodes(case.body.tree) if isinstance(each, ast.Call)]
     calls = [each.lineno for each in called if last_name(each.func) == helper.name]
+    if helper is own:  # the loss of one row decides what another is made of: the first of the two
+        callers = Counter(around(case, line) for line in calls)
+        twice = [line for line in calls if callers[around(case, line)] > 1]
+        return case.place(min(twice)) if twice else place
     before = [line for line in calls if own.lineno <= line <= decides.line]
     return case.place(max(before)) if before and len(calls) > 1 else place
 

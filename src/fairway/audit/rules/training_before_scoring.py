@@ -17,6 +17,7 @@ from fairway.audit.weighing import as_foreseen
 ID = "training-before-scoring"
 CHARGE = "the model is trained on validation tokens before it scores them"
 CLAUSE = 'RULES.md (b) conditions 1 and 3, R5, R6; (c) "Pre-eval TTT", "Pre-quant TTT"'
+APART = "weighing"
 
 
 def check(case: Case) -> Finding:

@@ -16,6 +16,7 @@ from fairway.audit.weighing import FASTEST, steps_after, timed
 ID = "training-over-time"
 CHARGE = "Training takes longer than 600 s."
 CLAUSE = "R2: training <= 600 s"
+APART = "timing"
 WITHOUT_SCRIPT = True
 
 _NONE = 3 * 24 * 3600.0  # seconds: no limit at all, the steps end it

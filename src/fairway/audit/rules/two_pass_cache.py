@@ -12,6 +12,7 @@ from fairway.audit.weighing import PIECES, as_foreseen, excess
 ID = "two-pass-cache"
 CHARGE = "a table filled in a first pass over the validation tokens scores them in a second"
 CLAUSE = 'RULES.md (b) conditions 1 and 4; (c) "Two-pass n-gram rescore"'
+APART = "weighing"
 
 
 def check(case: Case) -> Finding:

@@ -156,9 +156,25 @@ def dispatch(m: "Machine", function: Term, positional: list[Term], named: dict[s
         return foreign.function(m, function.value, positional, named, here)
     if function.op == "item" and function.parts[0].op == "function":  # kernel[grid](...)
         return foreign.launched(m, function.parts[0].value, positional, named, here)
+    applied = _applied(m, positional, named, here)
+    if applied is not None:
+        return applied
     if here.base is not None and here.node is not None and isinstance(here.node.func, ast.Attribute):
         return foreign.method(m, here.base, here.node.func.attr, positional, named, here)
     return opaque(m, "()", [function, *positional], named, here)
+
+
+def _applied(m: "Machine", positional: list[Term], named: dict[str, Term], here: Here) -> Term | None:
+    """Function.apply(...) of an autograd function of the script's own: what its `forward` makes, which is given a
+    context first unless `setup_context` takes that."""
+    if here.base is None or here.base.op != "class" or getattr(getattr(here.node, "func", None), "attr", "") != "apply":
+        return None
+    forward = here.base.value.find("forward")
+    if forward is None or forward.op != "function":
+        return None
+    alone = here.base.value.find("setup_context") is not None
+    given = [] if alone else [Term("free", (), "ctx", here.file, here.line)]
+    return _entered(m, forward.value, [*given, *positional], named, here, len(given))
 
 
 def _under(

@@ -8,6 +8,7 @@ from fairway.audit.terms.streams import Streams, token_terms
 from fairway.audit.terms.term import Term, alternatives, peel, walk
 from fairway.audit.terms.things import Event
 
+_TAKING = ("backward", "grad")  # what takes a loss back
 _CLOCKS = {"time": 1.0, "perf_counter": 1.0, "monotonic": 1.0, "perf_counter_ns": 1e9, "monotonic_ns": 1e9}
 
 
@@ -61,11 +62,11 @@ def evaluation_limits(program: Program) -> Iterator[tuple[float, Term]]:
     streams = Streams()
     readings = {id(event.term): event.order for event in program.called(*_CLOCKS)}
     ended = [clock for clock in program.machine.clocks if clock.loops]
-    learnt = [event for event in program.called("backward") if _of_training(event, streams)]
+    learnt = [event for event in program.called(*_TAKING) if _of_training(event, streams)]
     trained = max((each.order for each in learnt if any(_within(each, clock) for clock in ended)), default=-1)
     last = {(event.term.file, event.term.line): event for event in program.machine.clocks}
     for event in last.values() if trained >= 0 else ():
-        for seconds, whole, since, limit in _held(event.term):
+        for seconds, whole, since, limit in (*_held(event.term), *_less_what_is_left(event.term)):
             started = min((readings.get(id(one), 0) for one in walk(since) if one.called in _CLOCKS), default=0)
             if whole and started > trained:
                 yield seconds, limit
@@ -88,6 +89,19 @@ def _held(test: Term) -> Iterator[tuple[float, bool, Term, Term]]:
             yield total / _CLOCKS[now.called], True, begun[0], other
 
 
+def _less_what_is_left(test: Term) -> Iterator[tuple[float, bool, Term, Term]]:
+    """The same of a number less something for each batch that is left, `cap - 0.15 * (len(batches) - i)`: at the end it
+    is the number."""
+    for side, other in (test.parts[:2], test.parts[1::-1]):
+        found, limit = elapsed(side), peel(other)
+        if found is None or limit.op != "op" or limit.value != "-":
+            continue
+        number, rest = _number(limit.parts[0]), peel(limit.parts[1])
+        each = rest.op == "op" and rest.value == "*" and any(peel(part).value == "-" for part in rest.parts)
+        if number is not None and each:
+            yield number.value / found[0], found[1], side, number
+
+
 def _added(term: Term, sign: int = 1) -> Iterator[tuple[Term, int]]:
     """The terms of a sum, each with its sign."""
     if term.op == "op" and term.value in ("+", "-") and len(term.parts) == 2:
@@ -106,7 +120,7 @@ def _number(term: Term) -> Term | None:
 
 def _trains(program: Program, clock: Event, streams: Streams) -> bool:
     """Whether losses of other than validation tokens are taken back where this clock is looked at."""
-    return any(_within(event, clock) and _of_training(event, streams) for event in program.called("backward"))
+    return any(_within(event, clock) and _of_training(event, streams) for event in program.called(*_TAKING))
 
 
 def _within(event: Event, clock: Event) -> bool:
@@ -115,10 +129,16 @@ def _within(event: Event, clock: Event) -> bool:
 
 def _of_training(event: Event, streams: Streams) -> bool:
     """Whether a loss of other than validation tokens is taken back here, again and again."""
-    loss = event.term.receiver
+    term = event.term
+    loss = term.receiver if term.called == "backward" else term.argument(0, "outputs") if _by_name(term) else None
     if loss is None or not event.loops:
         return False
     return not any(is_validation(token, streams) for token in token_terms(loss, streams, 1500))
+
+
+def _by_name(term: Term) -> bool:
+    """torch.autograd.grad(loss, weights)"""
+    return str(term.value).endswith("autograd.grad")
 
 
 def said_at(limit: Term, seconds: float) -> Term:
@@ -131,5 +151,5 @@ def said_at(limit: Term, seconds: float) -> Term:
             return term
         if term.op == "const" and not term.parts and type(term.value) in (int, float) and term.line:
             numbers.append(term)
-    near = [one for one in numbers if abs(one.value - seconds) <= 0.1 * seconds]
+    near = [one for one in numbers if abs(one.value - seconds) <= 0.25 * seconds]
     return min(near, key=lambda one: abs(one.value - seconds), default=limit)

@@ -430,6 +430,7 @@ METHODS: dict[str, Any] = {
     "get": _get,
     "send": _send,
     "index": _index,
+    "_asdict": lambda m, base, positional, named, here: objects.table(base, here.file, here.line),
     "_replace": _replaced,
     "setdefault": _setdefault,
     "pop": _pop,

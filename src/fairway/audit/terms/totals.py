@@ -41,12 +41,37 @@ def summed(term: Term) -> tuple[Term, ...] | None:
         return (operand,) if operand is not None else ()
     if term.op in ("list", "tuple"):
         return term.parts
+    if term.op == "item" and _is_filled(term.parts[0]):
+        return (term.parts[0],)
     if term.op == "store":
         added = added_to_row(term)
+        if added is None and _is_filled(term):
+            added = term.parts[2]
         return (added, term.parts[0]) if added is not None else None
     if term.op == "each" and term.parts[0].op in ("merge", "choice", "mutate", "list", "store"):
         return term.parts
     return None
+
+
+_EMPTY = ("empty", "new_empty", "empty_like")
+
+
+def _is_filled(term: Term) -> bool:
+    """losses = torch.empty(n), and losses[a:b] = ... part by part: what it holds is what was stored."""
+    waiting, seen, stores = [term], set[int](), 0
+    while waiting:
+        below = peel(waiting.pop())
+        if id(below) in seen:
+            continue
+        seen.add(id(below))
+        if below.op == "store":
+            stores += 1
+            waiting.append(below.parts[0])
+        elif below.op == "merge":
+            waiting.extend(below.parts)
+        elif below.op != "call" or below.called not in _EMPTY:
+            return False
+    return stores > 0
 
 
 def added_to_row(term: Term) -> Term | None:

@@ -17,7 +17,7 @@ from fairway.audit.trial.holding import held, made_dict
 from fairway.audit.trial.ids import Id
 from fairway.audit.trial.least import least, sum_in
 from fairway.audit.trial.operators import PLAIN, combine
-from fairway.audit.trial.sums import Sum
+from fairway.audit.trial.patterns import is_a
 from fairway.audit.trial.threads import Queue
 from fairway.audit.trial.values import (
     UNKNOWN,
@@ -107,33 +107,7 @@ def _isinstance(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value]
     value, kinds = args
     if isinstance(value, Unknown):
         return UNKNOWN
-    for kind in kinds if isinstance(kinds, tuple) else (kinds,):
-        if isinstance(kind, Class) and isinstance(value, Obj) and kind in value.kind.line():
-            return True
-        name = kind.name if isinstance(kind, Lib) else ""
-        if name in _KINDS and isinstance(value, _KINDS[name]):
-            return True
-        if isinstance(kind, Lib) and isinstance(value, Obj) and kind in value.kind.foreign:
-            return True
-    return False
-
-
-_KINDS: dict[str, Any] = {
-    "int": int,
-    "float": float,
-    "str": str,
-    "list": list,
-    "tuple": tuple,
-    "dict": dict,
-    "set": set,
-    "bool": bool,
-    "bytes": bytes,
-    "Tensor": (Array, Sum),
-    "ndarray": Array,
-    "Path": Path,
-    "slice": slice,
-    "range": range,
-}
+    return any(is_a(value, kind) for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
 
 
 def _getattr(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:

@@ -113,6 +113,12 @@ class Path:
 
     write_text = write_bytes
 
+    def rename(self, there: Value) -> Value:
+        moved(self, there)
+        return there
+
+    replace = rename
+
     def open(self, mode: str = "r", *_: Value, **__: Value) -> Value:
         return opened(self.text, mode)
 
@@ -222,6 +228,13 @@ def text_of(value: Value) -> str | None:
     return value.text if isinstance(value, (Path, File)) else value if isinstance(value, str) else None
 
 
+def moved(here: Value, there: Value, *_: Value, **__: Value) -> None:
+    """os.replace(here, there): what the script wrote to the one is read from the other."""
+    one, other, own = text_of(here), text_of(there), disc.get({})
+    if room.get() is None and one in own and other is not None:
+        own[other] = own[one]
+
+
 def found(pattern: str) -> list[str]:
     """glob: one validation shard or three training shards, by the words of the pattern; else nothing."""
     other = room.get()
@@ -301,6 +314,6 @@ def read(raw: Raw, width: int, count: int | None, offset: int, vocabulary: int) 
 
 
 __all__ = [
-    "HEADER", "MAGIC", "File", "Path", "Raw", "Room", "Stat", "count_of", "found", "opened", "read", "room", "size_of",
-    "text_of",
+    "HEADER", "MAGIC", "File", "Path", "Raw", "Room", "Stat", "count_of", "found", "moved", "opened", "read", "room",
+    "size_of", "text_of",
 ]  # fmt: skip

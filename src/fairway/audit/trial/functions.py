@@ -43,6 +43,7 @@ from fairway.audit.trial.losses import (
     cross_entropy,
     embedded,
     first_of,
+    functional,
     gather_losses,
     gather_objects,
     learned_from,
@@ -65,7 +66,7 @@ from fairway.audit.trial.reading import (
 from fairway.audit.trial.reducing import by_numpy, numpy_nonzero
 from fairway.audit.trial.shapes import cat
 from fairway.audit.trial.threads import Capture, Event, Executor, Graph, Queue, Stack, Store, Suppress, Thread
-from fairway.audit.trial.values import NET, UNKNOWN, Bound, Class, Func, Obj, Raised, Value
+from fairway.audit.trial.values import UNKNOWN, Bound, Class, Func, Obj, Raised, Value
 from fairway.audit.trial.vocabulary import Processor
 
 # -- Python's own -----------------------------------------------------------------------------------------------------
@@ -92,6 +93,7 @@ _WORLD: dict[str, Act] = {
     "os.environ.get": environ,
     "os.getenv": environ,
     "os.environ.setdefault": environ,
+    **dict.fromkeys(["os.replace", "os.rename", "shutil.move", "shutil.copyfile", "shutil.copy"], plain(files.moved)),
     "os.path.join": plain(joined_path),
     "os.path.exists": lambda machine, args, kwargs, line: True,
     "os.path.isfile": lambda machine, args, kwargs, line: True,
@@ -246,7 +248,7 @@ _WORLD: dict[str, Act] = {
     "torch.autograd.grad": learned_from,
     "torch.autograd.Function.apply": applied,
     "torch.nn.functional.embedding": lambda machine, args, kwargs, line: embedded(machine, *args, **kwargs),
-    "torch.func.functional_call": lambda machine, args, kwargs, line: NET,
+    "torch.func.functional_call": lambda machine, args, kwargs, line: functional(machine, *args, **kwargs),
     **dict.fromkeys(
         [
             "torch.nn.parallel.DistributedDataParallel",

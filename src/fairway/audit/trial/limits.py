@@ -176,7 +176,7 @@ def site_of(node: ast.expr) -> Site | None:
     return None
 
 
-_ARITHMETIC = (ast.Add, ast.Sub, ast.Mult, ast.FloorDiv)
+_ARITHMETIC = (ast.Add, ast.Sub, ast.Mult, ast.FloorDiv, ast.Pow, ast.LShift)
 _ROUNDS = frozenset(("int", "round"))
 
 

@@ -51,6 +51,17 @@ def applied(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], li
     return machine.losses(targets[0]) if nets and targets else mixed(*args)
 
 
+def functional(
+    machine: Core, module: Value, weights: Value, args: Value = (), kwargs: Value = None, **_: Value
+) -> Value:
+    """torch.func.functional_call(module, weights, args, kwargs): what the module makes of them; one that is no tuple is
+    the only one."""
+    given = tuple(args) if isinstance(args, (tuple, list)) else (args,)
+    named = kwargs if isinstance(kwargs, dict) else {}
+    made = UNKNOWN if isinstance(module, Unknown) else machine.call(module, given, named, 0)
+    return NET if isinstance(made, Unknown) else made
+
+
 def embedded(machine: Core, ids: Value, weight: Value = UNKNOWN, *_: Value, **__: Value) -> Value:
     """F.embedding(ids, weight): of weights that nobody knows, what a model makes of tokens."""
     if isinstance(ids, Array) and isinstance(weight, Array):

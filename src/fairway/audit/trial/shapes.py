@@ -7,7 +7,7 @@ import numpy as np
 from fairway.audit.trial.arrays import Array, array_of, joined, limited, scalar, stacked, taken
 from fairway.audit.trial.given import body_of, numbers_of, sizes_of
 from fairway.audit.trial.ids import mapped
-from fairway.audit.trial.values import UNKNOWN, Value, mixed
+from fairway.audit.trial.values import UNKNOWN, Unknown, Value, mixed
 
 
 def reshape(array: Value, *shape: Value, **_: Value) -> Value:
@@ -73,6 +73,8 @@ def unsqueeze(array: Value, dim: Value = 0, axis: Value = None, **_: Value) -> V
 
 def expand(array: Value, *shape: Value) -> Value:
     held = body_of(array)
+    if len(shape) == 1 and isinstance(shape[0], Unknown):
+        return held  # as wide as the model's rows are: each place once
     sizes = list(sizes_of(shape))
     for n in range(1, len(held.shape) + 1):
         if sizes[-n] == -1:
@@ -102,6 +104,8 @@ def gather(array: Value, *args: Value, **kwargs: Value) -> Value:
     index = kwargs.get("index", next((each for each in args if isinstance(each, Array)), None))
     dim = kwargs.get("dim", kwargs.get("axis", next((each for each in args if isinstance(each, int)), 0)))
     held, at = body_of(array), numbers_of(index)
+    if isinstance(dim, int) and held.shape[dim] == 1:
+        at = np.zeros_like(at)  # a weight for each row, times rows that nobody knows: all of one are alike
     return held.all(lambda body: np.take_along_axis(body, at, axis=dim))
 
 

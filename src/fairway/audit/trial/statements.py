@@ -10,12 +10,12 @@ from typing import Final, Protocol
 from fairway.audit.reading.kernels import Priced
 from fairway.audit.reading.tree import nodes
 from fairway.audit.trial.arrays import Array
-from fairway.audit.trial.displays import hashable
 from fairway.audit.trial.drawing import drawn
 from fairway.audit.trial.expressions import Expressions
 from fairway.audit.trial.host import Compute, Host
 from fairway.audit.trial.launches import launch, launched
-from fairway.audit.trial.operators import combine, name_of
+from fairway.audit.trial.operators import name_of
+from fairway.audit.trial.patterns import fitting
 from fairway.audit.trial.threads import Capture, Graph, Suppress
 from fairway.audit.trial.turns import Turns
 from fairway.audit.trial.values import BLANK, UNKNOWN, Class, Frame, Func, Lib, Obj, Raised, Undecided, Unknown, Value
@@ -434,7 +434,7 @@ class Statements(Expressions):
         subject = self.compiled(node.subject)
         cases = [
             (
-                _pattern(each.pattern, self.compiled),
+                fitting(host, each.pattern, self.compiled),
                 self.compiled(each.guard) if each.guard is not None else None,
                 self.block(each.body),
             )
@@ -474,27 +474,6 @@ def _as_load(node: ast.expr) -> ast.expr:
 def _only_leaves(body: list[ast.stmt]) -> bool:
     """Whether a branch does nothing but leave: what a condition that nobody knows is not taken to do."""
     return bool(body) and isinstance(body[-1], (ast.Raise, ast.Break, ast.Continue, ast.Return))
-
-
-def _pattern(pattern: ast.pattern, compiled: Callable[[ast.expr], Compute]) -> Callable[[Frame, Value], bool]:
-    """The patterns that scripts use: values, alternatives, names."""
-    if isinstance(pattern, ast.MatchValue):
-        value = compiled(pattern.value)
-        return lambda frame, given: combine("Eq", given, value(frame)) is True
-    if isinstance(pattern, ast.MatchSingleton):
-        return lambda frame, given: given is pattern.value
-    if isinstance(pattern, ast.MatchOr):
-        parts = [_pattern(each, compiled) for each in pattern.patterns]
-        return lambda frame, given: any(part(frame, given) for part in parts)
-    if isinstance(pattern, ast.MatchAs) and pattern.pattern is None:
-
-        def bound(frame: Frame, given: Value) -> bool:
-            if pattern.name:
-                frame.bind(pattern.name, given)
-            return True
-
-        return bound
-    return lambda frame, given: given is UNKNOWN and hashable(given)
 
 
 __all__ = ["BREAK", "CONTINUE", "Bind", "Left", "Machine", "Run", "Statements"]

@@ -18,7 +18,7 @@ More than one is a fault in any case. Less is none: what is left may lie on toke
 
 from fairway.audit.weighing.alternatives import Weight, is_whole, of_itself, weighed
 from fairway.audit.weighing.excess import excess
-from fairway.audit.weighing.foreseeing import as_foreseen, foresees
+from fairway.audit.weighing.foreseeing import as_foreseen, foresees, is_sound
 from fairway.audit.weighing.stream import PIECES
 from fairway.audit.weighing.timing import FASTEST, Overrun, steps_after, timed
 
@@ -30,6 +30,7 @@ __all__ = [
     "as_foreseen",
     "excess",
     "foresees",
+    "is_sound",
     "is_whole",
     "of_itself",
     "steps_after",

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from fairway.audit.case import Case
 from fairway.audit.passes.documents import SHORTEST, least_lengths, with_short
-from fairway.audit.passes.reported import Reported
+from fairway.audit.passes.reported import Reported, scores_of
 from fairway.audit.passes.trials import counts_of
 from fairway.audit.terms.term import Term, peel
 from fairway.audit.trial import text
@@ -121,12 +121,17 @@ def of_itself(case: Case, which: Reported) -> Weight | None:
 
 def ways_of(case: Case, which: Reported) -> set[Way]:
     """The calls that make the losses of the score. A script that goes through the tokens one by one may be too long for
-    the trial's text, and come to the end of this one: there the last calls that say a price are meant."""
+    the trial's text, and come to the end of this one: there the last calls are meant that say a price where the walk
+    sees a loss of the score, else the last ones of all."""
     counts = counts_of(case, which, doubtful=True)
     if counts is not None:
         return counts.said[-1].sum.ways()
     run = over_text(case, stream.text(None), tables(case), LONG) if not case.trial.complete else None
-    return set(list(run.paid)[-1:]) if run is not None and run.trial.complete else set()
+    if run is None or not run.trial.complete:
+        return set()
+    lines = {score.place.line for score in scores_of(case.trace, which.score, which.data)}
+    seen = [way for way in run.paid if not lines.isdisjoint(way)]
+    return set((seen or list(run.paid))[-1:])
 
 
 def _weighed(
