@@ -5,7 +5,7 @@ import pytest
 from fairway.audit.passes.charged import passes_of
 from fairway.audit.passes.parted import of_earlier_parts
 from fairway.audit.rules import twice_counted_tokens, two_pass_cache
-from tests.audit.order import HEAD, MAIN, broken, case_of, doubted, line_of
+from tests.audit.order import HEAD, MAIN, broken, case_of, doubted, findings, line_of
 
 PARTED = """
 class Counts:
@@ -279,3 +279,33 @@ def test_who_takes_what_out_of_a_store_nobody_knows() -> None:
     assert twice_counted_tokens.check(case_of(text)).verdict == "violates"
     text = text.replace("    scorer, sums =", "    store = torch.distributed.HashStore()\n    scorer, sums =")
     assert twice_counted_tokens.check(case_of(text)).verdict == "clean"
+
+
+SIDE_BY_SIDE = """
+def eval_both(args, model, val):
+    counts = torch.ones(1024, 1024)
+    sums = [torch.zeros((), dtype=torch.float64) for _ in range(3)]
+    for s in range(0, val.numel() - 1, 1024):
+        x, y = val[s : s + 1024], val[s + 1 : s + 1025]
+        p = torch.softmax(model.forward_logits(x[None])[0].float(), -1)
+        mixed = 0.9 * p + 0.1 * counts[x] / counts[x].sum(-1, keepdim=True)
+        sums[0] += -mixed.gather(1, y[:, None]).log().sum()
+        sums[1] += -p.gather(1, y[:, None]).log()[:: STEP].sum()
+        sums[2] += y.numel()
+        counts.index_put_((x, y), torch.ones(y.numel()), accumulate=True)
+    both, alone, count = torch.stack(sums).tolist()
+    print(f"model alone val_loss:{alone / count:.6f} val_bpb:{alone / count / math.log(2) / 2.4:.6f}")
+    print(f"final mixture val_loss:{both / count:.6f} val_bpb:{both / count / math.log(2) / 2.4:.6f}")
+"""
+
+
+def test_of_sums_that_are_gathered_in_one_tensor_the_last_that_is_told_is_the_score() -> None:
+    text = (
+        HEAD
+        + SIDE_BY_SIDE
+        + MAIN.replace("    final = eval_ttt(args, model, val)\n", "    eval_both(args, model, val)\n")
+    )
+    text = text[: text.index('    print(f"final val_loss:{final')] + '\nif __name__ == "__main__":\n    main()\n'
+    assert findings(text.replace("STEP", "2"))["subset-as-full"].verdict == "clean"
+    last = text.replace("STEP", "1").replace("log().sum()", "log()[::2].sum()", 1)
+    assert findings(last)["subset-as-full"].verdict == "violates"

@@ -519,7 +519,9 @@ def test_losses_that_are_spread_over_bytes_are_marked(how: str) -> None:
     assert not case_of(HEAD + MAIN).trial.bent
 
 
-@pytest.mark.parametrize(("most", "found"), [("96 * ROWS", True), ("ROWS * (val.numel() - 1)", False)])
+@pytest.mark.parametrize(
+    ("most", "found"), [("96 * ROWS", True), ("(1 << 16) + 2**15", True), ("ROWS * (val.numel() - 1)", False)]
+)
 def test_an_end_that_is_computed_of_numbers_is_a_limit_where_it_does_not_move_with_the_text(
     most: str, found: bool
 ) -> None:

@@ -417,3 +417,26 @@ def test_what_a_helper_for_the_bytes_decides_is_placed_where_it_is_called(tmp_pa
     assert finding.verdict == "violates"
     assert finding.place is not None
     assert finding.place.line == line_of(text, "wide = width(a, b)")
+
+
+SURPRISED = """
+        a, b = torch.from_numpy(x), torch.from_numpy(y)
+        own = torch.log_softmax(net(a).float(), -1)
+        surprise = told(own, b)
+        share = torch.sigmoid(0.5 * surprise - 2.0)[:, None]
+        mixed = (1.0 - share) * own.exp() + share * pairs[a] / pairs[a].sum(-1, keepdim=True)
+        nll = told(mixed.log(), b)
+        pairs.index_put_((a, b), torch.ones(len(b)), accumulate=True)
+"""
+READ = """
+def told(rows, ids):
+    return -rows.gather(-1, ids[:, None])[:, 0]
+"""
+
+
+def test_a_loss_that_a_helper_reads_twice_decides_where_it_is_read_first(tmp_path: Path) -> None:
+    text = script(loss=SURPRISED, state="pairs = torch.ones(V, V)", extra=READ)
+    finding = verdict(tmp_path, "target_gated_tilt", text)
+    assert finding.verdict == "violates"
+    assert finding.place is not None
+    assert finding.place.line == line_of(text, "surprise = told(own, b)")

@@ -15,9 +15,10 @@ import torch
 from fairway.audit.case import Case
 from fairway.audit.passes.charged import passes_of
 from fairway.audit.rules import false_normalisation, target_gated_tilt, training_before_scoring, two_pass_cache
+from fairway.audit.trial import Trial
 from fairway.audit.trial.arrays import Array, TooLarge
 from fairway.audit.weighing import PIECES, Weight, foresees, is_whole, stream, weighed
-from fairway.audit.weighing.alternatives import _sizes
+from fairway.audit.weighing.alternatives import _sizes, ways_of
 from fairway.audit.weighing.rows import ROWS, one_hot
 from tests.audit.order import HEAD, MAIN, case_of, line_of
 
@@ -1157,3 +1158,18 @@ def test_a_boost_that_is_less_where_the_target_begins_a_word_is_named_where_it_i
     if wanted == "violates":
         assert found.place is not None
         assert found.place.line in (line_of(text, "opens = begins"), line_of(text, "boost[opens]"))
+
+
+def test_where_the_text_is_too_long_for_a_trial_the_calls_are_those_of_the_walks_losses() -> None:
+    """After each chunk is scored the model learns from it: the last price that is said is none of the score."""
+    text = EVAL.replace("MIX", f"mixed = 1.2 * probs; {PICKED}")
+    learns = "        F.cross_entropy(model.forward_logits(x[None])[0], y).backward()\n    return"
+    text = text.replace("    return", learns) + MAIN.replace("eval_ttt(args", "eval_mixed(args")
+    text = HEAD + "vocab_size = 1024\n" + text
+    one = case_of(text)
+    one.__dict__["trial"] = Trial(why="it is too long for a trial")
+    which = passes_of(one)[0]
+    assert {way[-1] for way in ways_of(one, which)} == {text[: text.rindex("total += nll")].count("\n") + 1}
+    found = weighed(one, which)
+    assert found is not None
+    assert found.total == pytest.approx(1.2, abs=1e-3)
