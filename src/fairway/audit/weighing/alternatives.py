@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from fairway.audit.case import Case
 from fairway.audit.passes.documents import SHORTEST, least_lengths, with_short
+from fairway.audit.passes.reaching import around
 from fairway.audit.passes.reported import Reported, scores_of
 from fairway.audit.passes.trials import counts_of
 from fairway.audit.terms.term import Term, peel
@@ -130,8 +131,19 @@ def ways_of(case: Case, which: Reported) -> set[Way]:
     if run is None or not run.trial.complete:
         return set()
     lines = {score.place.line for score in scores_of(case.trace, which.score, which.data)}
-    seen = [way for way in run.paid if not lines.isdisjoint(way)]
+    seen = [way for way in run.paid if not lines.isdisjoint(way)] or _nearest(case, list(run.paid), lines)
     return set((seen or list(run.paid))[-1:])
+
+
+def _nearest(case: Case, ways: list[Way], lines: set[int]) -> list[Way]:
+    """The way whose sum stands nearest to a loss of its own function, in one of these lines."""
+    found = [
+        (abs(way[-1] - line), way)
+        for way in ways
+        for line in lines
+        if around(case, way[-1]) is around(case, line)  # the sum of a loss stands where the loss is made
+    ]
+    return [min(found)[1]] if found else []
 
 
 def _weighed(
