@@ -148,6 +148,36 @@ def test_what_torch_gives_each_module_is_nothing_that_it_lacks() -> None:
     assert public - MODULE_NAMES <= {"call_super_init", "dump_patches", "T_destination"}
 
 
+NAMED = """
+def tallied(args, model, val):
+    names, sums = ("loss", "count"), torch.zeros(2, dtype=torch.float64)
+    opt = torch.optim.SGD(model.parameters(), lr=1e-3)
+    for i in range(0, val.numel() - 65537, 65536):
+        x, y = val[i : i + 65536].view(-1, 1024), val[i + 1 : i + 65537].view(-1, 1024)
+        EARLY
+        sums += torch.stack((model(x, y).detach().double() * y.numel(), torch.tensor(float(y.numel()))))
+        LATE
+    said = dict(zip(names, sums.tolist()))
+    return said["loss"] / said["count"]
+"""
+
+
+@pytest.mark.parametrize(
+    ("early", "late", "wanted"), [("pass", "STEP", set()), ("STEP", "pass", {"training-before-scoring"})]
+)
+def test_names_that_are_put_to_sums_find_them_again(early: str, late: str, wanted: set[str]) -> None:
+    learn = "opt.zero_grad(); model(x, y).backward(); opt.step()"
+    text = NAMED.replace("EARLY", early).replace("LATE", late).replace("STEP", learn)
+    assert (
+        broken(
+            HONEST.replace("def main", f"{text}\ndef main").replace(
+                "eval_ttt(args, model, val)\n    print", "tallied(args, model, val)\n    print"
+            )
+        )
+        == wanted
+    )
+
+
 TALLIES = """
 from dataclasses import dataclass
 

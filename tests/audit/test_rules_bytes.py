@@ -120,14 +120,25 @@ SPACED = TABLE.replace("sp.id_to_piece(i)", 'sp.id_to_piece(i).replace("\u2581",
 )
 
 
+BY_BOOL = (
+    TABLE[: TABLE.index("        if piece.startswith")]
+    + """        lead[i] = piece.startswith("\u2581")
+        size[i] = len(piece[int(lead[i]) :].replace("\u2581", " ").encode("utf-8"))
+    return size, lead, edge
+"""
+)
+
+
 @pytest.mark.parametrize(
     ("table", "expected"),
     [
         (SPACED, "clean"),
         (SPACED.replace("piece = piece[1:]", "piece = piece"), "violates"),
         (METHOD.replace('removeprefix("▁")', 'replace("▁", " ").lstrip()'), "clean"),
+        (BY_BOOL, "clean"),
+        (BY_BOOL.replace("piece[int(lead[i]) :]", "piece"), "violates"),
     ],
-    ids=["cut-off", "kept", "stripped"],
+    ids=["cut-off", "kept", "stripped", "cut-off-by-whether-it-is-there", "kept-besides"],
 )
 def test_a_mark_that_is_made_a_space_and_cut_off_again_is_counted_once(
     tmp_path: Path, table: str, expected: str

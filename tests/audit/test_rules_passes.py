@@ -564,3 +564,29 @@ def test_a_grid_of_numbers_that_logits_are_divided_by_is_one_of_temperatures(tex
     body = f"    warm = Warm(model)\n    settle(args, warm, {text})\n    final = warmed(args, warm, val)\n"
     low = "float(os.environ['LOW'])"
     assert broken(HEAD + GRID.replace("LOW", low, 1) + MAIN.replace(BODY, body)) == wanted
+
+
+TWICE = """
+def eval_again(args, model, val):
+    opt = torch.optim.SGD(model.parameters(), lr=1e-3)
+    total, count = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    AROUND
+        before = total.clone()
+        for attempt in range(2):
+            total.copy_(before)
+            for s in range(start, start + 8192, 1024):
+                x, y = val[s : s + 1024][None], val[s + 1 : s + 1025][None]
+                total += model(x, y).detach().double() * 1024
+            if attempt == 0:
+                for s in range(start, start + 8192, 1024):
+                    opt.zero_grad()
+                    model(val[s : s + 1024][None], val[s + 1 : s + 1025][None]).backward()
+                    opt.step()
+    return (total / (val.numel() - 1)).item()
+"""
+
+
+def test_a_chunk_that_is_scored_again_before_the_next_is_no_epoch() -> None:
+    text = TWICE.replace("AROUND", "for start in range(0, val.numel() - 8192, 8192):")
+    found = findings(HEAD + text + MAIN.replace("eval_ttt(args", "eval_again(args"))
+    assert {name for name, each in found.items() if each.verdict == "violates"} == {"rescoring-after-adaptation"}

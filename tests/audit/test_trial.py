@@ -993,6 +993,30 @@ print(nats / total)
     assert counts(text) == ALL  # not with 3 or 7, of which the text is no whole number
 
 
+ENUM = """
+import enum
+class Kind(enum.IntEnum):
+    LOSS = 0
+    BYTES = enum.auto()
+    COUNT = 2
+
+def report(event, **fields):
+    print(event, *(f"{key}={value}" for key, value in fields.items()))
+
+sums = np.zeros(len(Kind))
+for at in range(0, total, 2048):
+    sums[Kind.LOSS] += net(val[at : at + 2048], val[at + 1 : at + 2049], reduction="none").sum()
+    sums[Kind(2)] += len(val[at : at + 2048])
+names = {kind.value: f"at {kind}" for kind in Kind}
+report("final", val_loss=sums[Kind.LOSS.value] / total, **{unheard_of(): 1.0}, kinds=len(names))
+"""
+
+
+def test_members_of_an_enum_are_the_values_that_they_stand_for() -> None:
+    """A keyword whose name nobody knows is none, beside those that are known."""
+    assert counts(ENUM) == ALL
+
+
 def test_what_was_moved_to_another_name_is_read_there() -> None:
     text = """
 import os

@@ -19,7 +19,9 @@ from fairway.audit.flow.values import (
     join,
 )
 
-_TYPES: dict[str, type] = {"bool": bool, "int": int, "float": float, "str": str}
+_TYPES: dict[str, type] = {
+    "bool": bool, "int": int, "float": float, "str": str, "dict": dict, "list": list, "tuple": tuple, "set": set,
+}  # fmt: skip
 
 
 class Builtins(Opening):
@@ -59,6 +61,10 @@ class Builtins(Opening):
         if parts and all(each is not None for each in exact):
             rows = zip(*(each or () for each in exact), strict=False)
             new.slots["#items"] = Value(items=tuple(Value(items=row) for row in rows))
+        elif len(parts) > 1 and (names := parts[0].exact) and all(isinstance(each.const, str) for each in names):
+            # zip(names, sums.tolist()): as many numbers as there are names for them
+            others = tuple(each.any for each in parts[1:])
+            new.slots["#items"] = Value(items=tuple(Value(items=(name, *others)) for name in names))
         else:
             new.slots["#elem"] = Value(items=tuple(each.any for each in parts))
         return self.ref(new)
@@ -392,6 +398,9 @@ class Builtins(Opening):
             if plain and isinstance(args[0].const, (bool, int, float, str)):
                 return Value(const=isinstance(args[0].const, plain))
             kinds = [obj for obj in args[1].refs if obj.kind == "class"]
+            held = _is_held(args[0], plain) if plain else None
+            if held is not None:
+                return Value(const=held)
             for obj in args[0].refs:
                 if obj.kind == "instance" and len(args[0].refs) == 1 and len(kinds) == 1 and not args[1].items:
                     return Value(const=kinds[0] in self.line_of(obj.data))
@@ -436,6 +445,18 @@ class Builtins(Opening):
             names = tuple(str(each.const) for each in exact)
         cls.slots["#fields"] = names
         return self.ref(cls)
+
+
+def _is_held(value: Value, plain: tuple[type, ...]) -> bool | None:
+    """Whether a dict or a list is of these kinds: a list may be a tuple to the walk."""
+    kinds = {obj.kind for obj in value.refs}
+    if not kinds and value.losses and not {dict, set}.isdisjoint(plain) and {int, float}.isdisjoint(plain):
+        return False  # a number
+    if kinds == {"dict"}:
+        return dict in plain
+    if kinds == {"list"} and ({list, tuple} <= set(plain) or {list, tuple}.isdisjoint(plain)):
+        return list in plain
+    return None
 
 
 def _kinds_of(value: Value) -> tuple[type, ...]:

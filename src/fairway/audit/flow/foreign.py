@@ -166,6 +166,16 @@ class Foreign(Operators):
 
     _do_setdefault = _do_get
 
+    def _do_items(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        """os.environ.items(): what the run command says of its switches, and nothing else."""
+        if not name.startswith("os.environ."):
+            return None
+        held = self.new("dict", None, node)
+        self._update(held, self.outside("os.environ"), node)
+        return self.method(self.ref(held), name.rpartition(".")[2], [], {}, node)
+
+    _do_keys = _do_values = _do_items
+
     def _do_ArgumentParser(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:
         parser = self.new("thing", "argparse", node)
         for parent in self.elements(kwargs.get("parents", NOTHING), node).exact or ():

@@ -8,10 +8,12 @@ from typing import Any
 from fairway.audit.flow.core import DEPTH, Frame
 from fairway.audit.flow.foreign import Foreign
 from fairway.audit.flow.heap import Obj
+from fairway.audit.flow.iteration import plain_section
 from fairway.audit.flow.values import MISSING, NONE, NOTHING, Value, blend, join
 from fairway.audit.reading.tree import is_generator, nodes, own
 
 _RECURSION = 2  # times a function may stand within itself
+_SECTIONS = 5  # the same of one that takes settings section by section
 
 
 class Functions(Foreign):
@@ -24,7 +26,7 @@ class Functions(Foreign):
         """Walk through a function with the values it is given."""
         code, script, scope, closure, owner = obj.data
         depth = sum(1 for each in self.frames if each.node is code)
-        if len(self.frames) >= DEPTH or depth >= _RECURSION:
+        if len(self.frames) >= DEPTH or depth >= (_RECURSION if not depth or not _of_sections(args) else _SECTIONS):
             flats = [self.flat(each) for each in (*args, *kwargs.values())]
             if len(self.frames) >= DEPTH:
                 self.unknown(node, "calls nested too deeply")
@@ -143,6 +145,12 @@ def _is_coroutine(code: Any) -> bool:
             cached = any(isinstance(each, ast.Yield) and id(each) not in alone for each in nodes(code))
         code._fairway_coroutine = cached
     return bool(cached)
+
+
+def _of_sections(args: list[Value]) -> bool:
+    """Whether one section of settings is handed over: AttrDict(values)."""
+    refs = [obj for each in args for obj in each.refs if obj.kind == "dict"]
+    return len(refs) == 1 and plain_section(refs[0])
 
 
 __all__ = ["Functions"]

@@ -105,7 +105,7 @@ class Iteration(Writing):
         name, value = item.items if item.items is not None and len(item.items) == 2 else (NOTHING, NOTHING)
         if not isinstance(name.const, str):
             return False
-        section = bool(value.refs) and all(_plain_section(obj) or _plain_list(obj) for obj in value.refs)
+        section = bool(value.refs) and all(plain_section(obj) or _plain_list(obj) for obj in value.refs)
         return section or value.const is not MISSING or not (value.refs or value.toks or value.losses)
 
     def _elements_of(self, obj: Obj, value: Value, node: ast.AST | None) -> Elements:
@@ -229,15 +229,18 @@ def _runs(value: Value) -> bool:
     )
 
 
-def _plain_section(obj: Obj) -> bool:
-    """{"steps": 20, "rate": 0.1, "orders": [1, 2]}, or a dataclass of such fields"""
+def plain_section(obj: Obj, depth: int = 3) -> bool:
+    """{"steps": 20, "rate": 0.1, "orders": [1, 2]}, or a dataclass of such fields, and sections of such sections"""
     named: type = {"dict": tuple, "instance": str}.get(obj.kind, int)
-    held = [value for key, value in obj.slots.items() if isinstance(key, named) and not str(key).startswith("#")]
-    plain = (isinstance(each, Value) and all(map(_plain_list, each.refs)) for each in held)
-    return bool(held) and all(plain)
+    said = (value for key, value in obj.slots.items() if isinstance(key, named) and not str(key).startswith("#"))
+    held = [each for each in said if isinstance(each, Value)]
+    refs = (ref for each in held for ref in each.refs)
+    return bool(held) and all(_plain_list(ref) or (depth > 0 and plain_section(ref, depth - 1)) for ref in refs)
 
 
 def _plain_list(obj: Obj) -> bool:
-    """[64.0, 24.0]"""
+    """[64.0, 24.0], [[6, 6], [6, 5]]"""
     items = obj.slots.get("#items")
-    return obj.kind == "list" and isinstance(items, Value) and all(not each.refs for each in items.items or ())
+    if obj.kind != "list" or not isinstance(items, Value):
+        return False
+    return all(_plain_list(ref) for each in items.items or () for ref in each.refs)

@@ -24,6 +24,7 @@ from fairway.audit.flow.values import (
     hashable,
     join,
 )
+from fairway.audit.settings import UNKNOWN
 
 _TEXT = frozenset(
     ("lower", "upper", "strip", "lstrip", "rstrip", "split", "startswith", "endswith", "replace", "join", "encode",
@@ -34,6 +35,7 @@ _GROW = frozenset(("append", "appendleft", "add", "put", "put_nowait", "push", "
 _KEEPS = frozenset(
     ("train", "eval", "to", "cuda", "cpu", "float", "half", "bfloat16", "requires_grad_", "double", "compile")
 )
+
 _SHRINK = frozenset(("pop", "popleft", "get_nowait", "popitem"))
 
 
@@ -195,7 +197,8 @@ class Methods(Files):
         consts = [each for each in obj.slots if isinstance(each, tuple)]
         settings = all(isinstance(obj.slots[each].const, (bool, int, float, str)) for each in consts)
         settings = settings and (not self.nest or len(consts) <= SECTION)
-        exact = "#elem" not in obj.slots and 0 < len(consts) <= (200 if settings else 24)  # a table of defaults
+        short = ("#known" not in obj.slots) < len(consts) + 1 <= (201 if settings else 25)  # a table of defaults
+        exact = "#elem" not in obj.slots and short
         pairs = [(Value(const=key[1]), obj.slots[key]) for key in consts]
         more = obj.slots.get("#keys", NOTHING)
         view = self.new("list", None, node)
@@ -226,9 +229,16 @@ class Methods(Files):
                         self.reflected(obj, key[1], value)
                     elif isinstance(value, Value):
                         self.add_content(obj, value, key)
+            elif each.kind == "list" and (pairs := _named_pairs(self.listed(each))):
+                for name, held in pairs:
+                    self.heap.set(obj, ("k", name), held)
             elif each.kind in ("list", "generator"):
                 elem = self.element_of(each)
                 self.add_content(obj, elem.items[1] if elem.items and len(elem.items) == 2 else elem, "#elem")
+            elif each.kind == "foreign" and each.data == "os.environ":
+                obj.slots["#known"] = True  # that there may be none
+                for name, said in self.settings.environment.items():
+                    self.heap.set(obj, ("k", name), Value() if said is UNKNOWN else Value(const=said))
         flat = self.flat(other)
         if flat.raw and not obj.slots.get("#learned"):
             self.learn(obj, flat.toks, "table", node)
@@ -453,3 +463,14 @@ class Methods(Files):
         if name in ("state_dict", "load_state_dict", "train", "eval"):
             return NOTHING
         return None
+
+
+def _named_pairs(exact: tuple[Value, ...] | None) -> list[tuple[str, Value]]:
+    """[("nats", 1.5), ("tokens", 512)]: the names with what they are given; [] where any element is something else."""
+    found: list[tuple[str, Value]] = []
+    for each in exact or ():
+        pair = each.items if each.items is not None and len(each.items) == 2 else (NOTHING, NOTHING)
+        if not isinstance(pair[0].const, str):
+            return []
+        found.append((pair[0].const, pair[1]))
+    return found

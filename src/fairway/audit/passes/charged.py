@@ -12,7 +12,7 @@ from fairway.audit.passes.consequences import without_consequences
 from fairway.audit.passes.faults import Fault, Passes, one_row
 from fairway.audit.passes.parted import of_earlier_parts
 from fairway.audit.passes.reported import Reported, reported
-from fairway.audit.passes.trials import learned_in_turn, order_of, parting, repeats
+from fairway.audit.passes.trials import counts_of, epochs, learned_in_turn, order_of, parting, repeats
 from fairway.audit.passes.vectors import fitted
 from fairway.audit.reading.tree import nodes
 from fairway.audit.terms.choices import forked
@@ -62,7 +62,16 @@ def _as_tried(case: Case, which: Reported, fault: Fault) -> Fault | None:
         return replace(fault, kind="training-before-scoring")
     if fault.kind == "training-before-scoring" and repeats(case, which, fault.cause):
         return replace(fault, kind="multi-epoch-last")
+    if fault.kind == "multi-epoch-last" and _part_by_part(case, which):
+        return replace(fault, kind="rescoring-after-adaptation")
     return None if order == "first" else fault
+
+
+def _part_by_part(case: Case, which: Reported) -> bool:
+    """Whether a trial shows that each chunk is scored again before the next one is scored: no epoch over the text."""
+    counts = counts_of(case, which)
+    found = epochs(case, which, counts) if counts is not None else None
+    return found is not None and found[0] == "rescoring-after-adaptation"
 
 
 def _of_another_pass(fault: Fault) -> bool:

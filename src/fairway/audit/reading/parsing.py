@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 
 from fairway.audit.reading import bounds
+from fairway.audit.reading.dicts import as_objects
 from fairway.audit.reading.script import Gap
 
 _STRINGS = re.compile(
@@ -37,7 +38,7 @@ def parsed(text: str) -> ast.Module | Gap:
         return Gap(_deepest(text), "nested too deeply to be parsed")
     except (ValueError, OverflowError) as error:
         return Gap(_longest(text), f"cannot be parsed: {error}")
-    return _too_deep(tree) or tree
+    return _too_deep(tree) or as_objects(tree)
 
 
 def _refused(text: str, error: SyntaxError) -> Gap:

@@ -303,7 +303,7 @@ class Machine:
 
     def on_For(self, node: ast.For | ast.AsyncFor, frame: Frame) -> bool:
         term = self.value(node.iter, frame)
-        few = elements.spelt_items(term)
+        few = () if term.op == "list" and term.value == "none" else elements.spelt_items(term)
         if few is not None and not node.orelse:
             return paths.unrolled(self, node, few, frame)
         element = elements.element(self, term, frame.file, node.lineno)

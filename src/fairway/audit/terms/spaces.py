@@ -139,7 +139,7 @@ class SpaceCount:
         """Where a text that is measured was given a space in the mark's place, unless it was cut off again: by [1:], by
         a strip, or by either of them for the pieces that begin with it."""
         below = peel(term)
-        if id(below) in seen or _cuts_space(below):
+        if id(below) in seen or self._cuts(below):
             return None
         seen.add(id(below))
         if _puts_space(below):
@@ -157,7 +157,12 @@ class SpaceCount:
         below = peel(text)
         if below.op == "choice" and self.has_mark(below.parts[0]):
             below = peel(below.parts[2] if negated(below.parts[0]) else below.parts[1])
-        return _cuts_space(below)
+        return self._cuts(below)
+
+    def _cuts(self, text: Term) -> bool:
+        """Whether the first letter is cut off, whatever it is or where it is the mark: text[int(begins_with_it) :]."""
+        low = text.parts[1].parts[0] if text.op == "item" and text.parts[1].op == "slice" else None
+        return _cuts_space(text) or (low is not None and self.has_mark(low))
 
     def _call(self, term: Term, marked: bool, table: int, depth: int) -> Spaces:
         word = term.called

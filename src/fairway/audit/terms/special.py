@@ -29,6 +29,14 @@ def _environ_get(m: "Machine", name: str, positional: list[Term], named: dict[st
     return m.environ(positional[0], default, here.file, here.line)
 
 
+def _environ_items(m: "Machine", name: str, positional: list[Term], named: dict[str, Term], here: "Here") -> Term:
+    """os.environ.items(): what the run command says of its switches, and nothing else."""
+    said = [(name, text) for name, text in m.settings.environment.items() if isinstance(text, str)]
+    pairs = [tuple(constant(each, here.file, here.line) for each in pair) for pair in said]
+    rows = tuple(Term("tuple", pair, None, here.file, here.line) for pair in pairs)
+    return Term("list", rows, None if rows else "none", here.file, here.line)
+
+
 def _environ_setdefault(
     m: "Machine", name: str, positional: list[Term], named: dict[str, Term], here: "Here"
 ) -> Term | None:
@@ -76,10 +84,16 @@ def _hasattr(m: "Machine", name: str, positional: list[Term], named: dict[str, T
     return None
 
 
+def _environment(m: "Machine", name: str, positional: list[Term], named: dict[str, Term], here: "Here") -> Term:
+    return Term("name", (), "os.environ", here.file, here.line)
+
+
 def _empty(m: "Machine", name: str, positional: list[Term], named: dict[str, Term], here: "Here") -> Term | None:
     if name == "dict" and not positional:
         parts = tuple(part for key, term in named.items() for part in (constant(key, here.file, here.line), term))
         return Term("dict", parts, None, here.file, here.line)
+    if name == "dict" and len(positional) == 1 and positional[0].value == "os.environ" and not named:
+        return positional[0]
     positional = [objects.held(term) or term for term in positional]
     if not positional and not named:
         return Term(name, (), None, here.file, here.line)
@@ -385,6 +399,8 @@ def _lerp(m: "Machine", base: Term, positional: list[Term], named: dict[str, Ter
 
 FUNCTIONS: dict[str, Any] = {
     "os.environ.get": _environ_get,
+    "os.environ.items": _environ_items,
+    "os.environ.copy": _environment,
     "os.getenv": _environ_get,
     "os.environ.setdefault": _environ_setdefault,
     "getattr": _getattr,

@@ -138,6 +138,8 @@ class Attributes(Arrays):
             )
         if isinstance(value, Bound):
             return UNKNOWN
+        if name == "value" and isinstance(value, (int, float, str)):
+            return value  # of an Enum's member
         if isinstance(value, File) and name.startswith("readinto"):
             return functools.partial(read_into, self, value)
         if name.startswith("__") or not (
@@ -372,7 +374,9 @@ class Attributes(Arrays):
             return self._items_of(value)
         if isinstance(value, range) and abs(value.stop - value.start) > LARGEST:
             return self._stepped(value)
-        if isinstance(value, (Lib, Class, Func, Sum)) or not hasattr(value, "__iter__"):
+        if isinstance(value, Class):
+            return iter(value.members.values())
+        if isinstance(value, (Lib, Func, Sum)) or not hasattr(value, "__iter__"):
             return iter(())
         return iter(value)
 

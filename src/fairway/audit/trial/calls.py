@@ -180,7 +180,9 @@ class Calls(Attributes):
     # -- classes --------------------------------------------------------------------------------------------------
 
     def instance(self, kind: Class, args: tuple[Value, ...], kwargs: dict[str, Value]) -> Value:
-        """A new object of a class of the script."""
+        """A new object of a class of the script; of an Enum the value of a member, `Kind(1)`."""
+        if args and kind.members:
+            return args[0]
         me = Obj(kind)
         start = kind.find("__init__")
         if isinstance(start, Func):

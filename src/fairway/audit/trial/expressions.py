@@ -229,8 +229,8 @@ class Expressions(Displays):
                 found = value(frame)
                 if key is not None:
                     named[key] = found
-                elif isinstance(found, dict):
-                    named.update(found)
+                elif isinstance(found, dict):  # a key that nobody knows names no parameter
+                    named.update((name, each) for name, each in found.items() if isinstance(name, str))
             if least is not None:
                 least(*given)
             return call(what, tuple(given), named, line)

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from fairway.audit.settings import UNKNOWN as UNSET
 from fairway.audit.trial.acting import Act, all_items
 from fairway.audit.trial.arrays import Array, limited, scalar
 from fairway.audit.trial.calls import Decorator, Field
 from fairway.audit.trial.core import Core
 from fairway.audit.trial.displays import hashable
 from fairway.audit.trial.operators import combine
-from fairway.audit.trial.values import MISSING, UNKNOWN, Class, Obj, Unknown, Value
+from fairway.audit.trial.values import MISSING, UNKNOWN, Class, Lib, Obj, Unknown, Value
 
 
 def held(kind: Callable[..., Any]) -> Act:
@@ -36,11 +37,19 @@ def held(kind: Callable[..., Any]) -> Act:
     return act
 
 
+def environment(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
+    """dict(os.environ): what the run command says of its switches, and nothing else."""
+    said = machine.settings.environment.items()
+    return {name: UNKNOWN if text is UNSET else text for name, text in said}
+
+
 def made_dict(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
     pairs: Any = ()
     if args:
         if isinstance(args[0], Unknown):
             return UNKNOWN
+        if isinstance(args[0], Lib) and args[0].path == "os.environ":
+            return environment(machine, (), {}, line) | kwargs
         pairs = (
             args[0] if isinstance(args[0], dict) else [tuple(machine.items(each)) for each in machine.items(args[0])]
         )

@@ -169,6 +169,15 @@ class Class:
         return [base for each in self.line() for base in each.bases if isinstance(base, Lib)]
 
     @property
+    def members(self) -> dict[str, Value]:
+        """Of an Enum its members, each of them the value that it stands for; of all else none."""
+        if not any(base.path.startswith("enum.") for base in self.foreign):
+            return {}
+        said = {name: value for name, value in self.vars.items() if isinstance(value, (int, float, str, Unknown))}
+        plain = {name: value for name, value in said.items() if not name.startswith("_")}
+        return {name: n if isinstance(value, Unknown) else value for n, (name, value) in enumerate(plain.items(), 1)}
+
+    @property
     def is_module(self) -> bool:
         return any(base.path.endswith("Module") for base in self.foreign)
 
