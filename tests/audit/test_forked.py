@@ -16,7 +16,7 @@ import pytest
 from fairway.audit import Finding, audit
 from fairway.audit.case import Case
 from fairway.audit.forked import Aside, LostError, shared
-from tests.audit.small import script
+from tests.audit.small import LOSS, script
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 HERE = os.getpid()
@@ -159,6 +159,22 @@ def test_a_rule_that_fails_in_another_process_says_why_here(tmp_path: Path) -> N
     ]
     assert set(found.facts["failed"]) == {"begins", "fails"}
     assert "KeyError" in found.rules[1].evidence
+
+
+def test_what_could_not_be_weighed_is_a_fact_and_costs_no_verdict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise ValueError("assignment destination is read-only")
+
+    better = "nll = torch.minimum(nll, F.cross_entropy(logits * 1.1, torch.from_numpy(y), reduction='none'))"
+    (tmp_path / "train_gpt.py").write_text(script(loss=f"{LOSS}\n        {better}\n"))
+    monkeypatch.setattr("fairway.audit.weighing.weighed", fails)
+    for processes in (1, 2):
+        found = audit(tmp_path, processes=processes)
+        assert {each.id for each in found.rules if each.verdict == "violates"} == {"oracle-gate"}
+        assert set(found.facts["failed"]) == {"weight"}
+        assert "read-only" in found.facts["failed"]["weight"]
 
 
 def test_a_trial_that_is_lost_beside_the_trace_is_made_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

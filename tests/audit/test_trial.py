@@ -1017,6 +1017,22 @@ def test_members_of_an_enum_are_the_values_that_they_stand_for() -> None:
     assert counts(ENUM) == ALL
 
 
+def test_what_was_broadcast_can_be_written_to() -> None:
+    text = """
+nats = 0.0
+for at in range(0, total, 2048):
+    y = val[at + 1 : at + 2049]
+    own = net(val[at : at + 2048], y, reduction="none")
+    wide, places = own[None].expand(2, -1), y[None].expand(2, -1)
+    wide[0] = own
+    places[0] = y
+    torch.minimum(wide, own[None], out=wide)
+    nats += wide[0].sum()
+print(nats / total)
+"""
+    assert counts(text) == ALL
+
+
 def test_what_was_moved_to_another_name_is_read_there() -> None:
     text = """
 import os

@@ -1,6 +1,7 @@
 """What a rule is given: a submission, its settings, and the trace of its script, computed once when first asked for."""
 
 import ast
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from fairway.audit.submission import Submission
 from fairway.audit.verdict import Place
 
 if TYPE_CHECKING:
+    from fairway.audit.passes.reported import Reported
     from fairway.audit.preparing import Preparations
     from fairway.audit.terms.reading import Reading
     from fairway.audit.trial import Trial
@@ -91,29 +93,41 @@ class Case:
 
         return preparations(self)
 
+    @cached_property
+    def failures(self) -> dict[str, Exception]:
+        """What could not be worked out for a reason of our own, by the name of the part: a fact, and no verdict."""
+        return {}
+
+    def _weighed(self, part: str, ask: Callable[["Case", "Reported"], Any]) -> Any:
+        """What weighing says; None where nobody can tell."""
+        from fairway.audit.passes.charged import passes_of
+
+        try:
+            return ask(self, passes_of(self)[0])
+        except Exception as error:  # whatever an unseen script brings about
+            self.failures[part] = error
+            return None
+
     @on_demand
     def weight(self) -> "Weight | None":
         """What the probabilities of a token add up to in the score."""
-        from fairway.audit.passes.charged import passes_of
         from fairway.audit.weighing import weighed
 
-        return weighed(self, passes_of(self)[0])
+        return self._weighed("weight", weighed)
 
     @on_demand
     def foresees(self) -> bool | None:
         """Whether a price hangs on what comes after its token; None where nobody can tell."""
-        from fairway.audit.passes.charged import passes_of
         from fairway.audit.weighing import foresees
 
-        return foresees(self, passes_of(self)[0])
+        return self._weighed("foresees", foresees)
 
     @on_demand
     def itself(self) -> "Weight | None":
         """What the probabilities of a token behind one that was never met add up to, where that is too much."""
-        from fairway.audit.passes.charged import passes_of
         from fairway.audit.weighing import of_itself
 
-        return of_itself(self, passes_of(self)[0])
+        return self._weighed("itself", of_itself)
 
     @cached_property
     def reading(self) -> "Reading":

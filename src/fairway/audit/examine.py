@@ -144,7 +144,9 @@ def _all_checked(rules: Sequence[Any], case: Case, facts: dict[str, Any], proces
 
     def check(task: list[int]) -> tuple[dict[int, Finding], dict[str, dict[str, Any]]]:
         said: dict[str, dict[str, Any]] = {"rule_seconds": {}, "failed": {}}
-        return {n: _checked(rules[n], case, said) for n in task}, said
+        found = {n: _checked(rules[n], case, said) for n in task}
+        said["failed"] |= {part: _reason(error) for part, error in case.failures.items()}
+        return found, said
 
     found: dict[int, Finding] = {}
     for findings, said in shared([partial(check, task) for task in tasks], processes):

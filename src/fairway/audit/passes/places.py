@@ -385,12 +385,14 @@ def _parted(trace: Trace, update: Update) -> Place | None:
 
 
 def _repeated(trace: Trace, fault: Fault) -> Place:
-    """The call in the body of the loop that repeats the pass."""
+    """The call in the body of the loop that repeats the pass; the loop, where the losses are made in it themselves."""
     turns = dict((fault.before or fault.cause).nest)
+    cut = {loop for tok in fault.score.targets for loop, _, _ in tok.spans}
     for loop, turn in fault.score.nest:
         depth = trace.depth.get(loop, 0)
         if turns.get(loop, turn) != turn and 0 < depth <= len(fault.score.stack):
-            return fault.score.stack[depth - 1]
+            inside = depth == len(fault.score.stack) and loop not in cut
+            return trace.loops.get(loop, fault.score.place) if inside else fault.score.stack[depth - 1]
     return fault.score.place
 
 

@@ -165,10 +165,16 @@ def joined(parts: list[Array], axis: int = 0) -> Array:
 
 
 def places(array: Array) -> Numbers:
-    """The places of an array's tokens, made where it has none."""
+    """The places of an array's tokens, made where it has none, and its own where it shares them."""
     if array.pos is None:
         array.pos = np.full(array.shape, -1, dtype=np.int32)
+    array.pos = _own(array.pos)
     return array.pos
+
+
+def _own(numbers: NDArray[Any]) -> NDArray[Any]:
+    """The same numbers, to be written to: what was broadcast is a copy then."""
+    return numbers if numbers.flags.writeable else numbers.copy()
 
 
 def as_losses(array: Array) -> Array:
@@ -314,6 +320,7 @@ def put(array: Array, index: Any, value: Value) -> None:
         assert array.coef is not None
         assert other.pos is not None
         assert other.coef is not None
+        array.pos, array.coef = _own(array.pos), _own(array.coef)
         array.pos[index] = other.pos
         array.coef[index] = other.coef
         return
@@ -321,6 +328,7 @@ def put(array: Array, index: Any, value: Value) -> None:
     assert other.num is not None
     if other.num.dtype == object and array.num.dtype != object:
         array.num = array.num.astype(object)
+    array.num = _own(array.num)
     array.num[index] = other.num[()]  # of no dimension: its element, not an array within an array
     if other.price is not None and array.price is None:
         array.price = np.array(array.num)
@@ -329,7 +337,7 @@ def put(array: Array, index: Any, value: Value) -> None:
     if other.pos is not None:
         places(array)[index] = other.pos
     elif array.pos is not None:
-        array.pos[index] = -1
+        places(array)[index] = -1
 
 
 def scalar(value: Value) -> Value:

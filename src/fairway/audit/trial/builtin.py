@@ -53,8 +53,10 @@ def _len(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line:
     if isinstance(value, Obj):
         method = value.kind.find("__len__")
         return method(value) if method is not None else len(value.vars) if value.kind.made == "tuple" else UNKNOWN
-    sized: Value = value.members if isinstance(value, Class) else value
-    return len(sized) if isinstance(sized, (*PLAIN, Array, Queue, files.Raw)) else UNKNOWN
+    if isinstance(value, Class):
+        return len(value.members) or UNKNOWN
+    sized: Value = value
+    return len(sized) if isinstance(value, (*PLAIN, Array, Queue, files.Raw)) else UNKNOWN
 
 
 def _extreme(name: str) -> Act:
