@@ -69,6 +69,21 @@ def test_a_process_that_ends_without_a_word_is_said_to_be_lost() -> None:
         Aside(lambda: os.kill(os.getpid(), signal.SIGKILL)).result()
 
 
+def _nested(depth: int) -> list[Any]:
+    made: list[Any] = []
+    for _ in range(depth):
+        made = [made]
+    return made
+
+
+@pytest.mark.parametrize("work", [lambda: lambda: 1, lambda: _nested(100_000)], ids=["a function", "nested too deeply"])
+def test_what_cannot_be_sent_is_lost_and_made_again(work: Callable[[], Any]) -> None:
+    with pytest.raises(LostError):
+        Aside(work).result()
+    found = shared([lambda: os.getpid(), work, work], 2)
+    assert [type(each) for each in found] == [int, type(work()), type(work())]
+
+
 @pytest.mark.parametrize("processes", [1, 2, 3, 9])
 def test_every_task_is_done_once_and_what_they_give_is_in_their_order(processes: int, tmp_path: Path) -> None:
     def task(n: int) -> int:

@@ -19,7 +19,7 @@ _LOOK = 1.0  # seconds between two looks whether the process that asked is still
 
 
 class LostError(Exception):
-    """A forked process ended and said nothing, for want of memory as a rule."""
+    """A forked process ended and said nothing, for want of memory, or because what it made cannot be sent."""
 
 
 class Aside(Generic[T]):
@@ -30,9 +30,10 @@ class Aside(Generic[T]):
         if not hasattr(os, "fork"):
             return
         self._reads, writes = os.pipe()
+        asks = os.getpid()
         self._child = os.fork()
         if not self._child:
-            _answer(work, writes)
+            _answer(work, writes, asks)
         os.close(writes)
 
     def result(self) -> T:
@@ -43,7 +44,7 @@ class Aside(Generic[T]):
             said = pipe.read()
         os.waitpid(self._child, 0)
         if not said:
-            raise LostError("a process beside this one ended and said nothing, for want of memory as a rule")
+            raise LostError("a process beside this one ended and said nothing")
         value, error = pickle.loads(said)
         if error is not None:
             raise error
@@ -51,24 +52,25 @@ class Aside(Generic[T]):
         return made
 
 
-def _answer(work: Callable[[], Any], writes: int) -> None:
-    """In the forked process, which ends here: no clean-up of what belongs to the other one."""
-    parent = os.getppid()
+def _answer(work: Callable[[], Any], writes: int, asks: int) -> None:
+    """In the forked process, which ends here: no clean-up of what belongs to the other one. asks: the other's number,
+    for it may be gone already."""
 
     def look(*_: Any) -> None:
-        if os.getppid() != parent:
+        if os.getppid() != asks:
             os._exit(1)
 
     signal.signal(signal.SIGALRM, look)
     signal.setitimer(signal.ITIMER_REAL, _LOOK, _LOOK)
     try:
         try:
-            said = pickle.dumps((work(), None))
-        except Exception as error:  # whatever it is: the other process raises it
-            said = _pickled(error)
+            made, error = work(), None
+        except Exception as raised:  # whatever it is: the other process raises it
+            made, error = None, raised
+        said = pickle.dumps((made, None)) if error is None else _pickled(error)
         with os.fdopen(writes, "wb") as pipe:
             pipe.write(said)
-    finally:
+    finally:  # what is nested too deeply to be pickled, and all else that went wrong, is not said
         os._exit(0)
 
 
