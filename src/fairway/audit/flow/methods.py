@@ -197,8 +197,8 @@ class Methods(Files):
         consts = [each for each in obj.slots if isinstance(each, tuple)]
         settings = all(isinstance(obj.slots[each].const, (bool, int, float, str)) for each in consts)
         settings = settings and (not self.nest or len(consts) <= SECTION)
-        short = ("#known" not in obj.slots) < len(consts) + 1 <= (201 if settings else 25)  # a table of defaults
-        exact = "#elem" not in obj.slots and short
+        least = 0 if "#known" in obj.slots else 1
+        exact = "#elem" not in obj.slots and least <= len(consts) <= (200 if settings else 24)  # a table of defaults
         pairs = [(Value(const=key[1]), obj.slots[key]) for key in consts]
         more = obj.slots.get("#keys", NOTHING)
         view = self.new("list", None, node)

@@ -28,7 +28,6 @@ APART = "weighing"
 
 _LEAST = frozenset(("argmin", "argmax", "nanargmin", "min", "max", "amin", "amax"))
 _OFF = 1e-3  # from one: no rounding
-_WHOLE = 1e-4  # from one: the tilts at hand that read the target come to 0.90 or 1.01 and more
 
 
 def check(case: Case) -> Finding:
@@ -171,4 +170,4 @@ def _is_whole(case: Case) -> bool:
     """Whether all tokens come to one. It says nothing of a table that is looked up by the target (does it begin a
     word), nor of how likely the answer was: of a made-up text's few pieces all may be alike there."""
     weight = case.weight
-    return weight is not None and abs(weight.total - 1.0) < _WHOLE
+    return weight is not None and weight.whole

@@ -34,6 +34,7 @@ _LESS = 0.998
 _ALIKE = 1e-9  # of one row, worked out once for each token: a mixture may give its counts a share of 1e-5
 _FAR = 3.0  # a row that sums to one comes to less, whatever the few tokens are that stand for the others
 _MORE = 1.0004  # what is more is no rounding, nor an epsilon of 1e-6 for each of 320 tokens
+_WHOLE = 1e-4  # from one: the tilts at hand that read the target come to 0.90 or 1.01 and more
 
 _READING = frozenset(("gather", "take_along_dim", "take_along_axis", "neg", "negative", "nll_loss"))
 _WINDOWS = ("history", "seq", "window", "context", "ctx", "span", "stride", "_len", "L", "T")
@@ -68,6 +69,11 @@ class Weight:
     gate: int = 0
     stored: int = 0
     same: bool = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether they add up to one, but for rounding."""
+        return abs(self.total - 1.0) < _WHOLE
 
     @property
     def too_much(self) -> bool:

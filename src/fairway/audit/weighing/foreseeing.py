@@ -86,15 +86,12 @@ def learned_before(case: Case) -> bool:
     return bool(case.foresees) or case.itself is not None
 
 
-_WHOLE = 1e-4  # from one
-
-
 def is_sound(case: Case) -> bool:
     """Whether it is worked out that all tokens that may stand at one place come to one, each read from the same row,
     and that no price hangs on what follows: what seems to be chosen or cut off by how well it did is so by the past."""
     weight = case.weight
-    whole = weight is not None and abs(weight.total - 1.0) < _WHOLE and not (weight.differs or weight.gate)
-    return whole and case.foresees is False
+    sound = weight is not None and weight.whole and not (weight.differs or weight.gate)
+    return sound and case.foresees is False
 
 
 def as_foreseen(case: Case, found: Finding) -> Finding:
