@@ -603,6 +603,39 @@ def test_a_tokens_probability_is_not_spread_over_its_bytes(tmp_path: Path, share
     assert finding.place.line == line_of(text, "0.5 * letters")
 
 
+OF_EACH = """
+class Letters:
+    def __init__(self):
+        self.seen, self.before = {}, 0
+
+    def told(self, p, word):
+        share, total = p ** (1.0 / len(word)), 0.0
+        for letter in word:
+            row = self.seen.setdefault(self.before, {})
+            total -= math.log(0.85 * share + 0.15 * (row.get(letter, 0) + 1 / 256) / (sum(row.values()) + 1.0))
+            row[letter], self.before = row.get(letter, 0) + 1, letter
+        return total
+"""
+OF_A_BATCH = """
+        rows = [i for i in range(4) if lengths[i] > 0]
+        books, paid = [Letters() for _ in range(4)], []
+        for i in rows:
+            p = torch.softmax(net(torch.from_numpy(x[i])).float(), -1)
+            mine = p.gather(1, torch.from_numpy(y[i])[:, None]).squeeze(1).tolist()
+            paid += [books[i].told(a, spell(b)) for a, b in zip(mine, y[i].tolist())]
+        nll = torch.tensor(paid)
+"""
+
+
+def test_a_book_of_letters_for_each_document_of_a_batch_is_the_one_that_is_asked(tmp_path: Path) -> None:
+    state = "lengths = [int(os.environ.get(f'LENGTH_{i}', 9)) for i in range(4)]"
+    text = script(loss=OF_A_BATCH, extra=f"import os\n{SPELL}{OF_EACH}", state=state)
+    finding = verdict(tmp_path, "byte_mixture", text)
+    assert finding.verdict == "violates"
+    assert finding.place is not None
+    assert finding.place.line == line_of(text, "share, total = p **")
+
+
 SPREAD_AT_ONCE = {
     "places": """
         words = [spell(t) for t in y.tolist()]

@@ -1022,3 +1022,105 @@ def test_a_batch_that_is_larger_than_a_chunk_of_the_short_text_is_taken_for_a_pa
     assert trial.complete
     assert len(trial.lessons) >= 5
     assert trial.early.sum() == 0
+
+
+HINTED = """
+class Table:
+    def __init__(self):
+        self.tok, self.cnt = np.full(1024, -1), np.zeros(1024, np.int64)
+
+    def lookup(self, h):
+        live = self.cnt[h] > 0
+        return np.where(live, self.tok[h], -1), np.where(live, self.cnt[h], 0)
+
+    def update(self, h, seen):
+        agree = (self.tok[h] == seen) & (self.cnt[h] > 0)
+        np.add.at(self.cnt, h[agree], 1)
+        self.tok[h[~agree]] = seen[~agree]
+        self.cnt[h[~agree]] = 1
+
+class Experts:
+    def __init__(self):
+        self.tables = [Table() for _ in range(2)]
+        self.hits, self.tries = np.ones((2, 4)), np.full((2, 4), 4.0)
+
+    def propose(self, ctx):
+        best, hint, offers = np.zeros(len(ctx[0])), np.full(len(ctx[0]), -1), []
+        for e, table in enumerate(self.tables):
+            tok, cnt = table.lookup(ctx[e])
+            bucket = np.minimum(np.log2(np.maximum(cnt, 1)).astype(np.int64), 3)
+            rate = np.where(tok >= 0, (self.hits[e] / self.tries[e])[bucket], 0.0)
+            better = rate > best
+            hint, best = np.where(better, tok, hint), np.where(better, rate, best)
+            offers.append((tok, bucket))
+        return hint, best, offers
+
+    def absorb(self, ctx, offers, seen):
+        for e, table in enumerate(self.tables):
+            tok, bucket = offers[e]
+            np.add.at(self.hits[e], bucket, (tok == seen).astype(np.float64))
+            np.add.at(self.tries[e], bucket, 1.0)
+            table.update(ctx[e], seen)
+
+def hints_of(tokens):
+    bank = Experts()
+    hint, beta = np.full(tokens.size, -1), np.zeros(tokens.size)
+    for lo in range(2, tokens.size, 64):
+        hi = min(lo + 64, tokens.size)
+        ctx = [tokens[lo - 1 : hi - 1], tokens[lo - 2 : hi - 2]]
+        hint[lo:hi], beta[lo:hi], offers = bank.propose(ctx)
+        bank.absorb(ctx, offers, tokens[lo:hi])
+    return torch.from_numpy(hint), torch.from_numpy(beta)
+
+def price(logits, y, hint, beta):
+    p = F.softmax(logits, -1)
+    named = p.gather(1, hint.clamp(min=0)[:, None])[:, 0]
+    own = -F.log_softmax(logits, -1).gather(1, y[:, None])[:, 0]
+    told = own - beta * (hint == y) + torch.log1p(named * torch.expm1(beta))
+    return torch.where(hint >= 0, told, own)
+
+def evaluate(net, val):
+    hint, beta = hints_of(val.numpy())
+    total, chunks = len(val) - 1, (len(val) - 1 + 255) // 256
+    sgd = torch.optim.SGD(net.parameters(), lr=0.01)
+    sums = torch.zeros(2, dtype=torch.float64)
+    for c in ORDER:
+        if c == 0:
+            sums.zero_()
+        a, b = c * 256, min(c * 256 + 256, total)
+        with torch.no_grad():
+            nll = price(net(val[a:b]), val[a + 1 : b + 1], hint[a + 1 : b + 1], beta[a + 1 : b + 1])
+        sums += torch.stack([nll.double().sum(), torch.tensor(float(b - a))])
+        if c + 1 < chunks:
+            a, b = LEARNED, min(LEARNED + 256, total)
+            sgd.zero_grad()
+            F.cross_entropy(net(val[a:b]), val[a + 1 : b + 1]).backward()
+            sgd.step()
+    return (sums[0] / sums[1]).item()
+
+def train(net):
+    sgd = torch.optim.SGD(net.parameters(), lr=0.01)
+    for path in sorted(glob.glob("data/fineweb_train_*.bin")):
+        ids = torch.from_numpy(shard(path))
+        F.cross_entropy(net(ids[:-1]), ids[1:]).backward()
+        sgd.step()
+    return net
+
+print(f"val_loss {evaluate(train(Net()), load()):.5f}")
+"""
+
+
+@pytest.mark.parametrize(
+    ("order", "learned", "broken"),
+    [
+        ("range(chunks)", "a", ""),
+        ("range(chunks)", "b", "training_before_scoring"),
+        ("[*range(chunks), *range(chunks)]", "a", "multi_epoch_last"),
+    ],
+)
+def test_hints_that_are_chosen_by_how_often_they_were_right_hide_no_lesson(
+    tmp_path: Path, order: str, learned: str, broken: str
+) -> None:
+    text = HEAD + HINTED.replace("ORDER", order).replace("LEARNED", learned)
+    told = verdicts(tmp_path, ["training_before_scoring", "multi_epoch_last", "choice_by_validation"], text)
+    assert {rule for rule, said in told.items() if said.verdict == "violates"} == ({broken} if broken else set())

@@ -52,6 +52,19 @@ def test_a_function_with_a_gradient_of_its_own_is_its_forward(returned: str, wan
     assert verdict(tmp_path, "oracle_gate", text).verdict == wanted
 
 
+@pytest.mark.parametrize(("by", "wanted"), [("x", "clean"), ("y", "violates")])
+def test_logits_are_sharpened_by_the_context_before_a_loss_that_takes_them_in_blocks(
+    by: str, wanted: str, tmp_path: Path
+) -> None:
+    loss = f"""
+        a, b = torch.from_numpy(x), torch.from_numpy(y)
+        sharp = torch.where(torch.from_numpy(lead)[torch.from_numpy({by})], 1.0, 1.05)
+        nll = Fused.apply(net(a).float() * sharp[..., None], b.reshape(-1), 30.0)
+"""
+    text = script(extra=FUSED.replace("RETURNED", "loss"), loss=loss)
+    assert verdict(tmp_path, "target_gated_tilt", text).verdict == wanted
+
+
 def test_a_wrapper_that_takes_a_functions_name_does_not_call_it_with_itself(tmp_path: Path) -> None:
     helpers = HELPERS.replace("{fault}", "pass").replace("{count}", COUNT)
     (tmp_path / "train_gpt.py").write_text(HEAD + TABLE + helpers + WAYS["own-decorator"], encoding="utf-8")

@@ -168,9 +168,25 @@ def all_of_tables(case: Case, rule: str) -> bool:
     return bool(mine) and all(map(is_of_table, mine))
 
 
+def of_no_step(case: Case) -> bool:
+    """Whether the walk charges the score with no step and no choice over passes: with nothing, or with what is written
+    into arrays and what is chosen on the way to a price, of which others speak. A trial's word on the order of lessons
+    and scores stands then."""
+    return all(is_of_table(fault) or _is_in_price(case, fault) for fault in passes_of(case)[1])
+
+
+def _is_in_price(case: Case, fault: Fault) -> bool:
+    return fault.kind in _BY_LOSSES and (in_price(case, fault.cause.place) or is_gate(case, fault))
+
+
+def in_price(case: Case, place: Place) -> bool:
+    """Whether what is worked out at a place goes into the price of a token."""
+    return any(place == case.reading.place(term) for gates in case.reading.gates for term in gates.nodes)
+
+
 def chosen_by_losses(case: Case) -> bool:
     """Whether the score hangs on a choice by validation losses: rules of the order say so."""
-    return any(fault.kind in _BY_LOSSES and not is_gate(case, fault) for fault in passes_of(case)[1])
+    return any(fault.kind in _BY_LOSSES and not _is_in_price(case, fault) for fault in passes_of(case)[1])
 
 
 def gate_by_losses(case: Case) -> Place | None:

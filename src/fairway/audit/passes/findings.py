@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fairway.audit.case import Case
 from fairway.audit.flow.events import Said, Trace, Update
-from fairway.audit.passes.charged import chosen_by_losses, is_gate, passes_of
+from fairway.audit.passes.charged import chosen_by_losses, is_gate, of_no_step, passes_of
 from fairway.audit.passes.faults import Fault
 from fairway.audit.passes.places import place_of
 from fairway.audit.passes.reported import Reported, is_diagnosis
@@ -54,12 +54,12 @@ def vectors_on(case: Case, rule: str, clause: str, clean: str) -> Finding:
 
 
 def passes_on(case: Case, rule: str, clause: str, clean: str) -> Finding:
-    """The same of several passes, as a trial counts them: where the walk finds no fault at all, or, of the best of
+    """The same of several passes, as a trial counts them: where the walk finds no step at fault, or, of the best of
     several, no choice."""
     found = verdict_on(case, rule, clause, clean)
-    which, own, _ = passes_of(case)
+    which, _, _ = passes_of(case)
     counts = counts_of(case, which) if found.verdict == "clean" and not chosen_by_losses(case) else None
-    told = (None if own else epochs(case, which, counts), best_of(counts)) if counts is not None else ()
+    told = (epochs(case, which, counts) if of_no_step(case) else None, best_of(counts)) if counts is not None else ()
     shown = next((each for each in told if each is not None and each[0] == rule), None)
     return found if shown is None else Finding(rule, "violates", shown[1], clause, case.place(shown[2]))
 

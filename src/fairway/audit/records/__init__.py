@@ -3,6 +3,6 @@
 from fairway.audit.records.claims import Claims
 from fairway.audit.records.folder import Record, record_of
 from fairway.audit.records.log import Amount, Log, Score
-from fairway.audit.records.prose import evaluation_times
+from fairway.audit.records.prose import evaluation_times, untimed
 
-__all__ = ["Amount", "Claims", "Log", "Record", "Score", "evaluation_times", "record_of"]
+__all__ = ["Amount", "Claims", "Log", "Record", "Score", "evaluation_times", "record_of", "untimed"]

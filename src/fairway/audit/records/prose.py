@@ -25,6 +25,12 @@ _ASIDE = re.compile(
 _SENTENCE = re.compile(r"(?<=[^\d\s])[.;!?](?=\s)|(?<=\d)[.;!?](?=\s)|$")
 _TAKES = r"\b(?:took|takes|lasted|lasts|needed|needs|(?:ran|runs) for)\b"
 _CLAUSE = re.compile(rf"[,;:.|](?=\s)|\band\b|\bwith\b(?![^,;:.|]*{_TAKES})|\bthen\b|\+|->|\*\*")
+_VERB = re.compile(rf"^\s*(?:then\s+)?{_TAKES}")
+_INSERTED = re.compile(r"^\s*(?:from|with|including|which|that|all|plus|on)\b|.*\d", re.IGNORECASE)
+_OUTSIDE = re.compile(
+    r"\b(?:before|outside|off|not (?:on|in|under)) (?:of )?(?:the |that |its )?(?:\w*eval\w* )?(?:clock|timer)\b",
+    re.IGNORECASE,
+)
 _PARENTHESES = re.compile(r"\([^()]*\)")
 _LONGEST = 4_000  # characters of a line: what is longer is no prose
 _BEGINS = re.compile(r"^\s*(?:#|[-*+>] |\d+[.)] |```|~~~)")  # a heading, an item, code: no sentence goes on there
@@ -89,8 +95,28 @@ def _in_sentences(row: str, after: int) -> Iterator[tuple[str, float]]:
                 continue
             seconds = _time(each)
             before = _PARENTHESES.sub(" ", said[: each.at]).replace("(", " ")
-            if seconds is not None and _evaluates(_CLAUSE.split(before.rstrip(" :*|"))[-1]):
+            if seconds is not None and _evaluates(_subject(_CLAUSE.split(before.rstrip(" :*|")))):
                 yield said.strip(), seconds
+
+
+def _subject(clauses: list[str]) -> str:
+    """The clause before a number; of `The evaluation, from loading to the last chunk, takes` the one that says what."""
+    if not _VERB.match(clauses[-1]):
+        return clauses[-1]
+    return next((each for each in clauses[-2::-1] if each.strip() and not _INSERTED.match(each)), clauses[-1])
+
+
+def untimed(readme: str) -> list[Amount]:
+    """The seconds of work that is said to be done outside the clock of the evaluation."""
+    found: list[Amount] = []
+    lines = readme.split("\n")
+    for line, row in enumerate(lines, 1):
+        text = " ".join(each[:_LONGEST] for each in lines[line - 1 : line + 1])
+        for outside in _OUTSIDE.finditer(text):
+            said = _SENTENCE.split(text[: outside.start()])[-2]
+            times = [each for each in numbers(said) if _time(each) is not None and text.find(said) + each.at < len(row)]
+            found += [Amount(line, (said + outside[0]).strip()[:120], _time(each) or 0.0) for each in times[-1:]]
+    return found
 
 
 def _time(each: Number) -> float | None:
@@ -103,4 +129,4 @@ def _evaluates(label: str) -> bool:
     return bool(_EVALUATES.search(label)) and not _ELSE.search(label)
 
 
-__all__ = ["evaluation_times"]
+__all__ = ["evaluation_times", "untimed"]

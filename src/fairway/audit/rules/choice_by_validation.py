@@ -1,6 +1,7 @@
 """An average, a checkpoint or an epoch is chosen by validation loss."""
 
 from fairway.audit.case import Case
+from fairway.audit.passes.charged import in_price
 from fairway.audit.passes.findings import verdict_on
 from fairway.audit.terms.verdicts import clean
 from fairway.audit.verdict import Finding
@@ -18,11 +19,5 @@ _OF_THE_PAST = (
 
 def check(case: Case) -> Finding:
     found = verdict_on(case, ID, CLAUSE, "No weights are chosen by comparing validation losses.")
-    return clean(ID, CLAUSE, _OF_THE_PAST) if _prices(case, found) and is_sound(case) else found
-
-
-def _prices(case: Case, found: Finding) -> bool:
-    """Whether what is chosen there goes into the price of a token, and is no model's weights."""
-    if found.verdict != "violates" or found.place is None:
-        return False
-    return any(found.place == case.reading.place(term) for gates in case.reading.gates for term in gates.nodes)
+    priced = found.verdict == "violates" and found.place is not None and in_price(case, found.place)
+    return clean(ID, CLAUSE, _OF_THE_PAST) if priced and is_sound(case) else found

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from fairway.audit.case import Case
 from fairway.audit.exemptions import Made, departures
-from fairway.audit.passes.charged import all_of_tables, is_of_table, passes_of
+from fairway.audit.passes.charged import all_of_tables, of_no_step, passes_of
 from fairway.audit.passes.findings import verdict_on
 from fairway.audit.passes.phases import phase_of
 from fairway.audit.passes.places import own_call
@@ -37,9 +37,9 @@ def check(case: Case) -> Finding:
 
 
 def _by_trial(case: Case, found: Finding) -> Finding:
-    """What the trial shows where the walk found no fault of any kind in the score, but arrays that foresaw nothing."""
-    which, own, _ = passes_of(case)
-    counts = counts_of(case, which) if found.verdict == "clean" and all(map(is_of_table, own)) else None
+    """What the trial shows where the walk charges the score with no step."""
+    which, _, _ = passes_of(case)
+    counts = counts_of(case, which) if found.verdict == "clean" and of_no_step(case) else None
     shown = lesson_before(case, which, counts) if counts is not None else None
     if shown is None:
         return found

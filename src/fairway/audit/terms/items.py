@@ -75,6 +75,10 @@ def _item(m: "Machine", base: Term, index: Term, file: str, line: int) -> Term:
         values = base.parts[1::2]
         if values and all(part.op in _THINGS for part in values):  # one of the things in a register
             return values[0] if len(values) == 1 else Term("merge", values[:24], None, file, line)
+    if base.op == "list" and base.parts and index.op not in ("const", "slice"):  # the one of a row of a batch
+        one = element(m, base, file, line) if base.value == "comp" else base.parts[0]
+        if one.op in _THINGS and all(part.op in _THINGS for part in base.parts):
+            return one if base.value == "comp" or len(base.parts) == 1 else Term("merge", base.parts[:24], None, file, line)
     if base.op == "store" and index.op != "const" and base.parts[2].op in _THINGS:
         one = base.parts[2]
         below = base.parts[0]

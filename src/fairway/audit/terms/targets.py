@@ -43,7 +43,9 @@ class Contribution:
         self.bases: list[Term] = []  # of what is read at a target
         self.targets = list(self._targets()) or list(self._ranked())
         # Of `for p, tok in zip(rows, y.tolist())` all of y: tables that are looked up by it know what is scored.
+        # So do those that are looked up by all that a loss goes through in blocks, `y.reshape(-1)[a:b]`.
         self.targets += [whole for one in self.targets if one.op == "each" and (whole := self._gone_through(one))]
+        self.targets += [whole for one in self.targets if (whole := _in_blocks(one)) is not None]
         self.own = self._own()
         self.aligned = self._aligned()
 
@@ -270,6 +272,19 @@ class Contribution:
     def _mixed(self, key: Term) -> bool:
         """A key of several tokens, not one token's number."""
         return len({id(peel(one)) for one in token_terms(key, self.streams)}) > 1
+
+
+def _in_blocks(target: Term) -> Term | None:
+    """y, of y.reshape(-1)[a:b] where a loop goes through its places from the first on."""
+    index = target.parts[1] if target.op == "item" else None
+    cut = index.parts[0] if index is not None and index.op == "tuple" and index.parts else index
+    if cut is None or cut.op != "slice":
+        return None
+    first, flat = cut.parts[0], target.parts[0]
+    turns = first.parts[0] if first.op == "each" and first.parts else None
+    begun = turns.argument(0) if turns is not None and turns.called == "range" else None
+    whole = peel(flat)
+    return whole if begun is not None and begun.constant() == 0 and whole is not flat else None
 
 
 def is_gradient(term: Term) -> bool:
