@@ -9,7 +9,8 @@ import pytest
 from fairway.audit.case import Case
 from fairway.audit.passes.charged import passes_of
 from fairway.audit.passes.reported import scores_of
-from fairway.audit.passes.trials import counts_of, epochs, order_of
+from fairway.audit.passes.rounds import epochs
+from fairway.audit.passes.trials import counts_of, order_of
 from fairway.audit.submission import opened
 from tests.audit.small import TABLE, line_of, script, verdict, verdicts
 
@@ -1124,3 +1125,52 @@ def test_hints_that_are_chosen_by_how_often_they_were_right_hide_no_lesson(
     text = HEAD + HINTED.replace("ORDER", order).replace("LEARNED", learned)
     told = verdicts(tmp_path, ["training_before_scoring", "multi_epoch_last", "choice_by_validation"], text)
     assert {rule for rule, said in told.items() if said.verdict == "violates"} == ({broken} if broken else set())
+
+
+COLD = """
+chunk_tokens = int(os.environ.get("CHUNK_TOKENS", 32768))
+cold_chunks = 200
+
+def evaluate(net, val):
+    total = len(val) - 1
+    chunks = (total + chunk_tokens - 1) // chunk_tokens
+    sgd = torch.optim.SGD(net.parameters(), lr=0.01)
+    nats, looked = torch.zeros(chunks, dtype=torch.float64), torch.zeros(chunks, dtype=torch.float64)
+    ROUND
+        a, b = c * chunk_tokens, min(c * chunk_tokens + chunk_tokens, total)
+        with torch.no_grad():
+            INTO[c] = F.cross_entropy(net(val[a:b]), val[a + 1 : b + 1], reduction="sum")
+        if c + 1 < chunks:
+            sgd.zero_grad()
+            F.cross_entropy(net(val[a:b]), val[a + 1 : b + 1]).backward()
+            sgd.step()
+    print(f"looked again {looked.sum():.3f}")
+    return nats.sum().item() / total
+
+print(f"val_loss {evaluate(Net(), load()):.5f}")
+"""
+_IN_ORDER = "order = list(range(chunks)) + list(range(chunks // 10))\n    for n, c in enumerate(order):"
+
+
+@pytest.mark.parametrize(
+    ("around", "into", "broken"),
+    [
+        ("for c in range(chunks):", "nats", ""),
+        ("for c in [*range(chunks), *range(chunks)]:", "nats", "multi_epoch_last"),
+        ("for c in [*range(chunks), *range(min(cold_chunks, chunks))]:", "nats", "rescoring_after_adaptation"),
+        (_IN_ORDER, "nats", "rescoring_after_adaptation"),
+        (_IN_ORDER, "(nats if n < chunks else looked)", ""),
+    ],
+)
+def test_the_first_chunks_that_come_round_once_more_are_no_epoch(
+    tmp_path: Path, around: str, into: str, broken: str
+) -> None:
+    """Of 32,768 tokens the short text has two chunks: of 1,024 each it has forty, and with so few of them it shows
+    that 6 of them, or a tenth, are scored again."""
+    text = "import os\n" + HEAD + COLD.replace("ROUND", around).replace("INTO", into)
+    told = verdicts(tmp_path, ["training_before_scoring", "multi_epoch_last", "rescoring_after_adaptation"], text)
+    assert {rule for rule, said in told.items() if said.verdict == "violates"} == ({broken} if broken else set())
+    if broken:
+        place = told[broken].place
+        assert place is not None
+        assert place.line == line_of(text, around.split("\n")[-1].strip())

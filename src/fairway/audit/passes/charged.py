@@ -12,7 +12,8 @@ from fairway.audit.passes.consequences import without_consequences
 from fairway.audit.passes.faults import Fault, Passes, one_row
 from fairway.audit.passes.parted import of_earlier_parts
 from fairway.audit.passes.reported import Reported, reported
-from fairway.audit.passes.trials import counts_of, epochs, learned_in_turn, order_of, parting, repeats
+from fairway.audit.passes.rounds import epochs, repeats
+from fairway.audit.passes.trials import counts_of, learned_in_turn, order_of, parting
 from fairway.audit.passes.vectors import fitted
 from fairway.audit.reading.tree import nodes
 from fairway.audit.terms.choices import forked

@@ -8,7 +8,8 @@ from fairway.audit.passes.charged import chosen_by_losses, is_gate, of_no_step, 
 from fairway.audit.passes.faults import Fault
 from fairway.audit.passes.places import place_of
 from fairway.audit.passes.reported import Reported, is_diagnosis
-from fairway.audit.passes.trials import best_of, counts_of, epochs
+from fairway.audit.passes.rounds import best_of, passed_again
+from fairway.audit.passes.trials import counts_of
 from fairway.audit.passes.vectors import fitted_to_scored
 from fairway.audit.verdict import Finding, Place, Step, Verdict
 
@@ -59,7 +60,9 @@ def passes_on(case: Case, rule: str, clause: str, clean: str) -> Finding:
     found = verdict_on(case, rule, clause, clean)
     which, _, _ = passes_of(case)
     counts = counts_of(case, which) if found.verdict == "clean" and not chosen_by_losses(case) else None
-    told = (epochs(case, which, counts) if of_no_step(case) else None, best_of(counts)) if counts is not None else ()
+    told = (
+        (passed_again(case, which, counts) if of_no_step(case) else None, best_of(counts)) if counts is not None else ()
+    )
     shown = next((each for each in told if each is not None and each[0] == rule), None)
     return found if shown is None else Finding(rule, "violates", shown[1], clause, case.place(shown[2]))
 

@@ -11,23 +11,23 @@ from fairway.audit.trial.named import numbers
 
 _NAMED = ("chunk", "block", "segment", "region", "group")
 GROUPS = re.compile("|".join(_NAMED), re.IGNORECASE)
-_SMALLER = 32  # times: blocks of 2,048 windows of 64 tokens are 131,072
+SIZES = (32, 8)  # times smaller: blocks of 2,048 windows of 64 tokens are 131,072; a chunk may have to hold a window
 
 
-def in_smaller_groups(case: Case, but: Collection[int] = ()) -> Trial | None:
+def in_smaller_groups(case: Case, but: Collection[int] = (), smaller: int = SIZES[0]) -> Trial | None:
     """The trial of the script with all sizes of groups taken for less; None where it names none. but: numbers that are
-    no sizes."""
+    no sizes; smaller: how many times."""
     long = case.trial
     sizes = numbers(GROUPS.pattern, case.script, case.settings.environment).difference(but)
-    smaller = [
-        Forced(None, size, size // _SMALLER, word)
+    fewer = [
+        Forced(None, size, size // smaller, word)
         for size in sorted(sizes)
-        if _SMALLER <= size <= long.length
+        if smaller <= size <= long.length
         for word in _NAMED
     ]
-    if not smaller:
+    if not fewer:
         return None
-    return run(case.script, case.settings, long.length, tuple(smaller), cut=False, native=long.native)
+    return run(case.script, case.settings, long.length, tuple(fewer), cut=False, native=long.native)
 
 
 __all__ = ["GROUPS", "in_smaller_groups"]

@@ -25,9 +25,7 @@ from fairway.audit.verdict import Place
 _ENDS = 2 * UNIT  # tokens at the end of the text: what windows make of them is a rule of its own
 _WHOLE = 0.02  # times: how near to a whole number what is counted again must come
 _TWICE = 1.4  # times: what is less is a weight, as that of a window that is shorter than others
-_TAUGHT = 0.5  # of what is scored again: the last chunk is often not learned from
 _MOST = 0.5  # of the targets: an epoch of them
-_NEARLY = 0.95  # of those that are summed
 _LEFT = 0.05  # of the targets
 _SEVERAL = 4  # lessons
 _STEPPED = 3  # arguments of range
@@ -227,7 +225,7 @@ def _every_so_many(case: Case, way: tuple[int, ...]) -> int:
 
 def lesson_before(case: Case, which: Reported, counts: Counts) -> tuple[str, int] | None:
     """Targets of the score from which something learned before: a sentence, and where the order is decided."""
-    if counts.trial.fitted or not _learns(case, which):
+    if counts.trial.fitted or not learns(case, which):
         return None  # what is fitted to one window is nothing to another, and the trial does not tell them apart
     after = np.flatnonzero((counts.late > 0) & counts.trial.early[: len(counts.late)])
     lesson = next((each for each in counts.lessons if each.early >= FEW), None)  # a second pass is the walk's to tell
@@ -276,68 +274,11 @@ def mixes(case: Case, which: Reported) -> bool:
 _MIXING = frozenset(("softmax", "log_softmax", "logsumexp", "logaddexp", "gather", "take_along_dim"))
 
 
-def epochs(case: Case, which: Reported, counts: Counts) -> tuple[str, str, int] | None:
-    """Whether most targets of the score were summed by the same calls before, and learned from since, while each counts
-    once: the rule, by whether all were summed before any was again, a sentence, and the loop over the passes."""
-    trial = counts.trial
-    booked = {way: trial.booked[way] for way in sorted(counts.said[-1].sum.ways()) if way in trial.booked}
-    again = int(np.any([times > 1 for times in booked.values()], axis=0).sum()) if booked else 0
-    late = int((counts.late > 0).sum())
-    if again < _MOST * (trial.length - 1) or late < _TAUGHT * again or len(counts.more) or trial.fitted:
-        return None
-    if not _learns(case, which) and _steps(case, which):
-        return None  # several states: the walk tells them apart; where it sees no gradient, the trial's word stands
-    way = next(way for way, times in booked.items() if (times > 1).any())
-    step = next((lesson.stack for lesson in trial.lessons if lesson.asked), None)
-    if step is None:
-        return None
-    evidence = (
-        f"Worked out for a text of {trial.length - 1:,} targets, {again:,} of them are summed more than once at line "
-        f"{way[-1]}, with a step at line {step[-1]} between; the sum is begun anew, and the last one is what counts."
-    )
-    mine, theirs = parting(way, step), parting(step, way)
-    loops = (
-        node.lineno
-        for node in nodes(case.body.tree)
-        if isinstance(node, (ast.For, ast.While))
-        and all(node.lineno <= at <= (node.end_lineno or 0) for at in (mine, theirs))
-    )
-    whole = trial.again[way] >= _NEARLY * np.count_nonzero(booked[way])  # a chunk alone may be most of the text
-    return "multi-epoch-last" if whole else "rescoring-after-adaptation", evidence, min(loops, default=mine)
-
-
-def repeats(case: Case, which: Reported, step: Update) -> bool:
-    """Whether a trial shows that all that a step learned from had been scored by then, and that all is scored once
-    more: an epoch, where the walk cannot tell one turn of a loop over passes and chunks from the next."""
-    counts = counts_of(case, which)
-    calls = tuple(place.line for place in step.stack[:-1])
-    lessons = [each for each in counts.trial.lessons if each.stack[:-1] == calls] if counts is not None else []
-    if counts is None or not lessons or any(each.early for each in lessons):
-        return False
-    found = epochs(case, which, counts)
-    return found is not None and found[0] == "multi-epoch-last"
-
-
-def best_of(counts: Counts) -> tuple[str, str, int] | None:
-    """Whether the score was chosen as the least of sums over the same targets: the rule, a sentence, and where."""
-    trial, told = counts.trial, counts.said[-1].sum
-    for line, kept, compared in trial.picked:
-        counted = [each.counts(trial.length)[0] > 0 for each in compared]
-        again = int((np.sum(counted, axis=0) > 1).sum())
-        if again >= _MOST * (trial.length - 1) and any(told.made_of(each) for each in kept):
-            evidence = (
-                f"Worked out for a text of {trial.length - 1:,} targets, the least of {len(compared)} sums is what "
-                f"counts, and {again:,} targets are in more than one of them."
-            )
-            return "min-over-passes", evidence, line
-    return None
-
-
-def _learns(case: Case, which: Reported) -> bool:
+def learns(case: Case, which: Reported) -> bool:
     """Whether what scores has learned from the text, and is one state that is carried on, or parts of one that learn in
     the same steps; states that are made anew with optimisers of their own; or both: the walk follows copies, vectors
     fitted to windows, and what is thrown away, which the trial does not tell apart."""
-    steps = _steps(case, which)
+    steps = steps_of(case, which)
     carried_on: dict[Obj | None, set[tuple[Place, ...]]] = {}
     for update in steps:
         if not update.fresh:
@@ -351,7 +292,7 @@ def _of_a_model(state: Obj) -> bool:
     return state.kind == "instance" or "#copy" in state.slots
 
 
-def _steps(case: Case, which: Reported) -> list[Update]:
+def steps_of(case: Case, which: Reported) -> list[Update]:
     """What a gradient of the text taught, of what the score's losses know or were made by: tables are filled in the
     same order. Losses that were put in a list know nothing any more of what came before them."""
     knows, last = 0, 0

@@ -71,14 +71,10 @@ def _item(m: "Machine", base: Term, index: Term, file: str, line: int) -> Term:
         where = base.parts[1].value if base.parts[1].op == "const" else UNKNOWN
         if isinstance(where, int):
             return base.parts[2] if where == key else item(m, base.parts[0], index, file, line)
-    if base.op == "dict" and base.value != "comp" and index.op != "const":
-        values = base.parts[1::2]
-        if values and all(part.op in _THINGS for part in values):  # one of the things in a register
-            return values[0] if len(values) == 1 else Term("merge", values[:24], None, file, line)
-    if base.op == "list" and base.parts and index.op not in ("const", "slice"):  # the one of a row of a batch
-        one = element(m, base, file, line) if base.value == "comp" else base.parts[0]
-        if one.op in _THINGS and all(part.op in _THINGS for part in base.parts):
-            return one if base.value == "comp" or len(base.parts) == 1 else Term("merge", base.parts[:24], None, file, line)
+    if base.op in ("dict", "list") and index.op not in ("const", "slice"):  # one of a register, of the rows of a batch
+        found = _one_of_things(m, base, file, line)
+        if found is not None:
+            return found
     if base.op == "store" and index.op != "const" and base.parts[2].op in _THINGS:
         one = base.parts[2]
         below = base.parts[0]
@@ -141,6 +137,17 @@ def _item(m: "Machine", base: Term, index: Term, file: str, line: int) -> Term:
         if within is not None:
             return item(m, within, index, file, line)
     return Term("item", (base, index), None, file, line)
+
+
+def _one_of_things(m: "Machine", base: Term, file: str, line: int) -> Term | None:
+    """What a dict or a list holds where these are functions, classes or objects, whichever of them is asked for."""
+    if base.value == "comp":
+        held: tuple[Term, ...] = (element(m, base, file, line),) if base.op == "list" else ()
+    else:
+        held = base.parts[1::2] if base.op == "dict" else base.parts
+    if not held or any(part.op not in _THINGS for part in held):
+        return None
+    return held[0] if len(held) == 1 else Term("merge", held[:_SEVERAL], None, file, line)
 
 
 def _joined(base: Term) -> list[Term]:
@@ -260,6 +267,7 @@ def _column(table: Term, key: int) -> Term:
 
 
 _FEW = 16  # choices around one table
+_SEVERAL = 24  # things in one register
 
 
 def _added_to(table: Term, store: Term) -> Term:
