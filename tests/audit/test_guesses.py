@@ -88,6 +88,36 @@ def test_what_is_learned_before_the_guess_may_be_known(asked: str, known: bool) 
     assert [each.line for each in answers(ast.parse(text))] == [line_of(text, asked)] * known
 
 
+TRUSTED = """
+def follow(tokens, n):
+    for i in range(1, n):
+        key = (tokens[i - 1], tokens[i])
+        seen = best.get(key, (-1, 0))
+        hints[i] = seen[0]
+        BEFORE
+        follower = tokens[i + 1]
+        counts[key, follower] = counts.get((key, follower), 0) + 1
+        if counts[key, follower] >= seen[1]:
+            best[key] = (follower, counts[key, follower])
+        AFTER
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "known"),
+    [
+        ("trust[i] = seen[1] / 8", "pass", False),
+        ("pass", "trust[i] = seen[1] / 8", False),
+        ("pass", "trust[i] = best[key][1] / 8", True),
+        ("pass", "trust[i + 1] = best[key][1] / 8", False),
+    ],
+)
+def test_what_is_said_of_a_place_once_its_token_was_learned_knows_it(before: str, after: str, known: bool) -> None:
+    """The hint of the same place was handed out before; of the next place what was learned may be said."""
+    text = TRUSTED.replace("BEFORE", before).replace("AFTER", after)
+    assert [each.stored for each in answers(ast.parse(text))] == [line_of(text, "best[key][1] / 8")] * known
+
+
 @pytest.mark.parametrize(
     "turn",
     [

@@ -1174,3 +1174,70 @@ def test_the_first_chunks_that_come_round_once_more_are_no_epoch(
         place = told[broken].place
         assert place is not None
         assert place.line == line_of(text, around.split("\n")[-1].strip())
+
+
+BY_DOCUMENT = """
+class Adapter(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(1024))
+
+class Cache:
+    def __init__(self):
+        self.counts = torch.ones(1024)
+
+    def update(self, y):
+        self.counts.scatter_add_(0, y, torch.ones(len(y)))
+
+def told(logits, y, cache):
+    p = 0.9 * F.softmax(logits.detach(), -1) + 0.1 * (cache.counts / cache.counts.sum())
+    return -p.gather(-1, y[:, None]).squeeze(-1).log()
+
+def score_document(net, val, a, b, adapter, sums):
+    cache = Cache()
+    sgd = torch.optim.SGD(adapter.parameters(), lr=0.1) if adapter is not None else None
+    bounds = [(c, min(c + 64, b)) for c in range(a, b, 64)]
+FIRST    for low, high in bounds:
+        x, y = val[low:high], val[low + 1 : high + 1]
+        logits = net(x) + (adapter.bias if adapter is not None else 0.0)
+        SCORE
+        if adapter is not None and high < b:
+            sgd.zero_grad()
+            F.cross_entropy(logits, y).backward()
+            sgd.step()
+        AFTER
+
+def score_documents(net, val, adapted):
+    sums = torch.zeros(2, dtype=torch.float64)
+    starts = torch.nonzero(val == 1).flatten().tolist()
+    for a, b in zip(starts, [*starts[1:], len(val) - 1]):
+        score_document(net, val, a, b, Adapter() if adapted else None, sums)
+    return (sums[0] / sums[1]).item()
+
+net, val = Net(), load()
+print(f"roundtrip val_loss {score_documents(net, val, False):.5f}")
+print(f"final val_loss {score_documents(net, val, True):.5f}")
+"""
+_ENTERED = "sums += torch.stack([told(logits, y, cache).double().sum(), torch.tensor(float(high - low))]); "
+_AGAIN = "logits = net(x) + (adapter.bias if adapter is not None else 0.0); "
+_FILLED = "    for low, high in bounds:\n        cache.update(val[low + 1 : high + 1])\n"
+
+
+@pytest.mark.parametrize(
+    ("first", "score", "after", "broken"),
+    [
+        ("", _ENTERED + "cache.update(y)", "", ""),
+        ("", "", _AGAIN + _ENTERED + "cache.update(y)", "training_before_scoring"),
+        (_FILLED, _ENTERED, "", "two_pass_cache"),
+    ],
+)
+def test_what_an_evaluation_before_has_scored_is_no_first_time_of_this_one(
+    tmp_path: Path, first: str, score: str, after: str, broken: str
+) -> None:
+    """The same functions score all documents twice, the second time with adapters that learn."""
+    text = HEAD + BY_DOCUMENT.replace("FIRST", first).replace("SCORE", score or "pass").replace(
+        "AFTER", after or "pass"
+    )
+    rules = ["training_before_scoring", "rescoring_after_adaptation", "two_pass_cache", "multi_epoch_last"]
+    told = verdicts(tmp_path, rules, text)
+    assert {rule for rule, said in told.items() if said.verdict == "violates"} == ({broken} if broken else set())

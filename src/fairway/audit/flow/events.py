@@ -162,6 +162,7 @@ class Trace:
     gathered: list[tuple[int, int]] = field(default_factory=list)  # sums over all ranks: (events before, their losses)
     orders: list[tuple[int, Place]] = field(default_factory=list)  # sorts by lengths: (events before, where)
     averaged: list[int] = field(default_factory=list)  # gradients or weights made one over all ranks: events before
+    recalled: set[tuple[Place, ...]] = field(default_factory=set)  # ways to tables whose keys came out of other tables
     saved: list[int] = field(default_factory=list)  # numbers of the events that follow a model's writing to a file
     steps: int = 0
     complete: bool = True

@@ -84,8 +84,8 @@ class Methods(Files):
             if where is MISSING:
                 self.loosen(obj)
             self.add(obj, args[-1] if args else NOTHING, node, where if isinstance(where, int) else None)
-            if name == "add" and self.token_keys(args):
-                self.entered(obj, self.token_keys(args), NOTHING, node)
+            if name == "add" and (keys := self.token_keys(args, node)):
+                self.entered(obj, keys, NOTHING, node)
             return NONE
         if name in ("extend", "update", "extendleft"):
             for each in args:

@@ -315,7 +315,7 @@ class Operations(Picking):
             pair = [self.content(obj), *(each for each in flats if each.losses)]
             self.write(obj, self.flat(self._least("minimum", pair, pair, {}, node)), node)
         elif name in KEYED or (name == "scatter_" and len(flats) > 2 and flats[-1].const is MISSING):
-            keys = self.token_keys([each for each in rest if each.const is MISSING])
+            keys = self.token_keys([each for each in rest if each.const is MISSING], node)
             shares = bool(flats) and flats[-1].active and not flats[-1].losses  # votes of states, shared out once
             if keys and "#leaf" not in obj.slots and obj.owner is None and not shares:
                 self.entered(obj, keys, NOTHING, node)

@@ -186,7 +186,7 @@ class Torches(Builtins):
             return None
         keys = list(args[1].items) if args[1].items is not None else [args[1]]
         for obj in args[0].refs:
-            tokens = self.token_keys(keys)
+            tokens = self.token_keys(keys, node)
             if tokens and obj.kind == "tensor":
                 self.entered(obj, tokens, NOTHING, node)
             elif obj.kind == "tensor":

@@ -52,9 +52,12 @@ class Writing(Containers):
         seen = [flat for flat in map(self.flat, keys) if flat.toks and flat.states]
         return blend(self.flat(value), *seen) if seen else value
 
-    def token_keys(self, keys: list[Value]) -> list[Value]:
-        """Keys that are made of token ids: what is entered under them is a table of the tokens."""
+    def token_keys(self, keys: list[Value], node: ast.AST | None) -> list[Value]:
+        """Keys that are made of token ids: what is entered under them is a table of the tokens. Those that came out of
+        tables are none, which is written down: the first time that the place is reached these are empty."""
         flats = [self.flat(key) for key in keys]
+        if any(key.toks and key.states for key in flats):
+            self.trace.recalled.add(self._stand(node)["stack"])
         return [key for key in flats if key.toks and not key.states and not key.losses and not key.flags & LENGTH]
 
     def entered(self, obj: Obj, keys: list[Value], value: Value, node: ast.AST | None) -> None:
@@ -66,7 +69,7 @@ class Writing(Containers):
         self.learn(obj, toks, "table", node)
 
     def _put_tensor(self, obj: Obj, parts: list[Part], value: Value, node: ast.AST | None) -> None:
-        keys = self.token_keys([part.value for part in parts if part.value is not None])
+        keys = self.token_keys([part.value for part in parts if part.value is not None], node)
         flat = self.flat(value)
         if looks_ahead(flat, parts):
             self.learn(obj, flat.toks, "table", node)
@@ -106,7 +109,7 @@ class Writing(Containers):
         self.write(obj, self.earlier_dropped(flat), node, strong=whole, part=not whole)
 
     def _put_container(self, obj: Obj, keys: list[Value], base: Value, value: Value, node: ast.AST | None) -> None:
-        tokens = self.token_keys(keys)
+        tokens = self.token_keys(keys, node)
         if tokens and not self._kept(tokens, self.flat(value)):
             self.entered(obj, tokens, value, node)
         value = self.earlier_dropped(value)

@@ -52,14 +52,16 @@ def _as_tried(case: Case, which: Reported, fault: Fault) -> Fault | None:
         apart = fitted(case, which, fault.cause, shared=False) == "apart"
         return None if apart or order_of(case, which, fault.score, fault.cause) == "first" else fault
     filled = fault.cause if isinstance(fault.cause, Update) and fault.cause.how == "table" else None
-    if filled is not None and fault.kind in _OF_TABLES and of_earlier_parts(case, fault.score, filled):
+    recalled = filled is not None and filled.stack in case.trace.recalled
+    if filled is not None and fault.kind in _OF_TABLES and (recalled or of_earlier_parts(case, fault.score, filled)):
         return None
     if fault.kind == "two-pass-cache" and isinstance(fault.cause, Update):
         return None if _filled_with_what_was_learned(case, which, fault.score, fault.cause) else fault
     if fault.kind not in _OF_THE_ORDER or not isinstance(fault.cause, Update):
         return fault
     order = order_of(case, which, fault.score, fault.cause)
-    if order == "late" and (fault.kind == "multi-epoch-last" or _of_another_pass(fault)):
+    ahead = order == "late" and fault.kind == "multi-epoch-last"
+    if ahead or (order in ("late", "own") and _of_another_pass(case, fault)):
         return replace(fault, kind="training-before-scoring")
     if fault.kind == "training-before-scoring" and repeats(case, which, fault.cause):
         return replace(fault, kind="multi-epoch-last")
@@ -75,7 +77,7 @@ def _part_by_part(case: Case, which: Reported) -> bool:
     return found is not None and found[0] == "rescoring-after-adaptation"
 
 
-def _of_another_pass(fault: Fault) -> bool:
+def _of_another_pass(case: Case, fault: Fault) -> bool:
     """Whether what was scored before was scored by another evaluation, whose number is none that was settled: the one
     that is reported comes once, after the step. Not where the step follows those scores in the turns of one loop over
     the text: that was a pass of its own, and this is the second."""
@@ -83,11 +85,14 @@ def _of_another_pass(fault: Fault) -> bool:
         return False
     cutting = {loop for tok in fault.before.targets for loop, _, _ in tok.spans}
     turns = dict(fault.before.nest)
-    if any(loop in cutting and turns.get(loop) == turn for loop, turn in fault.cause.nest):
-        return False
+    for loop, turn in fault.cause.nest:
+        above = case.trace.depth.get(loop, 1) - 1  # calls: else it is the same loop in another call of its function
+        if loop in cutting and turns.get(loop) == turn and fault.before.stack[:above] == fault.cause.stack[:above]:
+            return False
     ways = list(zip(fault.before.stack, fault.score.stack, strict=False))
     apart = next((n for n, (one, other) in enumerate(ways) if one != other), len(ways))
-    return fault.before.stack[apart + 1 :] != fault.score.stack[apart + 1 :]
+    inside = fault.cause.stack[: apart + 1] == fault.score.stack[: apart + 1]  # the step is one of this very evaluation
+    return inside or fault.before.stack[apart + 1 :] != fault.score.stack[apart + 1 :]
 
 
 def _filled_with_what_was_learned(case: Case, which: Reported, score: Score, filled: Update) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -165,7 +165,8 @@ class Passes:
         same = same and update.stack[: depth - 1] == score.stack[: depth - 1]  # else the same loop of an earlier call
         turns = dict(update.nest)
         same = same and all(turns.get(loop, turn) == turn or loop in cut for loop, turn in score.nest)  # or pass
-        return "training-before-scoring" if same else "two-pass-cache"
+        apart = _own_loops(update, learned, score) and _own_loops(score, score.targets, update)  # over parts of a part
+        return "training-before-scoring" if same and not apart else "two-pass-cache"
 
     def _companion(self, score: Score, update: Update, learned: list[Tok]) -> Score | None:
         """The first scoring of the tokens that the update learned from, in the same turn of the loop that cuts them."""
@@ -457,6 +458,12 @@ def _nearness(one: Event, other: Event) -> tuple[int, int]:
 def _of_one_part(one: Score, other: Score) -> bool:
     """Whether two scorings may be of the same tokens: not of two parts that a cut keeps apart."""
     return any(related(mine, its) != "apart" for mine in one.targets for its in other.targets)
+
+
+def _own_loops(event: Event, toks: Iterable[Tok], other: Event) -> bool:
+    """Whether a loop that cuts an event's tokens, and stands around it, stands not around another one."""
+    cut = {loop for tok in toks for loop, _, _ in tok.spans}
+    return bool(cut.intersection(loop for loop, _ in event.nest) - {loop for loop, _ in other.nest})
 
 
 def _earlier_turn(before: Score, score: Score) -> bool:

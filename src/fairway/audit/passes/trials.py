@@ -309,11 +309,12 @@ def steps_of(case: Case, which: Reported) -> list[Update]:
     ]
 
 
-def order_of(case: Case, which: Reported, score: Score, step: Update) -> Literal["first", "late", ""]:
+def order_of(case: Case, which: Reported, score: Score, step: Update) -> Literal["first", "late", "own", ""]:
     """What a trial that came to this score and to this step shows, where every target was summed once by the calls that
     sum it: "first" where no loss that counts was made after the step had learned from its target; "late" where the step
-    is none of the score's own pass and came before. "" where it shows neither. Where some targets count twice, "first"
-    if no others were made after the step."""
+    is none of the score's own pass and came before; "own" where it is one of that pass, and all that it learned from
+    was scored after it. "" where it shows none of these. Where some targets count twice, "first" if no others were made
+    after the step."""
     once = counted_once(case, which)
     counts = once or _seldom_again(case, which)
     if counts is None:
@@ -329,8 +330,10 @@ def order_of(case: Case, which: Reported, score: Score, step: Update) -> Literal
         return "first"
     if once is None:
         return ""
-    early = any(lesson.early for lesson in trial.lessons if lesson.stack[:-1] == calls)
-    return "late" if early and asked[: len(calls)] != calls else ""
+    lessons = [lesson for lesson in trial.lessons if lesson.stack[:-1] == calls]
+    if asked[: len(calls)] != calls:
+        return "late" if any(lesson.early for lesson in lessons) else ""
+    return "own" if lessons and all(lesson.early == lesson.many for lesson in lessons) else ""
 
 
 def _handed_on(case: Case, trial: Trial, step: Update) -> int | None:

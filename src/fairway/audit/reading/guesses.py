@@ -64,15 +64,15 @@ def _is_range(node: ast.expr) -> bool:
 @dataclass
 class _Turn:
     """One turn of a loop, in order. index: what it counts with; names: what they were made of, or under; tokens: names
-    that are a token itself; handed: (line, what it was made of), of what is stored for this turn; fed: the token that
-    is learned, in which tables, and after how many of those."""
+    that are a token itself; handed: (line, what it was made of, how far from the turn's its place is), of what is
+    stored for a turn; fed: the token that is learned, in which tables, and after how many of those."""
 
     index: str
     names: dict[str, _Tags] = field(default_factory=dict)
     tokens: dict[str, _Token] = field(default_factory=dict)
     under: _Tags = _NONE
     depth: int = 0
-    handed: list[tuple[int, _Tags]] = field(default_factory=list)
+    handed: list[tuple[int, _Tags, int]] = field(default_factory=list)
     fed: list[tuple[_Token, set[str], int]] = field(default_factory=list)
 
     def of(self, loop: ast.For) -> Iterator[Answer]:
@@ -83,8 +83,9 @@ class _Turn:
         last = [each for each in self.fed if each[0].ahead == newest]
         text, first = last[0][0].text, min(number for _, _, number in last)
         tables = set[str]().union(*(each for _, each, _ in last))
-        for number, (line, tags) in enumerate(self.handed):
-            least = newest if number < first else newest + 1  # what is learned by then may be known
+        ahead = {place for _, _, place in self.handed[:first]}  # places of which something was said before
+        for number, (line, tags, place) in enumerate(self.handed):
+            least = newest if number < first or place in ahead else newest + 1  # what is learned by then may be known
             known = [tag for tag in tags if isinstance(tag, _Token) and tag.text == text and tag.ahead >= least]
             if known and any(isinstance(tag, _Table) and tag.name in tables for tag in tags):
                 yield Answer(min(tag.line for tag in known), line)
@@ -140,10 +141,12 @@ class _Turn:
                 self.tokens[target.id] = token
             self.names[target.id] = tags | self.names.get(target.id, _NONE) if more else tags
         elif isinstance(target, ast.Subscript) and (name := _base(target)):
-            if self._ahead(target.slice) is not None:
-                self.handed.append((target.lineno, tags))
+            place = self._ahead(target.slice)
+            if place is not None:
+                self.handed.append((target.lineno, tags, place))
                 return
-            self._feed(value, self._tags(target.slice), {name})
+            for each in value.elts if isinstance(value, ast.Tuple) else (value,):
+                self._feed(each, self._tags(target.slice), {name})
             self.names[name] = self.names.get(name, _NONE) | tags
 
     def _called(self, call: ast.Call) -> None:

@@ -36,7 +36,7 @@ def check(case: Case) -> Finding:
         if term is not None and not _is_paid_for(case):
             return Finding(ID, "violates", _COMPARED, CLAUSE, reading.place(term), reading.way(gates.of.term, term))
     place = gate_by_losses(case)
-    if place is not None:
+    if place is not None and not (_is_told_apart(reading, place) and is_sound(case)):
         return Finding(ID, "violates", _COMPARED, CLAUSE, place)
     if not reading.reported:
         return unsaid(ID, CLAUSE)
@@ -47,6 +47,17 @@ def _is_paid_for(case: Case) -> bool:
     """Whether the prices of all tokens at one place come to one, each worked out as the target: of one row that all of
     them are read from, one context may say nothing of the choice."""
     return is_sound(case) and case.weight is not None and not case.weight.same
+
+
+def _is_told_apart(reading: Reading, place: Place) -> bool:
+    """Whether what is compared at a place, by all that is read of it, reads no target: how sure two rows are."""
+    tests = [
+        (gates, fork[0])
+        for gates in reading.gates
+        for term in gates.nodes
+        if reading.place(term) == place and (fork := forked(term)) is not None
+    ]
+    return bool(tests) and not any(gates.kinds(test) for gates, test in tests)
 
 
 def _by_others(reading: Reading, gates: Gates, term: Term, others: set[Place]) -> bool:

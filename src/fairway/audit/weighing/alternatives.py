@@ -26,7 +26,7 @@ from fairway.audit.weighing.machine import Way, Weigher
 from fairway.audit.weighing.stream import PIECES
 from fairway.audit.weighing.strengths import Strengths, set_by_target, stored_by_target
 
-_NUMBERS = 33_000_000  # elements of a table of counts: 1 << 24 buckets, or PIECES ** 3; untouched, they take no memory
+_NUMBERS = 34_000_000  # elements of a table of counts: 1 << 25 buckets, or PIECES ** 3; untouched, they take no memory
 _STEPS = 460_000  # of all runs together
 _ONE, LONG = 50_000, 90_000  # of one: a second or two, and of one that goes through the tokens one by one
 PLAIN = 1e-4
