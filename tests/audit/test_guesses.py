@@ -115,7 +115,8 @@ def follow(tokens, n):
 def test_what_is_said_of_a_place_once_its_token_was_learned_knows_it(before: str, after: str, known: bool) -> None:
     """The hint of the same place was handed out before; of the next place what was learned may be said."""
     text = TRUSTED.replace("BEFORE", before).replace("AFTER", after)
-    assert [each.stored for each in answers(ast.parse(text))] == [line_of(text, "best[key][1] / 8")] * known
+    wanted = [line_of(text, "best[key][1] / 8")] if known else []
+    assert [each.stored for each in answers(ast.parse(text))] == wanted
 
 
 @pytest.mark.parametrize(
