@@ -309,3 +309,40 @@ def test_of_sums_that_are_gathered_in_one_tensor_the_last_that_is_told_is_the_sc
     assert findings(text.replace("STEP", "2"))["subset-as-full"].verdict == "clean"
     last = text.replace("STEP", "1").replace("log().sum()", "log()[::2].sum()", 1)
     assert findings(last)["subset-as-full"].verdict == "violates"
+
+
+BY_TURNS = """
+def windows_of(total, rank, size):
+    windows = [(at, min(at + 1024, total)) for at in range(0, total, 1024)]
+    {more}
+    mine = windows[rank::size]
+    {rest}
+    return mine
+
+"""
+_LAST = "mine = mine + mine[-1:] * (-len(mine) % 2)"
+
+
+@pytest.mark.parametrize(
+    ("more", "rest", "wanted"),
+    [
+        ("windows += windows[: -len(windows) % size]", "pass", "windows +="),
+        ("while len(windows) % size: windows.append(windows[0])", "pass", "while len"),
+        ("pass", "mine.extend(windows[: -(-len(windows) // size) - len(mine)])", "mine.extend"),
+        ("pass", _LAST, "mine = mine +"),
+        ("windows += [(total, total)] * (-len(windows) % size)", "pass", ""),
+        ("pass", _LAST.replace("mine[-1:]", "[(0, 0)]"), ""),
+        ("windows += [(total, total)]", "pass", ""),
+    ],
+)
+def test_shares_that_are_filled_up_with_windows_of_others_are_counted_twice(more: str, rest: str, wanted: str) -> None:
+    """Of eight windows three processes have three, three and two; a process by itself has all, which is an even
+    number."""
+    text = script("0, first", KNOWN).replace("in pieces(first, last)", "in windows_of(total, rank, size)")
+    text = text.replace("def ev(", BY_TURNS.format(more=more, rest=rest) + "def ev(")
+    found = twice_counted_tokens.check(case_of(text))
+    assert found.verdict == ("violates" if wanted else "clean")
+    if wanted:
+        assert found.place is not None
+        assert found.place.line == line_of(text, wanted)
+        assert "of 3 over a short text" in found.evidence

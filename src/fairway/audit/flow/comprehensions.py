@@ -205,7 +205,7 @@ class Comprehensions(Calls):
             node._fairway_loop = found  # type: ignore[attr-defined]
         self.trace.loops.setdefault(found, self.place(getattr(node, "iter", node)))
         self.trace.within.setdefault(found, id(self.frame.node))
-        self.trace.depth.setdefault(found, len(self.calls))
+        self.trace.depth[found] = min(self.trace.depth.get(found, len(self.calls)), len(self.calls))
         return int(found)
 
 

@@ -148,7 +148,7 @@ class Trace:
     said: list[Said] = field(default_factory=list)
     loops: dict[int, Place] = field(default_factory=dict)
     within: dict[int, int] = field(default_factory=dict)  # loop -> the function that it stands in
-    depth: dict[int, int] = field(default_factory=dict)  # loop -> how many calls deep it stood when first seen
+    depth: dict[int, int] = field(default_factory=dict)  # loop -> how many calls deep it stood at least
     broken: dict[int, Place] = field(default_factory=dict)  # loop -> where a counter or the clock ends it early
     picked: dict[int, Place | None] = field(default_factory=dict)  # loss -> the condition that leaves others out
     scalers: set[Obj] = field(default_factory=set)  # states that logits of others were multiplied by
@@ -166,6 +166,11 @@ class Trace:
     saved: list[int] = field(default_factory=list)  # numbers of the events that follow a model's writing to a file
     steps: int = 0
     complete: bool = True
+
+    def in_one_call(self, loop: int, one: Event, other: Event) -> bool:
+        """Whether a loop around two events is the same in one call of its function, and not in two."""
+        above = self.depth.get(loop, 1) - 1
+        return one.stack[:above] == other.stack[:above]
 
     def scored(self, mask: int) -> Iterator[Score]:
         """The Scores of a mask, with those that they were made of."""

@@ -65,7 +65,8 @@ class Picking(Arithmetic):
         result = blend(*flats) if flats else NOTHING
         losing = [each for each in flats if each.losses]
         stabiliser = len(args) == 1 and name.startswith(("max", "amax", "fmax", "nanmax")) and not args[0].refs
-        if losing and not stabiliser and (len(losing) > 1 or len(args) == 1 or name not in PAIRS):
+        made = bool(losing) and not stabiliser and (len(losing) > 1 or len(args) == 1 or name not in PAIRS)
+        if made:
             result.choices |= self.choose(name, flats[: len(args)], node)
             if "arg" in name:  # which one it is, not the loss
                 return Value(choices=result.choices, env=result.env)
@@ -75,9 +76,9 @@ class Picking(Arithmetic):
             elem = self.element_of(refs[0]) if in_list else self.elements(self.ref(refs[0]), node).any
             elem = self.tagged(elem, next(each.spans for each in args if refs[0] in each.refs))
             key = kwargs.get("key")
-            if refs[0].kind == "dict" and key is None and self.flat(elem).losses and not result.choices:
+            if refs[0].kind == "dict" and key is None and self.flat(elem).losses and not made:
                 result.choices |= self.choose(name, [elem], node)
-            if key is not None and not result.choices:
+            if key is not None and not made:
                 keyed = self.flat(self.call(key, [elem], {}, node))
                 if keyed.losses:
                     result.choices |= self.choose(name, [keyed], node)

@@ -86,8 +86,7 @@ def _of_another_pass(case: Case, fault: Fault) -> bool:
     cutting = {loop for tok in fault.before.targets for loop, _, _ in tok.spans}
     turns = dict(fault.before.nest)
     for loop, turn in fault.cause.nest:
-        above = case.trace.depth.get(loop, 1) - 1  # calls: else it is the same loop in another call of its function
-        if loop in cutting and turns.get(loop) == turn and fault.before.stack[:above] == fault.cause.stack[:above]:
+        if loop in cutting and turns.get(loop) == turn and case.trace.in_one_call(loop, fault.before, fault.cause):
             return False
     ways = list(zip(fault.before.stack, fault.score.stack, strict=False))
     apart = next((n for n, (one, other) in enumerate(ways) if one != other), len(ways))

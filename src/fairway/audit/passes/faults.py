@@ -161,8 +161,7 @@ class Passes:
         both = cut & {loop for tok in score.targets for loop, _, _ in tok.spans}
         inner = [each for each in update.nest if each[0] in (both or cut)]
         same = bool(inner) and set(inner) <= set(score.nest)
-        depth = self.trace.depth.get(inner[0][0], 1) if inner else 1
-        same = same and update.stack[: depth - 1] == score.stack[: depth - 1]  # else the same loop of an earlier call
+        same = same and self.trace.in_one_call(inner[0][0], update, score)
         turns = dict(update.nest)
         same = same and all(turns.get(loop, turn) == turn or loop in cut for loop, turn in score.nest)  # or pass
         apart = _own_loops(update, learned, score) and _own_loops(score, score.targets, update)  # over parts of a part
@@ -178,7 +177,11 @@ class Passes:
                 continue
             if not _of_one_part(first, score):
                 continue
-            shared = [loop for loop, turn in first.nest if (loop, turn) in turns and loop in cutting]
+            shared = [
+                loop
+                for loop, turn in first.nest
+                if (loop, turn) in turns and loop in cutting and self.trace.in_one_call(loop, first, update)
+            ]
             same = any(
                 related(tok, target, shared) == "same" and self._cut_by(target, shared)
                 for tok in learned
@@ -312,7 +315,7 @@ class Passes:
             for each in self.trace.learned(score.knows)
             if each.how == "gradient" and any(tok.data not in self.data for tok in each.learned)
         ]
-        return not trained
+        return not trained and not set(score.nest) & set(update.nest)  # one turn holds both: that is an evaluation
 
     def _in_artifact(self, score: Score, update: Update) -> bool:
         """Whether what was learned went into the file that is scored: it was a part of the training."""
@@ -380,9 +383,10 @@ class Passes:
         return together and not any(isinstance(each, Forward) for each in self.trace.events[first : choice.number])
 
     def _of_columns(self, choice: Choice) -> bool:
-        """Whether the least of several sums in one tensor is picked, one for each of the ways in which the same lines
-        score the tokens side by side."""
-        if choice.form == "if" or not self.trace.own >> choice.bit & 1:
+        """Whether the least of several sums is picked, one for each of the ways in which the same lines score tokens,
+        side by side or one after the other."""
+        itself = choice.form in _LEAST or self.trace.own >> choice.bit & 1
+        if choice.form == "if" or not itself:
             return False  # a mask keeps all that are so large
         summed = self.trace.scored(self.trace.family(choice.losses))
         return any(len(each.nest) > len(choice.nest) for each in summed)

@@ -1,5 +1,6 @@
 """What only several processes show: a table that each of them fills with what lies before its own part of the text
-knows nothing too early; a part that begins before its share is counted by two of them."""
+knows nothing too early; a part that begins before its share, or is filled up to the length of others, is counted by
+two of them."""
 
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ from fairway.audit.trial import Trial, run
 from fairway.audit.trial.text import SHORT
 
 _GROUPS = ((1, 2), (0, 2))  # the second of two processes, and the first one, where parts go to ranks in reverse
+_THREE = ((0, 3), (1, 3), (2, 3))  # of two, a share that is filled up may lack nothing
 _ONCE = 1.0 + 1e-6  # times, and what sums of weights are off
 _TOKENS = re.compile(r"tok|val|text|stream|data|ids|buf", re.IGNORECASE)
 _RANK = re.compile(r"(?<![a-z])rank(?!s)", re.IGNORECASE)  # and not how many there are: ranks.world
@@ -80,25 +82,75 @@ def _scored_from(trial: Trial, calls: tuple[int, ...]) -> int | None:
     return min((int(np.flatnonzero(each)[0]) for each in times), default=None)
 
 
-def counted_by_two(case: Case, which: Reported) -> tuple[int, int] | None:
-    """How many targets two processes both count, and the line that begins a process's share before it, or ends it
-    behind; None where no line does so, or none are."""
-    line = next(_moved(case.body.tree), 0)
-    if not line or _STORE.search(case.body.text):
-        return None
-    trial, times = case.trial, np.zeros(0)
-    for group in _GROUPS:
+def counted_by_several(case: Case, which: Reported) -> tuple[int, int, int] | None:
+    """How many targets processes count besides one another, how many processes those are, and the line that begins a
+    share before its own, ends it behind, or fills it up with what is there already; None where no line does so, or
+    none are."""
+    tree = case.body.tree
+    for lines, groups in ((_moved(tree), _GROUPS), (_filled_up(tree), _THREE)):
+        line = next(lines, 0)
+        twice = _counted_twice(case, which, groups) if line and not _STORE.search(case.body.text) else 0
+        if twice >= FEW:
+            return twice, len(groups), line
+    return None
+
+
+def _counted_twice(case: Case, which: Reported, groups: tuple[tuple[int, int], ...]) -> int:
+    """How many targets several processes count, each over its share of a short text, that one process counts once."""
+    trial, times = case.trial, np.zeros(SHORT)
+    whole = counted(run(case.script, case.settings, SHORT, trial.limits.forced, False, trial.native), which)
+    for group in groups if whole is not None else ():
         alone = run(case.script, case.settings, SHORT, trial.limits.forced, False, trial.native, group=group)
         found = counted(alone, which)
-        if found is None:
-            return None
-        times = found.times + (times if times.size else 0.0)
+        if found is None or whole is None or len(found.times) != SHORT:
+            continue
+        if found.said[-1].sum.ways() & whole.said[-1].sum.ways():  # else it has no share, and told another number
+            times += found.times
     both = times > _ONCE
-    if both.sum() < FEW:
-        return None
-    whole = counted(run(case.script, case.settings, SHORT, trial.limits.forced, False, trial.native), which)
-    twice = int((both & (whole.times <= _ONCE)).sum()) if whole is not None else 0
-    return (twice, line) if twice >= FEW else None  # what one process counts twice is no share's
+    return int((both & (whole.times <= _ONCE)).sum()) if whole is not None and both.sum() >= FEW else 0
+
+
+def _filled_up(tree: ast.AST | None) -> Iterator[int]:
+    """Lines that make a list longer by as much as its length asks for: `batches += batches[: -len(batches) % world]`,
+    `mine = mine + mine[-1:] * (-len(mine) % rows)`, `mine.extend(first[: most - len(mine)])`, and loops that do so
+    until it fits."""
+    for node in nodes(tree):
+        if isinstance(node, ast.While):
+            grown = {ast.unparse(call.func.value) for call in _calls_of(node, ("append", "extend", "insert"))}
+            if grown & _measured(node.test):
+                yield node.lineno
+        elif isinstance(node, ast.AugAssign) and isinstance(node.op, ast.Add):
+            if ast.unparse(node.target) in _measured(node.value):
+                yield node.lineno
+        elif isinstance(node, ast.Assign) and isinstance(node.value, ast.BinOp) and isinstance(node.value.op, ast.Add):
+            name = ast.unparse(node.value.left)
+            if name in _measured(node.value.right):
+                yield node.lineno
+        elif isinstance(node, ast.Expr):
+            for call in _calls_of(node, ("extend",)):
+                if any(ast.unparse(call.func.value) in _measured(arg) for arg in call.args):
+                    yield node.lineno
+
+
+class _Method(ast.Call):
+    func: ast.Attribute
+
+
+def _calls_of(node: ast.AST, names: tuple[str, ...]) -> Iterator[_Method]:
+    for each in nodes(node):
+        if isinstance(each, ast.Call) and isinstance(each.func, ast.Attribute) and each.func.attr in names:
+            yield each  # type: ignore[misc]
+
+
+def _measured(value: ast.AST) -> set[str]:
+    """What `-len(x) % n` and `most - len(x)` measure."""
+    rests = (each for each in nodes(value) if isinstance(each, ast.BinOp) and isinstance(each.op, (ast.Mod, ast.Sub)))
+    return {
+        ast.unparse(call.args[0])
+        for rest in rests
+        for call in nodes(rest)
+        if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "len" and len(call.args) == 1
+    }
 
 
 def _moved(tree: ast.AST | None) -> Iterator[int]:
@@ -162,4 +214,4 @@ def _calls(event: Event) -> tuple[int, ...]:
     return tuple(place.line for place in event.stack[:-1])
 
 
-__all__ = ["counted_by_two", "filled_by_others", "of_earlier_parts"]
+__all__ = ["counted_by_several", "filled_by_others", "of_earlier_parts"]

@@ -12,7 +12,7 @@ from fairway.audit.flow.tokens import Tok
 from fairway.audit.passes.charged import passes_of
 from fairway.audit.passes.documents import with_short
 from fairway.audit.passes.findings import unseen
-from fairway.audit.passes.parted import counted_by_two
+from fairway.audit.passes.parted import counted_by_several
 from fairway.audit.passes.places import of_another
 from fairway.audit.passes.reported import Reported, scores_of
 from fairway.audit.passes.trials import FEW, counts_of, repeated
@@ -58,13 +58,17 @@ def check(case: Case) -> Finding:
     shown = repeated(short) if short is not None else shown
     if shown:
         return Finding(ID, "violates", shown, CLAUSE, _decided(case, which_score(case, which)))
-    two = counted_by_two(case, which)
-    if two is not None:
-        evidence = (
-            "Each process begins before its own share, or ends behind it, and counts what it reads there: of two over "
-            f"a short text both count {two[0]:,} targets."
+    parts = counted_by_several(case, which)
+    if parts is not None:
+        twice, many, line = parts
+        how = (
+            "begins before its own share, or ends behind it" if many == 2 else "fills its share up with what is scored"
         )
-        return Finding(ID, "violates", evidence, CLAUSE, case.place(two[1]))
+        evidence = (
+            f"Each process {how}, and counts what it reads: of {many} over a short text {twice:,} targets are "
+            "counted by more than one, or more than once."
+        )
+        return Finding(ID, "violates", evidence, CLAUSE, case.place(line))
     if tails is not None:
         evidence = f"At the end of the data {how.format(place=tails.place)}: some are counted again."
         return departure(case, "small-tail", CLAUSE, evidence, _in_the_windows_loop(case, tails))
