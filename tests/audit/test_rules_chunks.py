@@ -2,7 +2,8 @@
 
 import pytest
 
-from tests.audit.order import HEAD, HONEST, MAIN, broken, doubted, findings, line_of
+from fairway.audit.passes.reaching import reaching
+from tests.audit.order import HEAD, HONEST, MAIN, broken, case_of, doubted, findings, line_of
 
 LESSON = "for s in range(start, end, args.seq_len):"
 ENDS = "start, end = ci * args.chunk, min((ci + 1) * args.chunk, val.numel() - 1)"
@@ -257,3 +258,28 @@ def test_the_call_that_says_how_far_a_lesson_reaches_is_named(reach: str, wanted
     if wanted:
         assert found.place is not None
         assert found.place.line == line_of(text, "learn(args, model, opt, val, start")
+
+
+BY_A_HELPER = """
+def parts_of(val, start, end):
+    ahead = min(end + 2048, val.numel() - 1)
+    return [val[at : at + 2049] for at in range(start, ahead - 2047, 2048)]
+
+def told(val):
+    return min(len(val) + 1, 5)
+
+def adapt(model, opt, val, start, end):
+    for part in parts_of(val, start, end):
+        opt.zero_grad()
+        model(part[None, :-1], part[None, 1:]).backward()
+        opt.step()
+
+def evaluate(model, opt, val):
+    adapt(model, opt, val, 0, 8192)
+    told(val)
+"""
+
+
+def test_how_far_a_lesson_reaches_may_be_said_by_who_cuts_its_parts() -> None:
+    lines = tuple(line_of(BY_A_HELPER, text) for text in ("adapt(model, opt, val, 0", "(part[None, :-1]"))
+    assert reaching(case_of(BY_A_HELPER), lines) == line_of(BY_A_HELPER, "ahead = min(")

@@ -505,6 +505,14 @@ for _, group in itertools.groupby(range(0, total, 2048), key=lambda at: at // 81
     for at in group:
         book(at, at + 2048)
 """,
+    "batches, and what is taken or dropped by a condition": """
+def later(at):
+    return at < total
+for batch in itertools.batched(itertools.takewhile(later, itertools.count(0, 2048)), 3):
+    for at, end in itertools.dropwhile(lambda each: each[0] < 0, [(-1, 0), *((at, at + 2048) for at in batch)]):
+        for low in itertools.filterfalse(lambda each: each < 0, [at]):
+            list(itertools.starmap(book, [(low, end)]))
+""",
     "errors that are caught": """
 try:
     import flash_attn_3

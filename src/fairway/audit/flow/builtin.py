@@ -310,6 +310,15 @@ class Builtins(Opening):
     def _do_filter(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
         return self._list_of(self.elements(args[1], node).any, node) if len(args) > 1 else None
 
+    _do_takewhile = _do_dropwhile = _do_filterfalse = _do_filter
+
+    def _do_starmap(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        if len(args) < 2:
+            return None
+        each = self.elements(args[1], node).any
+        given = list(each.items) if each.items is not None else [self.elements(each, node).any]
+        return self._list_of(self.call(args[0], given, {}, node), node)
+
     def _do_chain(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:
         found = NOTHING
         for each in args:

@@ -20,15 +20,28 @@ def reaching(case: Case, lines: tuple[int, ...]) -> int:
         if isinstance(each, ast.Call) and len(each.args) > 1 and ast.unparse(each.func).endswith("range")
     )
     further = (each.lineno for each in nodes(case.body.tree) if isinstance(each, ast.Call) and _further(each, lines))
+    own: list[ast.AST] = [function for function in inside if function is not None]
+    told = (each.lineno for each in nodes(case.body.tree) if isinstance(each, ast.Call) and _past_its_end(each, lines))
+    said = further_end(case, lines) or next(told, 0) or next(ranges, 0) or next(further, 0)
+    return said or _bounded(own) or _bounded(_called_by(case, own))
+
+
+def _bounded(functions: list[ast.AST]) -> int:
+    """The first line that bounds how far something goes, `stop = min(begin + 2 * chunk, total)`."""
     bounds = (
         each.lineno
-        for function in inside
-        if function is not None
+        for function in functions
         for each in nodes(function)
         if isinstance(each, ast.Assign) and _is_bound(each.value)
     )
-    told = (each.lineno for each in nodes(case.body.tree) if isinstance(each, ast.Call) and _past_its_end(each, lines))
-    return further_end(case, lines) or next(told, 0) or next(ranges, 0) or next(further, 0) or min(bounds, default=0)
+    return min(bounds, default=0)
+
+
+def _called_by(case: Case, functions: list[ast.AST]) -> list[ast.AST]:
+    """The script's own functions that these call by their names: one hands them the part that they learn from."""
+    names = {last_name(each.func) for own in functions for each in nodes(own) if isinstance(each, ast.Call)}
+    made = (each for each in nodes(case.body.tree) if isinstance(each, ast.FunctionDef) and each.name in names)
+    return [each for each in made if each not in functions]
 
 
 def further_end(case: Case, lines: tuple[int, ...]) -> int:

@@ -52,7 +52,7 @@ def _element(m: "Machine", term: Term, file: str, line: int) -> Term:
         below = term.argument(0, "dataset", "iterable")
         if below is not None:
             return element(m, below, file, line)
-    if term.op == "call" and term.called == "filter" and len(term.parts) == 2:
+    if term.op == "call" and term.called in _PICKING and len(term.parts) == 2:
         return element(m, term.parts[1], file, line)
     keys = _keys(term) if term.op == "store" and term.value is None else None
     if keys:  # of a table its keys, and nothing that it holds
@@ -115,6 +115,7 @@ def _is_object(term: Term, depth: int = 4) -> bool:
 
 
 # What gives the elements of what it was given, one by one.
+_PICKING = frozenset(("filter", "takewhile", "dropwhile", "filterfalse"))
 _PASSING = frozenset(
     """tqdm reversed sorted list tuple iter deque ModuleList meter track as_completed islice cycle DataLoader
     from_iterable sample shuffle""".split()  # noqa: SIM905

@@ -30,12 +30,15 @@ from fairway.audit.trial.holding import (
     environment,
     grouped,
     held,
+    in_batches,
     is_dataclass,
     iterated,
     made_dict,
     named_tuple,
     partial,
+    picked_by,
     reduced_by,
+    starred,
     type_hints,
 )
 from fairway.audit.trial.losses import (
@@ -175,9 +178,11 @@ _WORLD: dict[str, Act] = {
             "cycle",
             "pairwise",
             "tee",
-            "batched",
         )
     },
+    "itertools.batched": in_batches,
+    "itertools.starmap": starred,
+    **{f"itertools.{name}": picked_by(name) for name in ("takewhile", "dropwhile", "filterfalse")},
     **{f"heapq.{name}": plain(getattr(heapq, name)) for name in ("heappush", "heappop", "heapify")},
     **{f"bisect.{name}": plain(getattr(bisect, name)) for name in ("bisect_left", "bisect_right", "bisect", "insort")},
     **{

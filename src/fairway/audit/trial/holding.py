@@ -178,6 +178,36 @@ def iterated(name: str) -> Act:
     return act
 
 
+def in_batches(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
+    """itertools.batched, which Python has from 3.12 on."""
+    many, items = scalar(args[1] if len(args) > 1 else kwargs["n"]), iter(machine.items(args[0]))
+
+    def found() -> Iterator[Value]:
+        while batch := tuple(itertools.islice(items, many)):
+            machine.step()
+            yield batch
+
+    return found()
+
+
+def picked_by(name: str) -> Act:
+    """itertools.takewhile, dropwhile, filterfalse."""
+
+    def act(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
+        def holds(each: Value) -> bool:
+            machine.step()
+            return machine.truth(machine.call(args[0], (each,), {}, line))
+
+        return getattr(itertools, name)(holds, machine.items(args[1]))
+
+    return act
+
+
+def starred(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], line: int) -> Value:
+    """itertools.starmap"""
+    return (machine.call(args[0], tuple(machine.items(each)), {}, line) for each in machine.items(args[1]))
+
+
 def stepped(machine: Core, source: Iterator[Value]) -> Iterator[Value]:
     """What may have no end is gone over step by step."""
     for each in source:
