@@ -74,6 +74,10 @@ print(f"final val_loss:{evaluate(load('./data/shards_val_*.bin')):.6f}")
 BUILT = {
     "leaves in a loop over the keys": "for k in list(P):\n        P[k] = P[k].to('cuda').requires_grad_(True)",
     "leaves by assignment": "for k, v in list(P.items()):\n        P[k] = v.to('cuda').float().requires_grad_()",
+    "leaves where they are": "for w in P.values():\n        w.requires_grad_(True)",
+    "leaves that were worked out": "for k, v in list(P.items()):\n        P[k] = v * 0.02\n"
+    "    for w in P.values():\n        w.requires_grad_(True)",
+    "leaves by what they are told": "for k, w in P.items():\n        w.requires_grad = True",
     "parameters": "for k in P.keys():\n        P[k] = torch.nn.Parameter(P[k].cuda())",
 }
 LOOKED_UP = "if key in seen: out[i] = seen[key]\n        "
@@ -90,6 +94,19 @@ def script(built: str, hint: str = LOOKED_UP + ENTERED, first: bool = False) -> 
 def test_weights_in_a_dict_that_are_moved_by_hand_learn(built: str) -> None:
     assert doubted(script(built)) == set()
     assert "training-before-scoring" in broken(script(built, first=True))
+
+
+def test_gradients_that_each_rank_has_a_share_of_learn() -> None:
+    """What is scattered to the ranks, and gathered again, is what the step follows."""
+    shared = (
+        "share, full = torch.empty_like(P[k]), P[k].grad.contiguous()\n"
+        "        torch.distributed.reduce_scatter_tensor(share, full)\n"
+        "        moved[k].mul_(0.9).add_(share)"
+    )
+    own = "moved[k].mul_(0.9).add_(P[k].grad)"
+    built = BUILT["leaves where they are"]
+    assert doubted(script(built).replace(own, shared)) == set()
+    assert "training-before-scoring" in broken(script(built, first=True).replace(own, shared))
 
 
 def test_a_hint_knows_the_positions_before_it_unless_its_answer_was_entered_first() -> None:

@@ -166,6 +166,37 @@ def test_a_loader_that_reads_on_in_another_call_is_named_where_it_is_made() -> N
     assert "calibration-on-validation" not in broken(text.replace("Lazy(args.val_files)", "Lazy(args.train_files)"))
 
 
+def test_a_loader_that_reads_nothing_until_it_is_gone_through_is_named_where_it_is_made() -> None:
+    """The training makes one of the same class, whose lines read its files as well."""
+    lazy = PREPARED.replace("    self.sizes = [int(np.fromfile", "    # self.sizes = [int(np.fromfile")
+    lazy = lazy.replace("self.files, self.at = sorted(glob.glob(pattern)), 0", "self.files, self.at = [pattern], 0")
+    lazy = lazy.replace("np.memmap(self.files[0],", "np.memmap(sorted(glob.glob(self.files[0]))[0],")
+    body = "    round_off(model, prepared(args, model))\n    final = eval_val(args, model, val)\n"
+    text = HEAD + CALIBRATED[: CALIBRATED.index("def collect")] + lazy + MAIN.replace(BODY, body)
+    text = text.replace(
+        "round_off(model, prep", "gathered(args, model, Lazy(args.train_files))\n    round_off(model, prep"
+    )
+    text = text.replace(
+        "calib = Lazy(args.val_files)", "own = args.val_files\n    calib = Lazy(own)\n    more = 4\n" * 1
+    )
+    found = findings(text)["calibration-on-validation"]
+    assert line(found) == line_of(text, "calib = Lazy(own)")
+
+
+def test_a_literal_that_asks_for_validation_files_is_named() -> None:
+    text = calibrated("tokens = load(files)").replace("def collect(args, model)", "def collect(args, model, files)")
+    text = text.replace("collect(args, model)", 'collect(args, model, listed("val"))')
+    text = text.replace("def collect(", 'def listed(kind):\n    return f"./data/shards_{kind}_*.bin"\n\ndef collect(')
+    assert line(findings(text)["calibration-on-validation"]) == line_of(text, 'listed("val"))')
+
+
+def test_the_line_that_hands_over_what_the_evaluation_has_read_is_named() -> None:
+    """By the name that whoever asked for it gave it; the helper goes through it by another, in a loop of its own."""
+    text = calibrated("pass").replace("def collect(args, model):", "def collect(args, model, tokens):")
+    text = text.replace("collect(args, model))", "collect(args, model, val[: 1 << 16]))")
+    assert line(findings(text)["calibration-on-validation"]) == line_of(text, "collect(args, model, val[: 1 << 16])")
+
+
 FITTED = """
 def fit(args, model, val):
     scale = torch.ones((), requires_grad=True)

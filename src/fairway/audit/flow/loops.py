@@ -11,7 +11,7 @@ from fairway.audit.flow.definitions import Definitions
 from fairway.audit.flow.indices import Elements
 from fairway.audit.flow.iteration import is_option
 from fairway.audit.flow.values import CLAIMED, LENGTH, MISSING, NONE, Value
-from fairway.audit.reading.tree import nodes
+from fairway.audit.reading.tree import nodes, own
 
 
 class Loops(Definitions):
@@ -63,6 +63,8 @@ class Loops(Definitions):
 
     # Loops.
     def _do_For_(self, node: ast.For) -> bool:
+        if _takes_gradients(node):
+            self._grown_in(node)
         through = self.evaluate(node.iter)
         elements = self.elements(through, node)
         if elements.count == 0:
@@ -94,6 +96,29 @@ class Loops(Definitions):
         return self._walk(node, loop, len(turns), start)
 
     _do_AsyncFor_ = _do_For_
+
+    def _grown_in(self, node: ast.For) -> None:
+        """What a container holds takes gradients from here on: tensors of which nothing is known but that they are."""
+        called = node.iter.func if isinstance(node.iter, ast.Call) else None
+        of_dict = isinstance(called, ast.Attribute) and called.attr in ("values", "items")
+        source = called.value if isinstance(called, ast.Attribute) and of_dict else node.iter
+        if not isinstance(source, (ast.Name, ast.Attribute)):
+            return
+        for obj in self.evaluate(source).refs:
+            for key, held in list(obj.slots.items()) if obj.kind in ("dict", "list") else ():
+                if not isinstance(held, Value) or not (isinstance(key, tuple) or key in ("#elem", "#items")):
+                    continue
+                if held.items is not None:
+                    self.heap.set(obj, key, held.but(items=tuple(self._leaf(each, node) for each in held.items)))
+                else:
+                    self.heap.set(obj, key, self._leaf(held, node))
+
+    def _leaf(self, held: Value, node: ast.AST) -> Value:
+        for obj in held.refs:
+            if obj.kind == "tensor":
+                self.grow(obj)
+        known = held.refs or held.items is not None or held.const is not MISSING
+        return held if known or held.toks or held.states or held.losses else self.grown(held, node)
 
     @staticmethod
     def _turns(elements: Elements) -> list[Value]:
@@ -242,3 +267,19 @@ def changed(node: Any) -> frozenset[str]:
 
 
 __all__ = ["Loops", "changed"]
+
+
+def _takes_gradients(node: ast.For) -> bool:
+    """`for w in W.values(): w.requires_grad_(True)`, or `w.requires_grad = True`."""
+    last = node.target.elts[-1] if isinstance(node.target, ast.Tuple) and node.target.elts else node.target
+    name = last.id if isinstance(last, ast.Name) else ""
+    for each in own(node.body):
+        if isinstance(each, ast.Call) and isinstance(each.func, ast.Attribute) and each.func.attr == "requires_grad_":
+            told = [arg.value for arg in each.args if isinstance(arg, ast.Constant)]
+            if getattr(each.func.value, "id", "") == name and told != [False]:
+                return True
+        elif isinstance(each, ast.Assign) and isinstance(each.targets[0], ast.Attribute):
+            about = each.targets[0].attr == "requires_grad" and getattr(each.targets[0].value, "id", "") == name
+            if about and isinstance(each.value, ast.Constant) and each.value.value is True:
+                return True
+    return False

@@ -159,6 +159,7 @@ class Torches(Builtins):
         return NONE
 
     _do_all_gather = _do_all_gather_into_tensor = _do_all_gather_object
+    _do_reduce_scatter_tensor = _do_all_to_all_single = _do_all_gather_object  # into the first what the second holds
 
     def _do_gather_object(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
         """dist.gather_object(mine, parts): the list comes second here."""

@@ -12,7 +12,7 @@ from fairway.audit.passes.consequences import without_consequences
 from fairway.audit.passes.faults import Fault, Passes, one_row
 from fairway.audit.passes.parted import of_earlier_parts
 from fairway.audit.passes.reported import Reported, reported
-from fairway.audit.passes.rounds import epochs, repeats
+from fairway.audit.passes.rounds import best_of, epochs, repeats
 from fairway.audit.passes.trials import counts_of, learned_in_turn, order_of, parting
 from fairway.audit.passes.vectors import fitted
 from fairway.audit.reading.tree import nodes
@@ -51,6 +51,8 @@ def _as_tried(case: Case, which: Reported, fault: Fault) -> Fault | None:
     if fault.kind == "temperature-from-validation" and isinstance(fault.cause, Update):
         apart = fitted(case, which, fault.cause, shared=False) == "apart"
         return None if apart or order_of(case, which, fault.score, fault.cause) == "first" else fault
+    if fault.kind == "choice-by-validation":
+        return replace(fault, kind="min-over-passes") if _is_least_sum(case, which, fault) else fault
     filled = fault.cause if isinstance(fault.cause, Update) and fault.cause.how == "table" else None
     recalled = filled is not None and filled.stack in case.trace.recalled
     if filled is not None and fault.kind in _OF_TABLES and (recalled or of_earlier_parts(case, fault.score, filled)):
@@ -68,6 +70,13 @@ def _as_tried(case: Case, which: Reported, fault: Fault) -> Fault | None:
     if fault.kind == "multi-epoch-last" and _part_by_part(case, which):
         return replace(fault, kind="rescoring-after-adaptation")
     return None if order == "first" else fault
+
+
+def _is_least_sum(case: Case, which: Reported, fault: Fault) -> bool:
+    """Whether a trial shows that what is chosen there is the score itself, the least of several sums over the text."""
+    counts = counts_of(case, which) if isinstance(fault.cause, Choice) and fault.cause.form == "min" else None
+    found = best_of(counts) if counts is not None else None
+    return found is not None and case.place(found[2]) == fault.cause.place
 
 
 def _part_by_part(case: Case, which: Reported) -> bool:

@@ -383,10 +383,9 @@ class Passes:
         return together and not any(isinstance(each, Forward) for each in self.trace.events[first : choice.number])
 
     def _of_columns(self, choice: Choice) -> bool:
-        """Whether the least of several sums is picked, one for each of the ways in which the same lines score tokens,
-        side by side or one after the other."""
-        itself = choice.form in _LEAST or self.trace.own >> choice.bit & 1
-        if choice.form == "if" or not itself:
+        """Whether the least of several sums in one tensor is picked, one for each of the ways in which the same lines
+        score the tokens side by side."""
+        if choice.form == "if" or not self.trace.own >> choice.bit & 1:
             return False  # a mask keeps all that are so large
         summed = self.trace.scored(self.trace.family(choice.losses))
         return any(len(each.nest) > len(choice.nest) for each in summed)

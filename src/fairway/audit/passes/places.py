@@ -219,7 +219,17 @@ def _calibrated(case: Case, update: Update, score: Score) -> Place:
         if asked is not None:
             return asked
     called, handed = run_for(case, run, called_at(run)), _handed_over(case, run, score)
+    if handed is not None and not _trains_below(case, handed):
+        return handed
     return max((place for place in (called, handed) if place in run.stack), key=run.stack.index, default=called)
+
+
+def _trains_below(case: Case, place: Place) -> bool:
+    """Whether steps on training text are taken in what a line calls."""
+    kinds = passes_of(case)[0].data
+    return any(
+        each.how == "gradient" and place in each.stack and _is_trained(each, kinds) for each in case.trace.updates
+    )
 
 
 def _scores(case: Case, run: Event) -> bool:
@@ -248,19 +258,24 @@ def _in_a_model(case: Case, place: Place) -> bool:
 
 
 def _handed_over(case: Case, run: Event, score: Score) -> Place | None:
-    """The innermost call that names what the evaluation's tokens were read into: `collect(model, self.val_tokens)`."""
+    """The innermost call that names what the evaluation's tokens were read into, `collect(model, self.val_tokens)`, by
+    the name that the outermost line of their reading gives them."""
     reads = [case.trace.reads[tok.origin] for tok in score.targets if tok.origin >= 0]
-    lines = {place for read in reads for place in read.stack}
-    named: set[str] = set()
+    named: dict[Place, set[str]] = {}
     told: dict[Place, set[str]] = {}
     for script in case.script.all():
         for node in nodes(script.tree):
-            if isinstance(node, ast.Assign) and Place(script.path, script.line(node.lineno)) in lines:
-                named |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+            place = Place(script.path, script.line(getattr(node, "lineno", 0)))
+            if isinstance(node, ast.Assign):
+                names = {each.id for each in node.targets if isinstance(each, ast.Name)}
+                named.setdefault(place, set()).update(names)
             elif isinstance(node, (ast.Name, ast.Attribute)):
-                word = node.id if isinstance(node, ast.Name) else node.attr
-                told.setdefault(Place(script.path, script.line(node.lineno)), set()).add(word)
-    return next((place for place in reversed(run.stack) if told.get(place, set()) & named), None)
+                told.setdefault(place, set()).add(last_name(node))
+    for depth in range(max((len(read.stack) for read in reads), default=0)):
+        names = set[str]().union(*(named.get(read.stack[depth], ()) for read in reads if depth < len(read.stack)))
+        if names:
+            return next((place for place in reversed(run.stack) if told.get(place, set()) & names), None)
+    return None
 
 
 def _asked_for(case: Case, origin: int) -> Place | None:
@@ -274,8 +289,35 @@ def _asked_for(case: Case, origin: int) -> Place | None:
             others = [each.stack[depth] for each in reads[:origin] if each.stack[:depth] == way[:-1] != each.stack]
             own = function_around(case, way[-1])
             made = depth > 1 and any(function_around(case, other) != own for other in others)
-            return _made_before(case, origin) or (way[-2] if made else way[-1])
+            asked = _made_before(case, origin) or (way[-2] if made else way[-1])
+            return _maker_of(case, read, asked) or asked
     return None
+
+
+def _maker_of(case: Case, read: tuple[Place, ...], asked: Place) -> Place | None:
+    """Where, in the functions that lead to the line that asks for a read, the loader is made whose own lines read
+    then: `calib = Loader(args.val_files)`, which `collect(model, calib)` goes through."""
+    at = read.index(asked) if asked in read else len(read)
+    first = next((_class_around(case, place) for place in read[at + 1 :] if _class_around(case, place)), 0)
+    for place in reversed(read[: at + 1] if first else ()):
+        low, high = function_around(case, place)
+        made = [
+            script.line(call.lineno)
+            for script in case.script.all()
+            if script.path == place.file
+            for call in nodes(script.tree)
+            if isinstance(call, ast.Call) and low <= script.line(call.lineno) <= min(high, place.line)
+            if _class_named(case, last_name(call.func)) == first
+        ]
+        if made:
+            return Place(place.file, max(made))
+    return None
+
+
+def _class_named(case: Case, name: str) -> int:
+    """The first line of a class of the script."""
+    named = (each for each in nodes(case.body.tree) if isinstance(each, ast.ClassDef) and each.name == name)
+    return next((case.body.line(each.lineno) for each in named), -1)
 
 
 def _told_validation(case: Case, origin: int) -> Place | None:
@@ -296,7 +338,14 @@ def _told_validation(case: Case, origin: int) -> Place | None:
 
 
 def _names_validation(argument: ast.expr) -> bool:
-    return any(word in ("val", "valid", "validation") for word in last_name(argument).lower().split("_"))
+    """val_files, args.val_files, "val", and files("val")."""
+    if isinstance(argument, ast.Call):
+        return any(isinstance(each, ast.Constant) and _names_validation(each) for each in argument.args)
+    said = argument.value if isinstance(argument, ast.Constant) else last_name(argument)
+    return isinstance(said, str) and not _VALIDATION.isdisjoint(said.lower().split("_"))
+
+
+_VALIDATION = frozenset(("val", "valid", "validation"))
 
 
 def _made_before(case: Case, origin: int) -> Place | None:
