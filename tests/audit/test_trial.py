@@ -2,6 +2,7 @@
 trial does not know it does not claim, and no text makes it run for ever."""
 
 import ast
+import gc
 import itertools
 import math
 import time
@@ -15,6 +16,7 @@ from fairway.audit.trial import Trial, run
 from fairway.audit.trial.arrays import Array, TooLarge
 from fairway.audit.trial.drawing import Draws
 from fairway.audit.trial.files import count_of
+from fairway.audit.trial.machine import Machine
 from fairway.audit.trial.reducing import by_numpy, elementwise, reduction
 from fairway.audit.trial.scattering import scatter_reduce
 from fairway.audit.trial.sums import LATE, Sum
@@ -1794,3 +1796,25 @@ def test_which_weights_learn_is_no_question() -> None:
     found = tried(picked + "print(net(val[:-1], val[1:]).item())")
     assert found.complete
     assert not found.doubts
+
+
+def test_what_a_script_has_made_is_let_go_when_its_trial_ends() -> None:
+    """A machine is kept for what it says of a run, nine of them side by side, and scopes hold each other in circles."""
+    body = """
+class Kept:
+    def __init__(self):
+        self.table = torch.zeros(4096, 67)
+        self.look = lambda: self.table
+kept = Kept()
+def again():
+    return kept, again
+"""
+    machine = Machine(Script("train_gpt.py", HEAD + body, ast.parse(HEAD + body)), Settings())
+    gc.disable()
+    try:
+        trial = machine.run()
+        held = [each for each in gc.get_objects() if isinstance(each, Array) and each.shape == (4096, 67)]
+    finally:
+        gc.enable()
+    assert trial.complete
+    assert held == []

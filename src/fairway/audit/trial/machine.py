@@ -80,7 +80,16 @@ class Machine(Calls):
             self.trial.why = "it is nested too deeply"
         except MemoryError:
             self.trial.why = "its arrays are too large for a trial"
+        self._forget()
         return self.trial
+
+    def _forget(self) -> None:
+        """Lets go of what the script has made: a machine is kept for what it says of a run, and a name that holds a
+        function whose scope holds the name would keep all of it until somebody looks for such circles."""
+        for made in self.modules.values():
+            made.vars.clear()
+        self.models.clear()
+        self.forms.clear()
 
     def module(self, script: Script, name: str) -> Value:
         """A module's body; an object that has its names."""
