@@ -1813,7 +1813,7 @@ def again():
     gc.disable()
     try:
         trial = machine.run()
-        held = [each for each in gc.get_objects() if isinstance(each, Array) and each.shape == (4096, 67)]
+        held = [each for each in gc.get_objects() if type(each) is Array and each.shape == (4096, 67)]
     finally:
         gc.enable()
     assert trial.complete
