@@ -1799,12 +1799,11 @@ def test_which_weights_learn_is_no_question() -> None:
 
 
 def test_what_a_script_has_made_is_let_go_when_its_trial_ends() -> None:
-    """A machine is kept for what it says of a run, nine of them side by side, and scopes hold each other in circles."""
+    """A machine is kept for what it says of a run, nine of them side by side, and the scope of a module holds functions that hold it."""
     body = """
 class Kept:
     def __init__(self):
         self.table = torch.zeros(4096, 67)
-        self.look = lambda: self.table
 kept = Kept()
 def again():
     return kept, again
