@@ -1799,7 +1799,7 @@ def test_which_weights_learn_is_no_question() -> None:
 
 
 def test_what_a_script_has_made_is_let_go_when_its_trial_ends() -> None:
-    """A machine is kept for what it says of a run, nine of them side by side, and the scope of a module holds functions that hold it."""
+    """A machine is kept for what it says of a run, and a module's scope holds functions that hold the scope."""
     body = """
 class Kept:
     def __init__(self):
