@@ -84,14 +84,14 @@ def test_of_what_packs_the_weights_the_call_that_collects_is_named() -> None:
 
 
 def test_a_look_at_the_score_before_is_not_what_the_weights_are_calibrated_on() -> None:
-    """The text is handed in, and scored as well before the weights are rounded."""
+    """The text is handed in, which is the line to look at, and scored as well before the weights are rounded."""
     body = "    found = collect(args, model, val)\n    before = eval_val(args, model, val)\n    print(before)\n"
     body += "    round_off(model, found)\n    final = eval_val(args, model, val)\n"
     collect = CALIBRATED.replace("    SOURCE\n", "").replace(
         "def collect(args, model)", "def collect(args, model, tokens)"
     )
     text = HEAD + collect + MAIN.replace(BODY, body)
-    assert line(findings(text)["calibration-on-validation"]) == line_of(text, "return moments(args, model, tokens)")
+    assert line(findings(text)["calibration-on-validation"]) == line_of(text, "found = collect(args, model, val)")
 
 
 def test_without_a_reserve_the_calibration_is_named() -> None:

@@ -367,6 +367,13 @@ SHORT = {
     "left out": ("if end - begin < args.fewest:\n            continue", True),
     "said": ("if end - begin < args.fewest:\n            print(begin)", False),
     "empty": ("if end - begin < 2:\n            continue", False),
+    "a number that is written elsewhere as well": (
+        "if end - begin < 64:\n            continue\n        spans = list(range(begin, end, 64))",
+        True,
+    ),
+    "too long": ("if end - begin > 9000:  # documents that nobody waits for\n            continue", True),
+    "longer than anything": ("if end - begin > 1_000_000:  # no document is\n            continue", False),
+    "windows": ("if end - begin > 9000:  # no window is\n            continue", False),
 }
 
 

@@ -27,6 +27,7 @@ _LESS = 0.95  # of the targets
 _PLAINLY = ("most", "limit", "cap")  # names of such a number, besides those of the blocks themselves
 _FEWEST = 16  # blocks: less is written out for many things
 _SHORTEST = 8  # tokens: what has less has nothing to be scored
+_LONGEST = 32_768  # tokens: a larger number may be a guard
 
 
 def cut_short(case: Case, which: Reported, counts: Counts) -> tuple[str, int] | None:
@@ -48,25 +49,33 @@ def cut_short(case: Case, which: Reported, counts: Counts) -> tuple[str, int] | 
     return None
 
 
-def too_short(case: Case, which: Reported, counts: Counts) -> tuple[str, int] | None:
-    """A number of tokens that a document, or a window, must have to be scored, where all in the text of the trial have
-    more: taken for more than some of them have, those do not count. A sentence, and its line."""
+def by_length(case: Case, which: Reported, counts: Counts) -> tuple[str, int] | None:
+    """A number of tokens that a document, or a window, must have to be scored, or may have at most, where all in the
+    text of the trial have more, or less: taken for one between them, some do not count. A sentence, and its line."""
     scores = scores_of(case.trace, which.score, which.data)
     skipping = {line for line in _skipping(case) if not of_another(case, scores, line)}
-    for site, seen in counts.trial.limits.passed().items():
-        if seen.limit is None or site[0] not in skipping or not _SHORTEST <= seen.limit < seen.least < seen.most:
+    for site, seen in counts.trial.limits.seen.items():
+        if seen.limit is None or site[0] not in skipping or not seen.least < seen.most:
             continue
-        forced = Forced(site, seen.limit, (seen.least + seen.most) // 2)
+        short = _SHORTEST <= seen.limit < seen.least
+        if not short and not (seen.most < seen.limit <= _LONGEST and _of_documents(case, site[0])):
+            continue
+        forced = Forced(site, seen.limit, (seen.least + seen.most) // 2, here=not site[2])
         left = _left(case, which, forced, counts.trial)
         many = float((counts.times > 0).sum())
         if left is not None and left < _LESS * many:
             evidence = (
-                f"What has less than {seen.limit:,} tokens is left out of the score: of the text of a trial, where all "
-                f"have {seen.least:,} and more, {1 - left / many:.0%} when it is "
+                f"What has {'less' if short else 'more'} than {seen.limit:,} tokens is left out of the score: of the "
+                f"text of a trial, where all have {seen.least:,} to {seen.most:,}, {1 - left / many:.0%} when it is "
                 f"{forced.value:,}."
             )
             return evidence, site[0]
     return None
+
+
+def _of_documents(case: Case, line: int) -> bool:
+    """Whether a line speaks of documents: of windows a number that none is longer than says how long they are."""
+    return "doc" in case.body.text.split("\n")[line - 1].lower()
 
 
 def _left(case: Case, which: Reported, forced: Forced, text: Trial) -> float | None:
@@ -193,4 +202,4 @@ def _of_groups(case: Case) -> Iterator[_Limit]:
             return
 
 
-__all__ = ["cut_short", "lets_all_through", "stated_at", "too_short"]
+__all__ = ["by_length", "cut_short", "lets_all_through", "stated_at"]

@@ -175,7 +175,9 @@ def _filled(case: Case, update: Update, score: Score) -> Place | None:
     cutting = {loop for tok in update.learned for loop, _, _ in tok.spans}
     own = [each for each in update.nest if each[0] in cutting]
     if own and any(own[0] in each.nest for each in trace.scores):
-        return None
+        scoring = {loop for each in trace.scores for loop, _ in each.nest}
+        depth = next((trace.depth.get(loop, 0) for loop, _ in own if loop not in scoring), 0)
+        return update.stack[depth - 1] if 0 < depth <= len(update.stack) else None  # turns over a group of documents
     if not own:
         together = {loop for loop, _ in update.nest} & {loop for loop, _ in score.nest}
         return None if together else _inside_a_maker(case, update, parting_of(update, score))

@@ -4,7 +4,7 @@ from fairway.audit.case import Case
 from fairway.audit.flow.events import Score
 from fairway.audit.passes.charged import passes_of
 from fairway.audit.passes.findings import unseen
-from fairway.audit.passes.limits import cut_short, lets_all_through, stated_at, too_short
+from fairway.audit.passes.limits import by_length, cut_short, lets_all_through, stated_at
 from fairway.audit.passes.reported import Reported, scores_of
 from fairway.audit.passes.trials import counts_of, left_out
 from fairway.audit.records import record_of
@@ -91,7 +91,7 @@ def check(case: Case) -> Finding:
     counts = counts_of(case, which, doubtful=True)
     limited = left_out(case, which)
     if limited is None and counts is not None:
-        limited = cut_short(case, which, counts) or too_short(case, which, counts)
+        limited = cut_short(case, which, counts) or by_length(case, which, counts)
     if limited is not None:
         evidence, line = limited
         return Finding(ID, "violates", evidence, CLAUSE, case.place(line))

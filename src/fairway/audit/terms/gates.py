@@ -8,7 +8,7 @@ from fairway.audit.terms.octets import looked_up
 from fairway.audit.terms.streams import only_reshapes, reads, token_terms
 from fairway.audit.terms.targets import Contribution
 from fairway.audit.terms.term import Below, Term, peel, same
-from fairway.audit.terms.totals import unlearned
+from fairway.audit.terms.totals import GATHERS, unlearned
 
 _LOGS = frozenset(("log", "log2", "log1p", "logaddexp", "logsumexp", "log_", "logaddexp2"))
 _CHECKS = frozenset(("isfinite", "isnan", "isinf", "is_tensor"))
@@ -152,7 +152,7 @@ class Gates:
             place = self.of.scored_place(term)
             read = place is not None and not only_reshapes(place)
             asked = (read or self.matches(term)) and self.reads_target(term)
-            if asked or self._looks_up_target(term) or self._counts_target(term):
+            if asked or self._looks_up_target(term) or self._counts_target(term) or self._met_target(term):
                 yield term
 
     def matches(self, term: Term) -> bool:
@@ -165,6 +165,14 @@ class Gates:
         """counts[context, target]: how often the answer came before."""
         keyed = term.op == "item" and "key" in self.kinds(term) and self.of.streams.is_memory(term.parts[0])
         return keyed and self.reads_target(term.parts[1])
+
+    def _met_target(self, term: Term) -> bool:
+        """counts.gather(1, target) > 0: whether the answer came before."""
+        if term.op != "compare" or term.value not in (">", ">=", "<", "<=") or "read" not in self.kinds(term):
+            return False
+        counted = (peel(part) for part in term.parts)
+        tables = (looked_up(part) for part in counted if part.called in GATHERS)
+        return self.reads_target(term) and any(each is not None and self.of.streams.is_memory(each) for each in tables)
 
     def reads_target(self, root: Term) -> bool:
         """Whether a value reads the target otherwise than through what a state has learned."""

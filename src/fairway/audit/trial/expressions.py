@@ -38,7 +38,7 @@ class Expressions(Displays):
         value = node.value
         if type(value) is int:
             name = "vocab" if id(node) in self.host.widths else ""
-            value = self.host.limits.named(name).get(value, value)
+            value = (self.host.limits.written(node) or self.host.limits.named(name)).get(value, value)
         return lambda frame: value
 
     def _name(self, node: ast.Name) -> Compute:

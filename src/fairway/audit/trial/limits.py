@@ -56,12 +56,14 @@ class Seen:
 class Forced:
     """A number that is taken for another wherever it stands by its name, or is written out: a batch that is smaller in
     one place is so in all, and what begins where another part ends still does. Without a site, under all names that
-    have this word in them; a letter is the whole name, `V`."""
+    have this word in them; a letter is the whole name, `V`. here: of a number that is written out, at its site alone:
+    64 is the stride in one line and the shortest document in another."""
 
     site: Site | None
     limit: int
     value: int
     word: str = ""
+    here: bool = False
 
     def of(self, name: str) -> bool:
         """Whether a number of this name is meant, where no word says so; "" is the name of one that is written out."""
@@ -91,7 +93,8 @@ class Limits:
     def named(self, name: str) -> dict[int, int]:
         """What numbers of this name, or ones that are written out, are taken for."""
         if name not in self._meant:
-            meant = {each.limit: each.value for each in self.forced if not each.word and each.of(name)}
+            forced = (each for each in self.forced if not each.word and not each.here)
+            meant = {each.limit: each.value for each in forced if each.of(name)}
             small = name.lower()
             is_place = not _PLACES.isdisjoint(small.split("_"))
             for word, numbers in () if is_place else self._by_word.items():
@@ -108,6 +111,11 @@ class Limits:
             if each.word:
                 found.setdefault(each.word, {})[each.limit] = each.value
         return found
+
+    def written(self, node: ast.Constant) -> dict[int, int]:
+        """What a number that is written out there is taken for at this site alone."""
+        here = node.lineno, node.col_offset
+        return {each.limit: each.value for each in self.forced if each.here and each.site and each.site[:2] == here}
 
     def at(self, node: ast.BinOp) -> int | None:
         """What is taken for a number that is computed there."""
@@ -136,10 +144,6 @@ class Limits:
             for site, seen in self.seen.items()
             if seen.limit is not None and not seen.reached and 1 < seen.most < seen.limit < most(seen.most)
         }
-
-    def passed(self) -> dict[Site, Seen]:
-        """The numbers that never changed, and that all that was held against them was more than."""
-        return {site: seen for site, seen in self.seen.items() if seen.limit is not None and seen.least > seen.limit}
 
 
 class Coarse(BaseException):
