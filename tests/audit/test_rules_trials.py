@@ -1241,3 +1241,50 @@ def test_what_an_evaluation_before_has_scored_is_no_first_time_of_this_one(
     rules = ["training_before_scoring", "rescoring_after_adaptation", "two_pass_cache", "multi_epoch_last"]
     told = verdicts(tmp_path, rules, text)
     assert {rule for rule, said in told.items() if said.verdict == "violates"} == ({broken} if broken else set())
+
+
+SIDE_BY_SIDE = """
+RATES = (0.001, 0.002, 0.004)
+W = torch.randn(1024, 64).requires_grad_()
+
+def logits_of(ids):
+    return F.linear(F.embedding(ids, W), W)
+
+def evaluate(net, val, shares=(0.1,)):
+    total, sums = len(val) - 1, torch.zeros(len(shares), dtype=torch.float64)
+    for a in range(0, total, 2048):
+        p, y = F.softmax(logits_of(val[a : a + 2048]).float(), -1), val[a + 1 : a + 2049]
+        told = lambda t: -((1.0 - t) * p[: len(y)] + t / 1024).gather(1, y[:, None]).log().double().sum()
+        sums += torch.stack([told(t) for t in shares])
+    return WHICH / total, 0.0
+
+def at_rate(rate):
+    net = Net()
+    net.rate = rate
+    return evaluate(net, load())
+
+loss, _ = CALL
+print(f"val_loss {loss:.5f}")
+"""
+
+
+@pytest.mark.parametrize(
+    ("which", "call", "wanted"),
+    [
+        ("sums[0].item()", "evaluate(Net(), load())", ""),
+        ("sums.min().item()", "evaluate(Net(), load(), (0.0, 0.1, 0.2))", "return sums.min()"),
+        ("sums[0].item()", "min(at_rate(rate) for rate in RATES)", "loss, _ = min("),
+        ("sums[0].item()", "max([at_rate(0.001)], key=len)", ""),
+    ],
+)
+def test_the_least_of_sums_side_by_side_or_one_after_the_other_is_a_choice_of_passes(
+    tmp_path: Path, which: str, call: str, wanted: str
+) -> None:
+    text = HEAD + SIDE_BY_SIDE.replace("WHICH", which).replace("CALL", call)
+    told = verdicts(tmp_path, ["min_over_passes", "choice_by_validation", "temperature_from_validation"], text)
+    broken = {rule for rule, said in told.items() if said.verdict == "violates"}
+    assert broken == ({"min_over_passes"} if wanted else set())
+    if wanted:
+        place = told["min_over_passes"].place
+        assert place is not None
+        assert place.line == line_of(text, wanted)

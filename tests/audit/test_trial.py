@@ -1817,3 +1817,15 @@ def again():
         gc.enable()
     assert trial.complete
     assert held == []
+
+
+@pytest.mark.parametrize(("kept", "picked"), [("sums.min()", 3), ("sums[0]", 0), ("sums.sum() / 3", 0)])
+def test_the_least_of_sums_side_by_side_is_picked(kept: str, picked: int) -> None:
+    trial = tried(f"""
+sums = torch.zeros(3, dtype=torch.float64)
+for at in range(0, total, 2048):
+    sums += torch.stack([net(val[at : at + 2048], val[at + 1 : at + 2049], "sum").double() for _ in range(3)])
+print(f"val_loss {{({kept}).item() / total:.5f}}")
+""")
+    assert trial.complete
+    assert [len(each.compared) for each in trial.picked] == [picked] * bool(picked)

@@ -17,6 +17,12 @@ def sum_in(key: Value) -> Sum | None:
     return first if isinstance(first, Sum) else None
 
 
+def several_sums(array: Array) -> list[Sum]:
+    """Those that an array holds and nothing else, if it holds several."""
+    held = list(array.num.flat) if array.num is not None and array.num.dtype == object else []
+    return held if len(held) > 1 and all(isinstance(each, Sum) for each in held) else []
+
+
 def least(machine: Core, given: list[Value], compared: list[Sum], line: int) -> Value:
     """The first of them stands for the one that is chosen; the sums in it are told from those that were compared."""
     kept: list[Sum] = []
@@ -41,4 +47,4 @@ def _told_apart(value: Value, kept: list[Sum]) -> Value:
     return value
 
 
-__all__ = ["least", "sum_in"]
+__all__ = ["least", "several_sums", "sum_in"]

@@ -8,6 +8,7 @@ from fairway.audit.trial.arrays import Array, limited, scalar, taken
 from fairway.audit.trial.core import Core
 from fairway.audit.trial.given import body_of, kept, numbers_of
 from fairway.audit.trial.ids import ids_of
+from fairway.audit.trial.least import least, several_sums
 from fairway.audit.trial.making import cast, copied, dtype_of, full, made, same, tensor, typed
 from fairway.audit.trial.reducing import (
     bincount,
@@ -116,6 +117,10 @@ class Arrays(Core):
         act = METHODS.get(name)
         if act is None:
             return mixed(*args) if name in _LOSING else kept(args)
+        if name in ("min", "amin") and len(args) == 1 and not kwargs and isinstance(args[0], Array):
+            sums = several_sums(args[0])  # sums.min() of those that were kept side by side
+            if sums:
+                return least(self, [sums[0]], sums, self.line)
         if isinstance(kwargs.get("out"), Array):
             return copy_(kwargs["out"], self.of_array(name, args, {**kwargs, "out": None}))
         try:
