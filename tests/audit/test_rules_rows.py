@@ -437,6 +437,38 @@ def test_a_sum_that_is_capped_is_no_sum(tmp_path: Path, capped: str) -> None:
     assert verdict(tmp_path, "false_normalisation", text).verdict == "violates"
 
 
+KEPT_BESIDE = """
+        a, b = torch.from_numpy(x), torch.from_numpy(y)
+        total = totals[a]{capped}
+        own = torch.softmax(net(a).float(), -1)
+        p = (counts[a] + 4.0 * own) / (total + 4.0)[:, None]
+        {weight}
+        nll = -torch.log(p.gather(-1, b[:, None])[:, 0])
+        counts.view(-1).scatter_add_(0, a * V + b, torch.ones(len(b)))
+        totals.scatter_add_(0, a, torch.ones(len(b)))
+"""
+_SHARE = "share = 0.5 * totals[a].clamp_max(40.0) / (totals[a].clamp_max(40.0) + 8.0)"
+
+
+@pytest.mark.parametrize(
+    ("capped", "weight", "wanted"),
+    [
+        (".clamp_max(40.0)", "pass", "violates"),
+        (".clamp(max=64)", "pass", "violates"),
+        ("", "pass", "clean"),
+        (".clamp_min(1.0)", "pass", "clean"),
+        ("", f"{_SHARE}; p = (1.0 - share[:, None]) * own + share[:, None] * p", "clean"),
+    ],
+)
+def test_a_count_that_is_kept_beside_a_row_is_not_cut_off(
+    tmp_path: Path, capped: str, weight: str, wanted: str
+) -> None:
+    """A share of a mixture may be one of a count that is: it takes what it gives."""
+    loss = KEPT_BESIDE.format(capped=capped, weight=weight)
+    text = script(loss=loss, state="counts, totals = torch.zeros(V, V), torch.zeros(V)")
+    assert verdict(tmp_path, "false_normalisation", text).verdict == wanted
+
+
 @pytest.mark.parametrize(("bound", "wanted"), [("clamp(max=1.0)", "violates"), ("clamp_min(1e-9)", "clean")])
 def test_a_mixture_is_divided_by_all_of_its_sum(tmp_path: Path, bound: str, wanted: str) -> None:
     lifted = f"p = own + 0.1 * rows / total.clamp_min(1.0)\n        p = p / p.sum(-1, keepdim=True).{bound}"

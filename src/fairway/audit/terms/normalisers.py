@@ -29,14 +29,36 @@ def partial(gates: Gates) -> Iterator[Term]:
 
 
 def capped(gates: Gates) -> Iterator[Term]:
-    """counts / counts.sum().clamp_max(40), (p + q) / (p + q).sum(-1).clamp(max=1): what a row sums to, and no more than
-    some number of it."""
+    """counts / counts.sum().clamp_max(40), (p + q) / (p + q).sum(-1).clamp(max=1), counts[context] /
+    totals[context].clamp_max(40): what a row sums to, and no more than some number of it."""
     for term, above, below in gates.ratios():
-        for row in (*(row for row, _ in gates.lookups(above)), _bare(above)):
+        counted = gates.lookups(above)
+        for row in (*(row for row, _ in counted), _bare(above)):
             one = next((one for one in gates.of.below(below) if _is_capped_sum(one, row)), None)
+            if one is None and any(row is held for held, _ in counted):
+                one = next((one for one in gates.of.below(below) if _is_capped_total(gates, one, row, counted)), None)
             if id(term) in gates.inside and one is not None:
                 yield one
                 break
+
+
+def _is_capped_total(gates: Gates, term: Term, row: Term, counted: list[tuple[Term, Term]]) -> bool:
+    """Whether a count that is kept beside a row, under the same key, is cut off above; not a count whose own share that
+    is, min(n, 40) / (min(n, 40) + 8)."""
+    held = _cut_off(term)
+    keys = [key for one, key in counted if one is row]
+    beside = gates.lookups(held) if held is not None else []
+    beside = [(one, key) for one, key in beside if not any(same(one, other, 8) for other, _ in counted)]
+    return any(same(other, key, 8) for _, other in beside for key in keys)
+
+
+def _cut_off(term: Term) -> Term | None:
+    """What a number cuts off above."""
+    if term.op != "call" or term.called not in ("clamp_max", "clamp", "clip", "minimum", "min"):
+        return None
+    high = term.at(1, "max", "other") if term.called in ("clamp_max", "minimum", "min") else term.at(2, "max")
+    whole = high is not None and isinstance(high.constant(), (int, float))
+    return _bare(term.operand("a", "input") or term.parts[0]) if whole else None
 
 
 def peaked(gates: Gates) -> Iterator[Term]:
@@ -93,13 +115,8 @@ def smoothed(gates: Gates) -> Iterator[Term]:
 
 
 def _is_capped_sum(term: Term, row: Term) -> bool:
-    if term.op != "call" or term.called not in ("clamp_max", "clamp", "clip", "minimum", "min"):
-        return False
-    high = term.at(1, "max", "other") if term.called in ("clamp_max", "minimum", "min") else term.at(2, "max")
-    summed = _bare(term.operand("a", "input") or term.parts[0])
-    if high is None or not isinstance(high.constant(), (int, float)) or summed.called not in _SUMS:
-        return False
-    held = summed.operand("a", "input")
+    summed = _cut_off(term)
+    held = summed.operand("a", "input") if summed is not None and summed.called in _SUMS else None
     return held is not None and any_below(held, lambda one: one is row or same(one, row, 8))
 
 
