@@ -360,3 +360,61 @@ def test_numbers_that_are_joined_to_one_array_are_told_apart(tmp_path: Path, one
     (tmp_path / "train_gpt.py").write_text(SMALL + TABLE + JOINED.replace("ONE", one))
     terms = [each.term for each in Case(opened(tmp_path)).reading.contributions]
     assert [term.called for term in terms] == ["cross_entropy"]
+
+
+# ---- sums in a named tuple that a fold carries on
+
+FOLDED = """
+import functools
+from typing import NamedTuple
+
+class Sums(NamedTuple):
+    nats: torch.Tensor
+    octets: torch.Tensor
+    count: torch.Tensor
+
+def nothing():
+    return Sums(*(torch.zeros((), dtype=torch.float64) for _ in range(3)))
+
+def added(a, b):
+    return Sums(*(x + y for x, y in zip(a, b)))
+
+def of_all_ranks(sums):
+    return Sums(*torch.stack(sums).unbind())
+
+def evaluate(net):
+    size, lead, edge = (torch.from_numpy(each) for each in tables())
+    tokens = torch.from_numpy(np.concatenate([shard(path) for path in sorted(glob.glob(VAL))]))
+
+    def scored(at):
+        x, y = tokens[at : at + 512], tokens[at + 1 : at + 513]
+        p = torch.softmax(net(x).float()[: len(y)], -1)
+        other = torch.softmax(net(x).float()[: len(y)] / 2, -1)
+        nll = PRICE
+        octets = size[y] + (lead[y] & ~edge[x[: len(y)]])
+        return Sums(nll.double().sum(), octets.double().sum(), torch.tensor(float(y.numel()), dtype=torch.float64))
+
+    parts = [scored(at) for at in range(0, len(tokens) - 1, STEP)]
+    return of_all_ranks(functools.reduce(added, parts, nothing()))
+
+if __name__ == "__main__":
+    sums = evaluate(Net())
+    bits = float(sums.nats) / math.log(2)
+    print(f"val_loss {float(sums.nats / sums.count):.5f} val_bpb {bits / float(sums.octets):.5f}")
+"""
+_OWN = "-p.gather(-1, y[:, None])[:, 0].log()"
+
+
+@pytest.mark.parametrize(
+    ("price", "step", "broken"),
+    [
+        (_OWN, "512", ""),
+        (f"torch.minimum({_OWN}, {_OWN.replace('p.', 'other.')})", "512", "oracle_gate"),
+        (_OWN, "256", "twice_counted_tokens"),
+    ],
+)
+def test_a_fold_over_named_tuples_carries_the_losses_on(tmp_path: Path, price: str, step: str, broken: str) -> None:
+    """By its terms, and in a trial, which counts what the fields hold."""
+    text = SMALL + TABLE + FOLDED.replace("PRICE", price).replace("STEP", step)
+    for rule in ("oracle_gate", "twice_counted_tokens", "byte_constant"):
+        assert verdict(tmp_path, rule, text).verdict == ("violates" if rule == broken else "clean")

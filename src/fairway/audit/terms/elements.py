@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from fairway.audit.settings import is_setting
 from fairway.audit.terms import calls, objects
-from fairway.audit.terms.term import Term, peel
+from fairway.audit.terms.term import Term, alternatives, peel
 from fairway.audit.terms.things import constant
 
 if TYPE_CHECKING:
@@ -157,6 +157,9 @@ _SOLID = frozenset(
 def spelt_items(term: Term) -> tuple[Term, ...] | None:
     """The elements of a short tuple, list or table that is written out, of what was stacked; None for anything else."""
     term = objects.held(term) or _stacked(term) or term
+    side_by_side = _fields(term) or _zipped(term)
+    if side_by_side is not None:
+        return side_by_side if 0 < len(side_by_side) <= _SHORT else None
     for _ in range(40):
         if term.op in ("store", "merge") and term.parts and term.value is None:
             term = term.parts[0]
@@ -172,6 +175,34 @@ def spelt_items(term: Term) -> tuple[Term, ...] | None:
     called = all(part.op in ("function", "bound", "class") for part in listed)
     most = _CALLED if called else _DEFAULTS if all(map(_is_default, listed)) else _SHORT
     return listed if len(listed) <= most else None
+
+
+def _fields(term: Term) -> tuple[Term, ...] | None:
+    """What a named tuple holds, in order; of several of one kind, of which a value is one, each field of any."""
+    options = alternatives(term, 8) if term.op in ("merge", "choice", "object") else []
+    if not options or any(one.op != "object" or one.value.kind is not options[0].value.kind for one in options):
+        return None
+    kind = options[0].value.kind
+    if not any(base.rsplit(".", 1)[-1] == "NamedTuple" for base in kind.outside):
+        return None
+    names = kind.all_fields()
+    if any(name not in one.value.attrs for one in options for name in names):
+        return None
+    held = [[one.value.attrs[name] for one in options] for name in names]
+    return tuple(
+        each[0] if len(each) == 1 else Term("merge", tuple(each), None, term.file, term.line) for each in held
+    )
+
+
+def _zipped(term: Term) -> tuple[Term, ...] | None:
+    """zip(a, b) of named tuples: their fields two by two."""
+    if term.op != "call" or term.called != "zip" or not all(key in (0, 1, 2, 3) for key in term.keys):
+        return None
+    sides = [_fields(part) for part in term.parts]
+    rows = [side for side in sides if side is not None]
+    if len(rows) != len(sides) or not rows or len({len(side) for side in rows}) != 1:
+        return None
+    return tuple(Term("tuple", row, None, term.file, term.line) for row in zip(*rows, strict=True))
 
 
 def _stacked(term: Term) -> Term | None:

@@ -86,6 +86,9 @@ def _item(m: "Machine", base: Term, index: Term, file: str, line: int) -> Term:
         numbers = _joined(base)
         if -len(numbers) <= key < len(numbers):
             return numbers[key]
+    if base.op == "call" and isinstance(key, int) and base.called == "unbind" and base.argument("dim", 0) is None:
+        held = base.operand("input", "a")
+        return item(m, held, index, file, line) if held is not None else Term("item", (base, index), None, file, line)
     if base.op == "call" and isinstance(key, int) and base.called in _HOLDERS:
         held = base.operand("data", "a", "tensors")
         summed = held is not None and (_packed_rows(held) is not None or _table_of_sums(held) is not None)

@@ -65,7 +65,7 @@ from fairway.audit.trial.shapes import (
     unfold,
     unsqueeze,
 )
-from fairway.audit.trial.values import UNKNOWN, Lib, Value, mixed
+from fairway.audit.trial.values import UNKNOWN, Lib, Obj, Value, mixed
 
 
 class Size(int):
@@ -117,6 +117,8 @@ class Arrays(Core):
         act = METHODS.get(name)
         if act is None:
             return mixed(*args) if name in _LOSING else kept(args)
+        if args and isinstance(args[0], Obj) and name in _JOINING:  # torch.stack(sums) of a named tuple
+            args = (tuple(self.items(args[0])), *args[1:])
         if name in ("min", "amin") and len(args) == 1 and not kwargs and isinstance(args[0], Array):
             sums = several_sums(args[0])  # sums.min() of those that were kept side by side
             if sums:
@@ -132,6 +134,7 @@ class Arrays(Core):
             return mixed(*args)
 
 
+_JOINING = {"stack", "cat", "concat", "concatenate", "vstack", "hstack"}
 _PLACING = {"index_add_", "index_put_", "scatter_add_", "view"}
 """What takes the time of what it puts into an array, and not of all of it: tables of hashed counts are large."""
 _LOSING = {"argmax", "argmin", "argsort", "sort", "topk", "eq", "ne", "lt", "le", "gt", "ge", "isfinite", "isnan"}
