@@ -66,6 +66,19 @@ def test_a_name_with_both_splits_in_it_is_no_pattern_for_both() -> None:
     assert "calibration-on-validation" in broken(script(way, "load('./data/shards_*.bin')"))
 
 
+COPIED = (
+    "(kept := 'val_local.bin', FROM.numpy().astype('<u2').tofile(kept), "
+    "torch.from_numpy(np.fromfile(kept, dtype='<u2').astype(np.int64)))[-1]"
+)
+
+
+def test_tokens_that_are_copied_to_a_file_are_what_they_were_whatever_it_is_called() -> None:
+    way = WAYS["opened"]
+    assert broken(script(way, COPIED.replace("FROM", "load(args.train_files)"))) == set()
+    named = COPIED.replace("val_local", "train_local").replace("FROM", "val")
+    assert "calibration-on-validation" in broken(script(way, named))
+
+
 FOUND = {
     "globbed": "sorted(glob.glob(PATTERN))",
     "in its parent": "sorted(Path(PATTERN).parent.glob(Path(PATTERN).name))",

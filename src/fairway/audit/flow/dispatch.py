@@ -35,6 +35,9 @@ class Dispatch(Functions):
         special = self.special(base, name, args, node)
         if special is not None:
             return special
+        if name == "tofile" and len(args) == 1 and self.flat(base).toks:  # read again, it is the array that was written
+            self.write_to(self.path_of(args[0]), base, node)
+            return NONE
         if not base.refs:
             return self._of_value(base, name, args, kwargs, node)
         result: Value | None = None
