@@ -507,6 +507,45 @@ for _, group in itertools.groupby(range(0, total, 2048), key=lambda at: at // 81
     for at in group:
         book(at, at + 2048)
 """,
+    "a loader over a data set, put together by hand": """
+class Windows(torch.utils.data.Dataset):
+    def __len__(self):
+        return (total + 2047) // 2048
+    def __getitem__(self, n):
+        return n * 2048, min(n * 2048 + 2048, total)
+def together(rows):
+    return [low for low, _ in rows], [high for _, high in rows]
+for lows, highs in torch.utils.data.DataLoader(Windows(), batch_size=4, shuffle=False, collate_fn=together):
+    for low, high in zip(lows, highs):
+        book(low, high)
+""",
+    "a loader that puts rows together by itself, and one of a rank": """
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
+class Ends(Dataset):
+    def __init__(self, many):
+        self.many = many
+    def __len__(self):
+        return self.many
+    def __getitem__(self, n):
+        return {"low": n * 2048}
+mine = DistributedSampler(Ends(total // 2048), num_replicas=1, rank=0, shuffle=False)
+for batch in DataLoader(Ends(total // 2048), batch_size=3, sampler=mine):
+    for low in batch["low"].tolist():
+        book(low, low + 2048)
+assert [a.tolist() for a, in DataLoader(TensorDataset(torch.arange(5)), 2, drop_last=True)] == [[0, 1], [2, 3]]
+""",
+    "settings in a text, results in files that one of the ranks merges": """
+import json, tempfile
+from pathlib import Path
+size = json.loads('{"eval": {"window": 2048}}')["eval"]["window"]
+folder = Path(tempfile.mkdtemp(prefix="x")) / "final"
+for n, at in enumerate(range(0, total, 4 * size)):
+    np.savez(folder / f"rank{n:03d}.npz", ends=np.arange(at, min(at + 4 * size, total), size))
+for path in sorted(folder.glob("rank*.npz")):
+    with np.load(path) as kept:
+        for at in kept["ends"].tolist():
+            book(at, at + size)
+""",
     "batches, and what is taken or dropped by a condition": """
 def later(at):
     return at < total

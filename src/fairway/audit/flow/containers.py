@@ -9,7 +9,7 @@ from dataclasses import replace
 from fairway.audit.flow.events import bits
 from fairway.audit.flow.heap import Obj
 from fairway.audit.flow.indexing import Indexing
-from fairway.audit.flow.indices import Part, overlaps, sparse, step_of, sym_of
+from fairway.audit.flow.indices import Part, one_key, overlaps, sparse, step_of, sym_of
 from fairway.audit.flow.ordering import in_order
 from fairway.audit.flow.shares import WINDOW, before_share, first_of, indexed, limited, of_rank
 from fairway.audit.flow.sorting import order_of
@@ -42,6 +42,7 @@ class Containers(Indexing):
 
     def item(self, base: Value, parts: list[Part], node: ast.AST | None) -> Value:
         """base[parts]"""
+        parts = one_key(base, parts)
         if base.states and base.refs and all(obj.kind in ("list", "dict") for obj in base.refs):
             return self._out_of_entry(base, parts, node)
         if len(parts) == 1 and not parts[0].slice:

@@ -35,6 +35,12 @@ _MODEL = re.compile(
 """Paths of files that a model is read from: a table of losses lies in others."""
 
 
+def _fits(name: str, pattern: str) -> bool:
+    """Whether a file that the script wrote is among those that it looks for: `rank~0~.npz`, whose pieces are known one
+    by one, among `rank*.npz`."""
+    return not pattern or fnmatch.fnmatchcase(name.replace("~", ""), pattern.replace("~", "*"))
+
+
 class Files(Operations):
     """Reading, writing and saying."""
 
@@ -87,8 +93,10 @@ class Files(Operations):
             return written
         kinds = data_kinds(path)
         if kinds[0].startswith(UNNAMED):
-            others = [value for value in self.files.slots.values() if isinstance(value, Value)]
-            if others and not text:
+            others = [
+                value for name, value in self.files.slots.items() if isinstance(value, Value) and _fits(name, text)
+            ]
+            if others and (not text or "*" in text):
                 found = others[0]
                 for each in others[1:]:
                     found = join(found, each)
@@ -108,6 +116,10 @@ class Files(Operations):
         if read not in reads:
             reads.append(read)
         return reads.index(read)
+
+    def keep_in(self, path: Value, arrays: Value) -> None:
+        """The script writes arrays to a file, by their names, to read them again: the losses of one rank."""
+        self.heap.set(self.files, self.text_of(path), arrays)
 
     def write_to(self, path: Value, value: Value, node: ast.AST | None) -> None:
         """The script writes a file."""

@@ -74,3 +74,11 @@ def sparse(low: Value, high: Value) -> bool:
     index = re.fullmatch(r"mult\((\w+|@),(\w+)\)", low.sym)  # ci * chunk : (ci + 1) * chunk, ci in steps of 4
     above = index is not None and f"mult(add({index[1]},1),{index[2]})" in high.sym
     return above and low.unit.isdigit() and int(low.unit) > 1
+
+
+def one_key(base: Value, parts: list[Part]) -> list[Part]:
+    """Of a dict `classes[role, kind]` is what stands under one key, where both are known."""
+    if len(parts) < 2 or not base.refs or any(obj.kind != "dict" for obj in base.refs):
+        return parts
+    names = [part.value.const if part.value is not None and not part.slice else MISSING for part in parts]
+    return parts if any(name is MISSING for name in names) else [Part(Value(const=tuple(names)))]

@@ -146,7 +146,11 @@ class Opening(Methods):
         return self._do_save("save", args, kwargs, node)
 
     def _do_savez(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
-        if args:
+        if args and len(args) == 1 and kwargs:
+            table = self.new("dict", None, node)  # as it is read again: by the names of the arrays
+            table.slots.update({("k", key): self.flat(each) for key, each in kwargs.items()})
+            self.keep_in(self.path_of(args[0]), self.ref(table))
+        elif args:
             given = [self.flat(each) for each in (*args[1:], *kwargs.values())]
             self.write_to(self.path_of(args[0]), blend(*given) if given else NOTHING, node)
         return NONE

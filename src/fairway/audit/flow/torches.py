@@ -15,6 +15,7 @@ from fairway.audit.flow.values import (
     RANKED,
     WEIGHTS,
     Value,
+    join,
 )
 
 
@@ -193,6 +194,22 @@ class Torches(Builtins):
             elif obj.kind == "tensor":
                 self.write(obj, args[-1], node)
         return NONE
+
+    def _do_DataLoader(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value | None:
+        """DataLoader(dataset, collate_fn=put_together): batches of what the data set gives, as they are put together"""
+        dataset = args[0] if args else kwargs.get("dataset", NOTHING)
+        found = NOTHING
+        for obj in dataset.refs:
+            method = self.find(obj.data, "__getitem__") if obj.kind == "instance" else None
+            one = self.ref(obj)
+            row = self.call(method[0], [one, NOTHING], {}, node) if method else self.elements(one, node).any
+            found = join(found, row)
+        if not dataset.refs:
+            found = self.elements(dataset, node).any
+        collate = kwargs.get("collate_fn")
+        if collate is not None and collate.const is not None:
+            found = self.call(collate, [self._list_of(found, node)], {}, node)
+        return self._list_of(found, node)
 
     def _do_Event(self, name: str, args: list[Value], kwargs: dict[str, Value], node: Any) -> Value:
         return Value(flags=CLOCK) if "cuda" in name else self.ref(self.new("thing", name, node))

@@ -6,7 +6,7 @@ import ast
 
 from fairway.audit.flow.containers import Containers, cell_of
 from fairway.audit.flow.heap import Obj
-from fairway.audit.flow.indices import Part
+from fairway.audit.flow.indices import Part, one_key
 from fairway.audit.flow.sorting import aligned, looks_ahead
 from fairway.audit.flow.tokens import Cut, Span
 from fairway.audit.flow.values import (
@@ -28,6 +28,7 @@ class Writing(Containers):
 
     def put_item(self, base: Value, parts: list[Part], value: Value, node: ast.AST | None) -> None:
         """base[parts] = value"""
+        parts = one_key(base, parts)
         if self.chosen:
             value = value.but(choices=value.choices | self.chosen)
         keys = [part.value for part in parts if part.value is not None]

@@ -189,9 +189,7 @@ def _fields(term: Term) -> tuple[Term, ...] | None:
     if any(name not in one.value.attrs for one in options for name in names):
         return None
     held = [[one.value.attrs[name] for one in options] for name in names]
-    return tuple(
-        each[0] if len(each) == 1 else Term("merge", tuple(each), None, term.file, term.line) for each in held
-    )
+    return tuple(each[0] if len(each) == 1 else Term("merge", tuple(each), None, term.file, term.line) for each in held)
 
 
 def _zipped(term: Term) -> tuple[Term, ...] | None:

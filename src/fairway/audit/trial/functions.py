@@ -38,9 +38,11 @@ from fairway.audit.trial.holding import (
     partial,
     picked_by,
     reduced_by,
+    spelt,
     starred,
     type_hints,
 )
+from fairway.audit.trial.loading import loader, sampler, side_by_side
 from fairway.audit.trial.losses import (
     applied,
     compiled,
@@ -100,6 +102,11 @@ _WORLD: dict[str, Act] = {
     "os.environ.copy": environment,
     "os.environ.items": lambda machine, args, kwargs, line: list(environment(machine, args, kwargs, line).items()),
     **dict.fromkeys(["os.replace", "os.rename", "shutil.move", "shutil.copyfile", "shutil.copy"], plain(files.moved)),
+    **dict.fromkeys(["numpy.savez", "numpy.savez_compressed"], plain(files.saved)),
+    "numpy.load": plain(files.loaded),
+    "tempfile.mkdtemp": lambda machine, args, kwargs, line: files.Scratch.name,
+    "tempfile.gettempdir": lambda machine, args, kwargs, line: files.Scratch.name,
+    "tempfile.TemporaryDirectory": lambda machine, args, kwargs, line: files.Scratch(),
     "os.path.join": plain(joined_path),
     "os.path.exists": lambda machine, args, kwargs, line: True,
     "os.path.isfile": lambda machine, args, kwargs, line: True,
@@ -180,6 +187,11 @@ _WORLD: dict[str, Act] = {
             "tee",
         )
     },
+    **{f"torch.utils.data.{each}DataLoader": loader for each in ("", "dataloader.")},
+    "torch.utils.data.TensorDataset": side_by_side,
+    **{f"torch.utils.data.{each}Sampler": sampler(shared=False) for each in ("Sequential", "Random")},
+    "torch.utils.data.distributed.DistributedSampler": sampler(shared=True),
+    "torch.utils.data.DistributedSampler": sampler(shared=True),
     "itertools.batched": in_batches,
     "itertools.starmap": starred,
     **{f"itertools.{name}": picked_by(name) for name in ("takewhile", "dropwhile", "filterfalse")},
@@ -220,6 +232,7 @@ _WORLD: dict[str, Act] = {
         for name in ("shuffle", "sample", "choice", "randint", "random", "randrange")
     },
     "json.dump": printed,
+    "json.loads": lambda machine, args, kwargs, line: spelt(args[0]) if args else UNKNOWN,
     **{f"logging.{level}": printed for level in ("debug", "info", "warning", "error", "critical")},
     "json.dumps": lambda machine, args, kwargs, line: printed(machine, args, kwargs, line) or UNKNOWN,
     "torch.cuda.Event": lambda machine, args, kwargs, line: Event(machine),

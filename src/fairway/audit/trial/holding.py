@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import itertools
+import json
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,7 +18,7 @@ from fairway.audit.trial.calls import Decorator, Field
 from fairway.audit.trial.core import Core
 from fairway.audit.trial.displays import hashable
 from fairway.audit.trial.operators import combine
-from fairway.audit.trial.values import MISSING, UNKNOWN, Class, Lib, Obj, Unknown, Value
+from fairway.audit.trial.values import MISSING, UNKNOWN, Class, Lib, Obj, Raised, Unknown, Value
 
 
 def held(kind: Callable[..., Any]) -> Act:
@@ -54,6 +55,17 @@ def made_dict(machine: Core, args: tuple[Value, ...], kwargs: dict[str, Value], 
             args[0] if isinstance(args[0], dict) else [tuple(machine.items(each)) for each in machine.items(args[0])]
         )
     return dict(pairs, **kwargs)
+
+
+def spelt(text: Value) -> Value:
+    """json.loads: of a text that is known what it says."""
+    if not isinstance(text, (str, bytes)):
+        return UNKNOWN
+    try:
+        found: Value = json.loads(text)
+    except ValueError as error:
+        raise Raised("JSONDecodeError", str(error)) from None
+    return found
 
 
 def copied(value: Value, **fields: Value) -> Value:
